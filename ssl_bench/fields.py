@@ -1,0 +1,8 @@
+"""Annotated types for constructors. A constructor's signature is the schema of its YAML node (see `build.check`)."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+Fraction = Annotated[float, Field(ge=0, le=1)]  # a probability, a ratio, a momentum
+Interval = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]  # (low, high), bounds included
