@@ -1,4 +1,6 @@
-"""The one exception meant for people."""
+"""The exceptions that are no bugs."""
+
+import signal
 
 
 class UserError(ValueError):
@@ -6,3 +8,11 @@ class UserError(ValueError):
 
     `train.main` prints it as one line and exits with 2; anything else is a bug and keeps its traceback.
     """
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to stop; its state is saved."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step:,}")
+        self.signum = signum

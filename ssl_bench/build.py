@@ -1,0 +1,144 @@
+"""The only place where configuration becomes objects: checked against the constructor's signature, then constructed."""
+
+import difflib
+import inspect
+import os
+import re
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Annotated, Any, Literal, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, create_model
+
+from ssl_bench.errors import UserError
+
+# What the code hands to a group's constructor; everything else comes from its YAML node.
+SUPPLIED = {
+    "data": (),
+    "backbone": (),
+    "method": ("backbone",),
+    "augmentation": (),
+    "optimizer": ("params", "batch_size"),
+    "schedule": (),
+    "tracking": ("directory", "config"),
+    "stage": ("cfg", "run"),
+}
+
+
+class Root(BaseModel):
+    """The keys of conf/config.yaml outside its groups."""
+
+    model_config = ConfigDict(extra="forbid")
+    seed: NonNegativeInt
+    dir: str | None
+    epochs: PositiveInt
+    batch_size: PositiveInt
+    pretrained: str | None
+    runs: str | list[str] | None
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+    devices: PositiveInt
+    precision: Literal["fp32", "tf32", "bf16"]
+    compile: bool
+    log_every: PositiveInt
+    eval_every: NonNegativeInt
+    save_every: PositiveInt
+
+
+def check(cfg: DictConfig) -> None:
+    """UserError with every mistake of the configuration, a line each; nothing but the constructors' modules is read."""
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    except OmegaConfBaseException as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    nodes = {key: node for key, node in plain.items() if key in SUPPLIED and isinstance(node, dict)}
+    problems = _problems(Root, {key: value for key, value in plain.items() if key not in SUPPLIED}, "")
+    for group, node in nodes.items():
+        try:
+            schema = _schema(locate(node.get("_target_"), group), SUPPLIED[group])
+        except UserError as error:
+            problems.append(str(error))
+        else:
+            problems += _problems(schema, _arguments(node), group + ".")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def construct(node: Mapping, **supplied: Any) -> Any:
+    """The object a (checked) node describes: `_target_` called with the node's other keys and what the code supplies."""
+    target = locate(node["_target_"], "node")
+    plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    known = _schema(target, tuple(supplied))
+    values = known.model_validate(_arguments(plain))
+    return target(**{key: getattr(values, key) for key in known.model_fields}, **supplied)
+
+
+def locate(path: str | None, group: str) -> Callable:
+    """The class or function of a dotted path. The current folder is searched too, for a user's own modules."""
+    module, _, name = (path or "").rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{group}._target_={path}: can't be imported ({error})") from None
+
+
+def pick_device(name: str, local_rank: int) -> "torch.device":  # noqa: F821
+    """The device of this process. UserError where it isn't there."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device={name}: torch {torch.__version__} sees no GPU here; use device=cpu or device=auto")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device=mps: not available here; use device=cpu or device=auto")
+    # With one visible GPU per task, as Slurm may arrange it, every local rank has GPU 0.
+    return torch.device("cuda", local_rank % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
+
+
+def _arguments(node: dict) -> dict:
+    return {key: value for key, value in node.items() if key not in ("_target_", "name")}
+
+
+def _schema(target: Callable, supplied: tuple[str, ...]) -> type[BaseModel]:
+    function = target.__init__ if inspect.isclass(target) else target
+    hints = get_type_hints(function, include_extras=True)
+    fields = {
+        name: (hints.get(name, Any), ... if parameter.default is parameter.empty else parameter.default)
+        for name, parameter in inspect.signature(target).parameters.items()
+        if name not in supplied
+    }
+    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+    return create_model(target.__name__, __config__=config, **fields)
+
+
+def _problems(schema: type[BaseModel], values: dict, prefix: str) -> list[str]:
+    try:
+        schema.model_validate(values)
+    except ValidationError as error:
+        return [_problem(detail, schema, prefix) for detail in error.errors()]
+    return []
+
+
+def _problem(detail: Mapping, schema: type[BaseModel], prefix: str) -> str:
+    key = prefix + ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return unknown("key", key, [prefix + name for name in schema.model_fields])
+    if detail["type"] == "missing" or detail["input"] == "???":
+        return f"{key}: needs a value; type {key}=..."
+    message = detail["msg"][0].lower() + detail["msg"][1:]
+    return f"{key}={detail['input']}: {message}"
+
+
+def unknown(what: str, got: str, valid: list[str]) -> str:
+    """One line about a key or choice that isn't there."""
+    close = difflib.get_close_matches(got, valid, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{got}: no such {what}; {hint}Valid: {', '.join(sorted(valid))}"
+
+
+def slug(value: object) -> str:
+    """A value as part of a folder name: letters, digits, dots, dashes; at most 80."""
+    text = "random" if value is None else re.sub(r"^runs/", "", str(value).rstrip(os.sep))
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[-80:] or "none"

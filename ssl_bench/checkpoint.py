@@ -1,0 +1,69 @@
+"""Checkpoints `{run, step, model, optimizer}`: written atomically, read without running code, strictly loaded."""
+
+import logging
+import os
+import pickle
+import re
+from pathlib import Path
+
+import torch
+
+from ssl_bench.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def complete(directory: Path) -> list[Path]:
+    """Checkpoint files of a run directory, newest first."""
+    return sorted((directory / "checkpoints").glob("step*.pt"), reverse=True)
+
+
+class Checkpoint:
+    """The newest `keep` states of one run. `identity` names the run: a file of another run is refused."""
+
+    def __init__(self, directory: Path, identity: str, keep: int = 2) -> None:
+        self.directory, self.identity, self.keep = directory, identity, keep
+
+    def save(self, step: int, **state: object) -> Path:
+        """state: objects with a `state_dict()`. Rank 0 alone calls this."""
+        content = {"run": self.identity, "step": step, **{key: value.state_dict() for key, value in state.items()}}
+        path = self.directory / "checkpoints" / f"step{step:010d}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do
+        partial.replace(path)
+        for old in complete(self.directory)[self.keep :]:
+            old.unlink()
+        return path
+
+    def restore(self, **state: object) -> int:
+        """Load the newest usable state into the objects, in place; returns its step, 0 where there is none."""
+        paths = complete(self.directory)
+        for path in paths:
+            try:
+                content = self._read(path)
+            except UserError as error:
+                log.warning("%s; trying the one before", error)
+                continue
+            for key, value in state.items():
+                value.load_state_dict(content[key])
+            return content["step"]
+        if paths:
+            raise UserError(
+                f"{paths[0].parent}: none of its {len(paths)} checkpoints can be used; delete this folder to start anew"
+            )
+        return 0
+
+    def _read(self, path: Path) -> dict:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            raise UserError(f"{path}: truncated, or no checkpoint ({str(error).splitlines()[0]})") from None
+        if not isinstance(content, dict) or content.get("run") != self.identity:
+            raise UserError(f"{path}: a checkpoint of another run")
+        if content["step"] != int(re.search(r"\d+", path.stem)[0]):
+            raise UserError(f"{path}: holds step {content['step']}, not the one of its name")
+        return content

@@ -1,0 +1,120 @@
+"""The only module that knows `torch.distributed`. Without a process group every function is a no-op."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class World(NamedTuple):
+    rank: int
+    local_rank: int
+    size: int
+    local_size: int
+
+
+def launched() -> World | None:
+    """The world somebody else started this process in (torchrun, or srun with several tasks), or None."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return World(
+            int(env["RANK"]),
+            int(env.get("LOCAL_RANK", 0)),
+            int(env["WORLD_SIZE"]),
+            int(env.get("LOCAL_WORLD_SIZE", 1)),
+        )
+    # Of the step, not of the job: a plain command in a batch script with --ntasks=2 is one process.
+    size = int(env.get("SLURM_STEP_NUM_TASKS", 1))
+    if size > 1:
+        nodes = int(env.get("SLURM_STEP_NUM_NODES", 1))
+        return World(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), size, size // nodes)
+    return None
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the world of `launched()` for the time of the context."""
+    world = launched()
+    if world is None or dist.is_initialized():
+        yield
+        return
+    if "MASTER_ADDR" not in os.environ:  # Slurm names the nodes, e.g. "gpu[03-04,07]": rank 0 is on the first
+        node = re.match(r"([^,\[]+)(?:\[(\d+))?", os.environ["SLURM_STEP_NODELIST"])
+        os.environ["MASTER_ADDR"] = node[1] + (node[2] or "")
+        os.environ["MASTER_PORT"] = str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # Rank 0 may pack a large dataset while the others wait at the first collective.
+    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timedelta(hours=2))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@torch.no_grad()
+def all_gather(tensor: Tensor) -> Tensor:
+    """(N, ...) of every rank -> (world * N, ...) in rank order. No gradient."""
+    if world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def broadcast(tensor: Tensor) -> Tensor:
+    """Rank 0's tensor, in place."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
+@torch.no_grad()
+def mean(tensor: Tensor) -> Tensor:
+    return total(tensor) / world_size()
+
+
+@torch.no_grad()
+def total(tensor: Tensor) -> Tensor:
+    """Sum over ranks."""
+    if world_size() > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank if true on one. Costs a collective and a host sync where there are several."""
+    return flag if world_size() == 1 else bool(total(torch.tensor(float(flag))))
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` for the forward pass: gradients are averaged over ranks. Keep `model` itself for its state."""
+    if world_size() == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        # A queue of 65536 x 128 must not travel each step; every rank enqueues the same gathered keys instead.
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )

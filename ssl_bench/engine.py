@@ -1,0 +1,109 @@
+"""The only loops: `fit` trains, `evaluate` measures."""
+
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_bench import distributed
+from ssl_bench.augment.draws import keys
+from ssl_bench.data.source import Source
+from ssl_bench.errors import UserError
+from ssl_bench.methods.base import Method
+from ssl_bench.run import Run
+from ssl_bench.schedule import Schedule
+from ssl_bench.seeding import fold, seed_torch
+
+
+def fit(
+    model: Method,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    source: Source,
+    views: Callable[[Tensor, Tensor], list[Tensor]],
+    run: Run,
+    *,
+    epochs: int,
+    seed: int,
+    precision: str = "fp32",
+    evaluate: Callable[[], dict[str, float]] | None = None,
+) -> dict[str, float]:
+    """Train for `epochs`, from where the run's checkpoint stands. Returns the last line logged (rank 0)."""
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    per_epoch, total = source.steps_per_epoch, epochs * source.steps_per_epoch
+    start = run.restore(model=model, optimizer=optimizer)
+    parallel = distributed.data_parallel(model, run.device)
+    model.train()
+    since, clock, waited = start, time.perf_counter(), 0.0  # of the last log line
+    for step, images, labels, indices in run.progress(source.stream(start, total), start, total):
+        epoch, done, last = step // per_epoch, step + 1, step + 1 == total
+        # All of what varies is a function of the step: nothing of it is saved, and a restart repeats it exactly.
+        seed_torch(fold(seed, "step", step, distributed.rank()), run.device)
+        factor = schedule(step / per_epoch, epochs)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+        with torch.no_grad():
+            batch = views(images, keys(seed, epoch, indices))
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            output = parallel(batch, labels)
+        optimizer.zero_grad()
+        output["loss"].backward()
+        optimizer.step()
+        model.update(done / total)
+
+        line: dict[str, float] = {}
+        if run.every("log", done) or last:
+            line = {name: distributed.mean(value.detach()).item() for name, value in output.items()}  # the host sync
+            now = time.perf_counter()
+            line |= {
+                "lr": optimizer.param_groups[0]["lr"],
+                "grad_norm": nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item(),
+                "images_seen": done * source.batch_size,
+                "images_per_second": (done - since) * source.batch_size / (now - clock),
+                "data_wait": (source.wait_seconds - waited) / (now - clock),
+            }
+            since, clock, waited = done, now, source.wait_seconds
+        if evaluate and (last or done % per_epoch == 0 and run.every("eval", done // per_epoch)):
+            line |= evaluate()
+            model.train()
+        if line:
+            run.log(done, {"epoch": done / per_epoch, **line})
+        stop = run.stopping(done)
+        if run.every("save", done) or last or stop:
+            if not torch.isfinite(output["loss"]):
+                raise UserError(f"the loss is {output['loss'].item()} at step {done:,}: try a lower optimizer.base_lr")
+            run.save(done, model=model, optimizer=optimizer)
+        if stop and not last:
+            run.interrupt(done)
+    return run.last_line()
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]], view: Callable[[Tensor], Tensor]
+) -> dict[str, float]:
+    """Top-1, top-5 (percent) and cross-entropy of `model.logits` over every image once, on all ranks together."""
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64)  # top-1, top-5, loss, count
+    for images, labels, _ in batches:
+        logits = model.logits(view(images)).float()
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        batch = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, torch.tensor(len(labels), device=loss.device)])
+        sums += batch.double().cpu()
+    top1, top5, loss, count = distributed.total(sums).tolist()
+    return {"val_top1": 100 * top1 / count, "val_top5": 100 * top5 / count, "val_loss": loss / count}
+
+
+@torch.no_grad()
+def extract(
+    backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]], view: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Features (N, dim) float32 and labels (N,) of this rank's images, on the CPU. The backbone should be in eval mode."""
+    pairs = [(backbone(view(images)).float().cpu(), labels.cpu()) for images, labels, _ in batches]
+    features, labels = zip(*pairs, strict=True)
+    return torch.cat(features), torch.cat(labels)

@@ -1,0 +1,126 @@
+"""Weights from and for other programs. Keys are matched exactly, and what was loaded is said.
+
+Read: a run directory, a checkpoint of ours, an official MoCo `.pth.tar`, a torchvision state dict, a zoo name.
+Written: the official MoCo layout (facebookresearch/moco, main_moco.py), which `main_lincls.py` and the detection
+converter read.
+"""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ssl_bench import checkpoint, zoo
+from ssl_bench.errors import UserError
+from ssl_bench.methods.moco import MoCo
+
+State = dict[str, Tensor]
+
+
+class Loaded(NamedTuple):
+    source: Path
+    layout: str  # how the file names things
+    num_tensors: int
+    left_out: list[str]  # tensors of the file that are not the backbone's
+
+
+def load_backbone(backbone: nn.Module, source: str) -> Loaded:
+    """Fill `backbone` from `source`, every tensor of it or an error. Returns what was read."""
+    path = find(source)
+    state, layout, prefix = _backbone_state(read(path), path)
+    wanted = backbone.state_dict()
+    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if layout != "ssl_bench":  # there the classifier or projection is called fc, and belongs to no backbone
+        found = {key: value for key, value in found.items() if not key.startswith("fc.")}
+    missing = [key for key in wanted if key not in found]
+    unexpected = [key for key in found if key not in wanted]
+    reshaped = [key for key in wanted if key in found and wanted[key].shape != found[key].shape]
+    if missing or unexpected or reshaped:
+        differences = [
+            f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+            for keys, what in ((missing, "missing"), (unexpected, "unexpected"), (reshaped, "of another shape"))
+            if keys
+        ]
+        raise UserError(
+            f"pretrained={source}: its {len(found)} tensors are not this backbone's {len(wanted)}: "
+            f"{'; '.join(differences)}. Choose the backbone= it was trained with"
+        )
+    backbone.load_state_dict(found)
+    return Loaded(path, layout, len(found), [key for key in state if key.removeprefix(prefix) not in found])
+
+
+def find(source: str) -> Path:
+    """The file that `pretrained=source` means."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = checkpoint.complete(path)
+        if not files:
+            raise UserError(f"pretrained={source}: no checkpoint in this directory; give a run directory or a file")
+        return files[0]
+    if path.is_file():
+        return path
+    if source in zoo.WEIGHTS:
+        return zoo.fetch(source)
+    raise UserError(
+        f"pretrained={source}: no such file or run directory, nor one of the known weights: {', '.join(zoo.WEIGHTS)}"
+    )
+
+
+def read(path: Path) -> dict:
+    """Any file of tensors, without running code from it."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: not a complete PyTorch file of plain tensors ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: holds a {type(content).__name__}, where a dictionary of tensors was expected")
+    return content
+
+
+def _backbone_state(content: dict, path: Path) -> tuple[State, str, str]:
+    """(tensors, layout, prefix of the backbone's keys)."""
+    if "model" in content and "step" in content:
+        return content["model"], "ssl_bench", "backbone."
+    state = content.get("state_dict", content)
+    if any(key.startswith("module.encoder_q.") for key in state):
+        return state, "official MoCo", "module.encoder_q."
+    if all(isinstance(value, Tensor) for value in state.values()) and "conv1.weight" in state:
+        return state, "torchvision", ""
+    raise UserError(
+        f"{path}: unknown layout (first keys: {', '.join(list(state)[:3])}); expected a checkpoint of ssl_bench, an "
+        "official MoCo file (module.encoder_q.*) or a torchvision state dict (conv1.weight, ...)"
+    )
+
+
+def official_moco_state_dict(method: MoCo) -> State:
+    """The `state_dict` entry of the authors' checkpoints: module.encoder_q.*, module.encoder_k.*, module.queue*."""
+    state = {f"module.{theirs}": value for theirs, value in _official_names(method)}
+    return state | {"module.queue": method.queue.keys, "module.queue_ptr": method.queue.pointer}
+
+
+def load_official_moco(method: MoCo, state_dict: State) -> None:
+    """Fill a whole MoCo, both encoders and the queue, from the authors' `state_dict`; ValueError unless all fits."""
+    wanted = official_moco_state_dict(method)
+    wrong = sorted(wanted.keys() ^ state_dict.keys())
+    wrong += [key for key in wanted.keys() & state_dict.keys() if wanted[key].shape != state_dict[key].shape]
+    if wrong:
+        raise UserError(
+            f"not this method's official state: {len(wrong)} tensors are missing, unexpected or of another shape "
+            f"({', '.join(wrong[:5])}): check backbone, method.mlp, method.dim and method.queue_size"
+        )
+    with torch.no_grad():
+        for key, value in wanted.items():  # these are the method's own tensors, not copies
+            value.copy_(state_dict[key])
+
+
+def _official_names(method: MoCo) -> list[tuple[str, Tensor]]:
+    pairs = {
+        "encoder_q.": method.backbone,
+        "encoder_q.fc.": method.head,
+        "encoder_k.": method.key_backbone,
+        "encoder_k.fc.": method.key_head,
+    }
+    return [(prefix + key, value) for prefix, module in pairs.items() for key, value in module.state_dict().items()]

@@ -1,0 +1,60 @@
+"""Learning-rate schedules: pure functions of how far training is. The rate is `initial_lr` times what they return."""
+
+import math
+
+from pydantic import NonNegativeFloat
+
+from ssl_bench.fields import Fraction
+
+
+class Schedule:
+    """warmup_epochs: rises linearly from 0, step by step. per_epoch: afterwards changes only between epochs."""
+
+    def __init__(self, warmup_epochs: NonNegativeFloat = 0.0, per_epoch: bool = False) -> None:
+        self.warmup_epochs, self.per_epoch = warmup_epochs, per_epoch
+
+    def __call__(self, epoch: float, epochs: int) -> float:
+        """Factor at `epoch` (a fraction inside an epoch) of `epochs`."""
+        if epoch < self.warmup_epochs:
+            return epoch / self.warmup_epochs
+        epoch = math.floor(epoch) if self.per_epoch else epoch
+        return self.decay(max(epoch - self.warmup_epochs, 0) / max(epochs - self.warmup_epochs, 1e-9), epoch / epochs)
+
+    def decay(self, progress: float, elapsed: float) -> float:
+        """progress: share done of what follows the warm-up; elapsed: share done of the whole training."""
+        raise NotImplementedError
+
+
+class Constant(Schedule):
+    def decay(self, progress: float, elapsed: float) -> float:
+        return 1.0
+
+
+class Cosine(Schedule):
+    """Half a cosine from 1 to `final`."""
+
+    def __init__(
+        self, warmup_epochs: NonNegativeFloat = 0.0, per_epoch: bool = False, final: NonNegativeFloat = 0.0
+    ) -> None:
+        super().__init__(warmup_epochs, per_epoch)
+        self.final = final
+
+    def decay(self, progress: float, elapsed: float) -> float:
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Step(Schedule):
+    """Multiplied by `gamma` at each milestone, a share of the whole training: (0.6, 0.8) is 120 and 160 of 200."""
+
+    def __init__(
+        self,
+        warmup_epochs: NonNegativeFloat = 0.0,
+        per_epoch: bool = False,
+        milestones: tuple[Fraction, ...] = (0.6, 0.8),
+        gamma: Fraction = 0.1,
+    ) -> None:
+        super().__init__(warmup_epochs, per_epoch)
+        self.milestones, self.gamma = milestones, gamma
+
+    def decay(self, progress: float, elapsed: float) -> float:
+        return self.gamma ** sum(elapsed >= milestone - 1e-9 for milestone in self.milestones)
