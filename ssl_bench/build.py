@@ -48,8 +48,10 @@ class Root(BaseModel):
 
 def check(cfg: DictConfig) -> None:
     """UserError with every mistake of the configuration, a line each; nothing but the constructors' modules is read."""
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise UserError("; ".join(f"{key} needs a value: type {key}=..." for key in missing))
     try:
-        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+        plain = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(str(error).splitlines()[0]) from None
     nodes = {key: node for key, node in plain.items() if key in SUPPLIED and isinstance(node, dict)}
@@ -124,9 +126,10 @@ def _problems(schema: type[BaseModel], values: dict, prefix: str) -> list[str]:
 def _problem(detail: Mapping, schema: type[BaseModel], prefix: str) -> str:
     key = prefix + ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        return unknown("key", key, [prefix + name for name in schema.model_fields])
-    if detail["type"] == "missing" or detail["input"] == "???":
-        return f"{key}: needs a value; type {key}=..."
+        names = [*schema.model_fields, *(SUPPLIED if schema is Root else ())]
+        return unknown("key", key, [prefix + name for name in names])
+    if detail["type"] == "missing":
+        return f"{key} needs a value: type {key}=..."
     message = detail["msg"][0].lower() + detail["msg"][1:]
     return f"{key}={detail['input']}: {message}"
 

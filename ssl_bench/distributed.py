@@ -1,5 +1,6 @@
 """The only module that knows `torch.distributed`. Without a process group every function is a no-op."""
 
+import inspect
 import os
 import re
 from collections.abc import Iterator
@@ -111,10 +112,9 @@ def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """`model` for the forward pass: gradients are averaged over ranks. Keep `model` itself for its state."""
     if world_size() == 1:
         return model
-    return nn.parallel.DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        # A queue of 65536 x 128 must not travel each step; every rank enqueues the same gathered keys instead.
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-    )
+    ddp = nn.parallel.DistributedDataParallel
+    # A queue of 65536 x 128 must not travel each step; every rank enqueues the same gathered keys instead.
+    renamed = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters  # since torch 2.15
+    quiet = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    ids = [device] if device.type == "cuda" else None
+    return ddp(model, device_ids=ids, gradient_as_bucket_view=True, **quiet)

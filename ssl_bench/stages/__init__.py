@@ -1,0 +1,1 @@
+"""Stages: functions `(cfg, run, **options) -> metrics`. The options are the keys of `cfg.stage`."""

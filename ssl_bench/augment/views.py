@@ -1,0 +1,146 @@
+"""uint8 batches to augmented views, on the device the images are on."""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from ssl_bench.augment.draws import uniforms
+from ssl_bench.augment.ops import (
+    ColorJitter,
+    GaussianBlur,
+    Normalize,
+    RandomGrayscale,
+    RandomResizedCrop,
+    Solarize,
+)
+from ssl_bench.errors import UserError
+from ssl_bench.fields import Fraction, Interval
+
+RGB = tuple[float, float, float]
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+CPU_CHUNK = 16  # images whose intermediate results fit a core's caches: twice as fast as the whole batch at once
+
+
+class Views(nn.Module):
+    """uint8 images (B, 3, H, W), keys (B,) -> `num_views` normalised float32 (B, 3, image_size, image_size).
+
+    In each view: crop (with the flip folded in), jitter, grayscale, blur, solarize, normalise; `grayscale_first` puts
+    the grayscale before the jitter. A probability or strength of zero takes its operation out. Views have the memory
+    format of the images. The same keys (see `draws.keys`) give the same views.
+    """
+
+    def __init__(
+        self,
+        image_size: PositiveInt,
+        num_views: PositiveInt = 2,
+        crop_scale: Interval = (0.2, 1.0),
+        crop_ratio: Interval = (3 / 4, 4 / 3),
+        flip_p: Fraction = 0.5,
+        brightness: NonNegativeFloat = 0.4,
+        contrast: NonNegativeFloat = 0.4,
+        saturation: NonNegativeFloat = 0.4,
+        hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1,
+        jitter_p: Fraction = 0.8,
+        grayscale_p: Fraction = 0.2,
+        grayscale_first: bool = False,
+        blur_p: Fraction = 0.5,
+        blur_sigma: Interval = (0.1, 2.0),
+        solarize_p: Fraction = 0.0,
+        mean: RGB = IMAGENET_MEAN,
+        std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD,
+    ):
+        super().__init__()
+        _check_interval("crop_scale", crop_scale, low=0, high=1)
+        _check_interval("crop_ratio", crop_ratio, low=0, high=float("inf"))
+        _check_interval("blur_sigma", blur_sigma, low=0, high=float("inf"))
+        self.image_size, self.num_views = image_size, num_views
+        self.crop = RandomResizedCrop(image_size, crop_scale, crop_ratio, flip_p)
+        colour: list[nn.Module] = []
+        if jitter_p > 0 and max(brightness, contrast, saturation, hue) > 0:
+            colour.append(ColorJitter(brightness, contrast, saturation, hue, jitter_p))
+        if grayscale_p > 0:
+            colour.insert(0 if grayscale_first else len(colour), RandomGrayscale(grayscale_p))
+        if blur_p > 0:
+            colour.append(GaussianBlur(image_size, blur_p, blur_sigma))
+        if solarize_p > 0:
+            colour.append(Solarize(solarize_p))
+        self.ops = nn.ModuleList(colour)
+        self.normalize = Normalize(mean, std)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, keys: Tensor) -> list[Tensor]:
+        layout = (
+            torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        )
+        with torch.autocast(images.device.type, enabled=False):  # bfloat16 resampling would lose the last two bits
+            return [self._view(images, self.sample(images, keys, view), layout) for view in range(self.num_views)]
+
+    def sample(self, images: Tensor, keys: Tensor, view: int) -> list[tuple[Tensor, ...]]:
+        """The parameters of one view, for the crop and then for each of `ops`. Of the images it reads only the size."""
+        counts = [self.crop.num_draws, *(op.num_draws for op in self.ops)]
+        crop_u, *ops_u = uniforms(keys, view, sum(counts)).split(counts, dim=1)
+        ops_params = [op.sample(u) for op, u in zip(self.ops, ops_u, strict=True)]
+        return [self.crop.sample(crop_u, *images.shape[-2:]), *ops_params]
+
+    def transform(self, images: Tensor, params: list[tuple[Tensor, ...]]) -> Tensor:
+        """The pure half: no randomness, static shapes. This is what to compile."""
+        images = images.to(self.normalize.mean.dtype).mul_(1 / 255)
+        for op, values in zip([self.crop, *self.ops], params, strict=True):
+            images = op.apply(images, *values)
+        return self.normalize.apply(images)
+
+    def _view(self, images: Tensor, params: list[tuple[Tensor, ...]], layout: torch.memory_format) -> Tensor:
+        if images.device.type != "cpu":
+            return self.transform(images, params).contiguous(memory_format=layout)
+        shape = (len(images), 3, self.image_size, self.image_size)
+        view = torch.empty(shape, dtype=self.normalize.mean.dtype, memory_format=layout)
+        for start in range(0, len(images), CPU_CHUNK):
+            chunk = slice(start, start + CPU_CHUNK)
+            view[chunk] = self.transform(images[chunk], [tuple(value[chunk] for value in values) for values in params])
+        return view
+
+    def denormalize(self, view: Tensor) -> Tensor:
+        """A view (B, 3, S, S) as uint8 pixels, to look at."""
+        return _denormalize(view, self.normalize)
+
+
+class EvalView(nn.Module):
+    """The test transform: uint8 images (B, 3, H, W) -> float32 (B, 3, image_size, image_size), normalised.
+
+    The shorter side becomes `image_size * resize` pixels (256 for 224 in the authors' code), then the centre is cut.
+    """
+
+    def __init__(
+        self,
+        image_size: PositiveInt,
+        resize: Annotated[float, Field(ge=1)] = 256 / 224,
+        mean: RGB = IMAGENET_MEAN,
+        std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD,
+    ):
+        super().__init__()
+        self.image_size, self.resize = image_size, resize
+        self.normalize = Normalize(mean, std)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        from torchvision.transforms.v2 import functional as tv
+
+        images = tv.resize(images, [round(self.image_size * self.resize)], antialias=True)
+        images = tv.center_crop(images, [self.image_size, self.image_size])
+        return self.normalize.apply(images.to(self.normalize.mean.dtype).mul_(1 / 255))
+
+    def denormalize(self, view: Tensor) -> Tensor:
+        """A view (B, 3, S, S) as uint8 pixels, to look at."""
+        return _denormalize(view, self.normalize)
+
+
+def _denormalize(view: Tensor, normalize: Normalize) -> Tensor:
+    return (view.float() * normalize.std + normalize.mean).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _check_interval(name: str, interval: tuple[float, float], low: float, high: float) -> None:
+    if not low < interval[0] <= interval[1] <= high:
+        raise UserError(f"augmentation.{name} is {list(interval)}: give [low, high] with {low} < low <= high <= {high}")

@@ -1,0 +1,162 @@
+"""Work in chunks on worker processes that stay small.
+
+`multiprocessing` imports the main program again in every worker, which for us means torch in each of them: gigabytes on
+a machine with many cores. These workers import only what the task needs.
+"""
+
+import contextlib
+import logging
+import mmap
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, Pipe, wait
+from typing import Any
+
+from ssl_bench.errors import UserError
+
+log = logging.getLogger(__name__)
+
+CHUNK = 256  # images: a few MB of pixels in a worker, and thousands of chunks to balance
+LOG_SECONDS = 10
+
+
+def default_workers() -> int:
+    """The number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_chunks(
+    task: Callable[[int, int], Any], total: int, workers: int | None = None, title: str = ""
+) -> Iterator[tuple[int, int, Any]]:
+    """Yield (start, stop, task(start, stop)) for every chunk of range(total), as they finish, in any order.
+
+    `task` is pickled once; large numpy arrays in it are shared by all workers, not copied. An exception of the task is
+    raised here. Closing the iterator, or leaving it by an exception, ends the workers. Shows a progress bar.
+    """
+    chunks = [(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
+    count = min(workers or default_workers(), len(chunks))
+    processes: dict[Connection, subprocess.Popen] = {}
+    doing: dict[Connection, tuple[int, int]] = {}
+    with tempfile.TemporaryFile() as shared, _Progress(total, title) as progress:
+        buffers = []
+        job = pickle.dumps(task, protocol=5, buffer_callback=buffers.append)
+        sizes = [shared.write(buffer.raw()) for buffer in buffers]
+        shared.flush()
+        try:
+            for _ in range(count):
+                connection, process = _start(shared.fileno())
+                processes[connection] = process
+                connection.send((job, sizes))
+            waiting = iter(chunks)
+            for connection in processes:
+                _send(connection, next(waiting), doing)
+            while doing:
+                for connection in wait(list(doing)):
+                    chunk = doing.pop(connection)
+                    result = _receive(connection, processes[connection])
+                    if (following := next(waiting, None)) is not None:
+                        _send(connection, following, doing)
+                    progress.add(chunk[1] - chunk[0])
+                    yield *chunk, result
+        finally:
+            for connection, process in processes.items():
+                connection.close()
+                process.kill()
+                process.wait()
+
+
+def _start(shared: int) -> tuple[Connection, subprocess.Popen]:
+    ours, theirs = Pipe()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "ssl_bench.data.pool", str(theirs.fileno()), str(shared)],
+            pass_fds=(theirs.fileno(), shared),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the parent, which ends its workers
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        )
+    return ours, process
+
+
+def _send(connection: Connection, chunk: tuple[int, int], doing: dict[Connection, tuple[int, int]]) -> None:
+    doing[connection] = chunk
+    with contextlib.suppress(BrokenPipeError):  # a dead worker is noticed, with its exit status, by the receiver
+        connection.send(chunk)
+
+
+def _receive(connection: Connection, process: subprocess.Popen) -> Any:
+    try:
+        result = connection.recv()
+    except (EOFError, ConnectionResetError):
+        raise UserError(
+            f"a data worker ended with status {process.wait()} (-9 often means out of memory); "
+            "try fewer with data.workers=1"
+        ) from None
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+class _Progress:
+    """A bar on a terminal; a line in the log now and then elsewhere."""
+
+    def __init__(self, total: int, title: str):
+        from tqdm import tqdm
+
+        self.total, self.title, self.done = total, title, 0
+        self.began = self.logged = time.monotonic()
+        self.bar = tqdm(total=total, desc=title, unit=" images", disable=not sys.stderr.isatty())
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def add(self, count: int) -> None:
+        self.done += count
+        self.bar.update(count)
+        now = time.monotonic()
+        if self.bar.disable and now - self.logged > LOG_SECONDS:
+            self.logged, rate = now, self.done / (now - self.began)
+            left = (self.total - self.done) / rate
+            log.info("%s: %d of %d images, %.0f images/s, %.0f s left", self.title, self.done, self.total, rate, left)
+
+
+def work(connection: Connection, shared: int) -> None:
+    """The worker: one task, then chunks until the parent closes the pipe or is gone."""
+    job, sizes = connection.recv()
+    buffers = []
+    if any(sizes):
+        view = memoryview(mmap.mmap(shared, 0, access=mmap.ACCESS_READ))
+        for size in sizes:
+            buffers.append(view[:size])
+            view = view[size:]
+    else:
+        buffers = [b"" for _ in sizes]
+    task = pickle.loads(job, buffers=buffers)  # from our own parent, through a pipe
+    while True:
+        try:
+            chunk = connection.recv()
+        except EOFError:
+            return
+        try:
+            result = task(*chunk)
+        except (OSError, UserError) as error:
+            result = error
+        except Exception:
+            result = RuntimeError(f"in a data worker:\n{traceback.format_exc()}")
+        connection.send(result)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the parent is gone: end without a word
+    work(Connection(int(sys.argv[1])), int(sys.argv[2]))

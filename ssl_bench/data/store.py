@@ -1,0 +1,242 @@
+"""Images decoded once into one memory-mapped uint8 array, reused by every later run.
+
+    <cache>/<split.store_name>/images.npy    uint8 (N, H, W, 3)
+                               indices.npy   int64 (N,)  index in the split of each row
+                               meta.json     what was left out
+
+Labels stay with the split: two splits with the same pixels (pretrain and train of a labelled set) share one store.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ssl_bench.data.pool import run_chunks
+from ssl_bench.errors import UserError
+
+log = logging.getLogger(__name__)
+
+OnError = Literal["raise", "skip"]
+BLOCK = 256  # rows moved at once when gaps are closed
+
+
+@dataclass(frozen=True)
+class Split:
+    """A list of images that nobody has decoded yet."""
+
+    name: str  # "pretrain" | "train" | "val"
+    length: int
+    labels: np.ndarray | None  # int64 (length,); None when unlabelled
+    store_name: str  # a file name with a digest of all that decides the pixels: sources, image size
+    fingerprint: str  # hex digest of what decides pixels and labels
+    read: Callable[[int], np.ndarray]  # index -> uint8 (image_size, image_size, 3); picklable, for worker processes
+    where: Callable[[int], str]  # index -> the path or name to show a person
+
+
+@dataclass(frozen=True)
+class Store:
+    images: np.memmap  # uint8 (N, H, W, 3), read-only
+    labels: np.ndarray  # int64 (N,), -1 where unlabelled
+    indices: np.ndarray  # int64 (N,), index in the split of each row
+    directory: Path
+
+
+def default_cache() -> Path:
+    """$SSL_BENCH_CACHE/stores, or ~/.cache/ssl_bench/stores."""
+    return Path(os.environ.get("SSL_BENCH_CACHE") or "~/.cache/ssl_bench").expanduser() / "stores"
+
+
+def open_store(
+    split: Split,
+    image_size: int,
+    cache: str | Path | None = None,
+    workers: int | None = None,
+    on_error: OnError = "raise",
+) -> Store:
+    """The packed images of a split, packed now if they aren't yet. Processes that ask together pack once.
+
+    Raises UserError for an image that can't be decoded (unless on_error="skip": it is left out and logged), a file that
+    can't be read, a full disk.
+    """
+    root = Path(cache).expanduser() if cache else default_cache()
+    directory = root / split.store_name
+    if not directory.is_dir():
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(root)
+            with _lock(directory, wait=True):
+                if not directory.is_dir():
+                    _pack(split, image_size, directory, workers, on_error)
+        except OSError as error:
+            raise UserError(f"cannot pack '{split.name}' into {root} ({error}); data.cache= sets the folder") from error
+    store, skipped = _load(split, image_size, directory)
+    if skipped and on_error == "raise":
+        raise UserError(_complaint(split, skipped))
+    if skipped:
+        log.warning(
+            "'%s': %d of %d images are left out: %s", split.name, len(skipped), split.length, _names(split, skipped, 10)
+        )
+    return store
+
+
+def _lock(directory: Path, wait: bool):
+    """The right to write this store; without `wait`, filelock.Timeout when another process has it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(f"{directory}.lock")
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise
+    log.info("waiting for another process to pack %s", directory)
+    return lock.acquire()
+
+
+def _partial(directory: Path) -> Path:
+    return directory.with_name(directory.name + ".partial")
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Remove what killed packers left: a half-written store whose lock is free."""
+    from filelock import Timeout
+
+    for partial in root.glob("*.partial"):
+        try:
+            with _lock(partial.with_suffix(""), wait=False):
+                shutil.rmtree(partial, ignore_errors=True)
+        except Timeout:
+            pass  # being written now
+
+
+def _pack(split: Split, image_size: int, directory: Path, workers: int | None, on_error: OnError) -> None:
+    need, free = split.length * image_size * image_size * 3, shutil.disk_usage(directory.parent).free
+    if free < need + split.length * 8:
+        raise UserError(
+            f"packing '{split.name}' ({split.length} images) needs {need / 1e9:.1f} GB and {directory.parent} has "
+            f"{free / 1e9:.1f} GB free; set data.cache= to a folder on a larger disk"
+        )
+    log.info("packing '%s': %d images into %s", split.name, split.length, directory)
+    partial = _partial(directory)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        shape = (split.length, image_size, image_size, 3)
+        with open(partial / "images.npy", "wb") as file:
+            header = _write_header(file, shape)
+            file.truncate(header + need)
+        task = _Decode(split.read, str(partial / "images.npy"), header, shape[1:])
+        skipped: dict[int, str] = {}
+        results = run_chunks(task, split.length, workers, f"packing {split.name}")
+        try:
+            for _, _, bad in results:
+                skipped |= bad
+                if bad and on_error == "raise":
+                    raise UserError(_complaint(split, skipped))
+        finally:
+            results.close()
+        if len(skipped) == split.length:
+            raise UserError(
+                f"none of the {split.length} images of '{split.name}' can be decoded: {_names(split, skipped, 1)}"
+            )
+        keep = np.setdiff1d(np.arange(split.length), list(skipped)) if skipped else np.arange(split.length)
+        _keep_rows(partial / "images.npy", keep)
+        np.save(partial / "indices.npy", keep)
+        meta = {"split": split.name, "skipped": {str(index): skipped[index] for index in sorted(skipped)}}
+        (partial / "meta.json").write_text(json.dumps(meta))
+        for path in partial.iterdir():  # a crash of the machine must not leave a complete folder with incomplete files
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        partial.rename(directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@dataclass(frozen=True)
+class _Decode:
+    """Decode a chunk and write its rows in their place; return {index: reason} of the images that can't be decoded."""
+
+    read: Callable[[int], np.ndarray]
+    path: str
+    offset: int  # of row 0 in the file
+    shape: tuple[int, int, int]  # of an image
+
+    def __call__(self, start: int, stop: int) -> dict[int, str]:
+        rows = np.zeros((stop - start, *self.shape), np.uint8)
+        bad = {}
+        for index in range(start, stop):
+            try:
+                image = self.read(index)
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    # a missing file or a failing disk, not a bad image: PIL's own errors carry no errno
+                    raise UserError(
+                        f"cannot read an image ({error}); did the data change while they were packed?"
+                    ) from None
+                bad[index] = " ".join(str(error).split())[:200] or type(error).__name__
+                continue
+            assert image.shape == self.shape, f"image {index} is {image.shape}, not {self.shape}"
+            assert image.dtype == np.uint8, f"image {index} is {image.dtype}"
+            rows[index - start] = image
+        position, data = self.offset + start * rows[0].size, memoryview(rows).cast("B")
+        with open(self.path, "r+b", buffering=0) as file:
+            while data:  # a write may be short
+                written = os.pwrite(file.fileno(), data, position)
+                position, data = position + written, data[written:]
+        return bad
+
+
+def _write_header(file, shape: tuple[int, ...]) -> int:
+    """Write the .npy header of a uint8 array at the start of `file`; return its size in bytes."""
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return file.tell()
+
+
+def _keep_rows(path: Path, keep: np.ndarray) -> None:
+    """Keep only these rows (ascending) of an .npy file, in place."""
+    images = np.load(path, mmap_mode="r+")
+    if len(keep) == len(images):
+        return
+    for start in range(0, len(keep), BLOCK):  # never overtakes: keep[i] >= i
+        rows = keep[start : start + BLOCK]
+        images[start : start + len(rows)] = images[rows]
+    offset, row, shape = images.offset, images[0].size, (len(keep), *images.shape[1:])
+    images.flush()
+    with open(path, "r+b") as file:
+        assert _write_header(file, shape) == offset  # numpy pads the header so that the length may change
+        file.truncate(offset + len(keep) * row)
+
+
+def _load(split: Split, image_size: int, directory: Path) -> tuple[Store, dict[int, str]]:
+    try:
+        images = np.load(directory / "images.npy", mmap_mode="r")
+        indices = np.load(directory / "indices.npy")
+        skipped = {
+            int(index): why for index, why in json.loads((directory / "meta.json").read_text())["skipped"].items()
+        }
+        if images.shape != (len(indices), image_size, image_size, 3) or len(indices) + len(skipped) != split.length:
+            raise ValueError(f"{images.shape} does not fit")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"the packed images in {directory} are damaged ({error}); delete that folder to pack them again"
+        ) from error
+    labels = np.full(len(indices), -1, np.int64) if split.labels is None else split.labels[indices]
+    return Store(images, labels, indices, directory), skipped
+
+
+def _names(split: Split, bad: dict[int, str], most: int) -> str:
+    names = [f"{split.where(index)} ({bad[index]})" for index in sorted(bad)[:most]]
+    return ", ".join(names) + (f", and {len(bad) - most} more" if len(bad) > most else "")
+
+
+def _complaint(split: Split, bad: dict[int, str]) -> str:
+    return f"cannot decode {_names(split, bad, 3)}; mend or remove, or leave such images out with data.on_error=skip"

@@ -1,0 +1,106 @@
+"""One stage, in as many processes as it wants."""
+
+import json
+import logging
+import os
+import tempfile
+import uuid
+from functools import partial
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from ssl_bench import build
+from ssl_bench.errors import Interrupted, UserError
+
+log = logging.getLogger(__name__)
+
+
+def launch(cfg: DictConfig) -> dict[str, float]:
+    """Run cfg's stage: in this process, in `cfg.devices` new ones, or as one of those that torchrun or srun started."""
+    from ssl_bench import distributed
+
+    single = getattr(build.locate(cfg.stage._target_, "stage"), "single_process", False)
+    if cfg.devices > 1 and distributed.launched() is None and not single:
+        return _spawn(cfg)
+    return _run(cfg)
+
+
+def _run(cfg: DictConfig) -> dict[str, float]:
+    import torch
+
+    from ssl_bench import distributed
+    from ssl_bench.run import Run
+
+    world = distributed.launched() or distributed.World(0, 0, 1, 1)
+    device = build.pick_device(cfg.device, world.local_rank)
+    if device.type == "cpu" and world.local_size > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    torch.set_float32_matmul_precision("high" if cfg.precision == "tf32" else "highest")
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    tracker = partial(build.construct, cfg.tracking, directory=Path(cfg.dir or "."), config=plain)
+    with distributed.process_group(device), Run(plain, device, tracker) as run:
+        if run.summary is not None:
+            log.info("%s is finished already; delete it, or choose another dir=, to run it again", cfg.dir)
+            return run.summary
+        run.finish(build.construct(cfg.stage, cfg=cfg, run=run))
+        return run.summary
+
+
+def _spawn(cfg: DictConfig) -> dict[str, float]:
+    """`cfg.devices` ranks on this machine, by torch's elastic launcher."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=cfg.devices,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.2,
+        start_method="spawn",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            results = elastic_launch(settings, _rank)(OmegaConf.to_yaml(cfg, resolve=True), folder)
+        except ChildFailedError as error:
+            for message in sorted(Path(folder).glob("*.json")):
+                raise UserError(json.loads(message.read_text())) from None
+            raise RuntimeError(f"a process failed: {error.format_msg()}") from None
+    return results[0]
+
+
+def _rank(config: str, folder: str) -> dict[str, float]:
+    from ssl_bench import distributed
+    rank = distributed.launched().rank
+    set_up_logging(quiet=rank > 0)
+    try:
+        return _run(OmegaConf.create(config))
+    except UserError as error:
+        # Told by file: of a child's exception the launcher passes on only text meant for developers.
+        Path(folder, f"{rank}.json").write_text(json.dumps(str(error)))
+        raise SystemExit(2) from None
+    except Interrupted as stop:
+        raise SystemExit(128 + stop.signum) from None
+
+
+def set_up_logging(quiet: bool = False) -> None:
+    """Log lines of ours to stderr, above a progress bar where there is one. quiet: warnings only."""
+    handler = _Console()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger = logging.getLogger("ssl_bench")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.DEBUG)
+
+
+class _Console(logging.StreamHandler):
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=self.stream)

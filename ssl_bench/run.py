@@ -1,0 +1,232 @@
+"""A run: its directory, device, metrics, tracker and checkpoint. Opened and closed in one place."""
+
+import json
+import logging
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import filelock
+import torch
+import yaml
+from tqdm import tqdm
+
+from ssl_bench import distributed
+from ssl_bench.checkpoint import Checkpoint, complete
+from ssl_bench.errors import Interrupted, UserError
+from ssl_bench.seeding import fold
+from ssl_bench.tracking import MetricsFile, Tracker
+
+log = logging.getLogger(__name__)
+
+# A run may continue when these differ: they don't change what it computes, only where, how fast, and what is shown.
+FREE_KEYS = ("dir", "sweep", "tracking", "device", "devices", "log_every", "save_every", "eval_every", "data.root")
+FREE_KEYS += ("data.cache", "data.workers", "runs", "launcher")
+
+
+class Run:
+    """`directory=None` is a stage that leaves nothing behind: no files, no tracker.
+
+    config: the resolved configuration as plain data. make_tracker: called on rank 0 once the directory is known good.
+    """
+
+    def __init__(self, config: dict, device: torch.device, make_tracker: Callable[[], Tracker]) -> None:
+        self.directory = Path(config["dir"]) if config["dir"] else None
+        self.device = device
+        self.is_main = distributed.rank() == 0
+        self.summary: dict | None = None  # final metrics of a run that ended before
+        self._config = config
+        self._make_tracker = make_tracker
+        self.status = "failed"  # until the stage is through
+        self._signum = 0
+
+    # -- opening and closing ------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> "Run":
+        with ExitStack() as stack:
+            if self.directory is not None:
+                self._open(self.directory, stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if kind is not None:
+            log.debug("%s", error or kind.__name__)  # for log.txt; the console hears it from `train.main`
+            self.status = "preempted" if kind is Interrupted else "failed"
+        self._stack.close()
+
+    def _open(self, directory: Path, stack: ExitStack) -> None:
+        identity = str(fold(json.dumps(_identity(self._config), sort_keys=True)))
+        self.checkpoint = Checkpoint(directory, identity)
+        if self.is_main:
+            stack.enter_context(self._claim(directory))
+        distributed.barrier()
+        if (done := directory / "summary.json").exists():
+            self.summary = json.loads(done.read_text())
+            return
+        if self.is_main:
+            _write(directory / "environment.json", json.dumps(environment(), indent=2))
+            stack.enter_context(_log_to(directory / "log.txt"))
+            self.metrics = MetricsFile(directory / "metrics.jsonl")
+            stack.callback(self.metrics.close)
+            self.tracker = self._make_tracker()
+            stack.callback(lambda: self.tracker.close(self.status, self.summary or {}))
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                stack.callback(signal.signal, signum, signal.signal(signum, self._on_signal))
+
+    def finish(self, summary: dict) -> None:
+        """The stage is through. What it returns is the run's result, and marks it as done."""
+        self.summary, self.status = summary, "finished"
+        if self.directory and self.is_main:
+            _write(self.directory / "summary.json", json.dumps(summary, indent=2))
+
+    def _claim(self, directory: Path) -> filelock.BaseFileLock:
+        """The lock of the directory, which is held here from now on; or why it can't be had."""
+        known = directory / "config.yaml"
+        if known.exists() and (complete(directory) or (directory / "summary.json").exists()):
+            before, now = _identity(yaml.safe_load(known.read_text())), _identity(self._config)
+            differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+            if differing:
+                shown = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in differing[:8])
+                raise UserError(
+                    f"dir={directory} holds a run with another configuration: {shown}. Choose another dir=, or delete it"
+                )
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(directory / ".lock", timeout=60)  # the system frees it with the process
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise UserError(f"dir={directory} is in use by another process: wait, or choose another dir=") from None
+        _write(known, yaml.safe_dump(self._config, sort_keys=False))
+        return lock
+
+    def _on_signal(self, signum: int, frame: object) -> None:
+        if self._signum == signal.SIGINT == signum:  # pressed twice: now
+            raise KeyboardInterrupt
+        self._signum = signum
+        log.info("%s: stopping after this step", signal.Signals(signum).name)
+
+    # -- while it runs ------------------------------------------------------------------------------------------------
+
+    def every(self, what: str, step: int) -> bool:
+        """Is it time to "log", "save" (steps) or "eval" (epochs, given as steps by `steps_per`)?"""
+        interval = self._config[f"{what}_every"]
+        return bool(interval) and step % interval == 0
+
+    def stopping(self, step: int) -> bool:
+        """Did a signal arrive, on any rank? Several ranks ask each other only when they log, since it costs a sync."""
+        if distributed.world_size() == 1 or self.every("log", step):
+            return distributed.any_rank(self._signum != 0)
+        return False
+
+    def restore(self, **state: object) -> int:
+        """Load the newest checkpoint; what was logged after it is forgotten, since it will be logged again."""
+        step = self.checkpoint.restore(**state)
+        if self.is_main:
+            self.metrics.truncate(step)
+            if step:
+                log.info("continuing after step %s", f"{step:,}")
+        return step
+
+    def save(self, step: int, **state: object) -> None:
+        if self.is_main:
+            self.checkpoint.save(step, **state)
+
+    def interrupt(self, step: int) -> None:
+        raise Interrupted(self._signum or signal.SIGTERM, step)
+
+    def log(self, step: int, line: dict[str, float]) -> None:
+        if self.is_main:
+            self.metrics.log(step, line)
+            self.tracker.log(step, line)
+            log.info("step %s  %s", f"{step:,}", "  ".join(f"{key} {_short(value)}" for key, value in line.items()))
+
+    def log_image(self, step: int, name: str, path: Path) -> None:
+        if self.is_main:
+            self.tracker.log_image(step, name, path)
+
+    def last_line(self) -> dict[str, float]:
+        """The newest log line, on rank 0."""
+        lines = MetricsFile.read(self.metrics.path) if self.is_main else []
+        return {key: value for key, value in lines[-1].items() if key != "step"} if lines else {}
+
+    def progress(self, steps: Iterable, start: int, total: int) -> Iterator:
+        """A bar with rate and time left, where somebody watches."""
+        watched = self.is_main and sys.stderr.isatty()
+        title = str(self._config["stage"]["name"])
+        return tqdm(steps, title, total, initial=start, disable=not watched, unit="step", dynamic_ncols=True)
+
+
+def environment() -> dict:
+    """What a result depends on besides its configuration."""
+    import importlib.util
+
+    package = Path(importlib.util.find_spec("ssl_bench").origin).parent
+
+    def git(*command: str) -> str:
+        result = subprocess.run(["git", "-C", package, *command], capture_output=True, text=True)
+        return result.stdout.strip()
+
+    packages = ("ssl_bench", "torch", "torchvision", "hydra-core", "omegaconf", "numpy", "pydantic", "wandb", "pillow")
+    return {
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_dirty": bool(git("status", "--porcelain")),
+        "world_size": distributed.world_size(),
+        "cpu_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def _identity(config: dict) -> dict:
+    """Flat {key: value} of what decides the result of a run."""
+    flat: dict = {}
+
+    def walk(node: object, path: str) -> None:
+        if any(path == key or path.startswith(key + ".") for key in FREE_KEYS):
+            return
+        if isinstance(node, dict):
+            for key, value in node.items():
+                walk(value, f"{path}.{key}" if path else str(key))
+        else:
+            flat[path] = node
+
+    walk(config, "")
+    return flat
+
+
+@contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logging.getLogger("ssl_bench").addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("ssl_bench").removeHandler(handler)
+        handler.close()
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text + "\n")
+    partial.replace(path)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

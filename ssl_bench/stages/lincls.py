@@ -1,0 +1,75 @@
+"""Stage lincls: linear classification of frozen features."""
+
+import hashlib
+import logging
+
+import numpy as np
+from omegaconf import DictConfig
+from pydantic import PositiveFloat, PositiveInt
+from torch import nn
+
+from ssl_bench import build, distributed, interop
+from ssl_bench.augment.views import EvalView
+from ssl_bench.engine import evaluate
+from ssl_bench.errors import UserError
+from ssl_bench.probe import LinearProbe
+from ssl_bench.run import Run
+from ssl_bench.seeding import fold
+from ssl_bench.stages.training import check_batch, normalization, on_device, open_source, seed_init, train
+
+log = logging.getLogger(__name__)
+
+
+def lincls(
+    cfg: DictConfig,
+    run: Run,
+    labels_per_class: PositiveInt | None = None,
+    normalize: bool = False,
+    test_resize: PositiveFloat = 256 / 224,
+) -> dict[str, float]:
+    """The protocol of main_lincls.py. Returns top-1 and top-5 (percent) on the val split after the last epoch."""
+    data = build.construct(cfg.data)
+    split = data.split("train")
+    data.split("val")
+    subset = None if labels_per_class is None else few_labels(split.labels, labels_per_class, cfg.seed)
+    check_batch(cfg, split.length if subset is None else len(subset))
+    seed_init(cfg)
+    backbone = build.construct(cfg.backbone)
+    if cfg.pretrained is None:
+        log.info("pretrained=null: the backbone stays as initialised")
+    else:
+        loaded = interop.load_backbone(backbone, cfg.pretrained)
+        log.info("loaded %s tensors of the backbone from %s (%s layout)", *loaded[1:2], loaded.source, loaded.layout)
+        if loaded.left_out:
+            log.info("left out %s others: %s", len(loaded.left_out), ", ".join(loaded.left_out[:6]))
+    probe = on_device(LinearProbe(backbone, data.num_classes, normalize), run)
+    views = build.construct(cfg.augmentation).to(run.device)
+    test_view = EvalView(data.image_size, test_resize, *normalization(cfg)).to(run.device)
+    source = open_source(cfg, run, data.open("train"), subset)
+    test = open_source(cfg, run, data.open("val"))
+
+    before = digest(backbone)
+    result = train(cfg, run, probe, source, views, lambda: evaluate(probe, test.epoch_pass(), test_view))
+    assert digest(backbone) == before, "the frozen backbone changed"
+    return result
+
+
+def few_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
+    """Sorted positions of `per_class` images of each class, drawn by seed. labels (N,)."""
+    chosen = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        if len(members) < per_class:
+            raise UserError(f"stage.labels_per_class={per_class}: class {label} has only {len(members)} images")
+        rng = np.random.default_rng(fold(seed, "labels", int(label)))
+        chosen.append(rng.choice(members, per_class, replace=False))
+    return np.sort(np.concatenate(chosen))
+
+
+def digest(module: nn.Module) -> str:
+    """Of every parameter and buffer."""
+    whole = hashlib.blake2b()
+    for key, value in module.state_dict().items():
+        whole.update(key.encode())
+        whole.update(value.cpu().contiguous().numpy().tobytes())
+    return whole.hexdigest()

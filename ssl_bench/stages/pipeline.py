@@ -1,0 +1,89 @@
+"""Stage pipeline: pretrain, classify what was learnt beside its baselines, and show both."""
+
+import logging
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+from pydantic import NonNegativeInt
+
+from ssl_bench import build, interop, report
+from ssl_bench.augment.draws import keys
+from ssl_bench.augment.views import EvalView
+from ssl_bench.engine import extract
+from ssl_bench.launch import launch
+from ssl_bench.run import Run
+from ssl_bench.stages.training import normalization, on_device, open_source
+from ssl_bench.tracking import MetricsFile
+
+log = logging.getLogger(__name__)
+
+# What an evaluation shares with the pretraining it follows, unless its own overrides say otherwise.
+SHARED = ("data", "backbone", "tracking", "device", "devices", "precision")
+
+
+def pipeline(
+    cfg: DictConfig, run: Run, protocol: list[str], rows: dict[str, list[str]], seeds: list[NonNegativeInt]
+) -> dict[str, float]:
+    """Pretrain by cfg, then `stage=lincls` with the overrides `protocol`, those of each row, and each seed.
+
+    Every run has a directory below the pipeline's and continues by itself. Returns each row's mean top-1 (percent).
+    """
+    pretraining = _with(cfg, dir=f"{cfg.dir}/pretrain", stage=hydra.compose("config", ["stage=pretrain"]).stage)
+    evaluations = {
+        name: [_evaluation(cfg, name, [*protocol, *overrides], seed) for seed in seeds]
+        for name, overrides in rows.items()
+    }
+    for member in [pretraining, *sum(evaluations.values(), [])]:
+        build.check(member)  # all of it, before any of it takes time
+    launch(pretraining)
+    results: dict[str, list[float]] = {}
+    for name, members in evaluations.items():
+        results[name] = [launch(member).get("val_top1", 0.0) for member in members]
+        log.info("%s: top-1 %s", name, ", ".join(f"{value:.1f}" for value in results[name]))
+    if run.is_main:
+        picture = run.directory / "overview.png"
+        draw(cfg, run, evaluations, results, picture)
+        print(f"\n{report.table(results, 'top-1')}\n\npicture: {picture}")
+    return {f"{name} top-1": report.mean_std(values)[0] for name, values in results.items()}
+
+
+pipeline.single_process = True  # its members start their own
+
+
+def _evaluation(cfg: DictConfig, name: str, overrides: list[str], seed: int) -> DictConfig:
+    member = hydra.compose("config", ["stage=lincls", *overrides])
+    own = {override.partition("=")[0].partition(".")[0].lstrip("+") for override in overrides}
+    shared = {key: cfg[key] for key in SHARED if key not in own}
+    return _with(member, seed=seed, dir=f"{cfg.dir}/{build.slug(name)}/seed{seed}", **shared)
+
+
+def _with(cfg: DictConfig, **nodes: object) -> DictConfig:
+    """A copy with other nodes in place of its own."""
+    changed = OmegaConf.create(OmegaConf.to_container(cfg))
+    with open_dict(changed):
+        for key, node in nodes.items():
+            changed[key] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    return changed
+
+
+def draw(
+    cfg: DictConfig, run: Run, evaluations: dict[str, list[DictConfig]], results: dict[str, list[float]], path: Path
+) -> None:
+    """overview.png: curves, accuracies, augmented views, and a map of the pretrained features of the test split."""
+    data = build.construct(cfg.data)
+    train_images, test = (open_source(cfg, run, data.open(split)) for split in ("pretrain", "val"))
+    views = build.construct(cfg.augmentation).to(run.device)
+    images, _, indices = next(train_images.epoch_pass())
+    shown = torch.stack([views.denormalize(view) for view in views(images[:8], keys(cfg.seed, 0, indices[:8]))])
+    backbone = build.construct(cfg.backbone)
+    interop.load_backbone(backbone, f"{cfg.dir}/pretrain")
+    test_view = EvalView(data.image_size, 1.0, *normalization(cfg))
+    features, labels = extract(on_device(backbone, run).eval(), test.epoch_pass(), test_view.to(run.device))
+    curves = {"pretraining": MetricsFile.read(run.directory / "pretrain" / "metrics.jsonl")}
+    for name, members in evaluations.items():
+        curves[name] = MetricsFile.read(Path(members[0].dir) / "metrics.jsonl")
+    title = f"{cfg.method.name}, {cfg.backbone.name}, {cfg.data.name}"
+    originals = images[None, :8]
+    report.overview(path, title, curves, torch.cat([originals, shown]).cpu(), features.numpy(), labels.numpy(), results)

@@ -1,0 +1,100 @@
+"""What the stages that train have in common."""
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from ssl_bench import build, distributed
+from ssl_bench.augment.views import Views
+from ssl_bench.data.source import HostSource
+from ssl_bench.data.store import Store
+from ssl_bench.engine import fit
+from ssl_bench.errors import UserError
+from ssl_bench.methods.base import Method
+from ssl_bench.run import Run
+from ssl_bench.seeding import fold, seed_torch
+
+log = logging.getLogger(__name__)
+
+
+def check_batch(cfg: DictConfig, num_images: int) -> int:
+    """Images of a batch on each process; UserError where the batch doesn't fit the dataset or the processes."""
+    if cfg.batch_size > num_images:
+        raise UserError(
+            f"batch_size={cfg.batch_size} is larger than the dataset ({num_images:,} training images): "
+            f"choose at most batch_size={num_images}"
+        )
+    processes = distributed.world_size()
+    if cfg.batch_size % processes:
+        raise UserError(f"batch_size={cfg.batch_size} is global, and can't be divided among {processes} processes")
+    return cfg.batch_size // processes
+
+
+def seed_init(cfg: DictConfig) -> None:
+    """Every initial weight follows from `seed`, on any device: modules are made on the CPU."""
+    seed_torch(fold(cfg.seed, "init"), torch.device("cpu"))
+
+
+def open_source(cfg: DictConfig, run: Run, store: Store, subset: np.ndarray | None = None) -> HostSource:
+    return HostSource(
+        store.images,
+        store.labels,
+        store.indices,
+        cfg.batch_size,
+        cfg.seed,
+        run.device,
+        distributed.rank(),
+        distributed.world_size(),
+        subset,
+    )
+
+
+def train(
+    cfg: DictConfig,
+    run: Run,
+    model: Method,
+    source: HostSource,
+    views: Views,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+) -> dict[str, float]:
+    """`fit` as the configuration says."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = build.construct(cfg.optimizer, params=trained, batch_size=cfg.batch_size)
+    log.info(
+        "%s images, %s steps an epoch, batch %s on %s x %s, lr %.4g, %.1f M trained parameters, in %s",
+        f"{source.num_images:,}",
+        f"{source.steps_per_epoch:,}",
+        cfg.batch_size,
+        distributed.world_size(),
+        run.device,
+        optimizer.param_groups[0]["lr"],
+        sum(parameter.numel() for parameter in trained) / 1e6,
+        run.directory,
+    )
+    if cfg.compile:
+        model.compile()
+    return fit(
+        model,
+        optimizer,
+        build.construct(cfg.schedule),
+        source,
+        views,
+        run,
+        epochs=cfg.epochs,
+        seed=cfg.seed,
+        precision=cfg.precision,
+        evaluate=evaluate,
+    )
+
+
+def on_device(module: nn.Module, run: Run) -> nn.Module:
+    return module.to(run.device, memory_format=torch.channels_last)
+
+
+def normalization(cfg: DictConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of the training views, which the test images must share."""
+    return tuple(cfg.augmentation.mean), tuple(cfg.augmentation.std)

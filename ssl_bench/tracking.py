@@ -1,0 +1,290 @@
+"""Metrics: `metrics.jsonl` is the truth; a tracker mirrors it to a dashboard and may fail without hurting the run."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from ssl_bench.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_SECRET = re.compile(r"(^|_)(api_?key|access_?key|token|password|passwd|secret|credentials?)$", re.IGNORECASE)
+
+
+class MetricsFile:
+    """Append-only JSON lines, `{"step": int, name: float, ...}`, one write() each: a kill tears the last one at most.
+
+    NaN and infinities are written as Python's json does (`NaN`, `Infinity`) and read back as the same floats.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._open()
+        self._file.truncate(_complete(self.path.read_bytes()))  # else the next line would be glued to a torn one
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        assert "step" not in metrics
+        row = {"step": step} | {name: x if isinstance(x, int) else float(x) for name, x in metrics.items()}
+        self._file.write(json.dumps(row).encode() + b"\n")  # unbuffered
+
+    def truncate(self, step: int) -> None:
+        """Keep the complete lines up to and with `step`, atomically: for a restart from that step's checkpoint."""
+        kept = [row for row in self.read(self.path) if row["step"] <= step]
+        _replace(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file.close()
+        self._open()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _open(self) -> None:
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - held for the run
+
+    @staticmethod
+    def read(path: str | Path) -> list[dict[str, Any]]:
+        """All complete lines; a last one without its newline is ignored. UserError names any other broken line."""
+        data = Path(path).read_bytes()
+        rows = []
+        for number, line in enumerate(data[: _complete(data)].splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                assert isinstance(row["step"], int)
+            except (ValueError, TypeError, KeyError, AssertionError):
+                raise UserError(
+                    f"{path}, line {number} is not a JSON object with a step: {line[:60]!r}; delete that line"
+                ) from None
+            rows.append(row)
+        return rows
+
+
+class Tracker(Protocol):
+    """What mirrors a run elsewhere. Constructed on rank 0 only."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def log_image(self, step: int, name: str, path: str | Path) -> None: ...
+    def log_checkpoint_file(self, path: str | Path) -> None: ...
+    def close(self, status: str, summary: Mapping[str, float]) -> None: ...
+
+
+class NoTracker:
+    """`tracking=local`: the run directory only. Takes what every tracker is given, and needs none of it."""
+
+    def __init__(self, *, directory: Path | None = None, config: dict[str, Any] | None = None):
+        pass
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def log_image(self, step: int, name: str, path: str | Path) -> None:
+        pass
+
+    def log_checkpoint_file(self, path: str | Path) -> None:
+        pass
+
+    def close(self, status: str, summary: Mapping[str, float]) -> None:
+        pass
+
+
+class WandbTracker:
+    """Mirrors a run to Weights & Biases; never prompts, never hangs, never stops the run once it has begun.
+
+    `mode=auto` is $WANDB_MODE if set, else online with an API key (environment, netrc or W&B settings), else offline.
+    Online without an answer within 20 s goes on offline. The id in `<directory>/wandb_id` makes a restart continue the
+    same W&B run. None for `group` and `name` means the run directory's parent (seeds of one experiment) and parent/own.
+    `directory` (the run's) and `config` (plain, resolved) come from the caller; `rebuilt` from `rebuild`.
+    UserError: mode=online without an API key, a malformed key, an unknown $WANDB_MODE.
+    """
+
+    def __init__(
+        self,
+        project: str = "ssl_bench",
+        entity: str | None = None,
+        group: str | None = None,
+        job_type: str | None = None,
+        name: str | None = None,
+        tags: tuple[str, ...] = (),
+        mode: Literal["auto", "online", "offline"] = "auto",
+        log_checkpoint: bool = False,
+        *,
+        directory: Path,
+        config: dict[str, Any],
+        rebuilt: bool = False,
+    ):
+        self.directory = Path(directory).resolve()
+        self.log_checkpoint = log_checkpoint
+        self._rebuilt = rebuilt
+        self._files = self.directory / "wandb-synced" if rebuilt else self.directory
+        self._files.mkdir(parents=True, exist_ok=True)
+        # W&B reports on itself unless told not to; behind a firewall that drops packets, those reports hold up the exit
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        import wandb
+
+        machine = {"x_disable_stats": True, "x_disable_machine_info": True, "disable_git": True} if rebuilt else {}
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            init_timeout=20,  # s; the default, 90, holds a node for nothing
+            finish_timeout=300,  # s; by default a finish without network waits for ever
+            x_transaction_log_flush_interval=2,  # s; at the default, 15, a killed run loses its tail
+            **machine,  # a rebuilt run must not carry the machine and commit it was rebuilt on
+        )
+        arguments = dict(
+            project=project,
+            entity=entity,
+            group=group or self.directory.parent.name,
+            job_type=job_type,
+            name=name or f"{self.directory.parent.name}/{self.directory.name}",
+            tags=list(tags),
+            config=_redact(config),
+            id=_run_id(self.directory),
+            resume="allow",
+            dir=str(self._files),
+            settings=settings,
+        )
+        wandb.finish()  # a run left open (by a sweep's last member) blocks login(), and init() would hand it out again
+        mode = _choose_mode(mode)
+        try:
+            self._run = wandb.init(mode=mode, **arguments)
+        except wandb.Error as error:
+            if mode != "online":
+                raise
+            log.warning("W&B cannot be reached (%s); this run is tracked offline", str(error).splitlines()[0])
+            wandb.teardown()  # its service still holds the id of the failed attempt
+            mode = "offline"
+            self._run = wandb.init(mode=mode, **arguments)
+        log.info("W&B %s: %s", mode, self._run.url if mode == "online" else self._files / "wandb")
+        self._run.define_metric("images_seen")
+        self._run.define_metric("epoch")
+        self._run.define_metric("*", step_metric="epoch")  # an axis for every batch size; the step stays at hand
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._mirror(lambda run: run.log(dict(metrics), step=step))
+
+    def log_image(self, step: int, name: str, path: str | Path) -> None:
+        import wandb
+
+        self._mirror(lambda run: run.log({name: wandb.Image(str(path))}, step=step))
+
+    def log_checkpoint_file(self, path: str | Path) -> None:
+        """Keep the file as a model artifact, if `log_checkpoint`. W&B stages a copy: below the run's own directory."""
+        if not self.log_checkpoint:
+            return
+        ours = "WANDB_DATA_DIR" not in os.environ
+        if ours:
+            os.environ["WANDB_DATA_DIR"] = str(self._files / "wandb")
+        try:
+            self._mirror(lambda run: run.log_artifact(str(path), name=f"checkpoint-{run.id}", type="model"))
+        finally:
+            if ours:
+                del os.environ["WANDB_DATA_DIR"]
+
+    def close(self, status: str, summary: Mapping[str, float]) -> None:
+        """`status` "finished" is a success, "preempted" is what will be continued, anything else a failure."""
+
+        def finish(run):
+            run.summary.update(dict(summary))
+            if status == "preempted":
+                run.mark_preempting()
+            run.finish(exit_code=0 if status == "finished" else 1)
+
+        self._mirror(finish)
+        self._run = None
+
+    def _mirror(self, call: Callable[[Any], None]) -> None:
+        if self._run is None:
+            return
+        try:
+            call(self._run)
+        except Exception as error:  # the mirror's trouble, of any kind, is not the run's: metrics.jsonl goes on
+            if self._rebuilt:
+                raise
+            self._run = None
+            log.warning("W&B stopped (%r); later: ssl-bench stage=sync runs=%s", error, self.directory)
+
+
+def rebuild(run_dir: str | Path, settings: Mapping[str, Any] | None = None) -> None:
+    """Write one whole W&B run from `metrics.jsonl`, `config.yaml`, `summary.json` and `*.png` of a run directory.
+
+    It keeps the run's id and replaces `<run_dir>/wandb-synced`, which nothing else writes; everything else there stays.
+    Without `summary.json` the run counts as failed. `settings`: arguments of WandbTracker; None: the run's own, else
+    the defaults, in either case online if logged in.
+    """
+    import yaml
+
+    run_dir = Path(run_dir)
+    rows = MetricsFile.read(run_dir / "metrics.jsonl")
+    config_file, summary_file = run_dir / "config.yaml", run_dir / "summary.json"
+    config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
+    finished = summary_file.is_file()
+    summary = json.loads(summary_file.read_text()) if finished else {}
+    if settings is None:
+        own = config.get("tracking") or {}  # tracking=local has none of these
+        settings = {key: own[key] for key in ("project", "entity", "group", "name", "tags") if key in own}
+    stage = (config.get("stage") or {}).get("name")
+    shutil.rmtree(run_dir / "wandb-synced", ignore_errors=True)
+    tracker = WandbTracker(**{**settings, "job_type": stage}, directory=run_dir, config=config, rebuilt=True)
+    step = 0
+    for row in rows:
+        step = row.pop("step")
+        tracker.log(step, row)
+    for image in sorted(run_dir.glob("*.png")):
+        tracker.log_image(step, image.stem, image)
+    tracker.close("finished" if finished else "failed", summary)
+
+
+def _choose_mode(mode: str) -> str:
+    import wandb
+
+    asked = f"tracking.mode={mode}"
+    if mode == "auto" and (mode := os.environ.get("WANDB_MODE") or "auto") != "auto":
+        asked = f"WANDB_MODE={mode}"
+        if mode not in (choices := ("online", "offline", "disabled")):
+            raise UserError(f"{asked} is unknown; unset it or choose from {', '.join(choices)}")
+    if mode in ("offline", "disabled"):
+        return mode
+    wandb.setup(wandb.Settings(silent=True))  # or login() reports on stderr, and asks the server who the user is
+    try:
+        logged_in = wandb.login(prompt=False, verify=False)
+    except wandb.errors.AuthenticationError as error:
+        raise UserError(f"{str(error).rstrip('.')}; run `wandb login`, or add tracking.mode=offline") from None
+    if mode == "online" and not logged_in:
+        raise UserError(f"{asked}, but W&B has no API key; run `wandb login`, or add tracking.mode=offline")
+    return "online" if logged_in else "offline"
+
+
+def _run_id(directory: Path) -> str:
+    path = directory / "wandb_id"
+    if not path.is_file():
+        _replace(path, uuid.uuid4().hex[:8] + "\n")
+    return path.read_text().strip()
+
+
+def _redact(node: Any) -> Any:
+    """The config with every string under a key that names a secret starred out."""
+    if isinstance(node, dict):
+        return {
+            key: "***" if isinstance(value, str) and _SECRET.search(str(key)) else _redact(value)
+            for key, value in node.items()
+        }
+    return [_redact(item) for item in node] if isinstance(node, list | tuple) else node
+
+
+def _complete(data: bytes) -> int:
+    """Length of the part that ends in a newline."""
+    return data.rfind(b"\n") + 1
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,136 @@
+"""`ssl-bench`: the one command. Composes the configuration, checks it, and hands it to its stage."""
+
+import argparse
+import os
+import re
+import sys
+from hashlib import blake2b
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ssl_bench import build
+from ssl_bench.errors import Interrupted, UserError
+from ssl_bench.launch import launch, set_up_logging
+
+
+def run_dir(default: str) -> str:
+    """Resolver of `dir`: the stage's own directory, or for a member of a sweep one named after its overrides."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return default
+    overrides = sorted(HydraConfig.get().overrides.task)
+    readable = build.slug(",".join(override.rpartition(".")[2] for override in overrides))
+    digest = blake2b("\n".join(overrides).encode(), digest_size=4).hexdigest()
+    return os.path.join(HydraConfig.get().sweep.dir, f"{readable}-{digest}")
+
+
+OmegaConf.register_new_resolver("slug", build.slug, replace=True)
+OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://ssl_bench.conf", config_name="config")
+def run(cfg: DictConfig) -> dict[str, float]:
+    try:
+        build.check(cfg)
+        return launch(cfg)
+    except UserError as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # Hydra says which member it was, and goes on with the others
+        fail(error)
+
+
+def fail(error: Exception) -> NoReturn:
+    print(f"ssl-bench: {_message(error)}", file=sys.stderr)
+    sys.exit(2)
+
+
+class Check(Callback):
+    """Checks every member of a sweep before the first one starts."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        if not config.hydra.launcher._target_.endswith("BasicLauncher"):
+            fail(UserError("hydra/launcher is for sweeps, and would be ignored here: add -m, or choose a launcher="))
+
+    def on_multirun_start(self, config: DictConfig, config_name: str | None = None, **_: Any) -> None:
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
+            return  # its members are not known beforehand
+        params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+        overrides = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
+        problems = []
+        for batch in BasicSweeper.split_arguments(overrides, max_batch_size=None):
+            for member in batch:
+                try:
+                    composer = GlobalHydra.instance().hydra
+                    cfg = composer.compose_config(config_name, list(member), RunMode.RUN, with_log_configuration=False)
+                    build.check(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]))
+                except (UserError, HydraException, OmegaConfBaseException) as error:
+                    problems.append(f"{' '.join(member)}: {_message(error)}")
+        if problems:  # Hydra only warns of a callback's exceptions
+            print("ssl-bench: nothing was started.", *problems, sep="\n", file=sys.stderr)
+            sys.exit(2)
+
+
+def main() -> None:
+    """Console entry. A person's mistake is one line and exit code 2; a bug keeps its traceback."""
+    set_up_logging()
+    sys.path.insert(0, os.getcwd())  # a user's own methods, as `python -m` has it
+    wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets exceptions through, and the wording is ours
+    try:
+        run()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if wants_trace:
+            raise
+        fail(error)
+    except Interrupted as stop:
+        print(f"ssl-bench: {stop}; the same command continues", file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _message(error: Exception) -> str:
+    """What Hydra says in paragraphs, in a line."""
+    text = str(error)
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+        return build.unknown("choice", f"{group}={choice}", [f"{group}={option}" for option in error.options])
+    if unknown := re.search(r"Could not override '([^']+)'", text):
+        return build.unknown("key", unknown[1], _siblings(unknown[1]))
+    cause = str(error.__cause__).splitlines()[0] if error.__cause__ else ""
+    return ": ".join(filter(None, [text.splitlines()[0], cause]))
+
+
+def _siblings(key: str) -> list[str]:
+    """The keys that stand where the unknown `key` was looked for, under the other choices of the command line."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config-dir", "-cd")
+    own, words = parser.parse_known_args()
+    search = [f"hydra.searchpath=[file://{os.path.abspath(own.config_dir)}]"] if own.config_dir else []
+    choices = [word for word in words if re.fullmatch(r"[a-z]+=\w+", word) and not word.startswith(f"{key}=")]
+    with hydra.initialize_config_module("ssl_bench.conf", version_base="1.3"):
+        try:
+            cfg = hydra.compose("config", search + choices)
+        except (HydraException, OmegaConfBaseException):  # another mistake
+            cfg = hydra.compose("config", search)
+    parent = key.rpartition(".")[0]
+    while parent and not OmegaConf.is_dict(OmegaConf.select(cfg, parent)):
+        parent = parent.rpartition(".")[0]
+    keys = list(OmegaConf.select(cfg, parent) if parent else cfg)
+    return [f"{parent}.{name}" if parent else name for name in keys if not name.startswith("_")]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""What the tests share: a private image cache, and the command as a user types it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["SSL_BENCH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["WANDB_MODE"] = "offline"
+
+
+Command = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture
+def ssl_bench(tmp_path: Path) -> Command:
+    """`ssl-bench` in a folder of its own. Returns what the process returned."""
+
+    def command(*args: str, timeout: float = 300, check: bool = False) -> subprocess.CompletedProcess:
+        result = subprocess.run(
+            [sys.executable, "-m", "ssl_bench.train", *args], cwd=tmp_path, capture_output=True, text=True, timeout=timeout
+        )
+        assert not check or result.returncode == 0, result.stderr
+        return result
+
+    return command
+
+
+# A run of seconds: 1297 digits at 16x16, a ResNet-18 of an eighth of the width, 10 steps an epoch.
+TINY = (
+    "data=digits data.image_size=16 backbone.width=8 backbone.stem=small augmentation.flip_p=0 batch_size=128 "
+    "log_every=1 tracking=local"
+).split()
+TINY_PRETRAIN = [*TINY, "stage=pretrain", "method.queue_size=1024", "epochs=2", "save_every=4"]

@@ -1,0 +1,60 @@
+"""Every choice composes and fits the signature of its constructor."""
+
+from pathlib import Path
+
+import hydra
+import pytest
+from omegaconf import DictConfig
+
+import ssl_bench.train  # noqa: F401 - registers the resolvers
+from ssl_bench import build
+
+CONF = Path(ssl_bench.train.__file__).with_name("conf")
+GROUPS = ("data", "backbone", "method", "augmentation", "optimizer", "schedule", "tracking", "stage", "experiment", "launcher")
+CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+NEEDED = {"dl21": ["data.root=/x"], "folder": ["data.root=/x"], "stl10": ["data.root=/x"], "cifar10": ["data.root=/x"]}
+NEEDED |= {"cifar100": ["data.root=/x"], "synthesize": ["stage.out=/x"]}
+
+
+def compose(*overrides: str) -> DictConfig:
+    with hydra.initialize_config_module("ssl_bench.conf", version_base="1.3"):
+        return hydra.compose("config", list(overrides))
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES, ids="=".join)
+def test_choice_fits(group: str, choice: str) -> None:
+    build.check(compose(f"{group}={choice}", *NEEDED.get(choice, [])))
+
+
+@pytest.mark.parametrize(("group", "choice"), [c for c in CHOICES if c[0] not in ("experiment", "launcher", "tracking")])
+def test_choice_knows_its_name(group: str, choice: str) -> None:
+    assert compose(f"{group}={choice}")[group].name == choice
+
+
+def test_precedence() -> None:
+    assert compose("method=moco_v1").augmentation.name == "moco_v1"  # a method brings its recipe
+    assert compose("method=moco_v1", "augmentation=moco_v2").augmentation.name == "moco_v2"  # unless asked otherwise
+    assert compose("method=moco_v1").schedule.name == "step"
+    lincls = compose("stage=lincls")  # a stage is stronger than a method
+    assert (lincls.augmentation.name, lincls.optimizer.base_lr, lincls.epochs) == ("lincls", 30.0, 100)
+    assert compose("stage=lincls", "optimizer.base_lr=1", "epochs=3").epochs == 3
+
+
+def test_every_constant_of_the_papers() -> None:
+    """MoCo's main_moco.py and the papers; lincls: main_lincls.py."""
+    v1, v2 = compose("method=moco_v1"), compose("method=moco_v2")
+    for cfg in (v1, v2):
+        assert (cfg.method.dim, cfg.method.queue_size, cfg.method.momentum) == (128, 65536, 0.999)
+        assert (cfg.epochs, cfg.batch_size) == (200, 256)
+        assert (cfg.optimizer.base_lr, cfg.optimizer.momentum, cfg.optimizer.weight_decay) == (0.03, 0.9, 1e-4)
+        assert list(cfg.augmentation.crop_scale) == [0.2, 1.0]
+        assert cfg.augmentation.grayscale_p == 0.2
+    assert (v1.method.temperature, v1.method.mlp, v2.method.temperature, v2.method.mlp) == (0.07, False, 0.2, True)
+    assert [v1.augmentation[key] for key in ("hue", "jitter_p", "blur_p")] == [0.4, 1.0, 0.0]
+    assert [v2.augmentation[key] for key in ("hue", "jitter_p", "blur_p")] == [0.1, 0.8, 0.5]
+    schedule = build.construct(v1.schedule)
+    assert [round(schedule(epoch, 200), 6) for epoch in (119, 120, 159, 160)] == [1, 0.1, 0.1, 0.01]
+    lincls = compose("stage=lincls")
+    assert (lincls.optimizer.weight_decay, lincls.epochs, lincls.batch_size) == (0.0, 100, 256)
+    schedule = build.construct(lincls.schedule)
+    assert [round(schedule(epoch, 100), 6) for epoch in (59, 60, 79, 80)] == [1, 0.1, 0.1, 0.01]

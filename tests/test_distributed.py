@@ -1,0 +1,117 @@
+"""Two real processes against one."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from ssl_bench import backbones, distributed
+from ssl_bench.methods.moco import MoCo
+
+STEPS, BATCH = 4, 8
+
+
+def freeze_batch_norm(method: MoCo) -> None:
+    """Batch norm by running statistics alone: what one process computes doesn't depend on the others' images."""
+    for module in method.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+            module.train = lambda mode=True, self=module: self
+
+
+def train(method: MoCo, rank: int, size: int) -> dict[str, Tensor]:
+    """A few steps on this rank's part of fixed global batches."""
+    device = torch.device("cpu")
+    method.double().train()
+    parallel = distributed.data_parallel(method, device)
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    losses = []
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        views = [torch.rand(BATCH, 3, 32, 32, generator=generator, dtype=torch.float64) for _ in range(2)]
+        torch.manual_seed(100 * step)  # the shuffle of the keys, drawn by rank 0
+        loss = parallel([view.chunk(size)[rank] for view in views])["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(distributed.mean(loss.detach()))
+    return {
+        "loss": torch.stack(losses),
+        "queue": method.queue.keys,
+        "pointer": method.queue.pointer,
+        "conv1": method.backbone.conv1.weight.detach(),
+        "key_conv1": method.key_backbone.conv1.weight,
+    }
+
+
+def build(bn_splits: int) -> MoCo:
+    torch.manual_seed(0)
+    return MoCo(backbones.resnet18(stem="small", width=8), 16, 20, momentum=0.9, mlp=True, bn_splits=bn_splits)
+
+
+def frozen(rank: int, size: int) -> dict[str, Tensor]:
+    method = build(1)
+    freeze_batch_norm(method)
+    return train(method, rank, size)
+
+
+def split(rank: int, size: int) -> dict[str, Tensor]:
+    return train(build(2 // size), rank, size)
+
+
+def work(rank: int, size: int, port: int, job: Callable, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with distributed.process_group(torch.device("cpu")):
+        torch.save(job(rank, size), Path(folder, f"{rank}.pt"))
+
+
+def in_processes(job: Callable, folder: Path, size: int = 2) -> list[dict[str, Tensor]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(work, (size, port, job, str(folder)), nprocs=size)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+@pytest.mark.parametrize("job", [frozen, split], ids=["frozen batch norm", "batch norm of each process"])
+def test_two_processes_equal_one(job: Callable, tmp_path: Path) -> None:
+    """`split`: one device with bn_splits=2 computes what two devices compute, shuffle and all."""
+    one = job(0, 1)
+    first, second = in_processes(job, tmp_path)
+    for name in ("queue", "pointer", "conv1", "key_conv1"):
+        assert torch.equal(first[name], second[name]), name  # ranks never drift apart
+    for name in one:
+        torch.testing.assert_close(first[name], one[name], rtol=1e-9, atol=1e-9)
+
+
+def gathered(rank: int, size: int) -> dict[str, Tensor]:
+    mine = torch.arange(3) + 10 * rank
+    return {
+        "gather": distributed.all_gather(mine),
+        "broadcast": distributed.broadcast(mine.clone()),
+        "total": distributed.total(mine),
+        "any": torch.tensor(distributed.any_rank(rank == 1)),
+    }
+
+
+def test_collectives(tmp_path: Path) -> None:
+    for result in in_processes(gathered, tmp_path):
+        assert result["gather"].tolist() == [0, 1, 2, 10, 11, 12]
+        assert result["broadcast"].tolist() == [0, 1, 2]
+        assert result["total"].tolist() == [10, 12, 14]
+        assert result["any"]
+
+
+def test_slurm_tasks_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert distributed.launched() is None
+    monkeypatch.setenv("SLURM_NTASKS", "2")  # a batch script of a job with two tasks is one process
+    assert distributed.launched() is None
+    for key, value in {"STEP_NUM_TASKS": 4, "STEP_NUM_NODES": 2, "PROCID": 3, "LOCALID": 1}.items():
+        monkeypatch.setenv(f"SLURM_{key}", str(value))
+    assert distributed.launched() == distributed.World(rank=3, local_rank=1, size=4, local_size=2)

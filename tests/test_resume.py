@@ -1,0 +1,102 @@
+"""A run killed at any step and started again by the same command ends as if nothing had happened, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import TINY, TINY_PRETRAIN, Command
+
+pytestmark = pytest.mark.slow
+
+DERIVED = ("loss", "accuracy", "lr", "grad_norm", "epoch", "images_seen", "val_top1", "val_loss")
+
+
+def final(run: Path) -> tuple[dict, list[dict]]:
+    """The last checkpoint, and what was logged."""
+    last = max((run / "checkpoints").glob("step*.pt"))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return torch.load(last, weights_only=True), [{k: line.get(k) for k in ("step", *DERIVED)} for line in lines]
+
+
+def assert_identical(one: object, other: object, path: str = "") -> None:
+    assert type(one) is type(other), path
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_identical(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), path
+        for i, pair in enumerate(zip(one, other, strict=True)):
+            assert_identical(*pair, f"{path}[{i}]")
+    else:
+        assert one == other, path
+
+
+def interrupt(command: list[str], cwd: Path, run: Path, step: int, signum: int) -> int:
+    """Start, send the signal to all its processes once `step` is logged, return the exit status."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ssl_bench.train", *command], cwd=cwd, start_new_session=True, stderr=subprocess.PIPE
+    )
+    metrics, deadline = cwd / run / "metrics.jsonl", time.monotonic() + 240
+    while not (metrics.exists() and metrics.read_text().count("\n") >= step):
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.killpg(process.pid, signum)
+    process.wait(timeout=60)
+    return process.returncode
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("stage", ["pretrain", "lincls"])
+def test_killed(ssl_bench: Command, tmp_path: Path, stage: str, devices: int) -> None:
+    command = {
+        "pretrain": [*TINY_PRETRAIN, f"devices={devices}"],
+        "lincls": [*TINY, "stage=lincls", "epochs=2", "save_every=4", "eval_every=1", f"devices={devices}"],
+    }[stage]
+    ssl_bench(*command, "dir=whole", check=True)
+    step = random.randrange(1, 18)
+    print("killed after step", step)
+    interrupt([*command, "dir=killed"], tmp_path, Path("killed"), step, signal.SIGKILL)
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    result = ssl_bench(*command, "dir=killed", check=True)
+    if step > 5:
+        assert "continuing after step" in result.stderr
+    whole, killed = final(tmp_path / "whole"), final(tmp_path / "killed")
+    assert [line["step"] for line in whole[1]] == list(range(1, 21))
+    whole[0].pop("run"), killed[0].pop("run")
+    assert_identical(whole[0], killed[0])
+    assert whole[1] == killed[1]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_terminated_loses_nothing(ssl_bench: Command, tmp_path: Path, devices: int) -> None:
+    command = [*TINY_PRETRAIN, "save_every=1000", "epochs=4", f"devices={devices}"]
+    ssl_bench(*command, "dir=whole", check=True)
+    status = interrupt([*command, "dir=stopped"], tmp_path, Path("stopped"), 6, signal.SIGTERM)
+    assert status == 128 + signal.SIGTERM
+    (saved,) = (tmp_path / "stopped" / "checkpoints").glob("step*.pt")
+    assert int(saved.stem.removeprefix("step")) >= 6
+    ssl_bench(*command, "dir=stopped", check=True)
+    whole, stopped = final(tmp_path / "whole"), final(tmp_path / "stopped")
+    whole[0].pop("run"), stopped[0].pop("run")
+    assert_identical(whole[0], stopped[0])
+    assert whole[1] == stopped[1]
+
+
+def test_finished_is_a_no_op(ssl_bench: Command, tmp_path: Path) -> None:
+    command = [*TINY_PRETRAIN, "epochs=1", "dir=run"]
+    ssl_bench(*command, check=True)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert "finished already" in ssl_bench(*command, check=True).stderr
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before

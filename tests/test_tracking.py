@@ -1,0 +1,337 @@
+"""metrics.jsonl survives kills; W&B mirrors it offline, never asks, and is rebuilt whole from it."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from ssl_bench.errors import UserError
+from ssl_bench.stages.sync import sync
+from ssl_bench.tracking import MetricsFile, NoTracker, WandbTracker, rebuild
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    return MetricsFile(tmp_path / "metrics.jsonl")
+
+
+@given(rows=st.lists(st.dictionaries(st.text(max_size=5).filter(lambda k: k != "step"), st.floats()), max_size=5))
+@settings(max_examples=50, deadline=None)
+def test_metrics_read_back_exactly(rows, tmp_path_factory):
+    metrics = MetricsFile(tmp_path_factory.mktemp("m") / "metrics.jsonl")
+    for step, row in enumerate(rows):
+        metrics.log(step, row)
+    expected = [{"step": step} | row for step, row in enumerate(rows)]
+    assert repr(MetricsFile.read(metrics.path)) == repr(expected)  # repr: NaN is not equal to itself
+
+
+def test_metrics_take_any_scalar(metrics):
+    torch = pytest.importorskip("torch")
+    metrics.log(3, {"loss": torch.tensor(0.5), "seen": 7, "bad": math.nan, "worse": -math.inf})
+    row = MetricsFile.read(metrics.path)[0]
+    assert row["loss"] == 0.5
+    assert isinstance(row["seen"], int)
+    assert math.isnan(row["bad"])
+    assert row["worse"] == -math.inf
+
+
+@pytest.mark.parametrize("cut", range(1, 20))
+def test_a_kill_at_any_byte_loses_only_the_last_line(metrics, cut):
+    for step in range(3):
+        metrics.log(step, {"loss": 0.25})
+    data = metrics.path.read_bytes()
+    metrics.path.write_bytes(data[:-cut])
+    assert [row["step"] for row in MetricsFile.read(metrics.path)] == [0, 1]
+    again = MetricsFile(metrics.path)
+    again.log(2, {"loss": 0.25})
+    assert metrics.path.read_bytes() == data
+
+
+def test_truncate_keeps_up_to_the_step_and_appends_after(metrics):
+    for step in range(6):
+        metrics.log(step, {"loss": step})
+    metrics.truncate(3)
+    metrics.log(4, {"loss": -1})
+    assert [(row["step"], row["loss"]) for row in MetricsFile.read(metrics.path)] == [
+        *((i, i) for i in range(4)),
+        (4, -1),
+    ]
+    assert [file.name for file in metrics.path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("broken", [b'{"step": 1, "lo\n', b"[1]\n", b'{"loss": 1}\n', b"\n", b"\xff\n"])
+def test_a_broken_line_in_the_middle_is_named(metrics, broken):
+    metrics.path.write_bytes(b'{"step": 0}\n' + broken + b'{"step": 2}\n')
+    with pytest.raises(UserError, match="line 2"):
+        MetricsFile.read(metrics.path)
+
+
+def test_no_tracker_does_nothing(tmp_path):
+    tracker = NoTracker(directory=tmp_path, config={})
+    tracker.log(0, {"loss": 1.0})
+    tracker.log_image(0, "views", tmp_path / "absent.png")
+    tracker.log_checkpoint_file(tmp_path / "absent.pt")
+    tracker.close("finished", {})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(autouse=True)
+def no_login(tmp_path, monkeypatch):
+    """A user who never logged in: nothing in the environment, the home directory or netrc."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home/.config"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "home/netrc"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "home/cache"))
+
+
+CONFIG = {
+    "seed": 3,
+    "stage": {"name": "pretrain"},
+    "method": {"queue_size": 64, "mask_token": True},
+    "hub": [{"api_key": "hunter2", "auth_token": "hunter2"}],
+    "tracking": {"_target_": "ssl_bench.tracking.WandbTracker", "project": "mine", "tags": ["a", "b"]},
+}
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    path = tmp_path / "moco-tiny" / "seed3"
+    path.mkdir(parents=True)
+    return path
+
+
+def picture(path, shade):
+    from PIL import Image
+
+    Image.new("RGB", (4, 4), (shade, 0, 0)).save(path)
+    return path
+
+
+def records(folder: Path) -> list[dict]:
+    """Every record of an offline run, through W&B's own reader."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+def folders(path: Path) -> list[Path]:
+    return sorted((path / "wandb").glob("offline-run-*"))
+
+
+def kind(recorded, name):
+    return [record[name] for record in recorded if record["type"] == name]
+
+
+def history(recorded):
+    """step -> the metrics that were logged."""
+    items = [record["item"] for record in kind(recorded, "history")]
+    return {item["_step"]: {k: v for k, v in item.items() if not k.startswith("_")} for item in items}
+
+
+def test_offline_run_holds_everything(run_dir):
+    tracker = WandbTracker(job_type="pretrain", tags=("a",), log_checkpoint=True, directory=run_dir, config=CONFIG)
+    for step in (10, 20):
+        tracker.log(step, {"loss": 1 / step, "epoch": step / 10, "images_seen": step * 4})
+    tracker.log_image(20, "views", picture(run_dir / "views.png", 200))
+    (run_dir / "last.pt").write_bytes(b"weights")
+    tracker.log_checkpoint_file(run_dir / "last.pt")
+    tracker.close("finished", {"top1": 0.75})
+
+    (folder,) = folders(run_dir)
+    recorded = records(folder)
+    rows = history(recorded)
+    assert sorted(rows) == [10, 20]
+    assert rows[10]["loss"] == 0.1
+    assert rows[20]["images_seen"] == 80
+    assert (folder / "files" / rows[20]["views.path"]).read_bytes() == (run_dir / "views.png").read_bytes()
+    (run,) = kind(recorded, "run")
+    assert run["run_id"] == (run_dir / "wandb_id").read_text().strip()
+    assert (run["project"], run["run_group"], run["job_type"]) == ("ssl_bench", "moco-tiny", "pretrain")
+    assert (run["display_name"], run["tags"]) == ("moco-tiny/seed3", ["a"])
+    assert "hunter2" not in json.dumps(recorded)
+    assert '"seed"' in json.dumps(run["config"])
+    assert "epoch" in {metric.get("step_metric") for metric in kind(recorded, "metric")}
+    assert [exit.get("exit_code", 0) for exit in kind(recorded, "exit")] == [0]
+    assert kind(recorded, "artifact")[0]["type"] == "model"
+    assert [file.read_bytes() for file in (run_dir / "wandb/artifacts/staging").iterdir()] == [b"weights"]
+    assert "WANDB_DATA_DIR" not in os.environ
+
+
+def test_members_of_a_sweep_are_separate_runs(tmp_path, monkeypatch):
+    for seed in (0, 1):
+        directory = tmp_path / "sweep" / f"seed{seed}"
+        WandbTracker(directory=directory, config={"seed": seed}).log(1, {"seed": seed})  # the first is left open
+        assert len(folders(directory)) == 1
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    with pytest.raises(UserError, match="WANDB_API_KEY invalid"):  # looked for in spite of the open run
+        WandbTracker(directory=tmp_path, config={})
+    assert (tmp_path / "sweep/seed0/wandb_id").read_text() != (tmp_path / "sweep/seed1/wandb_id").read_text()
+
+
+def restarted(run_dir):
+    """A run killed after step 50 (torn line and all), restarted from step 30, finished at 60; mirrored all along."""
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(CONFIG))
+    for start, stop, status in [(10, 60, "failed"), (40, 70, "finished")]:
+        metrics = MetricsFile(run_dir / "metrics.jsonl")
+        metrics.truncate(start - 10)
+        tracker = WandbTracker(directory=run_dir, config=CONFIG)
+        for step in range(start, stop, 10):
+            for sink in (metrics, tracker):
+                sink.log(step, {"loss": 1 / step, "epoch": step / 10})
+        tracker.close(status, {})
+        metrics.close()
+        if status == "failed":
+            with open(run_dir / "metrics.jsonl", "ab") as file:
+                file.write(b'{"step": 60, "lo')
+    (run_dir / "summary.json").write_text(json.dumps({"top1": 0.5}))
+    picture(run_dir / "overview.png", 90)
+
+
+def test_a_restarted_run_is_rebuilt_whole(run_dir):
+    restarted(run_dir)
+    before = folders(run_dir)
+    run_id = (run_dir / "wandb_id").read_text()
+    kept = {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file() and not file.is_symlink()}
+    assert len(before) == 2
+    assert sorted(history(records(before[0]))) != sorted(history(records(before[1])))
+
+    for _ in range(2):  # again: still one complete folder
+        assert sync(OmegaConf.create({"runs": str(run_dir.parent), "tracking": {"_target_": "a.NoTracker"}}), None) == {
+            "runs": 1
+        }
+        (folder,) = folders(run_dir / "wandb-synced")
+    recorded = records(folder)
+    steps = [record["item"]["_step"] for record in kind(recorded, "history")]
+    assert steps == [10, 20, 30, 40, 50, 60]
+    rows = history(recorded)
+    assert all(rows[step]["loss"] == 1 / step for step in steps)
+    assert (folder / "files" / rows[60]["overview.path"]).read_bytes() == (run_dir / "overview.png").read_bytes()
+    (run,) = kind(recorded, "run")
+    assert (run["run_id"], run["project"], run["tags"]) == (run_id.strip(), "mine", ["a", "b"])
+    assert (run["job_type"], run["display_name"], run["run_group"]) == ("pretrain", "moco-tiny/seed3", "moco-tiny")
+    assert "top1" in json.dumps(kind(recorded, "summary"))
+    assert "hunter2" not in json.dumps(recorded)
+    assert [exit.get("exit_code", 0) for exit in kind(recorded, "exit")] == [0]
+    assert not kind(recorded, "stats")
+    assert all(file.read_bytes() == data for file, data in kept.items())
+
+
+def test_sync_takes_lists_and_the_tracking_of_its_own_command(tmp_path):
+    for name in "ab":
+        directory = tmp_path / name / "seed0"
+        directory.mkdir(parents=True)
+        MetricsFile(directory / "metrics.jsonl").log(1, {"loss": 2.0})
+    tracking = {"_target_": "ssl_bench.tracking.WandbTracker", "project": "other", "tags": ["x"], "job_type": "sync"}
+    runs = [str(tmp_path / "a"), str(tmp_path / "b/seed0")]
+    assert sync(OmegaConf.create({"runs": runs, "tracking": tracking}), None) == {"runs": 2}
+    (folder,) = folders(tmp_path / "b/seed0/wandb-synced")
+    recorded = records(folder)
+    assert (kind(recorded, "run")[0]["project"], kind(recorded, "run")[0]["tags"]) == ("other", ["x"])
+    assert "job_type" not in kind(recorded, "run")[0]
+    assert kind(recorded, "exit")[0]["exit_code"] == 1  # no summary.json: it never finished
+
+
+def test_sync_without_runs_is_a_user_error(tmp_path):
+    cfg = OmegaConf.create({"runs": str(tmp_path), "tracking": {"_target_": "ssl_bench.tracking.NoTracker"}})
+    with pytest.raises(UserError, match="no metrics"):
+        sync(cfg, None)
+
+
+def test_a_dead_mirror_does_not_stop_the_run(run_dir, caplog):
+    tracker = WandbTracker(directory=run_dir, config={})
+    tracker.log_image(1, "views", run_dir / "absent.png")
+    tracker.log(2, {"loss": 1.0})
+    tracker.close("finished", {})
+    assert [record.levelname for record in caplog.records if "stage=sync" in record.message] == ["WARNING"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "environment", "message"),
+    [
+        ("online", {}, "tracking.mode=online, but W&B has no API key"),
+        ("auto", {"WANDB_MODE": "online"}, "WANDB_MODE=online, but W&B has no API key"),
+        ("auto", {"WANDB_MODE": "onlin"}, "WANDB_MODE=onlin is unknown"),
+        ("auto", {"WANDB_API_KEY": "short"}, "WANDB_API_KEY invalid"),
+    ],
+)
+def test_login_mistakes_are_one_line(run_dir, monkeypatch, mode, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message) as caught:
+        WandbTracker(mode=mode, directory=run_dir, config={})
+    assert "\n" not in str(caught.value)
+
+
+SCRIPT = """
+import sys, time, logging
+from pathlib import Path
+from ssl_bench.tracking import WandbTracker
+logging.basicConfig(format="%(message)s")
+tracker = WandbTracker(directory=Path(sys.argv[1]), config={})
+tracker.log(1, {"loss": 1.0})
+tracker.close("finished", {})
+"""
+
+
+def run_in_a_terminal(run_dir, limit, **environment):
+    """Output and seconds of a tracked run whose stdin, stdout and stderr are a terminal nobody types at."""
+    ours, theirs = os.openpty()
+    start = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(run_dir)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=os.environ | environment,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    try:
+        assert process.wait(limit) == 0
+    finally:
+        process.kill()
+    seconds = time.monotonic() - start
+    os.set_blocking(ours, False)
+    try:
+        output = os.read(ours, 10000).decode()
+    except OSError:  # nothing was printed
+        output = ""
+    os.close(ours)
+    return output, seconds
+
+
+def test_no_prompt_and_no_noise_without_a_login(run_dir):
+    output, _ = run_in_a_terminal(run_dir, limit=30)
+    assert output == ""
+    assert sorted(history(records(folders(run_dir)[0]))) == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("listening", [False, True], ids=["refused", "silent"])
+def test_online_without_network_goes_on_offline(run_dir, listening):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if listening:
+            server.listen()  # takes connections, never answers
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        output, _ = run_in_a_terminal(run_dir, limit=60, WANDB_BASE_URL=url, WANDB_API_KEY="0" * 40)
+    assert output.count("\n") == 1
+    assert "tracked offline" in output
+    assert sorted(history(records(folders(run_dir)[0]))) == [1]
+
+
+def test_rebuild_needs_no_config(run_dir):
+    MetricsFile(run_dir / "metrics.jsonl")
+    rebuild(run_dir)
+    assert len(folders(run_dir / "wandb-synced")) == 1
