@@ -13,6 +13,7 @@ class UserError(ValueError):
 class Interrupted(BaseException):
     """A signal asked the run to stop; its state is saved."""
 
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step:,}")
+    def __init__(self, signum: int, step: int | None = None) -> None:
+        after = "" if step is None else f" after step {step:,}"
+        super().__init__(f"stopped by {signal.Signals(signum).name}{after}")
         self.signum = signum

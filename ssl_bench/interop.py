@@ -74,7 +74,9 @@ def read(path: Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: not a complete PyTorch file of plain tensors ({str(error).splitlines()[0]})") from None
+        raise UserError(
+            f"{path}: not a complete PyTorch file of plain tensors ({str(error).splitlines()[0]})"
+        ) from None
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds a {type(content).__name__}, where a dictionary of tensors was expected")
     return content

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import tempfile
 import uuid
 from functools import partial
@@ -49,6 +50,7 @@ def _run(cfg: DictConfig) -> dict[str, float]:
 
 def _spawn(cfg: DictConfig) -> dict[str, float]:
     """`cfg.devices` ranks on this machine, by torch's elastic launcher."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -71,12 +73,18 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
         except ChildFailedError as error:
             for message in sorted(Path(folder).glob("*.json")):
                 raise UserError(json.loads(message.read_text())) from None
+            status = max(failure.exitcode for failure in error.failures.values())
+            if status in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+                raise Interrupted(status - 128) from None
             raise RuntimeError(f"a process failed: {error.format_msg()}") from None
+        except SignalException as stop:  # it has passed the signal on, and waited for the ranks to save
+            raise Interrupted(stop.sigval) from None
     return results[0]
 
 
 def _rank(config: str, folder: str) -> dict[str, float]:
     from ssl_bench import distributed
+
     rank = distributed.launched().rank
     set_up_logging(quiet=rank > 0)
     try:

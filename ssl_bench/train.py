@@ -20,6 +20,8 @@ from ssl_bench import build
 from ssl_bench.errors import Interrupted, UserError
 from ssl_bench.launch import launch, set_up_logging
 
+LIST = re.compile(r"^(data\.extra_labels|runs)=([^\[].*,.*)$")  # a comma here makes a list, not a sweep
+
 
 def run_dir(default: str) -> str:
     """Resolver of `dir`: the stage's own directory, or for a member of a sweep one named after its overrides."""
@@ -84,6 +86,7 @@ def main() -> None:
     """Console entry. A person's mistake is one line and exit code 2; a bug keeps its traceback."""
     set_up_logging()
     sys.path.insert(0, os.getcwd())  # a user's own methods, as `python -m` has it
+    sys.argv[1:] = [LIST.sub(r"\1=[\2]", word) for word in sys.argv[1:]]
     wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets exceptions through, and the wording is ours
     try:

@@ -24,7 +24,11 @@ def ssl_bench(tmp_path: Path) -> Command:
 
     def command(*args: str, timeout: float = 300, check: bool = False) -> subprocess.CompletedProcess:
         result = subprocess.run(
-            [sys.executable, "-m", "ssl_bench.train", *args], cwd=tmp_path, capture_output=True, text=True, timeout=timeout
+            [sys.executable, "-m", "ssl_bench.train", *args],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
         assert not check or result.returncode == 0, result.stderr
         return result

@@ -10,7 +10,18 @@ import ssl_bench.train  # noqa: F401 - registers the resolvers
 from ssl_bench import build
 
 CONF = Path(ssl_bench.train.__file__).with_name("conf")
-GROUPS = ("data", "backbone", "method", "augmentation", "optimizer", "schedule", "tracking", "stage", "experiment", "launcher")
+GROUPS = (
+    "data",
+    "backbone",
+    "method",
+    "augmentation",
+    "optimizer",
+    "schedule",
+    "tracking",
+    "stage",
+    "experiment",
+    "launcher",
+)
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 NEEDED = {"dl21": ["data.root=/x"], "folder": ["data.root=/x"], "stl10": ["data.root=/x"], "cifar10": ["data.root=/x"]}
 NEEDED |= {"cifar100": ["data.root=/x"], "synthesize": ["stage.out=/x"]}
@@ -26,7 +37,9 @@ def test_choice_fits(group: str, choice: str) -> None:
     build.check(compose(f"{group}={choice}", *NEEDED.get(choice, [])))
 
 
-@pytest.mark.parametrize(("group", "choice"), [c for c in CHOICES if c[0] not in ("experiment", "launcher", "tracking")])
+@pytest.mark.parametrize(
+    ("group", "choice"), [c for c in CHOICES if c[0] not in ("experiment", "launcher", "tracking")]
+)
 def test_choice_knows_its_name(group: str, choice: str) -> None:
     assert compose(f"{group}={choice}")[group].name == choice
 

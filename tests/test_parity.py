@@ -58,7 +58,9 @@ def test_moco(case: str, temperature: float, mlp: bool) -> None:
         losses.append(loss.detach())
     close(torch.stack(losses), f"{case}/loss", 1e-6)
     final = official_moco_state_dict(method)
-    names = [name for name in REFERENCE.files if name.startswith(f"{case}/") and "step0" not in name and "loss" not in name]
+    names = [
+        name for name in REFERENCE.files if name.startswith(f"{case}/") and "step0" not in name and "loss" not in name
+    ]
     assert len(names) == 8
     for name in names:
         key = name.removeprefix(f"{case}/").replace("/", ".")

@@ -479,11 +479,12 @@ class STL10(Dataset):
     def __init__(
         self,
         root: str,
+        image_size: Literal[96] = 96,
         on_error: OnError = "raise",
         cache: str | None = None,
         workers: PositiveInt | None = None,
     ):
-        super().__init__(96, on_error, cache, workers)
+        super().__init__(image_size, on_error, cache, workers)
         self.root = root
 
     def _list(self, name: str) -> Split:
@@ -520,11 +521,12 @@ class CIFAR(Dataset):
         self,
         root: str,
         num_classes: Literal[10, 100],
+        image_size: Literal[32] = 32,
         on_error: OnError = "raise",
         cache: str | None = None,
         workers: PositiveInt | None = None,
     ):
-        super().__init__(32, on_error, cache, workers)
+        super().__init__(image_size, on_error, cache, workers)
         self.root = root
         self._num_classes = num_classes
 

@@ -89,4 +89,3 @@ class MoCo(Method):
         mine = everyone[order.view(size, -1)[rank]]
         shuffled = distributed.all_gather(self.normalized(self.key_head(self.key_backbone(mine))))
         return torch.empty_like(shuffled).index_copy_(0, order, shuffled)
-

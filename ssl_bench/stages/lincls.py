@@ -39,9 +39,14 @@ def lincls(
         log.info("pretrained=null: the backbone stays as initialised")
     else:
         loaded = interop.load_backbone(backbone, cfg.pretrained)
-        log.info("loaded %s tensors of the backbone from %s (%s layout)", *loaded[1:2], loaded.source, loaded.layout)
+        log.info(
+            "loaded all %s tensors of the backbone from %s (%s layout)",
+            loaded.num_tensors,
+            loaded.source,
+            loaded.layout,
+        )
         if loaded.left_out:
-            log.info("left out %s others: %s", len(loaded.left_out), ", ".join(loaded.left_out[:6]))
+            log.info("left out %s others: %s, ...", len(loaded.left_out), ", ".join(loaded.left_out[:4]))
     probe = on_device(LinearProbe(backbone, data.num_classes, normalize), run)
     views = build.construct(cfg.augmentation).to(run.device)
     test_view = EvalView(data.image_size, test_resize, *normalization(cfg)).to(run.device)
