@@ -68,7 +68,7 @@ def check(cfg: DictConfig) -> None:
 
 
 def construct(node: Mapping, **supplied: Any) -> Any:
-    """The object a (checked) node describes: `_target_` called with the node's other keys and what the code supplies."""
+    """The object a checked node describes: `_target_` called with its other keys and what the code supplies."""
     target = locate(node["_target_"], "node")
     plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
     known = _schema(target, tuple(supplied))

@@ -67,7 +67,7 @@ def fit(
                 "data_wait": (source.wait_seconds - waited) / (now - clock),
             }
             since, clock, waited = done, now, source.wait_seconds
-        if evaluate and (last or done % per_epoch == 0 and run.every("eval", done // per_epoch)):
+        if evaluate and (last or (done % per_epoch == 0 and run.every("eval", done // per_epoch))):
             line |= evaluate()
             model.train()
         if line:
@@ -103,7 +103,7 @@ def evaluate(
 def extract(
     backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]], view: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Features (N, dim) float32 and labels (N,) of this rank's images, on the CPU. The backbone should be in eval mode."""
+    """Features (N, dim) float32 and labels (N,) of this rank's images, on the CPU, by a backbone in eval mode."""
     pairs = [(backbone(view(images)).float().cpu(), labels.cpu()) for images, labels, _ in batches]
     features, labels = zip(*pairs, strict=True)
     return torch.cat(features), torch.cat(labels)

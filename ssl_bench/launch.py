@@ -42,7 +42,8 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     tracker = partial(build.construct, cfg.tracking, directory=Path(cfg.dir or "."), config=plain)
     with distributed.process_group(device), Run(plain, device, tracker) as run:
         if run.summary is not None:
-            log.info("%s is finished already; delete it, or choose another dir=, to run it again", cfg.dir)
+            values = ", ".join(f"{key} {value:.4g}" for key, value in run.summary.items())
+            log.info("%s is finished already (%s); to run it again, delete it or choose another dir=", cfg.dir, values)
             return run.summary
         run.finish(build.construct(cfg.stage, cfg=cfg, run=run))
         return run.summary

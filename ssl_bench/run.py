@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 
@@ -77,17 +78,24 @@ class Run:
             stack.enter_context(_log_to(directory / "log.txt"))
             self.metrics = MetricsFile(directory / "metrics.jsonl")
             stack.callback(self.metrics.close)
-            self.tracker = self._make_tracker()
-            stack.callback(lambda: self.tracker.close(self.status, self.summary or {}))
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGTERM, signal.SIGINT):
                 stack.callback(signal.signal, signum, signal.signal(signum, self._on_signal))
+
+    @cached_property
+    def tracker(self) -> Tracker:
+        """Made when there is something to show: a stage that only starts others has none."""
+        tracker = self._make_tracker()
+        self._stack.callback(lambda: tracker.close(self.status, self.summary or {}))
+        return tracker
 
     def finish(self, summary: dict) -> None:
         """The stage is through. What it returns is the run's result, and marks it as done."""
         self.summary, self.status = summary, "finished"
         if self.directory and self.is_main:
             _write(self.directory / "summary.json", json.dumps(summary, indent=2))
+            if "tracker" in vars(self) and (checkpoints := complete(self.directory)):
+                self.tracker.log_checkpoint_file(checkpoints[0])
 
     def _claim(self, directory: Path) -> filelock.BaseFileLock:
         """The lock of the directory, which is held here from now on; or why it can't be had."""
@@ -98,7 +106,8 @@ class Run:
             if differing:
                 shown = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in differing[:8])
                 raise UserError(
-                    f"dir={directory} holds a run with another configuration: {shown}. Choose another dir=, or delete it"
+                    f"dir={directory} holds a run with another configuration: {shown}. "
+                    "Choose another dir=, or delete it"
                 )
         directory.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(directory / ".lock", timeout=60)  # the system frees it with the process
@@ -110,10 +119,11 @@ class Run:
         return lock
 
     def _on_signal(self, signum: int, frame: object) -> None:
-        if self._signum == signal.SIGINT == signum:  # pressed twice: now
+        if self._signum == signal.SIGINT == signum:
             raise KeyboardInterrupt
         self._signum = signum
-        log.info("%s: stopping after this step", signal.Signals(signum).name)
+        again = " (Ctrl-C again: now)" if signum == signal.SIGINT else ""
+        log.info("%s: stopping after this step%s", signal.Signals(signum).name, again)
 
     # -- while it runs ------------------------------------------------------------------------------------------------
 
@@ -141,7 +151,7 @@ class Run:
         if self.is_main:
             self.checkpoint.save(step, **state)
 
-    def interrupt(self, step: int) -> None:
+    def interrupt(self, step: int | None = None) -> None:
         raise Interrupted(self._signum or signal.SIGTERM, step)
 
     def log(self, step: int, line: dict[str, float]) -> None:

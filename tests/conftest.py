@@ -37,8 +37,14 @@ def ssl_bench(tmp_path: Path) -> Command:
 
 
 # A run of seconds: 1297 digits at 16x16, a ResNet-18 of an eighth of the width, 10 steps an epoch.
-TINY = (
-    "data=digits data.image_size=16 backbone.width=8 backbone.stem=small augmentation.flip_p=0 batch_size=128 "
-    "log_every=1 tracking=local"
-).split()
+TINY = [
+    "data=digits",
+    "data.image_size=16",
+    "backbone.width=8",
+    "backbone.stem=small",
+    "augmentation.flip_p=0",
+    "batch_size=128",
+    "log_every=1",
+    "tracking=local",
+]
 TINY_PRETRAIN = [*TINY, "stage=pretrain", "method.queue_size=1024", "epochs=2", "save_every=4"]

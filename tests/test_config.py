@@ -6,7 +6,7 @@ import hydra
 import pytest
 from omegaconf import DictConfig
 
-import ssl_bench.train  # noqa: F401 - registers the resolvers
+import ssl_bench.train
 from ssl_bench import build
 
 CONF = Path(ssl_bench.train.__file__).with_name("conf")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from inputs import U, official_weights
 from torch import Tensor, nn
 from torchvision import models
 
-from inputs import U, official_weights
 from ssl_bench import backbones
 from ssl_bench.interop import load_official_moco, official_moco_state_dict
 from ssl_bench.methods.moco import MoCo, info_nce_logits

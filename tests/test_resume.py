@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from conftest import TINY, TINY_PRETRAIN, Command
 
 pytestmark = pytest.mark.slow

@@ -1,5 +1,7 @@
 """Parts that methods share."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 def mlp(*dims: int) -> nn.Sequential:
     """Linear layers of the given widths with ReLU between them."""
     layers: list[nn.Module] = []
-    for i, (inputs, outputs) in enumerate(zip(dims, dims[1:], strict=False)):
+    for i, (inputs, outputs) in enumerate(pairwise(dims)):
         layers += [nn.ReLU()] * (i > 0) + [nn.Linear(inputs, outputs)]
     return nn.Sequential(*layers)
 

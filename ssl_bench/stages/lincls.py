@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 
-from ssl_bench import build, distributed, interop
+from ssl_bench import build, interop
 from ssl_bench.augment.views import EvalView
 from ssl_bench.engine import evaluate
 from ssl_bench.errors import UserError

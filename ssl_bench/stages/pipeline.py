@@ -1,6 +1,7 @@
 """Stage pipeline: pretrain, classify what was learnt beside its baselines, and show both."""
 
 import logging
+from itertools import chain
 from pathlib import Path
 
 import hydra
@@ -35,12 +36,15 @@ def pipeline(
         name: [_evaluation(cfg, name, [*protocol, *overrides], seed) for seed in seeds]
         for name, overrides in rows.items()
     }
-    for member in [pretraining, *sum(evaluations.values(), [])]:
+    for member in chain([pretraining], *evaluations.values()):
         build.check(member)  # all of it, before any of it takes time
     launch(pretraining)
-    results: dict[str, list[float]] = {}
+    results: dict[str, list[float]] = {name: [] for name in evaluations}
     for name, members in evaluations.items():
-        results[name] = [launch(member).get("val_top1", 0.0) for member in members]
+        for member in members:
+            if run.stopping(0):  # a signal that came between two of them
+                run.interrupt()
+            results[name].append(launch(member).get("val_top1", 0.0))
         log.info("%s: top-1 %s", name, ", ".join(f"{value:.1f}" for value in results[name]))
     if run.is_main:
         picture = run.directory / "overview.png"

@@ -1,0 +1,37 @@
+# Everything from a clean checkout on Debian or Ubuntu: `make quickstart`, `make test`.
+VENV ?= .venv
+# the newest Python that torch has wheels for
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+RUN = $(VENV)/bin/
+
+.PHONY: quickstart test quicktest lint
+
+quickstart: $(VENV)/.installed
+	$(RUN)ssl-bench experiment=quickstart
+
+test: $(VENV)/.installed-test
+	$(RUN)python -m pytest
+
+quicktest: $(VENV)/.installed-test
+	$(RUN)python -m pytest -m "not slow"
+
+lint: $(VENV)/.installed-test
+	$(RUN)ruff check .
+	$(RUN)ruff format --check .
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 found: apt-get install python3"; exit 1; }
+	@# Debian and Ubuntu ship venv apart from Python
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+		[ "$$(id -u)" = 0 ] && sudo= || sudo=sudo; \
+		$$sudo apt-get update && $$sudo apt-get install -y "$$(basename $(PYTHON))-venv"; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python setup.cfg pyproject.toml
+	$(RUN)python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/bin/python setup.cfg pyproject.toml
+	$(RUN)python -m pip install --quiet --editable ".[test]"
+	touch $@ $(VENV)/.installed

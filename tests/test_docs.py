@@ -1,0 +1,28 @@
+"""What the README tells people to type is right."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from test_config import CHOICES, compose
+
+from ssl_bench import build
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+# `ssl-bench ...` in fenced blocks (not transcripts, which begin with $) and in running text
+COMMANDS = sorted(set(re.findall(r"^ssl-bench (.+)$", README, re.M)) | set(re.findall(r"`ssl-bench ([^`]+)`", README)))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_composes(command: str) -> None:
+    if "--help" in command or "--config-dir" in command:
+        return
+    words = [word for word in shlex.split(command, comments=True) if not word.startswith("-") and word != "job"]
+    build.check(compose(*(re.sub(r"=([^\[,]+),.*", r"=\1", word) for word in words)))
+
+
+def test_every_choice_is_named() -> None:
+    for group, choice in CHOICES:
+        if group != "launcher":
+            assert f"`{choice}`" in README, f"{group}={choice}"

@@ -1,0 +1,140 @@
+"""MoCo's parts, one by one."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ssl_bench import backbones
+from ssl_bench.methods.layers import Queue, split_batch_norm_
+from ssl_bench.methods.moco import MoCo
+from ssl_bench.probe import LinearProbe
+from ssl_bench.schedule import Constant, Cosine, Schedule, Step
+
+
+def tiny(**kwargs) -> MoCo:
+    torch.manual_seed(0)
+    return MoCo(backbones.resnet18(stem="small", width=8), **{"dim": 16, "queue_size": 12} | kwargs)
+
+
+def images(num: int, seed: int) -> torch.Tensor:
+    return torch.rand(num, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+@given(size=st.integers(1, 20), batches=st.lists(st.integers(0, 45), max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_queue_is_a_ring_of_the_newest(size: int, batches: list[int]) -> None:
+    queue, ring, written = Queue(1, size), [None] * size, 0
+    start = queue.keys.clone()
+    for num in batches:
+        queue.enqueue(torch.arange(written, written + num, dtype=torch.float32)[:, None])
+        for key in range(written, written + num):
+            ring[key % size] = key
+        written += num
+    expected = [start[0, i].item() if key is None else float(key) for i, key in enumerate(ring)]
+    assert queue.keys[0].tolist() == expected
+    assert queue.pointer.item() == written % size
+
+
+def test_a_batch_does_not_meet_its_own_keys() -> None:
+    """Same network, same images: the positive has similarity 1, and a copy in the queue would tie it."""
+    method = tiny(temperature=1.0).eval()  # eval: no enqueueing, no EMA
+    batch = images(4, 0)
+    before = method.queue.keys.clone()
+    assert method([batch, batch])["accuracy"] == 1
+    assert torch.equal(method.queue.keys, before)
+    method.train()
+    method([batch, batch])
+    with torch.no_grad():
+        newest = method.queue.keys[:, :4]
+    assert torch.equal(method.queue.keys[:, 4:], before[:, 4:])
+    torch.testing.assert_close(newest.norm(dim=0), torch.ones(4))
+
+
+def test_only_the_query_learns_and_the_key_follows() -> None:
+    method = tiny(momentum=0.5)
+    method([images(4, 0), images(4, 1)])["loss"].backward()
+    assert all(p.grad is None and not p.requires_grad for p in method.key_backbone.parameters())
+    assert all(p.grad is not None for p in [*method.backbone.parameters(), *method.head.parameters()])
+    with torch.no_grad():
+        method.backbone.conv1.weight.add_(1)
+    key, query = method.key_backbone.conv1.weight.clone(), method.backbone.conv1.weight.clone()
+    method([images(4, 0), images(4, 1)])
+    torch.testing.assert_close(method.key_backbone.conv1.weight, (key + query) / 2)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_split_batch_norm_is_batch_norm_of_each_part(layout: torch.memory_format) -> None:
+    whole = nn.Sequential(nn.BatchNorm2d(3))
+    parts = [nn.BatchNorm2d(3) for _ in range(4)]
+    split_batch_norm_(whole, 4)
+    x = torch.randn(8, 3, 5, 5).to(memory_format=layout)
+    actual = whole(x)
+    expected = torch.cat([bn(part) for bn, part in zip(parts, x.chunk(4), strict=True)])
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(whole[0].running_var, torch.stack([bn.running_var for bn in parts]).mean(0))
+    whole.eval()
+    torch.testing.assert_close(whole(x), F.batch_norm(x, whole[0].running_mean, whole[0].running_var))
+    assert whole.state_dict().keys() == nn.Sequential(nn.BatchNorm2d(3)).state_dict().keys()
+
+
+def test_shuffled_keys_come_back_in_order() -> None:
+    """With batch norm in eval mode the shuffle must change nothing."""
+    plain, split = tiny(), tiny(bn_splits=4)
+    for method in (plain, split):
+        method.key_backbone.eval()
+    torch.testing.assert_close(split.encode_keys(images(8, 0)), plain.encode_keys(images(8, 0)))
+
+
+def test_backbones_are_torchvisions() -> None:
+    from torchvision import models
+
+    torch.manual_seed(0)
+    ours = backbones.resnet18().state_dict()
+    torch.manual_seed(0)
+    theirs = models.resnet18().state_dict()
+    assert list(ours) == [key for key in theirs if not key.startswith("fc.")]
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    for make, dim in ((backbones.resnet18, 512), (backbones.resnet50, 2048)):
+        assert make().dim == dim
+        narrow = make(stem="small", width=16)
+        assert narrow(torch.zeros(2, 3, 32, 32)).shape == (2, narrow.dim) == (2, dim // 4)
+
+
+def test_probe_leaves_the_backbone_alone() -> None:
+    probe = LinearProbe(backbones.resnet18(stem="small", width=8), 10).train()
+    before = {key: value.clone() for key, value in probe.backbone.state_dict().items()}
+    probe([images(6, 0)], torch.arange(6))["loss"].backward()
+    torch.optim.SGD([p for p in probe.parameters() if p.requires_grad], lr=1.0).step()
+    assert all(torch.equal(before[key], value) for key, value in probe.backbone.state_dict().items())
+    assert [name for name, p in probe.named_parameters() if p.requires_grad] == ["fc.weight", "fc.bias"]
+    assert 0.008 < LinearProbe(backbones.Pixels(32), 100).fc.weight.std() < 0.012
+
+
+@given(epochs=st.integers(1, 300), warmup=st.floats(0, 20), at=st.floats(0, 1, exclude_max=True), coarse=st.booleans())
+def test_schedules_stay_in_range(epochs: int, warmup: float, at: float, coarse: bool) -> None:
+    for schedule in (Cosine(warmup, coarse), Step(warmup, coarse), Constant(warmup, coarse)):
+        assert 0 <= schedule(at * epochs, epochs) <= 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "epoch", "factor"),
+    [
+        (Cosine(), 50, 0.5),
+        (Cosine(per_epoch=True), 50.9, 0.5),
+        (Cosine(warmup_epochs=10), 5, 0.5),
+        (Cosine(warmup_epochs=10), 10, 1.0),
+        (Cosine(warmup_epochs=10), 55, 0.5),
+        (Cosine(final=0.2), 100, 0.2),
+        (Step(), 59.99, 1.0),
+        (Step(), 60, 0.1),
+        (Step(gamma=0.5, milestones=(0.1, 0.2, 0.3)), 99, 0.125),
+        (Constant(warmup_epochs=4), 1, 0.25),
+    ],
+)
+def test_schedule_values(schedule: Schedule, epoch: float, factor: float) -> None:
+    assert math.isclose(schedule(epoch, 100), factor, abs_tol=1e-12)

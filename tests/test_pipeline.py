@@ -1,0 +1,38 @@
+"""The main job, as the README starts it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import TINY, Command
+
+
+@pytest.mark.slow
+def test_quickstart(ssl_bench: Command, tmp_path: Path) -> None:
+    result = ssl_bench("experiment=quickstart", check=True, timeout=900)
+    run = tmp_path / "runs" / "quickstart" / "seed0"
+
+    def draws(name: str) -> list[float]:
+        return [json.loads((run / name / f"seed{i}" / "summary.json").read_text())["val_top1"] for i in range(3)]
+
+    pretrained, random, pixels = draws("pretrained"), draws("random-init"), draws("raw-pixels")
+    assert all(ours > theirs for ours, theirs in zip(pretrained, random, strict=True))
+    assert all(ours > theirs for ours, theirs in zip(pretrained, pixels, strict=True))
+    assert sum(pretrained) / 3 > sum(pixels) / 3 + 2
+    assert (
+        result.stdout.index("| pretrained") < result.stdout.index("| raw pixels") < result.stdout.index("| random init")
+    )
+    assert (run / "overview.png").stat().st_size > 50_000
+    again = ssl_bench("experiment=quickstart", check=True)
+    assert "finished already" in again.stderr
+
+
+@pytest.mark.slow
+def test_pipeline_goes_on_where_it_stopped(ssl_bench: Command, tmp_path: Path) -> None:
+    command = [*TINY, "stage=pipeline", "method.queue_size=1024", "epochs=1", "augmentation=digits", "dir=run"]
+    command += ["stage.protocol=[epochs=1,stage.labels_per_class=10,batch_size=50]", "stage.seeds=[0,1]"]
+    ssl_bench(*command, check=True)
+    (tmp_path / "run" / "summary.json").unlink()
+    result = ssl_bench(*command, check=True)
+    assert result.stderr.count("is finished already") == 5  # the pretraining, two rows of two draws
+    assert "| pretrained" in result.stdout
