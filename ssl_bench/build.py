@@ -32,7 +32,7 @@ class Root(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     seed: NonNegativeInt
-    dir: str | None
+    dir: Annotated[str, Field(min_length=1)] | None
     epochs: PositiveInt
     batch_size: PositiveInt
     pretrained: str | None
@@ -48,12 +48,12 @@ class Root(BaseModel):
 
 def check(cfg: DictConfig) -> None:
     """UserError with every mistake of the configuration, a line each; nothing but the constructors' modules is read."""
-    if missing := sorted(OmegaConf.missing_keys(cfg)):
-        raise UserError("; ".join(f"{key} needs a value: type {key}=..." for key in missing))
     try:
+        if missing := sorted(OmegaConf.missing_keys(cfg)):
+            raise UserError("; ".join(f"{key} needs a value: type {key}=..." for key in missing))
         plain = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(str(error).splitlines()[0]) from None
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     nodes = {key: node for key, node in plain.items() if key in SUPPLIED and isinstance(node, dict)}
     problems = _problems(Root, {key: value for key, value in plain.items() if key not in SUPPLIED}, "")
     for group, node in nodes.items():
@@ -63,6 +63,12 @@ def check(cfg: DictConfig) -> None:
             problems.append(str(error))
         else:
             problems += _problems(schema, _arguments(node), group + ".")
+    if not problems and (rest := plain["batch_size"] % plain["devices"]):
+        nearest = plain["batch_size"] - rest + plain["devices"]
+        problems.append(
+            f"batch_size={plain['batch_size']} is global, and can't be divided among devices={plain['devices']} "
+            f"processes: choose a multiple, like batch_size={nearest}"
+        )
     if problems:
         raise UserError("\n".join(problems))
 
@@ -130,6 +136,8 @@ def _problem(detail: Mapping, schema: type[BaseModel], prefix: str) -> str:
         return unknown("key", key, [prefix + name for name in names])
     if detail["type"] == "missing":
         return f"{key} needs a value: type {key}=..."
+    if detail["type"] == "string_type":
+        return f"{key}={detail['input']}: should be a text; quote it: '{key}=\"{detail['input']}\"'"
     message = detail["msg"][0].lower() + detail["msg"][1:]
     return f"{key}={detail['input']}: {message}"
 

@@ -2,8 +2,8 @@
 
 import logging
 import os
-import pickle
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -16,6 +16,17 @@ log = logging.getLogger(__name__)
 def complete(directory: Path) -> list[Path]:
     """Checkpoint files of a run directory, newest first."""
     return sorted((directory / "checkpoints").glob("step*.pt"), reverse=True)
+
+
+def read(path: Path) -> object:
+    """What torch.save wrote, where that is tensors and plain data; no code in it is run. UserError for the rest."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about the pickle protocol of files that are refused anyway
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that isn't whole, or isn't one of its own
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds a {found[1]}" if found else type(error).__name__
+        raise UserError(f"{path}: truncated, or not a PyTorch file of tensors and plain data ({reason})") from None
 
 
 class Checkpoint:
@@ -58,10 +69,7 @@ class Checkpoint:
         return 0
 
     def _read(self, path: Path) -> dict:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path}: truncated, or no checkpoint ({str(error).splitlines()[0]})") from None
+        content = read(path)
         if not isinstance(content, dict) or content.get("run") != self.identity:
             raise UserError(f"{path}: a checkpoint of another run")
         if content["step"] != int(re.search(r"\d+", path.stem)[0]):

@@ -99,7 +99,7 @@ def total(tensor: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """True on every rank if true on one. Costs a collective and a host sync where there are several."""
+    """True on every rank if true on one. Where there are several, a collective on the CPU: no GPU waits."""
     return flag if world_size() == 1 else bool(total(torch.tensor(float(flag))))
 
 

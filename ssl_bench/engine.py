@@ -74,8 +74,11 @@ def fit(
             run.log(done, {"epoch": done / per_epoch, **line})
         stop = run.stopping(done)
         if run.every("save", done) or last or stop:
-            if not torch.isfinite(output["loss"]):
-                raise UserError(f"the loss is {output['loss'].item()} at step {done:,}: try a lower optimizer.base_lr")
+            # Not the loss alone: its gradient may have spoilt the weights first, and the good checkpoints are few.
+            state = (output["loss"], *model.state_dict().values())
+            if not torch.stack([value.isfinite().all() for value in state]).all():
+                loss = output["loss"].item()
+                raise UserError(f"diverged at step {done:,}, with a loss of {loss:.4g}: try a lower optimizer.base_lr")
             run.save(done, model=model, optimizer=optimizer)
         if stop and not last:
             run.interrupt(done)

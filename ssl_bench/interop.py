@@ -5,7 +5,6 @@ Written: the official MoCo layout (facebookresearch/moco, main_moco.py), which `
 converter read.
 """
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +29,7 @@ class Loaded(NamedTuple):
 def load_backbone(backbone: nn.Module, source: str) -> Loaded:
     """Fill `backbone` from `source`, every tensor of it or an error. Returns what was read."""
     path = find(source)
-    state, layout, prefix = _backbone_state(read(path), path)
+    state, layout, prefix = _backbone_state(checkpoint.read(path), path)
     wanted = backbone.state_dict()
     found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if layout != "ssl_bench":  # there the classifier or projection is called fc, and belongs to no backbone
@@ -44,9 +43,10 @@ def load_backbone(backbone: nn.Module, source: str) -> Loaded:
             for keys, what in ((missing, "missing"), (unexpected, "unexpected"), (reshaped, "of another shape"))
             if keys
         ]
+        known = zoo.WEIGHTS.get(source)
         raise UserError(
             f"pretrained={source}: its {len(found)} tensors are not this backbone's {len(wanted)}: "
-            f"{'; '.join(differences)}. Choose the backbone= it was trained with"
+            f"{'; '.join(differences)}. Choose the backbone{f'={known.backbone}' if known else '='} it was trained with"
         )
     backbone.load_state_dict(found)
     return Loaded(path, layout, len(found), [key for key in state if key.removeprefix(prefix) not in found])
@@ -69,30 +69,23 @@ def find(source: str) -> Path:
     )
 
 
-def read(path: Path) -> dict:
-    """Any file of tensors, without running code from it."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{path}: not a complete PyTorch file of plain tensors ({str(error).splitlines()[0]})"
-        ) from None
+def _backbone_state(content: object, path: Path) -> tuple[State, str, str]:
+    """(tensors, layout, prefix of the backbone's keys)."""
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds a {type(content).__name__}, where a dictionary of tensors was expected")
-    return content
-
-
-def _backbone_state(content: dict, path: Path) -> tuple[State, str, str]:
-    """(tensors, layout, prefix of the backbone's keys)."""
-    if "model" in content and "step" in content:
-        return content["model"], "ssl_bench", "backbone."
-    state = content.get("state_dict", content)
-    if any(key.startswith("module.encoder_q.") for key in state):
-        return state, "official MoCo", "module.encoder_q."
-    if all(isinstance(value, Tensor) for value in state.values()) and "conv1.weight" in state:
-        return state, "torchvision", ""
+    ours = "model" in content and "step" in content
+    state = content["model"] if ours else content.get("state_dict", content)
+    keys = [str(key) for key in (state if isinstance(state, Mapping) else content)]
+    plain = isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if plain:
+        if ours:
+            return state, "ssl_bench", "backbone."
+        if any(key.startswith("module.encoder_q.") for key in keys):
+            return state, "official MoCo", "module.encoder_q."
+        if "conv1.weight" in keys:
+            return state, "torchvision", ""
     raise UserError(
-        f"{path}: unknown layout (first keys: {', '.join(list(state)[:3])}); expected a checkpoint of ssl_bench, an "
+        f"{path}: unknown layout (first keys: {', '.join(keys[:3])}); expected a checkpoint of ssl_bench, an "
         "official MoCo file (module.encoder_q.*) or a torchvision state dict (conv1.weight, ...)"
     )
 

@@ -30,7 +30,7 @@ def launch(cfg: DictConfig) -> dict[str, float]:
 def _run(cfg: DictConfig) -> dict[str, float]:
     import torch
 
-    from ssl_bench import distributed
+    from ssl_bench import distributed, interop
     from ssl_bench.run import Run
 
     world = distributed.launched() or distributed.World(0, 0, 1, 1)
@@ -39,6 +39,8 @@ def _run(cfg: DictConfig) -> dict[str, float]:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
     torch.set_float32_matmul_precision("high" if cfg.precision == "tf32" else "highest")
     plain = OmegaConf.to_container(cfg, resolve=True)
+    if cfg.pretrained is not None:  # the very file: a run directory may hold a newer one next time
+        plain["pretrained"] = str(interop.find(cfg.pretrained))
     tracker = partial(build.construct, cfg.tracking, directory=Path(cfg.dir or "."), config=plain)
     with distributed.process_group(device), Run(plain, device, tracker) as run:
         if run.summary is not None:
@@ -51,11 +53,16 @@ def _run(cfg: DictConfig) -> dict[str, float]:
 
 def _spawn(cfg: DictConfig) -> dict[str, float]:
     """`cfg.devices` ranks on this machine, by torch's elastic launcher."""
+    import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    device = build.pick_device(cfg.device, 0)  # here and not in the ranks: a mistake is told sooner
+    if device.type == "cuda" and cfg.devices > (gpus := torch.cuda.device_count()):
+        raise UserError(f"devices={cfg.devices}: torch sees {gpus} GPUs here; choose at most devices={gpus}")
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

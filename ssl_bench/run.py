@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,6 +48,7 @@ class Run:
         self._config = config
         self._make_tracker = make_tracker
         self.status = "failed"  # until the stage is through
+        self._mistaken = False  # ended by a UserError
         self._signum = 0
 
     # -- opening and closing ------------------------------------------------------------------------------------------
@@ -62,13 +64,17 @@ class Run:
         if kind is not None:
             log.debug("%s", error or kind.__name__)  # for log.txt; the console hears it from `train.main`
             self.status = "preempted" if kind is Interrupted else "failed"
+            self._mistaken = kind is UserError
         self._stack.close()
 
     def _open(self, directory: Path, stack: ExitStack) -> None:
         identity = str(fold(json.dumps(_identity(self._config), sort_keys=True)))
         self.checkpoint = Checkpoint(directory, identity)
         if self.is_main:
+            fresh = not directory.exists()
             stack.enter_context(self._claim(directory))
+            if fresh:
+                stack.callback(self._discard, directory)
         distributed.barrier()
         if (done := directory / "summary.json").exists():
             self.summary = json.loads(done.read_text())
@@ -109,14 +115,21 @@ class Run:
                     f"dir={directory} holds a run with another configuration: {shown}. "
                     "Choose another dir=, or delete it"
                 )
-        directory.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(directory / ".lock", timeout=60)  # the system frees it with the process
         try:
+            directory.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except filelock.Timeout:
             raise UserError(f"dir={directory} is in use by another process: wait, or choose another dir=") from None
+        except OSError as error:
+            raise UserError(f"dir={directory}: can't be written ({error.strerror}); choose another dir=") from None
         _write(known, yaml.safe_dump(self._config, sort_keys=False))
         return lock
+
+    def _discard(self, directory: Path) -> None:
+        """A mistake found before the first step leaves no run behind, which reports would stumble over."""
+        if self._mistaken and not self.metrics.path.stat().st_size and not any(p.is_dir() for p in directory.iterdir()):
+            shutil.rmtree(directory)
 
     def _on_signal(self, signum: int, frame: object) -> None:
         if self._signum == signal.SIGINT == signum:
@@ -128,13 +141,13 @@ class Run:
     # -- while it runs ------------------------------------------------------------------------------------------------
 
     def every(self, what: str, step: int) -> bool:
-        """Is it time to "log", "save" (steps) or "eval" (epochs, given as steps by `steps_per`)?"""
+        """Is it time to "log" or "save" (step: of training), or to "eval" (step: an epoch)? `log_every` and so on say."""
         interval = self._config[f"{what}_every"]
         return bool(interval) and step % interval == 0
 
     def stopping(self, step: int) -> bool:
-        """Did a signal arrive, on any rank? Several ranks ask each other only when they log, since it costs a sync."""
-        if distributed.world_size() == 1 or self.every("log", step):
+        """Did a signal arrive, on any rank? Several ranks ask each other every few steps."""
+        if distributed.world_size() == 1 or step % 10 == 0:
             return distributed.any_rank(self._signum != 0)
         return False
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -27,9 +27,12 @@ def run_dir(default: str) -> str:
     """Resolver of `dir`: the stage's own directory, or for a member of a sweep one named after its overrides."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return default
-    overrides = sorted(HydraConfig.get().overrides.task)
-    readable = build.slug(",".join(override.rpartition(".")[2] for override in overrides))
-    digest = blake2b("\n".join(overrides).encode(), digest_size=4).hexdigest()
+    overrides = list(HydraConfig.get().overrides.task)
+    digest = blake2b("\n".join(sorted(overrides)).encode(), digest_size=4).hexdigest()
+    words = [f"{key.rpartition('.')[2]}-{value}" for key, _, value in (word.partition("=") for word in overrides)]
+    while len(words) > 1 and sum(map(len, words)) > 80:  # what is swept tends to come last on the command line
+        words.pop(0)
+    readable = build.slug("-".join(words))
     return os.path.join(HydraConfig.get().sweep.dir, f"{readable}-{digest}")
 
 
@@ -86,7 +89,8 @@ def main() -> None:
     """Console entry. A person's mistake is one line and exit code 2; a bug keeps its traceback."""
     set_up_logging()
     sys.path.insert(0, os.getcwd())  # a user's own methods, as `python -m` has it
-    sys.argv[1:] = [LIST.sub(r"\1=[\2]", word) for word in sys.argv[1:]]
+    words = [LIST.sub(r"\1=[\2]", word) for word in sys.argv[1:]]
+    sys.argv[1:] = sorted(words, key=lambda word: word not in ("-m", "--multirun"))  # argparse wants them first
     wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets exceptions through, and the wording is ours
     try:
@@ -107,6 +111,8 @@ def _message(error: Exception) -> str:
     text = str(error)
     if isinstance(error, UserError):
         return text
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not KEY=VALUE; put quotes around a VALUE with special characters: 'KEY=\"VALUE\"'"
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         return build.unknown("choice", f"{group}={choice}", [f"{group}={option}" for option in error.options])

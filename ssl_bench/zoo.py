@@ -1,8 +1,10 @@
 """Known published weights: where they lie, and the hash that proves a file is the one."""
 
 import hashlib
+import http.client
 import os
-import urllib.error
+import shutil
+import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +18,7 @@ class Weights(NamedTuple):
     note: str
 
 
+TIMEOUT = 30  # seconds without a byte
 BASE_URL = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/"
 # https://github.com/facebookresearch/moco: model table of the README; ImageNet top-1 of a linear classifier
 WEIGHTS = {
@@ -32,29 +35,42 @@ def cache() -> Path:
 
 def fetch(name: str) -> Path:
     """The verified local file of a zoo name; downloaded with a progress bar when it isn't there yet."""
-    import torch.hub
-
     weights = WEIGHTS[name]
     path = cache() / "zoo" / Path(weights.path).name
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        try:
-            torch.hub.download_url_to_file(BASE_URL + weights.path, str(partial))
-        except (urllib.error.URLError, OSError) as error:
-            raise UserError(
-                f"pretrained={name}: no download ({error}). Fetch {BASE_URL}{weights.path} elsewhere and "
-                f"put it at {path} (its md5 begins with {weights.md5})"
-            ) from None
-        verify(partial, weights.md5)
-        partial.replace(path)
-    verify(path, weights.md5)
+        _download(name, path)
+    verify(path, weights.md5, "delete it and try again")
     return path
 
 
-def verify(path: Path, md5: str) -> None:
-    """UserError unless the file's md5 begins so."""
+def _download(name: str, path: Path) -> None:
+    from filelock import FileLock
+    from tqdm import tqdm
+
+    url, md5, partial = BASE_URL + WEIGHTS[name].path, WEIGHTS[name].md5, path.with_name(path.name + ".partial")
+    advice = f"fetch {url} elsewhere and put it at {path} (its md5 begins with {md5})"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):  # ranks, and members of a sweep, ask together
+        if path.exists():
+            return
+        try:
+            with (
+                urllib.request.urlopen(url, timeout=TIMEOUT) as reply,
+                tqdm.wrapattr(reply, "read", total=reply.length, desc=path.name, disable=None) as source,
+                open(partial, "wb") as file,
+            ):
+                shutil.copyfileobj(source, file)
+            verify(partial, md5, advice)
+            partial.replace(path)
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(f"pretrained={name}: no download ({error}); {advice}") from None
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def verify(path: Path, md5: str, advice: str) -> None:
+    """UserError, with `advice`, unless the file's md5 begins so."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "md5").hexdigest()
     if not digest.startswith(md5):
-        raise UserError(f"{path}: its md5 is {digest[:8]}..., not {md5}: a broken or another file; delete it and retry")
+        raise UserError(f"{path}: its md5 is {digest[:8]}..., not {md5}: a broken or another file; {advice}")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Command
+from conftest import TINY, TINY_PRETRAIN, Command
 
 
 @pytest.mark.slow
@@ -36,3 +36,16 @@ def test_pipeline_goes_on_where_it_stopped(ssl_bench: Command, tmp_path: Path) -
     result = ssl_bench(*command, check=True)
     assert result.stderr.count("is finished already") == 5  # the pretraining, two rows of two draws
     assert "| pretrained" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_newer_checkpoint_is_not_answered_with_an_old_result(ssl_bench: Command, tmp_path: Path) -> None:
+    ssl_bench(*TINY_PRETRAIN, "epochs=1", "save_every=4", "dir=pretrain", check=True)
+    lincls = [*TINY, "stage=lincls", "pretrained=pretrain", "epochs=1", "dir=lincls"]
+    newest = tmp_path / "pretrain" / "checkpoints" / "step0000000010.pt"
+    newest.rename(tmp_path / "later.pt")
+    ssl_bench(*lincls, check=True)
+    (tmp_path / "later.pt").rename(newest)
+    result = ssl_bench(*lincls)
+    assert result.returncode == 2
+    assert "pretrained was pretrain/checkpoints/step0000000008.pt, is pretrain/checkpoints/step0000000010.pt" in result.stderr

@@ -15,7 +15,7 @@ from ssl_bench.errors import UserError
 from ssl_bench.probe import LinearProbe
 from ssl_bench.run import Run
 from ssl_bench.seeding import fold
-from ssl_bench.stages.training import check_batch, normalization, on_device, open_source, seed_init, train
+from ssl_bench.stages.training import check_batch, make_views, normalization, on_device, open_source, seed_init, train
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +48,8 @@ def lincls(
         if loaded.left_out:
             log.info("left out %s others: %s, ...", len(loaded.left_out), ", ".join(loaded.left_out[:4]))
     probe = on_device(LinearProbe(backbone, data.num_classes, normalize), run)
-    views = build.construct(cfg.augmentation).to(run.device)
-    test_view = EvalView(data.image_size, test_resize, *normalization(cfg)).to(run.device)
+    views = make_views(cfg, run, probe.num_views)
+    test_view = EvalView(views.image_size, test_resize, *normalization(cfg)).to(run.device)
     source = open_source(cfg, run, data.open("train"), subset)
     test = open_source(cfg, run, data.open("val"))
 
@@ -61,11 +61,15 @@ def lincls(
 
 def few_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
     """Sorted positions of `per_class` images of each class, drawn by seed. labels (N,)."""
+    classes, counts = np.unique(labels, return_counts=True)
+    if (fewest := counts.min()) < per_class:
+        raise UserError(
+            f"stage.labels_per_class={per_class}: class {classes[counts.argmin()]} has only {fewest} images: "
+            f"choose at most stage.labels_per_class={fewest}"
+        )
     chosen = []
-    for label in np.unique(labels):
+    for label in classes:
         members = np.flatnonzero(labels == label)
-        if len(members) < per_class:
-            raise UserError(f"stage.labels_per_class={per_class}: class {label} has only {len(members)} images")
         rng = np.random.default_rng(fold(seed, "labels", int(label)))
         chosen.append(rng.choice(members, per_class, replace=False))
     return np.sort(np.concatenate(chosen))

@@ -76,6 +76,8 @@ def draw(
     cfg: DictConfig, run: Run, evaluations: dict[str, list[DictConfig]], results: dict[str, list[float]], path: Path
 ) -> None:
     """overview.png: curves, accuracies, augmented views, and a map of the pretrained features of the test split."""
+    from torchvision.transforms.v2.functional import resize
+
     data = build.construct(cfg.data)
     train_images, test = (open_source(cfg, run, data.open(split)) for split in ("pretrain", "val"))
     views = build.construct(cfg.augmentation).to(run.device)
@@ -83,11 +85,11 @@ def draw(
     shown = torch.stack([views.denormalize(view) for view in views(images[:8], keys(cfg.seed, 0, indices[:8]))])
     backbone = build.construct(cfg.backbone)
     interop.load_backbone(backbone, f"{cfg.dir}/pretrain")
-    test_view = EvalView(data.image_size, 1.0, *normalization(cfg))
+    test_view = EvalView(views.image_size, 1.0, *normalization(cfg))
     features, labels = extract(on_device(backbone, run).eval(), test.epoch_pass(), test_view.to(run.device))
     curves = {"pretraining": MetricsFile.read(run.directory / "pretrain" / "metrics.jsonl")}
     for name, members in evaluations.items():
         curves[name] = MetricsFile.read(Path(members[0].dir) / "metrics.jsonl")
     title = f"{cfg.method.name}, {cfg.backbone.name}, {cfg.data.name}"
-    originals = images[None, :8]
+    originals = resize(images[:8], [views.image_size, views.image_size])[None]  # the views may be of another size
     report.overview(path, title, curves, torch.cat([originals, shown]).cpu(), features.numpy(), labels.numpy(), results)

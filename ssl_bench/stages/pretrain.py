@@ -9,7 +9,7 @@ from ssl_bench.augment.views import Views
 from ssl_bench.data.source import HostSource
 from ssl_bench.errors import UserError
 from ssl_bench.run import Run
-from ssl_bench.stages.training import check_batch, on_device, open_source, seed_init, train
+from ssl_bench.stages.training import check_batch, make_views, on_device, open_source, seed_init, train
 
 
 def pretrain(cfg: DictConfig, run: Run) -> dict[str, float]:
@@ -18,12 +18,7 @@ def pretrain(cfg: DictConfig, run: Run) -> dict[str, float]:
     check_fit(cfg, data.split("pretrain").length)
     seed_init(cfg)
     model = on_device(build.construct(cfg.method, backbone=build.construct(cfg.backbone)), run)
-    views = build.construct(cfg.augmentation).to(run.device)
-    if views.num_views != model.num_views:
-        raise UserError(
-            f"augmentation.num_views={views.num_views}, but method={cfg.method.name} takes {model.num_views}: "
-            "choose another augmentation= or method="
-        )
+    views = make_views(cfg, run, model.num_views)
     source = open_source(cfg, run, data.open("pretrain"))
     if run.is_main:
         show_views(cfg, run, source, views)
@@ -49,11 +44,13 @@ def check_fit(cfg: DictConfig, num_images: int) -> None:
 @torch.no_grad()
 def show_views(cfg: DictConfig, run: Run, source: HostSource, views: Views, num_images: int = 8) -> None:
     """views.png: what the network sees of the first images; a column an image, the original on top."""
+    from torchvision.transforms.v2.functional import resize
     from torchvision.utils import make_grid, save_image
 
     images, _, indices = next(source.epoch_pass())
     images, indices = images[:num_images], indices[:num_images]
     shown = [views.denormalize(view) for view in views(images, keys(cfg.seed, 0, indices))]
-    grid = make_grid(torch.cat([images, *shown]).float() / 255, nrow=num_images)
+    originals = resize(images, [views.image_size, views.image_size])  # the views may be of another size
+    grid = make_grid(torch.cat([originals, *shown]).float() / 255, nrow=num_images)
     save_image(grid, run.directory / "views.png")
     run.log_image(0, "views", run.directory / "views.png")

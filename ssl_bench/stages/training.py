@@ -53,6 +53,18 @@ def open_source(cfg: DictConfig, run: Run, store: Store, subset: np.ndarray | No
     )
 
 
+def make_views(cfg: DictConfig, run: Run, num_views: int) -> Views:
+    """The augmentation; UserError unless it makes as many views as the network takes."""
+    views = build.construct(cfg.augmentation).to(run.device)
+    if views.num_views != num_views:
+        taker = f"method={cfg.method.name}" if cfg.get("method") else f"stage={cfg.stage.name}"
+        raise UserError(
+            f"augmentation.num_views={views.num_views}, but {taker} takes {num_views}: "
+            f"type augmentation.num_views={num_views}, or choose another augmentation="
+        )
+    return views
+
+
 def train(
     cfg: DictConfig,
     run: Run,

@@ -1,0 +1,166 @@
+"""Checkpoints: a crash while writing loses nothing, and what can't be trusted isn't used."""
+
+import logging
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ssl_bench.checkpoint import Checkpoint, complete
+from ssl_bench.errors import UserError
+
+Trained = tuple[nn.Module, torch.optim.Optimizer]
+
+
+def trained(steps: int) -> Trained:
+    """A model and its optimizer after so many steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.rand(16, 4)).square().mean().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def save(directory: Path, *steps: int, identity: str = "this run") -> Checkpoint:
+    checkpoint = Checkpoint(directory, identity)
+    for step in steps:
+        model, optimizer = trained(step)
+        checkpoint.save(step, model=model, optimizer=optimizer)
+    return checkpoint
+
+
+def restored(checkpoint: Checkpoint) -> int:
+    """The step restored; asserts that the state is that step's, bit for bit."""
+    model, optimizer = trained(0)
+    step = checkpoint.restore(model=model, optimizer=optimizer)
+    same_model, same_optimizer = trained(step)
+    ours, theirs = model.state_dict(), same_model.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    momenta = [
+        [slot["momentum_buffer"] for slot in o.state_dict()["state"].values()] for o in (optimizer, same_optimizer)
+    ]
+    assert all(torch.equal(*pair) for pair in zip(*momenta, strict=True))
+    return step
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_the_newest_two_are_kept(tmp_path: Path) -> None:
+    checkpoint = save(tmp_path, 1, 2, 10)
+    assert [path.name for path in complete(tmp_path)] == ["step0000000010.pt", "step0000000002.pt"]
+    assert restored(checkpoint) == 10
+
+
+def test_nothing_saved_is_step_zero(tmp_path: Path) -> None:
+    assert restored(Checkpoint(tmp_path, "this run")) == 0
+
+
+def crash_in_save(content: object, file) -> None:
+    file.write(b"half of it")
+    raise KeyboardInterrupt
+
+
+def crash_in_replace(self: Path, target: Path) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "crash"), [(torch, "save", crash_in_save), (Path, "replace", crash_in_replace)]
+)
+def test_a_crash_while_writing_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, crash: object
+) -> None:
+    checkpoint = save(tmp_path, 1, 2)
+    monkeypatch.setattr(owner, name, crash)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 3)
+    monkeypatch.undo()
+    assert (tmp_path / "checkpoints" / "step0000000003.partial").exists()  # what a killed process leaves
+    assert restored(checkpoint) == 2
+    save(tmp_path, 3)
+    assert restored(checkpoint) == 3
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step0000000002.pt", "step0000000003.pt"]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, bytes]:
+    """Of steps 1 and 2; and what the file of the second holds."""
+    checkpoint = save(tmp_path_factory.mktemp("two"), 1, 2)
+    return checkpoint, complete(checkpoint.directory)[0].read_bytes()
+
+
+@given(share=st.floats(0, 1, exclude_max=True))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_truncated_one_is_named_and_the_one_before_used(
+    two: tuple[Checkpoint, bytes], caplog: pytest.LogCaptureFixture, share: float
+) -> None:
+    checkpoint, whole = two
+    newest = complete(checkpoint.directory)[0]
+    newest.write_bytes(whole[: int(share * len(whole))])
+    caplog.clear()
+    assert restored(checkpoint) == 1
+    (warning,) = warnings_of(caplog)
+    assert str(newest) in warning
+    assert "the one before" in warning
+    assert "\n" not in warning
+
+
+class Payload:
+    """Unpickled without care, it makes a folder."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.marker),)
+
+
+def raw_pickle(content: object, path: Path) -> None:
+    path.write_bytes(pickle.dumps(content))
+
+
+@pytest.mark.parametrize("write", [raw_pickle, torch.save])
+def test_code_in_a_pickle_is_not_run(tmp_path: Path, caplog: pytest.LogCaptureFixture, write: object) -> None:
+    checkpoint = save(tmp_path, 1)
+    newest = tmp_path / "checkpoints" / "step0000000002.pt"
+    write({"run": "this run", "step": 2, "model": Payload(tmp_path / "executed"), "optimizer": {}}, newest)
+    assert restored(checkpoint) == 1
+    assert not (tmp_path / "executed").exists()
+    assert str(newest) in warnings_of(caplog)[0]
+    pickle.loads(pickle.dumps(Payload(tmp_path / "executed")))
+    assert (tmp_path / "executed").exists()  # so it would have been seen
+
+
+def test_the_checkpoint_of_another_run_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = save(tmp_path, 1)
+    save(tmp_path, 2, identity="another run")
+    assert restored(checkpoint) == 1
+    assert "another run" in warnings_of(caplog)[0]
+
+
+def test_a_renamed_checkpoint_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = save(tmp_path, 1, 2)
+    complete(tmp_path)[0].rename(tmp_path / "checkpoints" / "step0000000009.pt")
+    assert restored(checkpoint) == 1
+    assert "holds step 2" in warnings_of(caplog)[0]
+
+
+def test_none_usable_is_an_error(tmp_path: Path) -> None:
+    checkpoint = save(tmp_path, 1, 2)
+    first, second = complete(tmp_path)
+    first.write_text("not a checkpoint")
+    torch.save([1, 2], second)
+    with pytest.raises(UserError, match="none of its 2 checkpoints can be used; delete this folder") as caught:
+        restored(checkpoint)
+    assert str(tmp_path / "checkpoints") in str(caught.value)
+    assert "\n" not in str(caught.value)

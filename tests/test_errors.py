@@ -1,0 +1,408 @@
+"""A mistake is answered with one line: what is wrong, and what to type instead. Exit status 2, nothing left behind."""
+
+import os
+import pickle
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import TINY, TINY_PRETRAIN, Command
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf, open_dict
+from test_config import compose
+
+from ssl_bench import backbones, build
+from ssl_bench.checkpoint import complete
+from ssl_bench.data.synthetic import write_dl21
+from ssl_bench.errors import UserError
+from ssl_bench.interop import official_moco_state_dict
+from ssl_bench.methods.moco import MoCo
+
+SMALL = ["data.image_size=16", "backbone.width=8", "backbone.stem=small", "data.workers=1", "log_every=1", "epochs=1"]
+PRETRAIN = ["data=dl21", "data.root=dl21", "stage=pretrain", "method.queue_size=16", "batch_size=8", *SMALL]
+LINCLS = ["data=dl21", "data.root=dl21", "stage=lincls", "batch_size=4", *SMALL]
+
+
+def complaint(result: subprocess.CompletedProcess) -> str:
+    """What the command said of the mistake; asserts that it is nothing but this, after log lines."""
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == ""
+    logged, mark, said = result.stderr.rstrip("\n").partition("ssl-bench: ")
+    assert mark, result.stderr
+    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in logged.splitlines()), result.stderr
+    return said
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+
+
+# --- mistakes in the configuration, by the command --------------------------------------------------------------------
+
+CONFIGURATION = {
+    "key": (["bach_size=3"], ["bach_size: no such key; did you mean batch_size? Valid: augmentation, backbone, "]),
+    "nested key": (
+        ["method.temprature=0.1"],
+        ["method.temprature: no such key; did you mean method.temperature? Valid: method.bn_splits, method.dim, "],
+    ),
+    "choice": (
+        ["method=moco_v9"],
+        ["method=moco_v9: no such choice; did you mean", "Valid: method=moco_v1, method=moco_v2"],
+    ),
+    "type": (["batch_size=abc"], ["batch_size=abc: input should be a valid integer"]),
+    "range": (["method.temperature=-1"], ["method.temperature=-1: input should be greater than 0"]),
+    "added key": (["+unknown=1"], ["unknown: no such key;", "Valid: augmentation, backbone, "]),
+    "needed": (["data=dl21"], ["data.root needs a value: type data.root=..."]),
+    "no value": (["batch_size"], ["batch_size: not KEY=VALUE"]),
+    "special characters": (["data=dl21", "data.root=~/data"], ["data.root=~/data: ", "quotes", "'KEY=\"VALUE\"'"]),
+    "interpolation": (["seed=${sed}"], ["seed: Interpolation key 'sed' not found"]),
+    "no experiment": (["experiment=fast"], ["experiment=fast: no such choice;", "Valid: experiment=quickstart"]),
+    "processes": (
+        [*TINY_PRETRAIN, "batch_size=129", "devices=2"],
+        ["batch_size=129 is global", "devices=2 processes: choose a multiple, like batch_size=130"],
+    ),
+    "pretrained": (
+        [*TINY, "stage=lincls", "pretrained=runs/moco"],
+        ["pretrained=runs/moco: no such file or run directory", "moco_v1_200ep, moco_v2_200ep, moco_v2_800ep"],
+    ),
+    "synthesize": (["stage=synthesize"], ["stage.out needs a value: type stage.out=..."]),
+    "sync": (["stage=sync", "runs=none"], ["runs=none: no metrics.jsonl at or below it", "runs=[DIR,DIR]"]),
+}
+
+
+@pytest.mark.parametrize(("command", "says"), CONFIGURATION.values(), ids=CONFIGURATION)
+def test_configuration(ssl_bench: Command, tmp_path: Path, command: list[str], says: list[str]) -> None:
+    result = ssl_bench(*command)
+    said = complaint(result)
+    assert all(part in said for part in says), said
+    assert "\n" not in said
+    assert result.stderr.startswith("ssl-bench: ")  # before any log line: no data was touched
+    assert files(tmp_path) == set()
+
+
+def test_all_at_once(ssl_bench: Command, tmp_path: Path) -> None:
+    said = complaint(ssl_bench("batch_size=abc", "method.temperature=-1", "+foo=1", "precision=fp8")).splitlines()
+    keys = [line.partition(":")[0] for line in said]
+    assert sorted(keys) == ["batch_size=abc", "foo", "method.temperature=-1", "precision=fp8"]
+    assert "'fp32', 'tf32' or 'bf16'" in said[keys.index("precision=fp8")]
+    assert files(tmp_path) == set()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(ssl_bench: Command, tmp_path: Path) -> None:
+    said = complaint(ssl_bench(*TINY_PRETRAIN, "device=cuda"))
+    assert re.fullmatch(r"device=cuda: torch \S+ sees no GPU here; use device=cpu or device=auto", said)
+    assert files(tmp_path) == set()
+
+
+def test_one_bad_member_of_a_sweep(ssl_bench: Command, tmp_path: Path) -> None:
+    said = complaint(ssl_bench(*TINY_PRETRAIN, "-m", "method.temperature=0.1,-1")).splitlines()
+    assert said[0] == "nothing was started."
+    assert len(said) == 2
+    assert said[1].endswith("method.temperature=-1: method.temperature=-1: input should be greater than 0")
+    assert files(tmp_path) == set()
+
+
+def test_a_launcher_without_a_sweep(ssl_bench: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "conf" / "hydra" / "launcher"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("_target_: mine.Launcher\n")
+    said = complaint(ssl_bench("--config-dir=conf", "hydra/launcher=mine"))
+    assert said == "hydra/launcher is for sweeps, and would be ignored here: add -m, or choose a launcher="
+
+
+@pytest.mark.slow
+def test_a_zoo_name_without_a_network(ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.delenv("no_proxy", raising=False)
+    said = complaint(ssl_bench(*TINY, "stage=lincls", "pretrained=moco_v2_200ep", timeout=60))
+    assert said.startswith("pretrained=moco_v2_200ep: no download (")
+    url = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_200ep/moco_v2_200ep_pretrain.pth.tar"
+    place = Path(os.environ["SSL_BENCH_CACHE"], "zoo", "moco_v2_200ep_pretrain.pth.tar")
+    assert said.endswith(f"fetch {url} elsewhere and put it at {place} (its md5 begins with 59fd9945)")
+    assert not place.exists()
+    assert files(tmp_path) == set()
+
+
+# --- mistakes in the configuration, in this process -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["seed=-1"], "seed=-1: input should be greater than or equal to 0"),
+        (["dir=2024"], "dir=2024: should be a text; quote it: 'dir=\"2024\"'"),
+        (["dir="], "dir=: string should have at least 1 character"),
+        (["device=gpu"], "device=gpu: string should match pattern '^(auto|cpu|mps|cuda"),
+        (["epochs=0"], "epochs=0: input should be greater than 0"),
+        (["compile=maybe"], "compile=maybe: input should be a valid boolean"),
+        (["backbone.stem=tiny"], "backbone.stem=tiny: input should be 'imagenet' or 'small'"),
+        (["method.momentum=1.1"], "method.momentum=1.1: input should be less than or equal to 1"),
+        (["method.mlp=2"], "method.mlp=2: input should be a valid boolean"),
+        (["augmentation.mean=[0.5,0.5]"], "augmentation.mean.2 needs a value"),
+        (["optimizer.scaling=sqrt"], "optimizer.scaling=sqrt: input should be 'linear' or 'none'"),
+        (["data.on_error=ignore"], "data.on_error=ignore: input should be 'raise' or 'skip'"),
+        (["data=cifar10", "data.root=x", "data.image_size=64"], "data.image_size=64: input should be 32"),
+        (["data=stl10"], "data.root needs a value: type data.root=..."),
+        (["stage=lincls", "stage.labels_per_class=0"], "stage.labels_per_class=0: input should be greater than 0"),
+        (["batch_size=10", "devices=4"], "choose a multiple, like batch_size=12"),
+        (["+method.foo=1"], "method.foo: no such key; "),
+        (["method._target_=ssl_bench.methods.moco.X"], "method._target_=ssl_bench.methods.moco.X: can't be imported"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_check(overrides: list[str], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build.check(compose(*overrides))
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+WHOLE = compose()
+KEYS = sorted(
+    f"{group}.{key}" if isinstance(WHOLE[group], type(WHOLE)) else group
+    for group in WHOLE
+    for key in (WHOLE[group] if isinstance(WHOLE[group], type(WHOLE)) else [""])
+    if key != "name" and not str(key).startswith("_")
+)
+
+
+@given(key=st.sampled_from(KEYS), at=st.integers(0, 40))
+@settings(max_examples=20, deadline=None)
+def test_any_mistyped_key_is_named(key: str, at: int) -> None:
+    """One letter twice, anywhere in the key's own name."""
+    parent, _, name = key.rpartition(".")
+    at %= len(name)
+    mistyped = name[: at + 1] + name[at:]
+    cfg = OmegaConf.create(OmegaConf.to_container(WHOLE))
+    with open_dict(cfg):
+        OmegaConf.update(cfg, f"{parent}.{mistyped}" if parent else mistyped, 1)
+    with pytest.raises(UserError) as caught:
+        build.check(cfg)
+    wrong, right = (f"{parent}.{word}" if parent else word for word in (mistyped, name))
+    assert str(caught.value).startswith(f"{wrong}: no such key; did you mean {right}? Valid: ")
+
+
+# --- mistakes about the data, the weights and the directory -----------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def master(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "dl21"
+    write_dl21(root, 30, 12, 9, num_classes=3, seed=0, image_size=16, workers=1)
+    return root
+
+
+@pytest.fixture
+def data(master: Path, tmp_path: Path) -> Path:
+    """30 unlabelled, 12 train and 9 val images of 3 classes in `dl21`, to damage."""
+    return shutil.copytree(master, tmp_path / "dl21")
+
+
+class Payload:
+    """Unpickled without care, it makes a folder."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("executed",)
+
+
+def no_folder(data: Path) -> None:
+    shutil.rmtree(data)
+
+
+def a_gap(data: Path) -> None:
+    (data / "unlabeled" / "7.png").unlink()
+
+
+def too_few_labels(data: Path) -> None:
+    torch.save(torch.zeros(5, dtype=torch.int64), data / "train_label_tensor.pt")
+
+
+def code_for_labels(data: Path) -> None:
+    (data / "train_label_tensor.pt").write_bytes(pickle.dumps(Payload(), protocol=2))
+
+
+def no_images(data: Path) -> None:
+    shutil.rmtree(data)
+    data.mkdir()
+
+
+def code_for_weights(data: Path) -> None:
+    (data.parent / "weights.pt").write_bytes(pickle.dumps(Payload(), protocol=2))
+
+
+def half_a_file(data: Path) -> None:
+    torch.save({"conv1.weight": torch.zeros(8, 3, 7, 7)}, data.parent / "weights.pt")
+    os.truncate(data.parent / "weights.pt", 1000)
+
+
+def an_empty_file(data: Path) -> None:
+    (data.parent / "weights.pt").touch()
+
+
+def resnet50(data: Path) -> None:
+    method = MoCo(backbones.resnet50(width=8), queue_size=16)
+    torch.save({"arch": "resnet50", "state_dict": official_moco_state_dict(method)}, data.parent / "weights.pt")
+
+
+def a_file_in_the_way(data: Path) -> None:
+    (data.parent / "taken").touch()
+
+
+def nothing(data: Path) -> None:
+    pass
+
+
+WEIGHTS = [*LINCLS, "pretrained=weights.pt"]
+QUICK = {  # (what is wrong with the data, the command, what is said)
+    "no folder": (no_folder, PRETRAIN, ["no folder dl21/unlabeled; data.root= sets where the data set is (now dl21)"]),
+    "code for labels": (
+        code_for_labels,
+        LINCLS,
+        ["dl21/train_label_tensor.pt is not a tensor file", "expected int64 labels"],
+    ),
+    "queue": (
+        nothing,
+        [*PRETRAIN, "method.queue_size=31"],
+        ["method.queue_size=31 is larger than the dataset", "choose at most method.queue_size=30"],
+    ),
+    "batch": (
+        nothing,
+        [*PRETRAIN, "batch_size=31"],
+        ["batch_size=31 is larger than the dataset (30 training images)", "choose at most batch_size=30"],
+    ),
+}
+SLOW = {  # a rule each that a test of its module knows too
+    "gap": (a_gap, PRETRAIN, ["dl21/unlabeled/7.png is missing", "0, 1, 2, ... without a gap"]),
+    "labels": (too_few_labels, LINCLS, ["train_label_tensor.pt in dl21 has 5 labels for 12 images"]),
+    "empty folder": (
+        no_images,
+        [*PRETRAIN, "data=folder"],
+        ["no images under dl21; known extensions are .png .jpg", "data.root= sets the folder"],
+    ),
+    "unlabelled": (
+        nothing,
+        [*LINCLS, "data=folder", "data.root=dl21/val"],
+        ["dl21/val has no labels", "labelled data lie in train/<class>/ and val/<class>/"],
+    ),
+    "labels per class": (
+        nothing,
+        [*LINCLS, "stage.labels_per_class=99"],
+        ["stage.labels_per_class=99: class ", "choose at most stage.labels_per_class="],
+    ),
+    "batch norm": (
+        nothing,
+        [*PRETRAIN, "method.bn_splits=3"],
+        ["method.bn_splits=3 does not divide the 8 images", "change one of"],
+    ),
+    "three views": (
+        nothing,
+        [*PRETRAIN, "augmentation.num_views=3"],
+        ["augmentation.num_views=3, but method=moco_v2 takes 2: type augmentation.num_views=2, or choose another"],
+    ),
+    "two views": (
+        nothing,
+        [*LINCLS, "augmentation=moco_v2"],
+        ["augmentation.num_views=2, but stage=lincls takes 1: type augmentation.num_views=1, or choose another"],
+    ),
+    "interval": (
+        nothing,
+        [*PRETRAIN, "augmentation.crop_scale=[0.9,0.2]"],
+        ["augmentation.crop_scale is [0.9, 0.2]: give [low, high] with 0 < low <= high <= 1"],
+    ),
+    "code for weights": (code_for_weights, WEIGHTS, ["weights.pt: truncated, or not a PyTorch file", "posix.mkdir"]),
+    "half a file": (half_a_file, WEIGHTS, ["weights.pt: truncated, or not a PyTorch file"]),
+    "empty file": (an_empty_file, WEIGHTS, ["weights.pt: truncated, or not a PyTorch file"]),
+    "no run": (nothing, [*LINCLS, "pretrained=dl21"], ["pretrained=dl21: no checkpoint in this directory; give a run"]),
+    "backbone": (
+        resnet50,
+        WEIGHTS,
+        ["pretrained=weights.pt: ", "unexpected (layer1.0.conv3.weight", "of another shape (", "Choose the backbone="],
+    ),
+    "pixels": (
+        resnet50,
+        [*(word for word in WEIGHTS if not word.startswith("backbone")), "backbone=pixels"],
+        ["tensors are not this backbone's 0: ", "unexpected (conv1.weight"],
+    ),
+    "a file": (
+        a_file_in_the_way,
+        [*PRETRAIN, "dir=taken"],
+        ["dir=taken: can't be written (File exists); choose another"],
+    ),
+    "not writable": (nothing, [*PRETRAIN, "dir=/proc/run"], ["dir=/proc/run: can't be written", "choose another dir="]),
+    "in a rank": (
+        no_folder,
+        [*PRETRAIN, "devices=2"],
+        ["no folder dl21/unlabeled; data.root= sets where the data set is"],
+    ),
+}
+CASES = [pytest.param(*case, id=name) for name, case in QUICK.items()]
+CASES += [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in SLOW.items()]
+
+
+@pytest.mark.parametrize(("damage", "command", "says"), CASES)
+def test_data(
+    ssl_bench: Command, tmp_path: Path, data: Path, damage: Callable[[Path], None], command: list[str], says: list[str]
+) -> None:
+    damage(data)
+    before = files(tmp_path)
+    said = complaint(ssl_bench(*command))
+    assert all(part in said for part in says), said
+    assert "\n" not in said
+    assert not (tmp_path / "executed").exists()
+    assert files(tmp_path) == before  # a run that never began leaves no directory to stumble over
+
+
+@pytest.mark.slow
+def test_a_truncated_image(ssl_bench: Command, tmp_path: Path, data: Path) -> None:
+    os.truncate(data / "unlabeled" / "3.png", 60)
+    said = complaint(ssl_bench(*PRETRAIN))
+    assert said.startswith("cannot decode dl21/unlabeled/3.png (")
+    assert said.endswith("leave such images out with data.on_error=skip")
+    result = ssl_bench(*PRETRAIN, "data.on_error=skip", "dir=run", check=True)
+    assert "1 of 30 images are left out: dl21/unlabeled/3.png (" in result.stderr
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_another_configuration_in_the_same_directory(ssl_bench: Command, tmp_path: Path) -> None:
+    command = [*TINY_PRETRAIN, "epochs=1", "dir=run"]
+    ssl_bench(*command, check=True)
+    before = {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)}
+    said = complaint(ssl_bench(*command, "method.temperature=0.5", "batch_size=64"))
+    assert said == (
+        "dir=run holds a run with another configuration: batch_size was 128, is 64; "
+        "method.temperature was 0.2, is 0.5. Choose another dir=, or delete it"
+    )
+    assert before == {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)}
+
+
+@pytest.mark.slow
+def test_divergence(ssl_bench: Command, tmp_path: Path) -> None:
+    """The weights become NaN; the checkpoints before that stay, and hold numbers."""
+    command = [*TINY_PRETRAIN, "optimizer.base_lr=1e9", "save_every=1", "dir=run"]
+    said = complaint(ssl_bench(*command))
+    step = re.fullmatch(r"diverged at step (\d+), with a loss of \S+: try a lower optimizer.base_lr", said)
+    assert step, said
+    kept = complete(tmp_path / "run")
+    assert kept
+    for path in kept:
+        assert int(path.stem.removeprefix("step")) < int(step[1])
+        state = torch.load(path, weights_only=True)["model"]
+        assert all(value.isfinite().all() for value in state.values()), path
+
+
+@pytest.mark.slow
+def test_a_member_that_fails_later_does_not_stop_the_sweep(ssl_bench: Command, tmp_path: Path) -> None:
+    result = ssl_bench(*TINY_PRETRAIN, "epochs=1", "-m", "batch_size=2000,128")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "batch_size=2000 is larger than the dataset (1,297 training images)" in result.stderr.splitlines()[-1]
+    (finished,) = (tmp_path / "runs").rglob("summary.json")
+    assert yaml.safe_load((finished.parent / "config.yaml").read_text())["batch_size"] == 128

@@ -1,0 +1,88 @@
+"""A wheel, installed in another environment, runs from another directory."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import TINY_PRETRAIN
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(path.relative_to(ROOT / "conf").as_posix() for path in (ROOT / "conf").rglob("*.yaml"))
+CONFIGS += [f"launcher/{path.name}" for path in sorted((ROOT / "launchers").glob("*.yaml"))]  # a link in conf/
+
+
+def call(*command: str | Path, cwd: Path) -> str:
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that the checkout stays clean."""
+    copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("wheel")
+    for name in ("conf", "launchers", "ssl_bench"):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    call(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, copy, cwd=out)
+    (built,) = out.glob("ssl_bench-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Runs a program of a new environment, which shares only the dependencies with this one."""
+    venv, elsewhere = tmp_path_factory.mktemp("venv"), tmp_path_factory.mktemp("elsewhere")
+    call(sys.executable, "-m", "venv", "--without-pip", venv, cwd=elsewhere)
+    python = venv / "bin" / "python"
+    site = Path(call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=elsewhere).strip())
+    # Its own packages come first. Python reads no .pth files of the folder named here: an editable install stays out.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
+    call(*pip, "install", "--no-deps", "--no-index", "--force-reinstall", "--ignore-installed", wheel, cwd=elsewhere)
+    where = call(python, "-c", "import ssl_bench; print(ssl_bench.__file__)", cwd=elsewhere)
+    assert Path(where.strip()) == site / "ssl_bench" / "__init__.py"
+
+    def program(name: str, *args: str) -> str:
+        return call(venv / "bin" / name, *args, cwd=elsewhere)
+
+    return program
+
+
+def test_the_wheel_holds_every_configuration(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    held = sorted(name.removeprefix("ssl_bench/conf/") for name in names if name.endswith(".yaml"))
+    assert held == sorted(CONFIGS)
+    modules = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "ssl_bench").rglob("*.py") if "conf" not in path.parts
+    }
+    assert modules <= set(names)
+    strangers = {name.split("/")[0] for name in names} - {"ssl_bench"}
+    assert len(strangers) == 1  # ssl_bench-*.dist-info: neither conf, launchers nor tests beside it
+
+
+def test_help_and_configuration(installed: Callable[..., str]) -> None:
+    page = installed("ssl-bench", "--help")
+    for config in CONFIGS:
+        group, _, choice = config.removesuffix(".yaml").rpartition("/")
+        assert not group or any(line.startswith(f"{group}: ") and choice in line for line in page.splitlines()), config
+    job = installed("ssl-bench", "--cfg", "job")
+    assert "_target_: ssl_bench.methods.moco.MoCo" in job
+    assert installed("python", "-m", "ssl_bench.train", "--cfg", "job") == job
+
+
+def test_a_run(installed: Callable[..., str]) -> None:
+    installed("ssl-bench", *TINY_PRETRAIN, "epochs=1", "dir=run")
+    listing = installed("python", "-c", "import os; print(sorted(os.listdir('run')))")
+    assert "summary.json" in listing
+    assert "checkpoints" in listing

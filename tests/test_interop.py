@@ -1,0 +1,350 @@
+"""Weights travel to the authors' programs and back, and from every kind of source."""
+
+import copy
+import hashlib
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+from conftest import TINY, Command
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torchvision import models
+
+from ssl_bench import backbones, interop, zoo
+from ssl_bench.checkpoint import Checkpoint
+from ssl_bench.errors import UserError
+from ssl_bench.interop import load_backbone, load_official_moco, official_moco_state_dict
+from ssl_bench.methods.moco import MoCo
+
+
+def moco(arch: str = "resnet18", seed: int = 0, mlp: bool = True, queue_size: int = 16, **shape) -> MoCo:
+    """A MoCo whose every tensor is its own: running statistics, key encoder and pointer too."""
+    torch.manual_seed(seed)
+    method = MoCo(getattr(backbones, arch)(**shape), 8, queue_size, mlp=mlp)
+    for value in method.state_dict().values():
+        if value.is_floating_point():
+            value.add_(0.01 * torch.randn_like(value))
+        else:
+            value.fill_(3 + seed)
+    return method
+
+
+def tiny(seed: int = 0) -> MoCo:
+    return moco(seed=seed, stem="small", width=8)
+
+
+def images() -> Tensor:
+    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(7))
+
+
+@torch.no_grad()
+def features(network: nn.Module) -> Tensor:
+    return network.eval()(images())
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return list(ours) == list(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def write_official(method: MoCo, path: Path) -> Path:
+    torch.save({"epoch": 200, "arch": "resnet18", "state_dict": official_moco_state_dict(method)}, path)
+    return path
+
+
+# --- the authors' layout ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mlp", [False, True], ids=["v1", "v2"])
+@pytest.mark.parametrize("arch", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
+def test_main_lincls_reads_what_we_write(tmp_path: Path, arch: str, mlp: bool) -> None:
+    """Its rule: module.encoder_q without its fc goes into torchvision's network, and exactly fc is missing."""
+    method = moco(arch, mlp=mlp)
+    torch.save({"arch": arch, "state_dict": official_moco_state_dict(method)}, tmp_path / "moco.pth.tar")
+    theirs = getattr(models, arch)()
+    theirs.fc.requires_grad_(False).weight.zero_()
+    content = torch.load(tmp_path / "moco.pth.tar", weights_only=True)
+    encoder = {
+        key.removeprefix("module.encoder_q."): value
+        for key, value in content["state_dict"].items()
+        if key.startswith("module.encoder_q") and not key.startswith("module.encoder_q.fc")
+    }
+    outcome = theirs.load_state_dict(encoder, strict=False)
+    assert set(outcome.missing_keys) == {"fc.weight", "fc.bias"}
+    assert outcome.unexpected_keys == []
+    theirs.fc = nn.Identity()
+    assert features(theirs).isfinite().all()
+    assert torch.equal(features(theirs), features(method.backbone))
+
+    back = moco(arch, seed=1, mlp=mlp)
+    load_official_moco(back, content["state_dict"])
+    assert same(back, method)
+    fresh = getattr(backbones, arch)()
+    load_backbone(fresh, str(tmp_path / "moco.pth.tar"))
+    assert torch.equal(features(fresh), features(method.backbone))
+
+
+@pytest.mark.parametrize(("mlp", "head"), [(False, ["fc"]), (True, ["fc.0", "fc.2"])], ids=["v1", "v2"])
+def test_keys_are_the_authors(mlp: bool, head: list[str]) -> None:
+    network = [key for key in models.resnet18().state_dict() if not key.startswith("fc.")]
+    encoder = [*network, *(f"{layer}.{name}" for layer in head for name in ("weight", "bias"))]
+    expected = {f"module.encoder_{which}.{key}" for which in "qk" for key in encoder}
+    state = official_moco_state_dict(moco(mlp=mlp, width=8))
+    assert state.keys() == expected | {"module.queue", "module.queue_ptr"}
+    assert state["module.queue"].shape == (8, 16)
+    assert state["module.queue_ptr"].shape == (1,)
+
+
+@pytest.mark.parametrize(
+    ("other", "names"),
+    [
+        ({"mlp": False}, ["module.encoder_k.fc.0.bias", "method.mlp"]),
+        ({"queue_size": 32}, ["module.queue", "method.queue_size"]),
+        ({"arch": "resnet34"}, ["module.encoder_k.layer1.2.bn1.bias", "backbone"]),
+    ],
+    ids=str,
+)
+def test_another_methods_state_is_refused(other: dict, names: list[str]) -> None:
+    method, before = moco(width=8), moco(width=8)
+    with pytest.raises(UserError) as caught:
+        load_official_moco(method, official_moco_state_dict(moco(seed=1, width=8, **other)))
+    assert all(name in str(caught.value) for name in names), caught.value
+    assert same(method, before)
+
+
+# --- every source of `pretrained=` ------------------------------------------------------------------------------------
+
+
+def test_a_run_directory_and_its_file(tmp_path: Path) -> None:
+    method, older = tiny(), tiny(seed=1)
+    Checkpoint(tmp_path, "run").save(2, model=older)
+    file = Checkpoint(tmp_path, "run").save(3, model=method)
+    for source in (tmp_path, file):
+        backbone = tiny(seed=2).backbone
+        loaded = load_backbone(backbone, str(source))
+        assert (loaded.source, loaded.layout) == (file, "ssl_bench")
+        assert same(backbone, method.backbone)
+        assert loaded.num_tensors == len(method.backbone.state_dict())
+        assert loaded.num_tensors + len(loaded.left_out) == len(method.state_dict())
+    load_backbone(backbone, str(tmp_path / "checkpoints" / "step0000000002.pt"))
+    assert same(backbone, older.backbone)
+
+
+def test_an_official_file_gives_the_query_encoder(tmp_path: Path) -> None:
+    method, backbone = tiny(), tiny(seed=1).backbone
+    loaded = load_backbone(backbone, str(write_official(method, tmp_path / "x.pth.tar")))
+    assert loaded.layout == "official MoCo"
+    assert same(backbone, method.backbone)
+    assert not same(backbone, method.key_backbone)
+    assert {"module.encoder_q.fc.0.weight", "module.queue", "module.encoder_k.conv1.weight"} <= set(loaded.left_out)
+    assert loaded.num_tensors + len(loaded.left_out) == len(official_moco_state_dict(method))
+
+
+@pytest.mark.parametrize("classifier", [True, False])
+def test_a_torchvision_file(tmp_path: Path, classifier: bool) -> None:
+    network = models.resnet18()
+    state = {key: value for key, value in network.state_dict().items() if classifier or not key.startswith("fc.")}
+    torch.save(state, tmp_path / "resnet18.pth")
+    backbone = backbones.resnet18()
+    loaded = load_backbone(backbone, str(tmp_path / "resnet18.pth"))
+    assert loaded.layout == "torchvision"
+    assert loaded.left_out == (["fc.weight", "fc.bias"] if classifier else [])
+    network.fc = nn.Identity()
+    assert torch.equal(features(backbone), features(network))
+
+
+BACKBONE = tiny().backbone
+KEYS = list(BACKBONE.state_dict())
+
+
+@given(
+    dropped=st.sets(st.sampled_from(KEYS), max_size=3),
+    added=st.sets(st.sampled_from(["layer5.conv.weight", "queue"]), max_size=2),
+    reshaped=st.sets(st.sampled_from([key for key in KEYS if key.endswith("weight")]), max_size=3),
+)
+@settings(max_examples=25, deadline=None)
+def test_all_or_nothing(
+    tmp_path_factory: pytest.TempPathFactory, dropped: set[str], added: set[str], reshaped: set[str]
+) -> None:
+    """Whatever does not fit exactly is refused with its keys, and the backbone stays as it was."""
+    reshaped = reshaped - dropped
+    state = {f"backbone.{key}": value + 1 for key, value in BACKBONE.state_dict().items() if key not in dropped}
+    state |= {f"backbone.{key}": torch.zeros(1) for key in added}
+    state |= {f"backbone.{key}": state[f"backbone.{key}"][None] for key in reshaped}
+    path = tmp_path_factory.mktemp("weights") / "x.pt"
+    torch.save({"step": 1, "model": state}, path)
+    backbone = copy.deepcopy(BACKBONE)
+    if not dropped | added | reshaped:
+        assert load_backbone(backbone, str(path)).num_tensors == len(KEYS)
+        return
+    with pytest.raises(UserError) as caught:
+        load_backbone(backbone, str(path))
+    for keys, what in ((dropped, "missing"), (added, "unexpected"), (reshaped, "of another shape")):
+        assert not keys or f"{len(keys)} {what} (" in str(caught.value)
+        assert all(key in str(caught.value) for key in keys)
+    assert same(backbone, BACKBONE)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ([1, 2], "holds a list"),
+        ({"epoch": 3}, "unknown layout (first keys: epoch)"),
+        ({1: torch.zeros(2)}, "unknown layout (first keys: 1)"),
+        ({"state_dict": 3}, "unknown layout (first keys: state_dict)"),
+        ({"model": 3, "step": 2}, "unknown layout (first keys: model, step)"),
+        ({"model": {1: torch.zeros(2)}, "step": 2}, "unknown layout (first keys: 1)"),
+        ({"state_dict": {"encoder.conv1.weight": torch.zeros(2)}}, "unknown layout (first keys: encoder.conv1.weight)"),
+    ],
+    ids=str,
+)
+def test_other_files_are_refused(tmp_path: Path, content: object, says: str) -> None:
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError) as caught:
+        load_backbone(tiny().backbone, str(tmp_path / "x.pt"))
+    assert says in str(caught.value)
+    assert str(tmp_path / "x.pt") in str(caught.value)
+
+
+# --- the zoo ----------------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """A web server on this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.requests, self.cut = folder, Counter(), False
+        server = self
+
+        class Handler(SimpleHTTPRequestHandler):
+            def do_GET(self) -> None:
+                server.requests[self.path] += 1
+                super().do_GET()
+
+            def copyfile(self, source, target) -> None:
+                target.write(source.read()[: -100 if server.cut else None])
+
+            def log_message(self, *args) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+        self.url = f"http://127.0.0.1:{self.http.server_port}/"
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """Serves `zoo/tiny.pth.tar`, known by the name `tiny`."""
+    folder = tmp_path / "www"
+    (folder / "zoo").mkdir(parents=True)
+    file = write_official(tiny(), folder / "zoo" / "tiny.pth.tar")
+    server = Server(folder)
+    md5 = hashlib.md5(file.read_bytes()).hexdigest()[:8]
+    monkeypatch.setenv("SSL_BENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(zoo, "BASE_URL", server.url)
+    monkeypatch.setattr(zoo, "WEIGHTS", {"tiny": zoo.Weights("zoo/tiny.pth.tar", md5, "resnet18", "")})
+    thread = Thread(target=server.http.serve_forever, args=(0.02,))
+    thread.start()
+    yield server
+    server.http.shutdown()
+    thread.join()
+    server.http.server_close()
+
+
+def cached(tmp_path: Path) -> list[str]:
+    """What is left in the cache, but for locks."""
+    return [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+def test_a_zoo_name_is_downloaded_once(server: Server, tmp_path: Path) -> None:
+    for _ in range(2):
+        backbone = tiny(seed=1).backbone
+        loaded = load_backbone(backbone, "tiny")
+        assert same(backbone, tiny().backbone)
+        assert loaded.source == tmp_path / "cache" / "zoo" / "tiny.pth.tar"
+        assert cached(tmp_path) == ["tiny.pth.tar"]
+    assert server.requests == {"/zoo/tiny.pth.tar": 1}
+
+
+def refused(tmp_path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        interop.find("tiny")
+    message = str(caught.value)
+    assert str(tmp_path / "cache" / "zoo" / "tiny.pth.tar") in message  # where to put it
+    assert f"fetch {zoo.BASE_URL}zoo/tiny.pth.tar elsewhere" in message
+    assert f"begins with {zoo.WEIGHTS['tiny'].md5}" in message
+    assert "\n" not in message
+    assert cached(tmp_path) == []
+    return message
+
+
+def test_another_file_is_not_cached(server: Server, tmp_path: Path) -> None:
+    write_official(tiny(seed=1), server.folder / "zoo" / "tiny.pth.tar")
+    assert f"not {zoo.WEIGHTS['tiny'].md5}" in refused(tmp_path)
+
+
+def test_a_broken_download_is_not_cached(server: Server, tmp_path: Path) -> None:
+    server.cut = True
+    refused(tmp_path)
+    server.cut = False
+    assert interop.find("tiny").is_file()
+
+
+def test_a_file_that_is_gone(server: Server, tmp_path: Path) -> None:
+    (server.folder / "zoo" / "tiny.pth.tar").unlink()
+    assert "404" in refused(tmp_path)
+
+
+def test_no_network(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:  # bound, but nobody listens
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(zoo, "BASE_URL", f"http://127.0.0.1:{closed.getsockname()[1]}/")
+        assert "refused" in refused(tmp_path)
+
+
+def test_a_silent_network_does_not_hang(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
+        monkeypatch.setattr(zoo, "BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        monkeypatch.setattr(zoo, "TIMEOUT", 0.2)
+        assert "timed out" in refused(tmp_path)
+
+
+def test_a_file_put_there_by_hand(server: Server, tmp_path: Path) -> None:
+    place = tmp_path / "cache" / "zoo" / "tiny.pth.tar"
+    place.parent.mkdir(parents=True)
+    write_official(tiny(), place)
+    place.write_bytes((server.folder / "zoo" / "tiny.pth.tar").read_bytes())
+    assert interop.find("tiny") == place
+    place.write_bytes(b"something else")
+    with pytest.raises(UserError, match="delete it and try again"):
+        interop.find("tiny")
+    assert not server.requests
+
+
+def test_the_wrong_backbone_for_a_zoo_name(server: Server) -> None:
+    with pytest.raises(UserError, match="Choose the backbone=resnet18 it was trained with"):
+        load_backbone(backbones.resnet34(), "tiny")
+
+
+# --- as a command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_lincls_of_an_official_file(ssl_bench: Command, tmp_path: Path) -> None:
+    method = tiny()
+    write_official(method, tmp_path / "x.pth.tar")
+    result = ssl_bench(*TINY, "stage=lincls", "pretrained=x.pth.tar", "epochs=1", "dir=run", check=True)
+    wanted, whole = len(method.backbone.state_dict()), len(official_moco_state_dict(method))
+    assert f"loaded all {wanted} tensors of the backbone from x.pth.tar (official MoCo layout)" in result.stderr
+    assert f"left out {whole - wanted} others: module.encoder_q.fc.0.weight" in result.stderr
+    backbone = tiny(seed=1).backbone
+    load_backbone(backbone, str(tmp_path / "run"))  # the classifier's checkpoint holds the backbone it saw
+    assert same(backbone, method.backbone)
