@@ -141,7 +141,7 @@ class Run:
     # -- while it runs ------------------------------------------------------------------------------------------------
 
     def every(self, what: str, step: int) -> bool:
-        """Is it time to "log" or "save" (step: of training), or to "eval" (step: an epoch)? `log_every` and so on say."""
+        """Is it time to "log" or "save" (step: of training), or to "eval" (step: an epoch)?"""
         interval = self._config[f"{what}_every"]
         return bool(interval) and step % interval == 0
 

@@ -316,6 +316,7 @@ POLICIES = sorted((Path(__file__).parents[1] / "conf" / "augmentation").glob("*.
 def test_policies_state_every_parameter(path):
     """A key that the file leaves out could not be overridden on the command line."""
     policy = yaml.safe_load(path.read_text())
+    assert policy.pop("name") == path.stem
     assert policy.pop("_target_") == "ssl_bench.augment.views.Views"
     assert policy.pop("image_size") == "${data.image_size}"
     defaults = {name: p.default for name, p in inspect.signature(Views).parameters.items() if name != "image_size"}

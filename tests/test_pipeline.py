@@ -30,7 +30,7 @@ def test_quickstart(ssl_bench: Command, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_pipeline_goes_on_where_it_stopped(ssl_bench: Command, tmp_path: Path) -> None:
     command = [*TINY, "stage=pipeline", "method.queue_size=1024", "epochs=1", "augmentation=digits", "dir=run"]
-    command += ["stage.protocol=[epochs=1,stage.labels_per_class=10,batch_size=50]", "stage.seeds=[0,1]"]
+    command += ["stage.protocol=['epochs=1','stage.labels_per_class=10','batch_size=50']", "stage.seeds=[0,1]"]
     ssl_bench(*command, check=True)
     (tmp_path / "run" / "summary.json").unlink()
     result = ssl_bench(*command, check=True)
@@ -48,4 +48,7 @@ def test_a_newer_checkpoint_is_not_answered_with_an_old_result(ssl_bench: Comman
     (tmp_path / "later.pt").rename(newest)
     result = ssl_bench(*lincls)
     assert result.returncode == 2
-    assert "pretrained was pretrain/checkpoints/step0000000008.pt, is pretrain/checkpoints/step0000000010.pt" in result.stderr
+    assert (
+        "pretrained was pretrain/checkpoints/step0000000008.pt, is pretrain/checkpoints/step0000000010.pt"
+        in result.stderr
+    )

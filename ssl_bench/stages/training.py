@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 def check_batch(cfg: DictConfig, num_images: int) -> int:
     """Images of a batch on each process; UserError where the batch doesn't fit the dataset or the processes."""
+    if cfg.dir is None:
+        raise UserError("dir=null: training needs a directory; type dir=... or leave it out")
     if cfg.batch_size > num_images:
         raise UserError(
             f"batch_size={cfg.batch_size} is larger than the dataset ({num_images:,} training images): "
