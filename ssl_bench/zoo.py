@@ -2,12 +2,12 @@
 
 import hashlib
 import http.client
-import os
 import shutil
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
+from ssl_bench.data.store import cache_folder
 from ssl_bench.errors import UserError
 
 
@@ -28,15 +28,10 @@ WEIGHTS = {
 }
 
 
-def cache() -> Path:
-    """Folder of everything that can be had again: packed images, downloaded weights."""
-    return Path(os.environ.get("SSL_BENCH_CACHE", "~/.cache/ssl_bench")).expanduser()
-
-
 def fetch(name: str) -> Path:
     """The verified local file of a zoo name; downloaded with a progress bar when it isn't there yet."""
     weights = WEIGHTS[name]
-    path = cache() / "zoo" / Path(weights.path).name
+    path = cache_folder("zoo") / Path(weights.path).name
     if not path.exists():
         _download(name, path)
     verify(path, weights.md5, "delete it and try again")

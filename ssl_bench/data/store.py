@@ -48,9 +48,9 @@ class Store:
     directory: Path
 
 
-def default_cache() -> Path:
-    """$SSL_BENCH_CACHE/stores, or ~/.cache/ssl_bench/stores."""
-    return Path(os.environ.get("SSL_BENCH_CACHE") or "~/.cache/ssl_bench").expanduser() / "stores"
+def cache_folder(kind: str) -> Path:
+    """$SSL_BENCH_CACHE/kind or ~/.cache/ssl_bench/kind: for what can be had again."""
+    return Path(os.environ.get("SSL_BENCH_CACHE") or "~/.cache/ssl_bench").expanduser() / kind
 
 
 def open_store(
@@ -65,7 +65,7 @@ def open_store(
     Raises UserError for an image that can't be decoded (unless on_error="skip": it is left out and logged), a file that
     can't be read, a full disk.
     """
-    root = Path(cache).expanduser() if cache else default_cache()
+    root = Path(cache).expanduser() if cache else cache_folder("stores")
     directory = root / split.store_name
     if not directory.is_dir():
         try:
