@@ -215,7 +215,12 @@ print(len(store.images), store.images.sum(dtype="int64"))
 
 
 def packer(cache, count):
-    return subprocess.Popen([sys.executable, "-c", PACK, str(cache), str(count)], stdout=-1, stderr=-1, text=True)
+    command = [sys.executable, "-c", PACK, str(cache), str(count)]
+
+    def listen():  # a shell starts what it sends to the background deaf to SIGINT, which children inherit
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(command, stdout=-1, stderr=-1, text=True, preexec_fn=listen)
 
 
 def wait_for(condition, seconds=20):
