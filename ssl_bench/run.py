@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -171,7 +172,9 @@ class Run:
         if self.is_main:
             self.metrics.log(step, line)
             self.tracker.log(step, line)
-            log.info("step %s  %s", f"{step:,}", "  ".join(f"{key} {_short(value)}" for key, value in line.items()))
+            values = "  ".join(f"{key} {_short(value)}" for key, value in line.items())
+            left = (self._total - step) * (time.monotonic() - self._began) / max(step - self._start, 1)
+            log.info("step %s/%s  %s  left %s", f"{step:,}", f"{self._total:,}", values, timedelta(seconds=round(left)))
 
     def log_image(self, step: int, name: str, path: Path) -> None:
         if self.is_main:
@@ -183,7 +186,8 @@ class Run:
         return {key: value for key, value in lines[-1].items() if key != "step"} if lines else {}
 
     def progress(self, steps: Iterable, start: int, total: int) -> Iterator:
-        """A bar with rate and time left, where somebody watches."""
+        """A bar with rate and time left, where somebody watches; log lines say it everywhere."""
+        self._start, self._total, self._began = start, total, time.monotonic()
         watched = self.is_main and sys.stderr.isatty()
         title = str(self._config["stage"]["name"])
         return tqdm(steps, title, total, initial=start, disable=not watched, unit="step", dynamic_ncols=True)
