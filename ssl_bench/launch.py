@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import signal
 import tempfile
 import uuid
@@ -12,6 +11,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from ssl_bench import build
+from ssl_bench.data.pool import default_workers
 from ssl_bench.errors import Interrupted, UserError
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,9 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     world = distributed.launched() or distributed.World(0, 0, 1, 1)
     device = build.pick_device(cfg.device, world.local_rank)
     if device.type == "cpu" and world.local_size > 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+        torch.set_num_threads(max(1, default_workers() // world.local_size))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where collectives put what they need
     torch.set_float32_matmul_precision("high" if cfg.precision == "tf32" else "highest")
     plain = OmegaConf.to_container(cfg, resolve=True)
     if cfg.pretrained is not None:  # the very file: a run directory may hold a newer one next time

@@ -87,7 +87,7 @@ class Check(Callback):
 
 def main() -> None:
     """Console entry. A person's mistake is one line and exit code 2; a bug keeps its traceback."""
-    set_up_logging()
+    set_up_logging(quiet=os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0")  # one voice of many
     sys.path.insert(0, os.getcwd())  # a user's own methods, as `python -m` has it
     words = [LIST.sub(r"\1=[\2]", word) for word in sys.argv[1:]]
     sys.argv[1:] = sorted(words, key=lambda word: word not in ("-m", "--multirun"))  # argparse wants them first

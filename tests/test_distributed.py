@@ -1,13 +1,17 @@
 """Two real processes against one."""
 
+import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from conftest import TINY_PRETRAIN
 from torch import Tensor, nn
 
 from ssl_bench import backbones, distributed
@@ -115,3 +119,13 @@ def test_slurm_tasks_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in {"STEP_NUM_TASKS": 4, "STEP_NUM_NODES": 2, "PROCID": 3, "LOCALID": 1}.items():
         monkeypatch.setenv(f"SLURM_{key}", str(value))
     assert distributed.launched() == distributed.World(rank=3, local_rank=1, size=4, local_size=2)
+
+
+@pytest.mark.slow
+def test_torchrun_is_joined(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "ssl_bench.train", *TINY_PRETRAIN, "epochs=1", "dir=run"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("step 10/10") == 1  # one rank speaks
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 2
