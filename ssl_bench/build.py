@@ -6,13 +6,16 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, create_model
 
 from ssl_bench.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 # What the code hands to a group's constructor; everything else comes from its YAML node.
 SUPPLIED = {
@@ -91,7 +94,7 @@ def locate(path: str | None, group: str) -> Callable:
         raise UserError(f"{group}._target_={path}: can't be imported ({error})") from None
 
 
-def pick_device(name: str, local_rank: int) -> "torch.device":  # noqa: F821
+def pick_device(name: str, local_rank: int) -> "torch.device":
     """The device of this process. UserError where it isn't there."""
     import torch
 
