@@ -42,6 +42,7 @@ class Root(BaseModel):
     runs: str | list[str] | None
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
     devices: PositiveInt
+    source: Literal["auto", "resident", "host", "streamed"]
     precision: Literal["fp32", "tf32", "bf16"]
     compile: bool
     log_every: PositiveInt

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssl_bench import distributed
 from ssl_bench.augment.draws import keys
-from ssl_bench.data.source import HostSource
+from ssl_bench.data.source import Source
 from ssl_bench.errors import UserError
 from ssl_bench.methods.base import Method
 from ssl_bench.run import Run
@@ -21,7 +21,7 @@ def fit(
     model: Method,
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
-    source: HostSource,
+    source: Source,
     views: Callable[[Tensor, Tensor], list[Tensor]],
     run: Run,
     *,

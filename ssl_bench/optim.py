@@ -27,4 +27,5 @@ def sgd(
     nesterov: bool = False,
 ) -> torch.optim.Optimizer:
     lr = scaled_lr(base_lr, batch_size, scaling)
-    return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+    decay = {"weight_decay": weight_decay, "nesterov": nesterov}
+    return torch.optim.SGD(params, lr=lr, momentum=momentum, fused=True, **decay)

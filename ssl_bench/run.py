@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 # A run may continue when these differ: they don't change what it computes, only where, how fast, and what is shown.
 FREE_KEYS = ("dir", "sweep", "tracking", "device", "devices", "log_every", "save_every", "eval_every", "data.root")
-FREE_KEYS += ("data.cache", "data.workers", "runs")
+FREE_KEYS += ("data.cache", "data.workers", "runs", "source")
 
 
 class Run:

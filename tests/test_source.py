@@ -1,12 +1,16 @@
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_PRETRAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from ssl_bench.data.source import HostSource, permutation
+from ssl_bench.data.formats import Folder
+from ssl_bench.data.source import HostSource, ResidentSource, StreamedSource, permutation
 from ssl_bench.errors import UserError
 
 
@@ -122,3 +126,86 @@ def test_batches_that_do_not_fit_are_refused():
     assert sum(len(labels) for _, labels, _ in source.epoch_pass()) == 10  # an evaluation needs no full batch
     with pytest.raises(UserError, match=r"batch_size=10 cannot be split evenly over 4 processes; .* like 12"):
         make(10, 10, world_size=4)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten noise images, labelled by two class folders."""
+    for i in range(10):
+        path = tmp_path / "train" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+    (tmp_path / "val").mkdir()
+    for name in "ab":
+        (tmp_path / "val" / name).symlink_to(tmp_path / "train" / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_source_yields_the_same(folder, tmp_path, world_size):
+    data = Folder(str(folder), image_size=8, cache=str(tmp_path / "cache"), workers=1)
+    store = data.open("train")
+    share = {"batch_size": 4, "seed": 3, "rank": world_size - 1, "world_size": world_size, "subset": np.arange(1, 9)}
+    packed = store.images, store.labels, store.indices
+    whole = HostSource(*packed, **share)
+    for other in (ResidentSource(*packed, **share), StreamedSource(data.split("train"), workers=2, **share)):
+        for one, two in zip(whole.stream(1, 5), other.stream(1, 5), strict=True):
+            assert all(map(torch.equal, map(torch.as_tensor, one), map(torch.as_tensor, two)))
+            assert two[1].is_contiguous(memory_format=torch.channels_last)
+        for one, two in zip(whole.epoch_pass(), other.epoch_pass(), strict=True):
+            assert all(map(torch.equal, one, two))
+
+
+def test_streaming_draws_nothing_from_the_generator_of_the_step(folder):
+    source = StreamedSource(Folder(str(folder), image_size=8).split("train"), 4, 0, workers=1)
+    before = torch.get_rng_state()
+    list(source.stream(0, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone"])
+def test_an_image_that_cannot_be_streamed_is_named(folder, damage):
+    data = Folder(str(folder), image_size=8)
+    split = data.split("train")
+    path = Path(split.where(2))
+    path.write_bytes(path.read_bytes()[:60])
+    if damage == "gone":
+        path.unlink()
+    with pytest.raises(UserError, match=f"^cannot decode [^\n]*{path.name}[^\n]*$"):
+        list(StreamedSource(split, 5, 0, workers=2).stream(0, 2))
+
+
+def test_streaming_skips_to_the_next_image(folder, caplog):
+    split = Folder(str(folder), image_size=8).split("train")
+    for index in (2, 3):
+        Path(split.where(index)).write_bytes(b"")
+    source = StreamedSource(split, 5, 0, workers=2, on_error="skip")
+    batches = [*source.epoch_pass(), *source.epoch_pass()]
+    assert torch.cat([indices for _, _, indices in batches]).tolist() == [0, 1, 4, 4, 4, 5, 6, 7, 8, 9] * 2
+    for images, labels, indices in batches:
+        for image, label, index in zip(images, labels, indices, strict=True):
+            assert np.array_equal(image.permute(1, 2, 0), split.read(int(index)))
+            assert label == split.labels[index]
+    assert len([record for record in caplog.records if "skipped for the next image" in record.message]) == 2
+
+
+@pytest.mark.slow
+def test_where_images_wait_changes_no_weight(ssl_bench, tmp_path):
+    states = []
+    for source in ("host", "resident", "streamed"):
+        result = ssl_bench(*TINY_PRETRAIN, "epochs=1", f"source={source}", f"dir={source}", check=True)
+        assert {"host": "images.npy", "resident": "on cpu", "streamed": "decoded as"}[source] in result.stderr
+        (checkpoint, *_) = sorted((tmp_path / source / "checkpoints").iterdir(), reverse=True)
+        states.append(torch.load(checkpoint, weights_only=True)["model"])
+    assert all(torch.equal(states[0][key], other[key]) for other in states[1:] for key in states[0])
+
+
+def test_room_on_the_disk_is_looked_at(tmp_path, monkeypatch):
+    from ssl_bench.data import store
+    from ssl_bench.data.formats import Digits
+
+    monkeypatch.setattr(store, "_free", lambda root: 1000)
+    data = Digits(image_size=8, cache=str(tmp_path / "new" / "cache"))
+    assert not data.has_room("train")
+    monkeypatch.undo()
+    assert data.has_room("train")

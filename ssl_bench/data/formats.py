@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from ssl_bench.data import synthetic
-from ssl_bench.data.store import OnError, Split, Store, open_store
+from ssl_bench.data.store import OnError, Split, Store, has_room, open_store
 from ssl_bench.errors import UserError
 
 VERSION = 1  # of the decoding: raise it when pixels change, so that packed stores are made anew
@@ -63,6 +63,10 @@ class Dataset(ABC):
     def open(self, name: Literal["pretrain", "train", "val"]) -> Store:
         """The decoded images of a split, packed first when needed. Raises UserError."""
         return open_store(self.split(name), self.image_size, self.cache, self.workers, self.on_error)
+
+    def has_room(self, name: Literal["pretrain", "train", "val"]) -> bool:
+        """Can `open` pack the split, as far as the disk goes?"""
+        return has_room(self.split(name), self.image_size, self.cache)
 
     def _split(self, name, images, digest, labels, read, where) -> Split:
         """A Split of the image set `images` ("unlabeled", "train", ...), whose sources have this digest."""

@@ -1,6 +1,9 @@
-"""Batches from packed images in host memory or on disk. The order is a pure function of (seed, epoch)."""
+"""Batches of uint8 images on the device, in an order that follows from (seed, epoch). Where they wait is a choice."""
 
+import logging
+import signal
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_bench.data.pool import default_workers
+from ssl_bench.data.store import OnError, Split, Store, cannot_decode, try_read
 from ssl_bench.errors import UserError
 from ssl_bench.seeding import fold
 
+log = logging.getLogger(__name__)
+
 AHEAD = 2  # batches prepared before they are asked for
+BLOCK = 4096  # images sent to the device at once when all of them go there
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -23,16 +31,20 @@ def permutation(seed: int, epoch: int, n: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(fold("order", seed, epoch)))
 
 
-class HostSource:
-    """Batches of `images`, gathered by one background thread, one process's share of each.
+def fits(store: Store, device: torch.device) -> bool:
+    """Do the packed images leave most of a GPU's free memory to the training?"""
+    return device.type == "cuda" and store.images.nbytes <= 0.4 * torch.cuda.mem_get_info(device)[0]
 
-    images uint8 (N, H, W, 3), may be memory-mapped; labels, indices int64 (N,). `batch_size` is global: of each batch
-    of the run, rank r gets part r of world_size equal parts. `subset`: int64 rows to use instead of all N.
+
+class Source(ABC):
+    """Batches of labelled images, one process's share of each.
+
+    labels, indices: int64 (N,). `batch_size` is global: of each batch of the run, rank r gets part r of world_size
+    equal parts. `subset`: int64 rows to use instead of all N.
     """
 
     def __init__(
         self,
-        images: np.ndarray,
         labels: np.ndarray,
         indices: np.ndarray,
         batch_size: int,
@@ -48,10 +60,10 @@ class HostSource:
                 f"batch_size={batch_size} cannot be split evenly over {world_size} processes; "
                 f"use a multiple of {world_size}, like {lower + world_size}"
             )
-        self.images, self.labels, self.indices = images, labels, indices
+        self.labels, self.indices = labels, indices
         self.batch_size, self.seed, self.device = batch_size, seed, torch.device(device)
         self.rank, self.world_size = rank, world_size
-        self.rows = np.arange(len(images)) if subset is None else np.asarray(subset)
+        self.rows = np.arange(len(indices)) if subset is None else np.asarray(subset)
         self.wait_seconds = 0.0  # time that the consumer waited for batches so far
 
     @property
@@ -84,7 +96,7 @@ class HostSource:
             at = batch * self.batch_size + first
             return order(epoch)[at : at + local]
 
-        for step, batch in self._prefetch(range(start, stop), rows):
+        for step, batch in zip(range(start, stop), self._batches(map(rows, range(start, stop))), strict=True):
             yield step, *batch
 
     def epoch_pass(self) -> Iterator[Batch]:
@@ -92,37 +104,149 @@ class HostSource:
         be smaller. Rank r has every world_size-th image from the r-th.
         """
         share, local = self.rows[self.rank :: self.world_size], self.batch_size // self.world_size
-        for _, batch in self._prefetch(range(0, len(share), local), lambda at: share[at : at + local]):
-            yield batch
+        yield from self._batches(share[at : at + local] for at in range(0, len(share), local))
 
-    def _prefetch(self, keys: Iterable[int], rows: Callable[[int], np.ndarray]) -> Iterator[tuple[int, Batch]]:
-        ready = deque()
-        keys = iter(keys)
+    @abstractmethod
+    def _batches(self, wanted: Iterable[np.ndarray]) -> Iterator[Batch]:
+        """A batch for each of these arrays of rows, on the device."""
+
+    def _waited(self, get: Callable[[], Batch]) -> Batch:
+        began = time.perf_counter()
+        batch = get()
+        self.wait_seconds += time.perf_counter() - began
+        return batch
+
+
+class HostSource(Source):
+    """Packed images in host memory or on disk: gathered by a background thread, copied while the step before computes.
+
+    images: uint8 (N, H, W, 3), may be memory-mapped.
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray, *args, **kwargs):
+        super().__init__(labels, indices, *args, **kwargs)
+        self.images = images
+        self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def _batches(self, wanted: Iterable[np.ndarray]) -> Iterator[Batch]:
+        ready: deque = deque()
+        wanted = iter(wanted)
         thread = ThreadPoolExecutor(1, thread_name_prefix="source")
 
         def ask() -> None:
-            if (key := next(keys, None)) is not None:
-                ready.append((key, thread.submit(lambda: self._gather(rows(key)))))
+            if (rows := next(wanted, None)) is not None:
+                ready.append(thread.submit(self._gather, rows))
 
         try:
             for _ in range(AHEAD):
                 ask()
             while ready:
-                key, future = ready.popleft()
-                began = time.perf_counter()
-                batch = future.result()
-                self.wait_seconds += time.perf_counter() - began
+                batch = self._waited(ready.popleft().result)
                 ask()
-                # copied here and not in the thread: on the stream that will use it
-                yield key, tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
+                if self._copying is not None:
+                    for tensor in batch:  # its memory is not for the next copy before the step is through
+                        tensor.record_stream(torch.cuda.current_stream(self.device))
+                yield batch
         finally:
             thread.shutdown(wait=True, cancel_futures=True)
 
     def _gather(self, rows: np.ndarray) -> Batch:
-        pin = self.device.type == "cuda"
-        images = torch.empty((len(rows), *self.images.shape[1:]), dtype=torch.uint8, pin_memory=pin)
+        shape, pin = (len(rows), *self.images.shape[1:]), self._copying is not None
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
         np.take(self.images, rows, axis=0, out=images.numpy(), mode="clip")  # "raise" would copy once more
-        labels, indices = torch.from_numpy(self.labels[rows]), torch.from_numpy(self.indices[rows])
-        if pin:
-            labels, indices = labels.pin_memory(), indices.pin_memory()
-        return images.permute(0, 3, 1, 2), labels, indices
+        batch = images.permute(0, 3, 1, 2), torch.from_numpy(self.labels[rows]), torch.from_numpy(self.indices[rows])
+        if self._copying is None:
+            return tuple(tensor.to(self.device) for tensor in batch)
+        with torch.cuda.stream(self._copying):
+            batch = tuple(tensor.pin_memory().to(self.device, non_blocking=True) for tensor in batch)
+        self._copying.synchronize()  # this thread waits, the step doesn't
+        return batch
+
+
+class ResidentSource(Source):
+    """All packed images on the device, where a batch costs one gather. images: uint8 (N, H, W, 3)."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray, *args, **kwargs):
+        super().__init__(labels, indices, *args, **kwargs)
+        self.images = torch.empty(images.shape, dtype=torch.uint8, device=self.device)
+        for start in range(0, len(images), BLOCK):
+            self.images[start : start + BLOCK] = torch.from_numpy(images[start : start + BLOCK].copy())
+        self.device_labels, self.device_indices = (torch.from_numpy(a).to(self.device) for a in (labels, indices))
+
+    def _batches(self, wanted: Iterable[np.ndarray]) -> Iterator[Batch]:
+        for rows in wanted:
+            at = torch.from_numpy(np.ascontiguousarray(rows))
+            if self.device.type == "cuda":
+                at = at.pin_memory()  # or the copy would wait for the step before
+            at = at.to(self.device, non_blocking=True)
+            yield self.images[at].permute(0, 3, 1, 2), self.device_labels[at], self.device_indices[at]
+
+
+class StreamedSource(Source):
+    """Images decoded anew whenever they are wanted, by worker processes: for those too many to keep decoded.
+
+    `on_error`: "raise" or, for an image that can't be decoded, "skip" to the next of the split that can.
+    """
+
+    def __init__(self, split: Split, *args, workers: int | None = None, on_error: OnError = "raise", **kwargs):
+        labels = np.full(split.length, -1) if split.labels is None else split.labels
+        super().__init__(labels, np.arange(split.length), *args, **kwargs)
+        self.split, self.workers, self.on_error = split, workers or default_workers(), on_error
+        self._told: set[int] = set()
+
+    def _batches(self, wanted: Iterable[np.ndarray]) -> Iterator[Batch]:
+        from torch.utils.data import DataLoader
+
+        loader = DataLoader(
+            _Decoded(self.split, self.on_error),
+            batch_sampler=(rows.tolist() for rows in wanted),
+            num_workers=self.workers,
+            collate_fn=_collate,
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # its own: a draw from torch's would move the step's
+            pin_memory=self.device.type == "cuda",
+        )
+        batches = iter(loader)
+        while (batch := self._waited(lambda: next(batches, None))) is not None:
+            images, rows, bad = batch
+            if len(images) < len(rows):
+                raise UserError(cannot_decode(self.split, bad))
+            for index in bad.keys() - self._told:
+                log.warning("skipped for the next image: %s (%s)", self.split.where(index), bad[index])
+            self._told |= bad.keys()
+            batch = images, torch.from_numpy(self.labels[rows.numpy()]), rows
+            images, labels, rows = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+            yield images.permute(0, 3, 1, 2), labels, rows
+
+
+class _Decoded(torch.utils.data.Dataset):
+    """index -> (uint8 (S, S, 3) or None, its index, {index: why it can't be decoded}), in a worker process."""
+
+    def __init__(self, split: Split, on_error: OnError):
+        self.split, self.on_error = split, on_error
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray | None, int, dict[int, str]]:
+        bad: dict[int, str] = {}
+        tries = self.split.length if self.on_error == "skip" else 1
+        for candidate in range(index, index + tries):
+            candidate %= self.split.length
+            try:
+                image = try_read(self.split.read, candidate)
+            except UserError as error:  # the loader would raise it with a traceback in it
+                return None, index, {candidate: str(error)}
+            if not isinstance(image, str):
+                return image, candidate, bad
+            bad[candidate] = image
+        return None, index, bad
+
+
+def _collate(items: list[tuple[np.ndarray | None, int, dict[int, str]]]) -> tuple[Tensor, Tensor, dict[int, str]]:
+    images, rows, bad = zip(*items, strict=True)
+    images = [torch.from_numpy(image) for image in images if image is not None]
+    bad = {index: why for part in bad for index, why in part.items()}
+    return torch.stack(images) if images else torch.empty(0), torch.tensor(rows), bad
+
+
+def _ignore_signals(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which finishes its step
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler of the run

@@ -9,6 +9,7 @@ Labels stay with the split: two splits with the same pixels (pretrain and train 
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -78,7 +79,7 @@ def open_store(
             raise UserError(f"cannot pack '{split.name}' into {root} ({error}); data.cache= sets the folder") from error
     store, skipped = _load(split, image_size, directory)
     if skipped and on_error == "raise":
-        raise UserError(_complaint(split, skipped))
+        raise UserError(cannot_decode(split, skipped))
     if skipped:
         log.warning(
             "'%s': %d of %d images are left out: %s", split.name, len(skipped), split.length, _names(split, skipped, 10)
@@ -116,12 +117,26 @@ def _remove_leftovers(root: Path) -> None:
             pass  # being written now
 
 
+def has_room(split: Split, image_size: int, cache: str | Path | None = None) -> bool:
+    """Is the split packed, or is there room to pack it?"""
+    root = Path(cache).expanduser() if cache else cache_folder("stores")
+    return (root / split.store_name).is_dir() or _need(split, image_size) < _free(root)
+
+
+def _need(split: Split, image_size: int) -> int:
+    return split.length * (image_size * image_size * 3 + 8)
+
+
+def _free(root: Path) -> int:
+    return shutil.disk_usage(next(path for path in (root, *root.absolute().parents) if path.is_dir())).free
+
+
 def _pack(split: Split, image_size: int, directory: Path, workers: int | None, on_error: OnError) -> None:
-    need, free = split.length * image_size * image_size * 3, shutil.disk_usage(directory.parent).free
-    if free < need + split.length * 8:
+    need, free = _need(split, image_size), _free(directory.parent)
+    if free < need:
         raise UserError(
             f"packing '{split.name}' ({split.length} images) needs {need / 1e9:.1f} GB and {directory.parent} has "
-            f"{free / 1e9:.1f} GB free; set data.cache= to a folder on a larger disk"
+            f"{free / 1e9:.1f} GB free; set data.cache= to a folder on a larger disk, or source=streamed"
         )
     log.info("packing '%s': %d images into %s", split.name, split.length, directory)
     partial = _partial(directory)
@@ -131,7 +146,7 @@ def _pack(split: Split, image_size: int, directory: Path, workers: int | None, o
         shape = (split.length, image_size, image_size, 3)
         with open(partial / "images.npy", "wb") as file:
             header = _write_header(file, shape)
-            file.truncate(header + need)
+            file.truncate(header + math.prod(shape))
         task = _Decode(split.read, str(partial / "images.npy"), header, shape[1:])
         skipped: dict[int, str] = {}
         results = run_chunks(task, split.length, workers, f"packing {split.name}")
@@ -139,7 +154,7 @@ def _pack(split: Split, image_size: int, directory: Path, workers: int | None, o
             for _, _, bad in results:
                 skipped |= bad
                 if bad and on_error == "raise":
-                    raise UserError(_complaint(split, skipped))
+                    raise UserError(cannot_decode(split, skipped))
         finally:
             results.close()
         if len(skipped) == split.length:
@@ -160,6 +175,16 @@ def _pack(split: Split, image_size: int, directory: Path, workers: int | None, o
         raise
 
 
+def try_read(read: Callable[[int], np.ndarray], index: int) -> np.ndarray | str:
+    """An image, or why it can't be decoded. UserError for a missing file or a failing disk."""
+    try:
+        return read(index)
+    except Exception as error:  # PIL raises many kinds for a file that isn't whole
+        if isinstance(error, OSError) and error.errno is not None:  # PIL's own errors carry none
+            raise UserError(f"cannot read an image ({error}); did the data change meanwhile?") from None
+        return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 @dataclass(frozen=True)
 class _Decode:
     """Decode a chunk and write its rows in their place; return {index: reason} of the images that can't be decoded."""
@@ -173,15 +198,9 @@ class _Decode:
         rows = np.zeros((stop - start, *self.shape), np.uint8)
         bad = {}
         for index in range(start, stop):
-            try:
-                image = self.read(index)
-            except Exception as error:
-                if isinstance(error, OSError) and error.errno is not None:
-                    # a missing file or a failing disk, not a bad image: PIL's own errors carry no errno
-                    raise UserError(
-                        f"cannot read an image ({error}); did the data change while they were packed?"
-                    ) from None
-                bad[index] = " ".join(str(error).split())[:200] or type(error).__name__
+            image = try_read(self.read, index)
+            if isinstance(image, str):
+                bad[index] = image
                 continue
             assert image.shape == self.shape, f"image {index} is {image.shape}, not {self.shape}"
             assert image.dtype == np.uint8, f"image {index} is {image.dtype}"
@@ -238,5 +257,6 @@ def _names(split: Split, bad: dict[int, str], most: int) -> str:
     return ", ".join(names) + (f", and {len(bad) - most} more" if len(bad) > most else "")
 
 
-def _complaint(split: Split, bad: dict[int, str]) -> str:
+def cannot_decode(split: Split, bad: dict[int, str]) -> str:
+    """What to tell a person of images that can't be decoded."""
     return f"cannot decode {_names(split, bad, 3)}; mend or remove, or leave such images out with data.on_error=skip"

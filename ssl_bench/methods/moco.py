@@ -16,9 +16,10 @@ from ssl_bench.methods.base import Method, Output, ema_, momentum_copy
 
 def info_nce_logits(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """query, key (N, D) and queue (D, K), all normalised -> (N, 1 + K); the positive comes first."""
+    query = query / temperature  # here and not the logits, which are a thousand times as many
     positive = (query * key).sum(dim=1, keepdim=True)  # (N, 1)
     negative = query @ queue  # (N, K)
-    return torch.cat([positive, negative], dim=1) / temperature
+    return torch.cat([positive, negative], dim=1)
 
 
 class MoCo(Method):

@@ -50,8 +50,8 @@ def lincls(
     probe = on_device(LinearProbe(backbone, data.num_classes, normalize), run)
     views = make_views(cfg, run, probe.num_views)
     test_view = EvalView(views.image_size, test_resize, *normalization(cfg)).to(run.device)
-    source = open_source(cfg, run, data.open("train"), subset)
-    test = open_source(cfg, run, data.open("val"))
+    source = open_source(cfg, run, data, "train", subset)
+    test = open_source(cfg, run, data, "val")
 
     before = digest(backbone)
     result = train(cfg, run, probe, source, views, lambda: evaluate(probe, test.epoch_pass(), test_view))

@@ -79,7 +79,7 @@ def draw(
     from torchvision.transforms.v2.functional import resize
 
     data = build.construct(cfg.data)
-    train_images, test = (open_source(cfg, run, data.open(split)) for split in ("pretrain", "val"))
+    train_images, test = (open_source(cfg, run, data, split) for split in ("pretrain", "val"))
     views = build.construct(cfg.augmentation).to(run.device)
     images, _, indices = next(train_images.epoch_pass())
     shown = torch.stack([views.denormalize(view) for view in views(images[:8], keys(cfg.seed, 0, indices[:8]))])

@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 from ssl_bench import build
 from ssl_bench.augment.draws import keys
 from ssl_bench.augment.views import Views
-from ssl_bench.data.source import HostSource
+from ssl_bench.data.source import Source
 from ssl_bench.errors import UserError
 from ssl_bench.run import Run
 from ssl_bench.stages.training import check_batch, make_views, on_device, open_source, seed_init, train
@@ -19,7 +19,7 @@ def pretrain(cfg: DictConfig, run: Run) -> dict[str, float]:
     seed_init(cfg)
     model = on_device(build.construct(cfg.method, backbone=build.construct(cfg.backbone)), run)
     views = make_views(cfg, run, model.num_views)
-    source = open_source(cfg, run, data.open("pretrain"))
+    source = open_source(cfg, run, data, "pretrain")
     if run.is_main:
         show_views(cfg, run, source, views)
     return train(cfg, run, model, source, views)
@@ -42,7 +42,7 @@ def check_fit(cfg: DictConfig, num_images: int) -> None:
 
 
 @torch.no_grad()
-def show_views(cfg: DictConfig, run: Run, source: HostSource, views: Views, num_images: int = 8) -> None:
+def show_views(cfg: DictConfig, run: Run, source: Source, views: Views, num_images: int = 8) -> None:
     """views.png: what the network sees of the first images; a column an image, the original on top."""
     from torchvision.transforms.v2.functional import resize
     from torchvision.utils import make_grid, save_image

@@ -10,8 +10,8 @@ from torch import nn
 
 from ssl_bench import build, distributed
 from ssl_bench.augment.views import Views
-from ssl_bench.data.source import HostSource
-from ssl_bench.data.store import Store
+from ssl_bench.data.formats import Dataset
+from ssl_bench.data.source import HostSource, ResidentSource, Source, StreamedSource, fits
 from ssl_bench.engine import fit
 from ssl_bench.errors import UserError
 from ssl_bench.methods.base import Method
@@ -19,6 +19,8 @@ from ssl_bench.run import Run
 from ssl_bench.seeding import fold, seed_torch
 
 log = logging.getLogger(__name__)
+
+SOURCES = {"resident": ResidentSource, "host": HostSource}
 
 
 def check_batch(cfg: DictConfig, num_images: int) -> int:
@@ -41,18 +43,22 @@ def seed_init(cfg: DictConfig) -> None:
     seed_torch(fold(cfg.seed, "init"), torch.device("cpu"))
 
 
-def open_source(cfg: DictConfig, run: Run, store: Store, subset: np.ndarray | None = None) -> HostSource:
-    return HostSource(
-        store.images,
-        store.labels,
-        store.indices,
-        cfg.batch_size,
-        cfg.seed,
-        run.device,
-        distributed.rank(),
-        distributed.world_size(),
-        subset,
-    )
+def open_source(cfg: DictConfig, run: Run, data: Dataset, split: str, subset: np.ndarray | None = None) -> Source:
+    """The images of a split, kept where `cfg.source` says; packed first when needed."""
+    share = (cfg.batch_size, cfg.seed, run.device, distributed.rank(), distributed.world_size(), subset)
+    kind = cfg.source
+    if kind == "auto" and distributed.any_rank(not data.has_room(split)):
+        log.warning("no room on the disk to keep %s decoded: streaming; data.cache= sets another disk", split)
+        kind = "streamed"
+    if kind == "streamed":
+        log.info("%s: %s images, decoded as they are needed", split, f"{data.split(split).length:,}")
+        return StreamedSource(data.split(split), *share, workers=data.workers, on_error=data.on_error)
+    store = data.open(split)
+    if kind == "auto":
+        kind = "resident" if fits(store, run.device) else "host"
+    place = run.device if kind == "resident" else store.directory / "images.npy"
+    log.info("%s: %s images, %.2f GB, on %s", split, f"{len(store.images):,}", store.images.nbytes / 1e9, place)
+    return SOURCES[kind](store.images, store.labels, store.indices, *share)
 
 
 def make_views(cfg: DictConfig, run: Run, num_views: int) -> Views:
@@ -71,7 +77,7 @@ def train(
     cfg: DictConfig,
     run: Run,
     model: Method,
-    source: HostSource,
+    source: Source,
     views: Views,
     evaluate: Callable[[], dict[str, float]] | None = None,
 ) -> dict[str, float]:
