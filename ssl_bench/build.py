@@ -1,17 +1,17 @@
 """The only place where configuration becomes objects: checked against the constructor's signature, then constructed."""
 
 import difflib
-import inspect
 import os
 import re
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, create_model
 
+from ssl_bench import signatures
 from ssl_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def check(cfg: DictConfig) -> None:
     problems = _problems(Root, {key: value for key, value in plain.items() if key not in SUPPLIED}, "")
     for group, node in nodes.items():
         try:
-            schema = _schema(locate(node.get("_target_"), group), SUPPLIED[group])
+            schema = _schema(node.get("_target_"), group, SUPPLIED[group])
         except UserError as error:
             problems.append(str(error))
         else:
@@ -79,20 +79,16 @@ def check(cfg: DictConfig) -> None:
 
 def construct(node: Mapping, **supplied: Any) -> Any:
     """The object a checked node describes: `_target_` called with its other keys and what the code supplies."""
-    target = locate(node["_target_"], "node")
     plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
-    known = _schema(target, tuple(supplied))
-    values = known.model_validate(_arguments(plain))
-    return target(**{key: getattr(values, key) for key in known.model_fields}, **supplied)
+    path = plain["_target_"]
+    values = _schema(path, "node", tuple(supplied)).model_validate(_arguments(plain))
+    return locate(path)(**{key: getattr(values, key) for key in values.model_fields_set}, **supplied)
 
 
-def locate(path: str | None, group: str) -> Callable:
+def locate(path: str) -> Callable:
     """The class or function of a dotted path. The current folder is searched too, for a user's own modules."""
-    module, _, name = (path or "").rpartition(".")
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{group}._target_={path}: can't be imported ({error})") from None
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
 
 
 def pick_device(name: str, local_rank: int) -> "torch.device":
@@ -113,16 +109,14 @@ def _arguments(node: dict) -> dict:
     return {key: value for key, value in node.items() if key not in ("_target_", "name")}
 
 
-def _schema(target: Callable, supplied: tuple[str, ...]) -> type[BaseModel]:
-    function = target.__init__ if inspect.isclass(target) else target
-    hints = get_type_hints(function, include_extras=True)
-    fields = {
-        name: (hints.get(name, Any), ... if parameter.default is parameter.empty else parameter.default)
-        for name, parameter in inspect.signature(target).parameters.items()
-        if name not in supplied
-    }
+def _schema(path: str | None, group: str, supplied: tuple[str, ...]) -> type[BaseModel]:
+    try:
+        parameters = signatures.parameters(path or "", supplied)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{group}._target_={path}: can't be imported ({error})") from None
+    fields = {name: (annotation, ... if required else None) for name, (annotation, required) in parameters.items()}
     config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
-    return create_model(target.__name__, __config__=config, **fields)
+    return create_model(str(path), __config__=config, **fields)
 
 
 def _problems(schema: type[BaseModel], values: dict, prefix: str) -> list[str]:

@@ -22,7 +22,7 @@ def launch(cfg: DictConfig) -> dict[str, float]:
     """Run cfg's stage: in this process, in `cfg.devices` new ones, or as one of those that torchrun or srun started."""
     from ssl_bench import distributed
 
-    single = getattr(build.locate(cfg.stage._target_, "stage"), "single_process", False)
+    single = getattr(build.locate(cfg.stage._target_), "single_process", False)
     if cfg.devices > 1 and distributed.launched() is None and not single:
         return _spawn(cfg)
     return _run(cfg)

@@ -1,13 +1,17 @@
 """Every choice composes and fits the signature of its constructor."""
 
+import inspect
+import subprocess
+import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import hydra
 import pytest
 from omegaconf import DictConfig
 
 import ssl_bench.train
-from ssl_bench import build
+from ssl_bench import build, signatures
 
 CONF = Path(ssl_bench.train.__file__).with_name("conf")
 GROUPS = (
@@ -35,6 +39,33 @@ def compose(*overrides: str) -> DictConfig:
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids="=".join)
 def test_choice_fits(group: str, choice: str) -> None:
     build.check(compose(f"{group}={choice}", *NEEDED.get(choice, [])))
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES, ids="=".join)
+def test_a_signature_that_is_read_is_the_one_that_is_imported(group: str, choice: str) -> None:
+    for name, node in compose(f"{group}={choice}", *NEEDED.get(choice, [])).items():
+        if not (name in build.SUPPLIED and node):
+            continue
+        target, supplied = build.locate(node._target_), build.SUPPLIED[name]
+        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+        expected = {
+            key: (repr(hints[key]), parameter.default is parameter.empty)
+            for key, parameter in inspect.signature(target).parameters.items()
+            if key not in supplied
+        }
+        read = signatures.parameters(node._target_, supplied)
+        assert {key: (repr(annotation), required) for key, (annotation, required) in read.items()} == expected
+
+
+def test_a_mistake_is_found_before_torch_is_imported() -> None:
+    script = (
+        "import sys, ssl_bench.train as train; sys.argv[1:] = ['method.temperature=-1', 'batch_size=many']\n"
+        "try: train.main()\nfinally: print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (result.returncode, result.stdout.strip()) == (2, "False"), result.stderr
+    assert "method.temperature=-1" in result.stderr
+    assert "batch_size=many" in result.stderr
 
 
 @pytest.mark.parametrize(

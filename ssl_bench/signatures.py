@@ -1,0 +1,99 @@
+"""What a constructor accepts, read from its source.
+
+A configuration is checked before anything runs. Importing the constructors would import torch, and two seconds are long
+for a line that says "did you mean". Where the source isn't plain enough, the constructor is imported after all.
+"""
+
+import ast
+import builtins
+import inspect
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
+
+LIGHT = ("typing", "pydantic", "collections.abc", "ssl_bench.fields")  # modules that are imported for an annotation
+
+
+class Parameter(NamedTuple):
+    annotation: Any
+    required: bool
+
+
+class _NotPlain(Exception):
+    pass
+
+
+@cache
+def parameters(path: str, supplied: tuple[str, ...]) -> dict[str, Parameter]:
+    """Those of the class or function with this dotted path, but for the `supplied`. ImportError, AttributeError."""
+    module, _, name = path.rpartition(".")
+    try:
+        return _Module(module).parameters(name, supplied)
+    except _NotPlain:
+        target = getattr(import_module(module), name)
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    return {
+        name: Parameter(hints.get(name, Any), parameter.default is parameter.empty)
+        for name, parameter in inspect.signature(target).parameters.items()
+        if name not in supplied
+    }
+
+
+class _Module:
+    """What stands at the top level of a source file."""
+
+    def __init__(self, name: str) -> None:
+        spec = find_spec(name)
+        if spec is None or not str(spec.origin).endswith(".py"):
+            raise _NotPlain
+        self.defined: dict[str, ast.stmt] = {}
+        for node in ast.parse(Path(spec.origin).read_text()).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                self.defined[node.name] = node
+            elif isinstance(node, ast.ImportFrom):
+                self.defined |= {alias.asname or alias.name: node for alias in node.names}
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                self.defined[node.targets[0].id] = node
+
+    def parameters(self, name: str, supplied: tuple[str, ...]) -> dict[str, Parameter]:
+        match self.defined.get(name):
+            case ast.ImportFrom(module=origin, level=0) if origin:
+                return _Module(origin).parameters(name, supplied)
+            case ast.ClassDef(decorator_list=[]) as node:
+                inits = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
+                if inits:
+                    return self._of(inits[0].args, supplied)
+                if node.bases and isinstance(node.bases[0], ast.Name):
+                    return self.parameters(node.bases[0].id, supplied)
+            case ast.FunctionDef(decorator_list=[]) as node:
+                return self._of(node.args, supplied)
+        raise _NotPlain
+
+    def _of(self, args: ast.arguments, supplied: tuple[str, ...]) -> dict[str, Parameter]:
+        if args.vararg or args.kwarg:
+            raise _NotPlain
+        positional = args.posonlyargs + args.args
+        optional = positional[len(positional) - len(args.defaults) :]
+        optional += [arg for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True) if default]
+        return {
+            arg.arg: Parameter(self._value(arg.annotation) if arg.annotation else Any, arg not in optional)
+            for arg in positional + args.kwonlyargs
+            if arg.arg not in ("self", *supplied)
+        }
+
+    def _value(self, expression: ast.expr) -> Any:
+        """The type that an annotation stands for."""
+        names = {node.id for node in ast.walk(expression) if isinstance(node, ast.Name)}
+        return eval(ast.unparse(expression), {name: self._named(name) for name in names})
+
+    def _named(self, name: str) -> Any:
+        match self.defined.get(name):
+            case ast.ImportFrom(module=origin) if origin in LIGHT:
+                return getattr(import_module(origin), name)
+            case ast.Assign(value=value):
+                return self._value(value)
+            case None if hasattr(builtins, name):
+                return getattr(builtins, name)
+        raise _NotPlain
