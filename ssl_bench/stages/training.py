@@ -70,6 +70,8 @@ def make_views(cfg: DictConfig, run: Run, num_views: int) -> Views:
             f"augmentation.num_views={views.num_views}, but {taker} takes {num_views}: "
             f"type augmentation.num_views={num_views}, or choose another augmentation="
         )
+    if cfg.compile:
+        views.transform = torch.compile(views.transform)
     return views
 
 

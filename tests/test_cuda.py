@@ -1,0 +1,96 @@
+"""What only a GPU can show. `pytest tests/test_cuda.py` on a machine that has one; skipped elsewhere."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_PRETRAIN, Command
+
+from ssl_bench.augment.draws import keys
+from ssl_bench.augment.views import Views
+from ssl_bench.data.source import HostSource, ResidentSource
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+
+
+def packed(num: int = 40) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (num, 32, 32, 3), np.uint8), np.arange(num), np.arange(num)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_views_are_those_of_the_cpu(compiled: bool) -> None:
+    views = Views(24, solarize_p=0.3)
+    images = torch.from_numpy(packed()[0]).permute(0, 3, 1, 2)
+    drawn = keys(0, 0, torch.arange(40))
+    expected = views(images, drawn)
+    views.to("cuda")
+    if compiled:
+        views.transform = torch.compile(views.transform)
+    for one, two in zip(expected, views(images.cuda(), drawn.cuda()), strict=True):
+        # a pixel at a threshold may fall to the other side of it
+        assert ((one - two.cpu()).abs() < 1e-3).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("kind", [HostSource, ResidentSource])
+def test_batches_are_those_of_the_cpu(kind: type) -> None:
+    expected = HostSource(*packed(), 8, 0).stream(0, 12)
+    for one, two in zip(expected, kind(*packed(), 8, 0, "cuda").stream(0, 12), strict=True):
+        assert one[0] == two[0]
+        assert two[1].is_contiguous(memory_format=torch.channels_last)
+        for here, there in zip(one[1:], two[1:], strict=True):
+            assert there.is_cuda
+            assert torch.equal(here, there.cpu())
+
+
+def test_a_batch_is_not_overwritten_while_it_is_used() -> None:
+    """The copy runs ahead on a stream of its own."""
+    sums = []
+    for _, images, _, _ in HostSource(*packed(4000), 400, 0, "cuda").stream(0, 30):
+        torch.cuda._sleep(20_000_000)  # cycles: the step is far behind the copies
+        sums.append(images.long().sum())
+    expected = [images.long().sum().item() for _, images, _, _ in HostSource(*packed(4000), 400, 0).stream(0, 30)]
+    assert torch.stack(sums).tolist() == expected
+
+
+@pytest.mark.parametrize("source", ["host", "resident"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_a_run(ssl_bench: Command, tmp_path: Path, precision: str, source: str) -> None:
+    command = [*TINY_PRETRAIN, "device=cuda", f"precision={precision}", f"source={source}", "dir=run"]
+    ssl_bench(*command, check=True)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_the_compiled_run_is_the_eager_one(ssl_bench: Command, tmp_path: Path) -> None:
+    ends = []
+    for compiled in ("true", "false"):
+        ssl_bench(*TINY_PRETRAIN, "device=cuda", "epochs=1", f"compile={compiled}", f"dir={compiled}", check=True)
+        ends.append(json.loads((tmp_path / compiled / "summary.json").read_text())["loss"])
+    assert ends[0] == pytest.approx(ends[1], rel=1e-2)
+
+
+def test_no_step_waits_for_the_gpu(tmp_path: Path) -> None:
+    """A step between two log lines makes no host sync."""
+    from torch.nn import Linear
+
+    from ssl_bench.methods.moco import MoCo
+
+    class Backbone(torch.nn.Sequential):
+        dim = 8
+
+    model = MoCo(Backbone(torch.nn.Flatten(), Linear(3 * 24 * 24, 8)), queue_size=64).cuda()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
+    views = Views(24).cuda()
+    source = ResidentSource(*packed(), 8, 0, "cuda").stream(0, 6)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step, images, _, indices in source:
+            loss = model(views(images, keys(0, step, indices)))["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
