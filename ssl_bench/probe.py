@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from ssl_bench.methods.base import Method, Output
 
+IGNORED = -100  # the label of an image that a head doesn't learn from
+
 
 class LinearProbe(Method):
     """One linear layer on a frozen backbone in eval mode; fc ~ N(0, 0.01), bias 0, as in the authors' main_lincls.py.
@@ -40,3 +42,79 @@ class LinearProbe(Method):
         logits = self.logits(views[0])
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         return {"loss": F.cross_entropy(logits, labels), "accuracy": accuracy.detach()}
+
+
+class LinearGrid(LinearProbe):
+    """A LinearProbe for each of `cells` settings of the optimizer, all trained at once on features of the backbone.
+
+    Each has two heads that see the same batches: one learns from all images; the other not from those held out, and is
+    there to be scored on them. All start as `fc` does, and none feels the others: the loss is a sum over heads, each
+    with parameters of its own. `choose` makes one of them `fc`: then this is a LinearProbe.
+    normalize: by the statistics of all features (`standardise`), not of each batch: every process has the same.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, num_classes: int, cells: int, kept: float = 1.0, normalize: bool = False
+    ) -> None:
+        super().__init__(backbone, num_classes, normalize)
+        self.kept = kept
+        self.fc.requires_grad_(False)
+        # (2 * num_classes, dim) each: the head of all images above the other
+        self.weights = nn.ParameterList(self.fc.weight.repeat(2, 1) for _ in range(cells))
+        self.biases = nn.ParameterList(self.fc.bias.repeat(2) for _ in range(cells))
+        self.finished = False
+
+    def train(self, mode: bool = True) -> "LinearGrid":
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    @torch.no_grad()
+    def standardise(self, copies: Sequence[Tensor]) -> None:
+        """Normalise by the mean and variance of features (N, dim) each."""
+        mean = torch.stack([features.mean(dim=0) for features in copies]).mean(dim=0)
+        self.norm.running_mean.copy_(mean)
+        self.norm.running_var.copy_(torch.stack([(f - mean).square().mean(dim=0) for f in copies]).mean(dim=0))
+
+    def heads(self, features: Tensor) -> Tensor:
+        """(N, dim) -> logits (N, cells, 2, num_classes), not in bfloat16."""
+        with torch.autocast(features.device.type, enabled=False):
+            logits = F.linear(self.norm(features), torch.cat(list(self.weights)), torch.cat(list(self.biases)))
+        return logits.unflatten(1, (len(self.weights), 2, -1))
+
+    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
+        """views: one, of features (N, dim). labels (N, 2): for the one head and the other, IGNORED where held out.
+
+        accuracy: the best of the cells on this batch.
+        """
+        logits = self.heads(views[0])
+        each, examined = _cross_entropy(logits, labels[:, None]).mean(dim=0).unbind(dim=1)
+        # Not by how many images this batch keeps, which may be none, and isn't the same on each process.
+        loss = each.sum() + examined.sum() / self.kept
+        accuracy = (logits[:, :, 0].argmax(dim=2) == labels[:, :1]).float().mean(dim=0).max()
+        return {"loss": loss, "accuracy": accuracy.detach()}
+
+    @torch.no_grad()
+    def score(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Held-out features (N, dim), labels (N,) -> (cells, 2): how many are right, their summed cross-entropy."""
+        logits = self.heads(features)[:, :, 1]
+        right = logits.argmax(dim=2) == labels[:, None]
+        return torch.stack([right.sum(dim=0), _cross_entropy(logits, labels[:, None]).sum(dim=0)], dim=1)
+
+    @torch.no_grad()
+    def choose(self, cell: int) -> None:
+        self.fc.weight.copy_(self.weights[cell][: len(self.fc.weight)])
+        self.fc.bias.copy_(self.biases[cell][: len(self.fc.bias)])
+
+    def update(self, progress: float) -> None:
+        self.finished = progress == 1
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """(..., num_classes) -> (...); labels are expanded to it, and 0 comes of IGNORED.
+
+    F.cross_entropy's softmax takes four times as long on a CPU where classes are few.
+    """
+    labels = labels.expand(logits.shape[:-1])
+    own = logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    return (logits.logsumexp(-1) - own).masked_fill(labels == IGNORED, 0)

@@ -15,7 +15,7 @@ from conftest import TINY, TINY_PRETRAIN, Command
 
 pytestmark = pytest.mark.slow
 
-DERIVED = ("loss", "accuracy", "lr", "grad_norm", "epoch", "images_seen", "val_top1", "val_loss")
+DERIVED = ("loss", "accuracy", "lr", "grad_norm", "epoch", "images_seen", "val_top1", "val_loss", "holdout_top1")
 
 
 def final(run: Path) -> tuple[dict, list[dict]]:
@@ -57,11 +57,13 @@ def interrupt(command: list[str], cwd: Path, run: Path, step: int, signum: int) 
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("stage", ["pretrain", "lincls"])
+@pytest.mark.parametrize("stage", ["pretrain", "lincls", "cached"])
 def test_killed(ssl_bench: Command, tmp_path: Path, stage: str, devices: int) -> None:
+    lincls = [*TINY, "stage=lincls", "epochs=2", "save_every=4", "eval_every=1", f"devices={devices}"]
     command = {
         "pretrain": [*TINY_PRETRAIN, f"devices={devices}"],
-        "lincls": [*TINY, "stage=lincls", "epochs=2", "save_every=4", "eval_every=1", f"devices={devices}"],
+        "lincls": lincls,
+        "cached": [*lincls, "stage.features=cached", "stage.copies=1", "stage.normalize=true"],
     }[stage]
     ssl_bench(*command, "dir=whole", check=True)
     step = random.randrange(1, 18)

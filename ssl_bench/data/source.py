@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ class Source(ABC):
     """Batches of labelled images, one process's share of each.
 
     labels, indices: int64 (N,). `batch_size` is global: of each batch of the run, rank r gets part r of world_size
-    equal parts. `subset`: int64 rows to use instead of all N.
+    equal parts. `subset`: the `indices` to use instead of all, but for images that were skipped.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Source(ABC):
         self.labels, self.indices = labels, indices
         self.batch_size, self.seed, self.device = batch_size, seed, torch.device(device)
         self.rank, self.world_size = rank, world_size
-        self.rows = np.arange(len(indices)) if subset is None else np.asarray(subset)
+        self.rows = np.arange(len(indices)) if subset is None else np.flatnonzero(np.isin(indices, subset))
         self.wait_seconds = 0.0  # time that the consumer waited for batches so far
 
     @property
@@ -82,33 +82,30 @@ class Source(ABC):
 
     def stream(self, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """Yield (step, images uint8 (b, 3, H, W) in channels_last, labels (b,), image indices (b,)) on the device."""
-        local = self.batch_size // self.world_size
-        first = self.rank * local
-
-        steps_per_epoch = self.steps_per_epoch
-
-        @lru_cache(maxsize=1)
-        def order(epoch: int) -> np.ndarray:
-            return self.rows[permutation(self.seed, epoch, self.num_images).numpy()]
-
-        def rows(step: int) -> np.ndarray:
-            epoch, batch = divmod(step, steps_per_epoch)
-            at = batch * self.batch_size + first
-            return order(epoch)[at : at + local]
-
-        for step, batch in zip(range(start, stop), self._batches(map(rows, range(start, stop))), strict=True):
+        for step, batch in zip(range(start, stop), self._batches(self._wanted(start, stop)), strict=True):
             yield step, *batch
+
+    def _wanted(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+        """The epoch of each step, and this rank's rows."""
+        local, steps_per_epoch = self.batch_size // self.world_size, self.steps_per_epoch
+        shown = None  # the epoch that `order` is of
+        for step in range(start, stop):
+            epoch, batch = divmod(step, steps_per_epoch)
+            if epoch != shown:
+                order, shown = self.rows[permutation(self.seed, epoch, self.num_images).numpy()], epoch
+            at = batch * self.batch_size + self.rank * local
+            yield epoch, order[at : at + local]
 
     def epoch_pass(self) -> Iterator[Batch]:
         """Yield every image of this rank's share once, in order, as (images, labels, image indices); the last batch may
         be smaller. Rank r has every world_size-th image from the r-th.
         """
         share, local = self.rows[self.rank :: self.world_size], self.batch_size // self.world_size
-        yield from self._batches(share[at : at + local] for at in range(0, len(share), local))
+        yield from self._batches((0, share[at : at + local]) for at in range(0, len(share), local))
 
     @abstractmethod
-    def _batches(self, wanted: Iterable[np.ndarray]) -> Iterator[Batch]:
-        """A batch for each of these arrays of rows, on the device."""
+    def _batches(self, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
+        """A batch for each of these (epoch, rows), on the device."""
 
     def _waited(self, get: Callable[[], Batch]) -> Batch:
         began = time.perf_counter()
@@ -128,13 +125,13 @@ class HostSource(Source):
         self.images = images
         self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
-    def _batches(self, wanted: Iterable[np.ndarray]) -> Iterator[Batch]:
+    def _batches(self, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
         ready: deque = deque()
         wanted = iter(wanted)
         thread = ThreadPoolExecutor(1, thread_name_prefix="source")
 
         def ask() -> None:
-            if (rows := next(wanted, None)) is not None:
+            for _, rows in islice(wanted, 1):
                 ready.append(thread.submit(self._gather, rows))
 
         try:
@@ -173,8 +170,8 @@ class ResidentSource(Source):
             self.images[start : start + BLOCK] = torch.from_numpy(images[start : start + BLOCK].copy())
         self.device_labels, self.device_indices = (torch.from_numpy(a).to(self.device) for a in (labels, indices))
 
-    def _batches(self, wanted: Iterable[np.ndarray]) -> Iterator[Batch]:
-        for rows in wanted:
+    def _batches(self, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
+        for _, rows in wanted:
             at = torch.from_numpy(np.ascontiguousarray(rows))
             if self.device.type == "cuda":
                 at = at.pin_memory()  # or the copy would wait for the step before
@@ -194,12 +191,12 @@ class StreamedSource(Source):
         self.split, self.workers, self.on_error = split, workers or default_workers(), on_error
         self._told: set[int] = set()
 
-    def _batches(self, wanted: Iterable[np.ndarray]) -> Iterator[Batch]:
+    def _batches(self, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
         from torch.utils.data import DataLoader
 
         loader = DataLoader(
             _Decoded(self.split, self.on_error),
-            batch_sampler=(rows.tolist() for rows in wanted),
+            batch_sampler=(rows.tolist() for _, rows in wanted),
             num_workers=self.workers,
             collate_fn=_collate,
             worker_init_fn=_ignore_signals,
@@ -217,6 +214,23 @@ class StreamedSource(Source):
             batch = images, torch.from_numpy(self.labels[rows.numpy()]), rows
             images, labels, rows = (tensor.to(self.device, non_blocking=True) for tensor in batch)
             yield images.permute(0, 3, 1, 2), labels, rows
+
+
+class FeatureSource(Source):
+    """Features that a frozen backbone has computed, in place of images; in memory.
+
+    copies: float32 (N, dim) each; epoch e sees copy e mod their number. labels: int64 (N, ...).
+    """
+
+    def __init__(self, copies: list[Tensor], labels: Tensor, *args, **kwargs):
+        super().__init__(labels.numpy(), np.arange(len(labels)), *args, **kwargs)
+        self.copies = copies
+
+    def _batches(self, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
+        for epoch, rows in wanted:
+            at = torch.from_numpy(rows)
+            batch = self.copies[epoch % len(self.copies)][at], torch.from_numpy(self.labels[rows]), at
+            yield tuple(tensor.to(self.device) for tensor in batch)
 
 
 class _Decoded(torch.utils.data.Dataset):

@@ -2,22 +2,27 @@
 
 import hashlib
 import logging
+from typing import Annotated, Literal
 
 import numpy as np
+import torch
 from omegaconf import DictConfig
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
 
 from ssl_bench import build, interop
 from ssl_bench.augment.views import EvalView
 from ssl_bench.engine import evaluate
 from ssl_bench.errors import UserError
-from ssl_bench.probe import LinearProbe
+from ssl_bench.probe import LinearGrid, LinearProbe
 from ssl_bench.run import Run
 from ssl_bench.seeding import fold
+from ssl_bench.stages.cached import GridOptions, check_options, check_unused, hold_out, train_grid
 from ssl_bench.stages.training import check_batch, make_views, normalization, on_device, open_source, seed_init, train
 
 log = logging.getLogger(__name__)
+
+DEFAULT = GridOptions()
 
 
 def lincls(
@@ -26,13 +31,29 @@ def lincls(
     labels_per_class: PositiveInt | None = None,
     normalize: bool = False,
     test_resize: PositiveFloat = 256 / 224,
+    features: Literal["official", "cached"] = "official",
+    copies: NonNegativeInt = DEFAULT.copies,
+    lrs: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = DEFAULT.lrs,
+    weight_decays: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = DEFAULT.weight_decays,
+    holdout: Annotated[float, Field(gt=0, lt=1)] = DEFAULT.holdout,
 ) -> dict[str, float]:
-    """The protocol of main_lincls.py. Returns top-1 and top-5 (percent) on the val split after the last epoch."""
+    """Returns top-1, top-5 (percent) and cross-entropy on the val split after the last epoch.
+
+    official: the protocol of main_lincls.py, in which the backbone sees freshly augmented images in every epoch.
+    cached: it sees each image once, and a grid of classifiers learns from its features; see `cached.train_grid`.
+    """
+    options = GridOptions(copies, lrs, weight_decays, holdout)
+    if features == "cached":
+        check_options(cfg, options)
+    else:
+        check_unused(options)
     data = build.construct(cfg.data)
     split = data.split("train")
     data.split("val")
     subset = None if labels_per_class is None else few_labels(split.labels, labels_per_class, cfg.seed)
     check_batch(cfg, split.length if subset is None else len(subset))
+    if features == "cached":  # said now, and not after the images are packed
+        hold_out(split.labels if subset is None else split.labels[subset], holdout, cfg.seed)
     seed_init(cfg)
     backbone = build.construct(cfg.backbone)
     if cfg.pretrained is None:
@@ -47,14 +68,20 @@ def lincls(
         )
         if loaded.left_out:
             log.info("left out %s others: %s, ...", len(loaded.left_out), ", ".join(loaded.left_out[:4]))
-    probe = on_device(LinearProbe(backbone, data.num_classes, normalize), run)
-    views = make_views(cfg, run, probe.num_views)
+    views = make_views(cfg, run, LinearProbe.num_views)
     test_view = EvalView(views.image_size, test_resize, *normalization(cfg)).to(run.device)
     source = open_source(cfg, run, data, "train", subset)
     test = open_source(cfg, run, data, "val")
 
     before = digest(backbone)
-    result = train(cfg, run, probe, source, views, lambda: evaluate(probe, test.epoch_pass(), test_view))
+    if features == "cached":
+        held = torch.from_numpy(hold_out(source.labels[source.rows], holdout, cfg.seed))
+        kept = 1 - held.double().mean().item()
+        grid = on_device(LinearGrid(backbone, data.num_classes, len(options.cells), kept, normalize), run)
+        result = train_grid(cfg, run, grid, options, held, source, test, views, test_view)
+    else:
+        probe = on_device(LinearProbe(backbone, data.num_classes, normalize), run)
+        result = train(cfg, run, probe, source, views, lambda: evaluate(probe, test.epoch_pass(), test_view))
     assert digest(backbone) == before, "the frozen backbone changed"
     return result
 

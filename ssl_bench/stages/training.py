@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
 from ssl_bench import build, distributed
 from ssl_bench.augment.views import Views
@@ -80,20 +80,22 @@ def train(
     run: Run,
     model: Method,
     source: Source,
-    views: Views,
+    views: Callable[[Tensor, Tensor], list[Tensor]],
     evaluate: Callable[[], dict[str, float]] | None = None,
+    groups: list[dict] | None = None,
 ) -> dict[str, float]:
-    """`fit` as the configuration says."""
+    """`fit` as the configuration says. groups: of parameters, with their own rates, in place of the optimizer's."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = build.construct(cfg.optimizer, params=trained, batch_size=cfg.batch_size)
+    optimizer = build.construct(cfg.optimizer, params=groups or trained, batch_size=cfg.batch_size)
+    rates = [group["lr"] for group in optimizer.param_groups]
     log.info(
-        "%s images, %s steps an epoch, batch %s on %s x %s, lr %.4g, %.1f M trained parameters, in %s",
+        "%s images, %s steps an epoch, batch %s on %s x %s, lr %s, %.1f M trained parameters, in %s",
         f"{source.num_images:,}",
         f"{source.steps_per_epoch:,}",
         cfg.batch_size,
         distributed.world_size(),
         run.device,
-        optimizer.param_groups[0]["lr"],
+        " to ".join(f"{rate:.4g}" for rate in sorted({min(rates), max(rates)})),
         sum(parameter.numel() for parameter in trained) / 1e6,
         run.directory,
     )

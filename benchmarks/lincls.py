@@ -1,0 +1,127 @@
+"""Linear classification by the official protocol against cached features: time and accuracy.
+
+    python benchmarks/lincls.py                      data, a pretraining, 17 classifiers: an hour on 2 cores, 0.3 GB
+    python benchmarks/lincls.py --folder DIR         keeps all that, and goes on with what is there
+    python benchmarks/lincls.py --folder DIR --only official --seeds 0      one of them, e.g. while nothing else runs
+
+Every run is the real command. Times are those of the first seed: from the start of the process to its end, and of the
+stage alone, that is without most of the imports. For them the machine should have nothing else to do.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from ssl_bench.data.pool import default_workers
+from ssl_bench.data.synthetic import write_dl21
+from ssl_bench.run import environment
+
+COUNTS = {"num_unlabeled": 5000, "num_train": 2000, "num_val": 2000}
+NETWORK = ("backbone=resnet18", "backbone.width=32")
+# as conf/experiment/synthetic_dl21.yaml, for fewer images
+PRETRAIN = (
+    "stage=pretrain",
+    "augmentation.image_size=64",
+    "epochs=20",
+    "batch_size=64",
+    "method.queue_size=1024",
+    "method.momentum=0.99",
+)
+PRETRAIN += ("method.bn_splits=2", "augmentation.crop_scale=[0.4,1.0]", "augmentation.brightness=0.6")
+PRETRAIN += ("augmentation.contrast=0.6", "augmentation.saturation=0.8", "augmentation.hue=0.5")
+PRETRAIN += ("augmentation.jitter_p=1.0", "augmentation.grayscale_p=0.3", "optimizer.base_lr=0.4")
+PRETRAIN += ("schedule.warmup_epochs=1",)
+CACHED = "stage.features=cached"
+AS_CHOSEN = "official, with the lr that cached chose"
+PROTOCOLS = {
+    "official": (),
+    "cached": (CACHED,),
+    "cached, 5 copies": (CACHED, "stage.copies=5"),
+    "cached, 10 copies": (CACHED, "stage.copies=10"),
+    AS_CHOSEN: (),
+}
+LARGE = 88  # pixels: twice the work for the same network, for times alone
+
+
+def command(folder: Path, run: str, *overrides: str) -> None:
+    """`ssl-bench` on the data in the folder, into folder/run, with its seconds in folder/run.json. Once."""
+    report = folder / f"{run}.json"
+    if report.exists():
+        return
+    words = [sys.executable, "-m", "ssl_bench.train", "data=dl21", f"data.root={folder / 'data'}", *NETWORK, *overrides]
+    began = time.monotonic()
+    subprocess.run([*words, f"data.cache={folder / 'cache'}", f"dir={folder / run}"], check=True)
+    wall = time.monotonic() - began
+    opened, ended = (os.stat(folder / run / name).st_mtime for name in ("environment.json", "summary.json"))
+    report.write_text(json.dumps({"wall_seconds": wall, "stage_seconds": ended - opened}))
+
+
+def classify(folder: Path, protocol: str, seed: int, pixels: int = 64) -> dict:
+    """Result and seconds of one classifier."""
+    overrides = PROTOCOLS[protocol]
+    if protocol == AS_CHOSEN:
+        chosen = classify(folder, "cached", seed)
+        overrides = (f"optimizer.base_lr={chosen['lr']}", f"optimizer.weight_decay={chosen['weight_decay']}")
+    run = f"{protocol.replace(',', '').replace(' ', '-')}-{pixels}px-seed{seed}"
+    overrides += (f"pretrained={folder / 'pretrained'}", f"augmentation.image_size={pixels}", f"seed={seed}")
+    command(folder, run, "stage=lincls", *overrides)
+    summary = json.loads((folder / run / "summary.json").read_text())
+    return summary | json.loads((folder / f"{run}.json").read_text())
+
+
+def accuracy(results: list[dict]) -> dict:
+    """Over the seeds of one protocol, and what was chosen for each."""
+    top1 = [result["val_top1"] for result in results]
+    chosen = {key: [result[key] for result in results] for key in ("lr", "weight_decay", "holdout_top1")}
+    mean_std = {"top1_mean": statistics.mean(top1), "top1_std": statistics.stdev(top1)}
+    return {"top1": top1, **mean_std, **(chosen if "holdout_top1" in results[0] else {})}
+
+
+def times(result: dict, official: dict) -> dict:
+    """Of one classifier, beside the official one."""
+    keys = ("wall_seconds", "stage_seconds")
+    faster = {f"{key}_times_fewer": official[key] / result[key] for key in keys}
+    return {key: result[key] for key in keys} | faster
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Linear classification: the official protocol and cached features.")
+    parser.add_argument("--folder", type=Path, help="to keep the data and the runs in")
+    parser.add_argument("--only", choices=list(PROTOCOLS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--pixels", type=int, choices=[64, LARGE], default=64, help="with --only")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "lincls.json")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ssl_bench_lincls_") as temporary:
+        folder = (args.folder or Path(temporary)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "data").exists():
+            write_dl21(folder / "data", **COUNTS, num_classes=10)
+        command(folder, "pretrained", *PRETRAIN)
+        if args.only:
+            for seed in args.seeds:
+                print(json.dumps(classify(folder, args.only, seed, args.pixels)))
+            return
+        small = {name: [classify(folder, name, seed) for seed in args.seeds] for name in PROTOCOLS}
+        large = {name: classify(folder, name, args.seeds[0], LARGE) for name in ("official", "cached")}
+    rows = {name: accuracy(runs) for name, runs in small.items()}
+    for name in PROTOCOLS.keys() - {AS_CHOSEN}:  # as long as `official`
+        rows[name] |= times(small[name][0], small["official"][0])
+    rows |= {f"{name}, {LARGE} pixels": times(run, large["official"]) for name, run in large.items()}
+    environ = environment()
+    kept = ("started", "platform", "python", "packages", "git_commit", "git_dirty", "cpu_threads")
+    settings = {"data": COUNTS, "network": NETWORK, "pretrain": PRETRAIN, "protocols": PROTOCOLS, "seeds": args.seeds}
+    machine = {"cpus": default_workers(), "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
+    document = settings | machine | {key: environ[key] for key in kept} | {"rows": rows}
+    args.out.write_text(json.dumps(document, indent=2) + "\n")
+    print(json.dumps(rows, indent=2), f"written: {args.out}", sep="\n")
+
+
+if __name__ == "__main__":
+    main()

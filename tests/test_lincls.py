@@ -1,0 +1,222 @@
+"""Linear classification from cached features: what a grid's heads learn, and what may choose among them."""
+
+import csv
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Command
+from test_config import compose
+from test_errors import complaint
+from torch import Tensor, nn
+
+from ssl_bench.data.source import FeatureSource
+from ssl_bench.data.synthetic import write_dl21
+from ssl_bench.errors import UserError
+from ssl_bench.launch import launch
+from ssl_bench.probe import IGNORED, LinearGrid, LinearProbe
+from ssl_bench.stages.cached import GridOptions, check_options, hold_out
+
+# 1,297 digits, 10 steps an epoch
+DIGITS = ["stage=lincls", "data=digits", "data.image_size=16", "backbone.width=8", "backbone.stem=small"]
+DIGITS += ["augmentation.flip_p=0", "batch_size=128", "log_every=1", "epochs=2"]
+CACHED = [*DIGITS, "stage.features=cached"]
+
+
+def state(run: Path) -> dict[str, Tensor]:
+    return torch.load(max((run / "checkpoints").glob("step*.pt")), weights_only=True)["model"]
+
+
+def grid(run: Path) -> list[dict[str, float]]:
+    with open(run / "grid.csv") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+class Features(nn.Identity):
+    dim = 6
+
+
+def train(probe: LinearProbe, groups: list[dict], x: Tensor, y: Tensor) -> None:
+    """Five epochs of batches of 8. A probe of one head is shown only the images whose label isn't IGNORED."""
+    optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9)
+    for _ in range(5):
+        for features, labels in zip(x.split(8), y.split(8), strict=True):
+            keep, share = torch.ones(8, dtype=torch.bool), 1.0
+            if labels.ndim == 1:  # its loss is a mean over the images of the batch that it keeps
+                keep = labels != IGNORED
+                share = keep.double().mean() / (y != IGNORED).double().mean()
+            loss = share * probe([features[keep]], labels[keep])["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+def test_a_head_of_the_grid_is_a_probe_trained_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 6, generator=generator, dtype=torch.float64) * 3 + 1
+    y = torch.randint(4, (64,), generator=generator)
+    held = torch.rand(64, generator=generator) < 0.3
+    cells = [(0.1, 0.0), (3.0, 0.0), (0.1, 0.05), (3.0, 0.05)]
+    torch.manual_seed(1)
+    kept = (~held).double().mean().item()
+    many = LinearGrid(Features(), 4, len(cells), kept, normalize=True).double().train()
+    many.standardise([x[:32], x[32:]])
+    torch.testing.assert_close(many.norm(x).var(dim=0, correction=0), torch.ones(6).double(), rtol=1e-3, atol=1e-3)
+    groups = [
+        {"params": pair, "lr": lr, "weight_decay": decay}
+        for (lr, decay), *pair in zip(cells, many.weights, many.biases, strict=True)
+    ]
+    train(many, groups, x, torch.stack([y, y.masked_fill(held, IGNORED)], dim=1))
+    scores = many.score(x[held], y[held])
+    for cell, (lr, decay) in enumerate(cells):
+        for part, labels in enumerate([y, y.masked_fill(held, IGNORED)]):
+            torch.manual_seed(1)
+            one = LinearProbe(Features(), 4).double().train()
+            train(one, [{"params": one.fc.parameters(), "lr": lr, "weight_decay": decay}], many.norm(x), labels)
+            torch.testing.assert_close(many.weights[cell].view(2, 4, 6)[part], one.fc.weight)
+            torch.testing.assert_close(many.biases[cell].view(2, 4)[part], one.fc.bias)
+            if part == 0:
+                many.choose(cell)
+                torch.testing.assert_close(many.logits(x), one.logits(many.norm(x)))
+            else:
+                result = one([many.norm(x)[held]], y[held])
+                means = torch.stack([result["accuracy"].double(), result["loss"].detach()])
+                torch.testing.assert_close(scores[cell], means * held.sum())
+
+
+def test_a_batch_held_out_altogether_teaches_nothing() -> None:
+    probe = LinearGrid(Features(), 4, 1)
+    loss = probe([torch.randn(3, 6)], torch.tensor([[0, IGNORED], [1, IGNORED], [2, IGNORED]]))["loss"]
+    loss.backward()
+    assert loss.isfinite()
+    assert probe.weights[0].grad[:4].abs().sum() > 0
+    assert not probe.weights[0].grad[4:].any()
+
+
+def test_hold_out_takes_a_share_of_each_class() -> None:
+    labels = np.repeat([3, 5, 9], [50, 10, 2])
+    held = hold_out(labels, 0.2, seed=0)
+    assert [held[labels == label].sum() for label in (3, 5, 9)] == [10, 2, 1]
+    assert not np.array_equal(held, hold_out(labels, 0.2, seed=1))
+    assert [hold_out(labels, 0.9, 0)[labels == label].sum() for label in (3, 5, 9)] == [45, 9, 1]
+    with pytest.raises(UserError, match=r"class 7 has only 1: give each class 2 \(stage.labels_per_class=2"):
+        hold_out(np.array([3, 3, 7]), 0.2, seed=0)
+
+
+def test_features_come_in_the_order_of_images() -> None:
+    """Every row once an epoch; the epochs in turn from the copies; two processes have the parts of one batch."""
+    copies, labels = [torch.arange(7.0)[:, None] + 100 * i for i in range(2)], torch.arange(7)
+    whole = list(FeatureSource(copies, labels, 2, seed=0).stream(0, 9))
+    parts = [list(FeatureSource(copies, labels, 2, 0, "cpu", rank, 2).stream(4, 9)) for rank in range(2)]
+    for (step, x, y, rows), one, two in zip(whole[4:], *parts, strict=True):
+        assert step == one[0] == two[0]
+        assert torch.equal(x[:, 0], y + 100.0 * (step // 3 % 2))
+        assert torch.equal(y, rows)
+        assert torch.equal(torch.cat([one[1], two[1]]), x)
+    assert len(set(torch.cat([y for _, _, y, _ in whole[:3]]).tolist())) == 6
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_as_many_copies_as_epochs_are_the_official_protocol(tmp_path: Path, normalize: bool) -> None:
+    """Normalised, each official batch has statistics of its own: then only about."""
+    common = ["optimizer.base_lr=3", "optimizer.weight_decay=1e-3", f"stage.normalize={normalize}"]
+    official = launch(compose(*DIGITS, *common, f"dir={tmp_path}/official"))
+    cell = ["stage.lrs=[1,3]", "stage.weight_decays=[1e-3]", "stage.copies=2"]
+    cached = launch(compose(*CACHED, *common, *cell, f"dir={tmp_path}/cached"))
+    one, many = state(tmp_path / "official"), state(tmp_path / "cached")
+    head = many["weights.1"][:10]
+    if normalize:
+        assert torch.corrcoef(torch.stack([one["fc.weight"].flatten(), head.flatten()]))[0, 1] > 0.95
+    else:
+        torch.testing.assert_close(one["fc.weight"], head, rtol=1e-3, atol=1e-4)
+    chosen = grid(tmp_path / "cached")[[1, 3].index(cached["lr"])]
+    assert (cached["weight_decay"], cached["holdout_top1"]) == (1e-3, chosen["holdout_top1"])
+    assert torch.equal(many["fc.weight"], many[f"weights.{[1, 3].index(cached['lr'])}"][:10])
+    if cached["lr"] == 3 and not normalize:
+        assert cached["val_top1"] == pytest.approx(official["val_top1"], abs=0.21)
+
+
+def test_val_labels_choose_nothing(tmp_path: Path) -> None:
+    write_dl21(tmp_path / "data", 1, 60, 40, num_classes=4, image_size=16, workers=1)
+    command = ["stage=lincls", "stage.features=cached", "data=dl21", f"data.root={tmp_path}/data", "data.workers=1"]
+    command += ["data.image_size=16", "backbone.width=8", "backbone.stem=small", "batch_size=20", "epochs=4"]
+    true = launch(compose(*command, f"dir={tmp_path}/true"))
+    path = tmp_path / "data" / "val_label_tensor.pt"
+    torch.save(torch.zeros_like(torch.load(path, weights_only=True)), path)
+    poisoned = launch(compose(*command, f"dir={tmp_path}/poisoned"))
+    assert true["val_loss"] != poisoned["val_loss"]
+    assert [true[key] for key in ("lr", "weight_decay", "holdout_top1")] == [
+        poisoned[key] for key in ("lr", "weight_decay", "holdout_top1")
+    ]
+    one, other = state(tmp_path / "true"), state(tmp_path / "poisoned")
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_the_choice_is_the_best_of_the_exam(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ssl_bench")
+    few = ["stage.labels_per_class=10", "batch_size=50", "stage.normalize=true", "stage.holdout=0.3"]
+    result = launch(compose(*CACHED, *few, "stage.lrs=[1e-6,1e-5]", f"dir={tmp_path}/run"))
+    assert result.keys() >= {"val_top1", "val_top5", "val_loss"}
+    rows = grid(tmp_path / "run")
+    assert len(rows) == 2 * len(GridOptions().weight_decays)
+    best = max(rows, key=lambda row: (row["holdout_top1"], -row["holdout_loss"]))
+    assert {key: result[key] for key in ("lr", "weight_decay", "holdout_top1")} == {
+        key: best[key] for key in ("lr", "weight_decay", "holdout_top1")
+    }
+    assert "30 images held out" in caplog.text
+    assert "at the edge of stage.lrs" in caplog.text
+    measured = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert ["val_top1" in line for line in measured] == [False, False, False, True]  # once, at the end
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["optimizer.base_lr=0.07"], "base_lr=0.07 would be ignored: stage.features=cached tries stage.lrs=[0.01,"),
+        (["optimizer.weight_decay=0.5"], "type stage.weight_decays=[0.5], with others to try"),
+        (["batch_size=4096", "stage.weight_decays=[0,0.1]"], "a step would take 160 times the weights from"),
+    ],
+    ids=["lr", "weight decay", "both too large"],
+)  # fmt: skip
+def test_an_optimizer_that_would_be_ignored(overrides: list[str], says: str) -> None:
+    cfg = compose(*CACHED, *overrides)
+    with pytest.raises(UserError) as caught:
+        check_options(cfg, GridOptions(weight_decays=tuple(cfg.stage.weight_decays)))
+    assert says in str(caught.value)
+
+
+def test_the_recipe_itself_and_what_is_in_the_grid_are_no_mistakes() -> None:
+    check_options(compose(*CACHED), GridOptions(lrs=(0.1,), weight_decays=(1e-6,)))
+    check_options(compose(*CACHED, "optimizer.base_lr=0.1", "optimizer.weight_decay=1e-4"), GridOptions())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["stage.copies=3"], "stage.copies=3 would be ignored: it is for stage.features=cached; add that"),
+        (["stage.lrs=[0.1,1]"], "stage.lrs=[0.1,1] would be ignored: it is for stage.features=cached; add that"),
+        (["stage.features=cached", "stage.labels_per_class=1", "batch_size=10"], "class 0 has only 1"),
+        (["stage.features=cached", "stage.lrs=[]"], "stage.lrs=[]: tuple should have at least 1 item"),
+        (["stage.features=cached", "stage.holdout=1"], "stage.holdout=1: input should be less than 1"),
+    ],
+)
+def test_mistakes(ssl_bench: Command, tmp_path: Path, overrides: list[str], says: str) -> None:
+    assert says in complaint(ssl_bench(*DIGITS, *overrides))
+    assert not [path for path in tmp_path.rglob("*") if not path.is_dir()]
+
+
+@pytest.mark.slow
+def test_two_processes(ssl_bench: Command, tmp_path: Path) -> None:
+    """1,297 images don't divide by 2, nor does the val split's share of the last batch."""
+    command = [*CACHED, "stage.copies=1", "stage.lrs=[0.3,3]"]
+    ssl_bench(*command, "dir=one", check=True)
+    ssl_bench(*command, "dir=two", "devices=2", check=True)
+    one, two = state(tmp_path / "one"), state(tmp_path / "two")
+    for cell in range(4):
+        torch.testing.assert_close(one[f"weights.{cell}"], two[f"weights.{cell}"], rtol=1e-3, atol=1e-4)
+    results = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")]
+    assert results[0]["holdout_top1"] == pytest.approx(results[1]["holdout_top1"], abs=0.4)  # an image more or less
