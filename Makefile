@@ -1,11 +1,11 @@
-# Everything from a clean checkout on Debian or Ubuntu: `make quickstart`, `make test`.
+# Everything from a clean checkout on Debian or Ubuntu: `make quickstart`, `make test`, `make bench`.
 VENV ?= .venv
 # the newest Python that torch has wheels for
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 RUN = $(VENV)/bin/
 
-.PHONY: quickstart test quicktest lint
+.PHONY: quickstart test quicktest lint bench
 
 quickstart: $(VENV)/.installed
 	$(RUN)ssl-bench experiment=quickstart
@@ -19,6 +19,10 @@ quicktest: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
+
+# of use only on a machine that does nothing else meanwhile
+bench: $(VENV)/.installed-bench
+	$(RUN)python benchmarks/speed.py
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 found: apt-get install python3"; exit 1; }
@@ -34,4 +38,8 @@ $(VENV)/.installed: $(VENV)/bin/python setup.cfg pyproject.toml
 
 $(VENV)/.installed-test: $(VENV)/bin/python setup.cfg pyproject.toml
 	$(RUN)python -m pip install --quiet --editable ".[test]"
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-bench: $(VENV)/bin/python setup.cfg pyproject.toml
+	$(RUN)python -m pip install --quiet --editable ".[bench]"
 	touch $@ $(VENV)/.installed

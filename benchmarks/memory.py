@@ -10,6 +10,7 @@ cache: it packs them and trains for an epoch, with a small network so that what 
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -93,6 +94,20 @@ def measure(root: Path, cache: Path, run: Path) -> dict:
     }
 
 
+def machine() -> dict:
+    """What a figure depends on: the machine, versions, commit."""
+    environ = environment()
+    cpus = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    kept = ("started", "platform", "python", "packages", "git_commit", "git_dirty", "cpu_threads", "gpus")
+    facts = {"cpu": cpus[0] if cpus else platform.machine(), "cpus": default_workers(), "memory_bytes": memory}
+    return facts | {key: environ[key] for key in kept}
+
+
 def table(rows: list[dict]) -> str:
     lines = ["| images | packing, GB private | training, GB private | packing, images/s | training, images/s |"]
     lines.append("| ---: | ---: | ---: | ---: | ---: |")
@@ -123,10 +138,7 @@ def main() -> None:
         row["packing_images_per_second"] = count / row["packing_seconds"]
         rows.append(row)
         print(table([row]), flush=True)
-    machine = {"cpus": default_workers(), "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
-    environ = environment()
-    kept = ("started", "platform", "python", "packages", "git_commit", "git_dirty", "cpu_threads")
-    result = {"command": ["ssl-bench", *OVERRIDES], **machine, **{key: environ[key] for key in kept}, "rows": rows}
+    result = {"command": ["ssl-bench", *OVERRIDES], **machine(), "rows": rows}
     args.out.write_text(json.dumps(result, indent=2) + "\n")
     print(f"\n{table(rows)}\n\nwritten: {args.out}")
 

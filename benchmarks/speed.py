@@ -1,0 +1,321 @@
+"""Speed of pretraining beside its peers, by batch and data set, and of its parts beside their floors.
+
+    pip install -e ".[bench]" && python benchmarks/speed.py     on two CPU cores: a quarter of an hour, 9 GB of disk
+    python benchmarks/speed.py --quick                          a smoke test of a minute; its figures mean nothing
+
+Synthetic 96x96 PNG files are written to a temporary folder; the peers read them, ours packs them first (timed apart).
+Every contender is a process of its own, they take turns, and what counts is the median. Ours is the program itself,
+`ssl_bench.train`, timed from outside by when the lines of its metrics.jsonl appear. Threads are as the environment has
+them: leave OMP_NUM_THREADS unset. Writes speed_DEVICE.json, .md and .png to --out.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from memory import OVERRIDES as SMALL
+from memory import machine, private_bytes
+from speed_report import plot, tables
+
+from ssl_bench.data.formats import DL21
+from ssl_bench.data.pool import default_workers
+from ssl_bench.data.synthetic import write_dl21
+
+HERE = Path(__file__).parent
+TICK = 0.01  # seconds between looks at metrics.jsonl
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure. A window is what one figure is taken from; so much is run before it, too."""
+
+    cases: tuple[tuple[str, int], ...]  # (backbone, batch) of the contenders and the parts
+    ours: tuple[str, ...] = ()  # overrides of the program beside the case
+    warmup: int = 4  # steps of the peers
+    steps: int = 6  # of a window
+    files: int = 5000  # distinct images
+    images: int = 70_000  # names for them: more than the queue
+    queue: int = 65_536
+    image_size: int = 96
+    batches: tuple[int, ...] = (32, 64, 128, 256)  # with the first case's backbone
+    sizes: tuple[int, ...] = (5_000, 20_000, 100_000, 200_000)  # of the data set, with a small network
+    small_steps: int = 20  # of a window with it
+    windows: int = 3  # for each of `batches` and `sizes`
+
+
+SHARED = ("stage=pretrain", "data=dl21", "tracking=local", "save_every=1000000")
+CPU = Plan(cases=(("resnet18", 128), ("resnet50", 64)), ours=("precision=bf16",))
+CUDA = Plan(
+    cases=(("resnet50", 256), ("resnet50", 512), ("resnet50", 1024)),
+    ours=("precision=bf16", "compile=true"),
+    warmup=20,
+    steps=40,
+    batches=(64, 128, 256, 512, 1024),
+)
+QUICK = Plan(
+    cases=(("resnet18", 16),),
+    ours=("precision=bf16",),
+    warmup=1,
+    steps=2,
+    files=300,
+    images=300,
+    queue=256,
+    image_size=32,
+    batches=(8, 16),
+    sizes=(4_200, 5_000),
+    small_steps=2,
+    windows=2,
+)
+
+
+class Bench:
+    """Where the files are, and how the contenders are run on them."""
+
+    def __init__(self, plan: Plan, device: str, work: Path) -> None:
+        self.plan, self.device, self.work = plan, device, work
+        self.data, self.cache, self.peers = work / "data", work / "cache", work / "peers"
+        write_dl21(self.data, plan.files, 1, 1, num_classes=10)
+        self.grow(self.data, plan.images)
+        self.peers.mkdir()
+        (self.peers / "class").symlink_to(self.data / "unlabeled")
+
+    def grow(self, root: Path, count: int) -> None:
+        """Make it `count` images in `root`: more names for the same files."""
+        folder = root / "unlabeled"
+        for index in range(len(os.listdir(folder)), count):
+            os.link(self.data / "unlabeled" / f"{index % self.plan.files}.png", folder / f"{index}.png")
+
+    def pack(self, root: Path) -> dict:
+        """Pack the images in `root`, as the program does at its first start."""
+        began = time.perf_counter()
+        images = len(DL21(str(root), cache=str(self.cache)).open("pretrain").images)
+        seconds = time.perf_counter() - began
+        return {"images": images, "seconds": seconds, "images_per_second": images / seconds}
+
+    def case(self, backbone: str, batch: int) -> list[str]:
+        """The program's overrides."""
+        sizes = [f"method.queue_size={self.plan.queue}", f"augmentation.image_size={self.plan.image_size}"]
+        return [f"backbone={backbone}", f"batch_size={batch}", *sizes, *self.plan.ours]
+
+    def peer(self, name: str, backbone: str, batch: int, workers: list[int]) -> dict:
+        """Images a second for each number of workers."""
+        plan = self.plan
+        command = [sys.executable, str(HERE / "contenders.py"), name, str(self.peers), "--device", self.device]
+        command += ["--backbone", backbone, "--batch", str(batch), "--workers", *map(str, workers)]
+        command += ["--image-size", str(plan.image_size), "--queue", str(plan.queue)]
+        command += ["--warmup", str(plan.warmup), "--steps", str(plan.steps)]
+        with Others() as others:
+            seconds = json.loads(self.printed(command))["seconds"]
+        rates = {int(number): plan.steps * batch / value for number, value in seconds.items()}
+        return {"images_per_second": rates, "others": others.share}
+
+    def printed(self, command: list[str]) -> str:
+        """The last line of what a command prints."""
+        result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        return result.stdout.splitlines()[-1]
+
+    def ours(self, overrides: list[str], batch: int, every: int, lines: int, root: Path | None = None) -> dict:
+        """Run the program until `lines` lines of `every` steps are logged. Windows are what lies between two lines."""
+        folder = Path(tempfile.mkdtemp(prefix="ours_", dir=self.work))
+        where = [f"data.root={root or self.data}", f"data.cache={self.cache}", f"device={self.device}"]
+        command = [sys.executable, "-m", "ssl_bench.train", *SHARED, *where, *overrides]
+        command += [f"dir={folder / 'run'}", f"log_every={every}"]
+        metrics, seen, private = folder / "run" / "metrics.jsonl", [], 0
+        with Others() as others, open(folder / "log", "w+") as log:
+            began = time.perf_counter()
+            with subprocess.Popen(command, stdout=log, stderr=log) as process:
+                while len(seen) < lines and process.poll() is None:
+                    found = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+                    seen += [time.perf_counter() - began] * (found - len(seen))
+                    private = max(private, private_bytes(process.pid))
+                    time.sleep(TICK)
+                process.send_signal(signal.SIGTERM)
+            if len(seen) < lines:
+                log.seek(0)
+                sys.exit(f"{' '.join(command)} ended early:\n{log.read()}")
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()[:lines]]
+        shutil.rmtree(folder)  # its checkpoint has the size of network and queue
+        return {
+            "first_line_seconds": seen[0],
+            "images_per_second": [every * batch / (end - start) for start, end in pairwise(seen)],
+            "logged_images_per_second": [row["images_per_second"] for row in rows[1:]],
+            "data_wait": [row["data_wait"] for row in rows[1:]],
+            "private_bytes": private,
+            "others": others.share,
+        }
+
+
+class Others:
+    """`share`: of the machine's cores, how many other programs kept busy meanwhile."""
+
+    def __enter__(self) -> "Others":
+        self.began, self.busy, self.own = time.perf_counter(), *self.used()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        busy, own = self.used()
+        self.share = (busy - self.busy - (own - self.own)) / (time.perf_counter() - self.began)
+
+    def used(self) -> tuple[float, float]:
+        """CPU seconds of the machine, and of this process and its ended children, so far."""
+        user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return busy, sum(one.ru_utime + one.ru_stime for one in usage)
+
+
+def contenders(bench: Bench, repeats: int) -> dict:
+    """Each peer with the workers that suit it best, and ours, in turn."""
+    plan, cores = bench.plan, default_workers()
+    peers = ["plain"] + ["lightly"] * (importlib.util.find_spec("lightly") is not None)
+    if "lightly" not in peers:
+        print('lightly is not installed, and left out: pip install -e ".[bench]"', flush=True)
+    tuning = {}
+    for name in peers:
+        tuning[name] = bench.peer(name, *plan.cases[0], sorted({max(1, cores // 2), cores, 2 * cores}))
+        print(f"{name}, images/s by workers: {rounded(tuning[name]['images_per_second'])}", flush=True)
+    rates = {name: found["images_per_second"] for name, found in tuning.items()}
+    workers = {name: max(found, key=found.get) for name, found in rates.items()}
+    rows = [{"backbone": backbone, "batch": batch, "repeats": {}} for backbone, batch in plan.cases]
+    for repeat in range(repeats):
+        for row in rows:
+            case, latest = (row["backbone"], row["batch"]), {}
+            for name in peers:
+                latest[name] = bench.peer(name, *case, [workers[name]])
+                latest[name]["images_per_second"] = latest[name]["images_per_second"][workers[name]]
+            latest["ours"] = bench.ours(bench.case(*case), row["batch"], plan.steps, 2)
+            for key in ("images_per_second", "logged_images_per_second", "data_wait"):
+                (latest["ours"][key],) = latest["ours"][key]
+            for name, found in latest.items():
+                row["repeats"].setdefault(name, []).append(found)
+            rates = {name: found["images_per_second"] for name, found in latest.items()}
+            print(f"{repeat + 1}/{repeats} {case[0]}, batch {case[1]}, images/s: {rounded(rates)}", flush=True)
+    for row in rows:
+        rates = {name: [one["images_per_second"] for one in done] for name, done in row["repeats"].items()}
+        row["images_per_second"] = {name: spread(values) for name, values in rates.items()}
+        medians = {name: statistics.median(values) for name, values in rates.items()}
+        row["ratio"] = {name: medians["ours"] / medians[name] for name in peers}
+    return {"tuning": tuning, "workers": workers, "rows": rows}
+
+
+def startup(bench: Bench, repeats: int) -> dict:
+    """Seconds from the start of a process to the first step's line, to the help, to a mistake's message."""
+    (backbone, batch), program = bench.plan.cases[0], [sys.executable, "-m", "ssl_bench.train"]
+    words = {"help": ["--help"], "mistake": ["method.temprature=1"]}
+    seconds: dict[str, list[float]] = {"first step": [], **{name: [] for name in words}}
+    for _ in range(repeats):
+        found = bench.ours(bench.case(backbone, batch), batch, every=1, lines=1)
+        seconds["first step"].append(found["first_line_seconds"])
+        for name, arguments in words.items():
+            began = time.perf_counter()
+            subprocess.run([*program, *arguments], capture_output=True)
+            seconds[name].append(time.perf_counter() - began)
+    return {name: spread(values) for name, values in seconds.items()}
+
+
+def by_batch(bench: Bench) -> list[dict]:
+    rows, plan = [], bench.plan
+    backbone, usual = plan.cases[0]
+    for batch in plan.batches:
+        every = max(2, plan.steps * usual // batch)  # as many images as in a window of the first case
+        found = bench.ours(bench.case(backbone, batch), batch, every, 1 + plan.windows)
+        rows.append({"backbone": backbone, "batch": batch, **found})
+        rows[-1]["images_per_second"] = spread(found["images_per_second"])
+        print(f"{backbone}, batch {batch}: {rows[-1]['images_per_second']['median']:,.1f} images/s", flush=True)
+    return rows
+
+
+def by_size(bench: Bench) -> list[dict]:
+    """With the small network of benchmarks/memory.py, so that the loop is measured and not the network."""
+    rows, root = [], bench.work / "sized"
+    (root / "unlabeled").mkdir(parents=True)
+    small = [word for word in SMALL if word.startswith(("method.", "backbone.", "augmentation."))]
+    for images in bench.plan.sizes:
+        bench.grow(root, images)
+        packing = bench.pack(root)
+        found = bench.ours([*small, "batch_size=256"], 256, bench.plan.small_steps, 1 + bench.plan.windows, root)
+        shutil.rmtree(bench.cache)
+        rows.append({"images": images, "packing": packing, **found})
+        rows[-1]["images_per_second"] = spread(found["images_per_second"])
+        print(f"{images:,} images: {rows[-1]['images_per_second']['median']:,.0f} images/s", flush=True)
+    return rows
+
+
+def parts(bench: Bench, out: Path) -> list[dict]:
+    """benchmarks/parts.py for each case, without compilation: the parts of one big kernel can't be told apart."""
+    rows = []
+    for backbone, batch in bench.plan.cases:
+        where = [f"data.root={bench.data}", f"data.cache={bench.cache}", f"device={bench.device}", "dir=none"]
+        case = [word for word in bench.case(backbone, batch) if not word.startswith("compile=")]
+        command = [sys.executable, str(HERE / "parts.py"), *SHARED, *where, *case]
+        command += ["--warmup", str(bench.plan.warmup), "--steps", str(bench.plan.steps)]
+        command += ["--images", str(min(500, bench.plan.files))]
+        if (backbone, batch) == bench.plan.cases[-1]:
+            command += ["--profile", str(out / f"profile_{bench.device}.txt")]
+        with Others() as others:
+            found = json.loads(bench.printed(command))
+        rows.append({"backbone": backbone, "batch": batch, **found, "others": others.share})
+        print(f"{backbone}, batch {batch}: {1000 * sum(found['seconds'].values()):,.0f} ms a step", flush=True)
+    return rows
+
+
+def spread(values: list[float]) -> dict:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
+
+
+def rounded(rates: dict) -> str:
+    return "  ".join(f"{name} {rate:,.1f}" for name, rate in rates.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it works")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    args = parser.parse_args()
+    if args.device == "cpu":
+        print("On the CPU" + ("" if torch.cuda.is_available() else ": torch sees no GPU here"), flush=True)
+    plan = QUICK if args.quick else CUDA if args.device == "cuda" else CPU
+    args.out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="ssl_bench_speed_") as folder:
+        bench = Bench(plan, args.device, Path(folder))
+        result = {"device": args.device, **facts(), "plan": asdict(plan), "repeats": args.repeats}
+        result["packing"] = bench.pack(bench.data)
+        result["contenders"] = contenders(bench, args.repeats)
+        result["startup"] = startup(bench, args.repeats)
+        result["parts"] = parts(bench, args.out)
+        result["by_batch"] = by_batch(bench)
+        result["by_size"] = by_size(bench)
+    result["minutes"] = (time.perf_counter() - began) / 60
+    path = args.out / f"speed_{args.device}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text(tables(result) + "\n")
+    plot(result, path.with_suffix(".png"))
+    print(f"\n{tables(result)}\nwritten: {path}, .md, .png")
+
+
+def facts() -> dict:
+    found = machine()
+    if importlib.util.find_spec("lightly"):
+        found["packages"]["lightly"] = metadata.version("lightly")
+    return found
+
+
+if __name__ == "__main__":
+    main()

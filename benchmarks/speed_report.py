@@ -1,0 +1,177 @@
+"""What benchmarks/speed.py found, as tables and a picture."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLOURS = {"plain": "#9aa5b1", "lightly": "#5b7fa6", "ours": "#d1495b"}
+
+
+def tables(result: dict) -> str:
+    """Markdown."""
+    return "\n\n".join(
+        [
+            heading(result),
+            contenders(result),
+            startup(result),
+            *(parts(row) for row in result["parts"]),
+            one_core(result["parts"][0]),
+            by_batch(result),
+            by_size(result),
+        ]
+    )
+
+
+def table(*rows: list[str], left: int = 1) -> str:
+    """The first row is the heading; the first `left` columns are text, the others numbers."""
+    rule = [":---"] * left + ["---:"] * (len(rows[0]) - left)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (rows[0], rule, *rows[1:]))
+
+
+def middle(found: dict, digits: int = 1) -> str:
+    return f"{found['median']:,.{digits}f} ({found['min']:,.{digits}f}-{found['max']:,.{digits}f})"
+
+
+def heading(result: dict) -> str:
+    hardware = ", ".join(result["gpus"]) if result["device"] == "cuda" else "no GPU used"
+    memory = f"{result['memory_bytes'] / 1e9:.0f} GB"
+    versions = ", ".join(f"{name} {version}" for name, version in result["packages"].items())
+    commit = result["git_commit"][:12] + (" with changes" if result["git_dirty"] else "")
+    return f"""# Speed on {result["device"]}
+
+`python benchmarks/speed.py`, {result["started"]}, commit {commit}, {result["minutes"]:.0f} minutes.
+{result["cpu"]}: {result["cpus"]} cores, {result["cpu_threads"]} threads, {memory}; {hardware}.
+Python {result["python"]}, {versions}."""
+
+
+def contenders(result: dict) -> str:
+    found, plan = result["contenders"], result["plan"]
+    names = [*found["workers"], "ours"]
+    rows = [
+        [
+            f"{row['backbone']}, batch {row['batch']}",
+            *(middle(row["images_per_second"][name]) for name in names),
+            *(f"{row['ratio'][name]:.2f}" for name in found["workers"]),
+        ]
+        for row in found["rows"]
+    ]
+    workers = ", ".join(f"{name} {number}" for name, number in found["workers"].items())
+    busiest = max(one["others"] for row in found["rows"] for done in row["repeats"].values() for one in done)
+    packing = result["packing"]
+    shape = f"{plan['image_size']} pixels, queue {plan['queue']:,}"
+    cost = f"{packing['seconds']:.1f} s ({packing['images_per_second']:,.0f} images/s)"
+    note = f"""## End to end, images/s
+
+MoCo v2 at {shape}, from {packing["images"]:,} PNG names of {plan["files"]:,} files, in the page cache for all.
+Median (least-most) of {result["repeats"]} turns, windows of {plan["steps"]} steps after as many or more.
+The peers: float32, eager, contiguous; data workers, the best number for each: {workers}.
+Ours: `{" ".join(plan["ours"])}`, after packing once in {cost}.
+Other programs took at most {busiest:.2f} of the {result["cpus"]} cores in any turn.
+
+"""
+    return note + table(["", *names, *(f"ours / {name}" for name in found["workers"])], *rows)
+
+
+def startup(result: dict) -> str:
+    rows = [[name, middle(found, 2)] for name, found in result["startup"].items()]
+    return "## From the start of the process, s\n\nWith a packed store; the first step is part of it.\n\n" + table(
+        ["to", "s"], *rows
+    )
+
+
+def parts(row: dict) -> str:
+    total = sum(row["seconds"].values())
+    rates = row["rates"]
+    rows, least = [], 0.0
+    for name, seconds in row["seconds"].items():
+        floor = max(row["flops"][name] / rates["flops"], row["bytes"].get(name, 0) / rates["bytes"])
+        least += floor
+        ratio = [f"{1000 * floor:,.1f}", f"{seconds / floor:.1f}"] if floor else ["", ""]
+        rows.append([name, f"{1000 * seconds:,.1f}", f"{100 * seconds / total:.1f}", *ratio])
+    rows.append(["all", f"{1000 * total:,.1f}", "100.0", f"{1000 * least:,.1f}", f"{total / least:.1f}"])
+    gather = row["gather"]
+    floor = gather["bytes"] / rates["bytes"]
+    beside = f"{1000 * gather['seconds']:,.1f}", "", f"{1000 * floor:,.1f}", f"{gather['seconds'] / floor:.1f}"
+    rows.append(["beside it, in a thread: gather a batch", *beside])
+    note = f"""## Parts of our step: {row["backbone"]}, batch {row["batch"]}
+
+Not compiled. Floor: operations at the measured rate of a large matrix product ({rates["flops"] / 1e9:,.0f} GFLOP/s),
+or bytes that must move at the measured rate of memory ({rates["bytes"] / 1e9:,.1f} GB/s), whichever takes longer.
+
+"""
+    return note + table(["part", "ms a step", "share, %", "floor, ms", "times the floor"], *rows)
+
+
+def one_core(row: dict) -> str:
+    rows = [[name, f"{rate:,.0f}"] for name, rate in row["one_core"].items()]
+    return "## One core\n\n" + table(["", "a second"], *rows)
+
+
+def by_batch(result: dict) -> str:
+    rows = [[str(row["batch"]), middle(row["images_per_second"])] for row in result["by_batch"]]
+    return f"## Ours by batch size: {result['by_batch'][0]['backbone']}\n\n" + table(
+        ["batch", "images/s"], *rows, left=0
+    )
+
+
+def by_size(result: dict) -> str:
+    rows = [
+        [
+            f"{row['images']:,}",
+            middle(row["images_per_second"], 0),
+            f"{row['private_bytes'] / 1e9:.2f}",
+            f"{row['first_line_seconds']:.1f}",
+            f"{row['packing']['images_per_second']:,.0f}",
+        ]
+        for row in result["by_size"]
+    ]
+    head = ["images", "images/s", "private memory, GB", "start to first line, s", "packing, images/s"]
+    return (
+        "## Ours by size of the data set\n\nA small network, so that the loop is measured; 20 steps a line.\n\n"
+        + table(head, *rows, left=0)
+    )
+
+
+def plot(result: dict, path: Path) -> None:
+    figure, (bars, batches, sizes) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    found = result["contenders"]
+    names = [*found["workers"], "ours"]
+    for place, name in enumerate(names):
+        rates = [row["images_per_second"][name] for row in found["rows"]]
+        middles = [rate["median"] for rate in rates]
+        below_above = [
+            [m - r["min"] for m, r in zip(middles, rates, strict=True)],
+            [r["max"] - m for m, r in zip(middles, rates, strict=True)],
+        ]
+        at = [group + (place - (len(names) - 1) / 2) * 0.26 for group in range(len(rates))]
+        drawn = bars.bar(at, middles, 0.24, yerr=below_above, label=name, color=COLOURS[name], ecolor="#444", capsize=2)
+        bars.bar_label(drawn, [f"{value:,.0f}" for value in middles], padding=3, fontsize=8)
+    bars.set_xticks(range(len(found["rows"])), [f"{row['backbone']}\nbatch {row['batch']}" for row in found["rows"]])
+    bars.set_title(f"End to end on {result['device']}")
+    bars.legend(frameon=False)
+    curve(batches, result["by_batch"], "batch")
+    batches.set_title(f"Ours by batch size, {result['by_batch'][0]['backbone']}")
+    curve(sizes, result["by_size"], "images")
+    sizes.set_title("Ours by data set, a small network")
+    for axes in (bars, batches, sizes):
+        axes.set_ylabel("images/s")
+        axes.set_ylim(0, 1.15 * axes.dataLim.y1)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def curve(axes: plt.Axes, rows: list[dict], key: str) -> None:
+    values = [row[key] for row in rows]
+    rates = [row["images_per_second"] for row in rows]
+    axes.fill_between(
+        values, [r["min"] for r in rates], [r["max"] for r in rates], color=COLOURS["ours"], alpha=0.2, lw=0
+    )
+    axes.plot(values, [r["median"] for r in rates], "o-", color=COLOURS["ours"])
+    axes.set_xscale("log", base=2 if key == "batch" else 10)
+    axes.set_xticks(values, [f"{value:,}" for value in values])
+    axes.minorticks_off()
+    axes.set_xlabel(key)
