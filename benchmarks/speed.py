@@ -41,12 +41,12 @@ TICK = 0.01  # seconds between looks at metrics.jsonl
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. A window is what one figure is taken from; so much is run before it, too."""
+    """What to measure. A window is what one figure is taken from; ours runs as much before it."""
 
     cases: tuple[tuple[str, int], ...]  # (backbone, batch) of the contenders and the parts
     ours: tuple[str, ...] = ()  # overrides of the program beside the case
-    warmup: int = 4  # steps of the peers
-    steps: int = 6  # of a window
+    warmup: int = 3  # steps of the peers
+    steps: int = 5  # of a window
     files: int = 5000  # distinct images
     images: int = 70_000  # names for them: more than the queue
     queue: int = 65_536
@@ -54,7 +54,7 @@ class Plan:
     batches: tuple[int, ...] = (32, 64, 128, 256)  # with the first case's backbone
     sizes: tuple[int, ...] = (5_000, 20_000, 100_000, 200_000)  # of the data set, with a small network
     small_steps: int = 20  # of a window with it
-    windows: int = 3  # for each of `batches` and `sizes`
+    windows: int = 2  # for each of `batches` and `sizes`
 
 
 SHARED = ("stage=pretrain", "data=dl21", "tracking=local", "save_every=1000000")
@@ -78,7 +78,6 @@ QUICK = Plan(
     batches=(8, 16),
     sizes=(4_200, 5_000),
     small_steps=2,
-    windows=2,
 )
 
 
@@ -111,16 +110,16 @@ class Bench:
         sizes = [f"method.queue_size={self.plan.queue}", f"augmentation.image_size={self.plan.image_size}"]
         return [f"backbone={backbone}", f"batch_size={batch}", *sizes, *self.plan.ours]
 
-    def peer(self, name: str, backbone: str, batch: int, workers: list[int]) -> dict:
+    def peer(self, name: str, backbone: str, batch: int, workers: list[int], warmup: int, steps: int) -> dict:
         """Images a second for each number of workers."""
         plan = self.plan
         command = [sys.executable, str(HERE / "contenders.py"), name, str(self.peers), "--device", self.device]
         command += ["--backbone", backbone, "--batch", str(batch), "--workers", *map(str, workers)]
         command += ["--image-size", str(plan.image_size), "--queue", str(plan.queue)]
-        command += ["--warmup", str(plan.warmup), "--steps", str(plan.steps)]
+        command += ["--warmup", str(warmup), "--steps", str(steps)]
         with Others() as others:
             seconds = json.loads(self.printed(command))["seconds"]
-        rates = {int(number): plan.steps * batch / value for number, value in seconds.items()}
+        rates = {int(number): steps * batch / value for number, value in seconds.items()}
         return {"images_per_second": rates, "others": others.share}
 
     def printed(self, command: list[str]) -> str:
@@ -186,7 +185,8 @@ def contenders(bench: Bench, repeats: int) -> dict:
         print('lightly is not installed, and left out: pip install -e ".[bench]"', flush=True)
     tuning = {}
     for name in peers:
-        tuning[name] = bench.peer(name, *plan.cases[0], sorted({max(1, cores // 2), cores, 2 * cores}))
+        numbers = sorted({max(1, cores // 2), cores, 2 * cores})
+        tuning[name] = bench.peer(name, *plan.cases[0], numbers, warmup=2, steps=3)
         print(f"{name}, images/s by workers: {rounded(tuning[name]['images_per_second'])}", flush=True)
     rates = {name: found["images_per_second"] for name, found in tuning.items()}
     workers = {name: max(found, key=found.get) for name, found in rates.items()}
@@ -195,7 +195,7 @@ def contenders(bench: Bench, repeats: int) -> dict:
         for row in rows:
             case, latest = (row["backbone"], row["batch"]), {}
             for name in peers:
-                latest[name] = bench.peer(name, *case, [workers[name]])
+                latest[name] = bench.peer(name, *case, [workers[name]], plan.warmup, plan.steps)
                 latest[name]["images_per_second"] = latest[name]["images_per_second"][workers[name]]
             latest["ours"] = bench.ours(bench.case(*case), row["batch"], plan.steps, 2)
             for key in ("images_per_second", "logged_images_per_second", "data_wait"):

@@ -66,7 +66,7 @@ def contenders(result: dict) -> str:
     note = f"""## End to end, images/s
 
 MoCo v2 at {shape}, from {packing["images"]:,} PNG names of {plan["files"]:,} files, in the page cache for all.
-Median (least-most) of {result["repeats"]} turns, windows of {plan["steps"]} steps after as many or more.
+Median (least-most) of {result["repeats"]} turns, windows of {plan["steps"]} steps, once warm.
 The peers: float32, eager, contiguous; data workers, the best number for each: {workers}.
 Ours: `{" ".join(plan["ours"])}`, after packing once in {cost}.
 Other programs took at most {busiest:.2f} of the {result["cpus"]} cores in any turn.
