@@ -29,7 +29,7 @@ import ssl_bench.train  # noqa: F401 - registers the resolvers of the configurat
 from ssl_bench import build
 from ssl_bench.augment.draws import keys
 from ssl_bench.data.formats import decode
-from ssl_bench.data.store import Store
+from ssl_bench.launch import keep_freed_memory
 from ssl_bench.stages.pretrain import pretrain
 from ssl_bench.stages.training import open_source
 
@@ -157,9 +157,9 @@ def step_parts(cfg: DictConfig, device: torch.device, warmup: int, steps: int, w
     }
 
 
-def gather(cfg: DictConfig, device: torch.device, store: Store, wait: Callable[[], None], batches: int = 50) -> dict:
+def gather(cfg: DictConfig, device: torch.device, wait: Callable[[], None], batches: int = 50) -> dict:
     """A batch from the packed images, when nobody makes it wait."""
-    stream = open_source(cfg, Window(device, 0, 0), store).stream(0, batches)
+    stream = open_source(cfg, Window(device, 0, 0), build.construct(cfg.data), "pretrain").stream(0, batches)
     next(stream)
     wait()
     began = time.perf_counter()
@@ -168,7 +168,7 @@ def gather(cfg: DictConfig, device: torch.device, store: Store, wait: Callable[[
     wait()
     return {
         "seconds": (time.perf_counter() - began) / (batches - 1),
-        "bytes": 2 * cfg.batch_size * store.images[0].nbytes,
+        "bytes": 2 * cfg.batch_size * 3 * cfg.data.image_size**2,
     }
 
 
@@ -221,12 +221,14 @@ def main() -> None:
         cfg = compose("config", args.overrides)
     build.check(cfg)
     device = build.pick_device(cfg.device, 0)
+    if device.type == "cpu":
+        keep_freed_memory()  # as the program does
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     rates = {"bytes": bandwidth(device, wait), "flops": matrix_rate(device, dtype, wait)}
     result = {"rates": rates, **step_parts(cfg, device, args.warmup, args.steps, wait)}
     store = build.construct(cfg.data).open("pretrain")
-    result["gather"] = gather(cfg, device, store, wait)
+    result["gather"] = gather(cfg, device, wait)
     if args.profile:
         save_profile(cfg, device, args.profile)
     torch.set_num_threads(1)

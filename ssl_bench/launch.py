@@ -39,7 +39,7 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     if device.type == "cpu" and world.local_size > 1:
         torch.set_num_threads(max(1, default_workers() // world.local_size))
     if device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where collectives put what they need
         torch.backends.cudnn.benchmark = True  # shapes are static
@@ -57,7 +57,7 @@ def _run(cfg: DictConfig) -> dict[str, float]:
         return run.summary
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """glibc gives large freed blocks back to the system, and gets the next ones page by page: a fifth of a step."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
