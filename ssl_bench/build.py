@@ -40,6 +40,8 @@ class Root(BaseModel):
     batch_size: PositiveInt
     pretrained: str | None
     runs: str | list[str] | None
+    sweep: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    metric: str | None
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
     devices: PositiveInt
     source: Literal["auto", "resident", "host", "streamed"]
@@ -48,6 +50,32 @@ class Root(BaseModel):
     log_every: PositiveInt
     eval_every: NonNegativeInt
     save_every: PositiveInt
+
+
+# A run may continue when these differ: they don't change what it computes, only where, how fast, and what is shown.
+FREE_KEYS = ("dir", "sweep", "metric", "launcher", "tracking", "device", "devices", "log_every", "save_every")
+FREE_KEYS += ("eval_every", "data.root", "data.cache", "data.workers", "runs", "source")
+
+
+def is_free(key: str) -> bool:
+    return any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+
+
+def identity(config: Mapping) -> dict:
+    """Flat {key: value} of what decides the result of a run."""
+    flat: dict = {}
+
+    def walk(node: object, path: str) -> None:
+        if is_free(path):
+            return
+        if isinstance(node, Mapping):
+            for key, value in node.items():
+                walk(value, f"{path}.{key}" if path else str(key))
+        else:
+            flat[path] = node
+
+    walk(config, "")
+    return flat
 
 
 def check(cfg: DictConfig) -> None:

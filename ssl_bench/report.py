@@ -47,11 +47,21 @@ def table(rows: dict[str, list[float]], metric: str, percent: bool = True) -> st
 
     rows: a value per seed or draw. percent: they are percentages, shown with one decimal instead of three.
     """
-    lines = [("", f"{metric} (%)" if percent else metric)]
-    lines += [(name, _format(values, percent)) for name, values in _best_first(rows)]
-    widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
-    text = [f"| {name:<{widths[0]}} | {value:>{widths[1]}} |" for name, value in lines]
-    return "\n".join([text[0], f"|{'-' * (widths[0] + 2)}|{'-' * (widths[1] + 1)}:|", *text[1:]])
+    header = ["", f"{metric} (%)" if percent else metric]
+    return markdown(header, [[name, _format(values, percent)] for name, values in _best_first(rows)], right=1)
+
+
+def markdown(header: list[str], rows: list[list[str]], right: int = 0) -> str:
+    """A table that also lines up in a terminal. right: how many columns at the end are aligned to the right."""
+    lines = [header, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    left = len(header) - right
+    text = [
+        "| " + " | ".join(f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(line)) + " |"
+        for line in lines
+    ]
+    rule = "|".join("-" * (width + 2) if i < left else "-" * (width + 1) + ":" for i, width in enumerate(widths))
+    return "\n".join([text[0], f"|{rule}|", *text[1:]])
 
 
 def overview(path: str | Path, *args: Any, **kwargs: Any) -> None:

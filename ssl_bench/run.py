@@ -23,16 +23,13 @@ import yaml
 from tqdm import tqdm
 
 from ssl_bench import distributed
+from ssl_bench.build import identity
 from ssl_bench.checkpoint import Checkpoint, complete
 from ssl_bench.errors import Interrupted, UserError
 from ssl_bench.seeding import fold
 from ssl_bench.tracking import MetricsFile, Tracker
 
 log = logging.getLogger(__name__)
-
-# A run may continue when these differ: they don't change what it computes, only where, how fast, and what is shown.
-FREE_KEYS = ("dir", "sweep", "tracking", "device", "devices", "log_every", "save_every", "eval_every", "data.root")
-FREE_KEYS += ("data.cache", "data.workers", "runs", "source")
 
 
 class Run:
@@ -69,8 +66,7 @@ class Run:
         self._stack.close()
 
     def _open(self, directory: Path, stack: ExitStack) -> None:
-        identity = str(fold(json.dumps(_identity(self._config), sort_keys=True)))
-        self.checkpoint = Checkpoint(directory, identity)
+        self.checkpoint = Checkpoint(directory, str(fold(json.dumps(identity(self._config), sort_keys=True))))
         if self.is_main:
             fresh = not directory.exists()
             stack.enter_context(self._claim(directory))
@@ -86,8 +82,12 @@ class Run:
             self.metrics = MetricsFile(directory / "metrics.jsonl")
             stack.callback(self.metrics.close)
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
+            watched = [signal.SIGTERM, signal.SIGINT]
+            if callable(signal.getsignal(signal.SIGUSR2)):  # Slurm's warning: somebody waits for it, when we have saved
+                watched.append(signal.SIGUSR2)
+            for signum in watched:
                 stack.callback(signal.signal, signum, signal.signal(signum, self._on_signal))
+            stack.callback(signal.alarm, 0)
 
     @cached_property
     def tracker(self) -> Tracker:
@@ -108,7 +108,7 @@ class Run:
         """The lock of the directory, which is held here from now on; or why it can't be had."""
         known = directory / "config.yaml"
         if known.exists() and (complete(directory) or (directory / "summary.json").exists()):
-            before, now = _identity(yaml.safe_load(known.read_text())), _identity(self._config)
+            before, now = identity(yaml.safe_load(known.read_text())), identity(self._config)
             differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
             if differing:
                 shown = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in differing[:8])
@@ -135,6 +135,8 @@ class Run:
     def _on_signal(self, signum: int, frame: object) -> None:
         if self._signum == signal.SIGINT == signum:
             raise KeyboardInterrupt
+        if signum == signal.SIGUSR2 and not self._signum:
+            signal.alarm(int(os.environ.get("SSL_BENCH_GRACE", 0)))  # s until it is too late to finish a step
         self._signum = signum
         again = " (Ctrl-C again: now)" if signum == signal.SIGINT else ""
         log.info("%s: stopping after this step%s", signal.Signals(signum).name, again)
@@ -218,23 +220,6 @@ def environment() -> dict:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
-
-
-def _identity(config: dict) -> dict:
-    """Flat {key: value} of what decides the result of a run."""
-    flat: dict = {}
-
-    def walk(node: object, path: str) -> None:
-        if any(path == key or path.startswith(key + ".") for key in FREE_KEYS):
-            return
-        if isinstance(node, dict):
-            for key, value in node.items():
-                walk(value, f"{path}.{key}" if path else str(key))
-        else:
-            flat[path] = node
-
-    walk(config, "")
-    return flat
 
 
 @contextmanager

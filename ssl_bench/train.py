@@ -4,7 +4,6 @@ import argparse
 import os
 import re
 import sys
-from hashlib import blake2b
 from typing import Any, NoReturn
 
 import hydra
@@ -16,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ssl_bench import build
+from ssl_bench import build, sweep
 from ssl_bench.errors import Interrupted, UserError
 from ssl_bench.launch import launch, set_up_logging
 
@@ -27,13 +26,7 @@ def run_dir(default: str) -> str:
     """Resolver of `dir`: the stage's own directory, or for a member of a sweep one named after its overrides."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return default
-    overrides = list(HydraConfig.get().overrides.task)
-    digest = blake2b("\n".join(sorted(overrides)).encode(), digest_size=4).hexdigest()
-    words = [f"{key.rpartition('.')[2]}-{value}" for key, _, value in (word.partition("=") for word in overrides)]
-    while len(words) > 1 and sum(map(len, words)) > 80:  # what is swept tends to come last on the command line
-        words.pop(0)
-    readable = build.slug("-".join(words))
-    return os.path.join(HydraConfig.get().sweep.dir, f"{readable}-{digest}")
+    return os.path.join(HydraConfig.get().sweep.dir, sweep.name(HydraConfig.get().overrides.task))
 
 
 OmegaConf.register_new_resolver("slug", build.slug, replace=True)
@@ -41,10 +34,11 @@ OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://ssl_bench.conf", config_name="config")
-def run(cfg: DictConfig) -> dict[str, float]:
+def run(cfg: DictConfig) -> float | None:
+    """One run. Members of a sweep are run by its launcher, but by this where another launcher than ours was chosen."""
     try:
         build.check(cfg)
-        return launch(cfg)
+        return launch(cfg).get(cfg.metric)
     except UserError as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # Hydra says which member it was, and goes on with the others
@@ -60,7 +54,7 @@ class Check(Callback):
     """Checks every member of a sweep before the first one starts."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        if not config.hydra.launcher._target_.endswith("BasicLauncher"):
+        if not config.hydra.launcher._target_.endswith("launchers.Local"):
             fail(UserError("hydra/launcher is for sweeps, and would be ignored here: add -m, or choose a launcher="))
 
     def on_multirun_start(self, config: DictConfig, config_name: str | None = None, **_: Any) -> None:

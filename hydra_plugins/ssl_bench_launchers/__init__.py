@@ -1,0 +1,359 @@
+"""Hydra launchers of ssl_bench's sweeps: here, on a workstation, on Slurm. `launchers/*.yaml` choose and configure them.
+
+Hydra imports this module at every start of every application: what is heavy is imported where it is used.
+"""
+
+import logging
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf, SlurmQueueConf
+from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:
+    from ssl_bench.sweep import Member
+
+log = logging.getLogger("ssl_bench.sweep")
+
+
+class _SweepLauncher(Launcher):
+    """Members are composed at the start and run from that copy; finished ones are left alone; their files tell the rest."""
+
+    wait = True
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from ssl_bench import sweep
+        from ssl_bench.errors import UserError
+
+        folder = Path(self.config.hydra.sweep.dir)
+        conf = self._freeze_files(folder.absolute() / ".members")
+        members = [self._compose(folder.absolute(), conf, list(overrides)) for overrides in job_overrides]
+        if len(directories := {member.directory for member in members}) < len(members):
+            same = next(str(path) for path in directories if sum(path == m.directory for m in members) > 1)
+            raise UserError(
+                f"dir={same} is that of several members: leave out dir=, or sweep over what tells them apart"
+            )
+        queue = sweep.queued() if any(member.job for member in members) else {}
+        if queue is None:
+            raise UserError("squeue doesn't answer, and earlier jobs of this sweep may still be there: try again later")
+        todo = [member for member in members if member.result() is None and member.job not in queue]
+        under_way = [member for member in members if member.job in queue]
+        finished = len(members) - len(todo) - len(under_way)
+        log.info("%s: %s finished, %s under way, %s to start", folder, finished, len(under_way), len(todo))
+        log.info("its members at any time: ssl-bench stage=status runs=%s", folder)
+        for member in todo:
+            member.job = None
+            member.forget_failure()
+            member.save()
+        self._run(todo, under_way)
+        # Here and not in Hydra's on_multirun_end, which isn't called when a member has failed.
+        if table := sweep.write_table(folder, sweep.members(folder)):
+            print(f"\n{table}\n\n{folder / 'table.md'}, {folder / 'table.csv'}")
+        return self._returns(members)
+
+    @abstractmethod
+    def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
+        """Start those to do, and unless `wait` is false, return when all of both have ended."""
+
+    def _compose(self, folder: Path, conf: Path, overrides: list[str]) -> "Member":
+        from ssl_bench.errors import UserError
+        from ssl_bench.sweep import Member, name
+
+        cfg = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        HydraConfig.instance().set_config(cfg)  # for the resolver of `dir`
+        config = OmegaConf.to_container(
+            OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True
+        )
+        if config["dir"] is None:
+            raise UserError(f"stage={config['stage']['name']} leaves nothing behind: it can't be part of a sweep")
+        file = folder / ".members" / f"{name(overrides)}.json"
+        job = Member.load(file).job if file.exists() else None
+        return Member(file, overrides, config, os.getcwd(), str(conf), job)
+
+    def _freeze_files(self, folder: Path) -> Path:
+        """A copy of the YAML files, ours and the user's, as one folder; the same files give the same folder."""
+        import ssl_bench
+
+        texts: dict[str, str] = {}
+        for element in reversed(self.hydra_context.config_loader.get_search_path().get_path()):  # the first one wins
+            scheme, _, path = element.path.partition("://")
+            if scheme == "file" or element.path == "pkg://ssl_bench.conf":
+                root = Path(path) if scheme == "file" else Path(ssl_bench.__file__).with_name("conf")
+                for parent, _, names in os.walk(root, followlinks=True):
+                    files = (Path(parent, name) for name in names if name.endswith(".yaml"))
+                    texts |= {str(file.relative_to(root)): file.read_text() for file in files}
+        digest = blake2b(repr(sorted(texts.items())).encode(), digest_size=4).hexdigest()
+        for path, text in texts.items():
+            target = folder / f"conf-{digest}" / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text)
+        return folder / f"conf-{digest}"
+
+    def _returns(self, members: list["Member"]) -> list[JobReturn]:
+        """For the sweeper: each member's metric, or the exception that says what became of those without."""
+        from ssl_bench import sweep
+        from ssl_bench.errors import UserError
+
+        results = [member.result() for member in members]
+        states = sweep.states(members) if None in results else [sweep.State("finished")] * len(members)
+        pairs = zip(members, states, strict=True)
+        ended = [f"{m.name}: {s.name} {s.note}".rstrip() for m, s in pairs if s.name != "finished"]
+        failure = UserError(f"{len(ended)} of {len(members)} members are not finished:\n" + "\n".join(ended))
+        returns = []
+        for member, result in zip(members, results, strict=True):
+            done = JobReturn(overrides=member.overrides, status=JobStatus.COMPLETED)
+            if result is not None and (metric := member.config["metric"]) is not None:
+                if metric not in result:
+                    raise UserError(
+                        f"metric={metric}: {member.name} has no such value; choose from {', '.join(result)}"
+                    )
+                done.return_value = float(result[metric])
+            elif result is None and self.wait:
+                done.status, done.return_value = JobStatus.FAILED, failure
+            returns.append(done)
+        return returns
+
+
+class Local(_SweepLauncher):
+    """In this process, one after the other."""
+
+    def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
+        from ssl_bench.errors import UserError
+        from ssl_bench.member import attempt
+
+        for number, member in enumerate(todo, start=1):
+            log.info("member %s of %s: %s", number, len(todo), member.name)
+            try:
+                attempt(member)
+            except UserError as error:
+                log.warning("failed: %s", error)
+            except Exception:
+                log.exception("failed")
+
+
+class Workstation(_SweepLauncher):
+    """Several members at once, each with one GPU (where there are any) and its share of the CPU cores."""
+
+    def __init__(self, at_once: int | None) -> None:
+        self.at_once = at_once
+
+    def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
+        from ssl_bench.errors import Interrupted, UserError
+
+        gpus, cores = visible_gpus(), sorted(os.sched_getaffinity(0))
+        at_once = self.at_once or len(gpus) or len(cores)
+        if at_once < 1 or (gpus and at_once > len(gpus)):
+            raise UserError(f"hydra.launcher.at_once={at_once}: there are {len(gpus)} GPUs here, one for each member")
+        share = max(1, len(cores) // at_once)
+        slots, waiting, running = list(range(at_once)), list(todo), {}
+
+        def stop(signum: int, frame: object) -> None:
+            raise Interrupted(signum)
+
+        before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            while waiting or running:
+                while waiting and slots:
+                    member, slot = waiting.pop(0), slots.pop(0)
+                    mine = {cores[(slot * share + i) % len(cores)] for i in range(share)}
+                    env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(share))}
+                    if gpus:
+                        env["CUDA_VISIBLE_DEVICES"] = gpus[slot]
+                    with open(member.file.with_suffix(".log"), "a") as output:
+                        command = [sys.executable, "-m", "ssl_bench.member", str(member.file)]
+                        process = subprocess.Popen(
+                            command, env=env, stdout=output, stderr=output, start_new_session=True
+                        )
+                    os.sched_setaffinity(process.pid, mine)  # before it has any threads
+                    running[process] = member, slot
+                    log.info("started: %s (log: %s)", member.name, member.file.with_suffix(".log"))
+                for process in [process for process in running if process.poll() is not None]:
+                    member, slot = running.pop(process)
+                    slots.append(slot)
+                    tell(member, process.returncode)
+                time.sleep(0.2)
+        except BaseException:
+            for process in running:
+                process.terminate()  # they save
+            for process in running:
+                process.wait()
+            raise
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+
+def visible_gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [gpu for gpu in visible.split(",") if gpu]
+    import torch
+
+    return [str(gpu) for gpu in range(torch.cuda.device_count())]
+
+
+def tell(member: "Member", status: int = 0) -> None:
+    if (result := member.result()) is not None:
+        log.info("finished: %s  %s", member.name, ", ".join(f"{key} {value:.4g}" for key, value in result.items()))
+    else:
+        log.warning("not finished: %s  %s", member.name, member.failure or (f"exit status {status}" if status else ""))
+
+
+class Slurm(_SweepLauncher):
+    """A job array, through submitit. What its own Hydra plugin lacks, in version 1.2, is here."""
+
+    def __init__(
+        self,
+        wait: bool,
+        python: str | None,
+        container: list[str],
+        env_script: str | None,
+        stage_in: list[str],
+        stage_dir: str,
+        setup: list[str] | None,
+        teardown: list[str],
+        srun_args: list[str],
+        submitit_folder: str,
+        max_num_timeout: int,
+        **parameters: Any,
+    ) -> None:
+        self.wait, self.folder, self.max_num_timeout = wait, Path(submitit_folder).absolute(), max_num_timeout
+        inside = python or ("python" if container else shlex.quote(sys.executable))
+        words = [_quoted(word) for word in container]
+        if env_script:
+            words += ["/bin/bash", "-c", shlex.quote(f'{env_script}\nexec {inside} "$0" "$@"')]
+        else:
+            words.append(inside)
+        self.python = " ".join(words)
+        delay = parameters["signal_delay_s"]
+        note = self.folder.parent / "requeue-$SLURM_JOB_ID"
+        self.parameters = parameters | {
+            "additional_parameters": OmegaConf.to_container(parameters["additional_parameters"], resolve=True),
+            "setup": [
+                *(setup or []),
+                f"export SSL_BENCH_GRACE={math.ceil(0.75 * delay)} SSL_BENCH_REQUEUE={note}",
+                *(_stage(file, stage_dir) for file in stage_in),
+            ],
+            "teardown": [
+                "status=$?",
+                # Written where there is no scontrol inside. One who is cancelled doesn't count as running any more.
+                'if [ -e "$SSL_BENCH_REQUEUE" ]; then',
+                '    rm "$SSL_BENCH_REQUEUE"',
+                '    [ "$(squeue -h -j $SLURM_JOB_ID -o %T)" = RUNNING ] && scontrol requeue $SLURM_JOB_ID && sleep 300',
+                "fi",
+                *teardown,
+                "exit $status",
+            ],
+            "srun_args": [
+                "--kill-on-bad-exit=1",
+                # Since Slurm 22.05, srun doesn't take this over from sbatch.
+                *([f"--cpus-per-task={cpus}"] if (cpus := parameters["cpus_per_task"]) else []),
+                *srun_args,
+            ],
+        }
+
+    def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
+        from submitit import AutoExecutor
+
+        from ssl_bench.errors import UserError
+        from ssl_bench.member import SlurmTask
+
+        if not self.wait and not self.config.hydra.sweeper._target_.endswith("BasicSweeper"):
+            raise UserError("hydra.launcher.wait=false: this sweeper chooses by results; leave it out")
+        if todo:
+            try:
+                init = {"slurm_max_num_timeout": self.max_num_timeout, "slurm_python": self.python}
+                executor = AutoExecutor(folder=self.folder, cluster="slurm", **init)
+            except RuntimeError as error:
+                raise UserError(
+                    f"{error} This launcher needs sbatch and srun; without them: launcher=workstation"
+                ) from None
+            shared = OmegaConf.structured(BaseQueueConf).keys()
+            executor.update_parameters(**{k if k in shared else f"slurm_{k}": v for k, v in self.parameters.items()})
+            jobs = executor.submit_array([SlurmTask(member.file) for member in todo])
+            for member, job in zip(todo, jobs, strict=True):
+                member.job = job.job_id
+                member.save()
+            log.info("submitted: %s", " ".join(job.job_id for job in jobs))
+        if self.wait:
+            self._wait(todo + under_way)
+
+    def _wait(self, members: list["Member"]) -> None:
+        """A job has ended when Slurm lists it no more, twice in a row: a requeued one is listed again."""
+        from ssl_bench import sweep
+
+        waiting, missed = {member.job: member for member in members}, dict.fromkeys((m.job for m in members), 0)
+        began = time.monotonic()
+        while waiting:
+            time.sleep(min(15, 1 + (time.monotonic() - began) / 20))
+            queue = sweep.queued()
+            if queue is None:
+                continue  # slurmctld is away for a moment
+            for job in list(waiting):
+                missed[job] = 0 if job in queue else missed[job] + 1
+                if missed[job] == 2:
+                    tell(waiting.pop(job))
+
+
+def _quoted(word: str) -> str:
+    """For the shell, with its $VARIABLES."""
+    return shlex.quote(word) if "$" not in word else '"' + word.replace('"', r"\"") + '"'
+
+
+def _stage(file: str, folder: str) -> str:
+    """Shell: copy a file to each node's disk, where it isn't there yet; a copy that was cut off is never used."""
+    target = f"{folder.rstrip('/')}/{Path(file).name}"
+    copy = (
+        f'mkdir -p "{folder}" && if [ "$(stat -Lc "%s %Y" "{file}")" != "$(stat -Lc "%s %Y" "{target}" 2>/dev/null)" ]; '
+        f'then cp -pL "{file}" "{target}.$SLURM_JOB_ID" && mv "{target}.$SLURM_JOB_ID" "{target}"; fi'
+    )
+    return f"srun --nodes=$SLURM_JOB_NUM_NODES --ntasks=$SLURM_JOB_NUM_NODES --ntasks-per-node=1 --overlap bash -c '{copy}' || exit 1"
+
+
+@dataclass
+class LocalConf:
+    _target_: str = "hydra_plugins.ssl_bench_launchers.Local"
+
+
+@dataclass
+class WorkstationConf:
+    _target_: str = "hydra_plugins.ssl_bench_launchers.Workstation"
+    at_once: int | None = None
+
+
+@dataclass
+class SlurmConf(SlurmQueueConf):
+    _target_: str = "hydra_plugins.ssl_bench_launchers.Slurm"
+    wait: bool = True
+    python: str | None = None
+    container: list[str] = field(default_factory=list)
+    env_script: str | None = None
+    stage_in: list[str] = field(default_factory=list)
+    stage_dir: str = "/tmp"
+    teardown: list[str] = field(default_factory=list)
+    srun_args: list[str] = field(default_factory=list)
+    name: str = "${sweep}"
+    max_num_timeout: int = 1000
+
+
+for choice, node in {"local": LocalConf, "workstation": WorkstationConf, "slurm": SlurmConf}.items():
+    ConfigStore.instance().store("ssl_bench_" + choice, node, group="hydra/launcher", provider="ssl_bench")

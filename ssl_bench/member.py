@@ -1,0 +1,90 @@
+"""One member of a sweep, from its file, in a process of its own: `python -m ssl_bench.member FILE`, or a Slurm job."""
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import hydra
+from omegaconf import OmegaConf
+
+from ssl_bench import sweep
+from ssl_bench.errors import Interrupted, UserError
+from ssl_bench.launch import launch, set_up_logging
+
+
+def run(file: Path) -> None:
+    """As one of its ranks. What goes wrong is written beside the file, and raised."""
+    import ssl_bench.train  # noqa: F401 - the resolvers of the configuration
+
+    member, rank = sweep.Member.load(file), int(os.environ.get("SLURM_PROCID", 0))
+    set_up_logging(quiet=rank > 0)
+    os.chdir(member.cwd)
+    sys.path.insert(0, member.cwd)  # a user's own modules
+    with hydra.initialize_config_dir(member.conf, version_base="1.3"):  # a pipeline composes its parts
+        attempt(member, rank)
+
+
+def attempt(member: sweep.Member, rank: int = 0) -> None:
+    try:
+        launch(OmegaConf.create(member.config))
+    except Exception as error:
+        member.fail(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}", rank)
+        raise
+
+
+class SlurmTask:
+    """What submitit pickles and calls, once a task of the job.
+
+    A job ends in four ways. Slurm warns of the time limit or of a preemption (SIGUSR2, or SIGTERM while the job counts as
+    running): the run saves, and submitit's own handler has the job requeued. Slurm takes the job away (scancel, scontrol
+    requeue: SIGTERM, and it doesn't count as running any more): the run saves, the rest is Slurm's. It fails: exit status
+    1, and srun's --kill-on-bad-exit ends the other tasks. It finishes.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __call__(self) -> None:
+        if shutil.which("scontrol") is None:
+            _leave_requeue_to_the_script()
+        requeue = signal.getsignal(signal.SIGUSR2)  # submitit's: rank 0 has the job requeued and exits, others return
+        signal.signal(signal.SIGALRM, requeue)  # set by `Run` at a warning: a long step must not cost the requeue
+        try:
+            run(self.file)
+        except Interrupted as stop:
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # one requeue is enough
+            job = sweep.Member.load(self.file).job
+            queue = sweep.queued()
+            warned = stop.signum == signal.SIGUSR2 or (
+                stop.signum == signal.SIGTERM and (queue is None or queue.get(job, sweep.State("")).name == "running")
+            )
+            if warned:
+                requeue(signal.SIGUSR2, None)
+            # A task that fails would end rank 0, which may be busy requeueing.
+            sys.exit(0 if warned else 128 + stop.signum)
+
+    def checkpoint(self) -> object:
+        """submitit: what to run after a requeue."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def _leave_requeue_to_the_script() -> None:
+    """In a container without Slurm's programs: an `scontrol` that leaves a note for the batch script outside."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "scontrol").write_text('#!/bin/sh\n: > "$SSL_BENCH_REQUEUE"\n')
+    (folder / "scontrol").chmod(0o755)
+    os.environ["PATH"] = f"{folder}:{os.environ['PATH']}"
+
+
+if __name__ == "__main__":
+    try:
+        run(Path(sys.argv[1]))
+    except UserError as error:
+        sys.exit(f"ssl-bench: {error}")
+    except Interrupted as stop:
+        sys.exit(128 + stop.signum)

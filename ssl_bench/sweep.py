@@ -1,0 +1,250 @@
+"""A sweep on disk: its members as they were composed, what became of them, and the table of their results.
+
+SWEEP/.members/NAME.json     the member: overrides, resolved configuration, working directory, Slurm job
+SWEEP/.members/NAME.failed   why its last attempt failed
+SWEEP/.members/conf-HASH/    the YAML files as they were, for the stages that compose more
+SWEEP/NAME/                  its run directory
+SWEEP/table.md, table.csv    mean ± std over the seeds
+"""
+
+import csv
+import io
+import json
+import math
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+import yaml
+
+from ssl_bench import build
+from ssl_bench.tracking import MetricsFile
+
+
+@dataclass
+class Member:
+    file: Path
+    overrides: list[str]
+    config: dict  # plain and resolved: what it will run, whatever becomes of the YAML files
+    cwd: str
+    conf: str  # folder of those files
+    job: str | None = None
+
+    @classmethod
+    def load(cls, file: Path) -> "Member":
+        return cls(file, **json.loads(file.read_text()))
+
+    def save(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        _write(self.file, json.dumps({key: value for key, value in asdict(self).items() if key != "file"}, indent=1))
+
+    @property
+    def name(self) -> str:
+        return self.file.stem
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.cwd, self.config["dir"])
+
+    @property
+    def failure(self) -> str | None:
+        try:
+            return json.loads(self._failed.read_text())["reason"]
+        except FileNotFoundError:
+            return None
+
+    def fail(self, reason: str, rank: int = 0) -> None:
+        """The first rank to fail has the cause; the others fail because it has left."""
+        if not self._failed.exists():
+            _write(self._failed, json.dumps({"reason": reason, "rank": rank, "job": self.job}))
+
+    def forget_failure(self) -> None:
+        self._failed.unlink(missing_ok=True)
+
+    @property
+    def _failed(self) -> Path:
+        return self.file.with_suffix(".failed")
+
+    def result(self) -> dict[str, float] | None:
+        """What its run has come to, if it is finished and was run as configured here."""
+        try:
+            summary = json.loads((self.directory / "summary.json").read_text())
+            ran = build.identity(yaml.safe_load((self.directory / "config.yaml").read_text()))
+        except FileNotFoundError:
+            return None
+        wanted = build.identity(self.config)
+        ran.pop("pretrained"), wanted.pop("pretrained")  # a run writes down the very file
+        return summary if ran == wanted else None
+
+    def value(self, key: str) -> str:
+        """Of an override, or of the configuration where this member has none."""
+        if key in self.choices:
+            return self.choices[key]
+        node: Any = self.config
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        return str(node.get("name", "")) if isinstance(node, dict) else "" if node is None else str(node)
+
+    @cached_property
+    def choices(self) -> dict[str, str]:
+        pairs = (override.lstrip("+~").partition("=") for override in self.overrides)
+        return {key: value for key, _, value in pairs if not build.is_free(key)}
+
+
+def name(overrides: Sequence[str]) -> str:
+    """Of the member with these overrides: readable, bounded, and the same wherever it runs."""
+    words = [word for word in overrides if not build.is_free(word.lstrip("+~").partition("=")[0])]
+    digest = blake2b("\n".join(sorted(words)).encode(), digest_size=4).hexdigest()
+    shown = [f"{key.rpartition('.')[2]}-{value}" for key, _, value in (word.partition("=") for word in words)]
+    while len(shown) > 1 and len("-".join(shown)) > 80:  # what is swept tends to come last on the command line
+        shown.pop(0)
+    return f"{build.slug('-'.join(shown))}-{digest}"
+
+
+def members(folder: Path) -> list[Member]:
+    return [Member.load(file) for file in sorted((folder / ".members").glob("*.json"))]
+
+
+# -- what became of them -----------------------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    name: str  # finished, running, pending, failed, stopped (it will continue), waiting, or Slurm's word
+    note: str = ""
+
+
+def states(members: Sequence[Member]) -> list[State]:
+    jobs = [member.job for member in members if member.job]
+    queue = (queued() or {}) if jobs else {}
+    ended = accounted(jobs) if jobs else {}
+    return [_state(member, queue, ended) for member in members]
+
+
+def _state(member: Member, queue: dict[str, State], ended: dict[str, str]) -> State:
+    if member.result() is not None:
+        return State("finished")
+    if member.job in queue:
+        return queue[member.job]
+    if reason := member.failure:
+        return State("failed", reason)
+    if _locked(member.directory / ".lock"):
+        return State("running")
+    if (word := ended.get(member.job or "", "completed")) != "completed":
+        return State(word, f"logs: {member.file.parents[1]}/.submitit/{member.job}")
+    return State("stopped" if any(member.directory.glob("checkpoints/step*.pt")) else "waiting")
+
+
+def queued() -> dict[str, State] | None:
+    """This user's jobs that Slurm will run or is running; None where it doesn't answer."""
+    lines = _ask("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r")
+    if lines is None:
+        return None
+    queue = {}
+    for line in lines:
+        job, state, reason = line.split("|")
+        queue[job] = State(state.lower(), "" if reason == "None" else reason)
+    return queue
+
+
+def accounted(jobs: Sequence[str]) -> dict[str, str]:
+    """How Slurm's accounting says that jobs ended, where there is one: {job: "timeout"}."""
+    lines = _ask("sacct", "-n", "-P", "-X", "-o", "JobID,State", "-j", ",".join(jobs)) or []
+    return {job: state.split()[0].lower() for job, _, state in (line.partition("|") for line in lines)}
+
+
+def _ask(*command: str) -> list[str] | None:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.splitlines() if result.returncode == 0 else None
+
+
+def _locked(path: Path) -> bool:
+    if not path.exists():
+        return False
+    try:
+        with filelock.FileLock(path, timeout=0):
+            return False
+    except filelock.Timeout:
+        return True
+
+
+# -- for people --------------------------------------------------------------------------------------------------------
+
+
+def overview(members: Sequence[Member], states: Sequence[State]) -> str:
+    """A line a member: state, step, the newest value of its metric."""
+    from ssl_bench import report  # imports torch
+
+    rows = []
+    for member, state in zip(members, states, strict=True):
+        lines = MetricsFile.read(path) if (path := member.directory / "metrics.jsonl").exists() else []
+        step = metric = ""
+        if lines:
+            done, epoch = lines[-1]["step"], lines[-1]["epoch"]
+            step = f"{done:,}/{round(done / epoch * member.config['epochs']):,}"
+        result = {**next((line for line in reversed(lines) if member.config["metric"] in line), {})}
+        result |= member.result() or {}
+        if member.config["metric"] in result:
+            metric = f"{member.config['metric']} {result[member.config['metric']]:.4g}"
+        rows.append([member.name, state.name, step, metric, " ".join(state.note.split())])
+    return report.markdown(["member", "state", "step", "metric", ""], rows)
+
+
+def write_table(folder: Path, members: Sequence[Member], metric: str | None = None) -> str:
+    """table.md and table.csv of a sweep; returns the former, or "" as long as no member has the metric.
+
+    A row for each combination of what differs besides the seed: mean and sample standard deviation, best first.
+    metric: None is what the members name. Smaller is better where its name holds "loss".
+    """
+    from ssl_bench import report
+
+    metric = metric or next((member.config["metric"] for member in members if member.config["metric"]), None)
+    keys = list(dict.fromkeys(key for member in members for key in member.choices if key != "seed"))
+    keys = [key for key in keys if len({member.value(key) for member in members}) > 1]
+    groups: dict[tuple[str, ...], list[float | None]] = {}
+    for member in members:
+        combination = tuple(member.value(key) for key in keys)
+        groups.setdefault(combination, []).append((member.result() or {}).get(metric))
+    rows = []
+    for combination, values in groups.items():
+        known = [value for value in values if value is not None]
+        mean, std = report.mean_std(known) if known else (math.nan, math.nan)
+        rows.append((combination, mean, std, len(known), len(values)))
+    if not any(known for *_, known, _ in rows):
+        return ""
+    sign = 1 if "loss" in metric else -1
+    rows.sort(key=lambda row: (math.isnan(row[1]), sign * row[1]))
+    shown = [
+        [
+            *combination,
+            _number(mean) + ("" if math.isnan(std) else f" ± {std:.2g}"),
+            f"{n}" if n == of else f"{n} of {of}",
+        ]
+        for combination, mean, std, n, of in rows
+    ]
+    text = report.markdown([*keys, metric, "seeds"], shown, right=2)
+    file = io.StringIO()
+    writer = csv.writer(file)
+    writer.writerow([*keys, f"{metric} mean", f"{metric} std", "finished", "members"])
+    writer.writerows([*combination, *numbers] for combination, *numbers in rows)
+    _write(folder / "table.md", text + "\n")
+    _write(folder / "table.csv", file.getvalue())
+    return text
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.4g}"
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
