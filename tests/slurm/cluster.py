@@ -15,7 +15,7 @@ from pathlib import Path
 
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
-KILL_WAIT = 3  # s between SIGTERM and SIGKILL
+KILL_WAIT = 2  # s between SIGTERM and SIGKILL
 
 SLURM = """
 ClusterName=throwaway
@@ -27,7 +27,7 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job stays ineligible for cred_expire + 1 s, by default 121; more than KillWait + 3, or it meets its own end.
+# A requeued job stays ineligible for cred_expire + 1 s, by default 121. Below KillWait + 3 it would meet its own end.
 AuthInfo=socket={folder}/munge.socket,cred_expire={cred_expire}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
@@ -50,11 +50,11 @@ PreemptMode=REQUEUE
 JobRequeue=1
 KillWait={kill_wait}
 MinJobAge=300
-SlurmdTimeout=10
+SlurmdTimeout=6
 GresTypes=gpu
 AccountingStorageType={accounting}
 {database}
-NodeName={host} NodeAddr=127.0.0.1 Port={slurmd_port} CPUs=8 RealMemory=16000 Gres=gpu:2 State=UNKNOWN
+NodeName={host} NodeAddr=127.0.0.1 Port={slurmd_port} CPUs=16 RealMemory=16000 Gres=gpu:2 State=UNKNOWN
 PartitionName=low        Nodes={host} Default=YES PriorityTier=1  GraceTime=5 State=UP
 PartitionName=high       Nodes={host}             PriorityTier=10 GraceTime=0 State=UP
 PartitionName=n1s16-t4-2 Nodes={host}             PriorityTier=1  GraceTime=5 State=UP MaxTime=1-00:00:00

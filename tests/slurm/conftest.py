@@ -1,0 +1,127 @@
+"""A Slurm of our own for the session, and the command as a user of a cluster types it."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import TINY_PRETRAIN
+
+from slurm import cluster
+
+# A user's own method, in the folder where she starts: MoCo, slow until it is interrupted, and with mishaps.
+MINE = """
+import os, time
+from pathlib import Path
+from ssl_bench.methods.moco import MoCo
+
+def once(name):
+    try:
+        return bool(open(name, "x"))
+    except FileExistsError:
+        return False
+
+class Mine(MoCo):
+    def forward(self, views, labels=None):
+        if "SLURM_RESTART_COUNT" not in os.environ:
+            time.sleep(float(os.environ.get("PAUSE", 0)))
+        if os.environ.get("FAIL") == "one" and once("failed-once"):
+            raise RuntimeError("out of luck")
+        if os.environ.get("FAIL") == "rank1" and os.environ["SLURM_PROCID"] == "1":
+            raise RuntimeError("out of luck")
+        if os.environ.get("STUCK") and next(Path().glob("runs/*/*/*/checkpoints/*.pt"), None) and once("stuck-once"):
+            time.sleep(600)
+        return super().forward(views, labels)
+"""
+
+# No GPU is taken, so that members share the node.
+CLUSTER = ["launcher=slurm", "hydra.launcher.gres=null", "hydra.launcher.cpus_per_task=1"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slurm)
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[cluster.Cluster]:
+    if missing := cluster.missing():
+        pytest.skip(
+            f"Slurm isn't installed ({', '.join(missing)}): apt-get install munge slurmctld slurmd slurm-client"
+        )
+    throwaway = cluster.Cluster(Path(f"/tmp/slurm-{os.getpid()}"))
+    yield throwaway
+    throwaway.stop()
+
+
+class Sweeps:
+    """Sweeps in a folder of their own."""
+
+    def __init__(self, slurm: cluster.Cluster, folder: Path) -> None:
+        self.slurm, self.folder = slurm, folder
+        self.root = folder / "runs" / "sweeps" / "pretrain"
+        (folder / "mine.py").write_text(MINE)
+
+    def start(self, *words: str, launcher: list[str] = CLUSTER, **env: str) -> subprocess.Popen:
+        words = (*launcher, *TINY_PRETRAIN, "method._target_=mine.Mine", *words)
+        return subprocess.Popen(
+            [sys.executable, "-m", "ssl_bench.train", *words],
+            cwd=self.folder,
+            env=self.slurm.env | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, *words: str, launcher: list[str] = CLUSTER, **env: str) -> subprocess.CompletedProcess:
+        return ended(self.start(*words, launcher=launcher, **env))
+
+    def status(self) -> str:
+        command = [sys.executable, "-m", "ssl_bench.train", "stage=status", f"runs={self.root}"]
+        result = subprocess.run(command, cwd=self.folder, env=self.slurm.env, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    def run(self) -> Path:
+        """The directory of the only member."""
+        (record,) = self.root.glob(".members/*.json")
+        return self.root / record.stem
+
+    def steps(self) -> int:
+        """What the only member has logged."""
+        if not list(self.root.glob(".members/*.json")) or not (path := self.run() / "metrics.jsonl").exists():
+            return 0
+        return path.read_bytes().count(b"\n")
+
+    def saved(self) -> int:
+        """The step of its last checkpoint."""
+        steps = (int(path.stem.removeprefix("step")) for path in self.run().glob("checkpoints/step*.pt"))
+        return max(steps, default=0)
+
+    def wait_for_step(self, step: int, process: subprocess.Popen) -> str:
+        """Until the only member has logged so many; returns its job."""
+        deadline = time.monotonic() + 120
+        while self.steps() < step:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline, self.slurm.jobs()
+            time.sleep(0.02)
+        (job,) = self.slurm.jobs()
+        return job
+
+
+def ended(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    out, err = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture
+def sweeps(slurm: cluster.Cluster, tmp_path: Path) -> Iterator[Sweeps]:
+    yield Sweeps(slurm, tmp_path)
+    if jobs := slurm.jobs():  # of a test that failed
+        slurm("scancel", *jobs)
+        cluster.wait(lambda: not slurm.jobs())

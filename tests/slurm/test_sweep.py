@@ -1,0 +1,114 @@
+"""Sweeps on a real Slurm: what is submitted, what fails, what is done again, and the table at the end."""
+
+import csv
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import yaml
+
+from slurm.cluster import Cluster, wait
+from slurm.conftest import Sweeps
+
+GRID = ["epochs=1", "seed=0,1", "method.temperature=0.1,0.3", "optimizer.base_lr=0.03,0.3"]
+
+
+def accounted(slurm: Cluster) -> list[str]:
+    """How jobs ended, the latest last."""
+    return slurm("sacct", "-n", "-X", "-P", "-o", "State").split()
+
+
+def test_a_grid(sweeps: Sweeps, slurm: Cluster) -> None:
+    """2 x 2 x 2 seeds; one member raises, the others finish, and the same command does only that one again."""
+    before = len(accounted(slurm))
+    result = sweeps(*GRID, FAIL="one")
+    assert result.returncode == 2
+    assert sorted(accounted(slurm)[before:]) == ["COMPLETED"] * 7 + ["FAILED"]
+    names = {path.stem for path in sweeps.root.glob(".members/*.json")}
+    (unlucky,) = names - {path.parent.name for path in sweeps.root.glob("*/summary.json")}
+    assert len(names) == 8
+    reported = "1 of 8 members are not finished:\n" + f"{unlucky}: failed RuntimeError: out of luck\n"
+    assert result.stderr.endswith(reported)
+    (line,) = (line for line in sweeps.status().splitlines() if unlucky in line)
+    assert "failed" in line
+    assert "RuntimeError: out of luck" in line
+    assert (sweeps.root / "table.md").read_text().count("1 of 2") == 1
+
+    again = sweeps(*GRID)
+    assert again.returncode == 0, again.stderr
+    assert "7 finished, 0 under way, 1 to start" in again.stderr
+    assert accounted(slurm)[before + 8 :] == ["COMPLETED"]
+    assert_table_is_right(sweeps.root)
+    table = (sweeps.root / "table.md").read_text()
+    assert table in again.stdout
+    assert table in sweeps.status()
+
+    nothing = sweeps(*GRID)
+    assert nothing.returncode == 0
+    assert len(accounted(slurm)) == before + 9
+
+
+def assert_table_is_right(root: Path) -> None:
+    """Against the run directories themselves."""
+    losses: dict[tuple[str, str], list[float]] = {}
+    for summary in root.glob("*/summary.json"):
+        config = yaml.safe_load((summary.parent / "config.yaml").read_text())
+        key = str(config["method"]["temperature"]), str(config["optimizer"]["base_lr"])
+        losses.setdefault(key, []).append(json.loads(summary.read_text())["loss"])
+    assert sorted(map(len, losses.values())) == [2, 2, 2, 2]
+    with open(root / "table.csv") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["method.temperature", "optimizer.base_lr", "loss mean", "loss std", "finished", "members"]
+    means = [float(row[2]) for row in rows]
+    assert means == sorted(means)  # of a loss the smallest is the best
+    for temperature, rate, mean, std, *counts in rows:
+        values = losses.pop((temperature, rate))
+        assert float(mean) == pytest.approx(statistics.mean(values))
+        assert float(std) == pytest.approx(statistics.stdev(values))
+        assert counts == ["2", "2"]
+        shown = f"{statistics.mean(values):.4g} ± {statistics.stdev(values):.2g}"
+        (line,) = (
+            line
+            for line in (root / "table.md").read_text().splitlines()
+            if f"| {temperature} " in line and f"| {rate} " in line
+        )
+        assert shown in line
+
+
+def test_any_rank_can_fail(sweeps: Sweeps, slurm: Cluster) -> None:
+    result = sweeps("epochs=1", "hydra.launcher.tasks_per_node=2", FAIL="rank1")
+    assert result.returncode == 2
+    assert "failed RuntimeError: out of luck" in result.stderr
+    assert accounted(slurm)[-1] == "FAILED"
+
+
+def test_what_is_queued_stays_as_it_was_composed(sweeps: Sweeps, slurm: Cluster) -> None:
+    """Neither a key nor what a pipeline composes later follows a YAML file that is edited while the job is pending."""
+    for group, text in {
+        "method": "# @package _global_\ndefaults: [moco_v2]\nmethod: {temperature: 0.15}\n",
+        "augmentation": "defaults: [none]\nmean: [0.25, 0.25, 0.25]\n",
+    }.items():
+        (sweeps.folder / "conf" / group).mkdir(parents=True)
+        (sweeps.folder / "conf" / group / "mine.yaml").write_text(text)
+    command = ["--config-dir=conf", "method=mine", "stage=pipeline", "epochs=1", "metric=random init top-1"]
+    command += ["stage.protocol=[augmentation=mine,epochs=1,stage.test_resize=1.0]"]
+    command += ["hydra.launcher.wait=false", "+hydra.launcher.additional_parameters.hold=true"]
+    sweeps.root = sweeps.root.with_name("pipeline")
+
+    submitted = sweeps(*command)
+    assert submitted.returncode == 0, submitted.stderr
+    assert set(slurm.jobs().values()) == {"PENDING"}
+    assert "pending" in sweeps.status()
+    for file in sweeps.folder.glob("conf/*/mine.yaml"):
+        file.write_text(file.read_text().replace("0.15", "0.9").replace("0.25", "0.75"))
+    again = sweeps(*command)
+    assert "0 finished, 1 under way, 0 to start" in again.stderr
+    (job,) = slurm.jobs()
+    slurm("scontrol", "release", job)
+    wait(lambda: not slurm.jobs(), 120)
+    assert "finished" in sweeps.status()
+    run = sweeps.run()
+    assert yaml.safe_load((run / "pretrain" / "config.yaml").read_text())["method"]["temperature"] == 0.15
+    evaluation = yaml.safe_load((run / "random-init" / "seed0" / "config.yaml").read_text())
+    assert evaluation["augmentation"]["mean"] == [0.25, 0.25, 0.25]
