@@ -9,9 +9,11 @@ from typing import Any, NoReturn
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
+from hydra_plugins.ssl_bench_launchers import Local, Slurm, Workstation
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,6 +31,8 @@ def run_dir(default: str) -> str:
     return os.path.join(HydraConfig.get().sweep.dir, sweep.name(HydraConfig.get().overrides.task))
 
 
+for launcher in (Local, Workstation, Slurm):  # by hand: Hydra's search doesn't see into an editable install
+    Plugins.instance().register(launcher)
 OmegaConf.register_new_resolver("slug", build.slug, replace=True)
 OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
 
