@@ -35,7 +35,7 @@ def importers(*modules: str) -> set[str]:
 
 
 def test_each_library_has_its_place() -> None:
-    assert importers("hydra", "omegaconf") <= {"train", "launch", "stages", "build"}
+    assert importers("hydra", "omegaconf") <= {"train", "launch", "member", "stages", "build"}
     assert importers("wandb") <= {"tracking"}
     assert importers("torch.distributed") <= {"distributed", "launch"}
 

@@ -304,7 +304,7 @@ class Slurm(_SweepLauncher):
         waiting, missed = {member.job: member for member in members}, dict.fromkeys((m.job for m in members), 0)
         began = time.monotonic()
         while waiting:
-            time.sleep(min(15, 1 + (time.monotonic() - began) / 20))
+            time.sleep(min(15, 1 + (time.monotonic() - began) / 60))
             queue = sweep.queued()
             if queue is None:
                 continue  # slurmctld is away for a moment

@@ -1,5 +1,6 @@
 """A Slurm of our own for the session, and the command as a user of a cluster types it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -64,6 +65,7 @@ class Sweeps:
 
     def __init__(self, slurm: cluster.Cluster, folder: Path) -> None:
         self.slurm, self.folder = slurm, folder
+        folder.mkdir(exist_ok=True)
         self.root = folder / "runs" / "sweeps" / "pretrain"
         (folder / "mine.py").write_text(MINE)
 
@@ -110,8 +112,12 @@ class Sweeps:
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline, self.slurm.jobs()
             time.sleep(0.02)
-        (job,) = self.slurm.jobs()
-        return job
+        return self.job()
+
+    def job(self) -> str:
+        """Of the only member."""
+        (record,) = self.root.glob(".members/*.json")
+        return json.loads(record.read_text())["job"]
 
 
 def ended(process: subprocess.Popen) -> subprocess.CompletedProcess:

@@ -9,11 +9,20 @@ from pathlib import Path
 
 from slurm.cluster import Cluster
 from slurm.conftest import Sweeps, ended
-from slurm.test_interruptions import AT, LONG, PACE, assert_as_if_nothing_happened, continued_after, usr2, whole
+from slurm.test_interruptions import AT, LONG, PACE, assert_as_if_nothing_happened, continued_after, whole
 
 __all__ = ["whole"]  # a fixture
 
-HEADER = ["--gres=gpu:2", "--partition=n1s16-t4-2", "--account=dl17", "--time=20:00:00", "--output=moco%j.out", "--error=moco%j.err", "--exclusive", "--requeue"]
+HEADER = [
+    "--gres=gpu:2",
+    "--partition=n1s16-t4-2",
+    "--account=dl17",
+    "--time=20:00:00",
+    "--output=moco%j.out",
+    "--error=moco%j.err",
+    "--exclusive",
+    "--requeue",
+]
 
 # Records its arguments and executes what follows the image, where Slurm's programs can't be found.
 SINGULARITY = """#!/bin/bash
@@ -66,7 +75,7 @@ def test_the_job(sweeps: Sweeps, slurm: Cluster, whole: Callable[..., tuple]) ->
         said = "exec --nv --bind /scratch --overlay conda.sqsh:ro --overlay /tmp/student_dataset.sqsh:ro image.sif"
         assert arguments[: len(shlex.split(said))] == shlex.split(said)
         assert arguments[len(shlex.split(said)) :][:2] == ["/bin/bash", "-c"]
-    usr2(slurm, job)
+    slurm("scancel", "--signal=USR2", job)
     result = ended(process)
     assert result.returncode == 0, result.stderr
     (saved,) = continued_after(sweeps.run())

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -49,58 +50,92 @@ def continued_after(run: Path) -> list[int]:
     return [int(step) for step in re.findall(r"continuing after step (\d+)", (run / "log.txt").read_text())]
 
 
-def requeue(slurm: Cluster, job: str) -> None:
-    slurm("scontrol", "requeue", job)
+# -- the ways of being interrupted: each starts a sweep of one member in its own folder, and sees it through ------------
 
 
-def preempt(slurm: Cluster, job: str) -> None:
-    """By a job of a partition that goes first. Slurm warns by USR2."""
-    slurm("sbatch", "--quiet", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+def requeued(sweeps: Sweeps, slurm: Cluster) -> None:
+    warned(sweeps, lambda job: slurm("scontrol", "requeue", job))
 
 
-def usr2(slurm: Cluster, job: str) -> None:
-    slurm("scancel", "--signal=USR2", job)
+def usr2(sweeps: Sweeps, slurm: Cluster) -> None:
+    warned(sweeps, lambda job: slurm("scancel", "--signal=USR2", job))
 
 
-def term(slurm: Cluster, job: str) -> None:
+def term(sweeps: Sweeps, slurm: Cluster) -> None:
     """As clusters do that preempt with a grace time and no other warning."""
-    slurm("scancel", "--signal=TERM", job)
+    warned(sweeps, lambda job: slurm("scancel", "--signal=TERM", job))
 
 
-@pytest.mark.parametrize("interrupt", [requeue, preempt, usr2, term])
-def test_a_warning(
-    sweeps: Sweeps, slurm: Cluster, whole: Callable[..., tuple], interrupt: Callable[[Cluster, str], None]
-) -> None:
+def warned(sweeps: Sweeps, interrupt: Callable[[str], object], *words: str) -> None:
     """Not a step is lost, and the job comes back by itself."""
-    process = sweeps.start(*LONG, **PACE)
-    interrupt(slurm, sweeps.wait_for_step(AT, process))
+    process = sweeps.start(*LONG, *words, **PACE)
+    interrupt(sweeps.wait_for_step(AT, process))
     wait(sweeps.saved)
     saved = sweeps.saved()
     assert AT <= saved < STEPS
     result = ended(process)
     assert result.returncode == 0, result.stderr
     assert continued_after(sweeps.run()) == [saved]
-    assert_as_if_nothing_happened(sweeps.run(), whole())
 
 
-def test_the_time_limit(sweeps: Sweeps, whole: Callable[..., tuple]) -> None:
+def at_the_time_limit(sweeps: Sweeps, slurm: Cluster) -> None:
     """submitit's own default gives up here."""
     limit = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=18"]
-    result = sweeps(*LONG, *limit, PAUSE="0.8")  # Slurm looks every 30 s, and warns early rather than late
+    result = sweeps(*LONG, *limit, PAUSE="0.9")  # Slurm looks every 30 s, and warns early rather than late
     assert result.returncode == 0, result.stderr
-    assert len(continued_after(sweeps.run())) == 1
-    assert_as_if_nothing_happened(sweeps.run(), whole())
+    assert continued_after(sweeps.run())  # more than once, where the machine is slow
 
 
-def test_a_step_longer_than_the_warning(sweeps: Sweeps, slurm: Cluster, whole: Callable[..., tuple]) -> None:
+def in_a_step_longer_than_the_warning(sweeps: Sweeps, slurm: Cluster) -> None:
     """It can't be finished; the job is requeued all the same, and continues from the last checkpoint."""
     process = sweeps.start(*LONG, "save_every=10", "hydra.launcher.signal_delay_s=4", STUCK="1", **PACE)
-    wait(lambda: (sweeps.folder / "stuck-once").exists(), 60)
-    usr2(slurm, *slurm.jobs())
+    wait(lambda: (sweeps.folder / "stuck-once").exists(), 120)
+    slurm("scancel", "--signal=USR2", sweeps.job())
     result = ended(process)
     assert result.returncode == 0, result.stderr
     assert continued_after(sweeps.run()) == [10]
-    assert_as_if_nothing_happened(sweeps.run(), whole())
+
+
+def cancelled(sweeps: Sweeps, slurm: Cluster) -> None:
+    saved = ended_for_good(sweeps, slurm, lambda job: slurm("scancel", job), "cancelled")
+    assert saved >= AT
+
+
+def killed(sweeps: Sweeps, slurm: Cluster) -> None:
+    def kill(job: str) -> None:
+        task = f"^{sys.executable} -u -m submitit.core._submit {sweeps.folder}/"
+        os.kill(int(slurm("pgrep", "-f", task)), signal.SIGKILL)
+
+    saved = ended_for_good(sweeps, slurm, kill, "failed")
+    assert saved == 10
+
+
+def ended_for_good(sweeps: Sweeps, slurm: Cluster, end: Callable[[str], object], word: str) -> int:
+    """Not requeued, and reported; the same command continues, after the step that is returned."""
+    process = sweeps.start(*LONG, "save_every=10", **PACE)
+    job = sweeps.wait_for_step(AT, process)
+    end(job)
+    result = ended(process)
+    assert result.returncode == 2
+    assert f"1 of 1 members are not finished:\n{sweeps.run().name}: {word}" in result.stderr
+    assert job not in slurm.jobs()
+    assert f"| {word} " in sweeps.status()
+    saved = sweeps.saved()
+    result = sweeps(*LONG, "save_every=10")
+    assert result.returncode == 0, result.stderr
+    assert continued_after(sweeps.run()) == [saved]
+    return saved
+
+
+def test_interrupted(slurm: Cluster, tmp_path: Path, whole: Callable[..., tuple]) -> None:
+    """Side by side, since they spend most of their time waiting."""
+    ways = (at_the_time_limit, in_a_step_longer_than_the_warning, requeued, cancelled, killed, usr2, term)
+    with ThreadPoolExecutor(4) as pool:
+        sweeps = {way: Sweeps(slurm, tmp_path / way.__name__) for way in ways}
+        outcomes = [pool.submit(way, sweeps[way], slurm) for way in ways]
+    for outcome, way in zip(outcomes, ways, strict=True):
+        outcome.result()
+        assert_as_if_nothing_happened(sweeps[way].run(), whole())
 
 
 def test_a_lost_node(sweeps: Sweeps, slurm: Cluster, whole: Callable[..., tuple]) -> None:
@@ -115,40 +150,12 @@ def test_a_lost_node(sweeps: Sweeps, slurm: Cluster, whole: Callable[..., tuple]
     assert_as_if_nothing_happened(sweeps.run(), whole())
 
 
-@pytest.mark.parametrize("how", ["scancel", "kill"])
-def test_ended_for_good(sweeps: Sweeps, slurm: Cluster, whole: Callable[..., tuple], how: str) -> None:
-    """Not requeued, and reported; the same command continues."""
-    process = sweeps.start(*LONG, "save_every=10", **PACE)
-    job = sweeps.wait_for_step(AT, process)
-    if how == "scancel":
-        slurm("scancel", job)
-    else:
-        (pid,) = (int(pid) for pid in slurm("pgrep", "-f", f"^{sys.executable} -u -m submitit.core._submit {sweeps.folder}").split())
-        os.kill(pid, signal.SIGKILL)
-    result = ended(process)
-    word = "cancelled" if how == "scancel" else "failed"
-    assert result.returncode == 2
-    assert f"1 of 1 members are not finished:\n{sweeps.run().name}: {word}" in result.stderr
-    assert slurm.jobs() == {}
-    assert word in sweeps.status()
-    saved = sweeps.saved()
-    assert saved >= AT if how == "scancel" else saved == 10
-    result = sweeps(*LONG, "save_every=10")
-    assert result.returncode == 0, result.stderr
-    assert continued_after(sweeps.run()) == [saved]
-    assert_as_if_nothing_happened(sweeps.run(), whole())
-
-
 def test_two_tasks(sweeps: Sweeps, slurm: Cluster, whole: Callable[..., tuple]) -> None:
-    """One process group, one voice, one W&B run; preempted and resumed."""
-    process = sweeps.start(*LONG, "tracking=wandb", "hydra.launcher.tasks_per_node=2", **PACE)
-    preempt(slurm, sweeps.wait_for_step(AT, process))
-    result = ended(process)
-    assert result.returncode == 0, result.stderr
+    """One process group, one voice, one W&B run; preempted by a job of a partition that goes first, and resumed."""
+    first = ["sbatch", "--quiet", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+    warned(sweeps, lambda job: slurm(*first), "tracking=wandb", "hydra.launcher.tasks_per_node=2")
     run = sweeps.run()
     assert json.loads((run / "environment.json").read_text())["world_size"] == 2
-    (saved,) = continued_after(run)
-    assert saved >= AT
     assert_as_if_nothing_happened(run, whole("devices=2"))
     (first,) = sweeps.root.glob(".submitit/*/*_0_log.err")
     (second,) = sweeps.root.glob(".submitit/*/*_1_log.err")

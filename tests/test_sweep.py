@@ -1,0 +1,164 @@
+"""Sweeps on this machine: names, tables, several members at once, and an optimiser that chooses them."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import TINY_PRETRAIN, Command
+
+from ssl_bench import sweep
+
+# Says what it was given, and takes its time.
+MINE = """
+import os, time
+from pathlib import Path
+from ssl_bench.methods.moco import MoCo
+
+class Mine(MoCo):
+    def forward(self, views, labels=None):
+        given = os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"], *sorted(os.sched_getaffinity(0))
+        Path(f"given-{os.getpid()}").write_text(" ".join(map(str, given)))
+        time.sleep(float(os.environ.get("PAUSE", 0)))
+        return super().forward(views, labels)
+"""
+
+
+def member(folder: Path, summary: dict | None, *overrides: str, metric: str = "loss") -> sweep.Member:
+    """On disk, finished if there is a summary."""
+    name = sweep.name(overrides)
+    config = {"dir": f"{folder.name}/{name}", "metric": metric, "pretrained": None, "epochs": 2}
+    config |= {"method": {"name": "moco_v2", "temperature": 0.2}}
+    made = sweep.Member(folder / ".members" / f"{name}.json", list(overrides), config, str(folder.parent), "")
+    made.save()
+    if summary is not None:
+        made.directory.mkdir(parents=True)
+        (made.directory / "summary.json").write_text(json.dumps(summary))
+        (made.directory / "config.yaml").write_text(yaml.safe_dump(config))
+    return made
+
+
+def test_name_says_what_not_where() -> None:
+    name = sweep.name(["method=moco_v2", "seed=1"])
+    assert name.startswith("method-moco_v2-seed-1-")
+    where = ["launcher=slurm", "sweep=mine", "tracking=wandb", "tracking.mode=offline", "data.root=/x", "save_every=9"]
+    assert sweep.name(["seed=1", *where, "method=moco_v2"]).endswith(name[-8:])
+    assert sweep.name(["method=moco_v2", "seed=2"])[-8:] != name[-8:]
+    long = sweep.name([f"method.key{i}=a/b c" for i in range(50)])
+    assert re.fullmatch(r"\w[\w.-]{10,99}", long)
+
+
+def test_table(tmp_path: Path) -> None:
+    """A value that is the default and one that was asked for are the same; who isn't finished is counted."""
+    folder = tmp_path / "sweep"
+    for seed, losses in enumerate([(3.0, 1.0, 2.0), (4.0, 1.5, None)]):
+        for temperature, loss in zip((0.1, 0.2, 0.3), losses, strict=True):
+            words = [] if temperature == 0.2 else [f"method.temperature={temperature}"]
+            member(folder, loss and {"loss": loss, "top1": 10 * loss}, "launcher=slurm", *words, f"seed={seed}")
+    member(folder, None, "method.temperature=0.4", "seed=0")
+    text = sweep.write_table(folder, sweep.members(folder))
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "--" not in line] == [
+        ["method.temperature", "loss", "seeds"],
+        ["0.2", "1.25 ± 0.35", "2"],
+        ["0.3", "2", "1 of 2"],
+        ["0.1", "3.5 ± 0.71", "2"],
+        ["0.4", "", "0 of 1"],
+    ]
+    with open(folder / "table.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method.temperature"] for row in rows] == ["0.2", "0.3", "0.1", "0.4"]
+    assert float(rows[0]["loss std"]) == pytest.approx(0.5 / 2**0.5)
+    sweep.write_table(folder, sweep.members(folder), "top1")
+    with open(folder / "table.csv") as file:
+        assert [row["method.temperature"] for row in csv.DictReader(file)] == ["0.1", "0.3", "0.2", "0.4"]
+
+
+def test_a_result_of_another_configuration_is_none(tmp_path: Path) -> None:
+    done = member(tmp_path / "sweep", {"loss": 1.0}, "seed=0")
+    assert done.result() == {"loss": 1.0}
+    done.config["epochs"] = 3
+    assert done.result() is None
+
+
+def test_status_needs_a_sweep(ssl_bench: Command) -> None:
+    result = ssl_bench("stage=status", "runs=nowhere")
+    assert result.returncode == 2
+    assert "runs=nowhere: no sweep there; name the folder of one" in result.stderr
+
+
+@pytest.mark.slow
+def test_members_must_not_share_a_directory(ssl_bench: Command, tmp_path: Path) -> None:
+    result = ssl_bench(*TINY_PRETRAIN, "-m", "seed=0,1", "dir=run")
+    assert result.returncode == 2
+    assert f"dir={tmp_path}/run is that of several members" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_only_what_is_missing_is_done_again(ssl_bench: Command, tmp_path: Path) -> None:
+    command = [*TINY_PRETRAIN, "epochs=1", "-m", "batch_size=2000,128"]
+    assert "0 finished, 0 under way, 2 to start" in ssl_bench(*command).stderr
+    again = ssl_bench(*command)
+    assert "1 finished, 0 under way, 1 to start" in again.stderr
+    assert re.search(r"1 of 2 members are not finished:\n\S+: failed batch_size=2000 is larger", again.stderr)
+    status = ssl_bench("stage=status", "runs=runs/sweeps/pretrain", check=True).stdout
+    assert re.search(r"\| failed +\| +\| +\| batch_size=2000 is larger", status)
+    assert re.search(r"\| finished \| 10/10 +\| loss ", status)
+    assert (tmp_path / "runs/sweeps/pretrain/table.md").read_text() in status
+
+
+@pytest.mark.slow
+def test_workstation(ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at once, each with its GPU and its cores; SIGTERM saves them, and the same command continues."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    (tmp_path / "mine.py").write_text(MINE)
+    command = ["launcher=workstation", "device=cpu", *TINY_PRETRAIN, "method._target_=mine.Mine", "save_every=1000"]
+    command += ["seed=0,1,2"]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "ssl_bench.train", *command], cwd=tmp_path, env=os.environ | {"PAUSE": "0.5"}
+    )
+    runs, deadline = tmp_path / "runs" / "sweeps" / "pretrain", time.monotonic() + 120
+    while sum(path.read_bytes().count(b"\n") >= 2 for path in runs.glob("*/metrics.jsonl")) < 2:
+        assert started.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    status = ssl_bench("stage=status", f"runs={runs}", check=True).stdout
+    assert (status.count("| running "), status.count("| waiting ")) == (2, 1)
+    started.send_signal(signal.SIGTERM)
+    assert started.wait(60) == 128 + signal.SIGTERM
+    assert len(list(runs.glob("*/checkpoints/step*.pt"))) == 2
+    given = [path.read_text().split() for path in tmp_path.glob("given-*")]
+    assert sorted(gpu for gpu, *_ in given) == ["3", "5"]
+    cores = os.sched_getaffinity(0)
+    share = max(1, len(cores) // 2)
+    assert {threads for _, threads, *_ in given} == {str(share)}
+    assert {len(mine) for _, _, *mine in given} == {share}
+    assert len({core for _, _, *mine in given for core in mine}) == min(len(cores), 2 * share)
+
+    ssl_bench(*command, check=True)
+    assert len(list(runs.glob("*/summary.json"))) == 3
+    assert sum("continuing after step" in path.read_text() for path in runs.glob("*/log.txt")) == 2
+
+
+@pytest.mark.slow
+def test_search(ssl_bench: Command, tmp_path: Path) -> None:
+    """Optuna chooses by the metric that the stage returns, and finds what the table finds."""
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper")
+    sweeper = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2"]
+    words = [*TINY_PRETRAIN, "epochs=1", "sweep=search", "hydra.sweeper.direction=minimize"]
+    ssl_bench("-m", *words, *sweeper, "method.temperature=interval(0.05,0.5)", check=True)
+    folder = tmp_path / "runs" / "sweeps" / "search"
+    with open(folder / "table.csv") as file:
+        rows = list(csv.DictReader(file))
+    best = yaml.safe_load((folder / "optimization_results.yaml").read_text())
+    assert len(rows) == 4
+    assert float(rows[0]["loss mean"]) == best["best_value"]
+    assert float(rows[0]["method.temperature"]) == best["best_params"]["method.temperature"]
