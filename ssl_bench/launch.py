@@ -88,6 +88,7 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
         max_restarts=0,
         monitor_interval=0.2,
         start_method="spawn",
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",  # the last is Slurm's warning
     )
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -96,7 +97,7 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
             for message in sorted(Path(folder).glob("*.json")):
                 raise UserError(json.loads(message.read_text())) from None
             status = max(failure.exitcode for failure in error.failures.values())
-            if status in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+            if status in (128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGUSR2):
                 raise Interrupted(status - 128) from None
             raise RuntimeError(f"a process failed: {error.format_msg()}") from None
         except SignalException as stop:  # it has passed the signal on, and waited for the ranks to save
@@ -107,6 +108,7 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
 def _rank(config: str, folder: str) -> dict[str, float]:
     from ssl_bench import distributed
 
+    signal.signal(signal.SIGUSR2, lambda *_: None)  # outside of a run it must not end this process
     rank = distributed.launched().rank
     set_up_logging(quiet=rank > 0)
     try:

@@ -38,10 +38,13 @@ def attempt(member: sweep.Member, rank: int = 0) -> None:
 class SlurmTask:
     """What submitit pickles and calls, once a task of the job.
 
-    A job ends in four ways. Slurm warns of the time limit or of a preemption (SIGUSR2, or SIGTERM while the job counts as
-    running): the run saves, and submitit's own handler has the job requeued. Slurm takes the job away (scancel, scontrol
-    requeue: SIGTERM, and it doesn't count as running any more): the run saves, the rest is Slurm's. It fails: exit status
-    1, and srun's --kill-on-bad-exit ends the other tasks. It finishes.
+    A job ends in one of four ways:
+    - Slurm warns of the time limit or of a preemption: SIGUSR2, or SIGTERM while the job counts as running. The run
+      saves, then submitit's own handler has the job requeued.
+    - Slurm takes it away (scancel, scontrol requeue): SIGTERM, when it doesn't count as running any more. The run
+      saves; the rest is Slurm's.
+    - It fails: exit status 1, and srun's --kill-on-bad-exit ends the other tasks.
+    - It finishes.
     """
 
     def __init__(self, file: Path) -> None:
@@ -56,21 +59,27 @@ class SlurmTask:
             run(self.file)
         except Interrupted as stop:
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # one requeue is enough
-            job = sweep.Member.load(self.file).job
-            queue = sweep.queued()
-            warned = stop.signum == signal.SIGUSR2 or (
-                stop.signum == signal.SIGTERM and (queue is None or queue.get(job, sweep.State("")).name == "running")
-            )
-            if warned:
+            member = sweep.Member.load(self.file)
+            if stop.signum != signal.SIGUSR2 and not (stop.signum == signal.SIGTERM and _counts_as_running(member.job)):
+                sys.exit(128 + stop.signum)
+            try:
                 requeue(signal.SIGUSR2, None)
-            # A task that fails would end rank 0, which may be busy requeueing.
-            sys.exit(0 if warned else 128 + stop.signum)
+            except Exception as error:
+                member.fail(f"{stop}, but it can't be requeued: {error}")
+                raise
+            sys.exit(0)  # not with a failure: it would end rank 0, which is busy requeueing
 
     def checkpoint(self) -> object:
         """submitit: what to run after a requeue."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
+
+
+def _counts_as_running(job: str) -> bool:
+    """Where Slurm can't be asked, as in a container, the batch script will ask."""
+    queue = sweep.queued()
+    return queue is None or (job in queue and queue[job].name == "running")
 
 
 def _leave_requeue_to_the_script() -> None:

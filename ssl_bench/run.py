@@ -135,7 +135,7 @@ class Run:
     def _on_signal(self, signum: int, frame: object) -> None:
         if self._signum == signal.SIGINT == signum:
             raise KeyboardInterrupt
-        if signum == signal.SIGUSR2 and not self._signum:
+        if signum == signal.SIGUSR2 and not self._signum and callable(signal.getsignal(signal.SIGALRM)):
             signal.alarm(int(os.environ.get("SSL_BENCH_GRACE", 0)))  # s until it is too late to finish a step
         self._signum = signum
         again = " (Ctrl-C again: now)" if signum == signal.SIGINT else ""

@@ -11,14 +11,16 @@ from ssl_bench import build
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 # `ssl-bench ...` in fenced blocks (not transcripts, which begin with $) and in running text
-COMMANDS = sorted(set(re.findall(r"^ssl-bench (.+)$", README, re.M)) | set(re.findall(r"`ssl-bench ([^`]+)`", README)))
+COMMANDS = sorted(
+    set(re.findall(r"^ *ssl-bench (.+)$", README, re.M)) | set(re.findall(r"`ssl-bench ([^`]+)`", README))
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_composes(command: str) -> None:
     if "--help" in command or "--config-dir" in command:
         return
-    words = [word for word in shlex.split(command, comments=True) if not word.startswith("-") and word != "job"]
+    words = [word for word in shlex.split(command, comments=True) if word[0] not in "-$" and word != "job"]
     build.check(compose(*(re.sub(r"=([^\[,]+),.*", r"=\1", word) for word in words)))
 
 

@@ -30,7 +30,7 @@ def call(*command: str | Path, cwd: Path) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, so that the checkout stays clean."""
     copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("wheel")
-    for name in ("conf", "launchers", "ssl_bench"):
+    for name in ("conf", "hydra_plugins", "launchers", "ssl_bench"):
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -67,8 +67,11 @@ def test_the_wheel_holds_every_configuration(wheel: Path) -> None:
         path.relative_to(ROOT).as_posix() for path in (ROOT / "ssl_bench").rglob("*.py") if "conf" not in path.parts
     }
     assert modules <= set(names)
-    strangers = {name.split("/")[0] for name in names} - {"ssl_bench"}
+    strangers = {name.split("/")[0] for name in names} - {"ssl_bench", "hydra_plugins"}
     assert len(strangers) == 1  # ssl_bench-*.dist-info: neither conf, launchers nor tests beside it
+    assert [name for name in names if name.startswith("hydra_plugins/")] == [
+        "hydra_plugins/ssl_bench_launchers/__init__.py"  # a namespace: no __init__.py above
+    ]
 
 
 def test_help_and_configuration(installed: Callable[..., str]) -> None:
@@ -79,6 +82,14 @@ def test_help_and_configuration(installed: Callable[..., str]) -> None:
     job = installed("ssl-bench", "--cfg", "job")
     assert "_target_: ssl_bench.methods.moco.MoCo" in job
     assert installed("python", "-m", "ssl_bench.train", "--cfg", "job") == job
+
+
+def test_a_sweep(installed: Callable[..., str]) -> None:
+    """Hydra finds the launchers, and the members, in processes of their own, find everything else."""
+    installed("ssl-bench", "launcher=workstation", *TINY_PRETRAIN, "epochs=1")
+    listing = installed("ssl-bench", "stage=status", "runs=runs/sweeps/pretrain")
+    assert "| finished | 10/10" in listing
+    assert "partition: n1s16-t4-2" in installed("ssl-bench", "launcher=nyu_t4x2", "--cfg", "hydra")
 
 
 def test_a_run(installed: Callable[..., str]) -> None:

@@ -1,4 +1,4 @@
-"""Hydra launchers of ssl_bench's sweeps: here, on a workstation, on Slurm. `launchers/*.yaml` choose and configure them.
+"""Hydra launchers of our sweeps: here, on a workstation, on Slurm. `launchers/*.yaml` choose and configure them.
 
 Hydra imports this module at every start of every application: what is heavy is imported where it is used.
 """
@@ -33,7 +33,7 @@ log = logging.getLogger("ssl_bench.sweep")
 
 
 class _SweepLauncher(Launcher):
-    """Members are composed at the start and run from that copy; finished ones are left alone; their files tell the rest."""
+    """Members are composed at the start and run from that copy; finished ones are left alone; files tell the rest."""
 
     wait = True
 
@@ -255,10 +255,12 @@ class Slurm(_SweepLauncher):
             ],
             "teardown": [
                 "status=$?",
-                # Written where there is no scontrol inside. One who is cancelled doesn't count as running any more.
+                # Written where there is no scontrol inside. What is cancelled doesn't count as running any more.
                 'if [ -e "$SSL_BENCH_REQUEUE" ]; then',
                 '    rm "$SSL_BENCH_REQUEUE"',
-                '    [ "$(squeue -h -j $SLURM_JOB_ID -o %T)" = RUNNING ] && scontrol requeue $SLURM_JOB_ID && sleep 300',
+                '    if [ "$(squeue -h -j $SLURM_JOB_ID -o %T)" = RUNNING ]; then',
+                "        scontrol requeue $SLURM_JOB_ID && sleep 300",
+                "    fi",
                 "fi",
                 *teardown,
                 "exit $status",
@@ -322,11 +324,13 @@ def _quoted(word: str) -> str:
 def _stage(file: str, folder: str) -> str:
     """Shell: copy a file to each node's disk, where it isn't there yet; a copy that was cut off is never used."""
     target = f"{folder.rstrip('/')}/{Path(file).name}"
-    copy = (
-        f'mkdir -p "{folder}" && if [ "$(stat -Lc "%s %Y" "{file}")" != "$(stat -Lc "%s %Y" "{target}" 2>/dev/null)" ]; '
-        f'then cp -pL "{file}" "{target}.$SLURM_JOB_ID" && mv "{target}.$SLURM_JOB_ID" "{target}"; fi'
+    script = (
+        f'mkdir -p "{folder}"; have=$(stat -Lc "%s %Y" "{target}" 2>/dev/null); '
+        f'if [ "$have" != "$(stat -Lc "%s %Y" "{file}")" ]; then '
+        f'cp -pL "{file}" "{target}.$SLURM_JOB_ID" && mv "{target}.$SLURM_JOB_ID" "{target}"; fi'
     )
-    return f"srun --nodes=$SLURM_JOB_NUM_NODES --ntasks=$SLURM_JOB_NUM_NODES --ntasks-per-node=1 --overlap bash -c '{copy}' || exit 1"
+    once_a_node = "--nodes=$SLURM_JOB_NUM_NODES --ntasks=$SLURM_JOB_NUM_NODES --ntasks-per-node=1 --overlap"
+    return f"srun {once_a_node} bash -c '{script}' || exit 1"
 
 
 @dataclass

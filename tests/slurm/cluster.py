@@ -57,6 +57,7 @@ AccountingStorageType={accounting}
 NodeName={host} NodeAddr=127.0.0.1 Port={slurmd_port} CPUs=16 RealMemory=16000 Gres=gpu:2 State=UNKNOWN
 PartitionName=low        Nodes={host} Default=YES PriorityTier=1  GraceTime=5 State=UP
 PartitionName=high       Nodes={host}             PriorityTier=10 GraceTime=0 State=UP
+PartitionName=gpu        Nodes={host}             PriorityTier=1  GraceTime=5 State=UP
 PartitionName=n1s16-t4-2 Nodes={host}             PriorityTier=1  GraceTime=5 State=UP MaxTime=1-00:00:00
 """
 

@@ -44,7 +44,7 @@ def test_the_header_is_shown() -> None:
 
 
 def test_the_job(sweeps: Sweeps, slurm: Cluster, whole: Callable[..., tuple]) -> None:
-    """Two tasks on two GPUs in a container, on data that was copied to the node; warned, requeued from outside, resumed."""
+    """Two tasks in a container, with data that was copied to the node; warned, requeued from outside, resumed."""
     folder = sweeps.folder
     (folder / "inside").mkdir()
     for program in ("bash", "sh", "env", "git", "uname", "dirname"):

@@ -50,7 +50,7 @@ def continued_after(run: Path) -> list[int]:
     return [int(step) for step in re.findall(r"continuing after step (\d+)", (run / "log.txt").read_text())]
 
 
-# -- the ways of being interrupted: each starts a sweep of one member in its own folder, and sees it through ------------
+# -- the ways of being interrupted: each starts a sweep of one member in its own folder, and sees it through -----------
 
 
 def requeued(sweeps: Sweeps, slurm: Cluster) -> None:
@@ -64,6 +64,11 @@ def usr2(sweeps: Sweeps, slurm: Cluster) -> None:
 def term(sweeps: Sweeps, slurm: Cluster) -> None:
     """As clusters do that preempt with a grace time and no other warning."""
     warned(sweeps, lambda job: slurm("scancel", "--signal=TERM", job))
+
+
+def usr2_to_all_processes(sweeps: Sweeps, slurm: Cluster) -> None:
+    """Of a task that has started its ranks itself."""
+    warned(sweeps, lambda job: slurm("scancel", "--signal=USR2", job), "devices=2")
 
 
 def warned(sweeps: Sweeps, interrupt: Callable[[str], object], *words: str) -> None:
@@ -130,12 +135,14 @@ def ended_for_good(sweeps: Sweeps, slurm: Cluster, end: Callable[[str], object],
 def test_interrupted(slurm: Cluster, tmp_path: Path, whole: Callable[..., tuple]) -> None:
     """Side by side, since they spend most of their time waiting."""
     ways = (at_the_time_limit, in_a_step_longer_than_the_warning, requeued, cancelled, killed, usr2, term)
+    ways += (usr2_to_all_processes,)
     with ThreadPoolExecutor(4) as pool:
         sweeps = {way: Sweeps(slurm, tmp_path / way.__name__) for way in ways}
         outcomes = [pool.submit(way, sweeps[way], slurm) for way in ways]
     for outcome, way in zip(outcomes, ways, strict=True):
         outcome.result()
-        assert_as_if_nothing_happened(sweeps[way].run(), whole())
+        words = ("devices=2",) if way is usr2_to_all_processes else ()
+        assert_as_if_nothing_happened(sweeps[way].run(), whole(*words))
 
 
 def test_a_lost_node(sweeps: Sweeps, slurm: Cluster, whole: Callable[..., tuple]) -> None:

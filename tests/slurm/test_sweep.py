@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from slurm.cluster import Cluster, wait
-from slurm.conftest import Sweeps
+from slurm.conftest import CLUSTER, Sweeps
 
 GRID = ["epochs=1", "seed=0,1", "method.temperature=0.1,0.3", "optimizer.base_lr=0.03,0.3"]
 

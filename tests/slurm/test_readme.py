@@ -1,0 +1,36 @@
+"""The README's page "From laptop to cluster", its shell blocks typed as they stand, on a smaller WHAT."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import TINY_PRETRAIN
+
+from slurm.cluster import wait
+from slurm.conftest import Sweeps
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = README.partition("## From laptop to cluster")[2].partition("\n## ")[0]
+
+
+def test_from_laptop_to_cluster(sweeps: Sweeps) -> None:
+    blocks = re.findall(r"^( *)```sh\n(.*?)^ *```", PAGE, re.DOTALL | re.MULTILINE)
+    script = "".join(re.sub(f"^{indent}", "", block, flags=re.MULTILINE) for indent, block in blocks)
+    tiny = " ".join([*TINY_PRETRAIN, "epochs=1"])
+    script, replaced = re.subn("data=dl21 .* backbone=resnet50", tiny, script)
+    assert (len(blocks), replaced) == (2, 1)
+    script = script.replace("module load cuda", "true")
+    program = f'ssl-bench() {{ "{sys.executable}" -m ssl_bench.train "$@"; }}\n'
+    result = subprocess.run(
+        ["bash", "-ec", program + script], cwd=sweeps.folder, env=sweeps.slurm.env, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    wait(lambda: not sweeps.slurm.jobs(), 120)  # those that were left
+    sweeps.root = sweeps.root.with_name("temperature")
+    assert len(list(sweeps.root.glob("*/summary.json"))) == 2 * 5
+    assert result.stderr.count("to start") == 5
+    assert "2 finished, 0 under way, 2 to start" in result.stderr
+    table = sweeps.status().splitlines()[-2:]
+    assert {line.split("|")[1].strip() for line in table} == {"0.1", "0.2"}
+    assert {line.split("|")[3].strip() for line in table} == {"5"}
