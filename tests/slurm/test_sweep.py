@@ -88,7 +88,7 @@ def test_what_is_queued_stays_as_it_was_composed(sweeps: Sweeps, slurm: Cluster)
         (sweeps.folder / "conf" / group).mkdir(parents=True)
         (sweeps.folder / "conf" / group / "mine.yaml").write_text(text)
     command = ["method=mine", "stage=pipeline", "epochs=1", "metric=random init top-1"]
-    command += ["stage.protocol=[augmentation=mine,epochs=1,stage.test_resize=1.0]"]
+    command += ["stage.protocol=['augmentation=mine','epochs=1','stage.test_resize=1.0']"]
     command += ["hydra.launcher.wait=false", "+hydra.launcher.additional_parameters.hold=true"]
     sweeps.root = sweeps.root.with_name("pipeline")
 
