@@ -437,3 +437,18 @@ def test_eval_view_is_resize_and_centre_crop():
     assert out.shape == (6, 3, 28, 28)
     assert torch.equal(view.denormalize(out), expected)
     assert torch.equal(EvalView(40, resize=1.0).denormalize(EvalView(40, resize=1.0)(images)), images)
+
+
+def test_threads_change_nothing() -> None:
+    views, images = Views(24, solarize_p=0.3), torch.randint(256, (70, 3, 40, 40), dtype=torch.uint8)
+    before = torch.get_num_threads()
+    made = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            made.append(views(images, keys(0, 0, torch.arange(70))))
+            assert torch.get_num_threads() == threads
+            assert all(not view.requires_grad for view in made[-1])
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *made))
