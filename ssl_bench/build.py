@@ -40,7 +40,7 @@ class Root(BaseModel):
     batch_size: PositiveInt
     pretrained: str | None
     runs: str | list[str] | None
-    sweep: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    sweep: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     metric: str | None
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
     devices: PositiveInt

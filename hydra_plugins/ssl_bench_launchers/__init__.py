@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,7 +53,9 @@ class _SweepLauncher(Launcher):
             raise UserError(
                 f"dir={same} is that of several members: leave out dir=, or sweep over what tells them apart"
             )
-        queue = sweep.queued() if any(member.job for member in members) else {}
+        # Without Slurm here, jobs of earlier commands can't be seen; the lock of the run directory keeps them apart.
+        asked = shutil.which("squeue") and any(member.job and member.result() is None for member in members)
+        queue = sweep.queued() if asked else {}
         if queue is None:
             raise UserError("squeue doesn't answer, and earlier jobs of this sweep may still be there: try again later")
         todo = [member for member in members if member.result() is None and member.job not in queue]
@@ -101,12 +104,14 @@ class _SweepLauncher(Launcher):
                 for parent, _, names in os.walk(root, followlinks=True):
                     files = (Path(parent, name) for name in names if name.endswith(".yaml"))
                     texts |= {str(file.relative_to(root)): file.read_text() for file in files}
-        digest = blake2b(repr(sorted(texts.items())).encode(), digest_size=4).hexdigest()
-        for path, text in texts.items():
-            target = folder / f"conf-{digest}" / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(text)
-        return folder / f"conf-{digest}"
+        copy = folder / f"conf-{blake2b(repr(sorted(texts.items())).encode(), digest_size=4).hexdigest()}"
+        if not copy.exists():
+            partial = copy.with_name(f"{copy.name}.{os.getpid()}")
+            for path, text in texts.items():
+                (partial / path).parent.mkdir(parents=True, exist_ok=True)
+                (partial / path).write_text(text)
+            partial.rename(copy)
+        return copy
 
     def _returns(self, members: list["Member"]) -> list[JobReturn]:
         """For the sweeper: each member's metric, or the exception that says what became of those without."""
@@ -255,9 +260,10 @@ class Slurm(_SweepLauncher):
             ],
             "teardown": [
                 "status=$?",
-                # Written where there is no scontrol inside. What is cancelled doesn't count as running any more.
-                'if [ -e "$SSL_BENCH_REQUEUE" ]; then',
-                '    rm "$SSL_BENCH_REQUEUE"',
+                # Left where there is no scontrol inside; or USR2 (12) came before Python could attend to it.
+                'if [ -e "$SSL_BENCH_REQUEUE" ] || [ $status = 140 ]; then',
+                '    rm -f "$SSL_BENCH_REQUEUE"',
+                # What is cancelled doesn't count as running any more.
                 '    if [ "$(squeue -h -j $SLURM_JOB_ID -o %T)" = RUNNING ]; then',
                 "        scontrol requeue $SLURM_JOB_ID && sleep 300",
                 "    fi",
@@ -275,6 +281,7 @@ class Slurm(_SweepLauncher):
 
     def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
         from submitit import AutoExecutor
+        from submitit.core.utils import FailedJobError
 
         from ssl_bench.errors import UserError
         from ssl_bench.member import SlurmTask
@@ -291,7 +298,12 @@ class Slurm(_SweepLauncher):
                 ) from None
             shared = OmegaConf.structured(BaseQueueConf).keys()
             executor.update_parameters(**{k if k in shared else f"slurm_{k}": v for k, v in self.parameters.items()})
-            jobs = executor.submit_array([SlurmTask(member.file) for member in todo])
+            try:
+                jobs = executor.submit_array([SlurmTask(member.file) for member in todo])
+            except FailedJobError as error:  # sbatch has said why
+                raise UserError(
+                    f"{' '.join(str(error).split())}: change hydra.launcher, whose keys are sbatch's"
+                ) from None
             for member, job in zip(todo, jobs, strict=True):
                 member.job = job.job_id
                 member.save()

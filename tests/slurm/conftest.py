@@ -67,6 +67,7 @@ class Sweeps:
         self.slurm, self.folder = slurm, folder
         folder.mkdir(exist_ok=True)
         self.root = folder / "runs" / "sweeps" / "pretrain"
+        self.task = f"^{sys.executable} -u -m submitit.core._submit {folder}/"  # the processes of its jobs, for pgrep
         (folder / "mine.py").write_text(MINE)
 
     def start(self, *words: str, launcher: list[str] = CLUSTER, **env: str) -> subprocess.Popen:

@@ -83,6 +83,16 @@ def warned(sweeps: Sweeps, interrupt: Callable[[str], object], *words: str) -> N
     assert continued_after(sweeps.run()) == [saved]
 
 
+def before_python_is_ready(sweeps: Sweeps, slurm: Cluster) -> None:
+    process = sweeps.start(*LONG)
+    wait(lambda: slurm.answers("pgrep", "-f", sweeps.task), 60)
+    wait(sweeps.job)
+    slurm("scancel", "--signal=USR2", sweeps.job())
+    result = ended(process)
+    assert result.returncode == 0, result.stderr
+    assert len(slurm("sacct", "-n", "-D", "-X", "-j", sweeps.job()).splitlines()) == 2  # it was requeued
+
+
 def at_the_time_limit(sweeps: Sweeps, slurm: Cluster) -> None:
     """submitit's own default gives up here."""
     limit = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=18"]
@@ -108,8 +118,7 @@ def cancelled(sweeps: Sweeps, slurm: Cluster) -> None:
 
 def killed(sweeps: Sweeps, slurm: Cluster) -> None:
     def kill(job: str) -> None:
-        task = f"^{sys.executable} -u -m submitit.core._submit {sweeps.folder}/"
-        os.kill(int(slurm("pgrep", "-f", task)), signal.SIGKILL)
+        os.kill(int(slurm("pgrep", "-f", sweeps.task)), signal.SIGKILL)
 
     saved = ended_for_good(sweeps, slurm, kill, "failed")
     assert saved == 10
@@ -135,7 +144,7 @@ def ended_for_good(sweeps: Sweeps, slurm: Cluster, end: Callable[[str], object],
 def test_interrupted(slurm: Cluster, tmp_path: Path, whole: Callable[..., tuple]) -> None:
     """Side by side, since they spend most of their time waiting."""
     ways = (at_the_time_limit, in_a_step_longer_than_the_warning, requeued, cancelled, killed, usr2, term)
-    ways += (usr2_to_all_processes,)
+    ways += (usr2_to_all_processes, before_python_is_ready)
     with ThreadPoolExecutor(4) as pool:
         sweeps = {way: Sweeps(slurm, tmp_path / way.__name__) for way in ways}
         outcomes = [pool.submit(way, sweeps[way], slurm) for way in ways]

@@ -72,6 +72,13 @@ def assert_table_is_right(root: Path) -> None:
         assert cells in table
 
 
+def test_what_sbatch_refuses(sweeps: Sweeps) -> None:
+    result = sweeps("hydra.launcher.partition=nowhere")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "invalid partition specified: nowhere" in result.stderr.splitlines()[-1]
+
+
 def test_any_rank_can_fail(sweeps: Sweeps, slurm: Cluster) -> None:
     result = sweeps("epochs=1", "hydra.launcher.tasks_per_node=2", FAIL="rank1")
     assert result.returncode == 2
