@@ -27,13 +27,19 @@ def call(*command: str | Path, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that the checkout stays clean."""
-    copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("wheel")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of what is installed, so that the checkout stays clean."""
+    copy = tmp_path_factory.mktemp("copy")
     for name in ("conf", "hydra_plugins", "launchers", "ssl_bench"):
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
     call(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, copy, cwd=out)
     (built,) = out.glob("ssl_bench-*.whl")
     return built
@@ -41,6 +47,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    return install(tmp_path_factory, "--no-index", wheel)
+
+
+def install(tmp_path_factory: pytest.TempPathFactory, *what: str | Path) -> Callable[..., str]:
     """Runs a program of a new environment, which shares only the dependencies with this one."""
     venv, elsewhere = tmp_path_factory.mktemp("venv"), tmp_path_factory.mktemp("elsewhere")
     call(sys.executable, "-m", "venv", "--without-pip", venv, cwd=elsewhere)
@@ -49,9 +59,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     # Its own packages come first. Python reads no .pth files of the folder named here: an editable install stays out.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
-    call(*pip, "install", "--no-deps", "--no-index", "--force-reinstall", "--ignore-installed", wheel, cwd=elsewhere)
-    where = call(python, "-c", "import ssl_bench; print(ssl_bench.__file__)", cwd=elsewhere)
-    assert Path(where.strip()) == site / "ssl_bench" / "__init__.py"
+    call(*pip, "install", "--no-deps", "--force-reinstall", "--ignore-installed", *what, cwd=elsewhere)
+    where = Path(call(python, "-c", "import ssl_bench; print(ssl_bench.__file__)", cwd=elsewhere).strip())
+    assert where.is_relative_to(what[-1] if "--editable" in what else site)
 
     def program(name: str, *args: str) -> str:
         return call(venv / "bin" / name, *args, cwd=elsewhere)
@@ -90,6 +100,12 @@ def test_a_sweep(installed: Callable[..., str]) -> None:
     listing = installed("ssl-bench", "stage=status", "runs=runs/sweeps/pretrain")
     assert "| finished | 10/10" in listing
     assert "partition: n1s16-t4-2" in installed("ssl-bench", "launcher=nyu_t4x2", "--cfg", "hydra")
+
+
+def test_an_editable_install(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Hydra's own search doesn't look into one."""
+    program = install(tmp_path_factory, "--no-build-isolation", "--editable", copy)
+    assert "partition: n1s16-t4-2" in program("ssl-bench", "launcher=nyu_t4x2", "--cfg", "hydra")
 
 
 def test_a_run(installed: Callable[..., str]) -> None:
