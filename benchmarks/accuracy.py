@@ -12,18 +12,16 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
-from memory import machine
+from common import machine, workplace
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from ssl_bench.augment.ops import ColorJitter, GaussianBlur, RandomGrayscale
 from ssl_bench.augment.views import Views
-from ssl_bench.data.synthetic import write_dl21
-from ssl_bench.report import mean_std
+from ssl_bench.report import mean_std, table
 
 COUNTS = {"num_unlabeled": 8000, "num_train": 2000, "num_val": 2000}
 COMMON = ("experiment=synthetic_dl21", "epochs=8", "stage.seeds=[0]")
@@ -75,11 +73,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "accuracy.json")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="ssl_bench_accuracy_") as temporary:
-        folder = (args.folder or Path(temporary)).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "data").exists():
-            write_dl21(folder / "data", **COUNTS, num_classes=10)
+    with workplace(args.folder, **COUNTS) as folder:
         results = {row: [pretrain(folder, row, seed) for seed in args.seeds] for row in ROWS}
     rows = {}
     for row, runs in results.items():
@@ -89,9 +83,7 @@ def main() -> None:
             rows[row if kind == "pretrained" else kind] = {"top1": top1, "mean": mean, "std": std}
     settings = {"command": ["ssl-bench", *COMMON], "overrides": ROWS, "data": COUNTS, "seeds": args.seeds}
     args.out.write_text(json.dumps({**settings, **machine(), "rows": rows}, indent=2) + "\n")
-    print("| | top-1 (%) |", "| --- | ---: |", sep="\n")
-    for row, values in rows.items():
-        print(f"| {row} | {values['mean']:.1f} ± {values['std']:.1f} ({len(values['top1'])}) |")
+    print(table({row: values["top1"] for row, values in rows.items()}, "top-1"))
 
 
 if __name__ == "__main__":

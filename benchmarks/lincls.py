@@ -12,16 +12,14 @@ to do.
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from ssl_bench.data.pool import default_workers
-from ssl_bench.data.synthetic import write_dl21
-from ssl_bench.run import environment
+from common import machine, workplace
+
+from ssl_bench.report import mean_std
 
 COUNTS = {"num_unlabeled": 5000, "num_train": 2000, "num_val": 2000}
 NETWORK = ("backbone=resnet18", "backbone.width=32")
@@ -86,8 +84,8 @@ def accuracy(results: list[dict]) -> dict:
     """Over the seeds of one protocol, and what was chosen for each."""
     top1 = [result["val_top1"] for result in results]
     chosen = {key: [result[key] for result in results] for key in ("lr", "weight_decay", "holdout_top1")}
-    mean_std = {"top1_mean": statistics.mean(top1), "top1_std": statistics.stdev(top1)}
-    return {"top1": top1, **mean_std, **(chosen if "holdout_top1" in results[0] else {})}
+    mean, std = mean_std(top1)
+    return {"top1": top1, "top1_mean": mean, "top1_std": std, **(chosen if "holdout_top1" in results[0] else {})}
 
 
 def times(result: dict, official: dict) -> dict:
@@ -104,11 +102,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, choices=[64, LARGE], default=64, help="with --only")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "lincls.json")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="ssl_bench_lincls_") as temporary:
-        folder = (args.folder or Path(temporary)).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "data").exists():
-            write_dl21(folder / "data", **COUNTS, num_classes=10)
+    with workplace(args.folder, **COUNTS) as folder:
         command(folder, "pretrained", *PRETRAIN)
         if args.only:
             for seed in args.seeds:
@@ -120,11 +114,8 @@ def main() -> None:
     for name in PROTOCOLS.keys() - {AS_CHOSEN}:  # as long as `official`
         rows[name] |= times(small[name][0], small["official"][0])
     rows |= {f"{name}, {LARGE} pixels": times(run, large["official"]) for name, run in large.items()}
-    environ = environment()
-    kept = ("started", "platform", "python", "packages", "git_commit", "git_dirty", "cpu_threads")
     settings = {"data": COUNTS, "network": NETWORK, "pretrain": PRETRAIN, "protocols": PROTOCOLS, "seeds": args.seeds}
-    machine = {"cpus": default_workers(), "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
-    document = settings | machine | {key: environ[key] for key in kept} | {"rows": rows}
+    document = {**settings, **machine(), "rows": rows}
     args.out.write_text(json.dumps(document, indent=2) + "\n")
     print(json.dumps(rows, indent=2), f"written: {args.out}", sep="\n")
 

@@ -10,16 +10,15 @@ cache: it packs them and trains for an epoch, with a small network so that what 
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from ssl_bench.data.pool import default_workers
+from common import machine
+
 from ssl_bench.data.synthetic import write_dl21
-from ssl_bench.run import environment
 
 SAMPLE_SECONDS = 0.05
 OVERRIDES = (
@@ -92,20 +91,6 @@ def measure(root: Path, cache: Path, run: Path) -> dict:
         "packing_seconds": ended - began,
         "training_images_per_second": rates[len(rates) // 2],
     }
-
-
-def machine() -> dict:
-    """What a figure depends on: the machine, versions, commit."""
-    environ = environment()
-    cpus = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    ]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    kept = ("started", "platform", "python", "packages", "git_commit", "git_dirty", "cpu_threads", "gpus")
-    facts = {"cpu": cpus[0] if cpus else platform.machine(), "cpus": default_workers(), "memory_bytes": memory}
-    return facts | {key: environ[key] for key in kept}
 
 
 def table(rows: list[dict]) -> str:

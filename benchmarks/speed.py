@@ -29,8 +29,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from common import machine
 from memory import OVERRIDES as SMALL
-from memory import machine, private_bytes
+from memory import private_bytes
 from speed_report import plot, tables
 
 from ssl_bench.data.formats import DL21

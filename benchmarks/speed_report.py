@@ -7,6 +7,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from ssl_bench.report import markdown
+
 COLOURS = {"plain": "#9aa5b1", "lightly": "#5b7fa6", "ours": "#d1495b"}
 
 
@@ -27,8 +29,7 @@ def tables(result: dict) -> str:
 
 def table(*rows: list[str], left: int = 1) -> str:
     """The first row is the heading; the first `left` columns are text, the others numbers."""
-    rule = [":---"] * left + ["---:"] * (len(rows[0]) - left)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (rows[0], rule, *rows[1:]))
+    return markdown(rows[0], list(rows[1:]), right=len(rows[0]) - left)
 
 
 def middle(found: dict, digits: int = 1) -> str:

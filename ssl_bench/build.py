@@ -3,8 +3,8 @@
 import difflib
 import os
 import re
-from collections.abc import Callable, Mapping
-from importlib import import_module
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
@@ -110,13 +110,21 @@ def construct(node: Mapping, **supplied: Any) -> Any:
     plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
     path = plain["_target_"]
     values = _schema(path, "node", tuple(supplied)).model_validate(_arguments(plain))
-    return locate(path)(**{key: getattr(values, key) for key in values.model_fields_set}, **supplied)
+    return locate(path, "node")(**{key: getattr(values, key) for key in values.model_fields_set}, **supplied)
 
 
-def locate(path: str) -> Callable:
+def locate(path: str, group: str) -> Callable:
     """The class or function of a dotted path. The current folder is searched too, for a user's own modules."""
-    module, _, name = path.rpartition(".")
-    return getattr(import_module(module), name)
+    with _told(path, group):
+        return signatures.locate(path)
+
+
+@contextmanager
+def _told(path: str | None, group: str) -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{group}._target_={path}: can't be imported ({error})") from None
 
 
 def pick_device(name: str, local_rank: int) -> "torch.device":
@@ -138,10 +146,8 @@ def _arguments(node: dict) -> dict:
 
 
 def _schema(path: str | None, group: str, supplied: tuple[str, ...]) -> type[BaseModel]:
-    try:
+    with _told(path, group):
         parameters = signatures.parameters(path or "", supplied)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{group}._target_={path}: can't be imported ({error})") from None
     fields = {name: (annotation, ... if required else None) for name, (annotation, required) in parameters.items()}
     config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
     return create_model(str(path), __config__=config, **fields)

@@ -22,7 +22,7 @@ def launch(cfg: DictConfig) -> dict[str, float]:
     """Run cfg's stage: in this process, in `cfg.devices` new ones, or as one of those that torchrun or srun started."""
     from ssl_bench import distributed
 
-    single = getattr(build.locate(cfg.stage._target_), "single_process", False)
+    single = getattr(build.locate(cfg.stage._target_, "stage"), "single_process", False)
     if cfg.devices > 1 and distributed.launched() is None and not single:
         return _spawn(cfg)
     return _run(cfg)
@@ -36,10 +36,10 @@ def _run(cfg: DictConfig) -> dict[str, float]:
 
     world = distributed.launched() or distributed.World(0, 0, 1, 1)
     device = build.pick_device(cfg.device, world.local_rank)
-    if device.type == "cpu" and world.local_size > 1:
-        torch.set_num_threads(max(1, default_workers() // world.local_size))
     if device.type == "cpu":
         keep_freed_memory()
+        if world.local_size > 1:
+            torch.set_num_threads(max(1, default_workers() // world.local_size))
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where collectives put what they need
         torch.backends.cudnn.benchmark = True  # shapes are static

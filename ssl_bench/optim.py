@@ -27,5 +27,4 @@ def sgd(
     nesterov: bool = False,
 ) -> torch.optim.Optimizer:
     lr = scaled_lr(base_lr, batch_size, scaling)
-    decay = {"weight_decay": weight_decay, "nesterov": nesterov}
-    return torch.optim.SGD(params, lr=lr, momentum=momentum, fused=True, **decay)
+    return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)

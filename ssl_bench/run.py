@@ -22,7 +22,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from ssl_bench import distributed
+from ssl_bench import distributed, files
 from ssl_bench.build import identity
 from ssl_bench.checkpoint import Checkpoint, complete
 from ssl_bench.errors import Interrupted, UserError
@@ -77,7 +77,7 @@ class Run:
             self.summary = json.loads(done.read_text())
             return
         if self.is_main:
-            _write(directory / "environment.json", json.dumps(environment(), indent=2))
+            files.write(directory / "environment.json", json.dumps(environment(), indent=2) + "\n")
             stack.enter_context(_log_to(directory / "log.txt"))
             self.metrics = MetricsFile(directory / "metrics.jsonl")
             stack.callback(self.metrics.close)
@@ -100,7 +100,7 @@ class Run:
         """The stage is through. What it returns is the run's result, and marks it as done."""
         self.summary, self.status = summary, "finished"
         if self.directory and self.is_main:
-            _write(self.directory / "summary.json", json.dumps(summary, indent=2))
+            files.write(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
             if "tracker" in vars(self) and (checkpoints := complete(self.directory)):
                 self.tracker.log_checkpoint_file(checkpoints[0])
 
@@ -124,7 +124,7 @@ class Run:
             raise UserError(f"dir={directory} is in use by another process: wait, or choose another dir=") from None
         except OSError as error:
             raise UserError(f"dir={directory}: can't be written ({error.strerror}); choose another dir=") from None
-        _write(known, yaml.safe_dump(self._config, sort_keys=False))
+        files.write(known, yaml.safe_dump(self._config, sort_keys=False))
         return lock
 
     def _discard(self, directory: Path) -> None:
@@ -232,12 +232,6 @@ def _log_to(path: Path) -> Iterator[None]:
     finally:
         logging.getLogger("ssl_bench").removeHandler(handler)
         handler.close()
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text + "\n")
-    partial.replace(path)
 
 
 def _short(value: float) -> str:

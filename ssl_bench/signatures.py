@@ -7,6 +7,7 @@ for a line that says "did you mean". Where the source isn't plain enough, the co
 import ast
 import builtins
 import inspect
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -25,6 +26,12 @@ class _NotPlain(Exception):
     pass
 
 
+def locate(path: str) -> Callable:
+    """The class or function with this dotted path, imported. ImportError, AttributeError, ValueError."""
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
 @cache
 def parameters(path: str, supplied: tuple[str, ...]) -> dict[str, Parameter]:
     """Those of the class or function with this dotted path, but for the `supplied`. ImportError, AttributeError."""
@@ -32,7 +39,7 @@ def parameters(path: str, supplied: tuple[str, ...]) -> dict[str, Parameter]:
     try:
         return _Module(module).parameters(name, supplied)
     except _NotPlain:
-        target = getattr(import_module(module), name)
+        target = locate(path)
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     return {
         name: Parameter(hints.get(name, Any), parameter.default is parameter.empty)

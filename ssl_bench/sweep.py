@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import filelock
 import yaml
 
-from ssl_bench import build
+from ssl_bench import build, files
 from ssl_bench.tracking import MetricsFile
 
 
@@ -41,7 +41,8 @@ class Member:
 
     def save(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        _write(self.file, json.dumps({key: value for key, value in asdict(self).items() if key != "file"}, indent=1))
+        values = {key: value for key, value in asdict(self).items() if key != "file"}
+        files.write(self.file, json.dumps(values, indent=1))
 
     @property
     def name(self) -> str:
@@ -61,7 +62,7 @@ class Member:
     def fail(self, reason: str, rank: int = 0) -> None:
         """The first rank to fail has the cause; the others fail because it has left."""
         if not self._failed.exists():
-            _write(self._failed, json.dumps({"reason": reason, "rank": rank, "job": self.job}))
+            files.write(self._failed, json.dumps({"reason": reason, "rank": rank, "job": self.job}))
 
     def forget_failure(self) -> None:
         self._failed.unlink(missing_ok=True)
@@ -234,16 +235,10 @@ def write_table(folder: Path, members: Sequence[Member], metric: str | None = No
     writer = csv.writer(file)
     writer.writerow([*keys, f"{metric} mean", f"{metric} std", "finished", "members"])
     writer.writerows([*combination, *numbers] for combination, *numbers in rows)
-    _write(folder / "table.md", text + "\n")
-    _write(folder / "table.csv", file.getvalue())
+    files.write(folder / "table.md", text + "\n")
+    files.write(folder / "table.csv", file.getvalue())
     return text
 
 
 def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.4g}"
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)

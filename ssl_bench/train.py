@@ -16,7 +16,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hydra_plugins.ssl_bench_launchers import Local, Slurm, Workstation
 from ssl_bench import build, sweep
 from ssl_bench.errors import Interrupted, UserError
 from ssl_bench.launch import launch, set_up_logging
@@ -31,8 +30,16 @@ def run_dir(default: str) -> str:
     return os.path.join(HydraConfig.get().sweep.dir, sweep.name(HydraConfig.get().overrides.task))
 
 
-for launcher in (Local, Workstation, Slurm):  # by hand: Hydra's search doesn't see into an editable install
-    Plugins.instance().register(launcher)
+def register_launchers() -> None:
+    """Hydra finds them by itself, but not in an editable install, whose folders it can't list."""
+    plugins = Plugins.instance()  # searches, and would load again what is imported before
+    from hydra_plugins.ssl_bench_launchers import Local, Slurm, Workstation
+
+    for launcher in (Local, Workstation, Slurm):
+        plugins.register(launcher)
+
+
+register_launchers()
 OmegaConf.register_new_resolver("slug", build.slug, replace=True)
 OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
 

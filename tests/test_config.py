@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 import ssl_bench.train
 from ssl_bench import build, signatures
+from ssl_bench.errors import UserError
 
 CONF = Path(ssl_bench.train.__file__).with_name("conf")
 GROUPS = (
@@ -46,7 +47,7 @@ def test_a_signature_that_is_read_is_the_one_that_is_imported(group: str, choice
     for name, node in compose(f"{group}={choice}", *NEEDED.get(choice, [])).items():
         if not (name in build.SUPPLIED and node):
             continue
-        target, supplied = build.locate(node._target_), build.SUPPLIED[name]
+        target, supplied = build.locate(node._target_, name), build.SUPPLIED[name]
         hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
         expected = {
             key: (repr(hints[key]), parameter.default is parameter.empty)
@@ -102,3 +103,11 @@ def test_every_constant_of_the_papers() -> None:
     assert (lincls.optimizer.weight_decay, lincls.epochs, lincls.batch_size) == (0.0, 100, 256)
     schedule = build.construct(lincls.schedule)
     assert [round(schedule(epoch, 100), 6) for epoch in (59, 60, 79, 80)] == [1, 0.1, 0.1, 0.01]
+
+
+def test_a_target_whose_module_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its signature can be read; what it needs isn't there."""
+    (tmp_path / "mine_broken.py").write_text("import no_such_package\n\n\ndef make(size: int = 1):\n    return size\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"_target_=mine_broken\.make: can't be imported .*no_such_package"):
+        build.construct({"_target_": "mine_broken.make"})

@@ -186,8 +186,8 @@ class StreamedSource(Source):
     """
 
     def __init__(self, split: Split, *args, workers: int | None = None, on_error: OnError = "raise", **kwargs):
-        labels = np.full(split.length, -1) if split.labels is None else split.labels
-        super().__init__(labels, np.arange(split.length), *args, **kwargs)
+        indices = np.arange(split.length)
+        super().__init__(split.labels_of(indices), indices, *args, **kwargs)
         self.split, self.workers, self.on_error = split, workers or default_workers(), on_error
         self._told: set[int] = set()
 

@@ -40,6 +40,10 @@ class Split:
     read: Callable[[int], np.ndarray]  # index -> uint8 (image_size, image_size, 3); picklable, for worker processes
     where: Callable[[int], str]  # index -> the path or name to show a person
 
+    def labels_of(self, indices: np.ndarray) -> np.ndarray:
+        """int64, -1 where unlabelled."""
+        return np.full(len(indices), -1, np.int64) if self.labels is None else self.labels[indices]
+
 
 @dataclass(frozen=True)
 class Store:
@@ -66,7 +70,7 @@ def open_store(
     Raises UserError for an image that can't be decoded (unless on_error="skip": it is left out and logged), a file that
     can't be read, a full disk.
     """
-    root = Path(cache).expanduser() if cache else cache_folder("stores")
+    root = _root(cache)
     directory = root / split.store_name
     if not directory.is_dir():
         try:
@@ -119,8 +123,12 @@ def _remove_leftovers(root: Path) -> None:
 
 def has_room(split: Split, image_size: int, cache: str | Path | None = None) -> bool:
     """Is the split packed, or is there room to pack it?"""
-    root = Path(cache).expanduser() if cache else cache_folder("stores")
+    root = _root(cache)
     return (root / split.store_name).is_dir() or _need(split, image_size) < _free(root)
+
+
+def _root(cache: str | Path | None) -> Path:
+    return Path(cache).expanduser() if cache else cache_folder("stores")
 
 
 def _need(split: Split, image_size: int) -> int:
@@ -248,8 +256,7 @@ def _load(split: Split, image_size: int, directory: Path) -> tuple[Store, dict[i
         raise UserError(
             f"the packed images in {directory} are damaged ({error}); delete that folder to pack them again"
         ) from error
-    labels = np.full(len(indices), -1, np.int64) if split.labels is None else split.labels[indices]
-    return Store(images, labels, indices, directory), skipped
+    return Store(images, split.labels_of(indices), indices, directory), skipped
 
 
 def _names(split: Split, bad: dict[int, str], most: int) -> str:
