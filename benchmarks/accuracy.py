@@ -41,9 +41,9 @@ class TorchvisionViews(Views):
         return [view.contiguous(memory_format=torch.channels_last) for view in views]
 
     def transforms(self) -> nn.Module:
-        crop = self.crop
+        crop = self.views[0].crop
         steps = [v2.RandomResizedCrop(crop.size, crop.scale, crop.ratio), v2.ToDtype(torch.float32, scale=True)]
-        for op in self.ops:
+        for op in self.views[0].ops:
             match op:
                 case ColorJitter(strengths=strengths, hue=hue, p=p):
                     steps.append(v2.RandomApply([v2.ColorJitter(*strengths, hue)], p))

@@ -26,10 +26,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import ssl_bench.train  # noqa: F401 - registers the resolvers of the configuration
-from ssl_bench import build
+from ssl_bench import build, memory
 from ssl_bench.augment.draws import keys
 from ssl_bench.data.formats import decode
-from ssl_bench.launch import keep_freed_memory
 from ssl_bench.stages.pretrain import pretrain
 from ssl_bench.stages.training import open_source
 
@@ -222,7 +221,7 @@ def main() -> None:
     build.check(cfg)
     device = build.pick_device(cfg.device, 0)
     if device.type == "cpu":
-        keep_freed_memory()  # as the program does
+        memory.keep_freed()  # as the program does
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     rates = {"bytes": bandwidth(device, wait), "flops": matrix_rate(device, dtype, wait)}

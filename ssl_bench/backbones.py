@@ -1,9 +1,14 @@
 """Feature extractors: images (B, 3, H, W) -> features (B, dim), with the width of the features as `.dim`."""
 
-from typing import Literal
+import difflib
+from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor, nn
+
+from ssl_bench.errors import UserError
 
 Stem = Literal["imagenet", "small"]
 
@@ -57,6 +62,66 @@ def resnet50(stem: Stem = "imagenet", width: PositiveInt = 64) -> nn.Module:
 def resnet101(stem: Stem = "imagenet", width: PositiveInt = 64) -> nn.Module:
     """ResNet-101, dim = 32 * width (2048)."""
     return _resnet("Bottleneck", [3, 4, 23, 3], stem, width)
+
+
+def _vit(image_size: int, patch_size: int, dim: int, num_heads: int) -> nn.Module:
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    class ViT(VisionTransformer):
+        """torchvision's network without `heads`: its own names, its own initialisation. Takes images of any size."""
+
+        def __init__(self) -> None:
+            super().__init__(image_size, patch_size, 12, num_heads, dim, 4 * dim, num_classes=1)
+            self.heads, self.dim = nn.Identity(), dim
+
+        def forward(self, x: Tensor) -> Tensor:
+            patches = self.conv_proj(x)  # (N, dim, rows, columns)
+            positions = self.positions(*patches.shape[2:])
+            tokens = torch.cat([self.class_token.expand(len(x), -1, -1), patches.flatten(2).mT], dim=1) + positions
+            return self.encoder.ln(self.encoder.layers(self.encoder.dropout(tokens)))[:, 0]
+
+        def positions(self, rows: int, columns: int) -> Tensor:
+            """(1, 1 + rows * columns, dim): interpolated where the grid isn't that of `image_size` (DINO's authors)."""
+            embedding = self.encoder.pos_embedding
+            side = image_size // patch_size
+            if (rows, columns) == (side, side):
+                return embedding
+            grid = embedding[:, 1:].mT.unflatten(2, (side, side))
+            grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
+            return torch.cat([embedding[:, :1], grid.flatten(2).mT], dim=1)
+
+    if image_size % patch_size:
+        raise UserError(f"backbone.patch_size={patch_size} does not divide backbone.image_size={image_size}")
+    return ViT()
+
+
+def vit_tiny(image_size: PositiveInt, patch_size: PositiveInt = 16) -> nn.Module:
+    """ViT-T (Touvron et al., arXiv:2012.12877, table 1), dim = 192."""
+    return _vit(image_size, patch_size, 192, 3)
+
+
+def vit_small(image_size: PositiveInt, patch_size: PositiveInt = 16) -> nn.Module:
+    """ViT-S (Touvron et al., arXiv:2012.12877, table 1), dim = 384."""
+    return _vit(image_size, patch_size, 384, 6)
+
+
+def timm(model: str, options: dict[str, Any] | None = None) -> nn.Module:
+    """Any model of the timm package by its name, as initialised there; options: of its constructor.
+
+    UserError: timm isn't installed, or has no such model.
+    """
+    try:
+        from timm import create_model, list_models
+    except ImportError:
+        raise UserError("backbone=timm needs the timm package: pip install 'ssl_bench[timm]'") from None
+    if model not in (known := list_models()):
+        close = difflib.get_close_matches(model, known, n=3)
+        raise UserError(
+            f"backbone.model={model}: timm has no such model; did you mean {', '.join(close) or 'another'}?"
+        )
+    network = create_model(model, num_classes=0, **(options or {}))
+    network.dim = network.num_features
+    return network
 
 
 class Pixels(nn.Module):

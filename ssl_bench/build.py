@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SUPPLIED = {
     "data": (),
     "backbone": (),
-    "method": ("backbone",),
+    "method": ("backbone", "num_classes"),
     "augmentation": (),
     "optimizer": ("params", "batch_size"),
     "schedule": (),
@@ -46,6 +46,7 @@ class Root(BaseModel):
     devices: PositiveInt
     source: Literal["auto", "resident", "host", "streamed"]
     precision: Literal["fp32", "tf32", "bf16"]
+    sync_batch_norm: bool
     compile: bool
     log_every: PositiveInt
     eval_every: NonNegativeInt
@@ -111,6 +112,11 @@ def construct(node: Mapping, **supplied: Any) -> Any:
     path = plain["_target_"]
     values = _schema(path, "node", tuple(supplied)).model_validate(_arguments(plain))
     return locate(path, "node")(**{key: getattr(values, key) for key in values.model_fields_set}, **supplied)
+
+
+def takes(node: Mapping, name: str) -> bool:
+    """Does the constructor of a checked node have this parameter?"""
+    return name in signatures.parameters(node["_target_"], ())
 
 
 def locate(path: str, group: str) -> Callable:

@@ -76,6 +76,40 @@ def all_gather(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, tensor: Tensor) -> Tensor:
+        return all_gather(tensor)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return total(grad).chunk(world_size())[rank()]
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, tensor: Tensor) -> Tensor:
+        return total(tensor)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return total(grad)
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """`all_gather` with gradient: what every rank's loss wants of this rank's part, summed.
+
+    Where each rank then computes the loss of the whole batch, the gradients that DDP averages are those of one process
+    that has the whole batch.
+    """
+    return tensor if world_size() == 1 else _Gather.apply(tensor)
+
+
+def mean_with_grad(tensor: Tensor) -> Tensor:
+    """Mean over ranks; its gradient flows to all of them."""
+    return tensor if world_size() == 1 else _Total.apply(tensor) / world_size()
+
+
 @torch.no_grad()
 def broadcast(tensor: Tensor) -> Tensor:
     """Rank 0's tensor, in place."""

@@ -1,5 +1,6 @@
 """The only loops: `fit` trains, `evaluate` measures."""
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 
@@ -7,14 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_bench import distributed
+from ssl_bench import distributed, memory
 from ssl_bench.augment.draws import keys
 from ssl_bench.data.source import Source
-from ssl_bench.errors import UserError
+from ssl_bench.evaluators import collapse, health
 from ssl_bench.methods.base import Method
+from ssl_bench.optim import freeze_, schedule_
 from ssl_bench.run import Run
 from ssl_bench.schedule import Schedule
 from ssl_bench.seeding import fold, seed_torch
+
+log = logging.getLogger(__name__)
 
 
 def fit(
@@ -38,26 +42,37 @@ def fit(
     parallel = distributed.data_parallel(model, run.device)
     model.train()
     since, clock, waited = start, time.perf_counter(), 0.0  # of the last log line
+    diverged, warned = torch.zeros((), dtype=torch.int64, device=run.device), False
     for step, images, labels, indices in run.progress(source.stream(start, total), start, total):
-        epoch, done, last = step // per_epoch, step + 1, step + 1 == total
+        epoch, done, last, at = step // per_epoch, step + 1, step + 1 == total, step / per_epoch
         # All of what varies is a function of the step: nothing of it is saved, and a restart repeats it exactly.
         seed_torch(fold(seed, "step", step, distributed.rank()), run.device)
-        factor = schedule(step / per_epoch, epochs)
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+        schedule_(optimizer, schedule(at, epochs), at, epochs)
+        model.begin(at, epochs)
 
         with torch.no_grad():
             batch = views(images, keys(seed, epoch, indices))
         with torch.autocast(run.device.type, torch.bfloat16, enabled=precision == "bf16"):
             output = parallel(batch, labels)
+        embeddings = output.pop("embeddings", None)
         optimizer.zero_grad()
         output["loss"].backward()
+        freeze_(optimizer, at)
         optimizer.step()
         model.update(done / total)
 
+        # The first step whose loss isn't finite, noted without waiting for the device.
+        diverged = diverged.where((diverged > 0) | output["loss"].detach().isfinite(), done)
+        stop, logging_now = run.stopping(done), run.every("log", done) or last
+        saving = run.every("save", done) or last or stop
+        if logging_now or saving:  # the host sync
+            # When saving not the loss alone: its gradient may have spoilt the weights, and good checkpoints are few.
+            state = [diverged == 0, *(value.isfinite().all() for value in saving * [*model.state_dict().values()])]
+            if not torch.stack(state).all():
+                run.diverge(int(diverged) or done)
         line: dict[str, float] = {}
-        if run.every("log", done) or last:
-            line = {name: distributed.mean(value.detach()).item() for name, value in output.items()}  # the host sync
+        if logging_now:
+            line = {name: distributed.mean(value.detach()).item() for name, value in output.items()}
             now = time.perf_counter()
             line |= {
                 "lr": optimizer.param_groups[0]["lr"],
@@ -65,20 +80,19 @@ def fit(
                 "images_seen": done * source.batch_size,
                 "images_per_second": (done - since) * source.batch_size / (now - clock),
                 "data_wait": (source.wait_seconds - waited) / (now - clock),
+                "memory_gb": memory.peak(run.device),
             }
             since, clock, waited = done, now, source.wait_seconds
+            if embeddings is not None:
+                line = health(embeddings) | line  # a method may know better
+                if at >= 1 and not warned and (warned := bool(told := collapse(line))) and run.is_main:
+                    log.warning("step %s: the run has collapsed: %s", f"{done:,}", told)
         if evaluate and (last or (done % per_epoch == 0 and run.every("eval", done // per_epoch))):
             line |= evaluate()
             model.train()
         if line:
             run.log(done, {"epoch": done / per_epoch, **line})
-        stop = run.stopping(done)
-        if run.every("save", done) or last or stop:
-            # Not the loss alone: its gradient may have spoilt the weights first, and the good checkpoints are few.
-            state = (output["loss"], *model.state_dict().values())
-            if not torch.stack([value.isfinite().all() for value in state]).all():
-                loss = output["loss"].item()
-                raise UserError(f"diverged at step {done:,}, with a loss of {loss:.4g}: try a lower optimizer.base_lr")
+        if saving:
             run.save(done, model=model, optimizer=optimizer)
         if stop and not last:
             run.interrupt(done)

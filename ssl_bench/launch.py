@@ -1,6 +1,5 @@
 """One stage, in as many processes as it wants."""
 
-import ctypes
 import json
 import logging
 import signal
@@ -31,18 +30,19 @@ def launch(cfg: DictConfig) -> dict[str, float]:
 def _run(cfg: DictConfig) -> dict[str, float]:
     import torch
 
-    from ssl_bench import distributed, interop
+    from ssl_bench import distributed, interop, memory
     from ssl_bench.run import Run
 
     world = distributed.launched() or distributed.World(0, 0, 1, 1)
     device = build.pick_device(cfg.device, world.local_rank)
     if device.type == "cpu":
-        keep_freed_memory()
+        memory.keep_freed()
         if world.local_size > 1:
             torch.set_num_threads(max(1, default_workers() // world.local_size))
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where collectives put what they need
         torch.backends.cudnn.benchmark = True  # shapes are static
+    memory.reset_peak(device)
     torch.set_float32_matmul_precision("high" if cfg.precision == "tf32" else "highest")
     plain = OmegaConf.to_container(cfg, resolve=True)
     if cfg.pretrained is not None:  # the very file: a run directory may hold a newer one next time
@@ -55,14 +55,6 @@ def _run(cfg: DictConfig) -> dict[str, float]:
             return run.summary
         run.finish(build.construct(cfg.stage, cfg=cfg, run=run))
         return run.summary
-
-
-def keep_freed_memory() -> None:
-    """glibc gives large freed blocks back to the system, and gets the next ones page by page: a fifth of a step."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            libc.mallopt(parameter, 2**30)
 
 
 def _spawn(cfg: DictConfig) -> dict[str, float]:

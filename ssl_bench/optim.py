@@ -1,24 +1,27 @@
 """Optimizers, with the learning rate given for a batch of 256 and scaled to the batch at hand."""
 
+import math
 from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import nn
+from torch import Tensor, nn
 
 from ssl_bench.fields import Fraction
 
-Scaling = Literal["linear", "none"]
+Scaling = Literal["linear", "sqrt", "none"]
+Params = Iterable[nn.Parameter] | Iterable[dict]
 
 
 def scaled_lr(base_lr: float, batch_size: int, scaling: Scaling) -> float:
-    """`linear`: base_lr * batch_size / 256 (Goyal et al., arXiv:1706.02677). batch_size is global."""
-    return base_lr * batch_size / 256 if scaling == "linear" else base_lr
+    """batch_size is global. `linear`: base_lr * batch_size / 256 (Goyal et al., arXiv:1706.02677). `sqrt`: base_lr *
+    sqrt(batch_size) (SimCLR, arXiv:2002.05709, B.1)."""
+    return base_lr * {"linear": batch_size / 256, "sqrt": math.sqrt(batch_size), "none": 1.0}[scaling]
 
 
 def sgd(
-    params: Iterable[nn.Parameter],
+    params: Params,
     batch_size: PositiveInt,
     base_lr: PositiveFloat = 0.03,
     scaling: Scaling = "linear",
@@ -28,3 +31,125 @@ def sgd(
 ) -> torch.optim.Optimizer:
     lr = scaled_lr(base_lr, batch_size, scaling)
     return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
+
+
+def adamw(
+    params: Params,
+    batch_size: PositiveInt,
+    base_lr: PositiveFloat = 5e-4,
+    scaling: Scaling = "linear",
+    weight_decay: NonNegativeFloat = 0.04,
+    final_weight_decay: NonNegativeFloat | None = None,
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999),
+) -> torch.optim.Optimizer:
+    """AdamW without weight decay on biases and norms. final_weight_decay: it goes there along half a cosine (DINO)."""
+    lr, decay = scaled_lr(base_lr, batch_size, scaling), {"weight_decay": weight_decay}
+    if final_weight_decay is not None:
+        decay |= {"initial_weight_decay": weight_decay, "final_weight_decay": final_weight_decay}
+    groups = split(params, weights=decay, others={"weight_decay": 0.0})
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def lars(
+    params: Params,
+    batch_size: PositiveInt,
+    base_lr: PositiveFloat = 0.3,
+    scaling: Scaling = "linear",
+    momentum: Fraction = 0.9,
+    weight_decay: NonNegativeFloat = 1e-6,
+    trust_coefficient: PositiveFloat = 1e-3,
+    base_lr_biases: PositiveFloat | None = None,
+    exclude_from_decay: bool = True,
+    exclude_from_adaptation: bool = True,
+) -> torch.optim.Optimizer:
+    """See LARS. base_lr_biases: of biases and norms, where it is another (Barlow Twins, arXiv:2103.03230, 2.2)."""
+    lr = scaled_lr(base_lr, batch_size, scaling)
+    if base_lr_biases is not None:
+        params = split(params, weights={}, others={"lr": scaled_lr(base_lr_biases, batch_size, scaling)})
+    return LARS(params, lr, momentum, weight_decay, trust_coefficient, exclude_from_decay, exclude_from_adaptation)
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD in which each weight tensor's step has the length of the tensor (You et al., arXiv:1708.03888).
+
+    step = lr * momentum(trust_coefficient * |w| / |g + decay * w| * (g + decay * w)); no rescaling where either norm is
+    zero. exclude_from_decay, exclude_from_adaptation: biases and norms (tensors of one dimension) have no weight decay;
+    aren't rescaled. Both is the rule of SimCLR, BYOL, Barlow Twins, VICReg and MoCo v3; neither is SwAV's.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 1e-3,
+        exclude_from_decay: bool = True,
+        exclude_from_adaptation: bool = True,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.trust_coefficient = trust_coefficient
+        self.exclude_from_decay, self.exclude_from_adaptation = exclude_from_decay, exclude_from_adaptation
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            updates = [p.grad for p in params]
+            decays = [group["weight_decay"] * (p.ndim > 1 or not self.exclude_from_decay) for p in params]
+            if any(decays):
+                updates = torch._foreach_add(updates, torch._foreach_mul(params, decays))
+            adapted = [i for i, p in enumerate(params) if p.ndim > 1 or not self.exclude_from_adaptation]
+            if adapted:
+                norms = torch.stack(torch._foreach_norm([params[i] for i in adapted]))
+                lengths = torch.stack(torch._foreach_norm([updates[i] for i in adapted]))
+                trust = (self.trust_coefficient * norms / lengths).where((norms > 0) & (lengths > 0), 1.0)
+                scaled = torch._foreach_mul([updates[i] for i in adapted], list(trust.unbind()))
+                updates = list(updates)
+                for i, update in zip(adapted, scaled, strict=True):
+                    updates[i] = update
+            momenta = [self._momentum(p) for p in params]
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, updates)
+            torch._foreach_add_(params, momenta, alpha=-group["lr"])
+
+    def _momentum(self, parameter: nn.Parameter) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
+
+
+def split(params: Params, weights: dict, others: dict) -> list[dict]:
+    """Each group in two: weights, and biases and norms (tensors of one dimension), with these settings."""
+    groups = list(params)
+    if not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    parts = []
+    for group in groups:
+        for wide, settings in ((True, weights), (False, others)):
+            if members := [p for p in group["params"] if (p.ndim > 1) is wide]:
+                parts.append({**settings, **group, "params": members})
+    return parts
+
+
+def schedule_(optimizer: torch.optim.Optimizer, factor: float, epoch: float, epochs: int) -> None:
+    """Set each group's rate and weight decay for the step at `epoch` of `epochs`; factor: what the schedule gives.
+
+    constant_lr: a group that the schedule leaves alone. final_weight_decay: see `adamw`.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * (1.0 if group.get("constant_lr") else factor)
+        if "final_weight_decay" in group:
+            start, end = group["initial_weight_decay"], group["final_weight_decay"]
+            group["weight_decay"] = end + (start - end) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+def freeze_(optimizer: torch.optim.Optimizer, epoch: float) -> None:
+    """Take the gradients from the groups whose `frozen_epochs` are not over: no step, momentum or decay."""
+    for group in optimizer.param_groups:
+        if epoch < group.get("frozen_epochs", 0):
+            for parameter in group["params"]:
+                parameter.grad = None

@@ -170,6 +170,15 @@ class Run:
     def interrupt(self, step: int | None = None) -> None:
         raise Interrupted(self._signum or signal.SIGTERM, step)
 
+    def diverge(self, step: int) -> None:
+        """Stop: loss or weights are not finite since this step."""
+        good = complete(self.directory)
+        kept = f"the last good state, of step {int(good[0].stem[4:]):,}, is kept" if good else "no state was saved yet"
+        raise UserError(
+            f"diverged at step {step:,}: loss or weights are not finite; {kept}; try a lower optimizer.base_lr, a "
+            "longer schedule.warmup_epochs, or precision=fp32"
+        )
+
     def log(self, step: int, line: dict[str, float]) -> None:
         if self.is_main:
             self.metrics.log(step, line)

@@ -198,10 +198,14 @@ def overview(members: Sequence[Member], states: Sequence[State]) -> str:
     return report.markdown(["member", "state", "step", "metric", ""], rows)
 
 
+COST = ("images_per_second", "memory_gb")  # of the training, where a summary has them
+
+
 def write_table(folder: Path, members: Sequence[Member], metric: str | None = None) -> str:
     """table.md and table.csv of a sweep; returns the former, or "" as long as no member has the metric.
 
-    A row for each combination of what differs besides the seed: mean and sample standard deviation, best first.
+    A row for each combination of what differs besides the seed: mean and sample standard deviation, best first, and the
+    mean of what it cost.
     metric: None is what the members name. Smaller is better where its name holds "loss".
     """
     from ssl_bench import report
@@ -209,15 +213,17 @@ def write_table(folder: Path, members: Sequence[Member], metric: str | None = No
     metric = metric or next((member.config["metric"] for member in members if member.config["metric"]), None)
     keys = list(dict.fromkeys(key for member in members for key in member.choices if key != "seed"))
     keys = [key for key in keys if len({member.value(key) for member in members}) > 1]
-    groups: dict[tuple[str, ...], list[float | None]] = {}
+    groups: dict[tuple[str, ...], list[dict[str, float]]] = {}
     for member in members:
         combination = tuple(member.value(key) for key in keys)
-        groups.setdefault(combination, []).append((member.result() or {}).get(metric))
+        groups.setdefault(combination, []).append(member.result() or {})
     rows = []
-    for combination, values in groups.items():
-        known = [value for value in values if value is not None]
+    for combination, results in groups.items():
+        known = [result[metric] for result in results if metric in result]
         mean, std = report.mean_std(known) if known else (math.nan, math.nan)
-        rows.append((combination, mean, std, len(known), len(values)))
+        cost = [_mean([result[key] for result in results if key in result]) for key in COST]
+        rows.append((combination, mean, std, *cost, len(known), len(results)))
+    costs = [key for i, key in enumerate(COST) if not all(math.isnan(row[3 + i]) for row in rows)]
     if not any(known for *_, known, _ in rows):
         return ""
     sign = 1 if "loss" in metric else -1
@@ -227,17 +233,22 @@ def write_table(folder: Path, members: Sequence[Member], metric: str | None = No
             *combination,
             _number(mean) + ("" if math.isnan(std) else f" ± {std:.2g}"),
             f"{n}" if n == of else f"{n} of {of}",
+            *(_number(value) for key, value in zip(COST, cost, strict=True) if key in costs),
         ]
-        for combination, mean, std, n, of in rows
+        for combination, mean, std, *cost, n, of in rows
     ]
-    text = report.markdown([*keys, metric, "seeds"], shown, right=2)
+    text = report.markdown([*keys, metric, "seeds", *costs], shown, right=2 + len(costs))
     file = io.StringIO()
     writer = csv.writer(file)
-    writer.writerow([*keys, f"{metric} mean", f"{metric} std", "finished", "members"])
+    writer.writerow([*keys, f"{metric} mean", f"{metric} std", *COST, "finished", "members"])
     writer.writerows([*combination, *numbers] for combination, *numbers in rows)
     files.write(folder / "table.md", text + "\n")
     files.write(folder / "table.csv", file.getvalue())
     return text
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
 
 
 def _number(value: float) -> str:

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from scipy import stats
+from test_config import compose
 from torchvision.transforms import RandomResizedCrop as TorchvisionCrop
 from torchvision.transforms.v2 import functional as tv
 
@@ -315,20 +316,37 @@ POLICIES = sorted((Path(__file__).parents[1] / "conf" / "augmentation").glob("*.
 @pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.stem)
 def test_policies_state_every_parameter(path):
     """A key that the file leaves out could not be overridden on the command line."""
-    policy = yaml.safe_load(path.read_text())
+    policy = OmegaConf.to_container(compose(f"augmentation={path.stem}").augmentation, resolve=False)
     assert policy.pop("name") == path.stem
     assert policy.pop("_target_") == "ssl_bench.augment.views.Views"
     assert policy.pop("image_size") == "${data.image_size}"
     defaults = {name: p.default for name, p in inspect.signature(Views).parameters.items() if name != "image_size"}
     assert set(policy) == set(defaults)
     views = Views(16, **policy)(uint8_batch(5), keys(0, 0, torch.arange(5)))
-    assert [view.shape for view in views] == [(5, 3, 16, 16)] * policy["num_views"]
+    small = [(5, 3, policy["small_size"], policy["small_size"])] * policy["num_small_views"]
+    assert [view.shape for view in views] == [(5, 3, 16, 16)] * policy["num_views"] + small
     if path.stem == "moco_v2":  # the constructor's defaults are the paper's
         assert {k: pytest.approx(v) for k, v in policy.items()} == {k: v for k, v in defaults.items()}
 
 
 def uint8_batch(num: int, size: int = 24) -> torch.Tensor:
     return (image_batch(num, size, size) * 255).round().to(torch.uint8)
+
+
+def test_views_may_differ_in_kind():
+    """The first always blurred, the second never; solarized the other way round; two small ones with neither."""
+    plain = dict(jitter_p=0.0, grayscale_p=0.0, flip_p=0.0, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
+    views = Views(16, blur_p=(1.0, 0.0, 0.0), solarize_p=(0.0, 1.0, 0.0), num_small_views=2, small_size=8, **plain)
+    out = views(uint8_batch(6), keys(0, 0, torch.arange(6)))
+    assert [view.shape[-1] for view in out] == [16, 16, 8, 8]
+    sharp = Views(16, blur_p=0.0, **plain)(uint8_batch(6), keys(0, 0, torch.arange(6)))[0]
+    roughness = lambda view: view.diff(dim=3).abs().mean()  # noqa: E731
+    assert roughness(out[0]) < 0.8 * roughness(sharp)
+    levels = views.normalize.std * out[1] + views.normalize.mean
+    assert levels.max() <= 0.5 + 1e-5
+    assert len(set(views.views)) == 3  # the small ones share theirs
+    with pytest.raises(UserError, match="blur_p has 2 values, and there are 3 kinds of views"):
+        Views(16, blur_p=(1.0, 0.1), num_small_views=2)
 
 
 def test_views_are_reproducible_and_differ():
@@ -345,7 +363,7 @@ def test_a_view_is_torchvisions_chain():
     """The whole policy against torchvision's, one by one: mean absolute difference below 1e-5 (the bar is 1/255)."""
     views, images = Views(16, solarize_p=0.3), uint8_batch(30)
     image_keys = keys(0, 0, torch.arange(30))
-    crop, (factors, hue, order), (grey,), (sigma,), (solarized,) = views.sample(images, image_keys, 0)
+    crop, (factors, hue, order), (grey,), (sigma,), (solarized,) = views.views[0].sample(images, image_keys, 0)
     out = views(images, image_keys)[0] * views.normalize.std + views.normalize.mean
     orders = list(itertools.permutations(range(4)))
     for i, image in enumerate(images / 255):
@@ -385,7 +403,7 @@ def test_views_without_randomness_only_normalise():
         24, 1, crop_scale=(1, 1), crop_ratio=(1, 1), flip_p=0, brightness=0, contrast=0, saturation=0, hue=0,
         grayscale_p=0, blur_p=0,
     )  # fmt: skip
-    assert len(views.ops) == 0
+    assert len(views.views[0].ops) == 0
     images = uint8_batch(20)
     (view,) = views(images, keys(0, 0, torch.arange(20)))
     assert torch.equal(views.denormalize(view), images)
@@ -411,9 +429,10 @@ def test_views_under_autocast_stay_float32():
 
 def test_transform_is_one_static_graph():
     views, images = Views(16, solarize_p=0.2), uint8_batch(8)
-    params = views.sample(images, keys(0, 0, torch.arange(8)), 0)
-    compiled = torch.compile(views.transform, fullgraph=True, dynamic=False, backend="eager")
-    torch.testing.assert_close(compiled(images, params), views.transform(images, params), rtol=0, atol=1e-5)
+    view = views.views[0]
+    params = view.sample(images, keys(0, 0, torch.arange(8)), 0)
+    compiled = torch.compile(view.transform, fullgraph=True, dynamic=False, backend="eager")
+    torch.testing.assert_close(compiled(images, params), view.transform(images, params), rtol=0, atol=1e-5)
 
 
 def test_views_hold_nothing_for_the_checkpoint():

@@ -1,5 +1,6 @@
-"""What the authors' own programs compute (facebookresearch/moco at 132aea9), in float64."""
+"""What the authors' own programs compute, in float64. Every array of parity.npz is compared."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,16 @@ from torchvision import models
 
 from ssl_bench import backbones
 from ssl_bench.interop import load_official_moco, official_moco_state_dict
+from ssl_bench.methods.barlow_twins import cross_correlation_loss
+from ssl_bench.methods.byol import regression_loss
+from ssl_bench.methods.dino import DINOLoss
 from ssl_bench.methods.moco import MoCo, info_nce_logits
+from ssl_bench.methods.moco_v3 import contrastive_loss
+from ssl_bench.methods.simclr import nt_xent
+from ssl_bench.methods.simsiam import negative_cosine
+from ssl_bench.methods.swav import sinkhorn, swapped_prediction_loss
+from ssl_bench.methods.vicreg import vicreg_loss
+from ssl_bench.optim import LARS
 from ssl_bench.probe import LinearProbe
 
 REFERENCE = np.load(Path(__file__).with_name("parity.npz"))
@@ -85,3 +95,87 @@ def test_lincls() -> None:
         losses.append(loss.detach())
     close(torch.stack(losses), "lincls/loss", 1e-9)
     close(probe.fc.weight, "lincls/fc.weight", 1e-9)
+
+
+def embeddings(case: str, *names: str) -> list[Tensor]:
+    return [U(f"{case}/{name}", 24, 16).requires_grad_() for name in names]
+
+
+LOSSES: dict[str, tuple[str, tuple[str, ...], Callable[..., Tensor]]] = {
+    "simclr/t0.1": ("simclr", ("z1", "z2"), lambda z1, z2: nt_xent(z1, z2, 0.1)),
+    "simclr/t0.5": ("simclr", ("z1", "z2"), lambda z1, z2: nt_xent(z1, z2, 0.5)),
+    "byol": ("byol", ("z1", "z2"), regression_loss),  # no gradient to the target
+    "simsiam": ("simsiam", ("p1", "p2", "z1", "z2"), negative_cosine),
+    "barlow_twins/lambda0.0051": ("barlow_twins", ("z1", "z2"), lambda z1, z2: cross_correlation_loss(z1, z2, 0.0051)),
+    "barlow_twins/lambda0.02": ("barlow_twins", ("z1", "z2"), lambda z1, z2: cross_correlation_loss(z1, z2, 0.02)),
+    "vicreg": ("vicreg", ("z1", "z2"), lambda z1, z2: vicreg_loss(z1, z2, 25.0, 25.0, 1.0)),
+} | {
+    f"moco_v3/t{temperature}": (
+        "moco_v3",
+        ("q1", "q2", "k1", "k2"),
+        lambda q1, q2, k1, k2, t=temperature: contrastive_loss(q1, k2, t) + contrastive_loss(q2, k1, t),
+    )
+    for temperature in (0.2, 1.0)
+}
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_losses(case: str) -> None:
+    inputs, names, loss = LOSSES[case]
+    z = embeddings(inputs, *names)
+    value = loss(*z)
+    value.backward()
+    close(value, f"{case}/loss", 1e-9)
+    for i, tensor in enumerate(z, start=1):
+        if f"{case}/grad_z{i}" in REFERENCE.files:
+            close(tensor.grad, f"{case}/grad_z{i}", 1e-9)
+
+
+@pytest.mark.parametrize("case", ["swav", "swav_queue"])
+def test_swav(case: str) -> None:
+    z = embeddings("swav", "z1", "z2")
+    prototypes = F.normalize(U("swav/prototypes", 12, 16), dim=1)
+    queue = F.normalize(U("swav/queue", 2, 36, 16), dim=2) if case == "swav_queue" else None
+    loss = swapped_prediction_loss(z, prototypes, temperature=0.1, epsilon=0.05, num_iterations=3, queue=queue)
+    loss.backward()
+    close(loss, f"{case}/loss", 1e-9)
+    for i, tensor in enumerate(z):
+        close(tensor.grad, f"{case}/grad_z{i + 1}", 1e-9)
+        if queue is None:
+            codes = sinkhorn(F.normalize(tensor.detach(), dim=1) @ prototypes.T, 0.05, 3)
+            close(codes, f"swav/assignments{i}", 1e-9)
+
+
+def test_dino() -> None:
+    criterion = DINOLoss(16, 0.04, 0.07, warmup_epochs=2, student_temperature=0.1, center_momentum=0.9).double()
+    teacher = U("dino/teacher", 48, 16)
+    for epoch, case in ((0, "dino/epoch0"), (3, "dino/epoch3_second_call")):
+        student = U("dino/student", 96, 16).requires_grad_()
+        criterion.begin(epoch)
+        loss = criterion(student, teacher)
+        loss.backward()
+        close(loss, f"{case}/loss", 1e-9)
+        close(student.grad, f"{case}/grad_z1", 1e-9)
+        if epoch == 0:
+            close(criterion.center, "dino/center", 1e-9)
+
+
+@pytest.mark.parametrize("case", ["barlow_twins", "moco_v3"])
+def test_lars(case: str) -> None:
+    """The authors write one rule in two ways: neither decay nor adaptation for biases and norms."""
+    w, b = (nn.Parameter(U(f"lars/{name}", *shape)) for name, shape in (("w", (8, 6)), ("b", (8,))))
+    optimizer = LARS([w, b], lr=0.2, weight_decay=1e-2, momentum=0.9)
+    for i in range(5):
+        w.grad, b.grad = U(f"lars/gw{i}", 8, 6), U(f"lars/gb{i}", 8)
+        optimizer.step()
+    close(w, f"lars/{case}/w", 1e-9)
+    close(b, f"lars/{case}/b", 1e-9)
+
+
+def test_nothing_is_forgotten() -> None:
+    values = ("loss", "grad_z1", "grad_z2")
+    compared = {f"{case}/{value}" for case in (*LOSSES, "swav", "swav_queue") for value in values}
+    compared |= {"swav/assignments0", "swav/assignments1", "lincls/loss", "lincls/fc.weight", "dino/center"}
+    compared |= {f"dino/{call}/{value}" for call in ("epoch0", "epoch3_second_call") for value in values}
+    compared |= {f"lars/{case}/{name}" for case in ("barlow_twins", "moco_v3") for name in "wb"}
+    assert {name for name in REFERENCE.files if not name.startswith(("moco_v1/", "moco_v2/"))} <= compared

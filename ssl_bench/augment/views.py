@@ -1,12 +1,13 @@
 """uint8 batches to augmented views, on the device the images are on."""
 
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from threading import Barrier
 from typing import Annotated
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from ssl_bench.augment.draws import uniforms
@@ -27,12 +28,53 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 CPU_CHUNK = 16  # images whose intermediate results fit a core's caches: twice as fast as the whole batch at once
 
 
-class Views(nn.Module):
-    """uint8 images (B, 3, H, W), keys (B,) -> `num_views` normalised float32 (B, 3, image_size, image_size).
+class View(nn.Module):
+    """How one view is made: crop (with the flip folded in), jitter, grayscale, blur, solarize, normalise."""
 
-    In each view: crop (with the flip folded in), jitter, grayscale, blur, solarize, normalise; `grayscale_first` puts
-    the grayscale before the jitter. A probability or strength of zero takes its operation out. Views have the memory
-    format of the images. The same keys (see `draws.keys`) give the same views.
+    def __init__(self, crop: RandomResizedCrop, ops: Iterable[nn.Module], normalize: Normalize) -> None:
+        super().__init__()
+        self.crop, self.ops, self.normalize = crop, nn.ModuleList(ops), normalize
+
+    def sample(self, images: Tensor, keys: Tensor, number: int) -> list[tuple[Tensor, ...]]:
+        """The parameters for the crop and then for each of `ops`. Of the images it reads only the size."""
+        counts = [self.crop.num_draws, *(op.num_draws for op in self.ops)]
+        crop_u, *ops_u = uniforms(keys, number, sum(counts)).split(counts, dim=1)
+        ops_params = [op.sample(u) for op, u in zip(self.ops, ops_u, strict=True)]
+        return [self.crop.sample(crop_u, *images.shape[-2:]), *ops_params]
+
+    def transform(self, images: Tensor, params: list[tuple[Tensor, ...]]) -> Tensor:
+        """The pure half: no randomness, static shapes. This is what to compile."""
+        images = images.to(self.normalize.mean.dtype).mul_(1 / 255)
+        for op, values in zip([self.crop, *self.ops], params, strict=True):
+            images = op.apply(images, *values)
+        return self.normalize.apply(images)
+
+    def forward(self, images: Tensor, keys: Tensor, number: int) -> Tensor:
+        params = self.sample(images, keys, number)
+        nhwc = images.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if nhwc else torch.contiguous_format
+        if images.device.type != "cpu":
+            return self.transform(images, params).contiguous(memory_format=layout)
+        shape = (len(images), 3, self.crop.size, self.crop.size)
+        view = torch.empty(shape, dtype=self.normalize.mean.dtype, memory_format=layout)
+
+        @torch.no_grad()  # of the thread it runs in
+        def fill(start: int) -> None:
+            chunk = slice(start, start + CPU_CHUNK)
+            view[chunk] = self.transform(images[chunk], [tuple(value[chunk] for value in values) for values in params])
+
+        threads = torch.get_num_threads()
+        list((_pool(threads).map if threads > 1 else map)(fill, range(0, len(images), CPU_CHUNK)))
+        return view
+
+
+class Views(nn.Module):
+    """uint8 images (B, 3, H, W), keys (B,) -> `num_views` normalised float32 (B, 3, image_size, image_size), and after
+    them `num_small_views` of (B, 3, small_size, small_size) (multi-crop, SwAV, arXiv:2006.09882, section 3.2).
+
+    See `View`; `grayscale_first` puts the grayscale before the jitter. A probability or strength of zero takes its
+    operation out. blur_p, solarize_p: of all views, or of each of the full-size views and then of the small ones
+    together. Views have the memory format of the images. The same keys (see `draws.keys`) give the same views.
     """
 
     def __init__(
@@ -49,66 +91,50 @@ class Views(nn.Module):
         jitter_p: Fraction = 0.8,
         grayscale_p: Fraction = 0.2,
         grayscale_first: bool = False,
-        blur_p: Fraction = 0.5,
+        blur_p: Fraction | tuple[Fraction, ...] = 0.5,
         blur_sigma: Interval = (0.1, 2.0),
-        solarize_p: Fraction = 0.0,
+        solarize_p: Fraction | tuple[Fraction, ...] = 0.0,
         mean: RGB = IMAGENET_MEAN,
         std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD,
+        num_small_views: NonNegativeInt = 0,
+        small_size: PositiveInt = 48,
+        small_crop_scale: Interval = (0.05, 0.14),
     ):
         super().__init__()
         _check_interval("crop_scale", crop_scale, low=0, high=1)
+        _check_interval("small_crop_scale", small_crop_scale, low=0, high=1)
         _check_interval("crop_ratio", crop_ratio, low=0, high=float("inf"))
         _check_interval("blur_sigma", blur_sigma, low=0, high=float("inf"))
-        self.image_size, self.num_views = image_size, num_views
-        self.crop = RandomResizedCrop(image_size, crop_scale, crop_ratio, flip_p)
-        colour: list[nn.Module] = []
-        if jitter_p > 0 and max(brightness, contrast, saturation, hue) > 0:
-            colour.append(ColorJitter(brightness, contrast, saturation, hue, jitter_p))
-        if grayscale_p > 0:
-            colour.insert(0 if grayscale_first else len(colour), RandomGrayscale(grayscale_p))
-        if blur_p > 0:
-            colour.append(GaussianBlur(image_size, blur_p, blur_sigma))
-        if solarize_p > 0:
-            colour.append(Solarize(solarize_p))
-        self.ops = nn.ModuleList(colour)
+        self.image_size, self.num_views, self.num_small_views = image_size, num_views, num_small_views
         self.normalize = Normalize(mean, std)
+        kinds = num_views + (num_small_views > 0)
+        blurs, solarizations = _each("blur_p", blur_p, kinds), _each("solarize_p", solarize_p, kinds)
+
+        def view(size: int, scale: tuple[float, float], blur: float, solarize: float) -> View:
+            colour: list[nn.Module] = []
+            if jitter_p > 0 and max(brightness, contrast, saturation, hue) > 0:
+                colour.append(ColorJitter(brightness, contrast, saturation, hue, jitter_p))
+            if grayscale_p > 0:
+                colour.insert(0 if grayscale_first else len(colour), RandomGrayscale(grayscale_p))
+            if blur > 0:
+                colour.append(GaussianBlur(size, blur, blur_sigma))
+            if solarize > 0:
+                colour.append(Solarize(solarize))
+            return View(RandomResizedCrop(size, scale, crop_ratio, flip_p), colour, self.normalize)
+
+        made = cache(view)  # views alike share one, which is compiled once
+        full = [made(image_size, tuple(crop_scale), *ps) for ps in zip(blurs[:num_views], solarizations, strict=False)]
+        small = [made(small_size, tuple(small_crop_scale), blurs[-1], solarizations[-1])] * num_small_views
+        self.views = nn.ModuleList(full + small)
 
     @torch.no_grad()
     def forward(self, images: Tensor, keys: Tensor) -> list[Tensor]:
-        layout = (
-            torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        )
         with torch.autocast(images.device.type, enabled=False):  # bfloat16 resampling would lose the last two bits
-            return [self._view(images, self.sample(images, keys, view), layout) for view in range(self.num_views)]
+            return [view(images, keys, number) for number, view in enumerate(self.views)]
 
-    def sample(self, images: Tensor, keys: Tensor, view: int) -> list[tuple[Tensor, ...]]:
-        """The parameters of one view, for the crop and then for each of `ops`. Of the images it reads only the size."""
-        counts = [self.crop.num_draws, *(op.num_draws for op in self.ops)]
-        crop_u, *ops_u = uniforms(keys, view, sum(counts)).split(counts, dim=1)
-        ops_params = [op.sample(u) for op, u in zip(self.ops, ops_u, strict=True)]
-        return [self.crop.sample(crop_u, *images.shape[-2:]), *ops_params]
-
-    def transform(self, images: Tensor, params: list[tuple[Tensor, ...]]) -> Tensor:
-        """The pure half: no randomness, static shapes. This is what to compile."""
-        images = images.to(self.normalize.mean.dtype).mul_(1 / 255)
-        for op, values in zip([self.crop, *self.ops], params, strict=True):
-            images = op.apply(images, *values)
-        return self.normalize.apply(images)
-
-    def _view(self, images: Tensor, params: list[tuple[Tensor, ...]], layout: torch.memory_format) -> Tensor:
-        if images.device.type != "cpu":
-            return self.transform(images, params).contiguous(memory_format=layout)
-        shape = (len(images), 3, self.image_size, self.image_size)
-        view = torch.empty(shape, dtype=self.normalize.mean.dtype, memory_format=layout)
-
-        @torch.no_grad()  # of the thread it runs in
-        def fill(start: int) -> None:
-            chunk = slice(start, start + CPU_CHUNK)
-            view[chunk] = self.transform(images[chunk], [tuple(value[chunk] for value in values) for values in params])
-
-        threads = torch.get_num_threads()
-        list((_pool(threads).map if threads > 1 else map)(fill, range(0, len(images), CPU_CHUNK)))
-        return view
+    def compile_transforms(self) -> None:
+        for view in set(self.views):
+            view.transform = torch.compile(view.transform)
 
     def denormalize(self, view: Tensor) -> Tensor:
         """A view (B, 3, S, S) as uint8 pixels, to look at."""
@@ -170,3 +196,14 @@ def _denormalize(view: Tensor, normalize: Normalize) -> Tensor:
 def _check_interval(name: str, interval: tuple[float, float], low: float, high: float) -> None:
     if not low < interval[0] <= interval[1] <= high:
         raise UserError(f"augmentation.{name} is {list(interval)}: give [low, high] with {low} < low <= high <= {high}")
+
+
+def _each(name: str, values: float | Sequence[float], kinds: int) -> Sequence[float]:
+    if isinstance(values, int | float):
+        return (values,) * kinds
+    if len(values) != kinds:
+        raise UserError(
+            f"augmentation.{name} has {len(values)} values, and there are {kinds} kinds of views (each of full size, "
+            f"and the small ones together): give one value for all, or {kinds}"
+        )
+    return values

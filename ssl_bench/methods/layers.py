@@ -1,18 +1,53 @@
 """Parts that methods share."""
 
+from collections.abc import Callable
+from functools import wraps
 from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_bench import distributed
 
-def mlp(*dims: int) -> nn.Sequential:
-    """Linear layers of the given widths with ReLU between them."""
+
+def mlp(
+    *dims: int, norm: bool = False, final_norm: Literal["affine", "plain"] | None = None, final_bias: bool = True
+) -> nn.Sequential:
+    """Linear layers of the given widths, with ReLU between them, and before each ReLU batch norm if `norm`.
+
+    final_norm: batch norm after the last one, with or without weights. A layer before batch norm has no bias, which the
+    norm would take out again.
+    """
     layers: list[nn.Module] = []
     for i, (inputs, outputs) in enumerate(pairwise(dims)):
-        layers += [nn.ReLU()] * (i > 0) + [nn.Linear(inputs, outputs)]
+        last = i == len(dims) - 2
+        layers.append(nn.Linear(inputs, outputs, bias=final_bias and not final_norm if last else not norm))
+        if last and final_norm:
+            layers.append(nn.BatchNorm1d(outputs, affine=final_norm == "affine"))
+        elif not last:
+            layers += [nn.BatchNorm1d(outputs)] * norm + [nn.ReLU()]
     return nn.Sequential(*layers)
+
+
+def full_precision(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """A loss outside of autocast: embeddings that arrive in half precision become float32."""
+
+    @wraps(loss)
+    def computed(*args: Any, **kwargs: Any) -> Any:
+        args = tuple(
+            x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.half) else x for x in args
+        )
+        with torch.autocast(next(x for x in args if isinstance(x, Tensor)).device.type, enabled=False):
+            return loss(*args, **kwargs)
+
+    return computed
+
+
+def off_diagonal(matrix: Tensor) -> Tensor:
+    """(D, D) -> (D * (D - 1),)"""
+    return matrix.flatten()[1:].view(len(matrix) - 1, len(matrix) + 1)[:, :-1].flatten()
 
 
 class Queue(nn.Module):
@@ -66,3 +101,37 @@ def split_batch_norm_(module: nn.Module, num_splits: int) -> None:
         if type(child) is nn.BatchNorm2d:
             child.__class__ = SplitBatchNorm2d
             child.num_splits = num_splits
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the batches of all ranks, on any device: torch's own knows no CPU. Same state as batch norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or distributed.world_size() == 1:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+            )
+        dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.half) else x
+        mean = distributed.mean_with_grad(wide.mean(dims))  # every rank has as many images
+        centred = wide - mean.view(shape)
+        variance = distributed.mean_with_grad(centred.square().mean(dims))
+        with torch.no_grad():
+            count = distributed.world_size() * x.numel() // x.shape[1]
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked.add_(1)
+        normalised = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
+        return normalised.to(x.dtype)
+
+
+def sync_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module with batch norm over all ranks, but where it is split on purpose. Parameters and buffers stay."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for child in module.modules():
+        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            child.__class__ = SyncBatchNorm
+    return module

@@ -11,7 +11,7 @@ from ssl_bench import distributed
 from ssl_bench.errors import UserError
 from ssl_bench.fields import Fraction
 from ssl_bench.methods import layers
-from ssl_bench.methods.base import Method, Output, ema_, momentum_copy
+from ssl_bench.methods.base import Method, Output, ema_, health_of, momentum_copy
 
 
 def info_nce_logits(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
@@ -66,7 +66,8 @@ class MoCo(Method):
             self.queue.enqueue(keys)
         target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         accuracy = (logits[:, 0] > logits[:, 1:].amax(dim=1)).float().mean()
-        return {"loss": F.cross_entropy(logits, target), "accuracy": accuracy.detach()}
+        loss = F.cross_entropy(logits, target)
+        return {"loss": loss, "accuracy": accuracy.detach(), "embeddings": health_of(query, key)}
 
     def normalized(self, embeddings: Tensor) -> Tensor:
         # in the queue's precision: under autocast the embeddings arrive as bfloat16

@@ -68,7 +68,7 @@ def lincls(
         )
         if loaded.left_out:
             log.info("left out %s others: %s, ...", len(loaded.left_out), ", ".join(loaded.left_out[:4]))
-    views = make_views(cfg, run, LinearProbe.num_views)
+    views = make_views(cfg, run, LinearProbe)
     test_view = EvalView(views.image_size, test_resize, *normalization(cfg)).to(run.device)
     source = open_source(cfg, run, data, "train", subset)
     test = open_source(cfg, run, data, "val")

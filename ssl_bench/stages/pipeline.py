@@ -3,6 +3,7 @@
 import logging
 from itertools import chain
 from pathlib import Path
+from statistics import median
 
 import hydra
 import torch
@@ -29,7 +30,8 @@ def pipeline(
 ) -> dict[str, float]:
     """Pretrain by cfg, then `stage=lincls` with the overrides `protocol`, those of each row, and each seed.
 
-    Every run has a directory below the pipeline's and continues by itself. Returns each row's mean top-1 (percent).
+    Every run has a directory below the pipeline's and continues by itself. Returns each row's mean top-1 (percent), and
+    what the pretraining cost.
     """
     pretraining = _with(cfg, dir=f"{cfg.dir}/pretrain", stage=hydra.compose("config", ["stage=pretrain"]).stage)
     evaluations = {
@@ -50,10 +52,19 @@ def pipeline(
         picture = run.directory / "overview.png"
         draw(cfg, run, evaluations, results, picture)
         print(f"\n{report.table(results, 'top-1')}\n\npicture: {picture}")
-    return {f"{name} top-1": report.mean_std(values)[0] for name, values in results.items()}
+    top1 = {f"{name} top-1": report.mean_std(values)[0] for name, values in results.items()}
+    return top1 | cost(MetricsFile.read(run.directory / "pretrain" / "metrics.jsonl"))
 
 
 pipeline.single_process = True  # its members start their own
+
+
+def cost(lines: list[dict[str, float]]) -> dict[str, float]:
+    """Of a training, from its metrics.jsonl; nothing where nothing was trained."""
+    if not lines:
+        return {}
+    rate = median(line["images_per_second"] for line in lines if "images_per_second" in line)
+    return {"images_per_second": rate, "memory_gb": max(line.get("memory_gb", 0) for line in lines)}
 
 
 def _evaluation(cfg: DictConfig, name: str, overrides: list[str], seed: int) -> DictConfig:

@@ -1,28 +1,60 @@
-"""Stage pretrain: train a backbone without labels."""
+"""Stage pretrain: train a backbone without labels, and watch what it learns."""
 
+import logging
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from omegaconf import DictConfig
+from pydantic import NonNegativeInt
 
-from ssl_bench import build
+from ssl_bench import build, distributed
 from ssl_bench.augment.draws import keys
-from ssl_bench.augment.views import Views
+from ssl_bench.augment.views import EvalView, Views
+from ssl_bench.data.formats import Dataset
 from ssl_bench.data.source import Source
 from ssl_bench.errors import UserError
+from ssl_bench.evaluators import knn_and_ridge
+from ssl_bench.methods import layers
+from ssl_bench.methods.base import Method
 from ssl_bench.run import Run
-from ssl_bench.stages.training import check_batch, make_views, on_device, open_source, seed_init, train
+from ssl_bench.seeding import fold
+from ssl_bench.stages.cached import extract_all, hold_out
+from ssl_bench.stages.training import (
+    check_batch,
+    make_views,
+    normalization,
+    on_device,
+    open_source,
+    seed_init,
+    train,
+)
+
+log = logging.getLogger(__name__)
 
 
-def pretrain(cfg: DictConfig, run: Run) -> dict[str, float]:
-    """Returns what the last step logged."""
+def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) -> dict[str, float]:
+    """Returns what the last step logged.
+
+    online_images: so many labelled images show every `eval_every` epochs what is learnt; see `online`.
+    """
     data = build.construct(cfg.data)
-    check_fit(cfg, data.split("pretrain").length)
+    given = {"num_classes": data.num_classes} if build.takes(cfg.method, "num_classes") else {}
     seed_init(cfg)
-    model = on_device(build.construct(cfg.method, backbone=build.construct(cfg.backbone)), run)
-    views = make_views(cfg, run, model.num_views)
-    source = open_source(cfg, run, data, "pretrain")
+    model = build.construct(cfg.method, backbone=build.construct(cfg.backbone), **given)
+    check_fit(cfg, data.split(model.split).length)
+    if cfg.sync_batch_norm and distributed.world_size() > 1:
+        model = layers.sync_batch_norm(model, run.device)
+    model = on_device(model, run)
+    if not model.learns:
+        run.save(0, model=model)
+        return {}
+    views = make_views(cfg, run, model)
+    source = open_source(cfg, run, data, model.split)
+    evaluate = online(cfg, run, data, model, views, online_images) if cfg.eval_every and online_images else None
     if run.is_main:
         show_views(cfg, run, source, views)
-    return train(cfg, run, model, source, views)
+    return train(cfg, run, model, source, views, evaluate)
 
 
 def check_fit(cfg: DictConfig, num_images: int) -> None:
@@ -41,6 +73,35 @@ def check_fit(cfg: DictConfig, num_images: int) -> None:
         )
 
 
+def online(
+    cfg: DictConfig, run: Run, data: Dataset, model: Method, views: Views, num_images: int
+) -> Callable[[], dict[str, float]] | None:
+    """Measures the backbone on `num_images` images of the train split, a fifth of which is asked for by the others.
+
+    None where there are no labels, or too few. The test split is never looked at.
+    """
+    try:
+        labels = data.split("train").labels
+    except UserError:
+        labels = None
+    if labels is None or np.unique(labels, return_counts=True)[1].min() < 2 or len(np.unique(labels)) < 2:
+        log.info("no labelled images to judge the features by while they are learnt")
+        return None
+    rng = np.random.default_rng(fold(cfg.seed, "online"))
+    chosen = np.sort(rng.permutation(len(labels))[:num_images])
+    counts = np.bincount(labels[chosen])
+    chosen = chosen[counts[labels[chosen]] > 1]  # a class with one image can't be both learnt and asked for
+    source = open_source(cfg, run, data, "train", chosen)
+    asked = torch.from_numpy(hold_out(source.labels[source.rows], 0.2, cfg.seed))
+    test_view = EvalView(views.image_size, 1.0, *normalization(cfg)).to(run.device)
+
+    def evaluate() -> dict[str, float]:
+        features = extract_all(cfg, run, model.backbone.eval(), source, lambda images, indices: test_view(images))
+        return knn_and_ridge(features, torch.from_numpy(source.labels[source.rows]), asked)
+
+    return evaluate
+
+
 @torch.no_grad()
 def show_views(cfg: DictConfig, run: Run, source: Source, views: Views, num_images: int = 8) -> None:
     """views.png: what the network sees of the first images; a column an image, the original on top."""
@@ -49,8 +110,8 @@ def show_views(cfg: DictConfig, run: Run, source: Source, views: Views, num_imag
 
     images, _, indices = next(source.epoch_pass())
     images, indices = images[:num_images], indices[:num_images]
-    shown = [views.denormalize(view) for view in views(images, keys(cfg.seed, 0, indices))]
-    originals = resize(images, [views.image_size, views.image_size])  # the views may be of another size
-    grid = make_grid(torch.cat([originals, *shown]).float() / 255, nrow=num_images)
+    size = [views.image_size, views.image_size]  # of all, in the picture
+    shown = [resize(views.denormalize(view), size) for view in views(images, keys(cfg.seed, 0, indices))]
+    grid = make_grid(torch.cat([resize(images, size), *shown]).float() / 255, nrow=num_images)
     save_image(grid, run.directory / "views.png")
     run.log_image(0, "views", run.directory / "views.png")

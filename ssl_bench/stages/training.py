@@ -61,17 +61,23 @@ def open_source(cfg: DictConfig, run: Run, data: Dataset, split: str, subset: np
     return SOURCES[kind](store.images, store.labels, store.indices, *share)
 
 
-def make_views(cfg: DictConfig, run: Run, num_views: int) -> Views:
-    """The augmentation; UserError unless it makes as many views as the network takes."""
+def make_views(cfg: DictConfig, run: Run, method: type[Method] | Method) -> Views:
+    """The augmentation; UserError unless it makes such views as the network takes."""
     views = build.construct(cfg.augmentation).to(run.device)
+    num_views = method.num_views
+    taker = f"method={cfg.method.name}" if cfg.get("method") else f"stage={cfg.stage.name}"
+    if views.num_small_views and not method.takes_small_views:
+        raise UserError(
+            f"augmentation.num_small_views={views.num_small_views}, but {taker} takes none: "
+            "type augmentation.num_small_views=0, or choose method=swav or method=dino"
+        )
     if views.num_views != num_views:
-        taker = f"method={cfg.method.name}" if cfg.get("method") else f"stage={cfg.stage.name}"
         raise UserError(
             f"augmentation.num_views={views.num_views}, but {taker} takes {num_views}: "
             f"type augmentation.num_views={num_views}, or choose another augmentation="
         )
     if cfg.compile:
-        views.transform = torch.compile(views.transform)
+        views.compile_transforms()
     return views
 
 
@@ -85,8 +91,8 @@ def train(
     groups: list[dict] | None = None,
 ) -> dict[str, float]:
     """`fit` as the configuration says. groups: of parameters, with their own rates, in place of the optimizer's."""
+    optimizer = build.construct(cfg.optimizer, params=groups or model.param_groups(), batch_size=cfg.batch_size)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = build.construct(cfg.optimizer, params=groups or trained, batch_size=cfg.batch_size)
     rates = [group["lr"] for group in optimizer.param_groups]
     log.info(
         "%s images, %s steps an epoch, batch %s on %s x %s, lr %s, %.1f M trained parameters, in %s",

@@ -1,0 +1,33 @@
+"""The floor and the ceiling of a table: a network as initialised, and one that learnt from labels."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from ssl_bench.methods.base import Method, Output, health_of
+
+
+class Random(Method):
+    """The network as initialised. Nothing is trained."""
+
+    learns = False
+
+
+class Supervised(Method):
+    """Cross-entropy with the labels of the training split."""
+
+    num_views = 1
+    split = "train"
+
+    def __init__(self, backbone: nn.Module, num_classes: PositiveInt) -> None:
+        super().__init__(backbone)
+        self.fc = nn.Linear(backbone.dim, num_classes)
+
+    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
+        features = self.backbone(views[0])
+        logits = self.fc(features)
+        accuracy = (logits.argmax(dim=1) == labels).float().mean()
+        loss = F.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, labels)
+        return {"loss": loss, "accuracy": accuracy.detach(), "embeddings": health_of(features)}

@@ -1,0 +1,58 @@
+"""MoCo v3 (Chen, Xie and He, arXiv:2104.02057)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from ssl_bench import distributed
+from ssl_bench.fields import Fraction
+from ssl_bench.methods import layers
+from ssl_bench.methods.base import Method, Output, ema_, health_of, momentum_copy, rising
+
+
+@layers.full_precision
+def contrastive_loss(query: Tensor, key: Tensor, temperature: float) -> Tensor:
+    """query, key (N, D), not normalised -> InfoNCE within the batch, of all ranks, times 2T (algorithm 1)."""
+    query, keys = F.normalize(query, dim=1), distributed.all_gather(F.normalize(key, dim=1))  # no gradient to keys
+    logits = query @ keys.T / temperature  # (N, world * N)
+    target = torch.arange(len(query), device=query.device) + len(query) * distributed.rank()
+    return F.cross_entropy(logits, target) * 2 * temperature
+
+
+class MoCoV3(Method):
+    """MoCo without a queue: the keys are the batch's own, encoded by a slow copy; queries pass a predictor as well.
+
+    The heads are those of the authors' ResNet: projector Linear-BN-ReLU-Linear-BN, predictor Linear-BN-ReLU-Linear.
+    momentum: of the key encoder; it rises to 1 along a cosine.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        dim: PositiveInt = 256,
+        hidden_dim: PositiveInt = 4096,
+        momentum: Fraction = 0.99,
+        temperature: PositiveFloat = 1.0,
+    ) -> None:
+        super().__init__(backbone)
+        self.momentum, self.temperature = momentum, temperature
+        self.projector = layers.mlp(backbone.dim, hidden_dim, dim, norm=True, final_norm="plain")
+        self.predictor = layers.mlp(dim, hidden_dim, dim, norm=True, final_bias=False)
+        self.key_backbone = momentum_copy(self.backbone)
+        self.key_projector = momentum_copy(self.projector)
+
+    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
+        z1, z2 = (self.projector(self.backbone(view)) for view in views)  # (N, D)
+        with torch.no_grad():
+            key1, key2 = (self.key_projector(self.key_backbone(view)) for view in views)
+        loss = contrastive_loss(self.predictor(z1), key2, self.temperature)
+        loss = loss + contrastive_loss(self.predictor(z2), key1, self.temperature)
+        return {"loss": loss, "embeddings": health_of(z1, z2)}
+
+    def update(self, progress: float) -> None:
+        """The authors do this before the keys of the next step, whose momentum it is."""
+        momentum = rising(self.momentum, progress)
+        ema_([self.key_backbone, self.key_projector], [self.backbone, self.projector], momentum)

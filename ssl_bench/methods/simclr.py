@@ -1,0 +1,46 @@
+"""SimCLR (Chen et al., arXiv:2002.05709)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from ssl_bench import distributed
+from ssl_bench.methods import layers
+from ssl_bench.methods.base import Method, Output, health_of
+
+
+@layers.full_precision
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """Embeddings (N, D) of two views, not normalised -> mean cross-entropy over all 2N anchors (section 2.1)."""
+    z = F.normalize(torch.cat([z1, z2]), dim=1)  # (2N, D)
+    logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)  # (2N, 2N); an image is no negative of itself
+    positives = torch.arange(len(z), device=z.device).roll(len(z1))
+    return F.cross_entropy(logits, positives)
+
+
+class SimCLR(Method):
+    """Each view of an image is told from all other images of the batch by the other view.
+
+    dim: width D of the embeddings. hidden_dim: of the projector, Linear-BN-ReLU-Linear-BN; None: that of the features.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        dim: PositiveInt = 128,
+        hidden_dim: PositiveInt | None = None,
+        temperature: PositiveFloat = 0.1,
+    ) -> None:
+        super().__init__(backbone)
+        self.temperature = temperature
+        # batch norm at the end too, with its bias, as in the authors' code
+        self.projector = layers.mlp(backbone.dim, hidden_dim or backbone.dim, dim, norm=True, final_norm="affine")
+
+    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
+        # In one pass: batch norm sees both views together, as in the authors' code.
+        z1, z2 = self.projector(self.backbone(torch.cat(tuple(views)))).chunk(2)  # (N, D)
+        loss = nt_xent(distributed.gather(z1), distributed.gather(z2), self.temperature)
+        return {"loss": loss, "embeddings": health_of(z1, z2)}

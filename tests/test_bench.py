@@ -1,0 +1,248 @@
+"""Every method under the same loop: trained, resumed, in bfloat16, compiled, on two processes, watched for collapse."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from test_config import CONF, compose
+from test_distributed import in_processes
+from test_resume import assert_identical
+from torch import Tensor, nn
+
+from ssl_bench import backbones, build, distributed
+from ssl_bench.checkpoint import complete
+from ssl_bench.evaluators import collapse, effective_rank, health
+from ssl_bench.launch import launch
+from ssl_bench.methods import layers
+from ssl_bench.methods.base import Method
+
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+LEARNING = [name for name in METHODS if name != "random"]
+MULTI_CROP = ("swav", "dino")
+# heads of the size of the images
+SMALL = {
+    "moco_v1": ["method.queue_size=512", "method.dim=16"],
+    "moco_v2": ["method.queue_size=512", "method.dim=16", "method.bn_splits=2"],
+    "simclr": ["method.dim=16"],
+    "byol": ["method.dim=16", "method.hidden_dim=32"],
+    "simsiam": ["method.dim=32", "method.predictor_dim=16"],
+    "barlow_twins": ["method.dim=32"],
+    "vicreg": ["method.dim=32"],
+    "moco_v3": ["method.dim=16", "method.hidden_dim=32"],
+    "swav": ["method.dim=16", "method.hidden_dim=32", "method.num_prototypes=20", "method.queue_length=256"],
+    "dino": ["method.out_dim=64", "method.hidden_dim=32", "method.bottleneck_dim=16"],
+}
+SMALL["swav"] += ["method.queue_start=0.2", "method.frozen_epochs=0.4", "augmentation.num_small_views=2"]
+SMALL["dino"] += ["method.warmup_teacher_temperature_epochs=2", "augmentation.num_small_views=2"]
+RUN = ["stage=pretrain", "data=digits", "data.image_size=16", "backbone.width=8", "backbone.stem=small", "epochs=2"]
+RUN += ["batch_size=256", "augmentation.small_size=8", "log_every=1", "device=cpu", "schedule.warmup_epochs=0"]
+
+
+def overrides(name: str, *more: str) -> list[str]:
+    return [*RUN, f"method={name}", *SMALL.get(name, []), *more]
+
+
+def make(name: str) -> Method:
+    torch.manual_seed(0)
+    cfg = compose(*overrides(name))
+    given = {"num_classes": 10} if build.takes(cfg.method, "num_classes") else {}
+    return build.construct(cfg.method, backbone=backbones.resnet18(stem="small", width=8), **given)
+
+
+def views_of(name: str, batch: int, step: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    sizes = [16] * make(name).num_views + [8, 8] * (name in MULTI_CROP)
+    return [torch.rand(batch, 3, size, size, generator=generator) for size in sizes]
+
+
+def test_a_small_setting_for_each() -> None:
+    assert set(METHODS) == {*SMALL, "random", "supervised"}
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_resume_is_exact(name: str, tmp_path: Path) -> None:
+    """From the checkpoint of any step: here one in the middle of an epoch, and with every schedule on its way."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    launch(compose(*overrides(name, f"dir={whole}", "save_every=7")))
+    checkpoints = complete(whole)
+    assert [path.stem for path in checkpoints] == ["step0000000010", "step0000000007"]
+    shutil.copytree(whole, part)
+    (part / "summary.json").unlink()
+    complete(part)[0].unlink()
+    launch(compose(*overrides(name, f"dir={part}", "save_every=7")))
+    load = lambda run: torch.load(complete(run)[0], weights_only=True)  # noqa: E731
+    assert_identical(load(whole), load(part))
+    lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (whole, part)]
+    assert [line["step"] for line in lines[1]] == list(range(1, 11))
+    same = ("loss", "lr", "grad_norm", "embedding_std", "effective_rank", "knn_top1", "probe_top1")
+    assert [[line.get(key) for key in same] for line in lines[0]] == [
+        [line.get(key) for key in same] for line in lines[1]
+    ]
+    assert lines[0][-1]["knn_top1"] > 20  # ten classes
+    assert lines[0][-1]["probe_top1"] > 40
+
+
+def test_random_is_as_initialised(tmp_path: Path) -> None:
+    assert launch(compose(*overrides("random", f"dir={tmp_path / 'run'}"))) == {}
+    state = torch.load(complete(tmp_path / "run")[0], weights_only=True)["model"]
+    launch(compose(*overrides("simclr", f"dir={tmp_path / 'other'}", "epochs=1", "optimizer.base_lr=1e-30")))
+    other = torch.load(complete(tmp_path / "other")[0], weights_only=True)["model"]
+    assert torch.equal(state["backbone.conv1.weight"], other["backbone.conv1.weight"])  # the seed's, for every method
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_bfloat16(name: str) -> None:
+    method, views = make(name).train(), views_of(name, 32)
+    labels = torch.arange(32) % 10
+    method.begin(1.0, 2)
+    full = method(views, labels)["loss"]
+    method = make(name).train()
+    method.begin(1.0, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = method(views, labels)
+    half["loss"].backward()
+    assert half["loss"].dtype == torch.float32  # the loss itself is not in bfloat16
+    torch.testing.assert_close(half["loss"], full, rtol=0.1, atol=0.02)
+    assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEARNING)
+def test_compiled(name: str) -> None:
+    """One loss after two steps, over a change of epoch, which must not compile everything anew."""
+    results = []
+    for compiled in (False, True):
+        method = make(name).train()
+        if compiled:
+            torch._dynamo.reset()
+            method.compile(backend="aot_eager")
+        optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01)
+        for step in range(2):
+            torch.manual_seed(step)
+            method.begin(float(step), 2)
+            loss = method(views_of(name, 16, step), torch.arange(16) % 10)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            method.update((step + 1) / 2)
+        results.append(loss.detach())
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
+def steps(rank: int, size: int) -> dict[str, Tensor]:
+    """Three steps of every method on this rank's part of fixed batches, in float64: losses and some weights."""
+    found = {}
+    for name in LEARNING:
+        if name in ("moco_v1", "moco_v2"):
+            continue  # batch norm isn't synchronised: tests/test_distributed.py
+        method = make(name).double().train()
+        if size > 1:
+            method = layers.sync_batch_norm(method, torch.device("cpu"))
+        parallel = distributed.data_parallel(method, torch.device("cpu"))
+        optimizer = torch.optim.SGD(method.param_groups(), lr=0.05, momentum=0.9)
+        losses = []
+        for step in range(3):
+            views = [view.double().chunk(size)[rank] for view in views_of(name, 16, step)]
+            method.begin(step / 2, 2)
+            loss = parallel(views, (torch.arange(16) % 10).chunk(size)[rank])["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            method.update((step + 1) / 3)
+            losses.append(distributed.mean(loss.detach()))
+        found[f"{name} loss"] = torch.stack(losses)
+        found |= {f"{name} {key}": value for key, value in method.state_dict().items() if value.is_floating_point()}
+    return found
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """Batch norm synchronised, the losses' gradients are those of the joined batch; ranks never drift apart."""
+    one = steps(0, 1)
+    first, second = in_processes(steps, tmp_path)
+    for key, value in one.items():
+        # In multi-crop, batch norm sees several crops in one pass, which ranks share in another order: no difference.
+        torch.testing.assert_close(first[key], value, rtol=1e-6, atol=1e-8, msg=lambda text, key=key: f"{key}: {text}")
+        if "loss" not in key:
+            assert torch.equal(first[key], second[key]), key
+
+
+def test_frozen_layers_stay_and_constant_rates_too() -> None:
+    from ssl_bench.optim import freeze_, schedule_
+
+    swav = make("swav")
+    optimizer = build.construct(compose("method=swav").optimizer, params=swav.param_groups(), batch_size=256)
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    for epoch, moved in ((0.2, False), (0.4, True)):
+        swav.begin(epoch, 2)
+        before = swav.prototypes.weight.detach().clone()
+        swav(views_of("swav", 8))["loss"].backward()
+        freeze_(optimizer, epoch)
+        optimizer.step()
+        assert torch.equal(swav.prototypes.weight, before) is not moved
+    simsiam = make("simsiam")
+    optimizer = build.construct(compose("method=simsiam").optimizer, params=simsiam.param_groups(), batch_size=512)
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    schedule_(optimizer, 0.25, 1, 2)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.025, 0.1]
+
+
+def test_weight_decay_follows_its_cosine() -> None:
+    from ssl_bench.optim import schedule_
+
+    optimizer = build.construct(
+        compose("optimizer=adamw").optimizer, params=make("supervised").param_groups(), batch_size=256
+    )
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    decays = []
+    for epoch in (0, 5, 10):
+        schedule_(optimizer, 1.0, epoch, 10)
+        decays.append([round(group["weight_decay"], 6) for group in optimizer.param_groups])
+    assert decays == [[0.04, 0.0], [0.22, 0.0], [0.4, 0.0]]
+
+
+def test_health_of_known_embeddings() -> None:
+    torch.manual_seed(0)
+    spread = health(torch.randn(2, 4000, 16))
+    assert spread["embedding_std"] == pytest.approx(1, abs=0.02)
+    assert spread["effective_rank"] == pytest.approx(16, abs=0.1)
+    assert spread["alignment"] == pytest.approx(2, abs=0.05)  # of independent directions
+    assert collapse(spread) is None
+    assert health(torch.randn(1, 64, 16)).keys() == {"embedding_std", "effective_rank", "uniformity"}
+    same = health(torch.ones(2, 50, 16) + 1e-4 * torch.randn(2, 50, 16))
+    assert same["embedding_std"] < 0.01
+    assert same["uniformity"] == pytest.approx(0, abs=1e-3)
+    assert "all images have nearly the same embedding" in collapse(same)
+    assert effective_rank(torch.eye(7)[:, :5]) == pytest.approx(5)
+
+
+@pytest.mark.parametrize("case", ["byol", "vicreg"])
+def test_a_collapsed_run_is_flagged(
+    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BYOL without its predictor; VICReg without its variance. The whole ones are not flagged."""
+    caplog.set_level(logging.WARNING, "ssl_bench")
+    settings = ["epochs=8", "eval_every=0", "optimizer=sgd", "optimizer.base_lr=0.1", "log_every=5"]
+    if case == "byol":
+        settings += ["method.momentum=0.9"]
+    launch(compose(*overrides(case, *settings, f"dir={tmp_path / 'whole'}")))
+    assert "collapsed" not in caplog.text
+    if case == "byol":
+        from ssl_bench.methods.byol import BYOL
+
+        plain = BYOL.__init__
+
+        def without_predictor(self: BYOL, *args: object, **kwargs: object) -> None:
+            plain(self, *args, **kwargs)
+            self.predictor = nn.Identity()
+
+        monkeypatch.setattr(BYOL, "__init__", without_predictor)
+    else:
+        settings += ["method.std_coeff=0"]
+    launch(compose(*overrides(case, *settings, f"dir={tmp_path / 'collapsed'}")))
+    assert "the run has collapsed: all images have nearly the same embedding" in caplog.text
