@@ -6,7 +6,6 @@ from pathlib import Path
 from statistics import median
 
 import hydra
-import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import NonNegativeInt
 
@@ -16,6 +15,7 @@ from ssl_bench.augment.views import EvalView
 from ssl_bench.engine import extract
 from ssl_bench.launch import launch
 from ssl_bench.run import Run
+from ssl_bench.stages.pretrain import picture
 from ssl_bench.stages.training import normalization, on_device, open_source
 from ssl_bench.tracking import MetricsFile
 
@@ -26,7 +26,7 @@ SHARED = ("data", "backbone", "tracking", "device", "devices", "precision")
 
 
 def pipeline(
-    cfg: DictConfig, run: Run, protocol: list[str], rows: dict[str, list[str]], seeds: list[NonNegativeInt]
+    cfg: DictConfig, run: Run, protocol: list[str], rows: dict[str, list[str] | None], seeds: list[NonNegativeInt]
 ) -> dict[str, float]:
     """Pretrain by cfg, then `stage=lincls` with the overrides `protocol`, those of each row, and each seed.
 
@@ -37,6 +37,7 @@ def pipeline(
     evaluations = {
         name: [_evaluation(cfg, name, [*protocol, *overrides], seed) for seed in seeds]
         for name, overrides in rows.items()
+        if overrides is not None
     }
     for member in chain([pretraining], *evaluations.values()):
         build.check(member)  # all of it, before any of it takes time
@@ -87,13 +88,11 @@ def draw(
     cfg: DictConfig, run: Run, evaluations: dict[str, list[DictConfig]], results: dict[str, list[float]], path: Path
 ) -> None:
     """overview.png: curves, accuracies, augmented views, and a map of the pretrained features of the test split."""
-    from torchvision.transforms.v2.functional import resize
-
     data = build.construct(cfg.data)
     train_images, test = (open_source(cfg, run, data, split) for split in ("pretrain", "val"))
     views = build.construct(cfg.augmentation).to(run.device)
     images, _, indices = next(train_images.epoch_pass())
-    shown = torch.stack([views.denormalize(view) for view in views(images[:8], keys(cfg.seed, 0, indices[:8]))])
+    shown = picture(views, images[:8], keys(cfg.seed, 0, indices[:8]))
     backbone = build.construct(cfg.backbone)
     interop.load_backbone(backbone, f"{cfg.dir}/pretrain")
     test_view = EvalView(views.image_size, 1.0, *normalization(cfg))
@@ -102,5 +101,4 @@ def draw(
     for name, members in evaluations.items():
         curves[name] = MetricsFile.read(Path(members[0].dir) / "metrics.jsonl")
     title = f"{cfg.method.name}, {cfg.backbone.name}, {cfg.data.name}"
-    originals = resize(images[:8], [views.image_size, views.image_size])[None]  # the views may be of another size
-    report.overview(path, title, curves, torch.cat([originals, shown]).cpu(), features.numpy(), labels.numpy(), results)
+    report.overview(path, title, curves, shown.cpu(), features.numpy(), labels.numpy(), results)

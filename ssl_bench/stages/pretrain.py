@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 from pydantic import NonNegativeInt
+from torch import Tensor
 
 from ssl_bench import build, distributed
 from ssl_bench.augment.draws import keys
@@ -105,13 +106,17 @@ def online(
 @torch.no_grad()
 def show_views(cfg: DictConfig, run: Run, source: Source, views: Views, num_images: int = 8) -> None:
     """views.png: what the network sees of the first images; a column an image, the original on top."""
-    from torchvision.transforms.v2.functional import resize
     from torchvision.utils import make_grid, save_image
 
     images, _, indices = next(source.epoch_pass())
-    images, indices = images[:num_images], indices[:num_images]
-    size = [views.image_size, views.image_size]  # of all, in the picture
-    shown = [resize(views.denormalize(view), size) for view in views(images, keys(cfg.seed, 0, indices))]
-    grid = make_grid(torch.cat([resize(images, size), *shown]).float() / 255, nrow=num_images)
-    save_image(grid, run.directory / "views.png")
+    shown = picture(views, images[:num_images], keys(cfg.seed, 0, indices[:num_images]))
+    save_image(make_grid(shown.flatten(0, 1).float() / 255, nrow=shown.shape[1]), run.directory / "views.png")
     run.log_image(0, "views", run.directory / "views.png")
+
+
+def picture(views: Views, images: Tensor, image_keys: Tensor) -> Tensor:
+    """uint8 images (N, 3, H, W) -> (1 + V, N, 3, S, S) uint8: themselves, then their V views, all of one size."""
+    from torchvision.transforms.v2.functional import resize
+
+    rows = [images, *(views.denormalize(view) for view in views(images, image_keys))]
+    return torch.stack([resize(row, [views.image_size, views.image_size]) for row in rows])
