@@ -23,6 +23,7 @@ from ssl_bench.optim import scaled_lr
 from ssl_bench.probe import IGNORED, LinearGrid
 from ssl_bench.run import Run
 from ssl_bench.seeding import fold
+from ssl_bench.stages.evaluation import watched
 from ssl_bench.stages.training import train
 
 log = logging.getLogger(__name__)
@@ -136,13 +137,19 @@ def train_grid(
     return train(cfg, run, grid, features, lambda batch, keys: [batch], measure, groups)
 
 
-def hold_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+def hold_out(
+    labels: np.ndarray,
+    share: float,
+    seed: int,
+    chooser: str = "stage.features=cached",
+    instead: str = "stage.features=official",
+) -> np.ndarray:
     """Mask of this share of the images of each class, at least one and not all, drawn by seed. labels (N,)."""
     classes, counts = np.unique(labels, return_counts=True)
     if counts.min() < 2:
         raise UserError(
-            f"stage.features=cached chooses by held-out labels, and class {classes[counts.argmin()]} has only 1: "
-            "give each class 2 (stage.labels_per_class=2 or more), or type stage.features=official"
+            f"{chooser} chooses by held-out labels, and class {classes[counts.argmin()]} has only 1: "
+            f"give each class 2 (stage.labels_per_class=2 or more), or type {instead}"
         )
     held = np.zeros(len(labels), dtype=bool)
     for label, count in zip(classes, counts, strict=True):
@@ -159,7 +166,7 @@ def extract_all(
 
     view: (images, their indices) -> what the backbone sees. Each process computes its share.
     """
-    batches = ((view(images, indices), labels, indices) for images, labels, indices in source.epoch_pass())
+    batches = ((view(images, indices), labels, indices) for images, labels, indices in watched(run, source, "features"))
     with torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
         mine, _ = extract(backbone, batches, nn.Identity())
     world = distributed.world_size()
