@@ -128,7 +128,7 @@ def test_without_onnx_it_says_what_to_install(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("onnx") else find(name))
     out = export(place / "moco", tmp_path / "out", "stage.onnx=true")
-    assert "no model.onnx, for want of onnx and onnxscript: pip install onnx onnxscript onnxruntime" in caplog.text
+    assert "no model.onnx, for want of onnx and onnxscript: pip install 'ssl_bench[onnx]'" in caplog.text
     assert {path.name for path in out.iterdir()} == {"README.md", "SHA256SUMS", "model.pth", "model.safetensors"}
 
 

@@ -14,9 +14,10 @@ from test_errors import complaint
 
 from ssl_bench import evaluators
 from ssl_bench.data.synthetic import write_dl21
-from ssl_bench.errors import UserError
+from ssl_bench.errors import Interrupted, UserError
 from ssl_bench.evaluators import nearest, weighted_knn
 from ssl_bench.launch import launch
+from ssl_bench.run import Run
 
 DIGITS = ["stage=knn", "data=digits", "data.image_size=16", "backbone.width=8", "backbone.stem=small"]
 
@@ -95,6 +96,15 @@ def test_val_labels_choose_nothing(tmp_path: Path) -> None:
         poisoned[key] for key in ("k", "temperature", "holdout_top1")
     ]
     assert (tmp_path / "true" / "grid.csv").read_text() == (tmp_path / "poisoned" / "grid.csv").read_text()
+
+
+def test_a_signal_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [*DIGITS, "stage.k=[3]", "stage.temperatures=[0.07]", f"dir={tmp_path}/run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "stopping", lambda self, step: step == 2)
+        with pytest.raises(Interrupted):
+            launch(compose(*command))
+    assert launch(compose(*command))["val_top1"] > 50
 
 
 @pytest.mark.parametrize(

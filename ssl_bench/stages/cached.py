@@ -96,8 +96,11 @@ def train_grid(
     labels = torch.from_numpy(source.labels[source.rows])
     backbone, cells = grid.train().backbone, options.cells
 
-    clean = extract_all(cfg, run, backbone, source, lambda images, indices: test_view(images))
-    drawn = [extract_all(cfg, run, backbone, source, _draw(views, cfg.seed, epoch)) for epoch in range(options.copies)]
+    clean = extract_all(cfg, run, backbone, source, lambda images, indices: test_view(images), "features")
+    drawn = [
+        extract_all(cfg, run, backbone, source, _draw(views, cfg.seed, epoch), f"features, copy {epoch + 1}")
+        for epoch in range(options.copies)
+    ]
     shown = drawn or [clean]
     log.info(
         "cached %s features of %s images and %s augmented copies, %.2f GB; %s learning rates x %s weight decays in "
@@ -160,13 +163,20 @@ def hold_out(
 
 
 def extract_all(
-    cfg: DictConfig, run: Run, backbone: nn.Module, source: Source, view: Callable[[Tensor, Tensor], Tensor]
+    cfg: DictConfig,
+    run: Run,
+    backbone: nn.Module,
+    source: Source,
+    view: Callable[[Tensor, Tensor], Tensor],
+    title: str | None = None,
 ) -> Tensor:
     """Features (N, dim) float32 of all images of the source, in its order, on the CPU of every process.
 
-    view: (images, their indices) -> what the backbone sees. Each process computes its share.
+    view: (images, their indices) -> what the backbone sees. Each process computes its share. title: it is shown how far
+    that is, and a signal stops it; not for within a training, which has a state to save.
     """
-    batches = ((view(images, indices), labels, indices) for images, labels, indices in watched(run, source, "features"))
+    passed = source.epoch_pass() if title is None else watched(run, source, title)
+    batches = ((view(images, indices), labels, indices) for images, labels, indices in passed)
     with torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
         mine, _ = extract(backbone, batches, nn.Identity())
     world = distributed.world_size()

@@ -146,7 +146,8 @@ def open_pretrained(cfg: DictConfig) -> Pretrained:
     node = config.get("backbone", {}) if chosen is None else OmegaConf.to_container(chosen, resolve=True)
     known = zoo.WEIGHTS.get(cfg.pretrained)
     advice = f"type backbone={known.backbone if known else '..., the one that it is of'}"
-    if not str(node.get("_target_")).startswith("ssl_bench.backbones.") and chosen is None:
+    ours = str(node.get("_target_")).startswith("ssl_bench.backbones.") and not node.get("options")
+    if chosen is None and not ours:
         # A configuration may come from elsewhere: it chooses among our networks, and names no other code to run.
         raise UserError(f"pretrained={cfg.pretrained}: doesn't say which of our networks it is of: {advice}")
     try:

@@ -96,7 +96,7 @@ def write_onnx(network: nn.Module, image_size: int, path: Path) -> None:
     them says so, and writes nothing. Where onnxruntime is installed, its outputs are compared with torch's.
     """
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
-        log.warning("no model.onnx, for want of %s: pip install onnx onnxscript onnxruntime", " and ".join(missing))
+        log.warning("no model.onnx, for want of %s: pip install 'ssl_bench[onnx]'", " and ".join(missing))
         return
     images = torch.randn(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     with warnings.catch_warnings(action="ignore"):
@@ -178,14 +178,18 @@ def about(pretrained: Pretrained) -> str:
 def usage(pretrained: Pretrained) -> str:
     own = {key: value for key, value in pretrained.network.items() if key not in ("name", "_target_")}
     name = pretrained.network["_target_"].rpartition(".")[2]
-    classes = pretrained.classifier.out_features if pretrained.classifier is not None else None
+    classes = pretrained.classifier and pretrained.classifier.out_features
+    resnet, output = name.startswith("resnet"), "logits" if classes else "features"
     lines = ["import torch", "from safetensors.torch import load_file"]
-    if name.startswith("resnet") and (own.get("stem", "imagenet"), own.get("width", 64)) == ("imagenet", 64):
-        lines += ["from torchvision.models import " + name, ""]
-        lines += [f"network = {name}({f'num_classes={classes}' if classes else ''})"]
+    if resnet and (own.get("stem", "imagenet"), own.get("width", 64)) == ("imagenet", 64):
+        lines += [f"from torchvision.models import {name}", ""]
+        lines += [f"network = {name}(num_classes={classes})"] if classes else [f"network = {name}()"]
         lines += [] if classes else ["network.fc = torch.nn.Identity()"]
     else:
-        lines += ["from ssl_bench.backbones import " + name, ""]
-        lines += [f"network = {name}({', '.join(f'{key}={value!r}' for key, value in own.items())})"]
+        arguments = ", ".join(f"{key}={value!r}" for key, value in own.items())
+        lines += [f"from ssl_bench.backbones import {name}", "", f"network = {name}({arguments})"]
         lines += [f"network.fc = torch.nn.Linear(network.dim, {classes})"] if classes else []
-    return "\n".join([*lines, 'network.load_state_dict(load_file("model.safetensors"))', "network.eval()"])
+    call = "network.fc(network(images))" if classes and not resnet else "network(images)"
+    return "\n".join(
+        [*lines, 'network.load_state_dict(load_file("model.safetensors"))', f"network.eval()  # {call}: {output}"]
+    )

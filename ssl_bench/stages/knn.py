@@ -63,7 +63,7 @@ def knn(
     source = open_source(cfg, run, data, "train", subset)
     test = open_source(cfg, run, data, "val")
 
-    bank = extract_all(cfg, run, backbone, source, lambda images, indices: test_view(images))
+    bank = extract_all(cfg, run, backbone, source, lambda images, indices: test_view(images), "features of train")
     labels, result, best = torch.from_numpy(source.labels[source.rows]), {}, cells[0]
     if exam:
         held = torch.from_numpy(hold_out(source.labels[source.rows], holdout, cfg.seed, *CHOICE))
@@ -74,7 +74,7 @@ def knn(
             report(run, {cell: top1 for cell, (top1, _) in scores.items()}, best, int(held.sum()))
             if best[0] == max(k) > min(k):
                 log.warning("k %d is the largest tried: the best may lie beyond; add a larger one to stage.k", best[0])
-    queries = extract_all(cfg, run, backbone, test, lambda images, indices: test_view(images))
+    queries = extract_all(cfg, run, backbone, test, lambda images, indices: test_view(images), "features of val")
     targets = torch.from_numpy(test.labels[test.rows])
     top1, top5 = accuracy(run, queries, targets, bank, labels, data.num_classes, [best])[best]
     result |= {"k": best[0], "temperature": best[1], "val_top1": top1, "val_top5": top5}
