@@ -90,6 +90,22 @@ def test_torchvision_and_timm_read_it(tmp_path: Path, name: str) -> None:
     assert result.stdout == "7\n", result.stderr
 
 
+def test_a_vit_is_read_by_its_own_names(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    probe = LinearProbe(backbones.vit_tiny(32), 5).eval()
+    out = export(Checkpoint(tmp_path, "run").save(1, model=probe), tmp_path / "out", "backbone=vit_tiny",
+                 "backbone.image_size=32")  # fmt: skip
+    again = backbones.vit_tiny(32)
+    assert load_backbone(again, str(out)).layout == "plain"
+    assert same(again, probe.backbone)
+    code = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    code += "images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(7))\n"
+    code += "torch.save(network.fc(network(images)), 'logits.pt')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    torch.testing.assert_close(torch.load(out / "logits.pt", weights_only=True), probe.logits(images()))
+
+
 def test_standardised_features_are_folded_into_the_classifier(place: Path, tmp_path: Path) -> None:
     source = place / "lincls" / "seed0"
     probe = LinearProbe(backbones.resnet18(stem="small", width=8), 4, normalize=True)

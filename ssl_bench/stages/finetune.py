@@ -3,11 +3,12 @@
 from omegaconf import DictConfig
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from ssl_bench import build
+from ssl_bench import build, distributed
 from ssl_bench.augment.views import EvalView
 from ssl_bench.engine import evaluate
 from ssl_bench.fields import Share
 from ssl_bench.finetune import FineTune
+from ssl_bench.methods import layers
 from ssl_bench.optim import scaled_lr
 from ssl_bench.run import Run
 from ssl_bench.stages.evaluation import digest, few_labels, load_pretrained
@@ -36,7 +37,10 @@ def finetune(
     data.split("val")
     subset = few_labels(split.labels, labels_per_class, label_fraction, cfg.seed)
     check_batch(cfg, split.length if subset is None else len(subset))
-    model = on_device(FineTune(load_pretrained(cfg), data.num_classes, trained_blocks, mixup), run)
+    backbone = load_pretrained(cfg)
+    if cfg.sync_batch_norm and distributed.world_size() > 1:
+        backbone = layers.sync_batch_norm(backbone, run.device)
+    model = on_device(FineTune(backbone, data.num_classes, trained_blocks, mixup), run)
     views = make_views(cfg, run, model)
     test_view = EvalView(views.image_size, test_resize, *normalization(cfg)).to(run.device)
     source = open_source(cfg, run, data, "train", subset)
