@@ -7,8 +7,60 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+QUERIES, BANK = 1024, 16384  # rows compared at once: their similarities take 64 MB
 COLLAPSED_STD = 0.1  # of 1: what is left of the spread when all images have nearly the same embedding
 COLLAPSED_RANK = 1.5
+
+
+@torch.no_grad()
+def weighted_knn(
+    queries: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int, k: int, temperature: float
+) -> Tensor:
+    """Votes of the k nearest images of a bank for each class (Wu et al., arXiv:1805.01978, section 3.4).
+
+    queries (M, D), bank (N, D): features of any norm. bank_labels: int64 (N,). Returns (M, num_classes): a neighbour of
+    cosine similarity s votes for its class with exp(s / temperature), and the votes are divided by their sum.
+    """
+    scores = []
+    for block in queries.split(QUERIES):
+        similarities, rows = nearest(block, bank, k)
+        scores.append(vote(similarities, bank_labels[rows.to(bank_labels.device)], num_classes, temperature))
+    return torch.cat(scores)
+
+
+@torch.no_grad()
+def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosine similarities (M, k) of the k rows of the bank most similar to each query, largest first, and which (M, k).
+
+    All rows where the bank has fewer. Beside its arguments it takes memory for a block of each; the bank may be on
+    another device.
+    """
+    found = []
+    with torch.autocast(queries.device.type, enabled=False):  # eight bits can't tell near neighbours apart
+        for block in queries.split(QUERIES):
+            block, best = _unit(block), None
+            for start in range(0, len(bank), BANK):
+                part = _unit(bank[start : start + BANK].to(block.device))
+                similarities, rows = (block @ part.T).topk(min(k, len(part)))
+                rows += start
+                if best is not None:
+                    similarities, rows = torch.cat([best[0], similarities], 1), torch.cat([best[1], rows], 1)
+                    similarities, order = similarities.topk(min(k, similarities.shape[1]))
+                    rows = rows.gather(1, order)
+                best = similarities, rows
+            found.append(best)
+    similarities, rows = zip(*found, strict=True)
+    return torch.cat(similarities), torch.cat(rows)
+
+
+def vote(similarities: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
+    """Similarities and labels (M, k) of the neighbours -> (M, num_classes); see `weighted_knn`."""
+    votes = (similarities / temperature).softmax(dim=1)  # exp alone overflows at low temperatures
+    return votes.new_zeros(len(votes), num_classes).scatter_add_(1, labels.to(votes.device), votes)
+
+
+def _unit(features: Tensor) -> Tensor:
+    return F.normalize(features.float() if features.dtype.itemsize < 4 else features, dim=1)
 
 
 @torch.no_grad()
@@ -71,13 +123,3 @@ def knn_and_ridge(features: Tensor, labels: Tensor, asked: Tensor) -> dict[str, 
     ridge = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=np.logspace(-1, 5, 7)))
     probe = ridge.fit(x[~asked], y[~asked]).score(x[asked], y[asked])
     return {"knn_top1": 100 * knn, "probe_top1": 100 * probe}
-
-
-def weighted_knn(
-    queries: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int, k: int, temperature: float
-) -> Tensor:
-    """Queries (M, D), bank (N, D), bank_labels (N,) -> scores (M, num_classes): the k most similar images of the bank
-    vote, each with exp(cosine / temperature) (Wu et al., arXiv:1805.01978, section 3.4)."""
-    similarity, nearest = (F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T).topk(min(k, len(bank)), dim=1)
-    votes = (similarity / temperature).exp()
-    return votes.new_zeros(len(queries), num_classes).scatter_add_(1, bank_labels[nearest], votes)

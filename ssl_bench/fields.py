@@ -6,3 +6,4 @@ from pydantic import Field
 
 Fraction = Annotated[float, Field(ge=0, le=1)]  # a probability, a ratio, a momentum
 Interval = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]  # (low, high), bounds included
+Share = Annotated[float, Field(gt=0, le=1)]  # a part of something

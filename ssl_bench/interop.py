@@ -1,15 +1,18 @@
 """Weights from and for other programs. Keys are matched exactly, and what was loaded is said.
 
-Read: a run directory, a checkpoint of ours, an official MoCo `.pth.tar`, a torchvision state dict, a zoo name.
+Read: a run directory, a checkpoint of ours, an official MoCo `.pth.tar`, a torchvision state dict, a folder or file of
+stage=export, a zoo name.
 Written: the official MoCo layout (facebookresearch/moco, main_moco.py), which `main_lincls.py` and the detection
-converter read.
+converter read; and by stage=export the backbone's own names, which for a ResNet are torchvision's and timm's.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from ssl_bench import checkpoint, zoo
@@ -28,9 +31,8 @@ class Loaded(NamedTuple):
 
 def load_backbone(backbone: nn.Module, source: str) -> Loaded:
     """Fill `backbone` from `source`, every tensor of it or an error. Returns what was read."""
-    path = find(source)
-    state, layout, prefix = _backbone_state(checkpoint.read(path), path)
-    wanted = backbone.state_dict()
+    path, wanted = find(source), backbone.state_dict()
+    state, layout, prefix = _backbone_state(read(path), path, wanted)
     found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if layout != "ssl_bench":  # there the classifier or projection is called fc, and belongs to no backbone
         found = {key: value for key, value in found.items() if not key.startswith("fc.")}
@@ -56,7 +58,7 @@ def find(source: str) -> Path:
     """The file that `pretrained=source` means."""
     path = Path(source).expanduser()
     if path.is_dir():
-        files = checkpoint.complete(path)
+        files = [*checkpoint.complete(path), *path.glob("model.safetensors")]
         if not files:
             raise UserError(f"pretrained={source}: no checkpoint in this directory; give a run directory or a file")
         return files[0]
@@ -69,8 +71,53 @@ def find(source: str) -> Path:
     )
 
 
-def _backbone_state(content: object, path: Path) -> tuple[State, str, str]:
-    """(tensors, layout, prefix of the backbone's keys)."""
+def read(path: Path) -> object:
+    """What is in the file; no code in it is run. UserError where it can't be read."""
+    if path.suffix != ".safetensors":
+        return checkpoint.read(path)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: truncated, or not a safetensors file ({error})") from None
+
+
+def recipe(path: Path) -> dict | None:
+    """The configuration of the run that made the file: from the run's directory, or from a file of stage=export."""
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        read(path)  # a broken file is told there
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("ssl_bench")
+        return json.loads(text) if text else None
+    folder = path.absolute().parent
+    beside = folder.with_name("config.yaml")
+    return yaml.safe_load(beside.read_text()) if folder.name == "checkpoints" and beside.is_file() else None
+
+
+def load_classifier(source: str) -> nn.Linear | None:
+    """The linear classifier (classes, dim) in a file of stage=lincls, finetune or export, or in a torchvision file.
+
+    Where its features are standardised first (stage.normalize=true), that is folded into its weights.
+    """
+    content = read(find(source))
+    state = content.get("model", content.get("state_dict", content)) if isinstance(content, Mapping) else {}
+    if not {"fc.weight", "fc.bias"} <= state.keys():
+        return None
+    weight, bias = state["fc.weight"].double(), state["fc.bias"].double()
+    if "norm.running_var" in state:
+        weight = weight * (state["norm.running_var"].double() + nn.BatchNorm1d(1).eps).rsqrt()
+        bias = bias - weight @ state["norm.running_mean"].double()
+    classifier = nn.Linear(weight.shape[1], weight.shape[0])
+    classifier.load_state_dict({"weight": weight, "bias": bias})
+    return classifier
+
+
+def _backbone_state(content: object, path: Path, wanted: State) -> tuple[State, str, str]:
+    """(tensors, layout, prefix of the backbone's keys). wanted: the backbone's own."""
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds a {type(content).__name__}, where a dictionary of tensors was expected")
     ours = "model" in content and "step" in content
@@ -84,6 +131,8 @@ def _backbone_state(content: object, path: Path) -> tuple[State, str, str]:
             return state, "official MoCo", "module.encoder_q."
         if "conv1.weight" in keys:
             return state, "torchvision", ""
+        if wanted and wanted.keys() <= state.keys():
+            return state, "plain", ""
     raise UserError(
         f"{path}: unknown layout (first keys: {', '.join(keys[:3])}); expected a checkpoint of ssl_bench, an "
         "official MoCo file (module.encoder_q.*) or a torchvision state dict (conv1.weight, ...)"

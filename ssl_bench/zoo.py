@@ -18,6 +18,7 @@ class Weights(NamedTuple):
     note: str
 
 
+SUMS = "SHA256SUMS"  # beside the files of an export; `sha256sum --check` reads it, too
 TIMEOUT = 30  # seconds without a byte
 BASE_URL = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/"
 # https://github.com/facebookresearch/moco: model table of the README; ImageNet top-1 of a linear classifier
@@ -30,12 +31,16 @@ WEIGHTS = {
 
 def fetch(name: str) -> Path:
     """The verified local file of a zoo name; downloaded with a progress bar when it isn't there yet."""
-    weights = WEIGHTS[name]
-    path = cache_folder("zoo") / Path(weights.path).name
+    weights, path = WEIGHTS[name], place(name)
     if not path.exists():
         _download(name, path)
     verify(path, weights.md5, "delete it and try again")
     return path
+
+
+def place(name: str) -> Path:
+    """Where the file of a zoo name lies, or will."""
+    return cache_folder("zoo") / Path(WEIGHTS[name].path).name
 
 
 def _download(name: str, path: Path) -> None:
@@ -65,7 +70,10 @@ def _download(name: str, path: Path) -> None:
 
 def verify(path: Path, md5: str, advice: str) -> None:
     """UserError, with `advice`, unless the file's md5 begins so."""
+    if not (found := digest(path, "md5")).startswith(md5):
+        raise UserError(f"{path}: its md5 is {found[:8]}..., not {md5}: a broken or another file; {advice}")
+
+
+def digest(path: Path, algorithm: str = "sha256") -> str:
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "md5").hexdigest()
-    if not digest.startswith(md5):
-        raise UserError(f"{path}: its md5 is {digest[:8]}..., not {md5}: a broken or another file; {advice}")
+        return hashlib.file_digest(file, algorithm).hexdigest()

@@ -30,6 +30,7 @@ GROUPS = (
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 NEEDED = {"dl21": ["data.root=/x"], "folder": ["data.root=/x"], "stl10": ["data.root=/x"], "cifar10": ["data.root=/x"]}
 NEEDED |= {f"{name}_moco_v2": ["data.root=/x"] for name in ("imagenet", "cifar10", "stl10", "dl21")}
+NEEDED |= {"predict": ["stage.images=/x"]}
 NEEDED |= {"cifar100": ["data.root=/x"], "synthetic_dl21": ["data.root=/x"], "synthesize": ["stage.out=/x"]}
 
 

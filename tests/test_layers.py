@@ -9,7 +9,8 @@ import ssl_bench
 
 ROOT = Path(ssl_bench.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
-BELOW = ("methods", "augment", "backbones", "data", "optim", "schedule", "probe", "seeding", "fields", "distributed")
+BELOW = ("methods", "augment", "backbones", "data", "optim", "schedule", "probe", "finetune", "evaluators", "seeding")
+BELOW += ("fields", "distributed")
 
 
 def imports(path: Path) -> set[str]:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import TINY, TINY_PRETRAIN, Command
 
 
@@ -36,6 +37,38 @@ def test_pipeline_goes_on_where_it_stopped(ssl_bench: Command, tmp_path: Path) -
     result = ssl_bench(*command, check=True)
     assert result.stderr.count("is finished already") == 5  # the pretraining, two rows of two draws
     assert "| pretrained" in result.stdout
+
+
+@pytest.mark.slow
+def test_any_list_of_evaluations_follows(ssl_bench: Command, tmp_path: Path) -> None:
+    on = "pretrained=${dir}/pretrain"
+    rows = [
+        f"pretrained: ['{on}']",
+        f"kNN: [stage=knn, '{on}', augmentation.image_size=16]",
+        f"whole: [stage=finetune, '{on}', augmentation.flip_p=0, stage.labels_per_class=10, batch_size=50, epochs=1]",
+        f"file: [stage=export, '{on}', stage.out=out, stage.onnx=false]",
+    ]
+    command = [*TINY, "stage=pipeline", "method.queue_size=1024", "epochs=1", "augmentation=digits", "dir=run"]
+    command += ["stage.protocol=['epochs=1','stage.labels_per_class=10','batch_size=50']"]
+    conf = tmp_path / "conf" / "experiment"
+    conf.mkdir(parents=True)
+    text = "".join(f"    {row}\n" for row in rows)
+    (conf / "mine.yaml").write_text(f"# @package _global_\nstage:\n  rows:\n    random init: []\n{text}")
+    result = ssl_bench("--config-dir=conf", "experiment=mine", *command, check=True)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary.keys() >= {"pretrained top-1", "kNN top-1", "whole top-1", "random init top-1"}
+    assert "file top-1" not in summary
+    stages = {path.parent.parent.name: yaml.safe_load(path.read_text())["stage"]["name"]
+              for path in (tmp_path / "run").glob("*/seed0/config.yaml")}  # fmt: skip
+    assert stages == {
+        "pretrained": "lincls",
+        "kNN": "knn",
+        "whole": "finetune",
+        "file": "export",
+        "random-init": "lincls",
+    }
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert "| kNN" in result.stdout
 
 
 @pytest.mark.slow

@@ -432,6 +432,27 @@ class Folder(Dataset):
         return self._split(name, folder, digest, labels, _Decoder(paths, self.image_size), paths)
 
 
+class Images(Dataset):
+    """Every image under ROOT as "pretrain", whatever the folders are called: what stage=predict looks at."""
+
+    num_classes = None
+
+    def __init__(
+        self,
+        root: str,
+        image_size: PositiveInt = 96,
+        on_error: OnError = "raise",
+        cache: str | None = None,
+        workers: PositiveInt | None = None,
+    ):
+        super().__init__(image_size, on_error, cache, workers)
+        self.root = root
+
+    def _list(self, name: str) -> Split:
+        paths, digest, _ = _list_tree(Path(self.root).expanduser(), key="stage.images")
+        return self._split(name, "all", digest, None, _Decoder(paths, self.image_size), paths)
+
+
 def _subfolders(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
@@ -439,7 +460,7 @@ def _subfolders(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _list_tree(root: Path) -> tuple[_Paths, str, dict[str, int]]:
+def _list_tree(root: Path, key: str = "data.root") -> tuple[_Paths, str, dict[str, int]]:
     """The image files under root in sorted order, a digest, and how many lie in each folder of its first level."""
     text, ends, digest, counts = bytearray(), array("q", [0]), hashlib.sha256(), {}
     for name, size, mtime in _walk(root, "", frozenset()):
@@ -450,9 +471,7 @@ def _list_tree(root: Path) -> tuple[_Paths, str, dict[str, int]]:
         first = name.split("/", 1)[0] if "/" in name else ""
         counts[first] = counts.get(first, 0) + 1
     if not text:
-        raise UserError(
-            f"no images under {root}; known extensions are {' '.join(EXTENSIONS)}; data.root= sets the folder"
-        )
+        raise UserError(f"no images under {root}; known extensions are {' '.join(EXTENSIONS)}; {key}= sets the folder")
     return _Paths(root, bytes(text), ends), digest.hexdigest(), counts
 
 

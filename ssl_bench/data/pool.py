@@ -44,7 +44,7 @@ def run_chunks(
     count = min(workers or default_workers(), len(chunks))
     processes: dict[Connection, subprocess.Popen] = {}
     doing: dict[Connection, tuple[int, int]] = {}
-    with tempfile.TemporaryFile() as shared, _Progress(total, title) as progress:
+    with tempfile.TemporaryFile() as shared, Progress(total, title) as progress:
         buffers = []
         job = pickle.dumps(task, protocol=5, buffer_callback=buffers.append)
         sizes = [shared.write(buffer.raw()) for buffer in buffers]
@@ -105,17 +105,17 @@ def _receive(connection: Connection, process: subprocess.Popen) -> Any:
     return result
 
 
-class _Progress:
+class Progress:
     """A bar on a terminal; a line in the log now and then elsewhere."""
 
-    def __init__(self, total: int, title: str):
+    def __init__(self, total: int, title: str, shown: bool = True):
         from tqdm import tqdm
 
         self.total, self.title, self.done = total, title, 0
         self.began = self.logged = time.monotonic()
-        self.bar = tqdm(total=total, desc=title, unit=" images", disable=not sys.stderr.isatty())
+        self.bar = tqdm(total=total, desc=title, unit=" images", disable=not (shown and sys.stderr.isatty()))
 
-    def __enter__(self) -> "_Progress":
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_) -> None:

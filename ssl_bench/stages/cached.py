@@ -23,6 +23,7 @@ from ssl_bench.optim import scaled_lr
 from ssl_bench.probe import IGNORED, LinearGrid
 from ssl_bench.run import Run
 from ssl_bench.seeding import fold
+from ssl_bench.stages.evaluation import watched
 from ssl_bench.stages.training import train
 
 log = logging.getLogger(__name__)
@@ -95,8 +96,11 @@ def train_grid(
     labels = torch.from_numpy(source.labels[source.rows])
     backbone, cells = grid.train().backbone, options.cells
 
-    clean = extract_all(cfg, run, backbone, source, lambda images, indices: test_view(images))
-    drawn = [extract_all(cfg, run, backbone, source, _draw(views, cfg.seed, epoch)) for epoch in range(options.copies)]
+    clean = extract_all(cfg, run, backbone, source, lambda images, indices: test_view(images), "features")
+    drawn = [
+        extract_all(cfg, run, backbone, source, _draw(views, cfg.seed, epoch), f"features, copy {epoch + 1}")
+        for epoch in range(options.copies)
+    ]
     shown = drawn or [clean]
     log.info(
         "cached %s features of %s images and %s augmented copies, %.2f GB; %s learning rates x %s weight decays in "
@@ -136,13 +140,19 @@ def train_grid(
     return train(cfg, run, grid, features, lambda batch, keys: [batch], measure, groups)
 
 
-def hold_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+def hold_out(
+    labels: np.ndarray,
+    share: float,
+    seed: int,
+    chooser: str = "stage.features=cached",
+    instead: str = "stage.features=official",
+) -> np.ndarray:
     """Mask of this share of the images of each class, at least one and not all, drawn by seed. labels (N,)."""
     classes, counts = np.unique(labels, return_counts=True)
     if counts.min() < 2:
         raise UserError(
-            f"stage.features=cached chooses by held-out labels, and class {classes[counts.argmin()]} has only 1: "
-            "give each class 2 (stage.labels_per_class=2 or more), or type stage.features=official"
+            f"{chooser} chooses by held-out labels, and class {classes[counts.argmin()]} has only 1: "
+            f"give each class 2 (stage.labels_per_class=2 or more), or type {instead}"
         )
     held = np.zeros(len(labels), dtype=bool)
     for label, count in zip(classes, counts, strict=True):
@@ -153,13 +163,20 @@ def hold_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def extract_all(
-    cfg: DictConfig, run: Run, backbone: nn.Module, source: Source, view: Callable[[Tensor, Tensor], Tensor]
+    cfg: DictConfig,
+    run: Run,
+    backbone: nn.Module,
+    source: Source,
+    view: Callable[[Tensor, Tensor], Tensor],
+    title: str | None = None,
 ) -> Tensor:
     """Features (N, dim) float32 of all images of the source, in its order, on the CPU of every process.
 
-    view: (images, their indices) -> what the backbone sees. Each process computes its share.
+    view: (images, their indices) -> what the backbone sees. Each process computes its share. title: it is shown how far
+    that is, and a signal stops it; not for within a training, which has a state to save.
     """
-    batches = ((view(images, indices), labels, indices) for images, labels, indices in source.epoch_pass())
+    passed = source.epoch_pass() if title is None else watched(run, source, title)
+    batches = ((view(images, indices), labels, indices) for images, labels, indices in passed)
     with torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
         mine, _ = extract(backbone, batches, nn.Identity())
     world = distributed.world_size()

@@ -1,26 +1,20 @@
 """Stage lincls: linear classification of frozen features."""
 
-import hashlib
-import logging
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from torch import nn
 
-from ssl_bench import build, interop
+from ssl_bench import build
 from ssl_bench.augment.views import EvalView
 from ssl_bench.engine import evaluate
-from ssl_bench.errors import UserError
+from ssl_bench.fields import Share
 from ssl_bench.probe import LinearGrid, LinearProbe
 from ssl_bench.run import Run
-from ssl_bench.seeding import fold
 from ssl_bench.stages.cached import GridOptions, check_options, check_unused, hold_out, train_grid
-from ssl_bench.stages.training import check_batch, make_views, normalization, on_device, open_source, seed_init, train
-
-log = logging.getLogger(__name__)
+from ssl_bench.stages.evaluation import digest, few_labels, load_pretrained
+from ssl_bench.stages.training import check_batch, make_views, normalization, on_device, open_source, train
 
 DEFAULT = GridOptions()
 
@@ -29,6 +23,7 @@ def lincls(
     cfg: DictConfig,
     run: Run,
     labels_per_class: PositiveInt | None = None,
+    label_fraction: Share | None = None,
     normalize: bool = False,
     test_resize: PositiveFloat = 256 / 224,
     features: Literal["official", "cached"] = "official",
@@ -50,24 +45,11 @@ def lincls(
     data = build.construct(cfg.data)
     split = data.split("train")
     data.split("val")
-    subset = None if labels_per_class is None else few_labels(split.labels, labels_per_class, cfg.seed)
+    subset = few_labels(split.labels, labels_per_class, label_fraction, cfg.seed)
     check_batch(cfg, split.length if subset is None else len(subset))
     if features == "cached":  # said now, and not after the images are packed
         hold_out(split.labels if subset is None else split.labels[subset], holdout, cfg.seed)
-    seed_init(cfg)
-    backbone = build.construct(cfg.backbone)
-    if cfg.pretrained is None:
-        log.info("pretrained=null: the backbone stays as initialised")
-    else:
-        loaded = interop.load_backbone(backbone, cfg.pretrained)
-        log.info(
-            "loaded all %s tensors of the backbone from %s (%s layout)",
-            loaded.num_tensors,
-            loaded.source,
-            loaded.layout,
-        )
-        if loaded.left_out:
-            log.info("left out %s others: %s, ...", len(loaded.left_out), ", ".join(loaded.left_out[:4]))
+    backbone = load_pretrained(cfg)
     views = make_views(cfg, run, LinearProbe)
     test_view = EvalView(views.image_size, test_resize, *normalization(cfg)).to(run.device)
     source = open_source(cfg, run, data, "train", subset)
@@ -84,28 +66,3 @@ def lincls(
         result = train(cfg, run, probe, source, views, lambda: evaluate(probe, test.epoch_pass(), test_view))
     assert digest(backbone) == before, "the frozen backbone changed"
     return result
-
-
-def few_labels(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
-    """Sorted positions of `per_class` images of each class, drawn by seed. labels (N,)."""
-    classes, counts = np.unique(labels, return_counts=True)
-    if (fewest := counts.min()) < per_class:
-        raise UserError(
-            f"stage.labels_per_class={per_class}: class {classes[counts.argmin()]} has only {fewest} images: "
-            f"choose at most stage.labels_per_class={fewest}"
-        )
-    chosen = []
-    for label in classes:
-        members = np.flatnonzero(labels == label)
-        rng = np.random.default_rng(fold(seed, "labels", int(label)))
-        chosen.append(rng.choice(members, per_class, replace=False))
-    return np.sort(np.concatenate(chosen))
-
-
-def digest(module: nn.Module) -> str:
-    """Of every parameter and buffer."""
-    whole = hashlib.blake2b()
-    for key, value in module.state_dict().items():
-        whole.update(key.encode())
-        whole.update(value.cpu().contiguous().numpy().tobytes())
-    return whole.hexdigest()

@@ -30,26 +30,29 @@ def pipeline(
 ) -> dict[str, float]:
     """Pretrain by cfg, then `stage=lincls` with the overrides `protocol`, those of each row, and each seed.
 
-    Every run has a directory below the pipeline's and continues by itself. Returns each row's mean top-1 (percent), and
-    what the pretraining cost.
+    A row whose overrides begin with another stage, like stage=knn, is that, without the protocol. Every run has a
+    directory below the pipeline's and continues by itself. Returns each row's mean top-1 (percent), and what the
+    pretraining cost.
     """
     pretraining = _with(cfg, dir=f"{cfg.dir}/pretrain", stage=hydra.compose("config", ["stage=pretrain"]).stage)
     evaluations = {
-        name: [_evaluation(cfg, name, [*protocol, *overrides], seed) for seed in seeds]
+        name: [_evaluation(cfg, name, protocol, overrides, seed) for seed in seeds]
         for name, overrides in rows.items()
         if overrides is not None
     }
     for member in chain([pretraining], *evaluations.values()):
         build.check(member)  # all of it, before any of it takes time
     launch(pretraining)
-    results: dict[str, list[float]] = {name: [] for name in evaluations}
+    results: dict[str, list[float]] = {}
     for name, members in evaluations.items():
         for member in members:
             if run.stopping(0):  # a signal that came between two of them
                 run.interrupt()
-            results[name].append(launch(member).get("val_top1", 0.0))
-        log.info("%s: top-1 %s", name, ", ".join(f"{value:.1f}" for value in results[name]))
-    if run.is_main:
+            if (top1 := launch(member).get("val_top1")) is not None:  # an export has none
+                results.setdefault(name, []).append(top1)
+        if name in results:
+            log.info("%s: top-1 %s", name, ", ".join(f"{value:.1f}" for value in results[name]))
+    if run.is_main and results:
         picture = run.directory / "overview.png"
         draw(cfg, run, evaluations, results, picture)
         print(f"\n{report.table(results, 'top-1')}\n\npicture: {picture}")
@@ -68,10 +71,11 @@ def cost(lines: list[dict[str, float]]) -> dict[str, float]:
     return {"images_per_second": rate, "memory_gb": max(line.get("memory_gb", 0) for line in lines)}
 
 
-def _evaluation(cfg: DictConfig, name: str, overrides: list[str], seed: int) -> DictConfig:
-    member = hydra.compose("config", ["stage=lincls", *overrides])
-    own = {override.partition("=")[0].partition(".")[0].lstrip("+") for override in overrides}
-    shared = {key: cfg[key] for key in SHARED if key not in own}
+def _evaluation(cfg: DictConfig, name: str, protocol: list[str], own: list[str], seed: int) -> DictConfig:
+    overrides = own if own and own[0].startswith("stage=") else ["stage=lincls", *protocol, *own]
+    member = hydra.compose("config", overrides)
+    chosen = {override.partition("=")[0].partition(".")[0].lstrip("+") for override in overrides}
+    shared = {key: cfg[key] for key in SHARED if key not in chosen}
     return _with(member, seed=seed, dir=f"{cfg.dir}/{build.slug(name)}/seed{seed}", **shared)
 
 
@@ -98,7 +102,7 @@ def draw(
     test_view = EvalView(views.image_size, 1.0, *normalization(cfg))
     features, labels = extract(on_device(backbone, run).eval(), test.epoch_pass(), test_view.to(run.device))
     curves = {"pretraining": MetricsFile.read(run.directory / "pretrain" / "metrics.jsonl")}
-    for name, members in evaluations.items():
-        curves[name] = MetricsFile.read(Path(members[0].dir) / "metrics.jsonl")
+    for name in results:
+        curves[name] = MetricsFile.read(Path(evaluations[name][0].dir) / "metrics.jsonl")
     title = f"{cfg.method.name}, {cfg.backbone.name}, {cfg.data.name}"
     report.overview(path, title, curves, shown.cpu(), features.numpy(), labels.numpy(), results)

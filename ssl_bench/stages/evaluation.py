@@ -1,0 +1,163 @@
+"""What the stages that measure a backbone, or go on from it, have in common."""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from pydantic import ValidationError
+from torch import nn
+
+from ssl_bench import build, distributed, interop, zoo
+from ssl_bench.augment.views import EvalView
+from ssl_bench.data.pool import Progress
+from ssl_bench.data.source import Batch, Source
+from ssl_bench.errors import UserError
+from ssl_bench.run import Run
+from ssl_bench.seeding import fold
+from ssl_bench.stages.training import seed_init
+
+log = logging.getLogger(__name__)
+
+
+def load_pretrained(cfg: DictConfig) -> nn.Module:
+    """The backbone of cfg, filled from `cfg.pretrained`; as initialised where that is null."""
+    seed_init(cfg)
+    backbone = build.construct(cfg.backbone)
+    if cfg.pretrained is None:
+        log.info("pretrained=null: the backbone stays as initialised")
+        return backbone
+    tell(interop.load_backbone(backbone, cfg.pretrained))
+    return backbone
+
+
+def tell(loaded: interop.Loaded) -> None:
+    log.info(
+        "loaded all %s tensors of the backbone from %s (%s layout)", loaded.num_tensors, loaded.source, loaded.layout
+    )
+    if loaded.left_out:
+        log.info("left out %s others: %s, ...", len(loaded.left_out), ", ".join(loaded.left_out[:4]))
+
+
+def few_labels(labels: np.ndarray, per_class: int | None, fraction: float | None, seed: int) -> np.ndarray | None:
+    """Sorted positions of the labelled images to learn from, drawn by seed; None stands for all. labels (N,).
+
+    per_class: so many of each class. fraction: this share of each class, as SimCLR's 1 % and 10 % (arXiv:2002.05709,
+    section 6), rounded, but at least one image.
+    """
+    if per_class is None and fraction is None:
+        return None
+    if per_class is not None and fraction is not None:
+        raise UserError(
+            f"stage.labels_per_class={per_class} and stage.label_fraction={fraction:g}: give one of the two"
+        )
+    classes, counts = np.unique(labels, return_counts=True)
+    if per_class is not None:
+        if (fewest := counts.min()) < per_class:
+            raise UserError(
+                f"stage.labels_per_class={per_class}: class {classes[counts.argmin()]} has only {fewest} images: "
+                f"choose at most stage.labels_per_class={fewest}"
+            )
+        wanted = np.full(len(classes), per_class)
+    else:
+        wanted = np.maximum(np.round(fraction * counts).astype(int), 1)
+        if (total := wanted.sum()) > 1.5 * fraction * len(labels):
+            raise UserError(
+                f"stage.label_fraction={fraction:g} of {len(labels):,} images is {fraction * len(labels):.0f}, and one "
+                f"of each class makes {total:,}: choose a larger share, or type stage.labels_per_class=1"
+            )
+    chosen = []
+    for label, number in zip(classes, wanted, strict=True):
+        members = np.flatnonzero(labels == label)
+        rng = np.random.default_rng(fold(seed, "labels", int(label)))
+        chosen.append(rng.choice(members, number, replace=False))
+    log.info("%s of %s labels, %.3g %%", f"{wanted.sum():,}", f"{len(labels):,}", 100 * wanted.sum() / len(labels))
+    return np.sort(np.concatenate(chosen))
+
+
+def watched(run: Run, source: Source, title: str) -> Iterator[Batch]:
+    """The source's pass over its images: shows how far it is, and stops for a signal."""
+    world = distributed.world_size()
+    everywhere = source.num_images // world // (source.batch_size // world)  # batches that every process has
+    with Progress(source.num_images, title, run.is_main) as progress:
+        for step, batch in enumerate(source.epoch_pass()):
+            if step < everywhere and run.stopping(step):
+                run.interrupt()
+            yield batch
+            progress.add(min(len(batch[1]) * world, source.num_images - progress.done))
+
+
+def log_result(run: Run, result: dict[str, float]) -> None:
+    """The one line of metrics.jsonl, and of the dashboard, of a stage that doesn't train."""
+    run.restore()  # forgets that of an attempt which was killed after it
+    for _ in run.progress([1], 0, 1):
+        run.log(1, {"epoch": 1.0, **result})
+
+
+def digest(*modules: nn.Module) -> str:
+    """Of every parameter and buffer."""
+    whole = hashlib.blake2b()
+    for module in modules:
+        for key, value in module.state_dict().items():
+            whole.update(key.encode())
+            whole.update(value.cpu().contiguous().numpy().tobytes())
+    return whole.hexdigest()
+
+
+def check_directory(cfg: DictConfig) -> None:
+    if cfg.dir is None:
+        raise UserError(f"dir=null: stage={cfg.stage.name} writes its result there; type dir=... or leave it out")
+
+
+class Pretrained(NamedTuple):
+    """A file of weights, and what it says about itself."""
+
+    path: Path
+    config: dict[str, Any]  # of the run that made it; empty where that isn't known
+    network: dict[str, Any]  # the node that the backbone was made from
+    backbone: nn.Module
+    classifier: nn.Linear | None
+
+    def view(self, image_size: int | None, resize: float | None) -> tuple[int, EvalView]:
+        """How its run shows test images: (size they are packed at, test view); None is what the run has.
+
+        ImageNet's 224 pixels, mean and std where nothing is known.
+        """
+        augmentation, stage = self.config.get("augmentation", {}), self.config.get("stage", {})
+        size = image_size or augmentation.get("image_size", 224)
+        resize = resize or stage.get("test_resize", 256 / 224)
+        packed = self.config["data"]["image_size"] if self.config and image_size is None else round(size * resize)
+        look = {key: tuple(augmentation[key]) for key in ("mean", "std") if key in augmentation}
+        return packed, EvalView(size, resize, **look)
+
+
+def open_pretrained(cfg: DictConfig) -> Pretrained:
+    """What `cfg.pretrained` names, with the backbone of its run unless the command line chose another."""
+    if cfg.pretrained is None:
+        raise UserError(
+            f"stage={cfg.stage.name} needs weights: type pretrained=... (a run directory, a file, a zoo name)"
+        )
+    path = interop.find(cfg.pretrained)
+    config = interop.recipe(path) or {}
+    chosen = cfg.get("backbone")
+    node = config.get("backbone", {}) if chosen is None else OmegaConf.to_container(chosen, resolve=True)
+    known = zoo.WEIGHTS.get(cfg.pretrained)
+    advice = f"type backbone={known.backbone if known else '..., the one that it is of'}"
+    ours = str(node.get("_target_")).startswith("ssl_bench.backbones.") and not node.get("options")
+    if chosen is None and not ours:
+        # A configuration may come from elsewhere: it chooses among our networks, and names no other code to run.
+        raise UserError(f"pretrained={cfg.pretrained}: doesn't say which of our networks it is of: {advice}")
+    try:
+        backbone = build.construct(node)
+    except ValidationError:
+        raise UserError(f"pretrained={cfg.pretrained}: its backbone is of another version: {advice}") from None
+    tell(interop.load_backbone(backbone, cfg.pretrained))
+    classifier = interop.load_classifier(cfg.pretrained)
+    if classifier is not None and classifier.in_features != backbone.dim:
+        classifier = None  # it belongs to something else than the backbone
+    if classifier is not None:
+        log.info("and its classifier of %d classes", classifier.out_features)
+    return Pretrained(path, config, node, backbone.eval(), classifier)

@@ -1,0 +1,195 @@
+"""Stage export: weights for other programs, with a model card."""
+
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+import yaml
+from omegaconf import DictConfig
+from pydantic import PositiveInt
+from torch import nn
+
+from ssl_bench import __version__, finished, interop, zoo
+from ssl_bench.errors import UserError
+from ssl_bench.finished import Result
+from ssl_bench.run import Run
+from ssl_bench.stages.evaluation import Pretrained, open_pretrained
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-3  # of ONNX's outputs, relative to the largest: it sums in another order
+
+
+def export(
+    cfg: DictConfig, run: Run, out: str, image_size: PositiveInt | None = None, onnx: bool = True
+) -> dict[str, float]:
+    """Write the folder `out`: the backbone and, where the file has one, its classifier as fc.weight and fc.bias.
+
+    model.safetensors, model.pth (a state dict), model.onnx, README.md with the recipe and the numbers of `cfg.runs`,
+    as far as they measured these very weights, SHA256SUMS. Returns the number of tensors. UserError for a folder that
+    holds something else, and where none of the runs did.
+    """
+    if not run.is_main:
+        return {}
+    folder = Path(out).expanduser()
+    if folder.exists() and not (folder / zoo.SUMS).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"stage.out={out}: is there already, and is no export; name a new folder")
+    given = finished.find(cfg.runs)
+    pretrained = open_pretrained(cfg)
+    measured = finished.measuring(given, pretrained.path)
+    if given and not measured:
+        raise UserError(
+            f"runs={cfg.runs}: none of its {len(given)} runs measured {pretrained.path}; name runs that did"
+        )
+    if given:
+        log.info("numbers of %d of %d runs: those that measured these weights", len(measured), len(given))
+    size = pretrained.view(image_size, None)[1].image_size
+    state = dict(pretrained.backbone.state_dict())
+    if pretrained.classifier is not None:
+        state |= {f"fc.{key}": value for key, value in pretrained.classifier.state_dict().items()}
+        measured = [
+            result for result in [finished.of(pretrained.path)] if result and "val_top1" in result.summary
+        ] + measured
+
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write_weights(state, pretrained, partial)
+        if onnx:
+            network = nn.Sequential(pretrained.backbone, pretrained.classifier or nn.Identity()).eval()
+            write_onnx(network, size, partial / "model.onnx")
+        (partial / "README.md").write_text(card(folder.name, pretrained, measured, image_size))
+        names = sorted(file.name for file in partial.iterdir())
+        (partial / zoo.SUMS).write_text("".join(f"{zoo.digest(partial / name)}  {name}\n" for name in names))
+        folder.mkdir(exist_ok=True)
+        for name in [*names, zoo.SUMS]:
+            os.replace(partial / name, folder / name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"written to {folder}: {', '.join(names)}; ssl-bench reads it with pretrained={folder}")
+    return {"tensors": len(state)}
+
+
+export.single_process = True
+
+
+def write_weights(state: interop.State, pretrained: Pretrained, folder: Path) -> None:
+    from safetensors.torch import save
+
+    state = {key: value.contiguous() for key, value in state.items()}
+    metadata = {"format": "pt"}
+    if config := pretrained.config:  # then predict needs nothing but this file
+        kept = finished.recipe(config) | {"backbone": pretrained.network, "stage": config["stage"]}
+        metadata["ssl_bench"] = json.dumps(kept)
+    (folder / "model.safetensors").write_bytes(save(state, metadata))  # save_file's are for the owner only
+    torch.save(state, folder / "model.pth")
+
+
+def write_onnx(network: nn.Module, image_size: int, path: Path) -> None:
+    """Normalised images (batch, 3, image_size, image_size) -> features, or logits. Needs onnx and onnxscript; without
+    them says so, and writes nothing. Where onnxruntime is installed, its outputs are compared with torch's.
+    """
+    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
+        log.warning("no model.onnx, for want of %s: pip install 'ssl_bench[onnx]'", " and ".join(missing))
+        return
+    images = torch.randn(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings(action="ignore"):
+        torch.onnx.export(
+            network,
+            (images,),
+            path,
+            input_names=["images"],
+            output_names=["outputs"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            external_data=False,  # one file
+            dynamo=True,
+            verbose=False,
+        )
+    if importlib.util.find_spec("onnxruntime") is None:
+        log.warning("model.onnx is not checked, for want of onnxruntime: pip install onnxruntime")
+        return
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        expected = network(images[:2])
+    (outputs,) = session.run(None, {"images": images[:2].numpy()})
+    error = ((torch.from_numpy(outputs) - expected).abs().max() / expected.abs().max()).item()
+    if not error < TOLERANCE:
+        raise RuntimeError(f"onnxruntime's outputs differ from torch's by {error:.2g} of the largest")
+    log.info("model.onnx: onnxruntime's outputs differ from torch's by %.1g of the largest", error)
+
+
+# -- the model card ----------------------------------------------------------------------------------------------------
+
+
+def card(name: str, pretrained: Pretrained, measured: list[Result], image_size: int | None) -> str:
+    config, classifier = pretrained.config, pretrained.classifier
+    packed, view = pretrained.view(image_size, None)
+    mean, std = (tuple(round(x, 4) for x in values.flatten().tolist()) for values in view.normalize.buffers())
+    resized = round(view.image_size * view.resize)
+    parts = [
+        f"# {name}",
+        about(pretrained),
+        "## Numbers",
+        finished.table(measured) or "None were given (`runs=` of `ssl-bench stage=export`).",
+        "On the val split. Runs differ by their seed only: mean ± standard deviation." if measured else "",
+        "## Input",
+        f"RGB in [0, 1]: the centre square at {packed} pixels, resized to {resized}, the centre {view.image_size} x "
+        f"{view.image_size} cut out; mean {mean}, std {std}. Output: {pretrained.backbone.dim} features"
+        + (f", then {classifier.out_features} logits." if classifier else "."),
+        "## Use",
+        f"```python\n{usage(pretrained)}\n```",
+        "The names are torchvision's, which for its networks are timm's. `model.pth` holds the same tensors for "
+        "`torch.load(..., weights_only=True)`; `model.onnx`, where it is there, takes `images` (batch, 3, "
+        f"{view.image_size}, {view.image_size}). `sha256sum --check {zoo.SUMS}` proves the files.",
+        "## Recipe",
+    ]
+    if config:
+        parts.append(f"```yaml\n{yaml.safe_dump(finished.recipe(config), sort_keys=False)}```")
+    else:
+        parts.append(f"Not known: the weights are those of {pretrained.path.name}.")
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def about(pretrained: Pretrained) -> str:
+    config, run = pretrained.config, pretrained.path.absolute().parent.parent
+    network = pretrained.network.get("name", "network")
+    if not config:
+        return f"A {network}, exported by ssl_bench {__version__} from {pretrained.path.name}."
+    method = (config.get("method") or {}).get("name") or config["stage"]["name"]
+    text = f"A {network}: {method} on {config['data']['name']}, {config['epochs']} epochs, batch {config['batch_size']}"
+    text += f", exported by ssl_bench {__version__} from `{pretrained.path.name}`"
+    if pretrained.path.absolute().parent.name != "checkpoints":
+        return text + "."
+    text += f" of `{run.parent.name}/{run.name}`."
+    if (result := finished.of(pretrained.path)) is None:
+        return text + " The run had not finished."
+    metric = config["metric"]
+    return text + (f" It ended with {metric} {result.summary[metric]:.4g}." if metric in result.summary else "")
+
+
+def usage(pretrained: Pretrained) -> str:
+    own = {key: value for key, value in pretrained.network.items() if key not in ("name", "_target_")}
+    name = pretrained.network["_target_"].rpartition(".")[2]
+    classes = pretrained.classifier and pretrained.classifier.out_features
+    resnet, output = name.startswith("resnet"), "logits" if classes else "features"
+    lines = ["import torch", "from safetensors.torch import load_file"]
+    if resnet and (own.get("stem", "imagenet"), own.get("width", 64)) == ("imagenet", 64):
+        lines += [f"from torchvision.models import {name}", ""]
+        lines += [f"network = {name}(num_classes={classes})"] if classes else [f"network = {name}()"]
+        lines += [] if classes else ["network.fc = torch.nn.Identity()"]
+    else:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in own.items())
+        lines += [f"from ssl_bench.backbones import {name}", "", f"network = {name}({arguments})"]
+        lines += [f"network.fc = torch.nn.Linear(network.dim, {classes})"] if classes else []
+    call = "network.fc(network(images))" if classes and not resnet else "network(images)"
+    return "\n".join(
+        [*lines, 'network.load_state_dict(load_file("model.safetensors"))', f"network.eval()  # {call}: {output}"]
+    )

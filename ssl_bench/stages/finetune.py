@@ -1,0 +1,64 @@
+"""Stage finetune: train a pretrained backbone with labels."""
+
+from omegaconf import DictConfig
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+
+from ssl_bench import build, distributed
+from ssl_bench.augment.views import EvalView
+from ssl_bench.engine import evaluate
+from ssl_bench.fields import Share
+from ssl_bench.finetune import FineTune
+from ssl_bench.methods import layers
+from ssl_bench.optim import scaled_lr
+from ssl_bench.run import Run
+from ssl_bench.stages.evaluation import digest, few_labels, load_pretrained
+from ssl_bench.stages.training import check_batch, make_views, normalization, on_device, open_source, train
+
+
+def finetune(
+    cfg: DictConfig,
+    run: Run,
+    labels_per_class: PositiveInt | None = None,
+    label_fraction: Share | None = None,
+    trained_blocks: PositiveInt | None = None,
+    head_lr: PositiveFloat = 0.1,
+    layer_decay: Share = 1.0,
+    mixup: NonNegativeFloat = 0.0,
+    test_resize: PositiveFloat = 256 / 224,
+) -> dict[str, float]:
+    """Returns top-1, top-5 (percent) and cross-entropy on the val split after the last epoch, which choose nothing.
+
+    The last block's rate is the optimizer's, each earlier one's is `layer_decay` times the next one's (as in BEiT,
+    arXiv:2106.08254, and MAE, arXiv:2111.06377, A.2), the new layer's is `head_lr`, scaled like the optimizer's. For
+    trained_blocks and mixup see FineTune. pretrained=null trains from scratch.
+    """
+    data = build.construct(cfg.data)
+    split = data.split("train")
+    data.split("val")
+    subset = few_labels(split.labels, labels_per_class, label_fraction, cfg.seed)
+    check_batch(cfg, split.length if subset is None else len(subset))
+    backbone = load_pretrained(cfg)
+    if cfg.sync_batch_norm and distributed.world_size() > 1:
+        backbone = layers.sync_batch_norm(backbone, run.device)
+    model = on_device(FineTune(backbone, data.num_classes, trained_blocks, mixup), run)
+    views = make_views(cfg, run, model)
+    test_view = EvalView(views.image_size, test_resize, *normalization(cfg)).to(run.device)
+    source = open_source(cfg, run, data, "train", subset)
+    test = open_source(cfg, run, data, "val")
+
+    before = digest(*model.frozen)
+    groups = rates(cfg, model, head_lr, layer_decay)
+    result = train(cfg, run, model, source, views, lambda: evaluate(model, test.epoch_pass(), test_view), groups)
+    assert digest(*model.frozen) == before, "the frozen blocks changed"
+    return result
+
+
+def rates(cfg: DictConfig, model: FineTune, head_lr: float, layer_decay: float) -> list[dict]:
+    """Parameter groups with their rates, the last block's first: that is the one that is logged."""
+    base, head = (scaled_lr(lr, cfg.batch_size, cfg.optimizer.scaling) for lr in (cfg.optimizer.base_lr, head_lr))
+    groups = [
+        {"params": params, "lr": base * layer_decay**depth}
+        for depth, params in enumerate(reversed(model.trained))
+        if params
+    ]
+    return [*groups, {"params": list(model.fc.parameters()), "lr": head}]

@@ -1,0 +1,115 @@
+"""Stage predict: labels and features of a folder of images."""
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from pydantic import PositiveFloat, PositiveInt
+
+from ssl_bench import distributed
+from ssl_bench.data.formats import Images
+from ssl_bench.data.pool import Progress
+from ssl_bench.errors import UserError
+from ssl_bench.run import Run
+from ssl_bench.stages.evaluation import check_directory, open_pretrained
+from ssl_bench.stages.training import on_device, open_source
+
+BLOCK = 4096  # images between two saves
+
+
+class Position:
+    """Where the written rows end, and which images they are of."""
+
+    def __init__(self, fingerprint: str, images: str) -> None:
+        self.fingerprint, self.images, self.bytes = fingerprint, images, 0
+
+    def state_dict(self) -> dict[str, str | int]:
+        return {"fingerprint": self.fingerprint, "bytes": self.bytes}
+
+    def load_state_dict(self, state: dict[str, str | int]) -> None:
+        if state["fingerprint"] != self.fingerprint:
+            raise UserError(
+                f"stage.images={self.images}: changed since this run began; delete the run, or choose another dir="
+            )
+        self.bytes = state["bytes"]
+
+
+def predict(
+    cfg: DictConfig,
+    run: Run,
+    images: str,
+    features: bool = True,
+    image_size: PositiveInt | None = None,
+    test_resize: PositiveFloat | None = None,
+) -> dict[str, float]:
+    """Write images.csv, a row for each image below the folder `images`, and features.npy, float32 (rows, dim).
+
+    A row is the path below the folder and, where `cfg.pretrained` has a classifier, the likeliest label and its
+    probability. Images are shown as its run showed test images, unless image_size (pixels) or test_resize say so.
+    Returns the number of images.
+    """
+    check_directory(cfg)
+    if distributed.world_size() > 1:
+        raise UserError("stage=predict writes one row after the other: start it without torchrun or srun")
+    root = Path(images).expanduser()
+    if not root.is_dir():
+        raise UserError(f"stage.images={images}: no such folder")
+    pretrained = open_pretrained(cfg)
+    if pretrained.classifier is None and not features:
+        raise UserError(
+            f"stage.features=false: {pretrained.path} has no classifier, so that nothing is left to write; name a run "
+            "of stage=lincls or stage=finetune"
+        )
+    packed, view = pretrained.view(image_size, test_resize)
+    data = Images(str(root), packed, cfg.data.on_error, cfg.data.cache, cfg.data.workers)
+    split = data.split("pretrain")
+    source = open_source(cfg, run, data, "pretrain")
+    backbone, classifier, view = on_device(pretrained.backbone, run), pretrained.classifier, view.to(run.device)
+    if classifier is not None:
+        classifier.to(run.device)
+
+    total, position = source.num_images, Position(split.fingerprint, images)
+    done = saved = run.restore(position=position)
+    source.rows = source.rows[done:]
+    path, array = run.directory / "features.npy", None
+    if features:
+        mode = {"mode": "r+"} if done else {"mode": "w+", "dtype": np.float32, "shape": (total, backbone.dim)}
+        array = np.lib.format.open_memmap(path, **mode)
+    with (
+        open(run.directory / "images.csv", "r+" if done else "w", newline="", errors="surrogateescape") as file,
+        Progress(total - done, "predictions") as progress,
+        torch.inference_mode(),
+    ):
+        file.seek(position.bytes)
+        file.truncate()  # rows after the last save
+        table = csv.writer(file)
+        if done == 0:
+            table.writerow(["image", "label", "probability"] if classifier else ["image"])
+        for batch, _, indices in source.epoch_pass():
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+                seen = backbone(view(batch))
+            seen = seen.float()
+            columns = [[os.path.relpath(split.where(index), root) for index in indices.tolist()]]
+            if classifier is not None:
+                best = classifier(seen).softmax(dim=1).max(dim=1)
+                columns += [best.indices.tolist(), [f"{value:.4f}" for value in best.values.tolist()]]
+            table.writerows(zip(*columns, strict=True))
+            if array is not None:
+                array[done : done + len(seen)] = seen.cpu().numpy()
+            done += len(seen)
+            progress.add(len(seen))
+            stop = run.stopping(done)
+            if stop or done - saved >= BLOCK or done == total:
+                position.bytes = file.tell()  # written, too
+                run.save(done, position=position)
+                saved = done
+            if stop and done < total:
+                run.interrupt(done)
+    print(f"{total:,} images in {run.directory}: images.csv" + (", features.npy" if features else ""))
+    return {"images": total}
+
+
+predict.single_process = True

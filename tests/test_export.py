@@ -1,0 +1,341 @@
+"""Weights for other programs and back, the card beside them, what a folder of images is, and which file is which."""
+
+import csv
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_config import compose
+from test_interop import features, images, same, tiny
+from torch import nn
+from torchvision import models
+
+from ssl_bench import backbones, interop, zoo
+from ssl_bench.checkpoint import Checkpoint
+from ssl_bench.data.synthetic import write_dl21
+from ssl_bench.errors import UserError
+from ssl_bench.interop import load_backbone, load_classifier
+from ssl_bench.launch import launch
+from ssl_bench.probe import LinearProbe
+from ssl_bench.stages import predict
+from ssl_bench.stages.evaluation import open_pretrained
+
+SMALL = ["data.image_size=16", "backbone.width=8", "backbone.stem=small", "data.workers=1"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data/: 30 unlabelled, 40 train, 24 val images of 4 classes; moco/, lincls/seed0 and 1, knn/, finetune/ of it."""
+    place = tmp_path_factory.mktemp("place")
+    write_dl21(place / "data", 30, 40, 24, num_classes=4, image_size=16, workers=1)
+    data = ["data=dl21", f"data.root={place}/data", *SMALL]
+    launch(compose(*data, "epochs=1", "batch_size=10", "method.queue_size=20", f"dir={place}/moco"))
+    on = [*data, "epochs=2", "batch_size=20", f"pretrained={place}/moco"]
+    for seed in (0, 1):
+        normalised = ["stage.normalize=true", "optimizer.base_lr=1", f"seed={seed}"]
+        launch(compose(*on, "stage=lincls", *normalised, f"dir={place}/lincls/seed{seed}"))
+    launch(compose(*on, "stage=knn", f"dir={place}/knn"))
+    launch(compose(*on, "stage=finetune", "stage.labels_per_class=5", "stage.test_resize=1.0", f"dir={place}/finetune"))
+    return place
+
+
+def export(source: Path, out: Path, *overrides: str) -> Path:
+    launch(compose("stage=export", f"pretrained={source}", f"stage.out={out}", "stage.onnx=false", *overrides))
+    return out
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_written_is_read_with_equal_features(place: Path, tmp_path: Path) -> None:
+    out = export(place / "moco", tmp_path / "out")
+    original = backbones.resnet18(stem="small", width=8)
+    load_backbone(original, str(place / "moco"))
+    for source in (out, out / "model.safetensors", out / "model.pth"):
+        again = backbones.resnet18(stem="small", width=8)
+        loaded = load_backbone(again, str(source))
+        assert same(again, original)
+        assert torch.equal(features(again), features(original))
+        assert (loaded.layout, loaded.left_out) == ("torchvision", [])
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert (out / "model.safetensors").stat().st_mode == (out / "model.pth").stat().st_mode
+    assert subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=out, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
+def test_torchvision_and_timm_read_it(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(0)
+    probe = LinearProbe(getattr(backbones, name)(), 7).eval()
+    file = Checkpoint(tmp_path, "run").save(1, model=probe)
+    out = export(file, tmp_path / "out", f"backbone={name}")
+    networks = [getattr(models, name)(num_classes=7)]
+    if importlib.util.find_spec("timm"):
+        networks.append(__import__("timm").create_model(name, num_classes=7))
+    for network in networks:
+        network.load_state_dict(load_file(out / "model.safetensors"))
+        network.load_state_dict(torch.load(out / "model.pth", weights_only=True))
+        torch.testing.assert_close(features(network), probe.logits(images()))
+    card = (out / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0] + "print(network.fc.out_features)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True)
+    assert result.stdout == "7\n", result.stderr
+
+
+def test_a_vit_is_read_by_its_own_names(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    probe = LinearProbe(backbones.vit_tiny(32), 5).eval()
+    out = export(Checkpoint(tmp_path, "run").save(1, model=probe), tmp_path / "out", "backbone=vit_tiny",
+                 "backbone.image_size=32")  # fmt: skip
+    again = backbones.vit_tiny(32)
+    assert load_backbone(again, str(out)).layout == "plain"
+    assert same(again, probe.backbone)
+    code = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    code += "images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(7))\n"
+    code += "torch.save(network.fc(network(images)), 'logits.pt')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    torch.testing.assert_close(torch.load(out / "logits.pt", weights_only=True), probe.logits(images()))
+
+
+def test_standardised_features_are_folded_into_the_classifier(place: Path, tmp_path: Path) -> None:
+    source = place / "lincls" / "seed0"
+    probe = LinearProbe(backbones.resnet18(stem="small", width=8), 4, normalize=True)
+    probe.load_state_dict(interop.read(interop.find(str(source)))["model"])
+    network = backbones.resnet18(stem="small", width=8)
+    network.fc = nn.Linear(network.dim, 4)
+    network.load_state_dict(load_file(export(source, tmp_path / "out") / "model.safetensors"))
+    torch.testing.assert_close(features(network), probe.eval().logits(images()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_projection_is_no_classifier(tmp_path: Path) -> None:
+    method = tiny()
+    file = Checkpoint(tmp_path, "run").save(1, model=method)
+    assert load_classifier(str(file)) is None
+    save_file({"conv1.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
+    assert load_classifier(str(tmp_path / "x.safetensors")) is None
+
+
+def test_onnx_answers_as_torch_does(place: Path, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    out = export(place / "finetune", tmp_path / "out", "stage.onnx=true")
+    session = onnxruntime.InferenceSession(str(out / "model.onnx"), providers=["CPUExecutionProvider"])
+    network = open_pretrained(compose("stage=export", f"pretrained={out}"))
+    for count in (1, 5):
+        batch = torch.randn(count, 3, 16, 16)
+        (outputs,) = session.run(None, {"images": batch.numpy()})
+        with torch.no_grad():
+            expected = network.classifier(network.backbone(batch))
+        torch.testing.assert_close(torch.from_numpy(outputs), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_without_onnx_it_says_what_to_install(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("onnx") else find(name))
+    out = export(place / "moco", tmp_path / "out", "stage.onnx=true")
+    assert "no model.onnx, for want of onnx and onnxscript: pip install 'ssl_bench[onnx]'" in caplog.text
+    assert {path.name for path in out.iterdir()} == {"README.md", "SHA256SUMS", "model.pth", "model.safetensors"}
+
+
+def test_the_card_has_the_recipe_and_the_numbers(place: Path, tmp_path: Path) -> None:
+    card = (export(place / "moco", tmp_path / "out", f"runs={place}") / "README.md").read_text()
+    scores = [json.loads((place / "lincls" / f"seed{i}" / "summary.json").read_text())["val_top1"] for i in (0, 1)]
+    (row,) = [line for line in card.splitlines() if line.startswith("| lincls")]
+    assert f" {np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f} |" in row
+    assert row.split("|")[-2].strip() == "2"
+    assert "5 a class" in card
+    recipe = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
+    assert (recipe["method"]["queue_size"], recipe["backbone"]["width"], recipe["epochs"]) == (20, 8, 1)
+    assert str(place) not in card  # nothing of this machine
+    assert "mean (0.485, 0.456, 0.406)" in card
+
+
+def test_an_export_is_repeated_and_nothing_else_is_overwritten(place: Path, tmp_path: Path) -> None:
+    out = export(place / "moco", tmp_path / "out")
+    (out / "notes.txt").write_text("mine")
+    before = (out / "model.safetensors").read_bytes()
+    export(place / "finetune", out)
+    assert (out / "model.safetensors").read_bytes() != before
+    assert (out / "notes.txt").read_text() == "mine"
+    with pytest.raises(UserError, match="is there already, and is no export; name a new folder"):
+        export(place / "moco", place / "data")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["stage=export"], "stage=export needs weights: type pretrained=..."),
+        (["stage=predict", "stage.images=."], "stage=predict needs weights: type pretrained=..."),
+        (["stage=export", "pretrained={file}"], "doesn't say which of our networks it is of: type backbone="),
+        (["stage=export", "pretrained={place}/moco", "runs={place}/moco"], "none of its 1 runs measured"),
+        (["stage=export", "pretrained={place}/moco", "runs={place}/data"], "no finished run at or below it"),
+        (["stage=predict", "pretrained={place}/moco", "stage.images=/no"], "stage.images=/no: no such folder"),
+        (["stage=predict", "pretrained={place}/moco", "stage.images={place}/knn"], "stage.images= sets the folder"),
+        (["stage=predict", "pretrained={place}/moco", "stage.images=.", "stage.features=false"], "has no classifier"),
+        (["stage=zoo", "stage.verify=/nowhere"], "stage.verify=/nowhere: no such file"),
+    ],
+)  # fmt: skip
+def test_mistakes(place: Path, tmp_path: Path, overrides: list[str], says: str) -> None:
+    torch.save(tiny().backbone.state_dict(), tmp_path / "x.pth")
+    words = [word.format(place=place, file=tmp_path / "x.pth") for word in overrides]
+    words += [f"stage.out={tmp_path}/out"] if "stage=export" in words else []
+    words += [f"dir={tmp_path}/run"] if "stage=predict" in words else []
+    with pytest.raises(UserError) as caught:
+        launch(compose(*words))
+    assert says in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"x.pth"}
+
+
+def test_a_file_names_no_code_to_run(tmp_path: Path) -> None:
+    """What a configuration from elsewhere calls its backbone is not looked up outside of ours."""
+    node = {"_target_": "pathlib.Path.touch", "self": str(tmp_path / "executed")}
+    save_file(tiny().backbone.state_dict(), tmp_path / "x.safetensors", {"ssl_bench": json.dumps({"backbone": node})})
+    with pytest.raises(UserError, match="doesn't say which of our networks"):
+        export(tmp_path / "x.safetensors", tmp_path / "out")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_broken_safetensors_file(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(b"\x10" + bytes(7) + b"something else!!")
+    with pytest.raises(UserError, match="truncated, or not a safetensors file"):
+        load_backbone(tiny().backbone, str(tmp_path / "x.safetensors"))
+
+
+# --- predict ----------------------------------------------------------------------------------------------------------
+
+
+def look(run: Path) -> tuple[list[dict[str, str]], np.ndarray]:
+    with open(run / "images.csv", newline="") as file:
+        return list(csv.DictReader(file)), np.load(run / "features.npy")
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_labels_are_those_that_the_run_measured(place: Path, tmp_path: Path, exported: bool) -> None:
+    source = place / "finetune"
+    if exported:  # then the file alone is enough
+        source = shutil.copy(export(source, tmp_path / "out") / "model.safetensors", tmp_path / "x.safetensors")
+    command = ["stage=predict", f"pretrained={source}", "data.workers=1", "batch_size=7"]
+    launch(compose(*command, f"stage.images={place}/data", f"dir={tmp_path}/run"))
+    rows, array = look(tmp_path / "run")
+    assert len(rows) == len(array) == 94
+    assert [row["image"] for row in rows] == sorted(row["image"] for row in rows)
+    labels = torch.load(place / "data" / "val_label_tensor.pt", weights_only=True)
+    val = {row["image"]: row for row in rows if row["image"].startswith("val/")}
+    right = [int(val[f"val/{i}.png"]["label"]) == label for i, label in enumerate(labels.tolist())]
+    summary = json.loads((place / "finetune" / "summary.json").read_text())
+    assert 100 * np.mean(right) == pytest.approx(summary["val_top1"])
+    weights = open_pretrained(compose("stage=predict", f"pretrained={source}", "stage.images=x"))
+    logits = weights.classifier(torch.from_numpy(array))
+    assert logits.argmax(dim=1).tolist() == [int(row["label"]) for row in rows]
+    shown = [float(row["probability"]) for row in rows]
+    assert logits.softmax(dim=1).amax(dim=1).tolist() == pytest.approx(shown, abs=1e-4)
+
+
+def test_rows_belong_to_their_images(place: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos" / "a, b"
+    folder.mkdir(parents=True)
+    for name in ("2.png", "10.png", "\udcff.png"):  # the last is no text in UTF-8
+        shutil.copy(place / "data" / "train" / "7.png", folder / name)
+    Image.new("RGB", (40, 30)).save(tmp_path / "photos" / "black.jpg")
+    launch(
+        compose("stage=predict", f"pretrained={place}/moco", f"stage.images={tmp_path}/photos", f"dir={tmp_path}/run")
+    )
+    with open(tmp_path / "run" / "images.csv", newline="", errors="surrogateescape") as file:
+        rows = list(csv.reader(file))
+    assert rows == [["image"], ["a, b/10.png"], ["a, b/2.png"], ["a, b/\udcff.png"], ["black.jpg"]]
+    array = np.load(tmp_path / "run" / "features.npy")
+    assert np.allclose(array[0], array[2], atol=1e-5)
+    assert not np.allclose(array[0], array[3], atol=1e-2)
+
+
+def test_a_repeated_command_goes_on_after_the_last_row(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "BLOCK", 20)
+    command = ["stage=predict", f"pretrained={place}/finetune", f"stage.images={place}/data", "batch_size=10"]
+    launch(compose(*command, f"dir={tmp_path}/whole"))
+    add, seen = predict.Progress.add, []
+
+    def failing(self: predict.Progress, count: int) -> None:
+        if self.title == "predictions":
+            seen.append(count)
+            if len(seen) == 6:  # 60 rows are written, 40 of them saved
+                raise KeyboardInterrupt
+        add(self, count)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict.Progress, "add", failing)
+        with pytest.raises(KeyboardInterrupt):
+            launch(compose(*command, f"dir={tmp_path}/stopped"))
+        seen.clear()
+        with pytest.raises(UserError, match="holds a run with another configuration: batch_size was 10, is 5"):
+            launch(compose(*command, "batch_size=5", f"dir={tmp_path}/stopped"))
+        patch.setattr(predict.Progress, "add", lambda self, count: (seen.append(count), add(self, count)))
+        launch(compose(*command, f"dir={tmp_path}/stopped"))
+    assert sum(seen) == 54
+    for name in ("images.csv", "features.npy"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_folder_that_changed_meanwhile(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict, "BLOCK", 5)
+    photos = shutil.copytree(place / "data" / "val", tmp_path / "photos")
+    command = ["stage=predict", f"pretrained={place}/moco", f"stage.images={photos}", f"dir={tmp_path}/run"]
+    launch(compose(*command, "batch_size=5"))
+    (tmp_path / "run" / "summary.json").unlink()
+    (photos / "3.png").unlink()
+    with pytest.raises(UserError, match="changed since this run began; delete the run, or choose another dir="):
+        launch(compose(*command, "batch_size=5"))
+
+
+# --- zoo --------------------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_listed_with_what_measured_them(place: Path, capsys: pytest.CaptureFixture) -> None:
+    counts = launch(compose("stage=zoo", f"runs={place}"))
+    assert counts == {"published": 3, "own": 4}
+    shown = capsys.readouterr().out
+    assert "| moco_v2_800ep | resnet50 | 71.1 top-1 | md5 a04e12f8 | no " in shown
+    (row,) = [line for line in shown.splitlines() if "moco_v2, resnet18, dl21, 1 epochs, batch 10, seed 0" in line]
+    assert f"sha256 {zoo.digest(interop.find(str(place / 'moco')))[:8]}" in row
+    assert all(part in row for part in ("lincls: ", " (2)", "knn: ", "finetune with 5 a class: ", str(place / "moco")))
+
+
+def test_a_file_is_told(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = shutil.copy(interop.find(str(place / "moco")), tmp_path / "copy.pt")
+    with pytest.raises(UserError, match=r"none of the known weights .* runs=DIR compares it with your own"):
+        launch(compose("stage=zoo", f"stage.verify={file}"))
+    launch(compose("stage=zoo", f"stage.verify={file}", f"runs={place}"))
+    assert f"{file}: {place}/moco/checkpoints/step" in capsys.readouterr().out
+
+    out = export(place / "moco", tmp_path / "out")
+    launch(compose("stage=zoo", f"stage.verify={out}/model.pth"))
+    assert f"{out}/model.pth: whole, as {out}/SHA256SUMS says" in capsys.readouterr().out
+    with open(out / "model.pth", "ab") as broken:
+        broken.write(b"\0")
+    with pytest.raises(
+        UserError, match=r"model.pth: its sha256 is .*\.\.\., not .*\.\.\. as .*SHA256SUMS says: a broken"
+    ):
+        launch(compose("stage=zoo", f"stage.verify={out}/model.pth"))
+
+    monkeypatch.setitem(
+        zoo.WEIGHTS, "mine", zoo.Weights("x/copy.pt", zoo.digest(file, "md5")[:8], "resnet18", "a note")
+    )
+    launch(compose("stage=zoo", f"stage.verify={file}"))
+    assert f"{file}: mine, resnet18, a note" in capsys.readouterr().out
+    file.write_bytes(b"another")
+    with pytest.raises(UserError, match=r"not .*, which mine has: a broken or another file"):
+        launch(compose("stage=zoo", f"stage.verify={file}"))
