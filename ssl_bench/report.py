@@ -42,6 +42,10 @@ def mean_std(values: list[float]) -> tuple[float, float]:
     return mean, math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1))
 
 
+def smaller_is_better(metric: str) -> bool:
+    return "loss" in metric
+
+
 def table(rows: dict[str, list[float]], metric: str, percent: bool = True) -> str:
     """Markdown that also lines up in a terminal: name | mean ± std (n), largest mean first.
 

@@ -133,7 +133,7 @@ def _state(member: Member, queue: dict[str, State], ended: dict[str, str]) -> St
         return queue[member.job]
     if reason := member.failure:
         return State("failed", reason)
-    if _locked(member.directory / ".lock"):
+    if locked(member.directory / ".lock"):
         return State("running")
     if (word := ended.get(member.job or "", "completed")) != "completed":
         return State(word, f"logs: {member.file.parents[1]}/.submitit/{member.job}")
@@ -166,7 +166,8 @@ def _ask(*command: str) -> list[str] | None:
     return result.stdout.splitlines() if result.returncode == 0 else None
 
 
-def _locked(path: Path) -> bool:
+def locked(path: Path) -> bool:
+    """Is a run at work in the directory of this lock?"""
     if not path.exists():
         return False
     try:
@@ -226,7 +227,7 @@ def write_table(folder: Path, members: Sequence[Member], metric: str | None = No
     costs = [key for i, key in enumerate(COST) if not all(math.isnan(row[3 + i]) for row in rows)]
     if not any(known for *_, known, _ in rows):
         return ""
-    sign = 1 if "loss" in metric else -1
+    sign = 1 if report.smaller_is_better(metric) else -1
     rows.sort(key=lambda row: (math.isnan(row[1]), sign * row[1]))
     shown = [
         [

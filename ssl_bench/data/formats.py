@@ -12,7 +12,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -34,6 +34,8 @@ class Dataset(ABC):
     `on_error`: "raise" or "skip" images that can't be decoded. `cache`: folder of the packed stores, by default
     $SSL_BENCH_CACHE/stores or ~/.cache/ssl_bench/stores. `workers`: packing processes, by default one a CPU.
     """
+
+    class_names: Sequence[str] = ()  # where the classes have names, in the order of their numbers
 
     def __init__(
         self, image_size: int, on_error: OnError = "raise", cache: str | None = None, workers: int | None = None
@@ -400,18 +402,18 @@ class Folder(Dataset):
         self.root = root
 
     @functools.cached_property
-    def _classes(self) -> list[str]:
-        """Class names; empty when unlabelled."""
+    def class_names(self) -> list[str]:
+        """Empty when unlabelled."""
         root = _folder(self.root)
         return _subfolders(root / "train") if _subfolders(root / "val") else []
 
     @property
     def num_classes(self) -> int | None:
-        return len(self._classes) or None
+        return len(self.class_names) or None
 
     def _list(self, name: str) -> Split:
         root = _folder(self.root)
-        if not self._classes:
+        if not self.class_names:
             if name != "pretrain":
                 raise UserError(
                     f"{root} has no labels, so no split '{name}', only 'pretrain'; "
@@ -420,14 +422,14 @@ class Folder(Dataset):
             paths, digest, _ = _list_tree(root)
             return self._split(name, "all", digest, None, _Decoder(paths, self.image_size), paths)
         folder = "val" if name == "val" else "train"
-        if unknown := sorted(set(_subfolders(root / folder)) - set(self._classes)):
+        if unknown := sorted(set(_subfolders(root / folder)) - set(self.class_names)):
             raise UserError(f"val/ has the class {unknown[0]!r}, which train/ lacks; both need the same class folders")
         paths, digest, counts = _list_tree(root / folder)
         if counts.pop("", 0):
             raise UserError(f"{root / folder} has images outside the class folders; move them into one or away")
-        if folder == "train" and (empty := [name for name in self._classes if not counts.get(name)]):
+        if folder == "train" and (empty := [name for name in self.class_names if not counts.get(name)]):
             raise UserError(f"no images in {root / folder / empty[0]}; fill or remove that class folder")
-        labels = np.repeat([self._classes.index(name) for name in counts], list(counts.values())).astype(np.int64)
+        labels = np.repeat([self.class_names.index(name) for name in counts], list(counts.values())).astype(np.int64)
         labels = None if name == "pretrain" else labels
         return self._split(name, folder, digest, labels, _Decoder(paths, self.image_size), paths)
 
@@ -653,6 +655,7 @@ class Synthetic(Dataset):
         super().__init__(image_size, on_error, cache, workers)
         self.lengths = {"pretrain": num_unlabeled, "train": num_train, "val": num_val}
         self._num_classes, self.seed = num_classes, seed
+        self.class_names = list(synthetic.SHAPES)[:num_classes]
 
     @property
     def num_classes(self) -> int:

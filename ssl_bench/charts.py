@@ -1,0 +1,169 @@
+"""Charts as SVG for a page: text in the page's font, colours by its CSS variables, a tooltip for each line.
+
+`--s0` ... `--s7` are the colours of series, `--ink` is that of text, `--rule` of axes, `--grid` of what lies behind.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import TYPE_CHECKING, NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+
+from ssl_bench.report import GREY, INK, LINES, STYLE, mean_std
+from ssl_bench.results import shown, unit
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = (*LINES, "#1f8f8f", "#9b6a3c")
+DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))  # for more series than colours
+LIMIT = len(COLOURS) * len(DASHES)  # series that can be told apart
+POINTS = 200  # of a line; a screen shows no more
+VARIABLES = {INK: "--ink", GREY: "--rule", STYLE["grid.color"]: "--grid"}
+VARIABLES |= {colour: f"--s{i}" for i, colour in enumerate(COLOURS)}
+WIDTH = 4.4  # inches of 72 units, of which the page makes some 400 pixels
+_STYLE = STYLE | {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "ssl_bench"}
+_SVG = "http://www.w3.org/2000/svg"
+
+
+class Series(NamedTuple):
+    """number: of its colour and dashes, the same on the whole page. curves: (points, 2) for each run, x ascending."""
+
+    name: str
+    number: int
+    curves: list[np.ndarray]
+
+
+def band(curves: Sequence[np.ndarray]) -> np.ndarray:
+    """(points, 2) each, x ascending -> (M, 3): every x there is, the mean and sample std of the runs that cover it.
+
+    The std is NaN where only one does.
+    """
+    x = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
+    values = np.stack([np.interp(x, *curve.T, left=np.nan, right=np.nan) for curve in curves])
+    runs = np.isfinite(values).sum(axis=0)
+    mean = np.nansum(values, axis=0) / runs
+    std = np.sqrt(np.nansum((values - mean) ** 2, axis=0) / np.maximum(runs - 1, 1))
+    return np.stack([x, mean, np.where(runs > 1, std, np.nan)], axis=1)
+
+
+def smooth(points: np.ndarray) -> np.ndarray:
+    """(M, 3) -> at most POINTS of its running mean over a thirtieth of it."""
+    if (window := len(points) // 30) > 1:
+        points = np.lib.stride_tricks.sliding_window_view(points, window, axis=0).mean(axis=-1)
+    return points[np.linspace(0, len(points) - 1, min(len(points), POINTS)).round().astype(int)]
+
+
+def lines(metric: str, series: Sequence[Series], x: str = "epoch") -> str:
+    """SVG: a line a series, the mean of its runs, in a band of one sample standard deviation to either side."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    scale, titles = unit(metric).scale, {}
+    with _style():
+        page = Figure(figsize=(WIDTH, 2.5), layout="constrained")
+        axes = page.subplots()
+        for name, number, curves in series:
+            points = smooth(band([curve * (1, scale) for curve in curves]))
+            look = {"color": COLOURS[number % len(COLOURS)], "gid": f"series-{number}"}
+            there = np.isfinite(points[:, 2])
+            low, high = _within(metric, points)
+            axes.fill_between(points[:, 0], low, high, where=there, alpha=0.18, linewidth=0, **look)
+            marker = "o" if len(points) == 1 else None
+            dashes = DASHES[number // len(COLOURS) % len(DASHES)]
+            axes.plot(points[:, 0], points[:, 1], linewidth=1.8, linestyle=dashes, marker=marker, **look)
+            ends = [curve[-1, 1] for curve in curves]
+            titles[number] = f"{name}: {shown(metric, ends)} at {x} {max(curve[-1, 0] for curve in curves):g}"
+        axes.set_xlabel(x)
+        axes.grid(axis="y")
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+        return _svg(page, f"{unit(metric).label} against {x}. {'; '.join(titles.values())}", titles)
+
+
+def dots(metric: str, rows: Sequence[tuple[str, int, list[float]]]) -> str:
+    """SVG: a line a row (name, number as of Series, a value for each run): the runs, their mean ± std."""
+    from matplotlib.figure import Figure
+
+    scale = unit(metric).scale
+    with _style():
+        page = Figure(figsize=(2 * WIDTH, 0.55 + 0.3 * len(rows)), layout="constrained")
+        axes = page.subplots()
+        titles = {}
+        for y, (name, number, values) in enumerate(rows):
+            scaled = [scale * value for value in values]
+            mean, std = mean_std(scaled)
+            colour, gid = COLOURS[number % len(COLOURS)], f"series-{number}"
+            if len(values) > 1:
+                axes.plot([mean - std, mean + std], [y, y], color=colour, alpha=0.35, linewidth=7, gid=gid)
+                axes.plot([mean, mean], [y - 0.28, y + 0.28], color=colour, linewidth=2.4, gid=gid)
+            axes.plot(scaled, [y] * len(values), "o", color=colour, markersize=4.5, gid=gid)
+            titles[number] = f"{name}: {shown(metric, values)}, n = {len(values)}"
+            place = {"xycoords": ("axes fraction", "data"), "annotation_clip": False}
+            axes.annotate(shown(metric, values), (1, y), (12, 0), textcoords="offset points", va="center", **place)
+        axes.set_yticks(range(len(rows)), [_short(name) for name, *_ in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.margins(x=0.04)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x")
+        axes.set_xlabel(unit(metric).label)
+        return _svg(page, f"{unit(metric).label} of each run. {'; '.join(titles.values())}", titles)
+
+
+def _within(metric: str, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The edges of a band, where there can be values: not below 0 if no value is, not above 100 %."""
+    low, high = points[:, 1] - points[:, 2], points[:, 1] + points[:, 2]
+    if (points[:, 1] >= 0).all():
+        low = np.maximum(low, 0)
+    return low, np.minimum(high, 100) if "%" in unit(metric).label else high
+
+
+def _style():
+    import matplotlib
+
+    return matplotlib.rc_context(_STYLE)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 42 else name[:40] + "…"
+
+
+def _svg(page: "Figure", description: str, titles: dict[int, str]) -> str:
+    """What matplotlib draws, without what a page already has or must not have twice: fonts, colours, ids, styles."""
+    file = io.StringIO()
+    page.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    ElementTree.register_namespace("", _SVG)
+    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+    text = file.getvalue()
+    root = ElementTree.fromstring(text)
+    prefix = "c" + blake2b((description + text).encode(), digest_size=5).hexdigest()
+    needed = set(re.findall(r'(?:href="|url\()#([\w-]+)', text))
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):  # a style in a page would be for all of it
+                parent.remove(child)
+    for node in root.iter():
+        name = node.attrib.pop("id", "")
+        if name in needed:
+            node.set("id", f"{prefix}-{name}")
+        elif series := re.fullmatch(r"series-(\d+)", name):
+            node.set("class", "series")
+            node.set("data-series", series[1])
+            title = ElementTree.Element(f"{{{_SVG}}}title")
+            title.text = titles[int(series[1])]
+            node.insert(0, title)
+        for key, value in node.attrib.items():
+            if key == "style":
+                value = re.sub(r"font-family: [^;]+;? ?", "", value)
+                value = re.sub(r"#[0-9a-f]{6}", lambda colour: _variable(colour[0]), value)
+            elif key.endswith("href"):
+                value = value.replace("#", f"#{prefix}-")
+            node.set(key, value.replace("url(#", f"url(#{prefix}-"))
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": description}
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _variable(colour: str) -> str:
+    return f"var({VARIABLES[colour]})" if colour in VARIABLES else colour

@@ -1,0 +1,362 @@
+"""report.html: one file that needs no other. Groups of runs and what their checkpoints say in, HTML out.
+
+page.html is its template (Jinja), page.css and page.js go into it.
+"""
+
+import base64
+import io
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import ssl_bench
+from ssl_bench import charts, results
+from ssl_bench.report import mean_std, project
+from ssl_bench.results import Board, Group, Ran
+
+TITLES = {
+    "lincls": "Linear classification of frozen features",
+    "knn": "Nearest neighbours as a classifier",
+    "finetune": "Fine-tuning",
+    "pretrain": "Pretraining",
+}
+# What is healthy, and who measured it so.
+HEALTH = {
+    "embedding_std": "1/√dim where embeddings spread evenly, 0 where they have collapsed (Chen & He, arXiv:2011.10566)",
+    "effective_rank": "directions that the features use: more is richer (Garrido et al., arXiv:2210.02885)",
+    "alignment": "distance of two views of an image: smaller is closer (Wang & Isola, arXiv:2005.10242)",
+    "uniformity": "crowding of different images: smaller is more even (Wang & Isola, arXiv:2005.10242)",
+    "knn_top1": "labels of the nearest neighbours, while it learns",
+    "probe_top1": "a linear classifier, while it learns",
+}
+TECHNICAL = ("lr", "grad_norm", "images_per_second", "data_wait")
+QUERIES = 8  # images whose neighbours are shown
+NEIGHBOURS = 8
+MAP_IMAGES = 1000  # points of a map
+THUMB = 40  # pixels of an image that a point stands for
+CELLS = 20  # classes of a confusion matrix with numbers; of more, a picture
+PAIRS = 12  # confusions listed of a matrix without numbers
+
+
+@dataclass
+class Detail:
+    """What the checkpoints of a group say of the N images of a split."""
+
+    group: Group
+    split: str = ""
+    labels: np.ndarray | None = None  # (N,) int64, -1 where unlabelled
+    classes: Sequence[str] = ()  # their names
+    features: np.ndarray | None = None  # (N, D) float32, of the first run
+    predictions: list[np.ndarray] = field(default_factory=list)  # (N,) int64, a run each
+    image: Callable[[int], np.ndarray] | None = None  # place among the N -> uint8 (S, S, 3)
+    images_id: str = ""  # the same for the same images
+    notes: list[str] = field(default_factory=list)  # what is left out, and why
+
+    def class_name(self, label: int) -> str:
+        return self.classes[label] if 0 <= label < len(self.classes) else "unlabelled" if label < 0 else str(label)
+
+
+def render(
+    title: str,
+    runs: Sequence[Ran],
+    boards: Sequence[Board],
+    details: Sequence[Detail],
+    pictures: dict[str, tuple[Path, list[str]]],
+    notes: Sequence[str],
+) -> str:
+    """The page. pictures: of augmented views, with the names of the groups that were shown such. notes: for its top."""
+    import jinja2
+
+    folder = Path(__file__).parent
+    loader = jinja2.FileSystemLoader(folder)
+    template = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    ).get_template("page.html")
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(g.name for board in boards for g in board.groups))}
+    sheets: dict[str, str] = {}
+    return template.render(
+        title=title,
+        css=(folder / "page.css").read_text(),
+        js=(folder / "page.js").read_text(),
+        made=f"{time.strftime('%Y-%m-%d %H:%M')}, ssl_bench {ssl_bench.__version__}",
+        notes=notes,
+        num_runs=len(runs),
+        num_finished=sum(ran.summary is not None for ran in runs),
+        boards=[_board(board, numbers) for board in boards if any(group.finished for group in board.groups)],
+        curves=list(filter(None, (_curves(board, numbers) for board in boards))),
+        remarks=[(detail.group.name, note) for detail in details for note in detail.notes],
+        confusions=[_confusion(detail) for detail in details if detail.predictions],
+        classes=_classes([detail for detail in details if detail.predictions]),
+        neighbours=[_neighbours(detail) for detail in details if detail.features is not None],
+        maps=[_map(detail, sheets) for detail in details if detail.features is not None],
+        sheets=sheets,
+        thumb=THUMB,
+        views=[{"names": names, "src": _embed(path)} for path, names in pictures.values()],
+        differences=[_differences(board) for board in boards if len(board.groups) > 1],
+        runs=_runs(boards, runs),
+        num_colours=len(charts.COLOURS),
+    )
+
+
+# -- tables and curves -------------------------------------------------------------------------------------------------
+
+
+def _board(board: Board, numbers: dict[str, int]) -> dict:
+    rows = board.rows
+    columns = results.columns(rows)
+    lines = []
+    for group, row in zip(board.groups, rows, strict=True):
+        cells = []
+        for column in columns:
+            values = row["values"].get(column, [])
+            order = mean_std(values)[0] if values else row.get(column, len(group.finished) if column == "n" else None)
+            cells.append({"text": results.cell(row, column), "order": order})
+        lines.append({"name": group.name, "number": numbers[group.name], "n": len(group.finished), "cells": cells})
+    drawn = [(g.name, numbers[g.name], values) for g in board.groups if (values := _finite(g.values(board.metric)))]
+    return {
+        "id": board.stage,
+        "title": TITLES.get(board.stage, board.stage),
+        "metric": results.unit(board.metric).label,
+        "unranked": not board.ranked and len(board.groups) > 1,
+        "best": results.shown(board.metric, board.groups[0].values(board.metric)) if board.ranked else "",
+        "columns": [results.heading(column) for column in columns],
+        "rows": lines,
+        "chart": charts.dots(board.metric, drawn[: charts.LIMIT]) if board.ranked and drawn else None,
+        "undrawn": max(0, len(drawn) - charts.LIMIT) if board.ranked else 0,
+    }
+
+
+def _finite(values: list[float]) -> list[float]:
+    return [value for value in values if np.isfinite(value)]
+
+
+def _curves(board: Board, numbers: dict[str, int]) -> dict | None:
+    """The panels of a stage: its metric, other results, health; and apart from them what is technical."""
+    groups = [group for group in board.groups if any(ran.lines for ran in group.runs)]
+    drawn = groups[: charts.LIMIT]
+    keys = {key for group in drawn for ran in group.runs for line in ran.lines for key in line}
+    keys -= {"step", "epoch", "images_seen"}
+    order = [board.metric, *results.UNITS]
+    main = sorted(keys - {*HEALTH, *TECHNICAL}, key=lambda key: (order.index(key) if key in order else len(order), key))
+    training = [key for key in ("loss", "accuracy") if key in keys and any(key.startswith("val_") for key in keys)]
+    main = [key for key in main if key not in training]
+    panels = {"results": [], "health": [], "technical": []}
+    for kind, wanted in (
+        ("results", main),
+        ("health", [key for key in HEALTH if key in keys]),
+        ("technical", [*training, *(key for key in TECHNICAL if key in keys)]),
+    ):
+        for key in wanted:
+            series = [one for group in drawn if (one := _series(group, key, numbers)).curves]
+            # A loss means something else for each method: a panel each.
+            apart = key == "loss" and len({group.runs[0].name for group in drawn}) > 1 and board.stage == "pretrain"
+            for part in [[one] for one in series] if apart else [series] if series else []:
+                name = results.unit(key).label
+                title = f"{name}: {part[0].name}" if apart else name
+                panels[kind].append({"title": title, "note": HEALTH.get(key, ""), "svg": charts.lines(key, part)})
+    if not any(panels.values()):
+        return None
+    return {
+        "id": board.stage,
+        "title": TITLES.get(board.stage, board.stage),
+        "legend": [{"name": g.name, "number": numbers[g.name], "n": len(g.runs)} for g in drawn],
+        "undrawn": len(groups) - len(drawn),
+        **panels,
+    }
+
+
+def _series(group: Group, key: str, numbers: dict[str, int]) -> charts.Series:
+    curves = []
+    for ran in group.runs:
+        points = np.array([(line["epoch"], line[key]) for line in ran.lines if key in line], dtype=float).reshape(-1, 2)
+        if len(points := points[np.isfinite(points).all(axis=1)]):
+            curves.append(points)
+    return charts.Series(group.name, numbers[group.name], curves)
+
+
+def _differences(board: Board) -> dict:
+    differing = results.differences([group.runs[0] for group in board.groups])
+    return {
+        "id": board.stage,
+        "title": TITLES.get(board.stage, board.stage),
+        "names": [group.name for group in board.groups],
+        "rows": differing,
+    }
+
+
+def _runs(boards: Sequence[Board], runs: Sequence[Ran]) -> list[dict]:
+    names = {ran: group.name for board in boards for group in board.groups for ran in group.runs}
+    lines = []
+    for ran in runs:
+        metric = ran.config.get("metric") or ""
+        value = ran.values.get(metric)
+        last = ran.lines[-1] if ran.lines else {}
+        commit = (ran.environment.get("git_commit") or "")[:7] + ("+" if ran.environment.get("git_dirty") else "")
+        lines.append(
+            {
+                "name": names.get(ran, ran.name),
+                "stage": ran.stage,
+                "seed": ran.seed,
+                "state": ran.state.name,
+                "note": " ".join(ran.state.note.split()),
+                "epoch": f"{last.get('epoch', 0):g} of {ran.config['epochs']}" if last else "",
+                "result": f"{results.unit(metric).label} {results.shown(metric, [value])}" if value is not None else "",
+                "order": value,
+                "hours": results.shown("hours", [hours]) if (hours := ran.values.get("hours")) is not None else "",
+                "device": ran.device,
+                "started": (ran.environment.get("started") or "")[:16].replace("T", " "),
+                "commit": commit,
+                "directory": str(ran.directory),
+            }
+        )
+    return lines
+
+
+# -- what the checkpoints say ------------------------------------------------------------------------------------------
+
+
+def _confusion(detail: Detail) -> dict:
+    present = np.unique(np.concatenate([detail.labels, *detail.predictions]))
+    size = len(present)
+    counts = np.zeros((size, size))
+    for predicted in detail.predictions:
+        np.add.at(counts, (np.searchsorted(present, detail.labels), np.searchsorted(present, predicted)), 1)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    names = [detail.class_name(label) for label in present]
+    wrong = np.where(np.eye(size, dtype=bool), 0, counts)
+    pairs = [np.unravel_index(place, wrong.shape) for place in np.argsort(-wrong, axis=None, kind="stable")[:PAIRS]]
+    alpha = np.zeros((size, size, 4), dtype=np.uint8)
+    alpha[..., :3] = (58, 123, 200)
+    alpha[..., 3] = (255 * np.sqrt(shares)).round()  # or the few wrong ones of each class would not be seen
+    return {
+        "name": detail.group.name,
+        "runs": len(detail.predictions),
+        "images": len(detail.labels),
+        "names": names,
+        "shares": shares.tolist() if size <= CELLS else None,
+        "picture": None if size <= CELLS else _encode(alpha),
+        "pairs": [
+            {"true": names[i], "predicted": names[j], "share": shares[i, j], "count": int(counts[i, j])}
+            for i, j in pairs
+            if wrong[i, j]
+        ],
+    }
+
+
+def _classes(details: Sequence[Detail]) -> dict | None:
+    """Accuracy on each class, a column a group; of details of the same images."""
+    if not details:
+        return None
+    same = [detail for detail in details if detail.images_id == details[0].images_id]
+    labels, rows = same[0].labels, []
+    for label in np.unique(labels):
+        mine = labels == label
+        cells = []
+        for detail in same:
+            values = [100 * float((predicted[mine] == label).mean()) for predicted in detail.predictions]
+            cells.append({"text": results.shown("val_top1", values), "mean": mean_std(values)[0]})
+        rows.append({"name": same[0].class_name(label), "order": int(label), "count": int(mine.sum()), "cells": cells})
+    return {"names": [detail.group.name for detail in same], "rows": rows}
+
+
+def _neighbours(detail: Detail) -> dict:
+    """The nearest images, by cosine, to the first of each of some classes."""
+    first = np.unique(detail.labels, return_index=True)[1]  # of each class
+    if len(first) < QUERIES:  # or of no class
+        rest = np.setdiff1d(np.arange(len(detail.labels)), first)
+        first = np.sort(np.concatenate([first, rest[: QUERIES - len(first)]]))
+    queries = first[np.linspace(0, len(first) - 1, min(QUERIES, len(first))).round().astype(int)]
+    features = detail.features / np.maximum(np.linalg.norm(detail.features, axis=1, keepdims=True), 1e-12)
+    rows = []
+    for query in queries:
+        near = features @ features[query]
+        near[query] = -np.inf  # itself
+        found = np.argsort(-near, kind="stable")[: min(NEIGHBOURS, len(near) - 1)]
+        rows.append([_tile(detail, query), *(_tile(detail, i, query, near[i]) for i in found)])
+    labelled = (detail.labels >= 0).all()
+    return {"name": detail.group.name, "split": detail.split, "rows": rows, "labelled": bool(labelled)}
+
+
+def _tile(detail: Detail, place: int, query: int | None = None, cosine: float = 1.0) -> dict:
+    label = int(detail.labels[place])
+    text = f"class {detail.class_name(label)}" if label >= 0 else f"image {place}"
+    kind = "query" if query is None else "" if label < 0 else "same" if label == detail.labels[query] else "other"
+    title = text if query is None else f"{text}, cosine {cosine:.2f}"
+    return {"src": _encode(detail.image(place)), "kind": kind, "title": title}
+
+
+def _map(detail: Detail, sheets: dict[str, str]) -> dict:
+    """Points of 0 ... 100, with the pictures they stand for in a sheet that the maps of the same images share."""
+    rng = np.random.default_rng(0)
+    count = min(MAP_IMAGES, len(detail.labels))
+    chosen = np.sort(rng.choice(len(detail.labels), count, replace=False))
+    kind, points = project(detail.features[chosen])
+    points = (points - points.min(axis=0)) / np.maximum(np.ptp(points, axis=0), 1e-12)
+    if detail.images_id not in sheets:
+        sheets[detail.images_id] = _sheet([detail.image(place) for place in chosen])
+    present = np.unique(detail.labels[chosen])
+    classes = []
+    for i, label in enumerate(present):
+        mine = np.flatnonzero(detail.labels[chosen] == label)
+        shades = (
+            f"oklch({light} 0.14 {360 * i / len(present) + 20:.0f})" for light in ((0.52, 0.78), (0.66, 0.64))[i % 2]
+        )
+        classes.append(
+            {
+                "name": detail.class_name(label),
+                "colour": f"light-dark({', '.join(shades)})",
+                "points": [(*(100 * points[place]).tolist(), int(place)) for place in mine],
+            }
+        )
+    return {
+        "name": detail.group.name,
+        "kind": kind,
+        "count": count,
+        "sheet": list(sheets).index(detail.images_id),
+        "columns": _columns(count),
+        "classes": classes,
+        "legend": len(classes) <= CELLS,
+    }
+
+
+def _columns(count: int) -> int:
+    return int(np.ceil(np.sqrt(count)))
+
+
+def _sheet(images: Sequence[np.ndarray]) -> str:
+    """All images, small, in one picture, row by row."""
+    from PIL import Image
+
+    columns = _columns(len(images))
+    sheet = Image.new("RGB", (columns * THUMB, -(-len(images) // columns) * THUMB))
+    for i, image in enumerate(images):
+        sheet.paste(Image.fromarray(image).resize((THUMB, THUMB)), (i % columns * THUMB, i // columns * THUMB))
+    return _data(sheet, quality=70)
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def _encode(image: np.ndarray) -> str:
+    """uint8 (S, S, 3 or 4) -> data URI; small ones and those with transparency exactly."""
+    from PIL import Image
+
+    exact = len(image) <= 32 or image.shape[-1] == 4
+    return _data(Image.fromarray(image), **({"lossless": True} if exact else {"quality": 85}))
+
+
+def _embed(path: Path) -> str:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return _data(image, quality=90)
+
+
+def _data(image: Any, **options: Any) -> str:
+    file = io.BytesIO()
+    image.save(file, "WEBP", **options)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,404 @@
+"""Runs on disk as rows of a table: read, grouped by their configuration but for the seed, named by what differs.
+
+A results file (`save`, `load`) keeps such rows, so that a table can be made again where the runs are gone (`fill`):
+{"rows": [{"stage": "lincls", "name": "moco_v2", "values": {"val_top1": [46.9, 46.8, 47.1], "hours": [...]}}]}, a value
+a run; a row may also have "metric", which it is judged by, and "members", how many runs there should be. Other keys of
+the file are remarks.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from ssl_bench import build, checkpoint, files, sweep
+from ssl_bench.errors import UserError
+from ssl_bench.report import markdown, mean_std, smaller_is_better
+from ssl_bench.tracking import MetricsFile
+
+
+class Unit(NamedTuple):
+    """How a metric is shown: its name, what it is multiplied by, the format of its mean."""
+
+    label: str
+    scale: float = 1
+    form: str = ".4g"
+
+
+# In the order of columns; metrics that aren't here come after these.
+UNITS = {
+    "val_top1": Unit("top-1 (%)", form=".1f"),
+    "val_top5": Unit("top-5 (%)", form=".1f"),
+    "val_loss": Unit("cross-entropy", form=".3f"),
+    "holdout_top1": Unit("held-out top-1 (%)", form=".1f"),
+    "knn_top1": Unit("kNN top-1 (%)", form=".1f"),
+    "probe_top1": Unit("probe top-1 (%)", form=".1f"),
+    "loss": Unit("loss", form=".3f"),
+    "accuracy": Unit("accuracy (%)", 100, ".1f"),
+    "embedding_std": Unit("std of embeddings", form=".3f"),
+    "effective_rank": Unit("effective rank", form=".1f"),
+    "alignment": Unit("alignment", form=".3f"),
+    "uniformity": Unit("uniformity", form=".3f"),
+    "hours": Unit("hours", form=".3f"),
+    "images_per_second": Unit("images/s", form=",.0f"),
+    "pretraining_hours": Unit("pretraining hours", form=".3f"),
+    "pretraining_images_per_second": Unit("pretraining images/s", form=",.0f"),
+    "lr": Unit("learning rate", form=".3g"),
+    "grad_norm": Unit("gradient norm"),
+    "data_wait": Unit("time spent waiting for data (%)", 100, ".1f"),
+}
+WAITING = sweep.State("waiting")
+COSTS = ("hours", "images_per_second", "pretraining_hours", "pretraining_images_per_second")
+BESIDE = ("step", "epoch", "images_seen", "lr", "weight_decay", "grad_norm", "data_wait")  # no results
+
+
+def unit(metric: str) -> Unit:
+    return UNITS.get(metric) or Unit(metric.replace("_", " "), form=".1f" if re.search(r"top\d$", metric) else ".4g")
+
+
+def shown(metric: str, values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation as people read this metric; "" for no values."""
+    if not values:
+        return ""
+    _, scale, form = unit(metric)
+    mean, std = mean_std([scale * value for value in values])
+    return f"{mean:{form}}" + ("" if math.isnan(std) else f" ± {std:{'.2g' if form.endswith('g') else form}}")
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Ran:
+    """A run directory, whatever became of it."""
+
+    directory: Path
+    config: dict
+    lines: list[dict[str, float]] = field(default_factory=list)  # of metrics.jsonl
+    summary: dict[str, float] | None = None  # None: not finished
+    environment: dict = field(default_factory=dict)
+    state: sweep.State = WAITING
+    pretraining: "Ran | None" = None  # what `pretrained` was made by, if it can be found
+    holds_runs: bool = False  # a pipeline: its results are those of its members
+
+    @classmethod
+    def read(cls, directory: Path) -> "Ran":
+        def load(name: str) -> dict | None:
+            path = directory / name
+            try:
+                return yaml.safe_load(path.read_text()) if name.endswith(".yaml") else json.loads(path.read_text())
+            except FileNotFoundError:
+                return None
+            except (ValueError, yaml.YAMLError):
+                raise UserError(f"{path}: can't be read; mend it, or leave this run out of runs=") from None
+
+        summary = load("summary.json")
+        words = {True: "finished", False: "running" if sweep.locked(directory / ".lock") else "stopped"}
+        lines = MetricsFile.read(directory / "metrics.jsonl")
+        state = sweep.State(words[summary is not None])
+        return cls(directory, load("config.yaml"), lines, summary, load("environment.json") or {}, state)
+
+    @property
+    def stage(self) -> str:
+        return self.config["stage"]["name"]
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @property
+    def device(self) -> str:
+        gpus, count = self.environment.get("gpus") or [], self.environment.get("world_size", 1)
+        if gpus and self.config["device"] != "cpu":
+            return f"{count} x {gpus[0]}"
+        threads = count * self.environment.get("cpu_threads", 0)
+        return f"CPU, {threads} thread{'s' if threads > 1 else ''}" if threads else ""
+
+    @cached_property
+    def values(self) -> dict[str, float]:
+        """Of a finished run: what it came to, the newest of all that was logged, and what it cost."""
+        if self.summary is None:
+            return {}
+        logged = {key: value for line in self.lines for key, value in line.items()}
+        costs = self._costs()
+        if self.pretraining:
+            costs |= {f"pretraining_{key}": value for key, value in self.pretraining._costs().items()}
+        values = {key: value for key, value in (logged | self.summary).items() if isinstance(value, int | float)}
+        return {key: value for key, value in values.items() if key not in BESIDE} | costs
+
+    def _costs(self) -> dict[str, float]:
+        """hours: of training and the evaluations in between, not of packing images. images_per_second: the median."""
+        seen, seconds, rates = 0, 0.0, []
+        for line in self.lines:
+            if rate := line.get("images_per_second"):
+                seconds += (line["images_seen"] - seen) / rate
+                seen = line["images_seen"]
+                rates.append(rate)
+        if not rates:
+            return {}
+        return {"hours": seconds / 3600, "images_per_second": sorted(rates)[len(rates) // 2]}
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides its result, but for the seed; of what it stands on, too, under "pretrained."."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, list):
+                return [plain(item) for item in value]
+            # Overrides of a pipeline name its directory, which has the seed in it.
+            return value.replace(self.config["dir"], "${dir}") if isinstance(value, str) else value
+
+        flat = build.identity(self.config)
+        ours = {key: plain(value) for key, value in flat.items() if key != "seed" and not key.endswith("_target_")}
+        if self.pretraining is None:
+            return ours
+        ours["pretrained"] = self.pretraining.name
+        newest = [path.name for path in checkpoint.complete(self.pretraining.directory)[:1]]
+        if (name := Path(self.config["pretrained"]).name) not in (*newest, self.pretraining.directory.name):
+            ours["pretrained.checkpoint"] = name
+        return ours | {f"pretrained.{key}": value for key, value in self.pretraining.identity.items()}
+
+    @property
+    def name(self) -> str:
+        """The method, for an evaluation that of the pretraining."""
+        if self.config.get("method"):
+            return self.config["method"]["name"]
+        if self.pretraining:
+            return self.pretraining.name
+        if self.config.get("pretrained"):
+            return Path(self.config["pretrained"]).name.partition(".")[0]
+        return "raw pixels" if self.config["backbone"]["name"] == "pixels" else "random init"
+
+
+def find(paths: Iterable[str]) -> list[Ran]:
+    """Every run at or below the paths; members that wait, too. UserError where there is none."""
+    runs: dict[Path, Ran] = {}
+    for path in map(Path, paths):
+        found = {file.parent for file in path.rglob("metrics.jsonl") if file.with_name("config.yaml").exists()}
+        runs |= {directory.resolve(): Ran.read(directory) for directory in sorted(found)}
+        for folder in sorted(file.parent for file in path.rglob(".members")):
+            members = sweep.members(folder)
+            for member, state in zip(members, sweep.states(members), strict=True):
+                runs.setdefault(member.directory.resolve(), Ran(member.directory, member.config)).state = state
+        if not any(directory.is_relative_to(path.resolve()) for directory in runs):
+            raise UserError(f"runs={path}: no run at or below it; name run directories, sweeps, or a folder of them")
+    for directory, ran in runs.items():
+        ran.holds_runs = any(other.is_relative_to(directory) for other in runs if other != directory)
+        ran.pretraining = _pretraining(ran, runs)
+    return list(runs.values())
+
+
+def _pretraining(ran: Ran, runs: dict[Path, Ran]) -> Ran | None:
+    """The run that a run's `pretrained` is a checkpoint of, or the directory of."""
+    if not (source := ran.config.get("pretrained")):
+        return None
+    path = Path(source)
+    folder = path.parent.parent if path.parent.name == "checkpoints" else path
+    if folder.resolve() in runs:
+        return runs[folder.resolve()]
+    if (folder / "metrics.jsonl").exists():
+        return Ran.read(folder)
+    moved = [run for directory, run in runs.items() if directory.parts[-2:] == folder.parts[-2:]]
+    return moved[0] if len(moved) == 1 else None
+
+
+# -- groups of them ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Group:
+    """Runs that differ in nothing but the seed."""
+
+    name: str
+    runs: list[Ran]
+
+    @property
+    def finished(self) -> list[Ran]:
+        return [ran for ran in self.runs if ran.summary is not None]
+
+    def values(self, metric: str) -> list[float]:
+        """Of the finished runs that have it; a cost of pretraining once for each pretraining."""
+        having = [ran for ran in self.runs if metric in ran.values]
+        if metric.startswith("pretraining_"):
+            having = list({ran.pretraining.directory: ran for ran in having}.values())
+        return [ran.values[metric] for ran in having]
+
+    @property
+    def pretrainings(self) -> int:
+        """How many different ones its finished runs stand on."""
+        return len({ran.pretraining.directory for ran in self.finished if ran.pretraining})
+
+    def row(self, metric: str) -> dict:
+        """Of a results file."""
+        metrics = list(dict.fromkeys(metric for ran in self.runs for metric in ran.values))
+        row = {"stage": self.runs[0].stage, "name": self.name, "metric": metric, "members": len(self.runs)}
+        if self.pretrainings:
+            row["pretrainings"] = self.pretrainings
+        return row | {"values": {metric: self.values(metric) for metric in metrics}}
+
+
+@dataclass
+class Board:
+    """The groups of a stage, best first by `metric`; in the order of their names where it can't rank them."""
+
+    stage: str
+    metric: str
+    ranked: bool
+    groups: list[Group]
+
+    @property
+    def rows(self) -> list[dict]:
+        return [group.row(self.metric) for group in self.groups]
+
+
+def boards(runs: Sequence[Ran], metric: str | None = None) -> list[Board]:
+    """A board for each stage, evaluations before pretrainings. metric: None is what the runs name."""
+    groups: dict[tuple[str, str], list[Ran]] = {}
+    for ran in runs:
+        if not ran.holds_runs:
+            groups.setdefault((ran.stage, json.dumps(ran.identity, sort_keys=True)), []).append(ran)
+    found = []
+    for stage in sorted({stage for stage, _ in groups}, key=lambda stage: (stage == "pretrain", stage)):
+        members = [sorted(group, key=lambda ran: ran.seed) for (name, _), group in groups.items() if name == stage]
+        known = {key for group in members for ran in group for key in ran.values}
+        named = (metric, *(group[0].config.get("metric") for group in members), *UNITS)
+        judge = next((key for key in named if key in known), "")
+        names = _names([group[0] for group in members])
+        made = [Group(name, group) for name, group in zip(names, members, strict=True)]
+        # A loss means something else for each method.
+        ranked = judge in known and ("loss" not in judge or len({group[0].name for group in members}) == 1)
+        sign = 1 if smaller_is_better(judge) else -1
+
+        def place(group: Group, judge=judge, ranked=ranked, sign=sign) -> tuple:
+            values = group.values(judge) if ranked else []
+            return (not group.finished, sign * mean_std(values)[0] if values else 0, group.name)
+
+        found.append(Board(stage, judge, ranked, sorted(made, key=place)))
+    return found
+
+
+def differences(runs: Sequence[Ran]) -> dict[str, list[str]]:
+    """{key: its value for each of the runs}, of what differs besides the seed; "" where a run has no such key."""
+    identities = [ran.identity for ran in runs]
+    differing = {}
+    for key in sorted({key for identity in identities for key in identity}):
+        words = [_word(identity[key]) if key in identity else "" for identity in identities]
+        # What stands on no pretraining differs from one in all of its keys.
+        compared = {word for word in words if word} if key.startswith("pretrained.") else set(words)
+        if len(compared) > 1:
+            differing[key] = words
+    return differing
+
+
+def _names(firsts: Sequence[Ran]) -> list[str]:
+    """A name for each of these runs, which are configured differently: the method; if need be, what differs, too."""
+    names = [ran.name for ran in firsts]
+    for name in set(names):
+        same = [i for i, other in enumerate(names) if other == name]
+        if len(same) == 1:
+            continue
+        differing = differences([firsts[i] for i in same])
+        chosen = {key.rpartition(".")[0] for key in differing if key.endswith(".name")}
+        keys = [key for key in differing if key.endswith(".name") or key.rpartition(".")[0] not in chosen]
+        for place, i in enumerate(same):
+            words = [_assignment(key, differing[key][place]) for key in keys if differing[key][place]]
+            names[i] = " ".join([name, *words[:3]])
+        for again in {n for n in names if names.count(n) > 1}:
+            for number, i in enumerate([i for i in same if names[i] == again], start=1):
+                names[i] += f" #{number}"
+    return names
+
+
+def _assignment(key: str, value: str) -> str:
+    if key.endswith(".name"):
+        return value
+    outer, _, last = key.rpartition(".")
+    return f"pretraining {last}={value}" if outer == "pretrained" else f"{last}={value}"
+
+
+def _word(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n").removesuffix("\n...")
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def columns(rows: Sequence[dict]) -> list[str]:
+    """The metrics worth a column: the one they are judged by, results, `n`, costs."""
+    known = list(dict.fromkeys(metric for row in rows for metric, values in row["values"].items() if values))
+    if any(metric.startswith("val_") for metric in known):  # what it learnt by is of no interest then
+        known = [metric for metric in known if metric not in ("loss", "accuracy")]
+    order = list(UNITS)
+    known.sort(key=lambda metric: order.index(metric) if metric in order else len(order))
+    judges = list(dict.fromkeys(row["metric"] for row in rows if row.get("metric") in known))
+    results = [metric for metric in known if metric not in (*judges, *COSTS)]
+    several = ["pretrainings"] if any(row.get("pretrainings") for row in rows) else []
+    return [*judges, *results, "n", *several, *(metric for metric in COSTS if metric in known)]
+
+
+def cell(row: dict, column: str) -> str:
+    if column == "n":
+        done = max(map(len, row["values"].values()), default=0)
+        return f"{done}" if done == row.get("members", done) else f"{done} of {row['members']}"
+    if column == "pretrainings":
+        return str(row.get("pretrainings") or "")
+    return shown(column, row["values"].get(column, []))
+
+
+def heading(column: str) -> str:
+    return column if column in ("n", "pretrainings") else unit(column).label
+
+
+def table(rows: Sequence[dict], wanted: Sequence[str]) -> str:
+    """Markdown: the name of each row and these columns, mean ± std over its n runs."""
+    header = ["", *map(heading, wanted)]
+    return markdown(header, [[row["name"], *(cell(row, column) for column in wanted)] for row in rows], len(wanted))
+
+
+def save(path: Path, rows: Sequence[dict], **remarks: Any) -> None:
+    files.write(path, json.dumps({**remarks, "rows": rows}, indent=1) + "\n")
+
+
+def load(path: Path) -> list[dict]:
+    """The rows of a results file. UserError unless it is one."""
+    try:
+        rows = json.loads(path.read_text())["rows"]
+        assert all(isinstance(row["name"], str) and isinstance(row["values"], dict) for row in rows)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        raise UserError(f"{path}: not a results file; `ssl-bench stage=report runs=...` writes results.json") from None
+    return rows
+
+
+BLOCK = re.compile(r"(<!-- results: (\S+)((?: \w+=\S+)*) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
+
+
+def fill(text: str, folder: Path) -> str:
+    """Markdown with its tables made anew from results files, each between two lines:
+
+        <!-- results: FILE.json stage=lincls columns=val_top1,n,hours -->
+        <!-- end of results -->
+
+    FILE: relative to `folder`. stage: rows of this stage only. columns: all that `columns` finds, if left out.
+    UserError for a file or an option that isn't there, and for a text without a block.
+    """
+    if not BLOCK.search(text):
+        raise UserError("no table to fill: write a line <!-- results: FILE.json --> and one <!-- end of results -->")
+
+    def made(block: re.Match) -> str:
+        options = dict(word.split("=", 1) for word in block[3].split())
+        if unknown := sorted(options.keys() - {"stage", "columns"}):
+            raise UserError(build.unknown("option", f"results: {block[2]} {unknown[0]}", ["stage", "columns"]))
+        rows = [row for row in load(folder / block[2]) if options.get("stage") in (None, row.get("stage"))]
+        wanted = options["columns"].split(",") if "columns" in options else columns(rows)
+        known = {"n", "pretrainings", *(metric for row in rows for metric in row["values"])}
+        if missing := [column for column in wanted if column not in known]:
+            raise UserError(build.unknown("column", f"results: {block[2]} columns={missing[0]}", sorted(known)))
+        return f"{block[1]}{table(rows, wanted)}\n{block[5]}"
+
+    return BLOCK.sub(made, text)

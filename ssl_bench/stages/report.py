@@ -1,0 +1,190 @@
+"""Stage report: runs as a page, a text and a file of results."""
+
+import logging
+from hashlib import file_digest
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pydantic import NonNegativeInt
+
+from ssl_bench import build, checkpoint, files, interop, page, results
+from ssl_bench.augment.views import EvalView
+from ssl_bench.data.formats import Dataset
+from ssl_bench.engine import extract
+from ssl_bench.errors import UserError
+from ssl_bench.probe import LinearProbe
+from ssl_bench.report import markdown
+from ssl_bench.results import Board, Group, Ran
+from ssl_bench.run import Run
+from ssl_bench.stages.training import normalization, on_device, open_source
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 0.05  # points of top-1 by which predictions made again may miss the run's own
+
+
+def report(
+    cfg: DictConfig, run: Run, out: str | None = None, details: NonNegativeInt = 3, readme: str | None = None
+) -> dict[str, float]:
+    """Write report.html, results.md and results.json of the runs at or below `cfg.runs`; fill the tables of `readme`.
+
+    details: of the best groups of runs, so many are loaded, for what needs a network: predictions, neighbours, a map.
+    Returns how many runs there are and how many are finished. UserError where there is nothing to report.
+    """
+    paths = [cfg.runs] if isinstance(cfg.runs, str) else list(cfg.runs or ())
+    if not paths and readme is None:
+        raise UserError("runs= needs a value: a run, a sweep, a folder of them, or a list: runs=DIR or runs=[DIR,DIR]")
+    if readme is not None:
+        fill(Path(readme))
+    if not paths:
+        return {}
+    runs = results.find(paths)
+    boards = results.boards(runs, cfg.metric)
+    folder = Path(out or (paths[0] if len(paths) == 1 else "runs/report"))
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = [examine(cfg, run, group) for group in choose(boards, details)]
+    notes = []
+    if unfinished := sum(ran.summary is None for ran in runs):
+        notes.append(f"{unfinished} of {len(runs)} runs are not finished; tables hold those that are.")
+    if cfg.metric and not any(board.metric == cfg.metric for board in boards):
+        raise UserError(f"metric={cfg.metric}: no finished run has it")
+    title = " and ".join(paths) if len(paths) < 4 else f"{len(paths)} folders of runs"
+    html = page.render(title, runs, boards, shown, view_pictures(boards), notes)
+    files.write(folder / "report.html", html)
+    text = write_markdown(title, boards, runs)
+    files.write(folder / "results.md", text)
+    results.save(folder / "results.json", [row for board in boards for row in board.rows if any(row["values"])])
+    print(f"{text}\nwritten: {folder}/report.html, results.md, results.json")
+    return {"runs": len(runs), "finished": len(runs) - unfinished}
+
+
+report.single_process = True
+
+
+def fill(path: Path) -> None:
+    """Make the marked tables of a Markdown file anew; see `results.fill`."""
+    try:
+        before = path.read_text()
+        after = results.fill(before, path.parent)
+    except OSError as error:
+        raise UserError(f"stage.readme={path}: can't be read ({error.strerror})") from None
+    except UserError as error:
+        raise UserError(f"stage.readme={path}: {error}") from None
+    if after != before:
+        files.write(path, after)
+    print(f"{path}: {'filled' if after != before else 'is up to date'}")
+
+
+def write_markdown(title: str, boards: list[Board], runs: list[Ran]) -> str:
+    """results.md: the leaderboards, what differs between configurations, the runs that aren't finished."""
+    parts = [f"# {title}", "Mean ± sample standard deviation over n runs that differ only in their seeds."]
+    for board in boards:
+        if columns := results.columns(board.rows):
+            parts += [f"## {page.TITLES.get(board.stage, board.stage)}", results.table(board.rows, columns)]
+        if differing := results.differences([group.runs[0] for group in board.groups]):
+            header = ["differs", *(group.name for group in board.groups)]
+            parts.append(markdown(header, [[key, *words] for key, words in differing.items()]))
+    if unfinished := [ran for ran in runs if ran.summary is None]:
+        rows = [[str(ran.directory), ran.state.name, " ".join(ran.state.note.split())] for ran in unfinished]
+        parts += ["## Not finished", markdown(["run", "state", ""], rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def view_pictures(boards: list[Board]) -> dict[str, tuple[Path, list[str]]]:
+    """{digest: (a picture of augmented views, names of the groups that were shown it)}."""
+    pictures: dict[str, tuple[Path, list[str]]] = {}
+    for board in boards:
+        for group in board.groups:
+            for path in [path for ran in group.runs if (path := ran.directory / "views.png").exists()][:1]:
+                with open(path, "rb") as file:
+                    pictures.setdefault(file_digest(file, "sha256").hexdigest(), (path, []))[1].append(group.name)
+    return pictures
+
+
+# -- what needs the network and the images -----------------------------------------------------------------------------
+
+
+def choose(boards: list[Board], details: int) -> list[Group]:
+    """The best groups with checkpoints: evaluations, since their classifiers predict; else pretrainings."""
+    for board in boards:
+        if found := [g for g in board.groups if any(checkpoint.complete(ran.directory) for ran in g.finished)]:
+            return found[:details]
+    return []
+
+
+def examine(cfg: DictConfig, run: Run, group: Group) -> page.Detail:
+    """Features of the val split (pretrain where there is none), and predictions where there is a classifier.
+
+    What can't be had becomes a note.
+    """
+    detail = page.Detail(group)
+    try:
+        data = open_data(cfg, group.finished[0].config)
+        detail.split = labelled_split(data)
+        split = data.split(detail.split)
+        detail.images_id, detail.classes = split.fingerprint, list(getattr(data, "class_names", ()))
+    except (ValueError, OSError) as error:
+        detail.notes.append(f"predictions, neighbours and map are left out, since its data isn't here: {error}")
+        return detail
+    for ran in group.finished:
+        try:
+            look(cfg, run, detail, ran, data)
+        except (ValueError, OSError) as error:
+            detail.notes.append(f"seed {ran.seed} in {ran.directory} is left out: {error}")
+    return detail
+
+
+def look(cfg: DictConfig, run: Run, detail: page.Detail, ran: Ran, data: Dataset) -> None:
+    """Add to `detail` what this run's newest checkpoint says."""
+    config = OmegaConf.create(ran.config)
+    paths = checkpoint.complete(ran.directory)
+    if not paths:
+        raise UserError("no checkpoint")
+    backbone = build.construct(config.backbone)
+    interop.load_backbone(backbone, str(paths[0]))
+    state = checkpoint.read(paths[0])["model"]
+    view = EvalView(config.augmentation.image_size, config.stage.get("test_resize", 1.0), *normalization(config))
+    source, rows = open_source(cfg, run, data, detail.split), []
+
+    def batches():
+        for images, labels, indices in source.epoch_pass():
+            rows.append(indices.cpu())
+            yield images, labels, indices
+
+    features, labels = extract(on_device(backbone, run).eval(), batches(), view.to(run.device))
+    if detail.features is None:
+        detail.features, detail.labels = features.numpy(), labels.numpy()
+        index, split = torch.cat(rows).tolist(), data.split(detail.split)
+        detail.image = lambda place: split.read(index[place])
+    if "fc.weight" not in state or detail.split != "val":
+        return
+    probe = LinearProbe(backbone, len(state["fc.weight"]), "norm.running_mean" in state).eval().cpu()
+    probe.load_state_dict({key: state[key] for key in probe.state_dict()})
+    with torch.no_grad():
+        predicted = probe.fc(probe.norm(features)).argmax(dim=1)
+    top1 = 100 * (predicted == labels).double().mean().item()
+    log.info("%s, seed %s: top-1 %.2f on %s", detail.group.name, ran.seed, top1, detail.split)
+    if abs(top1 - ran.summary.get("val_top1", top1)) > TOLERANCE:
+        detail.notes.append(
+            f"seed {ran.seed} has a top-1 of {top1:.2f} here, and had {ran.summary['val_top1']:.2f} when it ran: "
+            "are these other images?"
+        )
+    detail.predictions.append(predicted.numpy())
+
+
+def open_data(cfg: DictConfig, config: dict) -> Dataset:
+    """The data that a run was made with; in `cfg.data.root` where that names a folder for the same data set."""
+    node = dict(config["data"])
+    if node["name"] == cfg.data.name and "root" in cfg.data:
+        node["root"] = cfg.data.root
+    return build.construct(node)
+
+
+def labelled_split(data: Dataset) -> str:
+    try:
+        if (data.split("val").labels) is not None:
+            return "val"
+    except UserError:
+        data.split("pretrain")  # or the error is about more than labels
+    return "pretrain"
