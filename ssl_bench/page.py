@@ -60,8 +60,12 @@ class Detail:
         return self.classes[label] if 0 <= label < len(self.classes) else "unlabelled" if label < 0 else str(label)
 
 
+def stage_title(board: Board) -> str:
+    return TITLES.get(board.stage, board.stage)
+
+
 def render(
-    title: str,
+    heading: str,
     runs: Sequence[Ran],
     boards: Sequence[Board],
     details: Sequence[Detail],
@@ -79,7 +83,7 @@ def render(
     numbers = {name: i for i, name in enumerate(dict.fromkeys(g.name for board in boards for g in board.groups))}
     sheets: dict[str, str] = {}
     return template.render(
-        title=title,
+        title=heading,
         css=(folder / "page.css").read_text(),
         js=(folder / "page.js").read_text(),
         made=f"{time.strftime('%Y-%m-%d %H:%M')}, ssl_bench {ssl_bench.__version__}",
@@ -119,13 +123,13 @@ def _board(board: Board, numbers: dict[str, int]) -> dict:
     drawn = [(g.name, numbers[g.name], values) for g in board.groups if (values := _finite(g.values(board.metric)))]
     return {
         "id": board.stage,
-        "title": TITLES.get(board.stage, board.stage),
+        "title": stage_title(board),
         "metric": results.unit(board.metric).label,
         "unranked": not board.ranked and len(board.groups) > 1,
         "best": results.shown(board.metric, board.groups[0].values(board.metric)) if board.ranked else "",
         "columns": [results.heading(column) for column in columns],
         "rows": lines,
-        "chart": charts.dots(board.metric, drawn[: charts.LIMIT]) if board.ranked and drawn else None,
+        "chart": charts.dots(board.metric, drawn[: charts.LIMIT]) if board.ranked and len(drawn) > 1 else None,
         "undrawn": max(0, len(drawn) - charts.LIMIT) if board.ranked else 0,
     }
 
@@ -138,31 +142,35 @@ def _curves(board: Board, numbers: dict[str, int]) -> dict | None:
     """The panels of a stage: its metric, other results, health; and apart from them what is technical."""
     groups = [group for group in board.groups if any(ran.lines for ran in group.runs)]
     drawn = groups[: charts.LIMIT]
+    methods = {group.name: group.runs[0].name for group in drawn}
     keys = {key for group in drawn for ran in group.runs for line in ran.lines for key in line}
     keys -= {"step", "epoch", "images_seen"}
     order = [board.metric, *results.UNITS]
     main = sorted(keys - {*HEALTH, *TECHNICAL}, key=lambda key: (order.index(key) if key in order else len(order), key))
     training = [key for key in ("loss", "accuracy") if key in keys and any(key.startswith("val_") for key in keys)]
     main = [key for key in main if key not in training]
+    judged = [key for key in HEALTH if key in keys and key.endswith("top1")]  # results rather than health
     panels = {"results": [], "health": [], "technical": []}
     for kind, wanted in (
-        ("results", main),
-        ("health", [key for key in HEALTH if key in keys]),
+        ("results", [*judged, *main]),
+        ("health", [key for key in HEALTH if key in keys and key not in judged]),
         ("technical", [*training, *(key for key in TECHNICAL if key in keys)]),
     ):
         for key in wanted:
             series = [one for group in drawn if (one := _series(group, key, numbers)).curves]
-            # A loss means something else for each method: a panel each.
-            apart = key == "loss" and len({group.runs[0].name for group in drawn}) > 1 and board.stage == "pretrain"
-            for part in [[one] for one in series] if apart else [series] if series else []:
-                name = results.unit(key).label
-                title = f"{name}: {part[0].name}" if apart else name
-                panels[kind].append({"title": title, "note": HEALTH.get(key, ""), "svg": charts.lines(key, part)})
+            parts = {"": series}
+            if key == "loss" and board.stage == "pretrain":  # it means something else for each method: a panel each
+                parts = {name: [one for one in series if methods[one.name] == name] for name in methods.values()}
+            for name, part in parts.items():
+                label = results.unit(key).label
+                title = f"{label}: {name}" if len(parts) > 1 else label
+                if part:
+                    panels[kind].append({"title": title, "note": HEALTH.get(key, ""), "svg": charts.lines(key, part)})
     if not any(panels.values()):
         return None
     return {
         "id": board.stage,
-        "title": TITLES.get(board.stage, board.stage),
+        "title": stage_title(board),
         "legend": [{"name": g.name, "number": numbers[g.name], "n": len(g.runs)} for g in drawn],
         "undrawn": len(groups) - len(drawn),
         **panels,
@@ -182,7 +190,7 @@ def _differences(board: Board) -> dict:
     differing = results.differences([group.runs[0] for group in board.groups])
     return {
         "id": board.stage,
-        "title": TITLES.get(board.stage, board.stage),
+        "title": stage_title(board),
         "names": [group.name for group in board.groups],
         "rows": differing,
     }

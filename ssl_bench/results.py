@@ -266,21 +266,25 @@ def boards(runs: Sequence[Ran], metric: str | None = None) -> list[Board]:
     found = []
     for stage in sorted({stage for stage, _ in groups}, key=lambda stage: (stage == "pretrain", stage)):
         members = [sorted(group, key=lambda ran: ran.seed) for (name, _), group in groups.items() if name == stage]
-        known = {key for group in members for ran in group for key in ran.values}
-        named = (metric, *(group[0].config.get("metric") for group in members), *UNITS)
-        judge = next((key for key in named if key in known), "")
-        names = _names([group[0] for group in members])
-        made = [Group(name, group) for name, group in zip(names, members, strict=True)]
-        # A loss means something else for each method.
-        ranked = judge in known and ("loss" not in judge or len({group[0].name for group in members}) == 1)
-        sign = 1 if smaller_is_better(judge) else -1
-
-        def place(group: Group, judge=judge, ranked=ranked, sign=sign) -> tuple:
-            values = group.values(judge) if ranked else []
-            return (not group.finished, sign * mean_std(values)[0] if values else 0, group.name)
-
-        found.append(Board(stage, judge, ranked, sorted(made, key=place)))
+        firsts = [group[0] for group in members]
+        judge, ranked = _judge(firsts, {key for group in members for ran in group for key in ran.values}, metric)
+        made = [Group(name, group) for name, group in zip(_names(firsts), members, strict=True)]
+        made.sort(key=lambda group: group.name)
+        if ranked:
+            sign = 1 if smaller_is_better(judge) else -1
+            made.sort(key=lambda group: sign * mean_std(group.values(judge) or [sign * math.inf])[0])
+        found.append(Board(stage, judge, ranked, sorted(made, key=lambda group: not group.finished)))
     return found
+
+
+def _judge(firsts: Sequence[Ran], known: set[str], asked: str | None) -> tuple[str, bool]:
+    """The metric of the `known` that judges a stage, and whether it can rank its groups. firsts: a run of each."""
+    # The loss of a pretraining means something else for each method.
+    alike = firsts[0].stage != "pretrain" or len({ran.name for ran in firsts}) == 1
+    named = [key for key in (asked, *(ran.config.get("metric") for ran in firsts)) if key in known]
+    able = [key for key in named if alike or "loss" not in key]
+    able += [key for key in UNITS if key in known and (key.endswith("top1") or (alike and key == "loss"))]
+    return (able or named or sorted(known) or [""])[0], bool(able)
 
 
 def differences(runs: Sequence[Ran]) -> dict[str, list[str]]:
@@ -393,12 +397,12 @@ def fill(text: str, folder: Path) -> str:
     def made(block: re.Match) -> str:
         options = dict(word.split("=", 1) for word in block[3].split())
         if unknown := sorted(options.keys() - {"stage", "columns"}):
-            raise UserError(build.unknown("option", f"results: {block[2]} {unknown[0]}", ["stage", "columns"]))
+            raise UserError(f"{block[2]}: {build.unknown('option', unknown[0], ['stage', 'columns'])}")
         rows = [row for row in load(folder / block[2]) if options.get("stage") in (None, row.get("stage"))]
         wanted = options["columns"].split(",") if "columns" in options else columns(rows)
         known = {"n", "pretrainings", *(metric for row in rows for metric in row["values"])}
         if missing := [column for column in wanted if column not in known]:
-            raise UserError(build.unknown("column", f"results: {block[2]} columns={missing[0]}", sorted(known)))
+            raise UserError(f"{block[2]}: {build.unknown('column', missing[0], sorted(known))}")
         return f"{block[1]}{table(rows, wanted)}\n{block[5]}"
 
     return BLOCK.sub(made, text)

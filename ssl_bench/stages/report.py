@@ -21,6 +21,7 @@ from ssl_bench.stages.training import normalization, on_device, open_source
 
 log = logging.getLogger(__name__)
 
+KEPT = ("started", "platform", "python", "packages", "git_commit", "git_dirty", "cpu_threads", "gpus")
 TOLERANCE = 0.05  # points of top-1 by which predictions made again may miss the run's own
 
 
@@ -35,31 +36,55 @@ def report(
     paths = [cfg.runs] if isinstance(cfg.runs, str) else list(cfg.runs or ())
     if not paths and readme is None:
         raise UserError("runs= needs a value: a run, a sweep, a folder of them, or a list: runs=DIR or runs=[DIR,DIR]")
+    counts = (
+        write(cfg, run, paths, Path(out or (paths[0] if len(paths) == 1 else "runs/report")), details) if paths else {}
+    )
     if readme is not None:
         fill(Path(readme))
-    if not paths:
-        return {}
-    runs = results.find(paths)
-    boards = results.boards(runs, cfg.metric)
-    folder = Path(out or (paths[0] if len(paths) == 1 else "runs/report"))
-    folder.mkdir(parents=True, exist_ok=True)
-    shown = [examine(cfg, run, group) for group in choose(boards, details)]
-    notes = []
-    if unfinished := sum(ran.summary is None for ran in runs):
-        notes.append(f"{unfinished} of {len(runs)} runs are not finished; tables hold those that are.")
-    if cfg.metric and not any(board.metric == cfg.metric for board in boards):
-        raise UserError(f"metric={cfg.metric}: no finished run has it")
-    title = " and ".join(paths) if len(paths) < 4 else f"{len(paths)} folders of runs"
-    html = page.render(title, runs, boards, shown, view_pictures(boards), notes)
-    files.write(folder / "report.html", html)
-    text = write_markdown(title, boards, runs)
-    files.write(folder / "results.md", text)
-    results.save(folder / "results.json", [row for board in boards for row in board.rows if any(row["values"])])
-    print(f"{text}\nwritten: {folder}/report.html, results.md, results.json")
-    return {"runs": len(runs), "finished": len(runs) - unfinished}
+    return counts
 
 
 report.single_process = True
+
+
+def write(cfg: DictConfig, run: Run, paths: list[str], folder: Path, details: int) -> dict[str, float]:
+    """The three files. Returns what `report` does."""
+    runs = results.find(paths)
+    boards = results.boards(runs, cfg.metric)
+    if cfg.metric and all(board.metric != cfg.metric for board in boards):
+        known = sorted({metric for ran in runs if not ran.holds_runs for metric in ran.values})
+        raise UserError(f"metric={build.unknown('metric of these runs', cfg.metric, known)}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        candidates = choose(boards)
+        shown = [examine(cfg, run, group) for group in candidates[:details]]
+        title = " and ".join(paths) if len(paths) < 4 else f"{len(paths)} folders of runs"
+        notes = remarks(runs, len(candidates), details)
+        files.write(folder / "report.html", page.render(title, runs, boards, shown, view_pictures(boards), notes))
+        files.write(folder / "results.md", write_markdown(title, boards, runs))
+        rows = [row for board in boards for row in board.rows if row["values"]]
+        newest = max((ran.environment for ran in runs), key=lambda environment: environment.get("started") or "")
+        results.save(folder / "results.json", rows, runs=paths, **{key: newest[key] for key in KEPT if key in newest})
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error.strerror}); choose another stage.out=") from None
+    print("\n\n".join(leaderboards(boards)))
+    print(f"\nwritten: {folder}/report.html, results.md, results.json")
+    return {"runs": len(runs), "finished": sum(ran.summary is not None for ran in runs)}
+
+
+def remarks(runs: list[Ran], candidates: int, details: int) -> list[str]:
+    """What the reader must know first: what is left out."""
+    notes = []
+    if unfinished := sum(ran.summary is None for ran in runs):
+        notes.append(f"{unfinished} of {len(runs)} runs are not finished: tables hold those that are.")
+    what = "Confusion matrix, neighbours and feature map"
+    if not candidates:
+        notes.append(f"{what} are left out: no finished run here has a checkpoint.")
+    elif not details:
+        notes.append(f"{what} are left out, as asked by stage.details=0.")
+    elif candidates > details:
+        notes.append(f"{what} are of the best {details} of {candidates}: stage.details={candidates} shows all.")
+    return notes
 
 
 def fill(path: Path) -> None:
@@ -76,14 +101,20 @@ def fill(path: Path) -> None:
     print(f"{path}: {'filled' if after != before else 'is up to date'}")
 
 
+def leaderboards(boards: list[Board]) -> list[str]:
+    """A heading and a table of Markdown for each board that has results."""
+    tables = ((board, results.columns(board.rows)) for board in boards if any(group.finished for group in board.groups))
+    return [f"## {page.stage_title(board)}\n\n{results.table(board.rows, columns)}" for board, columns in tables]
+
+
 def write_markdown(title: str, boards: list[Board], runs: list[Ran]) -> str:
     """results.md: the leaderboards, what differs between configurations, the runs that aren't finished."""
     parts = [f"# {title}", "Mean ± sample standard deviation over n runs that differ only in their seeds."]
+    parts += leaderboards(boards)
     for board in boards:
-        if columns := results.columns(board.rows):
-            parts += [f"## {page.TITLES.get(board.stage, board.stage)}", results.table(board.rows, columns)]
         if differing := results.differences([group.runs[0] for group in board.groups]):
-            header = ["differs", *(group.name for group in board.groups)]
+            parts.append(f"## What differs: {page.stage_title(board)}")
+            header = ["", *(group.name for group in board.groups)]
             parts.append(markdown(header, [[key, *words] for key, words in differing.items()]))
     if unfinished := [ran for ran in runs if ran.summary is None]:
         rows = [[str(ran.directory), ran.state.name, " ".join(ran.state.note.split())] for ran in unfinished]
@@ -105,12 +136,12 @@ def view_pictures(boards: list[Board]) -> dict[str, tuple[Path, list[str]]]:
 # -- what needs the network and the images -----------------------------------------------------------------------------
 
 
-def choose(boards: list[Board], details: int) -> list[Group]:
-    """The best groups with checkpoints: evaluations, since their classifiers predict; else pretrainings."""
-    for board in boards:
-        if found := [g for g in board.groups if any(checkpoint.complete(ran.directory) for ran in g.finished)]:
-            return found[:details]
-    return []
+def choose(boards: list[Board]) -> list[Group]:
+    """The groups with checkpoints, best first: evaluations, since their classifiers predict; else pretrainings."""
+    found = (
+        [g for g in board.groups if any(checkpoint.complete(ran.directory) for ran in g.finished)] for board in boards
+    )
+    return next(filter(None, found), [])
 
 
 def examine(cfg: DictConfig, run: Run, group: Group) -> page.Detail:

@@ -1,0 +1,224 @@
+"""Runs become rows: what is one row, its name, its numbers, its place; and tables are made of results files."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made_runs import classified, pretrained
+from test_sweep import member
+
+from ssl_bench import results
+from ssl_bench.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def boards(folder: Path, metric: str | None = None) -> dict[str, results.Board]:
+    return {board.stage: board for board in results.boards(results.find([str(folder)]), metric)}
+
+
+def names(board: results.Board) -> list[str]:
+    return [group.name for group in board.groups]
+
+
+def test_a_row_is_a_configuration_but_for_seed_and_place(tmp_path: Path) -> None:
+    pretrained(tmp_path / "a", "seed=0", "save_every=7", loss=1.0)
+    pretrained(tmp_path / "b", "seed=1", "data.cache=/elsewhere", loss=2.0)
+    pretrained(tmp_path / "c", "seed=2", loss=None)
+    pretrained(tmp_path / "d", "batch_size=64")
+    board = boards(tmp_path)["pretrain"]
+    assert names(board) == ["moco_v2 batch_size=256", "moco_v2 batch_size=64"]
+    assert board.groups[0].values("loss") == [1.0, 2.0]
+    assert [results.cell(row, "n") for row in board.rows] == ["2 of 3", "1"]
+    assert results.cell(board.rows[0], "loss") == "1.500 ± 0.707"
+
+
+def test_an_evaluation_is_told_by_what_it_stands_on(tmp_path: Path) -> None:
+    """Seeds of one pretraining are one row, wherever they are; its costs are counted once for each of them."""
+    for seed in (0, 1):
+        pretrained(tmp_path / f"p{seed}", f"seed={seed}")
+        for draw in (0, 1):
+            where = [f"pretrained={tmp_path}/p{seed}", f"seed={draw}"]
+            classified(tmp_path / f"l{seed}{draw}", 50.0 + seed + draw, *where)
+    classified(tmp_path / "random", 20.0)
+    classified(tmp_path / "pixels", 30.0, "backbone=pixels")
+    classified(tmp_path / "official", 60.0, "pretrained=/weights/moco_v2_200ep.pth.tar")
+    board = boards(tmp_path)["lincls"]
+    assert names(board) == ["moco_v2_200ep", "moco_v2", "raw pixels", "random init"]
+    ours = board.groups[1]
+    assert (len(ours.runs), ours.pretrainings) == (4, 2)
+    assert ours.values("val_top1") == [50.0, 51.0, 51.0, 52.0]
+    assert ours.values("pretraining_hours") == [2.0, 2.0]  # 720,000 images at 100 a second
+    assert ours.values("pretraining_images_per_second") == [100, 100]
+    assert ours.values("hours") == [2 / 3600] * 4
+    assert results.differences([group.runs[0] for group in board.groups])["pretrained"] == [
+        "/weights/moco_v2_200ep.pth.tar",
+        "moco_v2",
+        "null",
+        "null",
+    ]
+
+
+def test_a_folder_that_has_moved_keeps_its_pretrainings(tmp_path: Path) -> None:
+    pretrained(tmp_path / "runs" / "there" / "p")
+    classified(tmp_path / "runs" / "there" / "l", 50.0, f"pretrained={tmp_path}/runs/there/p")
+    shutil.move(tmp_path / "runs", tmp_path / "moved")
+    assert names(boards(tmp_path / "moved")["lincls"]) == ["moco_v2"]
+
+
+def test_names_say_what_differs(tmp_path: Path) -> None:
+    pretrained(tmp_path / "a", "method=moco_v1")
+    for temperature in (0.1, 0.3):
+        pretrained(tmp_path / f"b{temperature}", f"method.temperature={temperature}")
+        classified(tmp_path / f"l{temperature}", 10 * temperature, f"pretrained={tmp_path}/b{temperature}")
+    pretrained(tmp_path / "c", "backbone=resnet50", "method.temperature=0.1")
+    found = boards(tmp_path)
+    assert sorted(names(found["pretrain"])) == [
+        "moco_v1",
+        "moco_v2 resnet18 temperature=0.1",
+        "moco_v2 resnet18 temperature=0.3",
+        "moco_v2 resnet50 temperature=0.1",
+    ]
+    assert names(found["lincls"]) == ["moco_v2 temperature=0.3", "moco_v2 temperature=0.1"]
+    differing = results.differences([group.runs[0] for group in found["lincls"].groups])
+    assert differing == {"pretrained.method.temperature": ["0.3", "0.1"]}
+
+
+def test_losses_of_different_methods_rank_nothing(tmp_path: Path) -> None:
+    pretrained(tmp_path / "a", "method=moco_v1", loss=1.0)
+    pretrained(tmp_path / "b", "method=moco_v2", loss=2.0)
+    assert not boards(tmp_path)["pretrain"].ranked
+    for name in ("a", "b"):
+        shutil.rmtree(tmp_path / name)
+    pretrained(tmp_path / "a", "method=moco_v1", loss=1.0, knn_top1=30.0)
+    pretrained(tmp_path / "b", "method=moco_v2", loss=2.0, knn_top1=40.0)
+    board = boards(tmp_path)["pretrain"]
+    assert (board.metric, names(board)) == ("knn_top1", ["moco_v2", "moco_v1"])
+
+
+def test_smaller_losses_come_first_and_another_metric_can_be_asked_for(tmp_path: Path) -> None:
+    for loss, rank in ((2.0, 50.0), (1.0, 40.0)):
+        pretrained(tmp_path / f"{loss}", f"method.temperature={loss / 10}", loss=loss, effective_rank=rank)
+    assert names(boards(tmp_path)["pretrain"]) == ["moco_v2 temperature=0.1", "moco_v2 temperature=0.2"]
+    assert names(boards(tmp_path, "effective_rank")["pretrain"]) == [
+        "moco_v2 temperature=0.2",
+        "moco_v2 temperature=0.1",
+    ]
+
+
+def test_a_pipeline_is_its_members(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        home = tmp_path / f"seed{seed}"
+        pretrained(home, "experiment=quickstart", f"seed={seed}", "stage=pipeline")
+        pretrained(home / "pretrain", f"seed={seed}")
+        classified(home / "pretrained" / "seed0", 70.0 + seed, f"pretrained={home}/pretrain")
+    found = boards(tmp_path)
+    assert set(found) == {"lincls", "pretrain"}
+    assert found["lincls"].groups[0].values("val_top1") == [70.0, 71.0]
+    runs = [ran for ran in results.find([str(tmp_path)]) if ran.holds_runs]
+    assert runs[0].identity == runs[1].identity  # though the overrides of its members name its directory
+
+
+def test_members_of_a_sweep_that_have_not_begun_are_counted(tmp_path: Path) -> None:
+    done = pretrained(tmp_path / "sweep" / "first", "seed=0")
+    for seed in (0, 1):
+        made = member(tmp_path / "sweep", None, f"seed={seed}")
+        made.config = done.config | {"seed": seed, "dir": str(tmp_path / "sweep" / ("first", "second")[seed])}
+        made.save()
+    made.fail("out of memory")
+    (group,) = boards(tmp_path)["pretrain"].groups
+    assert results.cell(group.row("loss"), "n") == "1 of 2"
+    assert [(ran.state.name, ran.state.note) for ran in group.runs] == [("finished", ""), ("failed", "out of memory")]
+
+
+def test_paths_without_runs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"runs=.*nowhere: no run at or below it; name run directories"):
+        results.find([str(tmp_path / "nowhere")])
+    pretrained(tmp_path / "a")
+    (tmp_path / "a" / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"a/summary\.json: can't be read; mend it, or leave this run out of runs="):
+        results.find([str(tmp_path)])
+
+
+# -- files and texts ---------------------------------------------------------------------------------------------------
+
+
+def test_columns_in_order_and_only_what_is_there(tmp_path: Path) -> None:
+    pretrained(tmp_path / "p", effective_rank=20.0)
+    classified(tmp_path / "l", 50.0, f"pretrained={tmp_path}/p")
+    found = boards(tmp_path)
+    costs = ["hours", "images_per_second"]
+    assert results.columns(found["pretrain"].rows) == ["loss", "effective_rank", "n", *costs]
+    more = ["pretraining_hours", "pretraining_images_per_second"]
+    assert results.columns(found["lincls"].rows) == ["val_top1", "n", "pretrainings", *costs, *more]
+
+
+TEXT = "# Mine\n\n<!-- results: a.json{} -->\nold\n<!-- end of results -->\n\nrest\n"
+ROWS = [
+    {"stage": "lincls", "name": "a|b", "values": {"val_top1": [50.0, 52.0], "hours": [1.0, 1.0]}, "members": 3},
+    {"stage": "pretrain", "name": "b", "values": {"loss": [1.5]}},
+]
+
+
+def test_fill(tmp_path: Path) -> None:
+    results.save(tmp_path / "a.json", ROWS, remark="made by hand")
+    filled = results.fill(TEXT.format(" stage=lincls columns=val_top1,n"), tmp_path)
+    assert filled.splitlines() == [
+        "# Mine",
+        "",
+        "<!-- results: a.json stage=lincls columns=val_top1,n -->",
+        "|      |  top-1 (%) |      n |",
+        "|------|-----------:|-------:|",
+        "| a\\|b | 51.0 ± 1.4 | 2 of 3 |",
+        "<!-- end of results -->",
+        "",
+        "rest",
+    ]
+    assert results.fill(filled, tmp_path) == filled
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (" column=n", "a.json: column: no such option; did you mean columns?"),
+        (" columns=n,val_top2", "a.json: val_top2: no such column; did you mean val_top1?"),
+    ],
+)
+def test_fill_tells_what_is_wrong(tmp_path: Path, options: str, message: str) -> None:
+    results.save(tmp_path / "a.json", ROWS)
+    with pytest.raises(UserError, match=re.escape(message)):
+        results.fill(TEXT.format(options), tmp_path)
+
+
+def test_fill_needs_a_block_and_a_results_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no table to fill: write a line <!-- results: FILE\.json -->"):
+        results.fill("# Mine\n", tmp_path)
+    for content in (None, "{", '{"rows": [{"name": 1}]}', '{"row": []}'):
+        if content:
+            (tmp_path / "a.json").write_text(content)
+        with pytest.raises(UserError, match=r"a\.json: not a results file"):
+            results.fill(TEXT.format(""), tmp_path)
+
+
+@given(st.lists(st.lists(st.floats(0, 100), max_size=4), max_size=5))
+def test_what_is_saved_is_loaded(tmp_path_factory: pytest.TempPathFactory, values: list[list[float]]) -> None:
+    path = tmp_path_factory.mktemp("results") / "a.json"
+    rows = [{"name": str(i), "values": {"val_top1": mine}} for i, mine in enumerate(values)]
+    results.save(path, rows)
+    assert results.load(path) == rows
+    assert results.table(rows, results.columns(rows))
+
+
+def test_the_tables_of_the_readme_are_made_from_the_committed_results() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert results.fill(text, ROOT) == text, "type: ssl-bench stage=report stage.readme=README.md"
+
+
+def test_every_committed_results_file_is_one() -> None:
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        if "stage" in str(json.loads(path.read_text()).get("rows")):
+            assert results.load(path)
