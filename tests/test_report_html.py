@@ -1,0 +1,415 @@
+"""stage=report: its files say what the runs said, and report.html is looked at in a browser, without a network."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import TINY, TINY_PRETRAIN
+from made_runs import classified, pretrained
+from test_config import compose
+
+from ssl_bench import page, results
+from ssl_bench.errors import UserError
+from ssl_bench.launch import launch
+
+LAPTOP = (1366, 768)
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--force-prefers-reduced-motion",  # or a click would have to wait until the page has scrolled
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits: two pretrainings, classified twice each, and two untrained networks."""
+    folder = tmp_path_factory.mktemp("runs")
+    evaluation = [*TINY, "stage=lincls", "epochs=2", "eval_every=1", "stage.labels_per_class=10", "batch_size=50"]
+    evaluation += ["optimizer.base_lr=1"]
+    for seed in (0, 1):
+        launch(compose(*TINY_PRETRAIN, f"seed={seed}", f"dir={folder}/pretrain/seed{seed}"))
+        words = [f"seed={seed}", f"pretrained={folder}/pretrain/seed{seed}"]
+        launch(compose(*evaluation, *words, f"dir={folder}/moco/seed{seed}"))
+        launch(compose(*evaluation, f"seed={seed}", f"dir={folder}/random/seed{seed}"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reported(runs: Path) -> Path:
+    assert launch(compose("stage=report", f"runs={runs}")) == {"runs": 6, "finished": 6}
+    return runs
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("no Chromium here: apt-get install chromium chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield chrome
+    chrome.quit()
+
+
+@pytest.fixture
+def opened(browser, reported: Path):
+    return show(browser, reported)
+
+
+def show(browser, folder: Path, size: tuple[int, int] = LAPTOP, scheme: str = "light"):
+    browser.get_log("browser"), browser.get_log("performance")  # of the page before
+    browser.set_window_size(*size)
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    browser.get((folder / "report.html").as_uri())
+    return browser
+
+
+def texts(browser, selector: str) -> list[str]:
+    return browser.execute_script(
+        "return [...document.querySelectorAll(arguments[0])].map((one) => one.textContent.trim())", selector
+    )
+
+
+# -- the files ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_files_say_what_the_runs_said(reported: Path) -> None:
+    rows = results.load(reported / "results.json")
+    values = {(row["stage"], row["name"]): row["values"] for row in rows}
+    for name, folder in (("moco_v2", "moco"), ("random init", "random")):
+        said = [json.loads((reported / folder / f"seed{i}" / "summary.json").read_text()) for i in (0, 1)]
+        assert values["lincls", name]["val_top1"] == [one["val_top1"] for one in said]
+    text = (reported / "results.md").read_text()
+    shown = results.shown("val_top1", values["lincls", "moco_v2"]["val_top1"])
+    assert f"| moco_v2     | {shown} |" in text
+    assert "| pretrained | moco_v2 | null        |" in text
+
+
+def test_predictions_are_those_that_were_measured(runs: Path, opened) -> None:
+    """The mean of the confusion matrix's diagonal, weighted by how many images a class has, is top-1."""
+    measured = [json.loads((runs / "moco" / f"seed{i}" / "summary.json").read_text())["val_top1"] for i in (0, 1)]
+    shown = texts(opened, "#classes tbody td.bar:nth-of-type(2)")
+    counts = np.array(texts(opened, "#classes tbody td:nth-of-type(1)"), dtype=float)
+    assert counts.sum() == 500
+    means = np.array([float(cell.split(" ± ")[0]) for cell in shown])
+    assert (means * counts).sum() / 500 == pytest.approx(np.mean(measured), abs=0.1)
+    diagonal = opened.execute_script(
+        "return [...document.querySelector('.confusion').querySelectorAll('td.right')].map((cell) => cell.title)"
+    )
+    assert [float(title.split(": ")[1].split()[0]) for title in diagonal] == pytest.approx(means, abs=0.11)
+    assert not texts(opened, ".note")  # nothing is left out
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def test_opens_from_disk_without_network_or_errors(reported: Path, opened) -> None:
+    messages = [json.loads(line["message"])["message"] for line in opened.get_log("performance")]
+    asked = [one["params"]["request"]["url"] for one in messages if one["method"] == "Network.requestWillBeSent"]
+    page_url = (reported / "report.html").as_uri()
+    assert page_url in asked
+    assert all(url == page_url or url.startswith("data:") for url in asked)
+    assert opened.get_log("browser") == []
+    assert (reported / "report.html").stat().st_size < 3e6
+    wanted = ["leaderboard", "curves", "confusion", "classes", "neighbours", "map", "views", "differences", "runs"]
+    assert opened.execute_script("return [...document.querySelectorAll('section')].map((one) => one.id)") == wanted
+    links = opened.execute_script(
+        "return [...document.querySelectorAll('nav a')].map((a) => document.querySelector(a.hash) !== null)"
+    )
+    assert links == [True] * len(wanted)
+
+
+def test_tables_sort_on_click(opened) -> None:
+    def order(column: int) -> list[str]:
+        head = opened.find_element("css selector", f"#runs thead th:nth-child({column})")
+        head.find_element("css selector", "button").click()
+        assert head.get_attribute("aria-sort") in ("ascending", "descending")
+        assert len(texts(opened, "#runs th[aria-sort=ascending], #runs th[aria-sort=descending]")) == 1
+        return texts(opened, f"#runs tbody tr > :nth-child({column})")
+
+    names = order(1)
+    assert names == sorted(names)
+    assert order(1) == sorted(names, reverse=True)
+    assert order(3) == ["1", "1", "1", "0", "0", "0"]  # numbers: largest first, and then the other way
+    assert order(3) == ["0", "0", "0", "1", "1", "1"]
+    hours = order(7)
+    assert sorted(hours, key=float, reverse=True) == hours
+    opened.find_element("css selector", "#leaderboard thead th:nth-child(2) button").send_keys("\n")  # by keyboard, too
+    top1 = [float(cell.split()[0]) for cell in texts(opened, "#leaderboard table:first-of-type tbody td:nth-child(2)")]
+    assert top1[0] >= top1[1]
+
+
+def test_cells_sort_by_value_and_empty_ones_stay_last(browser, tmp_path: Path) -> None:
+    """By the number, not the text, in which 9 is more than 10."""
+    pretrained(tmp_path / "p", "data=synthetic")
+    for top1, where in ((9.5, []), (70.0, [f"pretrained={tmp_path}/p"]), (10.0, ["backbone=pixels"])):
+        classified(tmp_path / f"{top1}", top1, "data=synthetic", *where)
+    launch(compose("stage=report", f"runs={tmp_path}"))
+    show(browser, tmp_path)
+
+    def column(number: int) -> list[str]:
+        browser.find_element("css selector", f"#leaderboard table thead th:nth-child({number}) button").click()
+        return texts(browser, f"#leaderboard .scroll:first-of-type tbody td:nth-child({number})")
+
+    assert column(2)[:3] == ["70.0", "10.0", "9.5"]
+    assert column(2)[:3] == ["9.5", "10.0", "70.0"]
+    heads = texts(browser, "#leaderboard .scroll:first-of-type thead th")
+    hours = heads.index("pretraining hours") + 1
+    assert [column(hours)[:3], column(hours)[:3]] == [["2.000", "", ""]] * 2
+
+
+def test_charts_render_whole(opened) -> None:
+    """Each has something drawn, and no text that is cut off; each picture is a picture."""
+    opened.execute_script("for (const one of document.querySelectorAll('details')) one.open = true")
+    charts = opened.execute_script("""
+        return [...document.querySelectorAll("figure svg")].map((svg) => {
+          const box = svg.getBoundingClientRect();
+          const inside = (one) => one.left >= box.left - 1 && one.right <= box.right + 1 && one.top >= box.top - 1
+            && one.bottom <= box.bottom + 1;
+          const shapes = [...svg.querySelectorAll(".series path, circle, .series use")];
+          return {
+            label: svg.ariaLabel, width: box.width, height: box.height,
+            drawn: shapes.filter((one) => one.getBoundingClientRect().width > 0).length,
+            cut: [...svg.querySelectorAll("text")].filter((one) => !inside(one.getBoundingClientRect()))
+              .map((one) => one.textContent),
+          };
+        })""")
+    assert len(charts) > 10
+    for chart in charts:
+        assert chart["width"] > 250, chart
+        assert chart["height"] > 60, chart
+        assert chart["drawn"] > 0, chart
+        assert not chart["cut"], chart
+        assert chart["label"]
+    pictures = opened.execute_script("return [...document.images].map((one) => one.naturalWidth * one.alt.length)")
+    assert len(pictures) > 2 * page.QUERIES * (page.NEIGHBOURS + 1)
+    assert all(pictures)
+    assert (
+        opened.execute_script(
+            "return [...document.querySelectorAll('[id]')].map((one) => one.id)"
+            ".filter((id, place, all) => all.indexOf(id) !== place)"
+        )
+        == []
+    )  # or a chart would be clipped by another's frame
+
+
+def test_curves_are_the_metrics_with_a_band_over_the_seeds(opened) -> None:
+    titles = texts(opened, "#curves figure title")
+    assert any(title.startswith("moco_v2: ") and " ± " in title and "at epoch 2" in title for title in titles)
+    bands = "return document.querySelectorAll('#curves .panel:first-of-type .series [style*=fill-opacity]').length"
+    assert opened.execute_script(bands) >= 2
+    assert texts(opened, "#curves .legend button") == ["moco_v2 n = 2", "random init n = 2", "moco_v2 n = 2"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_is_readable(browser, reported: Path, scheme: str) -> None:
+    """WCAG 2.1, 1.4.3: a contrast of 4.5 between each text and what is behind it."""
+    show(browser, reported, scheme=scheme)
+    browser.execute_script("for (const one of document.querySelectorAll('details')) one.open = true")
+    found = browser.execute_script("""
+        const context = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+        const rgba = (colour) => {
+          context.clearRect(0, 0, 1, 1);
+          context.fillStyle = colour;
+          context.fillRect(0, 0, 1, 1);
+          return [...context.getImageData(0, 0, 1, 1).data];
+        };
+        const behind = (node) => {
+          for (let one = node; one; one = one.parentElement) {
+            const colour = rgba(getComputedStyle(one).backgroundColor);
+            if (colour[3] > 250) return colour;
+          }
+        };
+        const light = (colour) => colour.slice(0, 3).map((value) => value / 255)
+          .map((value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4))
+          .reduce((sum, value, place) => sum + value * [0.2126, 0.7152, 0.0722][place], 0);
+        const low = [];
+        for (const node of document.querySelectorAll("body *")) {
+          if (!node.checkVisibility() || ![...node.childNodes].some((c) => c.nodeType === 3 && c.data.trim())) continue;
+          const style = getComputedStyle(node);
+          if (node.tagName === "title") continue;
+          const [text, ground] = [rgba(node.tagName === "text" ? style.fill : style.color), behind(node)].map(light);
+          const contrast = (Math.max(text, ground) + 0.05) / (Math.min(text, ground) + 0.05);
+          if (contrast < 4.5) low.push([node.outerHTML.slice(0, 120), contrast]);
+        }
+        return { low, ground: light(behind(document.querySelector("main"))) };""")
+    assert found["low"] == []
+    assert (found["ground"] > 0.5) == (scheme == "light")
+
+
+def test_a_button_changes_light_and_dark(opened) -> None:
+    def ground() -> str:
+        return opened.execute_script("return getComputedStyle(document.body).backgroundColor")
+
+    before = ground()
+    button = opened.find_element("css selector", "#theme")
+    button.click()
+    after = ground()
+    button.click()
+    assert before == ground() != after
+
+
+@pytest.mark.parametrize("size", [LAPTOP, (1024, 700), (600, 900)])
+def test_nothing_is_wider_than_the_window(browser, reported: Path, size: tuple[int, int]) -> None:
+    show(browser, reported, size)
+    wide, window = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+    assert wide <= window
+
+
+def test_a_name_pointed_at_is_seen_alone(opened) -> None:
+    def dim() -> set[str]:
+        return set(
+            opened.execute_script(
+                "return [...document.querySelectorAll('.series.dim')].map((one) => one.dataset.series)"
+            )
+        )
+
+    button = opened.find_element("css selector", "#curves .legend button")
+    button.send_keys("\n")  # a click by keyboard: kept
+    assert dim() == {"1"}
+    assert button.get_attribute("aria-pressed") == "true"
+    button.send_keys("\n")
+    opened.execute_script("document.activeElement.blur()")
+    assert dim() == set()
+
+
+def test_a_point_of_the_map_shows_its_picture(opened) -> None:
+    webdriver = pytest.importorskip("selenium.webdriver")
+    circle = opened.find_element("css selector", ".map circle")
+    webdriver.ActionChains(opened).move_to_element(circle).perform()
+    tip = opened.find_element("css selector", "#tip")
+    assert tip.is_displayed()
+    assert tip.find_element("css selector", ".text").text == circle.get_attribute("data-name")
+    picture = tip.find_element("css selector", ".thumb").value_of_css_property("background-image")
+    assert picture.startswith('url("data:image/webp')
+    assert len(opened.find_elements("css selector", ".map g.own")) == 1
+
+
+def test_everything_has_a_name_for_those_who_cannot_see_it(opened) -> None:
+    assert opened.execute_script("return document.documentElement.lang") == "en"
+    unnamed = """
+        return [...document.querySelectorAll("button, a, img, svg, [role=group]")].filter((one) => !(one.ariaLabel
+          || one.alt || one.textContent.trim() || one.ariaLabelledByElements)).map((one) => one.outerHTML)"""
+    assert opened.execute_script(unnamed) == []
+    assert texts(opened, "th:not([scope])") == []
+    levels = [
+        int(tag[1])
+        for tag in opened.execute_script(
+            "return [...document.querySelectorAll('h1, h2, h3, h4')].map((one) => one.tagName)"
+        )
+    ]
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+# -- what isn't there --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_without_its_images_keeps_its_place(browser, runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "moco", tmp_path / "moco")
+    for file in (tmp_path / "moco").glob("*/config.yaml"):
+        text = file.read_text().replace(
+            "_target_: ssl_bench.data.formats.Digits", "_target_: ssl_bench.data.formats.Folder"
+        )
+        file.write_text(text.replace("  name: digits\n", f"  name: folder\n  root: {tmp_path}/gone\n"))
+    launch(compose("stage=report", f"runs={tmp_path}"))
+    show(browser, tmp_path)
+    (note,) = texts(browser, ".note li")
+    assert "predictions, neighbours and map are left out, since its data isn't here: " in note
+    assert f"{tmp_path}/gone" in note
+    assert len(texts(browser, "#leaderboard tbody tr")) == 1
+    assert browser.get_log("browser") == []
+
+
+def test_runs_without_checkpoints(tmp_path: Path) -> None:
+    pretrained(tmp_path / "a", "seed=0")
+    pretrained(tmp_path / "b", "seed=1", loss=None)
+    launch(compose("stage=report", f"runs={tmp_path}"))
+    html = (tmp_path / "report.html").read_text()
+    assert "Confusion matrix, neighbours and feature map are left out: no finished run here has a checkpoint." in html
+    assert "1 of 2 runs are not finished" in html
+    assert "## Not finished" in (tmp_path / "results.md").read_text()
+
+
+def test_other_images_than_the_run_saw_are_noticed(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "moco" / "seed0", tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary | {"val_top1": summary["val_top1"] + 1}))
+    launch(compose("stage=report", f"runs={tmp_path}/run"))
+    assert "are these other images?" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_names_are_text_and_never_markup(browser, tmp_path: Path) -> None:
+    name = "<img src=x onerror='window.hurt=1'>"
+    pretrained(tmp_path / "run", "method.name=HERE")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("HERE", json.dumps(name)))
+    (tmp_path / "run").rename(tmp_path / name)
+    launch(compose("stage=report", f"runs={tmp_path}"))
+    show(browser, tmp_path)
+    assert browser.execute_script("return [window.hurt, document.images.length]") == [None, 0]
+    assert texts(browser, "#runs tbody th") == [name]
+
+
+def test_a_metric_that_no_run_has(tmp_path: Path) -> None:
+    pretrained(tmp_path / "a")
+    with pytest.raises(UserError, match=r"metric=los: no such metric of these runs; did you mean loss\?"):
+        launch(compose("stage=report", f"runs={tmp_path}", "metric=los"))
+    assert not (tmp_path / "report.html").exists()
+
+
+# -- pieces ------------------------------------------------------------------------------------------------------------
+
+
+def detail(num_classes: int, per_class: int, wrong: float = 0.3) -> page.Detail:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(num_classes), per_class)
+    predicted = np.where(rng.random(len(labels)) < wrong, (labels + 1) % num_classes, labels)
+    features = np.eye(num_classes, dtype=np.float32)[labels] + rng.normal(0, 0.01, (len(labels), num_classes))
+    image = lambda place: np.full((8, 8, 3), place % 256, dtype=np.uint8)  # noqa: E731
+    group = SimpleNamespace(name="ours")
+    return page.Detail(group, "val", labels, (), features.astype(np.float32), [predicted], image, "same")
+
+
+def test_a_confusion_matrix_of_many_classes_is_a_picture_with_its_largest_errors() -> None:
+    few, many = page._confusion(detail(3, 50)), page._confusion(detail(800, 5))
+    assert np.allclose(np.sum(few["shares"], axis=1), 1)
+    assert few["picture"] is None
+    assert many["shares"] is None
+    assert many["picture"].startswith("data:image/webp")
+    assert len(many["pairs"]) == page.PAIRS
+    assert all(int(pair["predicted"]) == (int(pair["true"]) + 1) % 800 for pair in many["pairs"])
+
+
+def test_neighbours_are_of_the_same_class_where_features_tell_it() -> None:
+    found = page._neighbours(detail(20, 30))
+    assert len(found["rows"]) == page.QUERIES
+    for row in found["rows"]:
+        assert [tile["kind"] for tile in row] == ["query"] + ["same"] * page.NEIGHBOURS
+
+
+def test_unlabelled_images_have_neighbours_and_a_map() -> None:
+    one = detail(4, 10)
+    one.labels = np.full(40, -1)
+    assert [len(row) for row in page._neighbours(one)["rows"]] == [page.NEIGHBOURS + 1] * page.QUERIES
+    sheets: dict[str, str] = {}
+    (classes,) = page._map(one, sheets)["classes"]
+    assert (classes["name"], len(classes["points"])) == ("unlabelled", 40)
