@@ -39,6 +39,7 @@ NEIGHBOURS = 8
 MAP_IMAGES = 1000  # points of a map
 THUMB = 40  # pixels of an image that a point stands for
 CELLS = 20  # classes of a confusion matrix with numbers; of more, a picture
+BLOCKS = 128  # pixels a side of that picture: a class each, or several
 PAIRS = 12  # confusions listed of a matrix without numbers
 
 
@@ -237,22 +238,29 @@ def _confusion(detail: Detail) -> dict:
     names = [detail.class_name(label) for label in present]
     wrong = np.where(np.eye(size, dtype=bool), 0, counts)
     pairs = [np.unravel_index(place, wrong.shape) for place in np.argsort(-wrong, axis=None, kind="stable")[:PAIRS]]
-    alpha = np.zeros((size, size, 4), dtype=np.uint8)
-    alpha[..., :3] = (58, 123, 200)
-    alpha[..., 3] = (255 * np.sqrt(shares)).round()  # or the few wrong ones of each class would not be seen
     return {
         "name": detail.group.name,
         "runs": len(detail.predictions),
         "images": len(detail.labels),
         "names": names,
         "shares": shares.tolist() if size <= CELLS else None,
-        "picture": None if size <= CELLS else _encode(alpha),
+        "picture": None if size <= CELLS else _encode(_shade(shares)),
         "pairs": [
             {"true": names[i], "predicted": names[j], "share": shares[i, j], "count": int(counts[i, j])}
             for i, j in pairs
             if wrong[i, j]
         ],
     }
+
+
+def _shade(shares: np.ndarray) -> np.ndarray:
+    """(C, C) of 0 ... 1 -> uint8 (B, B, 4), at most BLOCKS a side: the largest of each block, as opacity."""
+    side = -(-len(shares) // BLOCKS)  # classes of a block
+    padding = -len(shares) % side
+    blocks = np.pad(shares, (0, padding)).reshape(-(-len(shares) // side), side, -1, side).max(axis=(1, 3))
+    shade = np.full((*blocks.shape, 4), (58, 123, 200, 0), dtype=np.uint8)
+    shade[..., 3] = (255 * np.sqrt(blocks)).round()  # or the few wrong ones of each class would not be seen
+    return shade
 
 
 def _classes(details: Sequence[Detail]) -> dict | None:

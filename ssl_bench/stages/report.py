@@ -11,6 +11,7 @@ from pydantic import NonNegativeInt
 from ssl_bench import build, checkpoint, files, interop, page, results
 from ssl_bench.augment.views import EvalView
 from ssl_bench.data.formats import Dataset
+from ssl_bench.data.source import Source
 from ssl_bench.engine import extract
 from ssl_bench.errors import UserError
 from ssl_bench.probe import LinearProbe
@@ -153,41 +154,35 @@ def examine(cfg: DictConfig, run: Run, group: Group) -> page.Detail:
     try:
         data = open_data(cfg, group.finished[0].config)
         detail.split = labelled_split(data)
-        split = data.split(detail.split)
-        detail.images_id, detail.classes = split.fingerprint, list(getattr(data, "class_names", ()))
+        source = open_source(cfg, run, data, detail.split)
     except (ValueError, OSError) as error:
         detail.notes.append(f"predictions, neighbours and map are left out, since its data isn't here: {error}")
         return detail
+    split = data.split(detail.split)
+    detail.labels, detail.classes = source.labels[source.rows], data.class_names
+    detail.image = lambda place: split.read(int(source.indices[source.rows[place]]))
+    detail.images_id = f"{split.fingerprint} {len(detail.labels)}"  # fewer where some were skipped
     for ran in group.finished:
         try:
-            look(cfg, run, detail, ran, data)
+            look(run, detail, ran, source)
         except (ValueError, OSError) as error:
             detail.notes.append(f"seed {ran.seed} in {ran.directory} is left out: {error}")
     return detail
 
 
-def look(cfg: DictConfig, run: Run, detail: page.Detail, ran: Ran, data: Dataset) -> None:
-    """Add to `detail` what this run's newest checkpoint says."""
+def look(run: Run, detail: page.Detail, ran: Ran, source: Source) -> None:
+    """Add to `detail` what this run's newest checkpoint says of the images."""
     config = OmegaConf.create(ran.config)
     paths = checkpoint.complete(ran.directory)
     if not paths:
-        raise UserError("no checkpoint")
+        raise UserError("it has no checkpoint")
     backbone = build.construct(config.backbone)
     interop.load_backbone(backbone, str(paths[0]))
     state = checkpoint.read(paths[0])["model"]
     view = EvalView(config.augmentation.image_size, config.stage.get("test_resize", 1.0), *normalization(config))
-    source, rows = open_source(cfg, run, data, detail.split), []
-
-    def batches():
-        for images, labels, indices in source.epoch_pass():
-            rows.append(indices.cpu())
-            yield images, labels, indices
-
-    features, labels = extract(on_device(backbone, run).eval(), batches(), view.to(run.device))
+    features, labels = extract(on_device(backbone, run).eval(), source.epoch_pass(), view.to(run.device))
     if detail.features is None:
-        detail.features, detail.labels = features.numpy(), labels.numpy()
-        index, split = torch.cat(rows).tolist(), data.split(detail.split)
-        detail.image = lambda place: split.read(index[place])
+        detail.features = features.numpy()
     if "fc.weight" not in state or detail.split != "val":
         return
     probe = LinearProbe(backbone, len(state["fc.weight"]), "norm.running_mean" in state).eval().cpu()
