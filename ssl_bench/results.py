@@ -47,18 +47,20 @@ UNITS = {
     "uniformity": Unit("uniformity", form=".3f"),
     "hours": Unit("hours", form=".3f"),
     "images_per_second": Unit("images/s", form=",.0f"),
-    "pretraining_hours": Unit("pretraining hours", form=".3f"),
-    "pretraining_images_per_second": Unit("pretraining images/s", form=",.0f"),
     "lr": Unit("learning rate", form=".3g"),
     "grad_norm": Unit("gradient norm"),
     "data_wait": Unit("time spent waiting for data (%)", 100, ".1f"),
 }
 WAITING = sweep.State("waiting")
-COSTS = ("hours", "images_per_second", "pretraining_hours", "pretraining_images_per_second")
+PRETRAINING = "pretraining_"  # before the metrics of what an evaluation stands on
+COSTS = ("hours", "images_per_second", f"{PRETRAINING}hours", f"{PRETRAINING}images_per_second")
 BESIDE = ("step", "epoch", "images_seen", "lr", "weight_decay", "grad_norm", "data_wait")  # no results
 
 
 def unit(metric: str) -> Unit:
+    if metric.startswith(PRETRAINING):
+        own = unit(metric.removeprefix(PRETRAINING))
+        return own._replace(label=f"pretraining {own.label}")
     return UNITS.get(metric) or Unit(metric.replace("_", " "), form=".1f" if re.search(r"top\d$", metric) else ".4g")
 
 
@@ -122,15 +124,14 @@ class Ran:
 
     @cached_property
     def values(self) -> dict[str, float]:
-        """Of a finished run: what it came to, the newest of all that was logged, and what it cost."""
+        """What a finished run came to, the newest of all it logged, what it cost; the same of its pretraining."""
         if self.summary is None:
             return {}
         logged = {key: value for line in self.lines for key, value in line.items()}
-        costs = self._costs()
-        if self.pretraining:
-            costs |= {f"pretraining_{key}": value for key, value in self.pretraining._costs().items()}
         values = {key: value for key, value in (logged | self.summary).items() if isinstance(value, int | float)}
-        return {key: value for key, value in values.items() if key not in BESIDE} | costs
+        below = self.pretraining.values if self.pretraining else {}
+        values = {key: value for key, value in values.items() if key not in BESIDE} | self._costs()
+        return values | {PRETRAINING + key: value for key, value in below.items()}
 
     def _costs(self) -> dict[str, float]:
         """hours: of training and the evaluations in between, not of packing images. images_per_second: the median."""
@@ -223,9 +224,9 @@ class Group:
         return [ran for ran in self.runs if ran.summary is not None]
 
     def values(self, metric: str) -> list[float]:
-        """Of the finished runs that have it; a cost of pretraining once for each pretraining."""
+        """Of the finished runs that have it; what is of the pretraining, once for each pretraining."""
         having = [ran for ran in self.runs if metric in ran.values]
-        if metric.startswith("pretraining_"):
+        if metric.startswith(PRETRAINING):
             having = list({ran.pretraining.directory: ran for ran in having}.values())
         return [ran.values[metric] for ran in having]
 
@@ -334,14 +335,15 @@ def _word(value: Any) -> str:
 
 
 def columns(rows: Sequence[dict]) -> list[str]:
-    """The metrics worth a column: the one they are judged by, results, `n`, costs."""
+    """The metrics worth a column: the one they are judged by, results, `n`, costs. Others can be asked for."""
     known = list(dict.fromkeys(metric for row in rows for metric, values in row["values"].items() if values))
     if any(metric.startswith("val_") for metric in known):  # what it learnt by is of no interest then
         known = [metric for metric in known if metric not in ("loss", "accuracy")]
     order = list(UNITS)
     known.sort(key=lambda metric: order.index(metric) if metric in order else len(order))
     judges = list(dict.fromkeys(row["metric"] for row in rows if row.get("metric") in known))
-    results = [metric for metric in known if metric not in (*judges, *COSTS)]
+    own = [metric for metric in known if not metric.startswith(PRETRAINING)]
+    results = [metric for metric in own if metric not in (*judges, *COSTS)]
     several = ["pretrainings"] if any(row.get("pretrainings") for row in rows) else []
     return [*judges, *results, "n", *several, *(metric for metric in COSTS if metric in known)]
 

@@ -350,6 +350,7 @@ def test_folder_labelled(tmp_path, cache):
     (tmp_path / "f" / "train" / "a" / "._1.png").write_text("no image")
     data = Folder(str(tmp_path / "f"), 8, cache=str(cache), workers=1)
     assert data.num_classes == 2
+    assert data.class_names == ["a", "b"]
     train = data.open("train")
     assert train.labels.tolist() == [0, 1, 1]
     assert [int(image.mean().round(-1)) for image in train.images] == [100, 0, 50]
@@ -466,6 +467,7 @@ def test_synthetic_is_a_function_of_its_arguments(cache):
     data = Synthetic(20, 10, 5, 10, 3, image_size=48, cache=str(cache), workers=1)
     assert np.array_equal(data.open("train").images[7], synthetic.render(3, "train", 7, 48, 10)[0])
     assert data.open("val").labels.tolist() == [0, 1, 2, 3, 4]
+    assert data.class_names[:3] == ["circle", "square", "triangle"]
     assert Synthetic(20, 10, 5, 10, 4, 48).split("val").store_name != data.split("val").store_name
 
 

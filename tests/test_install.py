@@ -77,6 +77,7 @@ def test_the_wheel_holds_every_configuration(wheel: Path) -> None:
         path.relative_to(ROOT).as_posix() for path in (ROOT / "ssl_bench").rglob("*.py") if "conf" not in path.parts
     }
     assert modules <= set(names)
+    assert {f"ssl_bench/page.{kind}" for kind in ("html", "css", "js")} <= set(names)
     strangers = {name.split("/")[0] for name in names} - {"ssl_bench", "hydra_plugins"}
     assert len(strangers) == 1  # ssl_bench-*.dist-info: neither conf, launchers nor tests beside it
     assert [name for name in names if name.startswith("hydra_plugins/")] == [

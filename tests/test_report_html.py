@@ -339,6 +339,33 @@ def test_a_run_without_its_images_keeps_its_place(browser, runs: Path, tmp_path:
     assert browser.get_log("browser") == []
 
 
+def test_a_list_of_runs_and_a_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results first, then the tables made of them; again, it changes nothing."""
+    monkeypatch.chdir(tmp_path)
+    pretrained(tmp_path / "a")
+    pretrained(tmp_path / "b", "method=moco_v1")
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- results: runs/report/results.json columns=loss -->\n<!-- end of results -->\n")
+    for _ in range(2):
+        launch(compose("stage=report", "runs=[a,b]", "stage.readme=README.md"))
+        assert readme.read_text().splitlines()[1:-1] == [
+            "|         |  loss |",
+            "|---------|------:|",
+            "| moco_v1 | 3.000 |",
+            "| moco_v2 | 3.000 |",
+        ]
+    for words, message in (
+        ([], "runs= needs a value"),
+        (["stage.readme=none.md"], r"stage\.readme=none\.md: can't be read"),
+        (
+            ["runs=a", "stage.out=README.md"],
+            r"README\.md: can't be written \(File exists\); choose another stage\.out=",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            launch(compose("stage=report", *words))
+
+
 def test_runs_without_checkpoints(tmp_path: Path) -> None:
     pretrained(tmp_path / "a", "seed=0")
     pretrained(tmp_path / "b", "seed=1", loss=None)

@@ -155,6 +155,9 @@ def test_columns_in_order_and_only_what_is_there(tmp_path: Path) -> None:
     assert results.columns(found["pretrain"].rows) == ["loss", "effective_rank", "n", *costs]
     more = ["pretraining_hours", "pretraining_images_per_second"]
     assert results.columns(found["lincls"].rows) == ["val_top1", "n", "pretrainings", *costs, *more]
+    asked = results.table(found["lincls"].rows, ["val_top1", "pretraining_effective_rank"])
+    assert asked.splitlines()[0] == "|         | top-1 (%) | pretraining effective rank |"
+    assert asked.splitlines()[2] == "| moco_v2 |      50.0 |                       20.0 |"
 
 
 TEXT = "# Mine\n\n<!-- results: a.json{} -->\nold\n<!-- end of results -->\n\nrest\n"
