@@ -18,22 +18,16 @@ from ssl_bench import charts, results
 from ssl_bench.report import mean_std, project
 from ssl_bench.results import Board, Group, Ran
 
-TITLES = {
-    "lincls": "Linear classification of frozen features",
-    "knn": "Nearest neighbours as a classifier",
-    "finetune": "Fine-tuning",
-    "pretrain": "Pretraining",
-}
 # What is healthy, and who measured it so.
 HEALTH = {
-    "embedding_std": "1/√dim where embeddings spread evenly, 0 where they have collapsed (Chen & He, arXiv:2011.10566)",
-    "effective_rank": "directions that the features use: more is richer (Garrido et al., arXiv:2210.02885)",
+    "embedding_std": "1 where embeddings are spread evenly, 0 where they have collapsed (Chen & He, arXiv:2011.10566)",
+    "effective_rank": "directions that the embeddings use: more is richer (Garrido et al., arXiv:2210.02885)",
     "alignment": "distance of two views of an image: smaller is closer (Wang & Isola, arXiv:2005.10242)",
     "uniformity": "crowding of different images: smaller is more even (Wang & Isola, arXiv:2005.10242)",
-    "knn_top1": "labels of the nearest neighbours, while it learns",
-    "probe_top1": "a linear classifier, while it learns",
+    "knn_top1": "of held-out training images, by their neighbours, while it learns",
+    "probe_top1": "of held-out training images, by a linear classifier, while it learns",
 }
-TECHNICAL = ("lr", "grad_norm", "images_per_second", "data_wait")
+TECHNICAL = ("lr", "grad_norm", "images_per_second", "data_wait", "memory_gb")
 QUERIES = 8  # images whose neighbours are shown
 NEIGHBOURS = 8
 MAP_IMAGES = 1000  # points of a map
@@ -59,10 +53,6 @@ class Detail:
 
     def class_name(self, label: int) -> str:
         return self.classes[label] if 0 <= label < len(self.classes) else "unlabelled" if label < 0 else str(label)
-
-
-def stage_title(board: Board) -> str:
-    return TITLES.get(board.stage, board.stage)
 
 
 def render(
@@ -91,7 +81,7 @@ def render(
         notes=notes,
         num_runs=len(runs),
         num_finished=sum(ran.summary is not None for ran in runs),
-        boards=[_board(board, numbers) for board in boards if any(group.finished for group in board.groups)],
+        boards=[_board(board, numbers) for board in boards if board.has_results],
         curves=list(filter(None, (_curves(board, numbers) for board in boards))),
         remarks=[(detail.group.name, note) for detail in details for note in detail.notes],
         confusions=[_confusion(detail) for detail in details if detail.predictions],
@@ -118,13 +108,13 @@ def _board(board: Board, numbers: dict[str, int]) -> dict:
         cells = []
         for column in columns:
             values = row["values"].get(column, [])
-            order = mean_std(values)[0] if values else row.get(column, len(group.finished) if column == "n" else None)
+            order = mean_std(values)[0] if values else row.get(column)
             cells.append({"text": results.cell(row, column), "order": order})
         lines.append({"name": group.name, "number": numbers[group.name], "n": len(group.finished), "cells": cells})
     drawn = [(g.name, numbers[g.name], values) for g in board.groups if (values := _finite(g.values(board.metric)))]
     return {
         "id": board.stage,
-        "title": stage_title(board),
+        "title": board.title,
         "metric": results.unit(board.metric).label,
         "unranked": not board.ranked and len(board.groups) > 1,
         "best": results.shown(board.metric, board.groups[0].values(board.metric)) if board.ranked else "",
@@ -171,7 +161,7 @@ def _curves(board: Board, numbers: dict[str, int]) -> dict | None:
         return None
     return {
         "id": board.stage,
-        "title": stage_title(board),
+        "title": board.title,
         "legend": [{"name": g.name, "number": numbers[g.name], "n": len(g.runs)} for g in drawn],
         "undrawn": len(groups) - len(drawn),
         **panels,
@@ -191,7 +181,7 @@ def _differences(board: Board) -> dict:
     differing = results.differences([group.runs[0] for group in board.groups])
     return {
         "id": board.stage,
-        "title": stage_title(board),
+        "title": board.title,
         "names": [group.name for group in board.groups],
         "rows": differing,
     }

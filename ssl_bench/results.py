@@ -2,8 +2,8 @@
 
 A results file (`save`, `load`) keeps such rows, so that a table can be made again where the runs are gone (`fill`):
 {"rows": [{"stage": "lincls", "name": "moco_v2", "values": {"val_top1": [46.9, 46.8, 47.1], "hours": [...]}}]}, a value
-a run; a row may also have "metric", which it is judged by, and "members", how many runs there should be. Other keys of
-the file are remarks.
+a run; a row may also have "metric", which it is judged by, "n" and "members", how many runs are finished and how many
+there should be, and "pretrainings", how many they stand on. Other keys of the file are remarks.
 """
 
 import json
@@ -47,13 +47,21 @@ UNITS = {
     "uniformity": Unit("uniformity", form=".3f"),
     "hours": Unit("hours", form=".3f"),
     "images_per_second": Unit("images/s", form=",.0f"),
+    "memory_gb": Unit("memory (GB)", form=".2f"),
     "lr": Unit("learning rate", form=".3g"),
     "grad_norm": Unit("gradient norm"),
     "data_wait": Unit("time spent waiting for data (%)", 100, ".1f"),
 }
+# In the order of boards; other stages stand before the last.
+TITLES = {
+    "lincls": "Linear classification of frozen features",
+    "knn": "Nearest neighbours as a classifier",
+    "finetune": "Fine-tuning",
+    "pretrain": "Pretraining",
+}
 WAITING = sweep.State("waiting")
 PRETRAINING = "pretraining_"  # before the metrics of what an evaluation stands on
-COSTS = ("hours", "images_per_second", f"{PRETRAINING}hours", f"{PRETRAINING}images_per_second")
+COSTS = ("hours", "images_per_second", "memory_gb", f"{PRETRAINING}hours", f"{PRETRAINING}images_per_second")
 BESIDE = ("step", "epoch", "images_seen", "lr", "weight_decay", "grad_norm", "data_wait")  # no results
 
 
@@ -238,7 +246,8 @@ class Group:
     def row(self, metric: str) -> dict:
         """Of a results file."""
         metrics = list(dict.fromkeys(metric for ran in self.runs for metric in ran.values))
-        row = {"stage": self.runs[0].stage, "name": self.name, "metric": metric, "members": len(self.runs)}
+        row = {"stage": self.runs[0].stage, "name": self.name, "metric": metric}
+        row |= {"n": len(self.finished), "members": len(self.runs)}
         if self.pretrainings:
             row["pretrainings"] = self.pretrainings
         return row | {"values": {metric: self.values(metric) for metric in metrics}}
@@ -257,15 +266,23 @@ class Board:
     def rows(self) -> list[dict]:
         return [group.row(self.metric) for group in self.groups]
 
+    @property
+    def title(self) -> str:
+        return TITLES.get(self.stage, self.stage)
+
+    @property
+    def has_results(self) -> bool:
+        return any(row["values"] for row in self.rows)
+
 
 def boards(runs: Sequence[Ran], metric: str | None = None) -> list[Board]:
-    """A board for each stage, evaluations before pretrainings. metric: None is what the runs name."""
+    """A board for each stage, in the order of TITLES. metric: None is what the runs name."""
     groups: dict[tuple[str, str], list[Ran]] = {}
     for ran in runs:
         if not ran.holds_runs:
             groups.setdefault((ran.stage, json.dumps(ran.identity, sort_keys=True)), []).append(ran)
     found = []
-    for stage in sorted({stage for stage, _ in groups}, key=lambda stage: (stage == "pretrain", stage)):
+    for stage in sorted({stage for stage, _ in groups}, key=_place):
         members = [sorted(group, key=lambda ran: ran.seed) for (name, _), group in groups.items() if name == stage]
         firsts = [group[0] for group in members]
         judge, ranked = _judge(firsts, {key for group in members for ran in group for key in ran.values}, metric)
@@ -276,6 +293,11 @@ def boards(runs: Sequence[Ran], metric: str | None = None) -> list[Board]:
             made.sort(key=lambda group: sign * mean_std(group.values(judge) or [sign * math.inf])[0])
         found.append(Board(stage, judge, ranked, sorted(made, key=lambda group: not group.finished)))
     return found
+
+
+def _place(stage: str) -> tuple[float, str]:
+    order = list(TITLES)
+    return (order.index(stage) if stage in order else len(order) - 1.5), stage
 
 
 def _judge(firsts: Sequence[Ran], known: set[str], asked: str | None) -> tuple[str, bool]:
@@ -350,7 +372,7 @@ def columns(rows: Sequence[dict]) -> list[str]:
 
 def cell(row: dict, column: str) -> str:
     if column == "n":
-        done = max(map(len, row["values"].values()), default=0)
+        done = row.get("n", max(map(len, row["values"].values()), default=0))
         return f"{done}" if done == row.get("members", done) else f"{done} of {row['members']}"
     if column == "pretrainings":
         return str(row.get("pretrainings") or "")

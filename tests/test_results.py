@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_runs import classified, pretrained
 from test_sweep import member
@@ -207,6 +207,7 @@ def test_fill_needs_a_block_and_a_results_file(tmp_path: Path) -> None:
             results.fill(TEXT.format(""), tmp_path)
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.floats(0, 100), max_size=4), max_size=5))
 def test_what_is_saved_is_loaded(tmp_path_factory: pytest.TempPathFactory, values: list[list[float]]) -> None:
     path = tmp_path_factory.mktemp("results") / "a.json"

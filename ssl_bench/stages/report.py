@@ -104,8 +104,8 @@ def fill(path: Path) -> None:
 
 def leaderboards(boards: list[Board]) -> list[str]:
     """A heading and a table of Markdown for each board that has results."""
-    tables = ((board, results.columns(board.rows)) for board in boards if any(group.finished for group in board.groups))
-    return [f"## {page.stage_title(board)}\n\n{results.table(board.rows, columns)}" for board, columns in tables]
+    tables = ((board, results.columns(board.rows)) for board in boards if board.has_results)
+    return [f"## {board.title}\n\n{results.table(board.rows, columns)}" for board, columns in tables]
 
 
 def write_markdown(title: str, boards: list[Board], runs: list[Ran]) -> str:
@@ -114,7 +114,7 @@ def write_markdown(title: str, boards: list[Board], runs: list[Ran]) -> str:
     parts += leaderboards(boards)
     for board in boards:
         if differing := results.differences([group.runs[0] for group in board.groups]):
-            parts.append(f"## What differs: {page.stage_title(board)}")
+            parts.append(f"## What differs: {board.title}")
             header = ["", *(group.name for group in board.groups)]
             parts.append(markdown(header, [[key, *words] for key, words in differing.items()]))
     if unfinished := [ran for ran in runs if ran.summary is None]:
