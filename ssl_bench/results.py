@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import yaml
@@ -151,7 +152,7 @@ class Ran:
                 rates.append(rate)
         if not rates:
             return {}
-        return {"hours": seconds / 3600, "images_per_second": sorted(rates)[len(rates) // 2]}
+        return {"hours": seconds / 3600, "images_per_second": median(rates)}
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -182,7 +183,7 @@ class Ran:
             return self.pretraining.name
         if self.config.get("pretrained"):
             return Path(self.config["pretrained"]).name.partition(".")[0]
-        return "raw pixels" if self.config["backbone"]["name"] == "pixels" else "random init"
+        return "raw pixels" if (self.config.get("backbone") or {}).get("name") == "pixels" else "random init"
 
 
 def find(paths: Iterable[str]) -> list[Ran]:
@@ -255,7 +256,10 @@ class Group:
 
 @dataclass
 class Board:
-    """The groups of a stage, best first by `metric`; in the order of their names where it can't rank them."""
+    """The groups of a stage, best first by `metric`; in the order of their names where it can't rank them.
+
+    metric: "" for a stage that measures nothing, like export.
+    """
 
     stage: str
     metric: str
@@ -272,7 +276,7 @@ class Board:
 
     @property
     def has_results(self) -> bool:
-        return any(row["values"] for row in self.rows)
+        return bool(self.metric)
 
 
 def boards(runs: Sequence[Ran], metric: str | None = None) -> list[Board]:
@@ -307,7 +311,7 @@ def _judge(firsts: Sequence[Ran], known: set[str], asked: str | None) -> tuple[s
     named = [key for key in (asked, *(ran.config.get("metric") for ran in firsts)) if key in known]
     able = [key for key in named if alike or "loss" not in key]
     able += [key for key in UNITS if key in known and (key.endswith("top1") or (alike and key == "loss"))]
-    return (able or named or sorted(known) or [""])[0], bool(able)
+    return (able or named or [""])[0], bool(able)
 
 
 def differences(runs: Sequence[Ran]) -> dict[str, list[str]]:

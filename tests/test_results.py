@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_runs import classified, pretrained
@@ -108,6 +109,21 @@ def test_smaller_losses_come_first_and_another_metric_can_be_asked_for(tmp_path:
         "moco_v2 temperature=0.2",
         "moco_v2 temperature=0.1",
     ]
+
+
+def test_a_stage_that_measures_nothing_has_no_table(tmp_path: Path) -> None:
+    ran = pretrained(tmp_path / "p")
+    shutil.copytree(tmp_path / "p", tmp_path / "export")
+    changed = yaml.safe_dump(
+        ran.config | {"stage": {"name": "export"}, "metric": None, "pretrained": str(tmp_path / "p")}
+    )
+    (tmp_path / "export" / "config.yaml").write_text(changed)
+    (tmp_path / "export" / "summary.json").write_text("{}")
+    (tmp_path / "export" / "metrics.jsonl").write_text("")
+    assert {stage: board.has_results for stage, board in boards(tmp_path).items()} == {
+        "export": False,
+        "pretrain": True,
+    }
 
 
 def test_a_pipeline_is_its_members(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def write(cfg: DictConfig, run: Run, paths: list[str], folder: Path, details: in
         notes = remarks(runs, len(candidates), details)
         files.write(folder / "report.html", page.render(title, runs, boards, shown, view_pictures(boards), notes))
         files.write(folder / "results.md", write_markdown(title, boards, runs))
-        rows = [row for board in boards for row in board.rows if row["values"]]
+        rows = [row for board in boards if board.has_results for row in board.rows if row["n"]]
         newest = max((ran.environment for ran in runs), key=lambda environment: environment.get("started") or "")
         results.save(folder / "results.json", rows, runs=paths, **{key: newest[key] for key in KEPT if key in newest})
     except OSError as error:
