@@ -110,7 +110,7 @@ def _board(board: Board, numbers: dict[str, int]) -> dict:
             values = row["values"].get(column, [])
             order = mean_std(values)[0] if values else row.get(column)
             cells.append({"text": results.cell(row, column), "order": order})
-        lines.append({"name": group.name, "number": numbers[group.name], "n": len(group.finished), "cells": cells})
+        lines.append({"name": group.name, "number": numbers[group.name], "n": row["n"], "cells": cells})
     drawn = [(g.name, numbers[g.name], values) for g in board.groups if (values := _finite(g.values(board.metric)))]
     return {
         "id": board.stage,

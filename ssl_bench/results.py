@@ -2,8 +2,8 @@
 
 A results file (`save`, `load`) keeps such rows, so that a table can be made again where the runs are gone (`fill`):
 {"rows": [{"stage": "lincls", "name": "moco_v2", "values": {"val_top1": [46.9, 46.8, 47.1], "hours": [...]}}]}, a value
-a run; a row may also have "metric", which it is judged by, "n" and "members", how many runs are finished and how many
-there should be, and "pretrainings", how many they stand on. Other keys of the file are remarks.
+a seed; a row may also have "metric", which it is judged by, "n" and "members", how many seeds are finished and how many
+there should be, and "pretrainings", how many its runs stand on. Other keys of the file are remarks.
 """
 
 import json
@@ -232,12 +232,22 @@ class Group:
     def finished(self) -> list[Ran]:
         return [ran for ran in self.runs if ran.summary is not None]
 
+    @property
+    def samples(self) -> list[list[Ran]]:
+        """What `n` counts: runs, or where they stand on several pretrainings, those that share one.
+
+        Evaluations of one pretraining vary less than pretrainings do, and aren't independent.
+        """
+        shared: dict[Any, list[Ran]] = {}
+        for ran in self.runs:
+            shared.setdefault(ran.pretraining.directory if ran.pretraining else ran, []).append(ran)
+        return list(shared.values()) if len(shared) > 1 else [[ran] for ran in self.runs]
+
     def values(self, metric: str) -> list[float]:
-        """Of the finished runs that have it; what is of the pretraining, once for each pretraining."""
-        having = [ran for ran in self.runs if metric in ran.values]
-        if metric.startswith(PRETRAINING):
-            having = list({ran.pretraining.directory: ran for ran in having}.values())
-        return [ran.values[metric] for ran in having]
+        """A value for each sample with a finished run that has the metric; of what is one pretraining's, one."""
+        having = [[ran.values[metric] for ran in sample if metric in ran.values] for sample in self.samples]
+        means = [sum(values) / len(values) for values in having if values]
+        return means[:1] if metric.startswith(PRETRAINING) and self.pretrainings == 1 else means
 
     @property
     def pretrainings(self) -> int:
@@ -248,7 +258,8 @@ class Group:
         """Of a results file."""
         metrics = list(dict.fromkeys(metric for ran in self.runs for metric in ran.values))
         row = {"stage": self.runs[0].stage, "name": self.name, "metric": metric}
-        row |= {"n": len(self.finished), "members": len(self.runs)}
+        done = [sample for sample in self.samples if any(ran.summary is not None for ran in sample)]
+        row |= {"n": len(done), "members": len(self.samples)}
         if self.pretrainings:
             row["pretrainings"] = self.pretrainings
         return row | {"values": {metric: self.values(metric) for metric in metrics}}
@@ -388,7 +399,7 @@ def heading(column: str) -> str:
 
 
 def table(rows: Sequence[dict], wanted: Sequence[str]) -> str:
-    """Markdown: the name of each row and these columns, mean ± std over its n runs."""
+    """Markdown: the name of each row and these columns, mean ± std over its n seeds."""
     header = ["", *map(heading, wanted)]
     return markdown(header, [[row["name"], *(cell(row, column) for column in wanted)] for row in rows], len(wanted))
 

@@ -216,7 +216,7 @@ def test_curves_are_the_metrics_with_a_band_over_the_seeds(opened) -> None:
     assert any(title.startswith("moco_v2: ") and " ± " in title and "at epoch 2" in title for title in titles)
     bands = "return document.querySelectorAll('#curves .panel:first-of-type .series [style*=fill-opacity]').length"
     assert opened.execute_script(bands) >= 2
-    assert texts(opened, "#curves .legend button") == ["moco_v2 n = 2", "random init n = 2", "moco_v2 n = 2"]
+    assert texts(opened, "#curves .legend button") == ["moco_v2 2 runs", "random init 2 runs", "moco_v2 2 runs"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

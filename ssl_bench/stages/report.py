@@ -110,7 +110,10 @@ def leaderboards(boards: list[Board]) -> list[str]:
 
 def write_markdown(title: str, boards: list[Board], runs: list[Ran]) -> str:
     """results.md: the leaderboards, what differs between configurations, the runs that aren't finished."""
-    parts = [f"# {title}", "Mean ± sample standard deviation over n runs that differ only in their seeds."]
+    parts = [
+        f"# {title}",
+        "Mean ± sample standard deviation over n seeds; evaluations of one of several pretrainings are averaged first.",
+    ]
     parts += leaderboards(boards)
     for board in boards:
         if differing := results.differences([group.runs[0] for group in board.groups]):
