@@ -322,7 +322,8 @@ def _judge(firsts: Sequence[Ran], known: set[str], asked: str | None) -> tuple[s
     named = [key for key in (asked, *(ran.config.get("metric") for ran in firsts)) if key in known]
     able = [key for key in named if alike or "loss" not in key]
     able += [key for key in UNITS if key in known and (key.endswith("top1") or (alike and key == "loss"))]
-    return (able or named or [""])[0], bool(able)
+    # A pretraining in a pipeline has that one's metric in its configuration.
+    return (able or named or ["loss" if "loss" in known else ""])[0], bool(able)
 
 
 def differences(runs: Sequence[Ran]) -> dict[str, list[str]]:

@@ -102,9 +102,10 @@ def test_names_say_what_differs(tmp_path: Path) -> None:
 
 
 def test_losses_of_different_methods_rank_nothing(tmp_path: Path) -> None:
-    pretrained(tmp_path / "a", "method=moco_v1", loss=1.0)
-    pretrained(tmp_path / "b", "method=moco_v2", loss=2.0)
-    assert not boards(tmp_path)["pretrain"].ranked
+    for name, method, loss in (("a", "moco_v1", 1.0), ("b", "moco_v2", 2.0)):
+        pretrained(tmp_path / name, f"method={method}", "metric=pretrained top-1", loss=loss)  # as in a pipeline
+    board = boards(tmp_path)["pretrain"]
+    assert (board.metric, board.ranked, board.has_results) == ("loss", False, True)
     for name in ("a", "b"):
         shutil.rmtree(tmp_path / name)
     pretrained(tmp_path / "a", "method=moco_v1", loss=1.0, knn_top1=30.0)
