@@ -15,8 +15,9 @@ EVALUATIONS = ("lincls", "knn", "finetune")  # stages that measure on the val sp
 
 
 def workspace(project: str, entity: str | None) -> "Workspace":
-    """Sections: results, pretraining, classification, speed, images, tables, differences. UserError without the extra.
+    """Sections: results, pretraining, its health and speed, classification, images, tables, differences.
 
+    UserError without the extra.
     Where several runs share a group, as the seeds of one experiment do, bars are their mean and standard deviation.
     entity: None is the account's default, which only W&B knows; it must be there when the workspace is saved.
     """
@@ -41,6 +42,14 @@ def workspace(project: str, entity: str | None) -> "Workspace":
             line("positives picked (fraction)", "pretrain/accuracy", range_y=(0, 1)),
             line("gradient norm", "pretrain/grad_norm", log_y=True),
             line("learning rate", "pretrain/lr"),
+            line("kNN on held-out training images (%)", "pretrain/knn_top1"),
+            line("ridge classifier on these (%)", "pretrain/probe_top1"),
+        ],
+        "Health of the embeddings": [
+            line("spread: 1 even, 0 collapsed", "pretrain/embedding_std", range_y=(0, None)),
+            line("effective rank", "pretrain/effective_rank"),
+            line("alignment of two views", "pretrain/alignment"),
+            line("uniformity", "pretrain/uniformity"),
         ],
         "Classification": [
             line("lincls: top-1 on val (%)", "lincls/val_top1"),
@@ -52,6 +61,7 @@ def workspace(project: str, entity: str | None) -> "Workspace":
         "Speed": [
             line("images per second", "pretrain/images_per_second", "images_seen"),
             line("share of time waiting for data", "pretrain/data_wait", "images_seen", range_y=(0, 1)),
+            line("memory (GB)", "pretrain/memory_gb", "images_seen"),
         ],
         "Images": [
             wr.MediaBrowser(title=title, media_keys=[key], num_columns=2)

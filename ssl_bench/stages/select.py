@@ -96,7 +96,7 @@ def select(
         labelled = np.isin(indices, np.setdiff1d(known, data.requested()) if others else known)
         pool, covered = points[free], torch.cat([points[labelled], project(theirs)])
         if strategy == "margin":
-            order = margins(classifier, backbone, mine[free]).argsort(stable=True).tolist()
+            order = margins(classifier, backbone, mine, free).argsort(stable=True).tolist()
         elif strategy == "typiclust":
             order = selection.typiclust(pool, covered, generator, budget, max_clusters)
         else:
@@ -152,11 +152,11 @@ def compute(
 
 
 @torch.no_grad()
-def margins(state: dict[str, Tensor], backbone: nn.Module, features: np.ndarray) -> Tensor:
-    """(N, dim) -> (N,): the margin of a trained LinearProbe's two likeliest classes."""
+def margins(state: dict[str, Tensor], backbone: nn.Module, features: np.ndarray, rows: np.ndarray) -> Tensor:
+    """(M,): the margin of a trained LinearProbe's two likeliest classes, for these rows of the features (N, dim)."""
     probe = LinearProbe(backbone, len(state["fc.weight"]), normalize="norm.running_mean" in state).cpu().eval()
     probe.load_state_dict({key: state[key] for key in probe.state_dict()})
-    blocks = (features[start : start + selection.ROWS] for start in range(0, len(features), selection.ROWS))
+    blocks = (features[rows[start : start + selection.ROWS]] for start in range(0, len(rows), selection.ROWS))
     return torch.cat([selection.margin(probe.fc(probe.norm(torch.from_numpy(block).float()))) for block in blocks])
 
 
