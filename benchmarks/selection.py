@@ -1,16 +1,17 @@
 """Do chosen labels teach more than random ones, and what does it cost to choose among 512,000 images?
 
-    python benchmarks/selection.py                 data, a backbone, 50 choices with their classifiers: minutes on a core
+    python benchmarks/selection.py                 two backbones, 100 choices with their classifiers: minutes on a core
     python benchmarks/selection.py --folder DIR    keeps all that, and goes on with what is there
     python benchmarks/selection.py --scale         the strategies on simulated features of 512,000 images, 3 GB of disk
 
-Images are shapes. The backbone has learnt ten of them, with labels; the other ten are to be told apart by a linear
-classifier of its features. Some are labelled, and more are to be chosen from a pool. In both the most frequent class has
-100 times the images of the rarest, as in the long-tailed CIFAR (Cui et al., arXiv:1901.05555); test images are as many
-of each. Every seed has images, labels and a pool of its own.
+Labels are asked for of images among which one class is many times as frequent as another, as in the long-tailed CIFAR
+(Cui et al., arXiv:1901.05555). A linear classifier that has these labels is measured on as many test images of each.
 
-Each choice and each classifier is the program's own stage. --scale runs what stage=select does once features are there,
-in a process of its own for each strategy.
+digits: MoCo v2 has learnt them without labels. shapes: the network has learnt ten others, with labels.
+
+Every seed has images of its own, and another order of the classes. Each choice and each classifier is the program's own
+stage. margin asks for half of its labels at random, and for the rest by the classifier that has these.
+--scale runs what stage=select does once features are there, in a process of its own for each strategy.
 """
 
 import argparse
@@ -19,8 +20,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import hydra
 import numpy as np
@@ -28,115 +31,171 @@ import torch
 from common import folder_for, machine
 from memory import private_bytes
 from PIL import Image
+from torch import nn
 
 from ssl_bench import selection
+from ssl_bench.data.formats import Digits
 from ssl_bench.data.synthetic import SHAPES, render
 from ssl_bench.launch import launch, set_up_logging
 from ssl_bench.report import markdown, mean_std
+from ssl_bench.stages.select import margins
 
 RESULTS = Path(__file__).parent / "results"
-SIZE, CLASSES, RATIO = 64, 10, 100  # pixels; the most frequent class has RATIO times the images of the rarest
-COUNTS = {"backbone": 8000, "train": 100, "pool": 4000, "val": 1000}
-BUDGETS = (100, 400)
+CLASSES = 10
 STRATEGIES = ("random", "kmeans_plusplus", "k_center", "typiclust", "margin")
-COMMON = ("data=dl21", f"data.image_size={SIZE}", "data.workers=1", "backbone.width=16", "log_every=1000")
-BACKBONE = ("stage=pretrain", "method=supervised", "epochs=8", "batch_size=64", "precision=bf16", "eval_every=0")
-BACKBONE += ("optimizer.base_lr=0.4", "augmentation.crop_scale=[0.7,1.0]", "augmentation.flip_p=0")
+LOOK = ("augmentation=none", "stage.test_resize=1.0")
 # as conf/experiment/quickstart.yaml, whose labels are as few
-PROBE = ("stage=lincls", "stage.normalize=true", "stage.test_resize=1.0", "augmentation=none", "optimizer.base_lr=0.03")
-PROBE += ("optimizer.scaling=none", "batch_size=50", "epochs=50", "eval_every=0")
+PROBE = ("stage=lincls", *LOOK, "stage.normalize=true", "optimizer.base_lr=0.03", "optimizer.scaling=none")
+PROBE += ("batch_size=10", "epochs=50", "eval_every=0", "log_every=1000")
 
 SCALE = {"images": 512_000, "dim": 2048, "labelled": 25_600, "budget": 12_800}  # of dl21 and a ResNet-50
 SAMPLE_SECONDS = 0.2
+
+Images = list[np.ndarray]  # uint8 (S, S, 3)
 
 
 # -- what chosen labels are worth --------------------------------------------------------------------------------------
 
 
-def write(folder: Path, seed: int, first: int, **splits: np.ndarray) -> None:
-    """The dl21 layout, of the shapes from the `first`-th on; labels (n,) of each of unlabeled, train, val."""
-    for name, labels in splits.items():
-        (folder / name).mkdir(parents=True)
-        seen = np.zeros(CLASSES, dtype=int)
-        for number, label in enumerate(labels):
-            index = len(SHAPES) * seen[label] + first + label  # of the next image of this class
-            image, _ = render(seed, {"unlabeled": "pretrain"}.get(name, name), int(index), SIZE, len(SHAPES))
-            Image.fromarray(image).save(folder / name / f"{number}.png", compress_level=1)
-            seen[label] += 1
-        torch.save(torch.from_numpy(labels), folder / f"{name}_label_tensor.pt")
+def draw_shapes(seed: int, split: str, labels: np.ndarray, first: int = 0) -> Images:
+    """An image for each label (n,), of the shapes from the `first`-th on."""
+    numbers = [int((labels[:place] == label).sum()) for place, label in enumerate(labels)]  # among those of its class
+    indices = [len(SHAPES) * number + first + int(label) for number, label in zip(numbers, labels, strict=True)]
+    return [render(seed, split, index, 64, len(SHAPES))[0] for index in indices]
+
+
+def draw_digits(seed: int, split: str, labels: np.ndarray) -> Images:
+    found = Digits(image_size=16).split("val" if split == "val" else "train")  # "pretrain" is train without labels
+    rng = np.random.default_rng(seed)
+    of_class = [iter(rng.permutation(np.flatnonzero(found.labels == label)).tolist()) for label in range(CLASSES)]
+    return [found.read(next(of_class[label])) for label in labels]
+
+
+class Subject(NamedTuple):
+    """Images to choose from, and the backbone that sees them."""
+
+    network: tuple[str, ...]
+    pretrain: tuple[str, ...]
+    draw: Callable[[int, str, np.ndarray], Images]  # seed, split, labels (n,)
+    most: int  # images of the most frequent class
+    ratio: int  # of these to those of the rarest
+    num_val: int
+    budgets: tuple[int, int]
+
+
+# as conf/experiment/quickstart.yaml
+DIGITS = ("data=digits", "augmentation=digits", "batch_size=128", "epochs=100", "method.queue_size=1024")
+DIGITS += ("method.momentum=0.99", "method.dim=64", "augmentation.crop_scale=[0.65,1.0]", "optimizer.base_lr=0.12")
+DIGITS += ("optimizer.weight_decay=5e-4", "schedule.warmup_epochs=5")
+SMALL = ("data.image_size=16", "backbone.stem=small", "backbone.width=16")
+OTHERS = ("data=dl21", "method=supervised", "epochs=8", "batch_size=64", "precision=bf16", "optimizer.base_lr=0.4")
+OTHERS += ("augmentation.crop_scale=[0.7,1.0]", "augmentation.flip_p=0")
+SUBJECTS = {
+    "digits": Subject(SMALL, DIGITS, draw_digits, most=120, ratio=20, num_val=400, budgets=(20, 40)),
+    "shapes": Subject(
+        ("data.image_size=64", "backbone.width=16"), OTHERS, draw_shapes, 1200, 50, num_val=1000, budgets=(50, 100)
+    ),
+}
+
+
+def write(folder: Path, **splits: tuple[Images, np.ndarray]) -> None:
+    """The dl21 layout, complete or not at all. unlabeled has a file of labels too: what the annotator knows."""
+    partial = folder.with_suffix(".partial")
+    for name, (images, labels) in splits.items():
+        (partial / name).mkdir(parents=True)
+        for number, image in enumerate(images):
+            Image.fromarray(image).save(partial / name / f"{number}.png", compress_level=1)
+        torch.save(torch.from_numpy(labels), partial / f"{name}_label_tensor.pt")
+    partial.rename(folder)
 
 
 def run(directory: Path, *overrides: str) -> dict[str, float]:
     """The program's stage, in this process; at once where it has run before."""
     with hydra.initialize_config_module("ssl_bench.conf", version_base="1.3"):
-        return launch(hydra.compose("config", [*COMMON, *overrides, f"dir={directory}"]))
+        return launch(hydra.compose("config", [*overrides, "data.workers=1", f"dir={directory}"]))
 
 
-def backbone(folder: Path) -> Path:
-    if not (folder / "others").exists():
-        balanced = np.arange(COUNTS["backbone"]) % CLASSES
-        write(folder / "others.partial", 0, CLASSES, unlabeled=balanced[:1], train=balanced, val=balanced[:CLASSES])
-        (folder / "others.partial").rename(folder / "others")
-    run(folder / "backbone", *BACKBONE, f"data.root={folder / 'others'}")
-    return folder / "backbone"
+def pretrain(folder: Path, name: str) -> None:
+    """folder/backbone."""
+    subject, where = SUBJECTS[name], []
+    if name == "shapes":
+        where = [f"data.root={folder / 'others'}"]
+        if not (folder / "others").exists():
+            labels = np.arange(8000) % CLASSES
+            images = draw_shapes(0, "train", labels, first=CLASSES)
+            write(folder / "others", unlabeled=(images[:1], labels[:1]), train=(images, labels))
+    recipe = (*subject.pretrain, *subject.network, *where, "eval_every=0", "log_every=1000")
+    run(folder / "backbone", "stage=pretrain", *recipe)
 
 
-def pool(folder: Path, seed: int) -> Path:
+def pool(folder: Path, subject: Subject, seed: int) -> Path:
+    """Classes are numbered from the rarest on. One image, of the most frequent, has a label: the layout wants one."""
     path = folder / f"pool{seed}"
     if not path.exists():
-        share = RATIO ** np.linspace(0, 1, CLASSES)
-        labels = np.random.default_rng(seed).choice(CLASSES, COUNTS["pool"] + COUNTS["train"], p=share / share.sum())
-        train, rest = np.split(labels, [COUNTS["train"]])
-        val = np.arange(COUNTS["val"]) % CLASSES
-        write(path.with_suffix(".partial"), 1 + seed, 0, unlabeled=rest, train=train, val=val)
-        path.with_suffix(".partial").rename(path)
+        rng = np.random.default_rng(seed)
+        counts = np.round(subject.most * float(subject.ratio) ** np.linspace(-1, 0, CLASSES)).astype(int)
+        labels = np.append(CLASSES - 1, rng.permutation(np.repeat(np.arange(CLASSES), counts)))
+        val, named = np.arange(subject.num_val) % CLASSES, rng.permutation(CLASSES)
+        images, tests = subject.draw(1 + seed, "pretrain", named[labels]), subject.draw(1 + seed, "val", named[val])
+        write(path, train=(images[:1], labels[:1]), unlabeled=(images[1:], labels[1:]), val=(tests, val))
     return path
 
 
-def measure(folder: Path, weights: Path, seed: int, strategy: str, budget: int) -> dict[str, float]:
-    """Top-1 (percent) of the classifier that has the labels of the chosen, and how many classes these are of."""
-    data = pool(folder, seed)
-    own = (f"data.root={data}", f"seed={seed}")
+def measure(folder: Path, subject: Subject, seed: int, strategy: str, budget: int) -> dict[str, float | list[int]]:
+    """Top-1 (percent) of the classifier that has the labels of the chosen, and how many of each class these are."""
+    data, place = pool(folder, subject, seed), folder / f"{strategy}-{budget}-seed{seed}"
+    own = ("data=dl21", f"data.root={data}", f"seed={seed}", *subject.network)
+    truth = torch.load(data / "unlabeled_label_tensor.pt", weights_only=True)
+
+    def ask(directory: Path, how: str, count: int, weights: Path, known: list[int]) -> list[int]:
+        options = (*LOOK, f"stage.strategy={how}", f"stage.budget={count}", f"stage.features={folder / 'features'}")
+        run(directory, "stage=select", *own, *options, f"pretrained={weights}", *answered(directory / "known", known))
+        return known + [int(line) for line in (directory / "request_00.csv").read_text().split()]
+
+    def answered(directory: Path, chosen: list[int]) -> list[str]:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "request.csv").write_text("".join(f"{index}\n" for index in chosen))
+        torch.save(truth[chosen], directory / "label.pt")
+        return [f"data.extra_labels=[{directory / 'request.csv'},{directory / 'label.pt'}]"] if chosen else []
+
+    def classify(directory: Path, chosen: list[int]) -> float:
+        known = answered(directory.with_name(directory.name + "-labels"), chosen)
+        return run(directory, *PROBE, *own, *known, f"pretrained={folder / 'backbone'}")["val_top1"]
+
     if strategy == "margin":
-        run(folder / f"first{seed}", *PROBE, *own, f"pretrained={weights}")
-    chosen = folder / f"{strategy}-{budget}-seed{seed}"
-    choice = ("stage=select", f"stage.strategy={strategy}", f"stage.budget={budget}", "stage.test_resize=1.0")
-    source = f"pretrained={folder / f'first{seed}' if strategy == 'margin' else weights}"
-    run(chosen, *choice, *own, source, f"stage.features={folder / 'features'}", "augmentation=none")
-    request = chosen / "request_00.csv"
-    labels = torch.load(data / "unlabeled_label_tensor.pt", weights_only=True)  # what the annotator knows
-    labels = labels[torch.tensor([int(line) for line in request.read_text().split()])]
-    torch.save(labels, chosen / "label_00.pt")
-    extra = f"data.extra_labels=[{request},{chosen / 'label_00.pt'}]"
-    top1 = run(chosen / "probe", *PROBE, *own, f"pretrained={weights}", extra)["val_top1"]
-    counts = labels.bincount(minlength=CLASSES)
-    return {"top1": top1, "classes": int((counts > 0).sum()), "rare": int(counts[: CLASSES // 2].sum())}
+        half = ask(place / "half", "random", budget // 2, folder / "backbone", [])
+        classify(place / "first", half)
+        chosen = ask(place / "rest", "margin", budget - len(half), place / "first", half)
+    else:
+        chosen = ask(place / "choice", strategy, budget, folder / "backbone", [])
+    counts = truth[chosen].bincount(minlength=CLASSES).tolist()
+    return {"top1": classify(place / "probe", chosen), "labels_by_class": counts}
 
 
 def compare(folder: Path, seeds: list[int], out: Path) -> None:
-    weights = backbone(folder)
-    found = {
-        budget: {
-            strategy: [measure(folder, weights, seed, strategy, budget) for seed in seeds] for strategy in STRATEGIES
-        }
-        for budget in BUDGETS
-    }
     rows, lines = [], []
-    for budget, results in found.items():
-        control = [result["top1"] for result in results["random"]]
-        for strategy, values in results.items():
-            top1 = [value["top1"] for value in values]
-            gains = [value - base for value, base in zip(top1, control, strict=True)]
-            (mean, std), (gain, spread) = mean_std(top1), mean_std(gains)
-            rows.append({"budget": budget, "strategy": strategy, "seeds": values, "mean": mean, "std": std})
-            rows[-1] |= {"gain": gain, "gain_std": spread, "wins": sum(value > 0 for value in gains)}
-            rare = mean_std([value["rare"] for value in values])[0]
-            beside = f"{gain:+.1f} ± {spread:.1f}, {rows[-1]['wins']} of {len(seeds)}" if strategy != "random" else ""
-            lines.append([f"{budget}", strategy, f"{mean:.1f} ± {std:.1f}", beside, f"{rare:.0f}"])
-    header = ["labels", "strategy", "top-1 (%)", "gain over random, seeds that gain", "of the five rarest classes"]
-    table = markdown(header, lines, right=3)
-    settings = {"data": COUNTS, "ratio": RATIO, "common": COMMON, "backbone": BACKBONE, "probe": PROBE, "seeds": seeds}
-    finish(out, table, {**settings, **machine(), "rows": rows})
+    for name, subject in SUBJECTS.items():
+        pretrain(folder / name, name)
+        for budget in subject.budgets:
+            found = {
+                strategy: [measure(folder / name, subject, seed, strategy, budget) for seed in seeds]
+                for strategy in STRATEGIES
+            }
+            control = [result["top1"] for result in found["random"]]
+            for strategy, results in found.items():
+                top1 = [result["top1"] for result in results]
+                gains = [value - base for value, base in zip(top1, control, strict=True)]
+                (mean, std), (gain, gain_std), wins = mean_std(top1), mean_std(gains), sum(x > 0 for x in gains)
+                row = {"images": name, "labels": budget, "strategy": strategy, "results": results, "mean": mean}
+                rows.append({**row, "std": std, "gain": gain, "gain_std": gain_std, "wins": wins})
+                beside = (
+                    ["", ""] if strategy == "random" else [f"{gain:+.1f} ± {gain_std:.1f}", f"{wins} of {len(seeds)}"]
+                )
+                lines.append([name, f"{budget}", strategy, f"{mean:.1f} ± {std:.1f}", *beside])
+    header = ["images", "labels", "chosen by", "top-1 (%)", "more than random", "in seeds"]
+    subjects = {name: {**subject._asdict(), "draw": name} for name, subject in SUBJECTS.items()}
+    document = {"seeds": seeds, "subjects": subjects, "probe": PROBE, **machine(), "rows": rows}
+    finish(out, markdown(header, lines, right=3), document)
 
 
 # -- what it costs -----------------------------------------------------------------------------------------------------
@@ -174,8 +233,14 @@ def choose(folder: Path, strategy: str, budget: int) -> None:
     points, covered = project(unlabelled), project(labelled)
     seconds = {"projection": passed()}
     generator = torch.Generator().manual_seed(0)
-    more = {"budget": budget} if strategy == "typiclust" else {}
-    chosen = list(islice(getattr(selection, strategy)(points, covered, generator, **more), budget))
+    if strategy == "margin":
+        backbone, classifier = nn.Identity(), {"fc.weight": torch.randn(800, SCALE["dim"]), "fc.bias": torch.zeros(800)}
+        backbone.dim = SCALE["dim"]
+        order = margins(classifier, backbone, unlabelled, np.arange(len(unlabelled))).argsort().tolist()
+    else:
+        more = {"budget": budget} if strategy == "typiclust" else {}
+        order = getattr(selection, strategy)(points, covered, generator, **more)
+    chosen = list(islice(order, budget))
     seconds["choice"] = passed()
     assert len(set(chosen)) == budget
     print(json.dumps({"seconds": seconds, "variance_kept": project.explained}))
@@ -185,14 +250,14 @@ def scale(folder: Path, out: Path) -> None:
     simulate(folder / "unlabelled.npy", SCALE["images"], SCALE["dim"], 1)
     simulate(folder / "labelled.npy", SCALE["labelled"], SCALE["dim"], 2)
     rows, lines = [], []
-    for strategy in STRATEGIES[1:-1]:
+    for strategy in STRATEGIES[1:]:
         load, before, began, peak = os.getloadavg()[0], sum(os.times()[2:4]), time.monotonic(), 0
         words = [sys.executable, __file__, "--folder", str(folder), "--choose", strategy]
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as child:
             while child.poll() is None:
                 peak = max(peak, private_bytes(child.pid))
                 time.sleep(SAMPLE_SECONDS)
-            found = json.loads(child.stdout.read())
+            found = json.loads(child.stdout.read()) if child.returncode == 0 else sys.exit(f"{strategy} failed")
         row = {"strategy": strategy, "wall_seconds": time.monotonic() - began, **found, "peak_private_bytes": peak}
         row |= {"cpu_seconds": sum(os.times()[2:4]) - before, "load_average_before": load}
         rows.append(row)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NEIGHBOURS = 20  # whose mean distance is the inverse of typicality (arXiv:2202.02794, section 3.2)
+MEMBERS = 10  # of a cluster, on average, at least: the neighbours have to come from somewhere
 SMALLEST = 5  # a cluster of no more images is asked last (the authors' typiclust.py drops it: MIN_CLUSTER_SIZE)
 SAMPLE = 50_000  # images whose principal components stand for those of all
 ROWS, CENTRES = 2048, 1024  # of the distances that are computed at once: 8 MB
@@ -126,11 +127,11 @@ def typiclust(
 ) -> Iterator[int]:
     """TypiClust (Hacohen et al., arXiv:2202.02794, section 3.2): the most typical image of each cluster without label.
 
-    As many clusters as there will be labels, at most max_clusters (500 in the paper) and one for NEIGHBOURS images.
+    As many clusters as there will be labels, at most max_clusters (500 in the paper), and one for MEMBERS images.
     A label goes to a cluster that has fewest, the largest of these; there, to the image of greatest typicality.
     """
     points = torch.cat([pool, covered])
-    clusters = max(1, min(budget + len(covered), max_clusters or len(points), len(points) // NEIGHBOURS))
+    clusters = max(1, min(budget + len(covered), max_clusters or len(points), len(points) // MEMBERS))
     of = cluster(points, clusters, generator)
     typical, mine = typicality(points, of)[: len(pool)], of[: len(pool)]
     sizes, members = of.bincount(minlength=clusters), mine.bincount(minlength=clusters)

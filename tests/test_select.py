@@ -141,11 +141,12 @@ def test_a_signal_stops_it_with_what_it_has(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(features, "BLOCK", 16)
-    monkeypatch.setattr("ssl_bench.run.Run.stopping", lambda self, step: step == 0)
+    asked = iter([False, True])  # it comes in the second block
+    monkeypatch.setattr("ssl_bench.run.Run.stopping", lambda self, step: next(asked))
     with pytest.raises(Interrupted):
         launch(compose(*command))
     (progress,) = (tmp_path / "run" / "features").glob("*.json")
-    assert json.loads(progress.read_text()) == {"images": 16}
+    assert json.loads(progress.read_text()) == {"images": 32}
     assert not list((tmp_path / "run").glob("request_*"))
 
 
@@ -171,7 +172,7 @@ def test_labels_of_the_images_themselves_choose_nothing(tmp_path: Path) -> None:
 def test_it_names_the_requests_it_was_not_told_of(command: list[str], caplog: pytest.LogCaptureFixture) -> None:
     launch(compose(*command, "stage.requested=[request_04.csv]", "stage.strategy=random"))
     assert [r.message for r in caplog.records if "may be among the chosen" in r.message] == [
-        "images of request_00.csv may be among the chosen: stage.requested names them not"
+        "images of request_00.csv may be among the chosen: stage.requested= doesn't name it"
     ]
 
 
@@ -182,7 +183,7 @@ MISTAKES = {
     "classifier": (["stage.strategy=margin"], "pretrained=None holds no classifier, which stage.strategy=margin needs"),
     "clusters": (["stage.strategy=random", "stage.max_clusters=9"], "max_clusters=9 would be ignored: it is for"),
     "out": (["stage.out=/nowhere"], "stage.out=/nowhere: not a folder that can be written"),
-    "directory": (["dir=null"], "dir=null: the choice needs a directory"),
+    "directory": (["dir=null"], "dir=null: stage=select writes its result there"),
 }
 
 

@@ -30,8 +30,8 @@ def stored_features(
 ) -> np.ndarray:
     """float16 (N, dim), memory-mapped from `path`: the features of all images of the source, in its order.
 
-    Computes, by all processes together, what isn't in the file yet; how far it has come is in a .json beside it. The
-    file's name must tell whose features they are. UserError for features that aren't finite in float16.
+    All processes compute together what isn't in the file yet; how far they have come is in a .json beside it. Its name
+    must tell whose features they are. UserError for features that aren't finite in float16.
     """
     progress, rows = path.with_suffix(".json"), source.rows
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,9 +24,9 @@ from ssl_bench.errors import UserError
 from ssl_bench.probe import LinearProbe
 from ssl_bench.run import Run
 from ssl_bench.seeding import fold
+from ssl_bench.stages.evaluation import check_directory, digest, load_pretrained, log_result
 from ssl_bench.stages.features import stored_features
-from ssl_bench.stages.lincls import digest
-from ssl_bench.stages.training import normalization, on_device, open_source, seed_init
+from ssl_bench.stages.training import normalization, on_device, open_source
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +55,7 @@ def select(
     and in `out`. Also chosen.csv, with the images' names, and chosen.png. Returns counts and, where features were
     needed, the mean distance of an unlabelled image to the nearest that is covered or chosen (of unit vectors: 0 to 2).
     """
-    if run.directory is None:
-        raise UserError("dir=null: the choice needs a directory; type dir=... or leave it out")
+    check_directory(cfg)
     if out is not None and not os.access(Path(out).expanduser(), os.W_OK):
         raise UserError(f"stage.out={out}: not a folder that can be written; leave it out for the run directory")
     if max_clusters is not None and strategy != "typiclust":
@@ -79,7 +78,7 @@ def select(
         order = selection.random(torch.empty(len(free), 0), torch.empty(0, 0), generator)
         chosen, result = take(order, budget, run), {"num_covered": len(known)}
     else:
-        backbone = load(cfg, run)
+        backbone = on_device(load_pretrained(cfg), run).eval()
         folder = run.directory / "features" if features is None else Path(features).expanduser()
         mine = compute(cfg, run, backbone, source, split, test_resize, folder)
         theirs = mine[:0]
@@ -105,8 +104,10 @@ def select(
         some = pool[torch.randperm(len(pool), generator=generator)[: selection.SAMPLE]]
         nearest = selection.nearest_distances(some, torch.cat([covered, pool[chosen]]))
         result = {"num_covered": len(covered), "mean_distance": nearest.sqrt().mean().item()}
+    result = {"num_chosen": budget, **result}
+    log_result(run, result)
     write(run, split, indices[free[chosen]], data.root, [*named, *data.extra], out)
-    return {"num_chosen": budget, **result}
+    return result
 
 
 def check_budget(budget: int, free: int) -> None:
@@ -127,18 +128,6 @@ def read_classifier(pretrained: str | None) -> dict[str, Tensor]:
             "run of stage=lincls, which holds the backbone too"
         )
     return state
-
-
-def load(cfg: DictConfig, run: Run) -> nn.Module:
-    """The backbone in eval mode, on the device."""
-    seed_init(cfg)
-    backbone = build.construct(cfg.backbone)
-    if cfg.pretrained is None:
-        log.info("pretrained=null: the backbone stays as initialised")
-    else:
-        loaded = interop.load_backbone(backbone, cfg.pretrained)
-        log.info("loaded all %s tensors of the backbone from %s", loaded.num_tensors, loaded.source)
-    return on_device(backbone, run).eval()
 
 
 def compute(
@@ -176,11 +165,11 @@ def write(run: Run, split: Split, chosen: np.ndarray, root: str, named: list[str
     csv.writer(table).writerows([("index", "image"), *((index, split.where(index)) for index in chosen.tolist())])
     files.write(run.directory / "chosen.csv", table.getvalue())
     contact_sheet(split, chosen, run.directory / "chosen.png")
-    run.log_image(0, "chosen", run.directory / "chosen.png")
+    run.log_image(1, "chosen", run.directory / "chosen.png")
     folders = [Path(folder).expanduser() for folder in (root, out) if folder]
     taken = [path.name for folder in folders for path in folder.glob("request_*.csv")]
     if others := sorted(set(taken) - {Path(name).name for name in named}):
-        log.warning("images of %s may be among the chosen: stage.requested names them not", ", ".join(others))
+        log.warning("images of %s may be among the chosen: stage.requested= doesn't name it", ", ".join(others))
     numbers = [int(match[1]) for name in taken if (match := re.fullmatch(r"request_(\d+)\.csv", name))]
     number = f"{max(numbers, default=-1) + 1:02d}"
     path = (folders[-1] if out else run.directory) / f"request_{number}.csv"
