@@ -11,6 +11,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -19,6 +20,7 @@ from ssl_bench.errors import UserError
 log = logging.getLogger(__name__)
 
 AXES = ("epoch", "images_seen")  # of every chart: they mean the same in all stages, and bear no stage's name
+TABLE_ROWS = 10_000  # of a table: W&B shows no more
 _SECRET = re.compile(r"(^|_)(api_?key|access_?key|token|password|passwd|secret|credentials?)$", re.IGNORECASE)
 
 
@@ -227,8 +229,8 @@ class WandbTracker:
         import wandb
 
         for path in sorted(self.directory.glob("*.csv")):
-            with open(path, newline="") as file:
-                rows = list(csv.reader(file))
+            with open(path, newline="", errors="replace") as file:
+                rows = list(islice(csv.reader(file), 1 + TABLE_ROWS))
             if rows and not rows[0][0].isdecimal():  # a request for labels has no header
                 data = [[_number(cell) for cell in row] for row in rows[1:]]
                 table = wandb.Table(columns=rows[0], data=data, allow_mixed_types=True)
