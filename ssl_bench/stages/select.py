@@ -72,6 +72,7 @@ def select(
     free = np.flatnonzero(~np.isin(indices, known))
     check_budget(budget, len(free))  # data.on_error=skip may have left some out
     generator = torch.Generator().manual_seed(fold(cfg.seed, "select", strategy))
+    log.info("%s of %s images are to be chosen by %s", f"{budget:,}", f"{len(free):,}", strategy)
     if strategy == "random":
         if not run.is_main:
             return {}
@@ -145,8 +146,10 @@ def margins(state: dict[str, Tensor], backbone: nn.Module, features: np.ndarray,
     """(M,): the margin of a trained LinearProbe's two likeliest classes, for these rows of the features (N, dim)."""
     probe = LinearProbe(backbone, len(state["fc.weight"]), normalize="norm.running_mean" in state).cpu().eval()
     probe.load_state_dict({key: state[key] for key in probe.state_dict()})
-    blocks = (features[rows[start : start + selection.ROWS]] for start in range(0, len(rows), selection.ROWS))
-    return torch.cat([selection.margin(probe.fc(probe.norm(torch.from_numpy(block).float()))) for block in blocks])
+    result = torch.empty(len(rows))  # first: small pieces that stay keep the system's allocator from using memory again
+    for part, now in zip(torch.from_numpy(rows).split(selection.ROWS), result.split(selection.ROWS), strict=True):
+        now.copy_(selection.margin(probe.fc(probe.norm(torch.from_numpy(features[part]).float()))))
+    return result
 
 
 def take(order: Iterable[int], budget: int, run: Run) -> list[int]:
