@@ -13,11 +13,18 @@ from ssl_bench.run import environment
 
 
 @contextmanager
-def workplace(kept: Path | None, **counts: int) -> Iterator[Path]:
-    """An absolute folder, `kept` or a temporary one, with synthetic images of 10 classes in its data/."""
+def folder_for(kept: Path | None) -> Iterator[Path]:
+    """An absolute folder: `kept`, or a temporary one."""
     with tempfile.TemporaryDirectory(prefix="ssl_bench_") as temporary:
         folder = (kept or Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
+@contextmanager
+def workplace(kept: Path | None, **counts: int) -> Iterator[Path]:
+    """A folder like these, with synthetic images of 10 classes in its data/."""
+    with folder_for(kept) as folder:
         if not (folder / "data").exists():
             write_dl21(folder / "data", **counts, num_classes=10)
         yield folder

@@ -65,9 +65,7 @@ class Plan:
 SHARED = ("stage=pretrain", "data=dl21", "tracking=local", "save_every=1000000")
 # A process a core: two with a thread each do a third more than one with two, whose threads wait for each other.
 PROCESSES = "devices="
-CPU = Plan(
-    cases=(("resnet18", 128), ("resnet50", 64)), ours=("precision=bf16", f"{PROCESSES}{default_workers()}")
-)
+CPU = Plan(cases=(("resnet18", 128), ("resnet50", 64)), ours=("precision=bf16", f"{PROCESSES}{default_workers()}"))
 CUDA = Plan(
     cases=(("resnet50", 256), ("resnet50", 512), ("resnet50", 1024)),
     ours=("precision=bf16", "compile=true"),

@@ -77,7 +77,6 @@ def fit(
             line |= {
                 "lr": optimizer.param_groups[0]["lr"],
                 "grad_norm": nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item(),
-                "images_seen": done * source.batch_size,
                 "images_per_second": (done - since) * source.batch_size / (now - clock),
                 "data_wait": (source.wait_seconds - waited) / (now - clock),
                 "memory_gb": memory.peak(run.device),
@@ -91,7 +90,7 @@ def fit(
             line |= evaluate()
             model.train()
         if line:
-            run.log(done, {"epoch": done / per_epoch, **line})
+            run.log(done, {"epoch": done / per_epoch, "images_seen": done * source.batch_size, **line})
         if saving:
             run.save(done, model=model, optimizer=optimizer)
         if stop and not last:

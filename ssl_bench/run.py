@@ -191,6 +191,14 @@ class Run:
         if self.is_main:
             self.tracker.log_image(step, name, path)
 
+    def uses(self, split: str, fingerprint: str, images: int) -> None:
+        """Remember the data, for the lineage of the result."""
+        if self.is_main and self.directory is not None:
+            path = self.directory / "inputs.json"
+            known = json.loads(path.read_text()) if path.exists() else {}
+            known[split] = {"fingerprint": fingerprint, "images": images}
+            files.write(path, json.dumps(known, indent=2) + "\n")
+
     def last_line(self) -> dict[str, float]:
         """The newest log line, on rank 0."""
         lines = MetricsFile.read(self.metrics.path) if self.is_main else []

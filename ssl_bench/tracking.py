@@ -1,12 +1,17 @@
 """Metrics: `metrics.jsonl` is the truth; a tracker mirrors it to a dashboard and may fail without hurting the run."""
 
+import csv
+import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,6 +19,8 @@ from ssl_bench.errors import UserError
 
 log = logging.getLogger(__name__)
 
+AXES = ("epoch", "images_seen")  # of every chart: they mean the same in all stages, and bear no stage's name
+TABLE_ROWS = 10_000  # of a table: W&B shows no more
 _SECRET = re.compile(r"(^|_)(api_?key|access_?key|token|password|passwd|secret|credentials?)$", re.IGNORECASE)
 
 
@@ -97,6 +104,9 @@ class WandbTracker:
     `mode=auto` is $WANDB_MODE if set, else online with an API key (environment, netrc or W&B settings), else offline.
     Online without an answer within 20 s goes on offline. The id in `<directory>/wandb_id` makes a restart continue the
     same W&B run. None for `group` and `name` means the run directory's parent (seeds of one experiment) and parent/own.
+    Names are those of metrics.jsonl after the stage's: pretrain/loss. When it is finished: what the stage returned, the
+    best of each loss and accuracy (lincls/best/val_top1), tables of the *.csv, and as artifacts what the run came from
+    (inputs.json, `pretrained`) and came to, between which W&B draws the lineage.
     `directory` (the run's) and `config` (plain, resolved) come from the caller; `rebuilt` from `rebuild`.
     UserError: mode=online without an API key, a malformed key, an unknown $WANDB_MODE.
     """
@@ -118,6 +128,11 @@ class WandbTracker:
     ):
         self.directory = Path(directory).resolve()
         self.log_checkpoint = log_checkpoint
+        self._pretrained = config.get("pretrained")
+        self._data = (config.get("data") or {}).get("name", "data")
+        stage = (config.get("stage") or {}).get("name")
+        self._prefix = f"{stage}/" if stage else ""
+        self._step = 0  # the last that was logged
         self._rebuilt = rebuilt
         self._files = self.directory / "wandb-synced" if rebuilt else self.directory
         self._files.mkdir(parents=True, exist_ok=True)
@@ -148,7 +163,7 @@ class WandbTracker:
             settings=settings,
         )
         wandb.finish()  # a run left open (by a sweep's last member) blocks login(), and init() would hand it out again
-        mode = _choose_mode(mode)
+        mode = choose_mode(mode)
         try:
             self._run = wandb.init(mode=mode, **arguments)
         except wandb.Error as error:
@@ -164,37 +179,85 @@ class WandbTracker:
         self._run.define_metric("*", step_metric="epoch")  # an axis for every batch size; the step stays at hand
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._mirror(lambda run: run.log(dict(metrics), step=step))
+        self._step = step
+        self._mirror(lambda run: run.log(self._named(metrics), step=step))
 
     def log_image(self, step: int, name: str, path: str | Path) -> None:
         import wandb
 
-        self._mirror(lambda run: run.log({name: wandb.Image(str(path))}, step=step))
+        self._mirror(lambda run: run.log({self._prefix + name: wandb.Image(str(path))}, step=step))
 
     def log_checkpoint_file(self, path: str | Path) -> None:
-        """Keep the file as a model artifact, if `log_checkpoint`. W&B stages a copy: below the run's own directory."""
-        if not self.log_checkpoint:
-            return
-        ours = "WANDB_DATA_DIR" not in os.environ
-        if ours:
-            os.environ["WANDB_DATA_DIR"] = str(self._files / "wandb")
-        try:
-            self._mirror(lambda run: run.log_artifact(str(path), name=f"checkpoint-{run.id}", type="model"))
-        finally:
-            if ours:
-                del os.environ["WANDB_DATA_DIR"]
+        """Keep the file as a model artifact, if `log_checkpoint`."""
+        if self.log_checkpoint:
+            with self._staging():
+                self._mirror(lambda run: run.log_artifact(str(path), name=f"checkpoint-{run.id}", type="model"))
 
     def close(self, status: str, summary: Mapping[str, float]) -> None:
         """`status` "finished" is a success, "preempted" is what will be continued, anything else a failure."""
 
         def finish(run):
-            run.summary.update(dict(summary))
-            if status == "preempted":
-                run.mark_preempting()
-            run.finish(exit_code=0 if status == "finished" else 1)
+            try:
+                run.summary.update(self._named(summary) | self._best())
+                if status == "finished":
+                    self._log_tables(run)
+                    self._log_lineage(run, summary)
+                if status == "preempted":
+                    run.mark_preempting()
+            finally:
+                run.finish(exit_code=0 if status == "finished" else 1)
 
-        self._mirror(finish)
+        with self._staging():
+            self._mirror(finish)
         self._run = None
+
+    def _named(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        return {name if name in AXES else self._prefix + name: value for name, value in metrics.items()}
+
+    def _best(self) -> dict[str, float]:
+        """The least of each loss, and the greatest of each accuracy (percent or fraction), in the whole of the run."""
+        best: dict[str, float] = {}
+        path = self.directory / "metrics.jsonl"
+        for row in MetricsFile.read(path) if path.is_file() else []:
+            for name, value in row.items():
+                if (kind := re.search(r"(?:^|_)(loss|top\d|accuracy)$", name)) and math.isfinite(value):
+                    key = f"{self._prefix}best/{name}"
+                    best[key] = (min if kind[1] == "loss" else max)(value, best.get(key, value))
+        return best
+
+    def _log_tables(self, run: Any) -> None:
+        import wandb
+
+        for path in sorted(self.directory.glob("*.csv")):
+            with open(path, newline="", errors="replace") as file:
+                rows = list(islice(csv.reader(file), 1 + TABLE_ROWS))
+            if rows and not rows[0][0].isdecimal():  # a request for labels has no header
+                data = [[_number(cell) for cell in row] for row in rows[1:]]
+                table = wandb.Table(columns=rows[0], data=data, allow_mixed_types=True)
+                run.log({f"{self._prefix}tables/{path.stem}": table}, step=self._step)
+
+    def _log_lineage(self, run: Any, summary: Mapping[str, float]) -> None:
+        """Small artifacts that stand for data, weights and result. W&B sees by their content which are the same."""
+        inputs = self.directory / "inputs.json"
+        for split, facts in (json.loads(inputs.read_text()) if inputs.is_file() else {}).items():
+            _use(run, _artifact(f"data-{self._data}-{split}", "dataset", facts["fingerprint"], facts))
+        if self._pretrained:
+            _use(run, _weights(Path(self._pretrained)))
+        if newest := max(self.directory.glob("checkpoints/step*.pt"), default=None):
+            run.log_artifact(_weights(newest))
+        run.log_artifact(_artifact(f"result-{run.id}", "result", json.dumps(dict(summary)), summary))
+
+    @contextmanager
+    def _staging(self) -> Iterator[None]:
+        """W&B keeps a copy of what will be uploaded: here below the run's own directory."""
+        ours = "WANDB_DATA_DIR" not in os.environ
+        if ours:
+            os.environ["WANDB_DATA_DIR"] = str(self._files / "wandb")
+        try:
+            yield
+        finally:
+            if ours:
+                del os.environ["WANDB_DATA_DIR"]
 
     def _mirror(self, call: Callable[[Any], None]) -> None:
         if self._run is None:
@@ -238,7 +301,59 @@ def rebuild(run_dir: str | Path, settings: Mapping[str, Any] | None = None) -> N
     tracker.close("finished" if finished else "failed", summary)
 
 
-def _choose_mode(mode: str) -> str:
+def _artifact(name: str, kind: str, content: str, metadata: Mapping[str, Any]) -> Any:
+    import wandb
+
+    artifact = wandb.Artifact(name, type=kind, metadata=dict(metadata))
+    with artifact.new_file("content.txt") as file:
+        file.write(content)
+    return artifact
+
+
+def _weights(path: Path) -> Any:
+    """The artifact of a checkpoint: the same from the run that writes it and from one that reads it."""
+    run_dir = path.resolve().parent.parent
+    facts = {"file": path.name, "run": f"{run_dir.parent.name}/{run_dir.name}"}
+    if path.parent.name == "checkpoints" and (run_id := run_dir / "wandb_id").is_file():
+        return _artifact(f"weights-{run_id.read_text().strip()}", "model", path.name, facts)
+    content = path.name  # of elsewhere, or of a run that W&B doesn't know
+    if path.is_file():
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, "blake2b").hexdigest()
+    return _artifact("weights-" + re.sub(r"[^\w.-]+", "-", path.stem), "model", content, facts)
+
+
+def _use(run: Any, artifact: Any) -> None:
+    """An input of the run, whether W&B has seen it or not.
+
+    Online, `use_artifact` writes this record for an artifact that isn't logged yet, and waits for an answer; offline it
+    refuses, though the record says all that `wandb sync` needs to know.
+    """
+    run._log_artifact(artifact, aliases=["latest"], is_user_created=True, use_after_commit=True)
+
+
+def _number(cell: str) -> float | str:
+    try:
+        return int(cell) if cell.isdecimal() else float(cell)
+    except ValueError:
+        return cell
+
+
+def save_workspace(workspace: Any) -> str:
+    """Make it a saved view in its project, of the account's default entity if it names none; its address. UserError."""
+    import wandb
+
+    try:
+        workspace.entity = workspace.entity or wandb.Api().default_entity
+        workspace.save()
+    except Exception as error:  # of many kinds: no network, no such entity, no right to write there
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise UserError(f"W&B made no dashboard ({reason}): check tracking.entity and tracking.project") from None
+    return workspace.url
+
+
+def choose_mode(mode: str) -> str:
+    """ "online", "offline" or "disabled" for what was asked: see WandbTracker. UserError."""
     import wandb
 
     asked = f"tracking.mode={mode}"

@@ -195,7 +195,9 @@ def test_weight_decay_follows_its_cosine() -> None:
     from ssl_bench.optim import schedule_
 
     optimizer = build.construct(
-        compose("optimizer=adamw", "optimizer.final_weight_decay=0.4").optimizer, params=make("supervised").param_groups(), batch_size=256
+        compose("optimizer=adamw", "optimizer.final_weight_decay=0.4").optimizer,
+        params=make("supervised").param_groups(),
+        batch_size=256,
     )
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])

@@ -1,12 +1,15 @@
-"""benchmarks/speed.py runs and measures what it says."""
+"""benchmarks/ run and measure what they say."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 SPEED = Path(__file__).parents[1] / "benchmarks" / "speed.py"
 
@@ -39,3 +42,34 @@ def test_quick(tmp_path: Path) -> None:
     assert "| resnet18, batch 16 |" in (tmp_path / "speed_cpu.md").read_text()
     assert (tmp_path / "speed_cpu.png").stat().st_size > 10_000
     assert "aten::mm" in (tmp_path / "profile_cpu.txt").read_text()
+
+
+def test_choices_at_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.syspath_prepend(SPEED.parent)
+    monkeypatch.delitem(sys.modules, "selection", raising=False)
+    module = importlib.import_module("selection")
+    monkeypatch.setitem(module.SCALE, "dim", 64)
+    for name, count, seed in (("unlabelled", 2000, 1), ("labelled", 100, 2)):
+        module.simulate(tmp_path / f"{name}.npy", count, 64, seed, classes=20, latent=8)
+    stored = np.load(tmp_path / "unlabelled.npy")
+    assert (stored.shape, stored.dtype, stored.min()) == ((2000, 64), np.float16, 0)
+    for strategy in module.STRATEGIES[1:]:
+        module.choose(tmp_path, strategy, budget=50)  # asserts that they are 50
+        found = json.loads(capsys.readouterr().out)
+        assert found["seconds"].keys() == {"projection", "choice"}
+
+
+def test_a_long_tail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The classes' images, the label that is known, and those that the annotator knows."""
+    monkeypatch.syspath_prepend(SPEED.parent)
+    monkeypatch.delitem(sys.modules, "selection", raising=False)
+    module = importlib.import_module("selection")
+    subject = module.SUBJECTS["digits"]
+    root = module.pool(tmp_path, subject, seed=3)
+    labels = {name: torch.load(root / f"{name}_label_tensor.pt") for name in ("train", "unlabeled", "val")}
+    counts = labels["unlabeled"].bincount()
+    assert (counts[0], counts[9]) == (subject.most / subject.ratio, subject.most)
+    assert counts.tolist() == sorted(counts.tolist())
+    assert labels["train"].tolist() == [9]
+    assert labels["val"].bincount().tolist() == [subject.num_val // 10] * 10
+    assert len(list((root / "unlabeled").iterdir())) == len(labels["unlabeled"])

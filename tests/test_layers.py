@@ -10,7 +10,7 @@ import ssl_bench
 ROOT = Path(ssl_bench.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 BELOW = ("methods", "augment", "backbones", "data", "optim", "schedule", "probe", "finetune", "evaluators", "seeding")
-BELOW += ("fields", "distributed")
+BELOW += ("selection", "fields", "distributed")
 
 
 def imports(path: Path) -> set[str]:
@@ -38,6 +38,7 @@ def importers(*modules: str) -> set[str]:
 def test_each_library_has_its_place() -> None:
     assert importers("hydra", "omegaconf") <= {"train", "launch", "member", "stages", "build"}
     assert importers("wandb") <= {"tracking"}
+    assert importers("wandb_workspaces") <= {"dashboard"}
     assert importers("torch.distributed") <= {"distributed", "launch"}
 
 

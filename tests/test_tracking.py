@@ -152,9 +152,9 @@ def test_offline_run_holds_everything(run_dir):
     recorded = records(folder)
     rows = history(recorded)
     assert sorted(rows) == [10, 20]
-    assert rows[10]["loss"] == 0.1
+    assert rows[10] == {"pretrain/loss": 0.1, "epoch": 1, "images_seen": 40}
     assert rows[20]["images_seen"] == 80
-    assert (folder / "files" / rows[20]["views.path"]).read_bytes() == (run_dir / "views.png").read_bytes()
+    assert (folder / "files" / rows[20]["pretrain/views.path"]).read_bytes() == (run_dir / "views.png").read_bytes()
     (run,) = kind(recorded, "run")
     assert run["run_id"] == (run_dir / "wandb_id").read_text().strip()
     assert (run["project"], run["run_group"], run["job_type"]) == ("ssl_bench", "moco-tiny", "pretrain")
@@ -164,7 +164,7 @@ def test_offline_run_holds_everything(run_dir):
     assert "epoch" in {metric.get("step_metric") for metric in kind(recorded, "metric")}
     assert [exit.get("exit_code", 0) for exit in kind(recorded, "exit")] == [0]
     assert kind(recorded, "artifact")[0]["type"] == "model"
-    assert [file.read_bytes() for file in (run_dir / "wandb/artifacts/staging").iterdir()] == [b"weights"]
+    assert b"weights" in [file.read_bytes() for file in (run_dir / "wandb/artifacts/staging").iterdir()]
     assert "WANDB_DATA_DIR" not in os.environ
 
 
@@ -215,8 +215,10 @@ def test_a_restarted_run_is_rebuilt_whole(run_dir):
     steps = [record["item"]["_step"] for record in kind(recorded, "history")]
     assert steps == [10, 20, 30, 40, 50, 60]
     rows = history(recorded)
-    assert all(rows[step]["loss"] == 1 / step for step in steps)
-    assert (folder / "files" / rows[60]["overview.path"]).read_bytes() == (run_dir / "overview.png").read_bytes()
+    assert all(rows[step]["pretrain/loss"] == 1 / step for step in steps)
+    assert (folder / "files" / rows[60]["pretrain/overview.path"]).read_bytes() == (
+        run_dir / "overview.png"
+    ).read_bytes()
     (run,) = kind(recorded, "run")
     assert (run["run_id"], run["project"], run["tags"]) == (run_id.strip(), "mine", ["a", "b"])
     assert (run["job_type"], run["display_name"], run["run_group"]) == ("pretrain", "moco-tiny/seed3", "moco-tiny")

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from conftest import TINY, Command
 
-
 pytestmark = pytest.mark.slow
 
 
 def blocks(kind: str) -> list[str]:
-    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text().partition("## Add a method")[2].partition("\n## ")[0]
+    page = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    text = page.partition("## Add a method")[2].partition("\n## ")[0]
     return [re.sub(r"(?m)^   ", "", block) for block in re.findall(rf"(?s)```{kind}\n(.*?)\n   ```", text)]
 
 

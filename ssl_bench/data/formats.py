@@ -36,6 +36,8 @@ class Dataset(ABC):
     """
 
     class_names: Sequence[str] = ()  # where the classes have names, in the order of their numbers
+    root = "."  # where index files are looked for
+    extra: Sequence[str] = ()  # an index file and its label file
 
     def __init__(
         self, image_size: int, on_error: OnError = "raise", cache: str | None = None, workers: int | None = None
@@ -69,6 +71,19 @@ class Dataset(ABC):
     def has_room(self, name: Literal["pretrain", "train", "val"]) -> bool:
         """Can `open` pack the split, as far as the disk goes?"""
         return has_room(self.split(name), self.image_size, self.cache)
+
+    def requested(self, files: Sequence[str] = ()) -> np.ndarray:
+        """int64, ascending: images of "pretrain" that have extra labels, or that index files (one index a line) name.
+
+        files: relative to the root. Raises UserError.
+        """
+        length = self.split("pretrain").length
+        found = [np.empty(0, np.int64)]
+        for name in [*self.extra[:1], *files]:
+            found.append(_load_indices(_folder(self.root) / name.strip(), "stage.requested= names index files"))
+            if len(found[-1]) and found[-1].max() >= length:
+                raise UserError(f"{name} names image {found[-1].max()} of {length:,}; does it belong to this data set?")
+        return np.unique(np.concatenate(found))
 
     def _split(self, name, images, digest, labels, read, where) -> Split:
         """A Split of the image set `images` ("unlabeled", "train", ...), whose sources have this digest."""
@@ -301,7 +316,9 @@ class DL21(Dataset):
                 "they must be as many"
             )
         if name == "train" and self.extra:
-            chosen = _load_indices(_folder(self.root) / self.extra[0].strip())
+            chosen = _load_indices(
+                _folder(self.root) / self.extra[0].strip(), "data.extra_labels= names an index file and a label file"
+            )
             if len(chosen) != len(self._train_labels[1]):
                 raise UserError(
                     f"{self.extra[0]} has {len(chosen)} indices and {self.extra[1]} has {len(self._train_labels[1])} "
@@ -348,10 +365,10 @@ def _stat_chosen(paths: _Numbered, chosen: np.ndarray, source: str) -> np.ndarra
     return np.array(rows, np.int64).reshape(-1, 3)
 
 
-def _load_indices(path: Path) -> np.ndarray:
-    """int64 (n,) from a file with one index a line."""
+def _load_indices(path: Path, key: str) -> np.ndarray:
+    """int64 (n,) from a file with one index a line. key: what names the file."""
     if not path.is_file():
-        raise UserError(f"no file {path}; data.extra_labels= names an index file and a label file under data.root")
+        raise UserError(f"no file {path}; {key} under data.root")
     rows = []
     with open(path, newline="") as file:
         for line, row in enumerate(csv.reader(file), start=1):

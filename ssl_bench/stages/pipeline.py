@@ -55,6 +55,7 @@ def pipeline(
     if run.is_main and results:
         picture = run.directory / "overview.png"
         draw(cfg, run, evaluations, results, picture)
+        run.log_image(0, "overview", picture)
         print(f"\n{report.table(results, 'top-1')}\n\npicture: {picture}")
     top1 = {f"{name} top-1": report.mean_std(values)[0] for name, values in results.items()}
     return top1 | cost(MetricsFile.read(run.directory / "pretrain" / "metrics.jsonl"))

@@ -45,6 +45,7 @@ def seed_init(cfg: DictConfig) -> None:
 
 def open_source(cfg: DictConfig, run: Run, data: Dataset, split: str, subset: np.ndarray | None = None) -> Source:
     """The images of a split, kept where `cfg.source` says; packed first when needed."""
+    run.uses(split, data.split(split).fingerprint, data.split(split).length)
     share = (cfg.batch_size, cfg.seed, run.device, distributed.rank(), distributed.world_size(), subset)
     kind = cfg.source
     if kind == "auto" and distributed.any_rank(not data.has_room(split)):

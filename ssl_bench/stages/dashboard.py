@@ -1,0 +1,30 @@
+"""Stage dashboard: the panels of a W&B project, made from code."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from ssl_bench import dashboard as panels
+from ssl_bench import files, tracking
+from ssl_bench.errors import UserError
+from ssl_bench.run import Run
+
+
+def dashboard(cfg: DictConfig, run: Run, out: str = "dashboard.json") -> dict[str, float]:
+    """A saved view in the project of `tracking`, if logged in; else `out`, which says what it will be. Counts panels.
+
+    UserError without the extra, and where W&B can't be reached.
+    """
+    project, entity = cfg.tracking.get("project"), cfg.tracking.get("entity")
+    if project is None:
+        raise UserError("stage=dashboard is for W&B: leave tracking=wandb, and name its project with tracking.project=")
+    made = panels.workspace(project, entity)
+    if tracking.choose_mode(cfg.tracking.mode) == "online":
+        print(f"dashboard: {tracking.save_workspace(made)}")
+    else:
+        files.write(Path(out), panels.to_json(made))
+        print(f"not logged in to W&B: the dashboard is in {out}; after `wandb login` the same command makes it")
+    return {"panels": sum(len(section.panels) for section in made.sections)}
+
+
+dashboard.single_process = True

@@ -1,0 +1,192 @@
+"""Stage select: which of the unlabelled images to label next."""
+
+import csv
+import io
+import logging
+import os
+import re
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from ssl_bench import build, checkpoint, files, interop, selection
+from ssl_bench.augment.views import EvalView
+from ssl_bench.data.source import Source
+from ssl_bench.data.store import Split
+from ssl_bench.errors import UserError
+from ssl_bench.probe import LinearProbe
+from ssl_bench.run import Run
+from ssl_bench.seeding import fold
+from ssl_bench.stages.evaluation import check_directory, digest, load_pretrained, log_result
+from ssl_bench.stages.features import stored_features
+from ssl_bench.stages.training import normalization, on_device, open_source
+
+log = logging.getLogger(__name__)
+
+SHOWN = 144  # images on the contact sheet
+
+
+def select(
+    cfg: DictConfig,
+    run: Run,
+    strategy: Literal["random", "kmeans_plusplus", "k_center", "typiclust", "margin"] = "typiclust",
+    budget: PositiveInt = 12_800,
+    requested: str | list[str] | None = None,
+    cover_train: bool = True,
+    dim: NonNegativeInt = 128,
+    max_clusters: PositiveInt | None = None,
+    test_resize: PositiveFloat = 256 / 224,
+    features: str | None = None,
+    out: str | None = None,
+) -> dict[str, float]:
+    """Choose `budget` images of the "pretrain" split by a strategy of `selection`.
+
+    Images that data.extra_labels or the files `requested` name are never chosen, and count as covered. So do those of
+    the train split, if cover_train and they aren't the unlabelled images themselves.
+
+    Writes request_NN.csv, an index a line, the most wanted first; NN is the next that is free in the folder of the data
+    and in `out`. Also chosen.csv, with the images' names, and chosen.png. Returns counts and, where features were
+    needed, the mean distance of an unlabelled image to the nearest that is covered or chosen (of unit vectors: 0 to 2).
+    """
+    check_directory(cfg)
+    if out is not None and not os.access(Path(out).expanduser(), os.W_OK):
+        raise UserError(f"stage.out={out}: not a folder that can be written; leave it out for the run directory")
+    if max_clusters is not None and strategy != "typiclust":
+        raise UserError(f"stage.max_clusters={max_clusters} would be ignored: it is for stage.strategy=typiclust")
+    classifier = read_classifier(cfg.pretrained) if strategy == "margin" else {}
+    data = build.construct(cfg.data)
+    split, named = data.split("pretrain"), [requested] if isinstance(requested, str) else list(requested or [])
+    known = data.requested(named)
+    check_budget(budget, split.length - len(known))
+    others = cover_train and data.num_classes and data.split("train").store_name != split.store_name
+
+    source = open_source(cfg, run, data, "pretrain")
+    indices = source.indices[source.rows]
+    free = np.flatnonzero(~np.isin(indices, known))
+    check_budget(budget, len(free))  # data.on_error=skip may have left some out
+    generator = torch.Generator().manual_seed(fold(cfg.seed, "select", strategy))
+    log.info("%s of %s images are to be chosen by %s", f"{budget:,}", f"{len(free):,}", strategy)
+    if strategy == "random":
+        if not run.is_main:
+            return {}
+        order = selection.random(torch.empty(len(free), 0), torch.empty(0, 0), generator)
+        chosen, result = take(order, budget, run), {"num_covered": len(known)}
+    else:
+        backbone = on_device(load_pretrained(cfg), run).eval()
+        folder = run.directory / "features" if features is None else Path(features).expanduser()
+        mine = compute(cfg, run, backbone, source, split, test_resize, folder)
+        theirs = mine[:0]
+        if others:
+            train = open_source(cfg, run, data, "train")
+            theirs = compute(cfg, run, backbone, train, data.split("train"), test_resize, folder)
+        if not run.is_main:  # the others were needed for the features
+            return {}
+        project = selection.Projection(mine, dim, fold(cfg.seed, "projection"), run.device)
+        points = project(mine)
+        shown = (points.shape[1], backbone.dim, 100 * project.explained)
+        log.info("distances in %s of %s dimensions, which hold %.1f %% of the variance", *shown)
+        # those of data.extra_labels are in the train split too
+        labelled = np.isin(indices, np.setdiff1d(known, data.requested()) if others else known)
+        pool, covered = points[free], torch.cat([points[labelled], project(theirs)])
+        if strategy == "margin":
+            order = margins(classifier, backbone, mine, free).argsort(stable=True).tolist()
+        elif strategy == "typiclust":
+            order = selection.typiclust(pool, covered, generator, budget, max_clusters)
+        else:
+            order = getattr(selection, strategy)(pool, covered, generator)
+        chosen = take(order, budget, run)
+        some = pool[torch.randperm(len(pool), generator=generator)[: selection.SAMPLE]]
+        nearest = selection.nearest_distances(some, torch.cat([covered, pool[chosen]]))
+        result = {"num_covered": len(covered), "mean_distance": nearest.sqrt().mean().item()}
+    result = {"num_chosen": budget, **result}
+    log_result(run, result)
+    write(run, split, indices[free[chosen]], data.root, [*named, *data.extra], out)
+    return result
+
+
+def check_budget(budget: int, free: int) -> None:
+    if budget > free:
+        raise UserError(
+            f"stage.budget={budget} is more than the {free:,} images without a label: choose at most "
+            f"stage.budget={free}"
+        )
+
+
+def read_classifier(pretrained: str | None) -> dict[str, Tensor]:
+    """The state of a `stage=lincls` run. UserError for anything else."""
+    content = checkpoint.read(interop.find(pretrained)) if pretrained else {}
+    state = content.get("model", {}) if isinstance(content, dict) else {}
+    if "fc.weight" not in state:
+        raise UserError(
+            f"pretrained={pretrained} holds no classifier, which stage.strategy=margin needs: name the directory of a "
+            "run of stage=lincls, which holds the backbone too"
+        )
+    return state
+
+
+def compute(
+    cfg: DictConfig, run: Run, backbone: nn.Module, source: Source, split: Split, test_resize: float, folder: Path
+) -> np.ndarray:
+    """Features (N, dim) of the test views, in a file of the folder whose name tells all that they depend on."""
+    look = (cfg.augmentation.image_size, test_resize, normalization(cfg))
+    whose = fold(digest(backbone), cfg.precision, repr(look), split.store_name, source.num_images)
+    view = EvalView(*look[:2], *look[2]).to(run.device)
+    return stored_features(cfg, run, backbone, source, view, folder / f"{split.name}-{whose:016x}.npy")
+
+
+@torch.no_grad()
+def margins(state: dict[str, Tensor], backbone: nn.Module, features: np.ndarray, rows: np.ndarray) -> Tensor:
+    """(M,): the margin of a trained LinearProbe's two likeliest classes, for these rows of the features (N, dim)."""
+    probe = LinearProbe(backbone, len(state["fc.weight"]), normalize="norm.running_mean" in state).cpu().eval()
+    probe.load_state_dict({key: state[key] for key in probe.state_dict()})
+    result = torch.empty(len(rows))  # first: small pieces that stay keep the system's allocator from using memory again
+    for part, now in zip(torch.from_numpy(rows).split(selection.ROWS), result.split(selection.ROWS), strict=True):
+        now.copy_(selection.margin(probe.fc(probe.norm(torch.from_numpy(features[part]).float()))))
+    return result
+
+
+def take(order: Iterable[int], budget: int, run: Run) -> list[int]:
+    """The first of them, unless a signal arrives."""
+    chosen = []
+    for row in run.progress(islice(order, budget), 0, budget):
+        chosen.append(row)
+        if run.stopping(1):  # at no multiple of 10 are other processes asked, which aren't here any more
+            run.interrupt()
+    return chosen
+
+
+def write(run: Run, split: Split, chosen: np.ndarray, root: str, named: list[str], out: str | None) -> None:
+    """request_NN.csv, chosen.csv, chosen.png. chosen: indices in the split; named: the index files that were given."""
+    table = io.StringIO()
+    csv.writer(table).writerows([("index", "image"), *((index, split.where(index)) for index in chosen.tolist())])
+    files.write(run.directory / "chosen.csv", table.getvalue())
+    contact_sheet(split, chosen, run.directory / "chosen.png")
+    run.log_image(1, "chosen", run.directory / "chosen.png")
+    folders = [Path(folder).expanduser() for folder in (root, out) if folder]
+    taken = [path.name for folder in folders for path in folder.glob("request_*.csv")]
+    if others := sorted(set(taken) - {Path(name).name for name in named}):
+        log.warning("images of %s may be among the chosen: stage.requested= doesn't name it", ", ".join(others))
+    numbers = [int(match[1]) for name in taken if (match := re.fullmatch(r"request_(\d+)\.csv", name))]
+    number = f"{max(numbers, default=-1) + 1:02d}"
+    path = (folders[-1] if out else run.directory) / f"request_{number}.csv"
+    files.write(path, "".join(f"{index}\n" for index in chosen.tolist()))
+    print(
+        f"written: {path}: {len(chosen):,} images to label. With their labels, in the same order, in label_{number}.pt "
+        f"in the folder of data=dl21, it is for data.extra_labels=[request_{number}.csv,label_{number}.pt]"
+    )
+
+
+def contact_sheet(split: Split, chosen: np.ndarray, path: Path) -> None:
+    """SHOWN of the images, evenly spaced in the order of choice."""
+    from torchvision.utils import make_grid, save_image
+
+    shown = chosen[np.linspace(0, len(chosen) - 1, min(SHOWN, len(chosen))).round().astype(int)]
+    images = torch.from_numpy(np.stack([split.read(int(index)) for index in shown])).permute(0, 3, 1, 2)
+    save_image(make_grid(images.float() / 255, nrow=12), path)
