@@ -22,7 +22,7 @@ def test_a_method_of_ones_own(ssl_bench: Command, tmp_path: Path) -> None:
     (tmp_path / "my_conf" / "method").mkdir(parents=True)
     recipe = recipe.replace("ssl_bench.methods.mine.Mine", "my_module.Mine")
     (tmp_path / "my_conf" / "method" / "mine.yaml").write_text(recipe)
-    command = [*TINY, "--config-dir", "my_conf", "stage=pretrain", "method=mine", "epochs=3", "dir=run"]
+    command = ["--config-dir=my_conf", *TINY, "stage=pretrain", "method=mine", "epochs=3", "dir=run"]
     result = ssl_bench(*command, "optimizer=sgd", "optimizer.base_lr=0.3", check=True)
     assert "the run has collapsed" in result.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["loss"] < 0.01
@@ -30,6 +30,6 @@ def test_a_method_of_ones_own(ssl_bench: Command, tmp_path: Path) -> None:
     assert typo.returncode == 2
     assert "method.dimm: no such key; did you mean method.dim?" in typo.stderr
     sweep = ["-m", "seed=0", "method=mine,simsiam", "epochs=1", "sweep=toy", "metric=knn_top1"]
-    table = ssl_bench(*TINY, "--config-dir", "my_conf", "stage=pretrain", *sweep, check=True).stdout
+    table = ssl_bench("--config-dir=my_conf", *TINY, "stage=pretrain", *sweep, check=True).stdout
     assert "| mine " in table
     assert "| simsiam " in table
