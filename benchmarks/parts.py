@@ -108,6 +108,9 @@ class Window:
     def last_line(self) -> dict[str, float]:
         return {}
 
+    def uses(self, split: str, fingerprint: str, images: int) -> None:
+        pass
+
 
 def best(work: Callable[[], object], wait: Callable[[], None], repeats: int = 10) -> float:
     """Seconds of the fastest of several."""
