@@ -18,6 +18,11 @@ def complete(directory: Path) -> list[Path]:
     return sorted((directory / "checkpoints").glob("step*.pt"), reverse=True)
 
 
+def step_of(path: Path) -> int:
+    """Of a checkpoint file, by its name."""
+    return int(re.search(r"\d+", path.stem)[0])
+
+
 def read(path: Path) -> object:
     """What torch.save wrote, where that is tensors and plain data; no code in it is run. UserError for the rest."""
     try:
@@ -72,6 +77,6 @@ class Checkpoint:
         content = read(path)
         if not isinstance(content, dict) or content.get("run") != self.identity:
             raise UserError(f"{path}: a checkpoint of another run")
-        if content["step"] != int(re.search(r"\d+", path.stem)[0]):
+        if content["step"] != step_of(path):
             raise UserError(f"{path}: holds step {content['step']}, not the one of its name")
         return content

@@ -67,8 +67,8 @@ def fit(
         saving = run.every("save", done) or last or stop
         if logging_now or saving:  # the host sync
             # When saving not the loss alone: its gradient may have spoilt the weights, and good checkpoints are few.
-            state = [diverged == 0, *(value.isfinite().all() for value in saving * [*model.state_dict().values()])]
-            if not torch.stack(state).all():
+            state = model.state_dict().values() if saving else ()
+            if not torch.stack([diverged == 0, *(value.isfinite().all() for value in state)]).all():
                 run.diverge(int(diverged) or done)
         line: dict[str, float] = {}
         if logging_now:
@@ -84,8 +84,9 @@ def fit(
             since, clock, waited = done, now, source.wait_seconds
             if embeddings is not None:
                 line = health(embeddings) | line  # a method may know better
-                if at >= 1 and not warned and (warned := bool(told := collapse(line))) and run.is_main:
+                if run.is_main and at >= 1 and not warned and (told := collapse(line)):
                     log.warning("step %s: the run has collapsed: %s", f"{done:,}", told)
+                    warned = True
         if evaluate and (last or (done % per_epoch == 0 and run.every("eval", done // per_epoch))):
             line |= evaluate()
             model.train()

@@ -1,10 +1,20 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and what tells them apart."""
 
+import hashlib
+import os
 from pathlib import Path
 
 
 def write(path: Path, text: str) -> None:
-    """Replace the file at once: nobody reads half of it."""
+    """Replace the file at once: nobody reads half of it, and a kill leaves the old one or the new one."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do
     partial.replace(path)
+
+
+def digest(path: Path, algorithm: str = "sha256") -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()

@@ -1,6 +1,6 @@
 """Linear classification of frozen features (He et al., arXiv:1911.05722, section 4.1)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,13 @@ class LinearProbe(Method):
         logits = self.logits(views[0])
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         return {"loss": F.cross_entropy(logits, labels), "accuracy": accuracy.detach()}
+
+
+def restored(backbone: nn.Module, state: Mapping[str, Tensor]) -> LinearProbe:
+    """The probe that a run of lincls or finetune saved, on the CPU in eval mode. state: "model" of its checkpoint."""
+    probe = LinearProbe(backbone, len(state["fc.weight"]), normalize="norm.running_mean" in state).cpu().eval()
+    probe.load_state_dict({key: state[key] for key in probe.state_dict()})
+    return probe
 
 
 class LinearGrid(LinearProbe):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ssl_bench import distributed, files
 from ssl_bench.build import identity
-from ssl_bench.checkpoint import Checkpoint, complete
+from ssl_bench.checkpoint import Checkpoint, complete, step_of
 from ssl_bench.errors import Interrupted, UserError
 from ssl_bench.seeding import fold
 from ssl_bench.tracking import MetricsFile, Tracker
@@ -173,7 +173,7 @@ class Run:
     def diverge(self, step: int) -> None:
         """Stop: loss or weights are not finite since this step."""
         good = complete(self.directory)
-        kept = f"the last good state, of step {int(good[0].stem[4:]):,}, is kept" if good else "no state was saved yet"
+        kept = f"the last good state, of step {step_of(good[0]):,}, is kept" if good else "no state was saved yet"
         raise UserError(
             f"diverged at step {step:,}: loss or weights are not finite; {kept}; try a lower optimizer.base_lr, a "
             "longer schedule.warmup_epochs, or precision=fp32"

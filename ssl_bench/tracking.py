@@ -1,7 +1,6 @@
 """Metrics: `metrics.jsonl` is the truth; a tracker mirrors it to a dashboard and may fail without hurting the run."""
 
 import csv
-import hashlib
 import json
 import logging
 import math
@@ -15,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from ssl_bench import files
 from ssl_bench.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class MetricsFile:
     def truncate(self, step: int) -> None:
         """Keep the complete lines up to and with `step`, atomically: for a restart from that step's checkpoint."""
         kept = [row for row in self.read(self.path) if row["step"] <= step]
-        _replace(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        files.write(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file.close()
         self._open()
 
@@ -318,8 +318,7 @@ def _weights(path: Path) -> Any:
         return _artifact(f"weights-{run_id.read_text().strip()}", "model", path.name, facts)
     content = path.name  # of elsewhere, or of a run that W&B doesn't know
     if path.is_file():
-        with open(path, "rb") as file:
-            content = hashlib.file_digest(file, "blake2b").hexdigest()
+        content = files.digest(path, "blake2b")
     return _artifact("weights-" + re.sub(r"[^\w.-]+", "-", path.stem), "model", content, facts)
 
 
@@ -376,7 +375,7 @@ def choose_mode(mode: str) -> str:
 def _run_id(directory: Path) -> str:
     path = directory / "wandb_id"
     if not path.is_file():
-        _replace(path, uuid.uuid4().hex[:8] + "\n")
+        files.write(path, uuid.uuid4().hex[:8] + "\n")
     return path.read_text().strip()
 
 
@@ -393,13 +392,3 @@ def _redact(node: Any) -> Any:
 def _complete(data: bytes) -> int:
     """Length of the part that ends in a newline."""
     return data.rfind(b"\n") + 1
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -1,6 +1,5 @@
 """Known published weights: where they lie, and the hash that proves a file is the one."""
 
-import hashlib
 import http.client
 import shutil
 import urllib.request
@@ -9,6 +8,7 @@ from typing import NamedTuple
 
 from ssl_bench.data.store import cache_folder
 from ssl_bench.errors import UserError
+from ssl_bench.files import digest
 
 
 class Weights(NamedTuple):
@@ -72,8 +72,3 @@ def verify(path: Path, md5: str, advice: str) -> None:
     """UserError, with `advice`, unless the file's md5 begins so."""
     if not (found := digest(path, "md5")).startswith(md5):
         raise UserError(f"{path}: its md5 is {found[:8]}..., not {md5}: a broken or another file; {advice}")
-
-
-def digest(path: Path, algorithm: str = "sha256") -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()

@@ -18,6 +18,7 @@ from ssl_bench.evaluators import collapse, effective_rank, health
 from ssl_bench.launch import launch
 from ssl_bench.methods import layers
 from ssl_bench.methods.base import Method
+from ssl_bench.optim import freeze_, schedule_
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 LEARNING = [name for name in METHODS if name != "random"]
@@ -169,13 +170,17 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             assert torch.equal(first[key], second[key]), key
 
 
-def test_frozen_layers_stay_and_constant_rates_too() -> None:
-    from ssl_bench.optim import freeze_, schedule_
-
-    swav = make("swav")
-    optimizer = build.construct(compose("method=swav").optimizer, params=swav.param_groups(), batch_size=256)
+def optimizer_of(method: Method, batch_size: int, *overrides: str) -> torch.optim.Optimizer:
+    """With its rates noted, as `fit` does."""
+    optimizer = build.construct(compose(*overrides).optimizer, params=method.param_groups(), batch_size=batch_size)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
+    return optimizer
+
+
+def test_frozen_layers_stay_and_constant_rates_too() -> None:
+    swav = make("swav")
+    optimizer = optimizer_of(swav, 256, "method=swav")
     for epoch, moved in ((0.2, False), (0.4, True)):
         swav.begin(epoch, 2)
         before = swav.prototypes.weight.detach().clone()
@@ -183,24 +188,13 @@ def test_frozen_layers_stay_and_constant_rates_too() -> None:
         freeze_(optimizer, epoch)
         optimizer.step()
         assert torch.equal(swav.prototypes.weight, before) is not moved
-    simsiam = make("simsiam")
-    optimizer = build.construct(compose("method=simsiam").optimizer, params=simsiam.param_groups(), batch_size=512)
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
+    optimizer = optimizer_of(make("simsiam"), 512, "method=simsiam")
     schedule_(optimizer, 0.25, 1, 2)
     assert [group["lr"] for group in optimizer.param_groups] == [0.025, 0.1]
 
 
 def test_weight_decay_follows_its_cosine() -> None:
-    from ssl_bench.optim import schedule_
-
-    optimizer = build.construct(
-        compose("optimizer=adamw", "optimizer.final_weight_decay=0.4").optimizer,
-        params=make("supervised").param_groups(),
-        batch_size=256,
-    )
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
+    optimizer = optimizer_of(make("supervised"), 256, "optimizer=adamw", "optimizer.final_weight_decay=0.4")
     decays = []
     for epoch in (0, 5, 10):
         schedule_(optimizer, 1.0, epoch, 10)

@@ -451,21 +451,10 @@ class Folder(Dataset):
         return self._split(name, folder, digest, labels, _Decoder(paths, self.image_size), paths)
 
 
-class Images(Dataset):
+class Images(Folder):
     """Every image under ROOT as "pretrain", whatever the folders are called: what stage=predict looks at."""
 
-    num_classes = None
-
-    def __init__(
-        self,
-        root: str,
-        image_size: PositiveInt = 96,
-        on_error: OnError = "raise",
-        cache: str | None = None,
-        workers: PositiveInt | None = None,
-    ):
-        super().__init__(image_size, on_error, cache, workers)
-        self.root = root
+    class_names = ()
 
     def _list(self, name: str) -> Split:
         paths, digest, _ = _list_tree(Path(self.root).expanduser(), key="stage.images")

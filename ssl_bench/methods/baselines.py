@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from ssl_bench.methods import layers
 from ssl_bench.methods.base import Method, Output, health_of
 
 
@@ -29,5 +30,5 @@ class Supervised(Method):
         features = self.backbone(views[0])
         logits = self.fc(features)
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
-        loss = F.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, labels)
+        loss = layers.full_precision(F.cross_entropy)(logits, labels)
         return {"loss": loss, "accuracy": accuracy.detach(), "embeddings": health_of(features)}

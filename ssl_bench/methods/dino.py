@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ssl_bench import distributed
 from ssl_bench.fields import Fraction
+from ssl_bench.methods import layers
 from ssl_bench.methods.base import Method, Output, by_size, ema_, health_of, momentum_copy, rising
 
 
@@ -41,20 +42,19 @@ class DINOLoss(nn.Module):
         share = 1.0 if epoch >= epochs - 1 else epoch / (epochs - 1)
         self.temperature.fill_(start + (end - start) * share)
 
+    @layers.full_precision
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Student (V * N, K), teacher (2 * N, K), crop after crop -> mean over pairs of different crops."""
-        with torch.autocast(student.device.type, enabled=False):
-            student, teacher = student.to(self.center.dtype), teacher.detach().to(self.center.dtype)
-            predictions = F.log_softmax(student / self.student_temperature, dim=1).chunk(
-                2 * len(student) // len(teacher)
-            )
-            targets = F.softmax((teacher - self.center) / self.temperature, dim=1).chunk(2)
-            pairs = [
-                -(target * prediction).sum(dim=1).mean()
-                for i, target in enumerate(targets)
-                for j, prediction in enumerate(predictions)
-                if i != j
-            ]
+        teacher = teacher.detach()
+        num_crops = 2 * len(student) // len(teacher)
+        predictions = F.log_softmax(student / self.student_temperature, dim=1).chunk(num_crops)
+        targets = F.softmax((teacher - self.center) / self.temperature, dim=1).chunk(2)
+        pairs = [
+            -(target * prediction).sum(dim=1).mean()
+            for i, target in enumerate(targets)
+            for j, prediction in enumerate(predictions)
+            if i != j
+        ]
         if self.training:
             batch_center = distributed.mean(teacher.mean(dim=0, keepdim=True))
             self.center.lerp_(batch_center, 1 - self.center_momentum)

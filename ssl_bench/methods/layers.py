@@ -107,10 +107,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over the batches of all ranks, on any device: torch's own knows no CPU. Same state as batch norm."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or distributed.world_size() == 1:
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
-            )
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
         wide = x.float() if x.dtype in (torch.bfloat16, torch.half) else x
         mean = distributed.mean_with_grad(wide.mean(dims))  # every rank has as many images

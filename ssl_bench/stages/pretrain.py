@@ -85,7 +85,8 @@ def online(
         labels = data.split("train").labels
     except UserError:
         labels = None
-    if labels is None or np.unique(labels, return_counts=True)[1].min() < 2 or len(np.unique(labels)) < 2:
+    counts = np.unique([] if labels is None else labels, return_counts=True)[1]
+    if len(counts) < 2 or counts.min() < 2:
         log.info("no labelled images to judge the features by while they are learnt")
         return None
     rng = np.random.default_rng(fold(cfg.seed, "online"))
@@ -93,12 +94,13 @@ def online(
     counts = np.bincount(labels[chosen])
     chosen = chosen[counts[labels[chosen]] > 1]  # a class with one image can't be both learnt and asked for
     source = open_source(cfg, run, data, "train", chosen)
-    asked = torch.from_numpy(hold_out(source.labels[source.rows], 0.2, cfg.seed))
+    labels = source.labels[source.rows]
+    asked = torch.from_numpy(hold_out(labels, 0.2, cfg.seed))
     test_view = EvalView(views.image_size, 1.0, *normalization(cfg)).to(run.device)
 
     def evaluate() -> dict[str, float]:
         features = extract_all(cfg, run, model.backbone.eval(), source, lambda images, indices: test_view(images))
-        return knn_and_ridge(features, torch.from_numpy(source.labels[source.rows]), asked)
+        return knn_and_ridge(features, torch.from_numpy(labels), asked)
 
     return evaluate
 

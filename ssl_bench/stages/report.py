@@ -1,7 +1,6 @@
 """Stage report: runs as a page, a text and a file of results."""
 
 import logging
-from hashlib import file_digest
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from ssl_bench.data.formats import Dataset
 from ssl_bench.data.source import Source
 from ssl_bench.engine import extract
 from ssl_bench.errors import UserError
-from ssl_bench.probe import LinearProbe
+from ssl_bench.probe import restored
 from ssl_bench.report import markdown
 from ssl_bench.results import Board, Group, Ran
 from ssl_bench.run import Run
@@ -132,8 +131,7 @@ def view_pictures(boards: list[Board]) -> dict[str, tuple[Path, list[str]]]:
     for board in boards:
         for group in board.groups:
             for path in [path for ran in group.runs if (path := ran.directory / "views.png").exists()][:1]:
-                with open(path, "rb") as file:
-                    pictures.setdefault(file_digest(file, "sha256").hexdigest(), (path, []))[1].append(group.name)
+                pictures.setdefault(files.digest(path), (path, []))[1].append(group.name)
     return pictures
 
 
@@ -188,8 +186,7 @@ def look(run: Run, detail: page.Detail, ran: Ran, source: Source) -> None:
         detail.features = features.numpy()
     if "fc.weight" not in state or detail.split != "val":
         return
-    probe = LinearProbe(backbone, len(state["fc.weight"]), "norm.running_mean" in state).eval().cpu()
-    probe.load_state_dict({key: state[key] for key in probe.state_dict()})
+    probe = restored(backbone, state)
     with torch.no_grad():
         predicted = probe.fc(probe.norm(features)).argmax(dim=1)
     top1 = 100 * (predicted == labels).double().mean().item()

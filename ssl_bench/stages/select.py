@@ -21,7 +21,7 @@ from ssl_bench.augment.views import EvalView
 from ssl_bench.data.source import Source
 from ssl_bench.data.store import Split
 from ssl_bench.errors import UserError
-from ssl_bench.probe import LinearProbe
+from ssl_bench.probe import restored
 from ssl_bench.run import Run
 from ssl_bench.seeding import fold
 from ssl_bench.stages.evaluation import check_directory, digest, load_pretrained, log_result
@@ -144,8 +144,7 @@ def compute(
 @torch.no_grad()
 def margins(state: dict[str, Tensor], backbone: nn.Module, features: np.ndarray, rows: np.ndarray) -> Tensor:
     """(M,): the margin of a trained LinearProbe's two likeliest classes, for these rows of the features (N, dim)."""
-    probe = LinearProbe(backbone, len(state["fc.weight"]), normalize="norm.running_mean" in state).cpu().eval()
-    probe.load_state_dict({key: state[key] for key in probe.state_dict()})
+    probe = restored(backbone, state)
     result = torch.empty(len(rows))  # first: small pieces that stay keep the system's allocator from using memory again
     for part, now in zip(torch.from_numpy(rows).split(selection.ROWS), result.split(selection.ROWS), strict=True):
         now.copy_(selection.margin(probe.fc(probe.norm(torch.from_numpy(features[part]).float()))))
