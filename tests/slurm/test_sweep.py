@@ -64,18 +64,20 @@ def assert_table_is_right(root: Path) -> None:
     assert sorted(map(len, losses.values())) == [2, 2, 2, 2]
     with open(root / "table.csv") as file:
         header, *rows = csv.reader(file)
-    assert header == ["method.temperature", "optimizer.base_lr", "loss mean", "loss std", "finished", "members"]
+    keys = ["method.temperature", "optimizer.base_lr", "loss mean", "loss std"]
+    assert header == [*keys, "images_per_second", "memory_gb", "finished", "members"]
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (root / "table.md").read_text().splitlines()]
     means = [float(row[2]) for row in rows]
     assert means == sorted(means)  # of a loss the smallest is the best
-    for temperature, rate, mean, std, *counts in rows:
+    for temperature, rate, mean, std, speed, _, *counts in rows:
         values = losses.pop((temperature, rate))
         assert float(mean) == pytest.approx(statistics.mean(values))
         assert float(std) == pytest.approx(statistics.stdev(values))
+        assert float(speed) > 0
         assert counts == ["2", "2"]
         (shown,) = (cells for cells in table if cells[:2] == [temperature, rate])
         decimals = len(shown[2].rpartition(".")[2])
-        assert shown[2:] == [f"{statistics.mean(values):.{decimals}f} ± {statistics.stdev(values):.{decimals}f}", "2"]
+        assert shown[2:4] == [f"{statistics.mean(values):.{decimals}f} ± {statistics.stdev(values):.{decimals}f}", "2"]
         assert float(shown[2].rpartition(" ")[2]) == pytest.approx(statistics.stdev(values), rel=0.05)
 
 
