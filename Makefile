@@ -4,6 +4,8 @@ VENV ?= .venv
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 RUN = $(VENV)/bin/
+# a worker for each core: most tests wait for a command that uses one; a worker needs about 1 GB
+PYTEST = $(RUN)python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
 
 .PHONY: quickstart test quicktest lint bench
 
@@ -11,10 +13,10 @@ quickstart: $(VENV)/.installed
 	$(RUN)ssl-bench experiment=quickstart
 
 test: $(VENV)/.installed-test
-	$(RUN)python -m pytest
+	$(PYTEST)
 
 quicktest: $(VENV)/.installed-test
-	$(RUN)python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.installed-test
 	$(RUN)ruff check .

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -76,7 +76,7 @@ def overview(path: str | Path, *args: Any, **kwargs: Any) -> None:
 def figure(
     title: str,
     curves: dict[str, list[dict[str, float]]],
-    views: torch.Tensor | None,
+    views: "torch.Tensor | None",
     features: np.ndarray,
     labels: np.ndarray,
     rows: dict[str, list[float]],
@@ -172,7 +172,7 @@ def _accuracies(axes: "Axes", rows: dict[str, list[float]], colours: dict[str, s
     axes.set(xlabel=f"top-1 (%){spread}", title="Linear on frozen features")
 
 
-def _views(axes: "Axes", views: torch.Tensor) -> None:
+def _views(axes: "Axes", views: "torch.Tensor") -> None:
     num_views, num_images, _, size, _ = views.shape
     # Wrapped into blocks of columns, as many as fill the panel best.
     blocks = min(

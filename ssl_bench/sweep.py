@@ -53,6 +53,14 @@ class Member:
         return Path(self.cwd, self.config["dir"])
 
     @property
+    def output(self) -> Path | None:
+        """Of the process or the Slurm job that it has of its own."""
+        path = self.file.parents[1] / ".submitit" / self.job if self.job else self.file.with_suffix(".log")
+        if not path.exists():
+            return None
+        return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+    @property
     def failure(self) -> str | None:
         try:
             return json.loads(self._failed.read_text())["reason"]
@@ -118,6 +126,9 @@ class State(NamedTuple):
     name: str  # finished, running, pending, failed, stopped (it will continue), waiting, or Slurm's word
     note: str = ""
 
+    def __str__(self) -> str:
+        return ": ".join(filter(None, self))
+
 
 def states(members: Sequence[Member]) -> list[State]:
     jobs = [member.job for member in members if member.job]
@@ -132,12 +143,16 @@ def _state(member: Member, queue: dict[str, State], ended: dict[str, str]) -> St
     if member.job in queue:
         return queue[member.job]
     if reason := member.failure:
-        return State("failed", reason)
+        return State("failed", "; ".join(filter(None, [reason, _see(member)])))
     if locked(member.directory / ".lock"):
         return State("running")
     if (word := ended.get(member.job or "", "completed")) != "completed":
-        return State(word, f"logs: {member.file.parents[1]}/.submitit/{member.job}")
+        return State(word, _see(member))
     return State("stopped" if any(member.directory.glob("checkpoints/step*.pt")) else "waiting")
+
+
+def _see(member: Member) -> str:
+    return f"see {member.output}" if member.output else ""
 
 
 def queued() -> dict[str, State] | None:
@@ -180,22 +195,22 @@ def locked(path: Path) -> bool:
 # -- for people --------------------------------------------------------------------------------------------------------
 
 
-def overview(members: Sequence[Member], states: Sequence[State]) -> str:
-    """A line a member: state, step, the newest value of its metric."""
-    from ssl_bench import report  # imports torch
+def overview(members: Sequence[Member], states: Sequence[State], metric: str | None = None) -> str:
+    """A line a member: state, step, the newest value of the metric, by default of its own."""
+    from ssl_bench import report  # imports numpy
 
     rows = []
     for member, state in zip(members, states, strict=True):
         lines = MetricsFile.read(path) if (path := member.directory / "metrics.jsonl").exists() else []
-        step = metric = ""
+        step = value = ""
+        shown = metric or member.config["metric"]
         if lines:
             done, epoch = lines[-1]["step"], lines[-1]["epoch"]
             step = f"{done:,}/{round(done / epoch * member.config['epochs']):,}"
-        result = {**next((line for line in reversed(lines) if member.config["metric"] in line), {})}
-        result |= member.result() or {}
-        if member.config["metric"] in result:
-            metric = f"{member.config['metric']} {result[member.config['metric']]:.4g}"
-        rows.append([member.name, state.name, step, metric, " ".join(state.note.split())])
+        result = next((line for line in reversed(lines) if shown in line), {}) | (member.result() or {})
+        if shown in result:
+            value = f"{shown} {result[shown]:.4g}"
+        rows.append([member.name, state.name, step, value, " ".join(state.note.split())])
     return report.markdown(["member", "state", "step", "metric", ""], rows)
 
 
@@ -232,7 +247,7 @@ def write_table(folder: Path, members: Sequence[Member], metric: str | None = No
     shown = [
         [
             *combination,
-            _number(mean) + ("" if math.isnan(std) else f" ± {std:.2g}"),
+            _mean_std(mean, std),
             f"{n}" if n == of else f"{n} of {of}",
             *(_number(value) for key, value in zip(COST, cost, strict=True) if key in costs),
         ]
@@ -254,3 +269,11 @@ def _mean(values: list[float]) -> float:
 
 def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.4g}"
+
+
+def _mean_std(mean: float, std: float) -> str:
+    """To the second digit of the deviation."""
+    if math.isnan(std):
+        return "" if math.isnan(mean) else f"{mean:.4g}"
+    decimals = min(max(0, 1 - math.floor(math.log10(std))), 6) if std else 3
+    return f"{mean:.{decimals}f} ± {std:.{decimals}f}"

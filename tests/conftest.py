@@ -9,6 +9,16 @@ from pathlib import Path
 import pytest
 
 
+# Several workers at once (make test): torch's threads would wait for each other by spinning, on cores that others need.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long comes first, so that no worker is left with it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["SSL_BENCH_CACHE"] = str(tmp_path_factory.mktemp("cache"))

@@ -13,8 +13,12 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import TINY_PRETRAIN, Command
+from test_config import compose
 
+from hydra_plugins.ssl_bench_launchers import _stage
 from ssl_bench import sweep
+from ssl_bench.errors import UserError
+from ssl_bench.launch import launch
 
 # Says what it was given, and takes its time.
 MINE = """
@@ -68,7 +72,7 @@ def test_table(tmp_path: Path) -> None:
         ["method.temperature", "loss", "seeds"],
         ["0.2", "1.25 ± 0.35", "2"],
         ["0.3", "2", "1 of 2"],
-        ["0.1", "3.5 ± 0.71", "2"],
+        ["0.1", "3.50 ± 0.71", "2"],
         ["0.4", "", "0 of 1"],
     ]
     with open(folder / "table.csv") as file:
@@ -87,10 +91,30 @@ def test_a_result_of_another_configuration_is_none(tmp_path: Path) -> None:
     assert done.result() is None
 
 
-def test_status_needs_a_sweep(ssl_bench: Command) -> None:
-    result = ssl_bench("stage=status", "runs=nowhere")
-    assert result.returncode == 2
-    assert "runs=nowhere: no sweep there; name the folder of one" in result.stderr
+def test_status_needs_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^runs=None: no sweep there; name the folder of one, like runs="):
+        launch(compose("stage=status"))
+    member(tmp_path / "sweep", {"loss": 1.0}, "seed=0")
+    with pytest.raises(UserError, match=r"^runs=sweeep: no sweep there; name the folder of one: runs=sweep$"):
+        launch(compose("stage=status", "runs=sweeep"))
+    with pytest.raises(UserError, match=r"^metric=los: no such value; did you mean metric=loss"):
+        launch(compose("stage=status", "runs=sweep", "metric=los"))
+
+
+def test_status_of_several_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    member(tmp_path / "one", {"loss": 1.0, "top1": 50.0}, "seed=0")
+    member(tmp_path / "two", None, "seed=0").fail("out of luck")
+    (tmp_path / "two" / ".submitit" / "7").mkdir(parents=True)
+    of_a_job = member(tmp_path / "two", None, "seed=1")
+    of_a_job.job = "7"
+    of_a_job.save()
+    of_a_job.fail("again")
+    launch(compose("stage=status", f"runs=[{tmp_path}/one,{tmp_path}/two]", "metric=top1"))
+    text = capsys.readouterr().out
+    assert re.search(r"/one\n\n\|.*\|\n.*\n.*\| finished \| +\| top1 50 \|", text)
+    assert re.search(r"\| failed \| +\| +\| out of luck +\|", text)
+    assert f"| again; see {tmp_path}/two/.submitit/7 |" in text
 
 
 @pytest.mark.slow
@@ -107,7 +131,9 @@ def test_only_what_is_missing_is_done_again(ssl_bench: Command, tmp_path: Path) 
     assert "0 finished, 0 under way, 2 to start" in ssl_bench(*command).stderr
     again = ssl_bench(*command)
     assert "1 finished, 0 under way, 1 to start" in again.stderr
-    assert re.search(r"1 of 2 members are not finished:\n\S+: failed batch_size=2000 is larger", again.stderr)
+    reported = r"1 of 2 members are not finished; .*:\n\S+: failed: batch_size=2000 is larger"
+    assert re.search(reported, again.stderr)
+    assert "Error executing job" not in again.stderr  # Hydra's, with every override
     status = ssl_bench("stage=status", "runs=runs/sweeps/pretrain", check=True).stdout
     assert re.search(r"\| failed +\| +\| +\| batch_size=2000 is larger", status)
     assert re.search(r"\| finished \| 10/10 +\| loss ", status)
@@ -123,7 +149,7 @@ def test_workstation(ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.Mon
     command = ["launcher=workstation", "device=cpu", *TINY_PRETRAIN, "method._target_=mine.Mine", "save_every=1000"]
     command += ["seed=0,1,2"]
     started = subprocess.Popen(
-        [sys.executable, "-m", "ssl_bench.train", *command], cwd=tmp_path, env=os.environ | {"PAUSE": "0.5"}
+        [sys.executable, "-m", "ssl_bench.train", *command], cwd=tmp_path, env=os.environ | {"PAUSE": "2"}
     )
     runs, deadline = tmp_path / "runs" / "sweeps" / "pretrain", time.monotonic() + 120
     while sum(path.read_bytes().count(b"\n") >= 2 for path in runs.glob("*/metrics.jsonl")) < 2:
@@ -148,17 +174,47 @@ def test_workstation(ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.Mon
     assert sum("continuing after step" in path.read_text() for path in runs.glob("*/log.txt")) == 2
 
 
+def test_an_archive_is_copied_once_to_each_node(tmp_path: Path) -> None:
+    def stage() -> subprocess.CompletedProcess:
+        script = "srun() { shift 4; " + '"$@"; }; ' + _stage(f"{tmp_path}/images.sqsh", f"{tmp_path}/node")
+        env = os.environ | {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1"}
+        return subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
+
+    copy = tmp_path / "node" / "images.sqsh"
+    missing = stage()
+    assert (missing.returncode, copy.exists()) == (1, False)
+    assert "images.sqsh': No such file" in missing.stderr
+    for text in ("images", "images once more"):
+        (tmp_path / "images.sqsh").write_text(text)
+        assert stage().returncode == 0
+        assert copy.read_text() == text
+        first = copy.stat().st_ino
+        assert stage().returncode == 0
+        assert copy.stat().st_ino == first
+    assert [path.name for path in copy.parent.iterdir()] == ["images.sqsh"]
+
+
 @pytest.mark.slow
-def test_search(ssl_bench: Command, tmp_path: Path) -> None:
-    """Optuna chooses by the metric that the stage returns, and finds what the table finds."""
+def test_an_archive_that_is_not_there(ssl_bench: Command) -> None:
+    result = ssl_bench("launcher=nyu_t4x2", *TINY_PRETRAIN)
+    assert result.returncode == 2
+    assert "hydra.launcher.stage_in: no file student_dataset.sqsh; give the path" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("space", "trials"), [("interval(0.05,0.5)", 2), ("choice(0.1,0.2)", 3)])
+def test_search(ssl_bench: Command, tmp_path: Path, space: str, trials: int) -> None:
+    """Optuna chooses by the metric that the stage returns, and finds what the table finds; it may ask for one twice."""
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper")
-    sweeper = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2"]
+    sweeper = ["hydra/sweeper=optuna", f"hydra.sweeper.n_trials={2 * trials}", f"hydra.sweeper.n_jobs={trials}"]
     words = [*TINY_PRETRAIN, "epochs=1", "sweep=search", "hydra.sweeper.direction=minimize"]
-    ssl_bench("-m", *words, *sweeper, "method.temperature=interval(0.05,0.5)", check=True)
+    ssl_bench("-m", *words, *sweeper, f"method.temperature={space}", check=True)
     folder = tmp_path / "runs" / "sweeps" / "search"
     with open(folder / "table.csv") as file:
         rows = list(csv.DictReader(file))
     best = yaml.safe_load((folder / "optimization_results.yaml").read_text())
-    assert len(rows) == 4
+    runs = [path.parent.name for path in folder.glob("*/summary.json")]
+    assert len(rows) == len(runs) == (4 if space.startswith("interval") else 2)
+    assert all("temperature-0." in run for run in runs)
     assert float(rows[0]["loss mean"]) == best["best_value"]
     assert float(rows[0]["method.temperature"]) == best["best_params"]["method.temperature"]

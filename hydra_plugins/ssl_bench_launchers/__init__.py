@@ -33,6 +33,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("ssl_bench.sweep")
 
 
+class _Failed(JobReturn):
+    """Hydra's own writes all overrides to stderr before it raises."""
+
+    @property
+    def return_value(self) -> Any:
+        raise self._return_value
+
+
 class _SweepLauncher(Launcher):
     """Members are composed at the start and run from that copy; finished ones are left alone; files tell the rest."""
 
@@ -47,15 +55,16 @@ class _SweepLauncher(Launcher):
 
         folder = Path(self.config.hydra.sweep.dir)
         conf = self._freeze_files(folder.absolute() / ".members")
-        members = [self._compose(folder.absolute(), conf, list(overrides)) for overrides in job_overrides]
+        asked = [self._compose(folder.absolute(), conf, list(overrides)) for overrides in job_overrides]
+        members = list({member.file: member for member in asked}.values())  # an optimiser may ask for one twice
         if len(directories := {member.directory for member in members}) < len(members):
             same = next(str(path) for path in directories if sum(path == m.directory for m in members) > 1)
             raise UserError(
                 f"dir={same} is that of several members: leave out dir=, or sweep over what tells them apart"
             )
         # Without Slurm here, jobs of earlier commands can't be seen; the lock of the run directory keeps them apart.
-        asked = shutil.which("squeue") and any(member.job and member.result() is None for member in members)
-        queue = sweep.queued() if asked else {}
+        jobs = shutil.which("squeue") and any(member.job and member.result() is None for member in members)
+        queue = sweep.queued() if jobs else {}
         if queue is None:
             raise UserError("squeue doesn't answer, and earlier jobs of this sweep may still be there: try again later")
         todo = [member for member in members if member.result() is None and member.job not in queue]
@@ -71,7 +80,11 @@ class _SweepLauncher(Launcher):
         # Here and not in Hydra's on_multirun_end, which isn't called when a member has failed.
         if table := sweep.write_table(folder, sweep.members(folder)):
             print(f"\n{table}\n\n{folder / 'table.md'}, {folder / 'table.csv'}")
-        return self._returns(members)
+        return self._returns(asked)
+
+    @property
+    def _is_grid(self) -> bool:
+        return self.config.hydra.sweeper._target_.endswith("BasicSweeper")
 
     @abstractmethod
     def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
@@ -81,6 +94,8 @@ class _SweepLauncher(Launcher):
         from ssl_bench.errors import UserError
         from ssl_bench.sweep import Member, name
 
+        if not self._is_grid:  # what was chosen comes last, as on a command line: names have room for so many
+            overrides.sort(key=lambda word: word not in self.config.hydra.overrides.task)
         cfg = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
         HydraConfig.instance().set_config(cfg)  # for the resolver of `dir`
         config = OmegaConf.to_container(
@@ -120,11 +135,15 @@ class _SweepLauncher(Launcher):
 
         results = [member.result() for member in members]
         states = sweep.states(members) if None in results else [sweep.State("finished")] * len(members)
-        pairs = zip(members, states, strict=True)
-        ended = [f"{m.name}: {s.name} {s.note}".rstrip() for m, s in pairs if s.name != "finished"]
-        failure = UserError(f"{len(ended)} of {len(members)} members are not finished:\n" + "\n".join(ended))
-        returns = []
+        by_name = {member.name: state for member, state in zip(members, states, strict=True)}
+        ended = [f"{name}: {state}" for name, state in by_name.items() if state.name != "finished"]
+        of = f"{len(ended)} of {len(by_name)} members are not finished; the same command runs only those:\n"
+        failure = UserError(of + "\n".join(ended))
+        returns: list[JobReturn] = []
         for member, result in zip(members, results, strict=True):
+            if result is None and self.wait:
+                returns.append(_Failed(member.overrides, status=JobStatus.FAILED, _return_value=failure))
+                continue
             done = JobReturn(overrides=member.overrides, status=JobStatus.COMPLETED)
             if result is not None and (metric := member.config["metric"]) is not None:
                 if metric not in result:
@@ -132,8 +151,6 @@ class _SweepLauncher(Launcher):
                         f"metric={metric}: {member.name} has no such value; choose from {', '.join(result)}"
                     )
                 done.return_value = float(result[metric])
-            elif result is None and self.wait:
-                done.status, done.return_value = JobStatus.FAILED, failure
             returns.append(done)
         return returns
 
@@ -190,7 +207,7 @@ class Workstation(_SweepLauncher):
                         )
                     os.sched_setaffinity(process.pid, mine)  # before it has any threads
                     running[process] = member, slot
-                    log.info("started: %s (log: %s)", member.name, member.file.with_suffix(".log"))
+                    log.info("started: %s (see %s)", member.name, member.output)
                 for process in [process for process in running if process.poll() is not None]:
                     member, slot = running.pop(process)
                     slots.append(slot)
@@ -217,10 +234,16 @@ def visible_gpus() -> list[str]:
 
 
 def tell(member: "Member", status: int = 0) -> None:
+    """What became of it; status: of its process."""
+    from ssl_bench import sweep
+
     if (result := member.result()) is not None:
-        log.info("finished: %s  %s", member.name, ", ".join(f"{key} {value:.4g}" for key, value in result.items()))
+        metric = member.config["metric"]
+        log.info("finished: %s%s", member.name, f"  {metric} {result[metric]:.4g}" if metric in result else "")
     else:
-        log.warning("not finished: %s  %s", member.name, member.failure or (f"exit status {status}" if status else ""))
+        (state,) = sweep.states([member])
+        how = f"  exit status {status}" if status and not state.note else ""
+        log.warning("not finished: %s  %s%s", member.name, state, how)
 
 
 class Slurm(_SweepLauncher):
@@ -242,6 +265,7 @@ class Slurm(_SweepLauncher):
         **parameters: Any,
     ) -> None:
         self.wait, self.folder, self.max_num_timeout = wait, Path(submitit_folder).absolute(), max_num_timeout
+        self.stage_in = stage_in
         inside = python or ("python" if container else shlex.quote(sys.executable))
         words = [_quoted(word) for word in container]
         if env_script:
@@ -286,8 +310,11 @@ class Slurm(_SweepLauncher):
         from ssl_bench.errors import UserError
         from ssl_bench.member import SlurmTask
 
-        if not self.wait and not self.config.hydra.sweeper._target_.endswith("BasicSweeper"):
+        if not self.wait and not self._is_grid:
             raise UserError("hydra.launcher.wait=false: this sweeper chooses by results; leave it out")
+        for file in map(Path, self.stage_in):
+            if "$" not in str(file) and file.parent.is_dir() and not file.exists():  # else the nodes may see it
+                raise UserError(f"hydra.launcher.stage_in: no file {file}; give the path of what each node copies")
         if todo:
             try:
                 init = {"slurm_max_num_timeout": self.max_num_timeout, "slurm_python": self.python}
@@ -308,8 +335,16 @@ class Slurm(_SweepLauncher):
                 member.job = job.job_id
                 member.save()
             log.info("submitted: %s", " ".join(job.job_id for job in jobs))
+            options = self.parameters["additional_parameters"]
+            if elsewhere := [options[key] for key in ("output", "error") if key in options]:
+                log.info("output of their batch scripts: %s", " ".join(elsewhere))
         if self.wait:
-            self._wait(todo + under_way)
+            try:
+                self._wait(todo + under_way)
+            except KeyboardInterrupt:
+                jobs = " ".join(member.job for member in todo + under_way if member.result() is None)
+                log.warning("the jobs go on; the same command waits for them again, this ends them: scancel %s", jobs)
+                raise
 
     def _wait(self, members: list["Member"]) -> None:
         """A job has ended when Slurm lists it no more, twice in a row: a requeued one is listed again."""
@@ -337,8 +372,8 @@ def _stage(file: str, folder: str) -> str:
     """Shell: copy a file to each node's disk, where it isn't there yet; a copy that was cut off is never used."""
     target = f"{folder.rstrip('/')}/{Path(file).name}"
     script = (
-        f'mkdir -p "{folder}"; have=$(stat -Lc "%s %Y" "{target}" 2>/dev/null); '
-        f'if [ "$have" != "$(stat -Lc "%s %Y" "{file}")" ]; then '
+        f'mkdir -p "{folder}" && file=$(stat -Lc "%s %Y" "{file}") || exit 1; '
+        f'if [ "$file" != "$(stat -Lc "%s %Y" "{target}" 2>/dev/null)" ]; then '
         f'cp -pL "{file}" "{target}.$SLURM_JOB_ID" && mv "{target}.$SLURM_JOB_ID" "{target}"; fi'
     )
     once_a_node = "--nodes=$SLURM_JOB_NUM_NODES --ntasks=$SLURM_JOB_NUM_NODES --ntasks-per-node=1 --overlap"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ssl_bench import sweep
+from ssl_bench import build, sweep
 from ssl_bench.errors import UserError
 from ssl_bench.run import Run
 
@@ -15,12 +15,25 @@ def status(cfg: DictConfig, run: Run) -> dict[str, float]:
     UserError where there is no sweep.
     """
     counts: dict[str, float] = {}
-    for path in [cfg.runs] if isinstance(cfg.runs, str) else cfg.runs or [None]:
+    paths = [cfg.runs] if isinstance(cfg.runs, str) else cfg.runs or [None]
+    for path in paths:
         members = sweep.members(Path(path)) if path else []
         if not members:
-            raise UserError(f"runs={path}: no sweep there; name the folder of one, like runs=runs/sweeps/pretrain")
+            near = Path(path or "runs/sweeps")
+            found = sorted({*near.glob("*/.members"), *near.parent.glob("*/.members")})
+            hint = (
+                ": " + ", ".join(f"runs={folder.parent}" for folder in found)
+                if found
+                else ", like runs=runs/sweeps/lincls"
+            )
+            raise UserError(f"runs={path}: no sweep there; name the folder of one{hint}")
+        known = list(dict.fromkeys(key for member in members for key in member.result() or {}))
+        if known and cfg.metric and cfg.metric not in known:
+            raise UserError(build.unknown("value", f"metric={cfg.metric}", [f"metric={key}" for key in known]))
         states = sweep.states(members)
-        print(sweep.overview(members, states))
+        if len(paths) > 1:
+            print(f"\n{path}\n")
+        print(sweep.overview(members, states, cfg.metric))
         if shown := sweep.write_table(Path(path), members, cfg.metric):
             print(f"\n{shown}")
         for state in states:

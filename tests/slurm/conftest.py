@@ -42,11 +42,13 @@ class Mine(MoCo):
 CLUSTER = ["launcher=slurm", "hydra.launcher.gres=null", "hydra.launcher.cpus_per_task=1"]
 
 
+@pytest.hookimpl(tryfirst=True)  # the groups are read by another such hook, and the order by a third
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slurm)
             item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.xdist_group("slurm"))  # one cluster
 
 
 @pytest.fixture(scope="session")

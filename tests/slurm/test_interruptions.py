@@ -157,13 +157,15 @@ def test_interrupted(slurm: Cluster, tmp_path: Path, whole: Callable[..., tuple]
 
 def test_a_lost_node(sweeps: Sweeps, slurm: Cluster, whole: Callable[..., tuple]) -> None:
     """No warning reaches the run: what it did since the last checkpoint is done again."""
-    process = sweeps.start(*LONG, "save_every=10", PAUSE="0.5")
+    process = sweeps.start(*LONG, "save_every=10", PAUSE="0.8")  # the task outlives its daemon: not to its end
     job = sweeps.wait_for_step(AT, process)
     slurm.kill_node()
     wait(lambda: slurm.jobs().get(job) != "RUNNING", 60)
     slurm.start_node()
     result = ended(process)
     assert result.returncode == 0, result.stderr
+    (saved,) = continued_after(sweeps.run())
+    assert 10 <= saved < STEPS
     assert_as_if_nothing_happened(sweeps.run(), whole())
 
 
