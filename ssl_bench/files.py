@@ -2,7 +2,13 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
+
+
+def places(given: str | Sequence[str] | None) -> list[Path]:
+    """The paths of a setting like `runs`: one, or a list of them."""
+    return [Path(path).expanduser() for path in ([given] if isinstance(given, str) else given or ())]
 
 
 def write(path: Path, text: str) -> None:

@@ -64,6 +64,7 @@ WAITING = sweep.State("waiting")
 PRETRAINING = "pretraining_"  # before the metrics of what an evaluation stands on
 COSTS = ("hours", "images_per_second", "memory_gb", f"{PRETRAINING}hours", f"{PRETRAINING}images_per_second")
 BESIDE = ("step", "epoch", "images_seen", "lr", "weight_decay", "grad_norm", "data_wait")  # no results
+BESIDE += ("k", "temperature")
 
 
 def unit(metric: str) -> Unit:
@@ -122,6 +123,19 @@ class Ran:
     @property
     def seed(self) -> int:
         return self.config["seed"]
+
+    @property
+    def weights(self) -> Path | None:
+        """Its newest checkpoint, where that holds a network."""
+        return None if self.stage == "predict" else next(iter(checkpoint.complete(self.directory)), None)
+
+    @property
+    def labels(self) -> str:
+        """Which part of the labels it was given; "" for all."""
+        stage = self.config["stage"]
+        if stage.get("labels_per_class"):
+            return f"{stage['labels_per_class']} labels a class"
+        return f"{100 * stage['label_fraction']:g} % of the labels" if stage.get("label_fraction") else ""
 
     @property
     def device(self) -> str:
@@ -186,10 +200,10 @@ class Ran:
         return "raw pixels" if (self.config.get("backbone") or {}).get("name") == "pixels" else "random init"
 
 
-def find(paths: Iterable[str]) -> list[Ran]:
+def find(paths: Iterable[Path]) -> list[Ran]:
     """Every run at or below the paths; members that wait, too. UserError where there is none."""
     runs: dict[Path, Ran] = {}
-    for path in map(Path, paths):
+    for path in paths:
         found = {file.parent for file in path.rglob("metrics.jsonl") if file.with_name("config.yaml").exists()}
         runs |= {directory.resolve(): Ran.read(directory) for directory in sorted(found)}
         for folder in sorted(file.parent for file in path.rglob(".members")):
@@ -216,6 +230,24 @@ def _pretraining(ran: Ran, runs: dict[Path, Ran]) -> Ran | None:
         return Ran.read(folder)
     moved = [run for directory, run in runs.items() if directory.parts[-2:] == folder.parts[-2:]]
     return moved[0] if len(moved) == 1 else None
+
+
+def of(weights: Path) -> Ran | None:
+    """The run that wrote this checkpoint, if it is finished."""
+    folder = weights.absolute().parent
+    finished = folder.name == "checkpoints" and folder.with_name("summary.json").is_file()
+    return Ran.read(folder.parent) if finished else None
+
+
+def measured(runs: Iterable[Ran], weights: Path) -> list[Ran]:
+    """The finished evaluations of the network in this very file."""
+    return [
+        ran
+        for ran in runs
+        if "val_top1" in (ran.summary or {})
+        and ran.config.get("pretrained")
+        and Path(ran.config["pretrained"]).resolve() == weights.resolve()
+    ]
 
 
 # -- groups of them ----------------------------------------------------------------------------------------------------
@@ -403,6 +435,17 @@ def table(rows: Sequence[dict], wanted: Sequence[str]) -> str:
     """Markdown: the name of each row and these columns, mean ± std over its n seeds."""
     header = ["", *map(heading, wanted)]
     return markdown(header, [[row["name"], *(cell(row, column) for column in wanted)] for row in rows], len(wanted))
+
+
+def evaluations(runs: Sequence[Ran]) -> list[dict]:
+    """A row for each kind of evaluation that these runs of one network are, named by its stage and its labels; where a
+    stage has several, by what differs, too."""
+    rows = []
+    for board in boards(runs):
+        for group, row in zip(board.groups, board.rows, strict=True):
+            words = [board.title, group.runs[0].labels, row["name"] if len(board.groups) > 1 else ""]
+            rows.append(row | {"name": ", ".join(filter(None, words))})
+    return rows
 
 
 def save(path: Path, rows: Sequence[dict], **remarks: Any) -> None:

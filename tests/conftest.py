@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-
 # Several workers at once (make test): torch's threads would wait for each other by spinning, on cores that others need.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -23,6 +23,7 @@ from ssl_bench import backbones, interop, zoo
 from ssl_bench.checkpoint import Checkpoint
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import UserError
+from ssl_bench.files import digest
 from ssl_bench.interop import load_backbone, load_classifier
 from ssl_bench.launch import launch
 from ssl_bench.probe import LinearProbe
@@ -151,10 +152,10 @@ def test_without_onnx_it_says_what_to_install(
 def test_the_card_has_the_recipe_and_the_numbers(place: Path, tmp_path: Path) -> None:
     card = (export(place / "moco", tmp_path / "out", f"runs={place}") / "README.md").read_text()
     scores = [json.loads((place / "lincls" / f"seed{i}" / "summary.json").read_text())["val_top1"] for i in (0, 1)]
-    (row,) = [line for line in card.splitlines() if line.startswith("| lincls")]
+    (row,) = [line for line in card.splitlines() if line.startswith("| Linear")]
     assert f" {np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f} |" in row
     assert row.split("|")[-2].strip() == "2"
-    assert "5 a class" in card
+    assert "| Fine-tuning, 5 labels a class " in card
     recipe = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
     assert (recipe["method"]["queue_size"], recipe["backbone"]["width"], recipe["epochs"]) == (20, 8, 1)
     assert str(place) not in card  # nothing of this machine
@@ -179,7 +180,7 @@ def test_an_export_is_repeated_and_nothing_else_is_overwritten(place: Path, tmp_
         (["stage=predict", "stage.images=."], "stage=predict needs weights: type pretrained=..."),
         (["stage=export", "pretrained={file}"], "doesn't say which of our networks it is of: type backbone="),
         (["stage=export", "pretrained={place}/moco", "runs={place}/moco"], "none of its 1 runs measured"),
-        (["stage=export", "pretrained={place}/moco", "runs={place}/data"], "no finished run at or below it"),
+        (["stage=export", "pretrained={place}/moco", "runs={place}/data"], "no run at or below it"),
         (["stage=predict", "pretrained={place}/moco", "stage.images=/no"], "stage.images=/no: no such folder"),
         (["stage=predict", "pretrained={place}/moco", "stage.images={place}/knn"], "stage.images= sets the folder"),
         (["stage=predict", "pretrained={place}/moco", "stage.images=.", "stage.features=false"], "has no classifier"),
@@ -308,8 +309,9 @@ def test_runs_are_listed_with_what_measured_them(place: Path, capsys: pytest.Cap
     shown = capsys.readouterr().out
     assert "| moco_v2_800ep | resnet50 | 71.1 top-1 | md5 a04e12f8 | no " in shown
     (row,) = [line for line in shown.splitlines() if "moco_v2, resnet18, dl21, 1 epochs, batch 10, seed 0" in line]
-    assert f"sha256 {zoo.digest(interop.find(str(place / 'moco')))[:8]}" in row
-    assert all(part in row for part in ("lincls: ", " (2)", "knn: ", "finetune with 5 a class: ", str(place / "moco")))
+    assert f"sha256 {digest(interop.find(str(place / 'moco')))[:8]}" in row
+    parts = ("Linear classification of frozen features: ", " (2)", "classifier: ", "Fine-tuning, 5 labels a class: ")
+    assert all(part in row for part in (*parts, str(place / "moco")))
 
 
 def test_a_file_is_told(
@@ -331,9 +333,7 @@ def test_a_file_is_told(
     ):
         launch(compose("stage=zoo", f"stage.verify={out}/model.pth"))
 
-    monkeypatch.setitem(
-        zoo.WEIGHTS, "mine", zoo.Weights("x/copy.pt", zoo.digest(file, "md5")[:8], "resnet18", "a note")
-    )
+    monkeypatch.setitem(zoo.WEIGHTS, "mine", zoo.Weights("x/copy.pt", digest(file, "md5")[:8], "resnet18", "a note"))
     launch(compose("stage=zoo", f"stage.verify={file}"))
     assert f"{file}: mine, resnet18, a note" in capsys.readouterr().out
     file.write_bytes(b"another")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def boards(folder: Path, metric: str | None = None) -> dict[str, results.Board]:
-    return {board.stage: board for board in results.boards(results.find([str(folder)]), metric)}
+    return {board.stage: board for board in results.boards(results.find([folder]), metric)}
 
 
 def names(board: results.Board) -> list[str]:
@@ -148,7 +148,7 @@ def test_a_pipeline_is_its_members(tmp_path: Path) -> None:
     found = boards(tmp_path)
     assert set(found) == {"lincls", "pretrain"}
     assert found["lincls"].groups[0].values("val_top1") == [70.0, 71.0]
-    runs = [ran for ran in results.find([str(tmp_path)]) if ran.holds_runs]
+    runs = [ran for ran in results.find([tmp_path]) if ran.holds_runs]
     assert runs[0].identity == runs[1].identity  # though the overrides of its members name its directory
 
 
@@ -166,11 +166,11 @@ def test_members_of_a_sweep_that_have_not_begun_are_counted(tmp_path: Path) -> N
 
 def test_paths_without_runs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"runs=.*nowhere: no run at or below it; name run directories"):
-        results.find([str(tmp_path / "nowhere")])
+        results.find([tmp_path / "nowhere"])
     pretrained(tmp_path / "a")
     (tmp_path / "a" / "summary.json").write_text("{")
     with pytest.raises(UserError, match=r"a/summary\.json: can't be read; mend it, or leave this run out of runs="):
-        results.find([str(tmp_path)])
+        results.find([tmp_path])
 
 
 # -- files and texts ---------------------------------------------------------------------------------------------------

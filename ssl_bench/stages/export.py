@@ -7,6 +7,7 @@ import os
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -14,14 +15,17 @@ from omegaconf import DictConfig
 from pydantic import PositiveInt
 from torch import nn
 
-from ssl_bench import __version__, finished, interop, zoo
+from ssl_bench import __version__, files, interop, results, zoo
 from ssl_bench.errors import UserError
-from ssl_bench.finished import Result
+from ssl_bench.results import Ran
 from ssl_bench.run import Run
 from ssl_bench.stages.evaluation import Pretrained, open_pretrained
 
 log = logging.getLogger(__name__)
 
+RECIPE = ("method", "backbone", "data", "augmentation", "optimizer", "schedule")
+RECIPE += ("epochs", "batch_size", "precision", "seed")
+PLACES = ("_target_", "root", "cache", "workers")  # keys of a recipe that are about this machine or this program
 TOLERANCE = 1e-3  # of ONNX's outputs, relative to the largest: it sums in another order
 
 
@@ -39,9 +43,9 @@ def export(
     folder = Path(out).expanduser()
     if folder.exists() and not (folder / zoo.SUMS).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"stage.out={out}: is there already, and is no export; name a new folder")
-    given = finished.find(cfg.runs)
+    given = results.find(files.places(cfg.runs))
     pretrained = open_pretrained(cfg)
-    measured = finished.measuring(given, pretrained.path)
+    measured = results.measured(given, pretrained.path)
     if given and not measured:
         raise UserError(
             f"runs={cfg.runs}: none of its {len(given)} runs measured {pretrained.path}; name runs that did"
@@ -52,9 +56,8 @@ def export(
     state = dict(pretrained.backbone.state_dict())
     if pretrained.classifier is not None:
         state |= {f"fc.{key}": value for key, value in pretrained.classifier.state_dict().items()}
-        measured = [
-            result for result in [finished.of(pretrained.path)] if result and "val_top1" in result.summary
-        ] + measured
+        own = results.of(pretrained.path)
+        measured += [own] if own and "val_top1" in own.summary else []
 
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -66,7 +69,7 @@ def export(
             write_onnx(network, size, partial / "model.onnx")
         (partial / "README.md").write_text(card(folder.name, pretrained, measured, image_size))
         names = sorted(file.name for file in partial.iterdir())
-        (partial / zoo.SUMS).write_text("".join(f"{zoo.digest(partial / name)}  {name}\n" for name in names))
+        (partial / zoo.SUMS).write_text("".join(f"{files.digest(partial / name)}  {name}\n" for name in names))
         folder.mkdir(exist_ok=True)
         for name in [*names, zoo.SUMS]:
             os.replace(partial / name, folder / name)
@@ -85,7 +88,7 @@ def write_weights(state: interop.State, pretrained: Pretrained, folder: Path) ->
     state = {key: value.contiguous() for key, value in state.items()}
     metadata = {"format": "pt"}
     if config := pretrained.config:  # then predict needs nothing but this file
-        kept = finished.recipe(config) | {"backbone": pretrained.network, "stage": config["stage"]}
+        kept = recipe(config) | {"backbone": pretrained.network, "stage": config["stage"]}
         metadata["ssl_bench"] = json.dumps(kept)
     (folder / "model.safetensors").write_bytes(save(state, metadata))  # save_file's are for the owner only
     torch.save(state, folder / "model.pth")
@@ -129,8 +132,8 @@ def write_onnx(network: nn.Module, image_size: int, path: Path) -> None:
 # -- the model card ----------------------------------------------------------------------------------------------------
 
 
-def card(name: str, pretrained: Pretrained, measured: list[Result], image_size: int | None) -> str:
-    config, classifier = pretrained.config, pretrained.classifier
+def card(name: str, pretrained: Pretrained, measured: list[Ran], image_size: int | None) -> str:
+    config, classifier, rows = pretrained.config, pretrained.classifier, results.evaluations(measured)
     packed, view = pretrained.view(image_size, None)
     mean, std = (tuple(round(x, 4) for x in values.flatten().tolist()) for values in view.normalize.buffers())
     resized = round(view.image_size * view.resize)
@@ -138,28 +141,37 @@ def card(name: str, pretrained: Pretrained, measured: list[Result], image_size: 
         f"# {name}",
         about(pretrained),
         "## Numbers",
-        finished.table(measured) or "None were given (`runs=` of `ssl-bench stage=export`).",
-        "On the val split. Runs differ by their seed only: mean ± standard deviation." if measured else "",
+        results.table(rows, ["val_top1", "val_top5", "n"]) if rows else "None were given (`runs=` of `stage=export`).",
+        "On the val split: mean ± standard deviation over n seeds." if rows else "",
         "## Input",
         f"RGB in [0, 1]: the centre square at {packed} pixels, resized to {resized}, the centre {view.image_size} x "
         f"{view.image_size} cut out; mean {mean}, std {std}. Output: {pretrained.backbone.dim} features"
         + (f", then {classifier.out_features} logits." if classifier else "."),
         "## Use",
         f"```python\n{usage(pretrained)}\n```",
-        "The names are torchvision's, which for its networks are timm's. `model.pth` holds the same tensors for "
+        "A ResNet's names are torchvision's and timm's alike. `model.pth` holds the same tensors for "
         "`torch.load(..., weights_only=True)`; `model.onnx`, where it is there, takes `images` (batch, 3, "
         f"{view.image_size}, {view.image_size}). `sha256sum --check {zoo.SUMS}` proves the files.",
         "## Recipe",
     ]
     if config:
-        parts.append(f"```yaml\n{yaml.safe_dump(finished.recipe(config), sort_keys=False)}```")
+        parts.append(f"```yaml\n{yaml.safe_dump(recipe(config), sort_keys=False)}```")
     else:
         parts.append(f"Not known: the weights are those of {pretrained.path.name}.")
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
+def recipe(config: dict[str, Any]) -> dict[str, Any]:
+    """What another person needs of a configuration."""
+
+    def portable(node: Any) -> Any:
+        return {key: value for key, value in node.items() if key not in PLACES} if isinstance(node, dict) else node
+
+    return {key: portable(config[key]) for key in RECIPE if config.get(key) is not None}
+
+
 def about(pretrained: Pretrained) -> str:
-    config, run = pretrained.config, pretrained.path.absolute().parent.parent
+    config, folder = pretrained.config, pretrained.path.absolute().parent.parent
     network = pretrained.network.get("name", "network")
     if not config:
         return f"A {network}, exported by ssl_bench {__version__} from {pretrained.path.name}."
@@ -168,11 +180,11 @@ def about(pretrained: Pretrained) -> str:
     text += f", exported by ssl_bench {__version__} from `{pretrained.path.name}`"
     if pretrained.path.absolute().parent.name != "checkpoints":
         return text + "."
-    text += f" of `{run.parent.name}/{run.name}`."
-    if (result := finished.of(pretrained.path)) is None:
+    text += f" of `{folder.parent.name}/{folder.name}`."
+    if (run := results.of(pretrained.path)) is None:
         return text + " The run had not finished."
     metric = config["metric"]
-    return text + (f" It ended with {metric} {result.summary[metric]:.4g}." if metric in result.summary else "")
+    return text + (f" It ended with {metric} {run.summary[metric]:.4g}." if metric in run.summary else "")
 
 
 def usage(pretrained: Pretrained) -> str:

@@ -33,12 +33,11 @@ def report(
     details: of the best groups of runs, so many are loaded, for what needs a network: predictions, neighbours, a map.
     Returns how many runs there are and how many are finished. UserError where there is nothing to report.
     """
-    paths = [cfg.runs] if isinstance(cfg.runs, str) else list(cfg.runs or ())
+    paths = files.places(cfg.runs)
     if not paths and readme is None:
         raise UserError("runs= needs a value: a run, a sweep, a folder of them, or a list: runs=DIR or runs=[DIR,DIR]")
-    counts = (
-        write(cfg, run, paths, Path(out or (paths[0] if len(paths) == 1 else "runs/report")), details) if paths else {}
-    )
+    folder = Path(out or (paths[0] if len(paths) == 1 else "runs/report"))
+    counts = write(cfg, run, paths, folder, details) if paths else {}
     if readme is not None:
         fill(Path(readme))
     return counts
@@ -47,7 +46,7 @@ def report(
 report.single_process = True
 
 
-def write(cfg: DictConfig, run: Run, paths: list[str], folder: Path, details: int) -> dict[str, float]:
+def write(cfg: DictConfig, run: Run, paths: list[Path], folder: Path, details: int) -> dict[str, float]:
     """The three files. Returns what `report` does."""
     runs = results.find(paths)
     boards = results.boards(runs, cfg.metric)

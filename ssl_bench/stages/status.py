@@ -4,22 +4,22 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ssl_bench import build, sweep
+from ssl_bench import build, files, sweep
 from ssl_bench.errors import UserError
 from ssl_bench.run import Run
 
 
 def status(cfg: DictConfig, run: Run) -> dict[str, float]:
-    """Show the sweeps `cfg.runs` (a folder or a list); each gets its table.md and table.csv. Returns counts of states.
+    """Show the sweeps `cfg.runs`; each gets its table.md and table.csv. Returns counts of states.
 
     UserError where there is no sweep.
     """
     counts: dict[str, float] = {}
-    paths = [cfg.runs] if isinstance(cfg.runs, str) else cfg.runs or [None]
+    paths = files.places(cfg.runs) or [None]
     for path in paths:
-        members = sweep.members(Path(path)) if path else []
+        members = sweep.members(path) if path else []
         if not members:
-            near = Path(path or "runs/sweeps")
+            near = path or Path("runs/sweeps")
             found = sorted({*near.glob("*/.members"), *near.parent.glob("*/.members")})
             hint = (
                 ": " + ", ".join(f"runs={folder.parent}" for folder in found)
@@ -34,7 +34,7 @@ def status(cfg: DictConfig, run: Run) -> dict[str, float]:
         if len(paths) > 1:
             print(f"\n{path}\n")
         print(sweep.overview(members, states, cfg.metric))
-        if shown := sweep.write_table(Path(path), members, cfg.metric):
+        if shown := sweep.write_table(path, members, cfg.metric):
             print(f"\n{shown}")
         for state in states:
             counts[state.name] = counts.get(state.name, 0) + 1

@@ -1,21 +1,20 @@
 """Rebuild W&B runs from run directories: `ssl-bench stage=sync runs=DIR` or `runs=[DIR,DIR]`."""
 
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ssl_bench import files
 from ssl_bench.errors import UserError
 from ssl_bench.tracking import rebuild
 
 
 def sync(cfg: DictConfig, run: Any) -> dict[str, float]:
-    """Rebuild every run at or below `cfg.runs` (a path, several with commas, or a list). UserError where there is none.
+    """Rebuild every run at or below `cfg.runs`. UserError where there is none.
 
     `tracking=wandb` on the command line sets project, group and so on; without it each run's own settings hold.
     """
-    paths = cfg.runs.split(",") if isinstance(cfg.runs, str) else list(cfg.runs or ())
-    directories = {file.parent.resolve() for path in paths for file in Path(path).rglob("metrics.jsonl")}
+    directories = {file.parent.resolve() for path in files.places(cfg.runs) for file in path.rglob("metrics.jsonl")}
     if not directories:
         raise UserError(
             f"runs={cfg.runs}: no metrics.jsonl at or below it; name run directories: runs=DIR or runs=[DIR,DIR]"

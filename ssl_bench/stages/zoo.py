@@ -4,11 +4,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ssl_bench import finished, report
+from ssl_bench import files, report, results
 from ssl_bench.errors import UserError
-from ssl_bench.finished import Result
+from ssl_bench.files import digest
+from ssl_bench.results import Ran
 from ssl_bench.run import Run
-from ssl_bench.zoo import SUMS, WEIGHTS, digest, place
+from ssl_bench.zoo import SUMS, WEIGHTS, place
 
 
 def zoo(cfg: DictConfig, run: Run, verify: str | None = None) -> dict[str, float]:
@@ -19,8 +20,8 @@ def zoo(cfg: DictConfig, run: Run, verify: str | None = None) -> dict[str, float
     """
     if not run.is_main:
         return {}
-    runs = finished.find(cfg.runs)
-    own = [result for result in runs if result.weights]
+    runs = results.find(files.places(cfg.runs))
+    own = [ran for ran in runs if ran.summary is not None and ran.weights]
     if verify is not None:
         print(identify(Path(verify).expanduser(), own))
         return {"verified": 1}
@@ -31,8 +32,7 @@ def zoo(cfg: DictConfig, run: Run, verify: str | None = None) -> dict[str, float
     print(report.markdown(["pretrained=", "backbone", "ImageNet", "hash", "downloaded"], published))
     if own:
         rows = [
-            [str(result.directory), recipe(result), numbers(result, runs), f"sha256 {digest(result.weights)[:8]}"]
-            for result in own
+            [str(ran.directory), recipe(ran), numbers(ran, runs), f"sha256 {digest(ran.weights)[:8]}"] for ran in own
         ]
         print("\n" + report.markdown(["pretrained=", "recipe", "top-1 (%)", "hash"], rows))
     return {"published": len(WEIGHTS), "own": len(own)}
@@ -41,7 +41,7 @@ def zoo(cfg: DictConfig, run: Run, verify: str | None = None) -> dict[str, float
 zoo.single_process = True
 
 
-def identify(path: Path, own: list[Result]) -> str:
+def identify(path: Path, own: list[Ran]) -> str:
     if not path.is_file():
         raise UserError(f"stage.verify={path}: no such file")
     sums = path.with_name(SUMS)
@@ -61,32 +61,26 @@ def identify(path: Path, own: list[Result]) -> str:
             raise UserError(
                 f"{path}: its md5 is {md5[:8]}..., not {weights.md5}, which {name} has: a broken or another file"
             )
-    for result in own:
-        if digest(result.weights) == sha256:
-            return f"{path}: {result.weights}, {recipe(result)}"
+    for ran in own:
+        if digest(ran.weights) == sha256:
+            return f"{path}: {ran.weights}, {recipe(ran)}"
     raise UserError(
         f"{path}: none of the known weights (md5 {md5[:8]}..., sha256 {sha256[:8]}...); runs=DIR compares it with your "
         "own, too"
     )
 
 
-def recipe(result: Result) -> str:
-    config = result.config
-    what = (config.get("method") or {}).get("name") or result.stage + few(result)
-    names = [what, *(config[group]["name"] for group in ("backbone", "data") if group in config)]
-    return ", ".join([*names, f"{config['epochs']} epochs", f"batch {config['batch_size']}", f"seed {config['seed']}"])
+def recipe(ran: Ran) -> str:
+    config = ran.config
+    names = [(config.get("method") or {}).get("name") or ran.stage, ran.labels]
+    names += [config[group]["name"] for group in ("backbone", "data") if group in config]
+    names += [f"{config['epochs']} epochs", f"batch {config['batch_size']}", f"seed {config['seed']}"]
+    return ", ".join(filter(None, names))
 
 
-def numbers(result: Result, runs: list[Result]) -> str:
-    """Its own, or those of what measured it."""
-    if "val_top1" in result.summary:
-        return f"{result.summary['val_top1']:.1f}"
-    groups = finished.groups(finished.measuring(runs, result.weights))
-    names = [members[0].stage + few(members[0]) for members in groups]
-    values = [f"{finished.mean_std(members, 'val_top1')} ({len(members)})" for members in groups]
-    return "; ".join(map(": ".join, zip(names, values, strict=True)))
-
-
-def few(result: Result) -> str:
-    labels = finished.labels(result)
-    return "" if labels == "all" else f" with {labels}"
+def numbers(ran: Ran, runs: list[Ran]) -> str:
+    """Its own top-1, or those of what measured it."""
+    if "val_top1" in ran.summary:
+        return results.shown("val_top1", [ran.summary["val_top1"]])
+    rows = results.evaluations(results.measured(runs, ran.weights))
+    return "; ".join(f"{row['name']}: {results.cell(row, 'val_top1')} ({row['n']})" for row in rows)
