@@ -317,6 +317,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it works")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here; leave it out to measure on the CPU")
     if args.device == "cpu":
         print("On the CPU" + ("" if torch.cuda.is_available() else ": torch sees no GPU here"), flush=True)
     plan = QUICK if args.quick else CUDA if args.device == "cuda" else CPU
