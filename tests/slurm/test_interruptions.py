@@ -132,7 +132,7 @@ def ended_for_good(sweeps: Sweeps, slurm: Cluster, end: Callable[[str], object],
     end(job)
     result = ended(process)
     assert result.returncode == 2
-    assert f"1 of 1 members are not finished:\n{sweeps.run().name}: {word}" in result.stderr
+    assert re.search(rf"1 of 1 members are not finished; .*:\n{sweeps.run().name}: {word}", result.stderr)
     assert job not in slurm.jobs()
     assert f"| {word} " in sweeps.status()
     saved = sweeps.saved()
