@@ -334,17 +334,18 @@ class Slurm(_SweepLauncher):
             for member, job in zip(todo, jobs, strict=True):
                 member.job = job.job_id
                 member.save()
-            log.info("submitted: %s", " ".join(job.job_id for job in jobs))
-            options = self.parameters["additional_parameters"]
-            if elsewhere := [options[key] for key in ("output", "error") if key in options]:
-                log.info("output of their batch scripts: %s", " ".join(elsewhere))
-        if self.wait:
-            try:
+        try:
+            if todo:
+                log.info("submitted: %s", " ".join(member.job for member in todo))
+                options = self.parameters["additional_parameters"]
+                if elsewhere := [options[key] for key in ("output", "error") if key in options]:
+                    log.info("output of their batch scripts: %s", " ".join(elsewhere))
+            if self.wait:
                 self._wait(todo + under_way)
-            except KeyboardInterrupt:
-                jobs = " ".join(member.job for member in todo + under_way if member.result() is None)
-                log.warning("the jobs go on; the same command waits for them again, this ends them: scancel %s", jobs)
-                raise
+        except KeyboardInterrupt:
+            jobs = " ".join(member.job for member in todo + under_way if member.result() is None)
+            log.warning("the jobs go on; the same command waits for them again, this ends them: scancel %s", jobs)
+            raise
 
     def _wait(self, members: list["Member"]) -> None:
         """A job has ended when Slurm lists it no more, twice in a row: a requeued one is listed again."""
