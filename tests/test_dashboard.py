@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import wandb
 from conftest import TINY, TINY_PRETRAIN
 from pydantic import TypeAdapter
 from test_config import compose
@@ -35,6 +37,13 @@ class Recorded:
         """name -> (type, digest) of those that the run came from, or that it made."""
         found = [item for item in kind(self.records, "artifact") if bool(item.get("use_after_commit")) == used]
         return {item["name"]: (item["type"], item["digest"]) for item in found}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_wandb() -> Iterator[None]:
+    """W&B keeps what it found out about the login for the process."""
+    yield
+    wandb.teardown()
 
 
 @pytest.fixture(scope="module")

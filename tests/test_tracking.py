@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import wandb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -94,7 +93,6 @@ def no_login(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home/.config"))
     monkeypatch.setenv("NETRC", str(tmp_path / "home/netrc"))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "home/cache"))
-    wandb.teardown()  # a login looked for earlier in this process, by any test, is not remembered
 
 
 CONFIG = {

@@ -57,7 +57,7 @@ def write(cfg: DictConfig, run: Run, paths: list[Path], folder: Path, details: i
         folder.mkdir(parents=True, exist_ok=True)
         candidates = choose(boards)
         shown = [examine(cfg, run, group) for group in candidates[:details]]
-        title = " and ".join(paths) if len(paths) < 4 else f"{len(paths)} folders of runs"
+        title = " and ".join(map(str, paths)) if len(paths) < 4 else f"{len(paths)} folders of runs"
         notes = remarks(runs, len(candidates), details)
         files.write(folder / "report.html", page.render(title, runs, boards, shown, view_pictures(boards), notes))
         files.write(folder / "results.md", write_markdown(title, boards, runs))
