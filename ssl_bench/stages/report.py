@@ -63,7 +63,12 @@ def write(cfg: DictConfig, run: Run, paths: list[Path], folder: Path, details: i
         files.write(folder / "results.md", write_markdown(title, boards, runs))
         rows = [row for board in boards if board.has_results for row in board.rows if row["n"]]
         newest = max((ran.environment for ran in runs), key=lambda environment: environment.get("started") or "")
-        results.save(folder / "results.json", rows, runs=paths, **{key: newest[key] for key in KEPT if key in newest})
+        results.save(
+            folder / "results.json",
+            rows,
+            runs=[str(path) for path in paths],
+            **{key: newest[key] for key in KEPT if key in newest},
+        )
     except OSError as error:
         raise UserError(f"{folder}: can't be written ({error.strerror}); choose another stage.out=") from None
     print("\n\n".join(leaderboards(boards)))
