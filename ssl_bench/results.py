@@ -63,8 +63,8 @@ TITLES = {
 WAITING = sweep.State("waiting")
 PRETRAINING = "pretraining_"  # before the metrics of what an evaluation stands on
 COSTS = ("hours", "images_per_second", "memory_gb", f"{PRETRAINING}hours", f"{PRETRAINING}images_per_second")
-BESIDE = ("step", "epoch", "images_seen", "lr", "weight_decay", "grad_norm", "data_wait")  # no results
-BESIDE += ("k", "temperature")
+# no results
+BESIDE = ("step", "epoch", "images_seen", "lr", "weight_decay", "grad_norm", "data_wait", "k", "temperature")
 
 
 def unit(metric: str) -> Unit:

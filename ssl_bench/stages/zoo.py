@@ -6,7 +6,6 @@ from omegaconf import DictConfig
 
 from ssl_bench import files, report, results
 from ssl_bench.errors import UserError
-from ssl_bench.files import digest
 from ssl_bench.results import Ran
 from ssl_bench.run import Run
 from ssl_bench.zoo import SUMS, WEIGHTS, place
@@ -32,7 +31,8 @@ def zoo(cfg: DictConfig, run: Run, verify: str | None = None) -> dict[str, float
     print(report.markdown(["pretrained=", "backbone", "ImageNet", "hash", "downloaded"], published))
     if own:
         rows = [
-            [str(ran.directory), recipe(ran), numbers(ran, runs), f"sha256 {digest(ran.weights)[:8]}"] for ran in own
+            [str(ran.directory), recipe(ran), numbers(ran, runs), f"sha256 {files.digest(ran.weights)[:8]}"]
+            for ran in own
         ]
         print("\n" + report.markdown(["pretrained=", "recipe", "top-1 (%)", "hash"], rows))
     return {"published": len(WEIGHTS), "own": len(own)}
@@ -46,7 +46,7 @@ def identify(path: Path, own: list[Ran]) -> str:
         raise UserError(f"stage.verify={path}: no such file")
     sums = path.with_name(SUMS)
     listed = dict(line.split(maxsplit=1)[::-1] for line in sums.read_text().splitlines()) if sums.is_file() else {}
-    sha256, md5 = digest(path), digest(path, "md5")
+    sha256, md5 = files.digest(path), files.digest(path, "md5")
     if path.name in listed:
         if listed[path.name] != sha256:
             raise UserError(
@@ -62,7 +62,7 @@ def identify(path: Path, own: list[Ran]) -> str:
                 f"{path}: its md5 is {md5[:8]}..., not {weights.md5}, which {name} has: a broken or another file"
             )
     for ran in own:
-        if digest(ran.weights) == sha256:
+        if files.digest(ran.weights) == sha256:
             return f"{path}: {ran.weights}, {recipe(ran)}"
     raise UserError(
         f"{path}: none of the known weights (md5 {md5[:8]}..., sha256 {sha256[:8]}...); runs=DIR compares it with your "
