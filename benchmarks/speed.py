@@ -63,9 +63,7 @@ class Plan:
 
 
 SHARED = ("stage=pretrain", "data=dl21", "tracking=local", "save_every=1000000")
-# A process a core: two with a thread each do a third more than one with two, whose threads wait for each other.
-PROCESSES = "devices="
-CPU = Plan(cases=(("resnet18", 128), ("resnet50", 64)), ours=("precision=bf16", f"{PROCESSES}{default_workers()}"))
+CPU = Plan(cases=(("resnet18", 128), ("resnet50", 64)), ours=("precision=bf16",))
 CUDA = Plan(
     cases=(("resnet50", 256), ("resnet50", 512), ("resnet50", 1024)),
     ours=("precision=bf16", "compile=true"),
@@ -234,13 +232,12 @@ def contenders(bench: Bench, repeats: int) -> dict:
 
 
 def startup(bench: Bench, repeats: int) -> dict:
-    """Seconds from the start of one process to the first step's line, to the help, to a mistake's message."""
+    """Seconds from the start of the process to the first step's line, to the help, to a mistake's message."""
     (backbone, batch), program = bench.plan.cases[0], [sys.executable, "-m", "ssl_bench.train"]
     words = {"help": ["--help"], "mistake": ["method.temprature=1"]}
     seconds: dict[str, list[float]] = {"first step": [], **{name: [] for name in words}}
     for _ in range(repeats):
-        case = [word for word in bench.case(backbone, batch) if not word.startswith(PROCESSES)]
-        found = bench.ours(case, batch, every=1, lines=1)
+        found = bench.ours(bench.case(backbone, batch), batch, every=1, lines=1)
         seconds["first step"].append(found["first_line_seconds"])
         for name, arguments in words.items():
             began = time.perf_counter()
@@ -279,12 +276,11 @@ def by_size(bench: Bench) -> list[dict]:
 
 
 def parts(bench: Bench, out: Path) -> list[dict]:
-    """benchmarks/parts.py for each case, without compilation: the parts of one big kernel can't be told apart. In one
-    process."""
+    """benchmarks/parts.py for each case, without compilation: the parts of one big kernel can't be told apart."""
     rows = []
     for backbone, batch in bench.plan.cases:
         where = [f"data.root={bench.data}", f"data.cache={bench.cache}", f"device={bench.device}", "dir=none"]
-        case = [word for word in bench.case(backbone, batch) if not word.startswith(("compile=", PROCESSES))]
+        case = [word for word in bench.case(backbone, batch) if not word.startswith("compile=")]
         command = [sys.executable, str(HERE / "parts.py"), *SHARED, *where, *case]
         command += ["--warmup", str(bench.plan.warmup), "--steps", str(bench.plan.steps)]
         command += ["--images", str(min(500, bench.plan.files))]

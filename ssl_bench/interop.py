@@ -93,9 +93,8 @@ def recipe(path: Path) -> dict | None:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("ssl_bench")
         return json.loads(text) if text else None
-    folder = path.absolute().parent
-    beside = folder.with_name("config.yaml")
-    return yaml.safe_load(beside.read_text()) if folder.name == "checkpoints" and beside.is_file() else None
+    run = checkpoint.run_of(path)
+    return yaml.safe_load((run / "config.yaml").read_text()) if run and (run / "config.yaml").is_file() else None
 
 
 def load_classifier(source: str) -> nn.Linear | None:

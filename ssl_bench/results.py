@@ -223,7 +223,7 @@ def _pretraining(ran: Ran, runs: dict[Path, Ran]) -> Ran | None:
     if not (source := ran.config.get("pretrained")):
         return None
     path = Path(source)
-    folder = path.parent.parent if path.parent.name == "checkpoints" else path
+    folder = checkpoint.run_of(path) or path
     if folder.resolve() in runs:
         return runs[folder.resolve()]
     if (folder / "metrics.jsonl").exists():
@@ -234,9 +234,8 @@ def _pretraining(ran: Ran, runs: dict[Path, Ran]) -> Ran | None:
 
 def of(weights: Path) -> Ran | None:
     """The run that wrote this checkpoint, if it is finished."""
-    folder = weights.absolute().parent
-    finished = folder.name == "checkpoints" and folder.with_name("summary.json").is_file()
-    return Ran.read(folder.parent) if finished else None
+    folder = checkpoint.run_of(weights)
+    return Ran.read(folder) if folder and (folder / "summary.json").is_file() else None
 
 
 def measured(runs: Iterable[Ran], weights: Path) -> list[Ran]:

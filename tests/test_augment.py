@@ -17,6 +17,7 @@ from torchvision.transforms import RandomResizedCrop as TorchvisionCrop
 from torchvision.transforms.v2 import functional as tv
 
 from ssl_bench.augment import ops
+from ssl_bench.augment import views as views_module
 from ssl_bench.augment.draws import GOLDEN, _mix, _signed, keys, uniforms
 from ssl_bench.augment.views import EvalView, Views
 from ssl_bench.errors import UserError
@@ -433,6 +434,42 @@ def test_transform_is_one_static_graph():
     params = view.sample(images, keys(0, 0, torch.arange(8)), 0)
     compiled = torch.compile(view.transform, fullgraph=True, dynamic=False, backend="eager")
     torch.testing.assert_close(compiled(images, params), view.transform(images, params), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [{"solarize_p": 0.2}, {"grayscale_first": True}, {"hue": 0.0}, {"jitter_p": 0.0}, {"jitter_p": 1.0, "blur_p": 1.0}],
+    ids=str,
+)
+@pytest.mark.parametrize("chunk", [8, 40, 100])
+def test_leaving_out_what_changes_nothing_changes_nothing(policy, chunk, monkeypatch):
+    """On the CPU images are sorted by what happens to them, and nothing else is worked out."""
+    monkeypatch.setattr(views_module, "CHUNK", chunk * 16 * 16)
+    count = 60
+    views, images, image_keys = Views(16, **policy), uint8_batch(count), keys(0, 0, torch.arange(count))
+    for number, (view, made) in enumerate(zip(views.views, views(images, image_keys), strict=True)):
+        everything = view.transform(images, view.sample(images, image_keys, number))
+        assert_equals(made, everything, mean=1e-6, largest=1e-4)
+
+
+@pytest.mark.parametrize("op", OPS[1:], ids=lambda op: type(op).__name__)
+def test_kinds_say_which_images_an_op_changes(op):
+    images, params = image_batch(40), sample(op, 40)
+    changed = (op.apply(images, *params) - images).abs().amax((1, 2, 3)) > 1e-6
+    left = op.kinds(*params) == 0
+    assert 0 < left.sum() < 40
+    assert not (changed & left).any()
+
+
+def test_jitter_of_one_kind_is_jitter():
+    jitter = ops.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)
+    images, params = image_batch(200), sample(jitter, 200)
+    kinds, expected = jitter.kinds(*params), jitter.apply(images, *params)
+    assert kinds.unique().tolist() == [0, 1, 2, 3, 4]
+    for kind in (1, 2, 3, 4):
+        some = kinds == kind
+        result = jitter.apply(images[some], *(value[some] for value in params), kind=kind)
+        assert_equals(result, expected[some], mean=1e-6, largest=1e-5)
 
 
 def test_views_hold_nothing_for_the_checkpoint():

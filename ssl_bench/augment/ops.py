@@ -109,7 +109,15 @@ def _mix_rows(images: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     return nn.functional.embedding_bag(bags, table, mode="sum", per_sample_weights=weights).view(shape)
 
 
-class ColorJitter(nn.Module):
+class Op(nn.Module):
+    """What may happen to an image once it is cut out."""
+
+    def kinds(self, applied: Tensor) -> Tensor:
+        """Of what `sample` gave: int64 (B,), 0 for the images that `apply` would give back as they are."""
+        return (applied > 0).long()
+
+
+class ColorJitter(Op):
     """Brightness, contrast, saturation and hue in a random order, with probability `p`.
 
     Factors are U(max(0, 1 - x), 1 + x), the hue shift U(-hue, hue). A strength of zero takes its operation out.
@@ -126,15 +134,17 @@ class ColorJitter(nn.Module):
         orders = list(permutations(blends + [3] * (hue > 0)))
         # An order per image with static shapes: every blend has a stage before the hue and one after it. The one that
         # the order doesn't ask for is of kind 3 (factor 1: no change). stages[order] = kinds before, kinds after.
-        stages = []
+        stages, turns = [], []
         for order in orders:
             turn = order.index(3) if hue > 0 else len(order)
             kinds = [kind for kind in order if kind != 3]
             before = [kind if i < turn else 3 for i, kind in enumerate(kinds)]
             after = [3 if i < turn else kind for i, kind in enumerate(kinds)] if hue > 0 else []
             stages.append(before + after)
+            turns.append(turn)
         self.num_before = len(blends)
         self.register_buffer("stages", torch.tensor(stages).reshape(len(orders), -1), persistent=False)
+        self.register_buffer("turns", torch.tensor(turns), persistent=False)
 
     def sample(self, u: Tensor) -> tuple[Tensor, ...]:
         """Factors (B, 3): brightness, contrast, saturation; hue shift (B,) in turns; order (B,), a row of `stages`."""
@@ -145,16 +155,24 @@ class ColorJitter(nn.Module):
         hue = _between(u[:, 4], -self.hue, self.hue) * applied[:, 0]
         return factors, hue, (u[:, 5] * len(self.stages)).long()
 
-    def apply(self, images: Tensor, factors: Tensor, hue: Tensor, order: Tensor) -> Tensor:
+    def kinds(self, factors: Tensor, hue: Tensor, order: Tensor) -> Tensor:
+        """0, or 1 + how many blends come before the hue."""
+        return (self.turns[order] + 1) * ((factors != 1).any(1) | (hue != 0))
+
+    def apply(self, images: Tensor, factors: Tensor, hue: Tensor, order: Tensor, kind: int | None = None) -> Tensor:
+        """kind: of all these images; the stages that none of them has are left out."""
         kinds = self.stages[order]  # (B, stages)
         factors = torch.cat([factors, torch.ones_like(factors[:, :1])], 1).gather(1, kinds)
         weights = torch.stack([factors, (1 - factors) * (kinds == 1), (1 - factors) * (kinds == 2)], 2).to(images.dtype)
         stages = weights[..., None, None, None].unbind(1)
-        for stage in stages[: self.num_before]:
+        before, after = stages[: self.num_before], stages[self.num_before :]
+        if kind is not None:
+            before, after = before[: kind - 1], after[kind - 1 :]
+        for stage in before:
             images = _blend(images, *stage.unbind(1))
         if self.hue > 0:
             images = _shift_hue(images, hue)
-        for stage in stages[self.num_before :]:
+        for stage in after:
             images = _blend(images, *stage.unbind(1))
         return images
 
@@ -191,7 +209,7 @@ def _shift_hue(images: Tensor, turns: Tensor) -> Tensor:
     return out.to(dtype)
 
 
-class RandomGrayscale(nn.Module):
+class RandomGrayscale(Op):
     """Luminance in all three channels, with probability `p`."""
 
     num_draws = 1
@@ -209,7 +227,7 @@ class RandomGrayscale(nn.Module):
         return torch.addcmul(_grey(images).mul_(applied), images, 1 - applied)
 
 
-class GaussianBlur(nn.Module):
+class GaussianBlur(Op):
     """Separable Gaussian with reflected borders and sigma U(low, high) pixels, with probability `p`, on square images.
 
     The kernel has `kernel_size` taps (23: SimCLR's tenth of 224 pixels) or as many as reflection allows.
@@ -240,7 +258,7 @@ class GaussianBlur(nn.Module):
         return _mix_rows(_mix_rows(images.mT, inputs, weights).mT, inputs, weights)
 
 
-class Solarize(nn.Module):
+class Solarize(Op):
     """Inverts the pixels at or above `threshold`, with probability `p`."""
 
     num_draws = 1
