@@ -21,10 +21,11 @@ from torchvision.transforms import v2
 
 from ssl_bench.augment.ops import ColorJitter, GaussianBlur, RandomGrayscale
 from ssl_bench.augment.views import Views
+from ssl_bench.build import slug
 from ssl_bench.report import mean_std, table
 
 COUNTS = {"num_unlabeled": 8000, "num_train": 2000, "num_val": 2000}
-COMMON = ("experiment=synthetic_dl21", "epochs=8", "stage.seeds=[0]")
+COMMON = ("experiment=synthetic_dl21", "epochs=20", "stage.seeds=[0]")
 ROWS = {
     "bfloat16, batched augmentation": (),
     "float32, torchvision's augmentation": ("precision=fp32", "augmentation._target_=accuracy.TorchvisionViews"),
@@ -59,7 +60,7 @@ class TorchvisionViews(Views):
 
 def pretrain(folder: Path, row: str, seed: int) -> dict[str, float]:
     """Top-1 (percent) of the classifiers after one pretraining, and of the network as initialised."""
-    run = folder / f"{'-'.join(row.replace(',', '').split())}-seed{seed}"
+    run = folder / f"{slug(row)}-seed{seed}"
     where = [f"data.root={folder / 'data'}", f"data.cache={folder / 'cache'}", f"dir={run}", f"seed={seed}"]
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "ssl_bench.train", *COMMON, *where, *ROWS[row]]
