@@ -6,12 +6,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 SPEED = Path(__file__).parents[1] / "benchmarks" / "speed.py"
+
+
+def imported(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(SPEED.parent)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module(name)
 
 
 @pytest.mark.slow
@@ -44,10 +52,22 @@ def test_quick(tmp_path: Path) -> None:
     assert "aten::mm" in (tmp_path / "profile_cpu.txt").read_text()
 
 
+@pytest.mark.slow
+def test_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = imported("accuracy", monkeypatch)
+    monkeypatch.setattr(module, "COUNTS", {"num_unlabeled": 100, "num_train": 200, "num_val": 40})
+    small = ["epochs=1", "stage.seeds=[0]", "method.queue_size=64", "batch_size=20", "backbone.width=8"]
+    monkeypatch.setattr(module, "COMMON", ["experiment=synthetic_dl21", *small])
+    monkeypatch.setattr(sys, "argv", ["", "--folder", str(tmp_path), "--seeds", "0", "--out", str(tmp_path / "out")])
+    module.main()
+    assert json.loads((tmp_path / "out").read_text())["rows"].keys() == {*module.ROWS, "random init"}
+    ran = [yaml.safe_load(path.read_text()) for path in sorted(tmp_path.glob("*seed0/pretrain/config.yaml"))]
+    assert [config["precision"] for config in ran] == ["bf16", "fp32"]
+    assert [config["augmentation"]["_target_"].startswith("accuracy") for config in ran] == [False, True]
+
+
 def test_choices_at_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.syspath_prepend(SPEED.parent)
-    monkeypatch.delitem(sys.modules, "selection", raising=False)
-    module = importlib.import_module("selection")
+    module = imported("selection", monkeypatch)
     monkeypatch.setitem(module.SCALE, "dim", 64)
     for name, count, seed in (("unlabelled", 2000, 1), ("labelled", 100, 2)):
         module.simulate(tmp_path / f"{name}.npy", count, 64, seed, classes=20, latent=8)
@@ -61,9 +81,7 @@ def test_choices_at_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_a_long_tail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The classes' images, the label that is known, and those that the annotator knows."""
-    monkeypatch.syspath_prepend(SPEED.parent)
-    monkeypatch.delitem(sys.modules, "selection", raising=False)
-    module = importlib.import_module("selection")
+    module = imported("selection", monkeypatch)
     subject = module.SUBJECTS["digits"]
     root = module.pool(tmp_path, subject, seed=3)
     labels = {name: torch.load(root / f"{name}_label_tensor.pt") for name in ("train", "unlabeled", "val")}
