@@ -83,9 +83,10 @@ def classify(folder: Path, protocol: str, seed: int, pixels: int = 64) -> dict:
 def accuracy(results: list[dict]) -> dict:
     """Over the seeds of one protocol, and what was chosen for each."""
     top1 = [result["val_top1"] for result in results]
-    chosen = {key: [result[key] for result in results] for key in ("lr", "weight_decay", "holdout_top1")}
     mean, std = mean_std(top1)
-    return {"top1": top1, "top1_mean": mean, "top1_std": std, **(chosen if "holdout_top1" in results[0] else {})}
+    keys = ("lr", "weight_decay", "holdout_top1") if "holdout_top1" in results[0] else ()
+    chosen = {key: [result[key] for result in results] for key in keys}
+    return {"top1": top1, "top1_mean": mean, "top1_std": std, **chosen}
 
 
 def times(result: dict, official: dict) -> dict:
