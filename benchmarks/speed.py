@@ -1,6 +1,6 @@
 """Speed of pretraining beside its peers, by batch and data set, and of its parts beside their floors.
 
-    pip install -e ".[bench]" && python benchmarks/speed.py     on two CPU cores: a quarter of an hour, 9 GB of disk
+    pip install -e ".[bench]" && python benchmarks/speed.py     on two CPU cores: twenty minutes, 9 GB of disk
     python benchmarks/speed.py --quick                          a smoke test of a minute; its figures mean nothing
 
 Synthetic 96x96 PNG files are written to a temporary folder; the peers read them, ours packs them first (timed apart).

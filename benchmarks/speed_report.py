@@ -173,6 +173,6 @@ def curve(axes: plt.Axes, rows: list[dict], key: str) -> None:
     )
     axes.plot(values, [r["median"] for r in rates], "o-", color=COLOURS["ours"])
     axes.set_xscale("log", base=2 if key == "batch" else 10)
-    axes.set_xticks(values, [f"{value:,}" for value in values])
+    axes.set_xticks(values, [f"{value}" if value < 1000 else f"{value // 1000}k" for value in values])
     axes.minorticks_off()
     axes.set_xlabel(key)
