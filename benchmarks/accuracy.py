@@ -1,6 +1,6 @@
 """Does speed cost accuracy? bfloat16 and batched augmentation beside float32 and torchvision's, over seeds.
 
-    python benchmarks/accuracy.py                  half an hour on 2 cores
+    python benchmarks/accuracy.py                  an hour on 2 cores
     python benchmarks/accuracy.py --folder DIR     keeps data and runs, and goes on with what is there
 
 Both pretrain by `experiment=synthetic_dl21` (fewer images), the same but for the seed, and are measured by its linear
