@@ -18,12 +18,6 @@ def complete(directory: Path) -> list[Path]:
     return sorted((directory / "checkpoints").glob("step*.pt"), reverse=True)
 
 
-def run_of(path: Path) -> Path | None:
-    """The run directory that a checkpoint file lies in; None for a file from elsewhere."""
-    folder = path.absolute().parent
-    return folder.parent if folder.name == "checkpoints" else None
-
-
 def step_of(path: Path) -> int:
     """Of a checkpoint file, by its name."""
     return int(re.search(r"\d+", path.stem)[0])

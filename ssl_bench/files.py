@@ -11,6 +11,12 @@ def places(given: str | Sequence[str] | None) -> list[Path]:
     return [Path(path).expanduser() for path in ([given] if isinstance(given, str) else given or ())]
 
 
+def run_of(path: Path) -> Path | None:
+    """The run directory that a checkpoint file lies in; None for a file from elsewhere."""
+    folder = path.absolute().parent
+    return folder.parent if folder.name == "checkpoints" else None
+
+
 def write(path: Path, text: str) -> None:
     """Replace the file at once: nobody reads half of it, and a kill leaves the old one or the new one."""
     partial = path.with_name(path.name + ".partial")

@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from ssl_bench import checkpoint, zoo
+from ssl_bench import checkpoint, files, zoo
 from ssl_bench.errors import UserError
 from ssl_bench.methods.moco import MoCo
 
@@ -93,7 +93,7 @@ def recipe(path: Path) -> dict | None:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("ssl_bench")
         return json.loads(text) if text else None
-    run = checkpoint.run_of(path)
+    run = files.run_of(path)
     return yaml.safe_load((run / "config.yaml").read_text()) if run and (run / "config.yaml").is_file() else None
 
 

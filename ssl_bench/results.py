@@ -223,7 +223,7 @@ def _pretraining(ran: Ran, runs: dict[Path, Ran]) -> Ran | None:
     if not (source := ran.config.get("pretrained")):
         return None
     path = Path(source)
-    folder = checkpoint.run_of(path) or path
+    folder = files.run_of(path) or path
     if folder.resolve() in runs:
         return runs[folder.resolve()]
     if (folder / "metrics.jsonl").exists():
@@ -234,7 +234,7 @@ def _pretraining(ran: Ran, runs: dict[Path, Ran]) -> Ran | None:
 
 def of(weights: Path) -> Ran | None:
     """The run that wrote this checkpoint, if it is finished."""
-    folder = checkpoint.run_of(weights)
+    folder = files.run_of(weights)
     return Ran.read(folder) if folder and (folder / "summary.json").is_file() else None
 
 

@@ -312,10 +312,8 @@ def _artifact(name: str, kind: str, content: str, metadata: Mapping[str, Any]) -
 
 def _weights(path: Path) -> Any:
     """The artifact of a checkpoint: the same from the run that writes it and from one that reads it."""
-    from ssl_bench import checkpoint  # torch, which a command that only lists a sweep does without
-
     facts = {"file": path.name}
-    if run := checkpoint.run_of(path.resolve()):
+    if run := files.run_of(path.resolve()):
         facts["run"] = f"{run.parent.name}/{run.name}"
         if (run_id := run / "wandb_id").is_file():
             return _artifact(f"weights-{run_id.read_text().strip()}", "model", path.name, facts)

@@ -116,6 +116,20 @@ class Op(nn.Module):
         """Of what `sample` gave: int64 (B,), 0 for the images that `apply` would give back as they are."""
         return (applied > 0).long()
 
+    def apply_some(self, images: Tensor, kinds: Tensor, *params: Tensor) -> Tensor:
+        """`apply`, without most of what would change none of these images, which it may overwrite."""
+        if not len(changed := kinds.nonzero()):
+            return images
+        span = slice(int(changed[0]), int(changed[-1]) + 1)
+        done = self._apply_kinds(images[span], kinds[span], *(values[span] for values in params))
+        if len(done) == len(images):
+            return done
+        images[span] = done
+        return images
+
+    def _apply_kinds(self, images: Tensor, kinds: Tensor, *params: Tensor) -> Tensor:
+        return self.apply(images, *params)
+
 
 class ColorJitter(Op):
     """Brightness, contrast, saturation and hue in a random order, with probability `p`.
@@ -159,15 +173,25 @@ class ColorJitter(Op):
         """0, or 1 + how many blends come before the hue."""
         return (self.turns[order] + 1) * ((factors != 1).any(1) | (hue != 0))
 
-    def apply(self, images: Tensor, factors: Tensor, hue: Tensor, order: Tensor, kind: int | None = None) -> Tensor:
-        """kind: of all these images; the stages that none of them has are left out."""
+    def _apply_kinds(self, images: Tensor, kinds: Tensor, *params: Tensor) -> Tensor:
+        turns = kinds[kinds > 0] - 1
+        return self.apply(images, *params, first_turn=int(turns.min()), last_turn=int(turns.max()))
+
+    def apply(
+        self,
+        images: Tensor,
+        factors: Tensor,
+        hue: Tensor,
+        order: Tensor,
+        first_turn: int = 0,
+        last_turn: int | None = None,
+    ) -> Tensor:
+        """The hue comes after first_turn to last_turn of the blends: stages that no image has are left out."""
         kinds = self.stages[order]  # (B, stages)
         factors = torch.cat([factors, torch.ones_like(factors[:, :1])], 1).gather(1, kinds)
         weights = torch.stack([factors, (1 - factors) * (kinds == 1), (1 - factors) * (kinds == 2)], 2).to(images.dtype)
         stages = weights[..., None, None, None].unbind(1)
-        before, after = stages[: self.num_before], stages[self.num_before :]
-        if kind is not None:
-            before, after = before[: kind - 1], after[kind - 1 :]
+        before, after = stages[: self.num_before][:last_turn], stages[self.num_before :][first_turn:]
         for stage in before:
             images = _blend(images, *stage.unbind(1))
         if self.hue > 0:

@@ -44,11 +44,12 @@ class View(nn.Module):
         ops_params = [op.sample(u) for op, u in zip(self.ops, ops_u, strict=True)]
         return [self.crop.sample(crop_u, *images.shape[-2:]), *ops_params]
 
-    def transform(self, images: Tensor, params: list[tuple[Tensor, ...]]) -> Tensor:
-        """The pure half: no randomness, static shapes. This is what to compile."""
+    def transform(self, images: Tensor, params: list[tuple[Tensor, ...]], kinds: list[Tensor] | None = None) -> Tensor:
+        """The pure half: no randomness, static shapes where `kinds` are None. This is what to compile."""
         images = images.to(self.normalize.mean.dtype).mul_(1 / 255)
-        for op, values in zip([self.crop, *self.ops], params, strict=True):
-            images = op.apply(images, *values)
+        images = self.crop.apply(images, *params[0])
+        for number, (op, values) in enumerate(zip(self.ops, params[1:], strict=True)):
+            images = op.apply(images, *values) if kinds is None else op.apply_some(images, kinds[number], *values)
         return self.normalize.apply(images)
 
     def forward(self, images: Tensor, keys: Tensor, number: int) -> Tensor:
@@ -65,7 +66,7 @@ class View(nn.Module):
         def fill(rows: Tensor) -> None:
             some = [tuple(value[rows] for value in values) for values in params]
             taken = images.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)  # whole rows of memory
-            done = self._transform_some(taken, some, [kind[rows] for kind in kinds])
+            done = self.transform(taken, some, [kind[rows] for kind in kinds])
             for row, image in zip(rows.tolist(), done, strict=True):  # a fifth of the time of view[rows] = done
                 view[row] = image
 
@@ -82,23 +83,6 @@ class View(nn.Module):
             order = order[kind[order].argsort(stable=True)]
         groups = order.split(jitter[0].bincount().tolist()) if jitter and count > 2 * size else [order]
         return [part for group in groups if len(group) for part in group.tensor_split(-(-len(group) // size))]
-
-    def _transform_some(self, images: Tensor, params: list[tuple[Tensor, ...]], kinds: list[Tensor]) -> Tensor:
-        """`transform`, without what would change none of these images."""
-        images = images.to(self.normalize.mean.dtype).mul_(1 / 255)
-        images = self.crop.apply(images, *params[0])
-        for op, values, kind in zip(self.ops, params[1:], kinds, strict=True):
-            if not len(changed := kind.nonzero()):
-                continue
-            span = slice(int(changed[0]), int(changed[-1]) + 1)
-            alike = isinstance(op, ColorJitter) and bool((kind[span] == kind[span][0]).all())
-            known = {"kind": int(kind[span][0])} if alike else {}
-            done = op.apply(images[span], *(value[span] for value in values), **known)
-            if len(done) == len(images):
-                images = done
-            else:
-                images[span] = done
-        return self.normalize.apply(images)
 
 
 class Views(nn.Module):

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from pydantic import PositiveInt
 from torch import nn
 
-from ssl_bench import __version__, checkpoint, files, interop, results, zoo
+from ssl_bench import __version__, files, interop, results, zoo
 from ssl_bench.errors import UserError
 from ssl_bench.results import Ran
 from ssl_bench.run import Run
@@ -178,7 +178,7 @@ def about(pretrained: Pretrained) -> str:
     method = (config.get("method") or {}).get("name") or config["stage"]["name"]
     text = f"A {network}: {method} on {config['data']['name']}, {config['epochs']} epochs, batch {config['batch_size']}"
     text += f", exported by ssl_bench {__version__} from `{pretrained.path.name}`"
-    if (folder := checkpoint.run_of(pretrained.path)) is None:
+    if (folder := files.run_of(pretrained.path)) is None:
         return text + "."
     text += f" of `{folder.parent.name}/{folder.name}`."
     if (run := results.of(pretrained.path)) is None:
