@@ -1,0 +1,115 @@
+"""A step on a GPU that isn't there: what runs, on which device, without values. Needs no GPU; kernels are not tested.
+
+An operation that mixes devices fails, one that would wait for the GPU (`.item()`, indexing by a mask) has no value to
+give and fails too, and copies between CPU and GPU are listed.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ssl_bench.train  # noqa: F401 - registers the resolvers of the configuration
+from ssl_bench import build, conf
+from ssl_bench.augment.draws import keys
+from ssl_bench.methods.layers import Queue
+from ssl_bench.optim import LARS, freeze_, schedule_
+
+BATCH, PIXELS = 8, 32
+METHODS = sorted(path.stem for path in (Path(conf.__file__).parent / "method").glob("*.yaml"))
+
+
+class Copies(TorchDispatchMode):
+    """Notes every operation whose tensors are of several devices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [value for value in (*args, result) if isinstance(value, Tensor)]
+        if len({tensor.device.type for tensor in tensors}) > 1:
+            self.found.append(f"{func} {[(str(tensor.device), *tensor.shape) for tensor in tensors]}")
+        return result
+
+
+def put_on_gpu(module: nn.Module) -> None:
+    """Parameters and buffers, as `module.to` does. What is not registered stays behind, as with `module.to`."""
+    moved: dict[int, tuple[Tensor, Tensor]] = {}
+    for child in module.modules():
+        for table in (child._parameters, child._buffers):
+            for name, value in table.items():
+                if value is None:
+                    continue
+                if id(value) not in moved:
+                    there = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+                    if isinstance(value, nn.Parameter):
+                        there = nn.Parameter(there, requires_grad=value.requires_grad)
+                    moved[id(value)] = there, value
+                table[name] = moved[id(value)][0]
+
+
+def step(name: str) -> list[str]:
+    """Two steps of a method with its own augmentation and optimizer; the copies between devices in the second."""
+    overrides = ["stage=pretrain", "data=digits", f"method={name}", "backbone.width=8", f"batch_size={BATCH}"]
+    overrides += [f"augmentation.image_size={PIXELS}"]
+    with initialize_config_module("ssl_bench.conf", version_base="1.3"):
+        cfg = compose("config", overrides=overrides)
+    given = {"num_classes": 10} if build.takes(cfg.method, "num_classes") else {}
+    model = build.construct(cfg.method, backbone=build.construct(cfg.backbone), **given).train()
+    views = build.construct(cfg.augmentation)
+    with FakeTensorMode():
+        put_on_gpu(model)
+        put_on_gpu(views)
+        optimizer = build.construct(cfg.optimizer, params=model.param_groups(), batch_size=BATCH)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        images = torch.empty(BATCH, PIXELS, PIXELS, 3, dtype=torch.uint8, device="cuda").permute(0, 3, 1, 2)
+        labels = indices = torch.arange(BATCH, device="cuda")
+        for number in range(2):
+            with Copies() as copies:
+                schedule_(optimizer, 0.5, number, 2)
+                model.begin(number, 2)
+                output = model(views(images, keys(0, 0, indices)), labels)
+                for value in output.values():
+                    assert value.is_cuda
+                for parameter in model.parameters():  # autograd's own threads need a real GPU
+                    parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+                freeze_(optimizer, 0.0)
+                if isinstance(optimizer, LARS):  # torch's fused ones have no fake kernels
+                    optimizer.step()
+                model.update(number / 2)
+    return copies.found
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "random"])
+def test_a_step_stays_on_the_gpu(name: str) -> None:
+    assert step(name) == []
+
+
+@pytest.mark.parametrize("mistake", ["waits", "mixes", "copies"])
+def test_what_would_be_found(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    enqueue = Queue.enqueue
+
+    def mistaken(self: Queue, queued: Tensor) -> None:
+        if mistake == "waits":
+            self.pointer.item()
+        elif mistake == "mixes":
+            self.keys[:, : len(queued)] = self.keys[:, : len(queued)] + torch.zeros(len(queued))
+        else:
+            self.pointer.copy_(torch.zeros(1, dtype=torch.long))
+        enqueue(self, queued)
+
+    monkeypatch.setattr(Queue, "enqueue", mistaken)
+    if mistake == "copies":
+        assert len(step("moco_v2")) == 1
+    else:
+        with pytest.raises(Exception, match="local_scalar|cuda:0 and cpu"):
+            step("moco_v2")
