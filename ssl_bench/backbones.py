@@ -13,7 +13,7 @@ from ssl_bench.errors import UserError
 Stem = Literal["imagenet", "small"]
 
 
-def _resnet(block_name: str, layers: list[int], stem: Stem, width: int) -> nn.Module:
+def _resnet(block_name: str, layers: list[int], stem: Stem, width: int, zero_init_residual: bool) -> nn.Module:
     from torchvision.models import resnet
 
     block = getattr(resnet, block_name)
@@ -22,7 +22,7 @@ def _resnet(block_name: str, layers: list[int], stem: Stem, width: int) -> nn.Mo
         """torchvision's network without `fc`: its own names, its own initialisation."""
 
         def __init__(self) -> None:
-            super().__init__(block, layers)
+            super().__init__(block, layers, zero_init_residual=zero_init_residual)
             self.fc = nn.Identity()
             self.dim = 8 * width * block.expansion
             if stem == "small":
@@ -44,24 +44,28 @@ def _resnet(block_name: str, layers: list[int], stem: Stem, width: int) -> nn.Mo
     return ResNet()
 
 
-def resnet18(stem: Stem = "imagenet", width: PositiveInt = 64) -> nn.Module:
-    """ResNet-18, dim = 8 * width (512). `stem="small"` is for images of about 32 pixels."""
-    return _resnet("BasicBlock", [2, 2, 2, 2], stem, width)
+def resnet18(stem: Stem = "imagenet", width: PositiveInt = 64, zero_init_residual: bool = False) -> nn.Module:
+    """ResNet-18, dim = 8 * width (512). `stem="small"` is for images of about 32 pixels.
+
+    zero_init_residual: each block starts as the identity, by a last batch norm of weight 0 (Goyal et al.,
+    arXiv:1706.02677, section 5.1).
+    """
+    return _resnet("BasicBlock", [2, 2, 2, 2], stem, width, zero_init_residual)
 
 
-def resnet34(stem: Stem = "imagenet", width: PositiveInt = 64) -> nn.Module:
+def resnet34(stem: Stem = "imagenet", width: PositiveInt = 64, zero_init_residual: bool = False) -> nn.Module:
     """ResNet-34, dim = 8 * width (512)."""
-    return _resnet("BasicBlock", [3, 4, 6, 3], stem, width)
+    return _resnet("BasicBlock", [3, 4, 6, 3], stem, width, zero_init_residual)
 
 
-def resnet50(stem: Stem = "imagenet", width: PositiveInt = 64) -> nn.Module:
+def resnet50(stem: Stem = "imagenet", width: PositiveInt = 64, zero_init_residual: bool = False) -> nn.Module:
     """ResNet-50, dim = 32 * width (2048)."""
-    return _resnet("Bottleneck", [3, 4, 6, 3], stem, width)
+    return _resnet("Bottleneck", [3, 4, 6, 3], stem, width, zero_init_residual)
 
 
-def resnet101(stem: Stem = "imagenet", width: PositiveInt = 64) -> nn.Module:
+def resnet101(stem: Stem = "imagenet", width: PositiveInt = 64, zero_init_residual: bool = False) -> nn.Module:
     """ResNet-101, dim = 32 * width (2048)."""
-    return _resnet("Bottleneck", [3, 4, 23, 3], stem, width)
+    return _resnet("Bottleneck", [3, 4, 23, 3], stem, width, zero_init_residual)
 
 
 def _vit(image_size: int, patch_size: int, dim: int, num_heads: int) -> nn.Module:

@@ -47,6 +47,7 @@ class Root(BaseModel):
     source: Literal["auto", "resident", "host", "streamed"]
     precision: Literal["fp32", "tf32", "bf16"]
     sync_batch_norm: bool
+    zero_init_residual: bool
     compile: bool
     log_every: PositiveInt
     eval_every: NonNegativeInt
@@ -175,7 +176,10 @@ def _problem(detail: Mapping, schema: type[BaseModel], prefix: str) -> str:
     if detail["type"] == "missing":
         return f"{key} needs a value: type {key}=..."
     if detail["type"] == "string_type":
-        return f"{key}={detail['input']}: should be a text; quote it: '{key}=\"{detail['input']}\"'"
+        given = detail["input"]
+        if isinstance(given, list):  # of a text in brackets
+            given = f"[{','.join(map(str, given))}]"
+        return f"{key}={given}: should be a text; quote it: '{key}=\"{given}\"'"
     message = detail["msg"][0].lower() + detail["msg"][1:]
     return f"{key}={detail['input']}: {message}"
 

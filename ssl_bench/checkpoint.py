@@ -1,5 +1,6 @@
 """Checkpoints `{run, step, model, optimizer}`: written atomically, read without running code, strictly loaded."""
 
+import errno
 import logging
 import os
 import re
@@ -46,10 +47,16 @@ class Checkpoint:
         path = self.directory / "checkpoints" / f"step{step:010d}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        with open(partial, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do
+        try:
+            with open(partial, "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do
+        except (OSError, RuntimeError) as error:
+            partial.unlink(missing_ok=True)
+            if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch's words for a full disk
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial)) from error
+            raise
         partial.replace(path)
         for old in complete(self.directory)[self.keep :]:
             old.unlink()

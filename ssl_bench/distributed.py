@@ -118,6 +118,12 @@ def broadcast(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def share_buffers(module: nn.Module) -> None:
+    """Rank 0's, which are those saved: where batch norm is each rank's own, so are its running statistics."""
+    for buffer in module.buffers():
+        broadcast(buffer)
+
+
 @torch.no_grad()
 def mean(tensor: Tensor) -> Tensor:
     return total(tensor) / world_size()

@@ -88,6 +88,7 @@ def fit(
                     log.warning("step %s: the run has collapsed: %s", f"{done:,}", told)
                     warned = True
         if evaluate and (last or (done % per_epoch == 0 and run.every("eval", done // per_epoch))):
+            distributed.share_buffers(model)
             line |= evaluate()
             model.train()
         if line:

@@ -2,8 +2,11 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+from ssl_bench.errors import UserError
 
 
 def places(given: str | Sequence[str] | None) -> list[Path]:
@@ -20,11 +23,26 @@ def run_of(path: Path) -> Path | None:
 def write(path: Path, text: str) -> None:
     """Replace the file at once: nobody reads half of it, and a kill leaves the old one or the new one."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do
+    try:
+        with open(partial, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     partial.replace(path)
+
+
+def parse(path: Path, parser: Callable[[str], Any]) -> dict:
+    """What a file of a run says. UserError where somebody damaged it: `write` doesn't leave half of one."""
+    try:
+        content = parser(path.read_text())
+    except Exception:  # yaml's and json's have no common kind
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: put it back, or delete it")
+    return content
 
 
 def digest(path: Path, algorithm: str = "sha256") -> str:

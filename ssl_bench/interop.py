@@ -45,13 +45,27 @@ def load_backbone(backbone: nn.Module, source: str) -> Loaded:
             for keys, what in ((missing, "missing"), (unexpected, "unexpected"), (reshaped, "of another shape"))
             if keys
         ]
-        known = zoo.WEIGHTS.get(source)
         raise UserError(
             f"pretrained={source}: its {len(found)} tensors are not this backbone's {len(wanted)}: "
-            f"{'; '.join(differences)}. Choose the backbone{f'={known.backbone}' if known else '='} it was trained with"
+            f"{'; '.join(differences)}. Choose the {_backbone_of(source, path)} it was trained with"
+        )
+    broken = [key for key in wanted if not found[key].isfinite().all()]
+    if broken:
+        raise UserError(
+            f"pretrained={source}: {len(broken)} of its tensors are not finite ({broken[0]}, ...): choose another file"
         )
     backbone.load_state_dict(found)
     return Loaded(path, layout, len(found), [key for key in state if key.removeprefix(prefix) not in found])
+
+
+def _backbone_of(source: str, path: Path) -> str:
+    """What to type for the backbone of the file, as far as it is known."""
+    if source in zoo.WEIGHTS:
+        return f"backbone={zoo.WEIGHTS[source].backbone}"
+    if not (node := (recipe(path) or {}).get("backbone")):
+        return "backbone="
+    telling = ("stem", "width", "model", "image_size", "patch_size")
+    return " ".join([f"backbone={node['name']}", *(f"backbone.{key}={node[key]}" for key in telling if key in node)])
 
 
 def find(source: str) -> Path:

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import shutil
 import signal
 import tempfile
 import uuid
@@ -21,6 +23,9 @@ def launch(cfg: DictConfig) -> dict[str, float]:
     """Run cfg's stage: in this process, in `cfg.devices` new ones, or as one of those that torchrun or srun started."""
     from ssl_bench import distributed
 
+    compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    if cfg.compile and not any(shutil.which(name) for name in compilers if name):
+        raise UserError("compile=true needs a C++ compiler, and finds none: apt-get install g++, or type compile=false")
     single = getattr(build.locate(cfg.stage._target_, "stage"), "single_process", False)
     if cfg.devices > 1 and distributed.launched() is None and not single:
         return _spawn(cfg)
@@ -42,6 +47,7 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where collectives put what they need
         torch.backends.cudnn.benchmark = True  # shapes are static
+        torch.backends.cudnn.allow_tf32 = cfg.precision != "fp32"  # torch's default is true
     memory.reset_peak(device)
     torch.set_float32_matmul_precision("high" if cfg.precision == "tf32" else "highest")
     plain = OmegaConf.to_container(cfg, resolve=True)

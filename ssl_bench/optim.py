@@ -28,8 +28,12 @@ def sgd(
     momentum: Fraction = 0.9,
     weight_decay: NonNegativeFloat = 1e-4,
     nesterov: bool = False,
+    exclude_from_decay: bool = False,
 ) -> torch.optim.Optimizer:
+    """exclude_from_decay: no weight decay of biases and norms (tensors of one dimension)."""
     lr = scaled_lr(base_lr, batch_size, scaling)
+    if exclude_from_decay:
+        params = split(params, weights={}, others={"weight_decay": 0.0})
     return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
 
 

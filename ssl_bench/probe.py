@@ -35,8 +35,9 @@ class LinearProbe(Method):
     def logits(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, num_classes)."""
         with torch.no_grad():
-            features = self.backbone(images)
-        return self.fc(self.norm(features))
+            features = self.backbone(images).to(self.fc.weight.dtype)
+        with torch.autocast(features.device.type, enabled=False):  # lr 30 wants all of a gradient's digits
+            return self.fc(self.norm(features))
 
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
         logits = self.logits(views[0])

@@ -48,6 +48,7 @@ class Run:
         self.status = "failed"  # until the stage is through
         self._mistaken = False  # ended by a UserError
         self._signum = 0
+        self._at_once = False  # nothing would be lost by stopping now
 
     # -- opening and closing ------------------------------------------------------------------------------------------
 
@@ -74,7 +75,7 @@ class Run:
                 stack.callback(self._discard, directory)
         distributed.barrier()
         if (done := directory / "summary.json").exists():
-            self.summary = json.loads(done.read_text())
+            self.summary = files.parse(done, json.loads)
             return
         if self.is_main:
             files.write(directory / "environment.json", json.dumps(environment(), indent=2) + "\n")
@@ -106,26 +107,33 @@ class Run:
 
     def _claim(self, directory: Path) -> filelock.BaseFileLock:
         """The lock of the directory, which is held here from now on; or why it can't be had."""
-        known = directory / "config.yaml"
-        if known.exists() and (complete(directory) or (directory / "summary.json").exists()):
-            before, now = identity(yaml.safe_load(known.read_text())), identity(self._config)
-            differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-            if differing:
-                shown = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in differing[:8])
-                raise UserError(
-                    f"dir={directory} holds a run with another configuration: {shown}. "
-                    "Choose another dir=, or delete it"
-                )
         lock = filelock.FileLock(directory / ".lock", timeout=60)  # the system frees it with the process
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                log.info("%s is in use by another process: waiting for a minute", directory)
+                lock.acquire()
+            self._check_same(directory)  # not before the lock is ours: another may be about to write
+            files.write(directory / "config.yaml", yaml.safe_dump(self._config, sort_keys=False))
         except filelock.Timeout:
             raise UserError(f"dir={directory} is in use by another process: wait, or choose another dir=") from None
         except OSError as error:
             raise UserError(f"dir={directory}: can't be written ({error.strerror}); choose another dir=") from None
-        files.write(known, yaml.safe_dump(self._config, sort_keys=False))
         return lock
+
+    def _check_same(self, directory: Path) -> None:
+        known = directory / "config.yaml"
+        if not known.exists() or not (complete(directory) or (directory / "summary.json").exists()):
+            return
+        before, now = identity(files.parse(known, yaml.safe_load)), identity(self._config)
+        differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if differing:
+            shown = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in differing[:8])
+            raise UserError(
+                f"dir={directory} holds a run with another configuration: {shown}. Choose another dir=, or delete it"
+            )
 
     def _discard(self, directory: Path) -> None:
         """A mistake found before the first step leaves no run behind, which reports would stumble over."""
@@ -138,6 +146,8 @@ class Run:
         if signum == signal.SIGUSR2 and not self._signum and callable(signal.getsignal(signal.SIGALRM)):
             signal.alarm(int(os.environ.get("SSL_BENCH_GRACE", 0)))  # s until it is too late to finish a step
         self._signum = signum
+        if self._at_once:
+            self.interrupt()
         again = " (Ctrl-C again: now)" if signum == signal.SIGINT else ""
         log.info("%s: stopping after this step%s", signal.Signals(signum).name, again)
 
@@ -167,6 +177,17 @@ class Run:
         if self.is_main:
             self.checkpoint.save(step, **state)
 
+    @contextmanager
+    def ends_at_once(self) -> Iterator[None]:
+        """For long work before the first step: a signal stops it in its midst."""
+        self._at_once = True
+        try:
+            if self._signum:
+                self.interrupt()
+            yield
+        finally:
+            self._at_once = False
+
     def interrupt(self, step: int | None = None) -> None:
         raise Interrupted(self._signum or signal.SIGTERM, step)
 
@@ -195,7 +216,7 @@ class Run:
         """Remember the data, for the lineage of the result."""
         if self.is_main and self.directory is not None:
             path = self.directory / "inputs.json"
-            known = json.loads(path.read_text()) if path.exists() else {}
+            known = files.parse(path, json.loads) if path.exists() else {}
             known[split] = {"fingerprint": fingerprint, "images": images}
             files.write(path, json.dumps(known, indent=2) + "\n")
 
@@ -219,8 +240,10 @@ def environment() -> dict:
     package = Path(importlib.util.find_spec("ssl_bench").origin).parent
 
     def git(*command: str) -> str:
-        result = subprocess.run(["git", "-C", package, *command], capture_output=True, text=True)
-        return result.stdout.strip()
+        try:
+            return subprocess.run(["git", "-C", package, *command], capture_output=True, text=True).stdout.strip()
+        except OSError:  # there is no git here
+            return ""
 
     packages = ("ssl_bench", "torch", "torchvision", "hydra-core", "omegaconf", "numpy", "pydantic", "wandb", "pillow")
     return {

@@ -1,6 +1,7 @@
 """`ssl-bench`: the one command. Composes the configuration, checks it, and hands it to its stage."""
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -104,6 +105,11 @@ def main() -> None:
         if wants_trace:
             raise
         fail(error)
+    except OSError as error:
+        if wants_trace or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        fail(UserError(f"the disk is full{where}; make room, and the same command continues from the last state saved"))
     except Interrupted as stop:
         print(f"ssl-bench: {stop}; the same command continues", file=sys.stderr)
         sys.exit(128 + stop.signum)
@@ -121,6 +127,9 @@ def _message(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         return build.unknown("choice", f"{group}={choice}", [f"{group}={option}" for option in error.options])
+    if ambiguous := re.search(r"Ambiguous value for argument '([^=]+)=(.+?)'", text):
+        key, value = ambiguous.groups()
+        return f"{key}={value}: several values are for a sweep: add -m; or quote one with a comma: '{key}=\"{value}\"'"
     if unknown := re.search(r"Could not override '([^']+)'", text):
         return build.unknown("key", unknown[1], _siblings(unknown[1]))
     cause = str(error.__cause__).splitlines()[0] if error.__cause__ else ""

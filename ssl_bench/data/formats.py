@@ -141,7 +141,7 @@ def _centre_square(image, size: int) -> np.ndarray:
         side = min(width, height)
         left, top = (width - side) / 2, (height - side) / 2
         image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
-    return np.asarray(image)
+    return np.array(image)  # writable, as torch wants it
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -422,7 +422,15 @@ class Folder(Dataset):
     def class_names(self) -> list[str]:
         """Empty when unlabelled."""
         root = _folder(self.root)
-        return _subfolders(root / "train") if _subfolders(root / "val") else []
+        names = _subfolders(root / "train")
+        if not names or _subfolders(root / "val"):
+            return names
+        if others := [name for name in ("val", "valid", "validation", "test") if (root / name).is_dir()]:
+            raise UserError(
+                f"{root / 'train'} has class folders, and there are none in {root / 'val'}, so that {others[0]}/ would be "
+                f"trained on: sort it into val/<class>/, or type data.root={root / 'train'}"
+            )
+        return []
 
     @property
     def num_classes(self) -> int | None:
@@ -496,7 +504,10 @@ def _walk(root: Path, below: str, above: frozenset) -> Iterator[tuple[str, int, 
         if is_folder:
             yield from _walk(root, f"{below}{name}/", above | {identity})
         elif name.lower().endswith(EXTENSIONS):
-            status = os.stat(os.path.join(folder, name))
+            path = os.path.join(folder, name)
+            status = (
+                os.stat(path) if os.path.exists(path) else os.lstat(path)
+            )  # a link to nowhere is told with the rest
             yield below + name, status.st_size, status.st_mtime_ns
 
 

@@ -182,7 +182,8 @@ class ResidentSource(Source):
 class StreamedSource(Source):
     """Images decoded anew whenever they are wanted, by worker processes: for those too many to keep decoded.
 
-    `on_error`: "raise" or, for an image that can't be decoded, "skip" to the next of the split that can.
+    `on_error`: "raise" or, for an image that can't be decoded, "skip" to the next of the split that can, which
+    then comes twice: a training bears that, a measurement doesn't.
     """
 
     def __init__(self, split: Split, *args, workers: int | None = None, on_error: OnError = "raise", **kwargs):
@@ -262,5 +263,5 @@ def _collate(items: list[tuple[np.ndarray | None, int, dict[int, str]]]) -> tupl
 
 
 def _ignore_signals(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which finishes its step
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler of the run
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):  # sent to the whole group, they are for the parent,
+        signal.signal(signum, signal.SIG_IGN)  # which finishes its step, and then ends its workers

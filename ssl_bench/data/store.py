@@ -7,6 +7,7 @@
 Labels stay with the split: two splits with the same pixels (pretrain and train of a labelled set) share one store.
 """
 
+import errno
 import json
 import logging
 import math
@@ -189,6 +190,10 @@ def try_read(read: Callable[[int], np.ndarray], index: int) -> np.ndarray | str:
         return read(index)
     except Exception as error:  # PIL raises many kinds for a file that isn't whole
         if isinstance(error, OSError) and error.errno is not None:  # PIL's own errors carry none
+            if error.errno == errno.EACCES:
+                return "it may not be read"
+            if error.errno == errno.ENOENT and os.path.islink(error.filename or ""):
+                return "a link to nowhere"
             raise UserError(f"cannot read an image ({error}); did the data change meanwhile?") from None
         return " ".join(str(error).split())[:200] or type(error).__name__
 

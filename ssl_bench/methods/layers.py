@@ -10,22 +10,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_bench import distributed
+from ssl_bench.errors import UserError
 
 
 def mlp(
-    *dims: int, norm: bool = False, final_norm: Literal["affine", "plain"] | None = None, final_bias: bool = True
+    *dims: int, norm: bool = False, final_norm: Literal["scaled", "plain"] | None = None, final_bias: bool = True
 ) -> nn.Sequential:
     """Linear layers of the given widths, with ReLU between them, and before each ReLU batch norm if `norm`.
 
-    final_norm: batch norm after the last one, with or without weights. A layer before batch norm has no bias, which the
-    norm would take out again.
+    final_norm: batch norm after the last one, with weights but no bias, or without either. A layer before batch norm
+    has no bias, which the norm would take out again.
     """
     layers: list[nn.Module] = []
     for i, (inputs, outputs) in enumerate(pairwise(dims)):
         last = i == len(dims) - 2
         layers.append(nn.Linear(inputs, outputs, bias=final_bias and not final_norm if last else not norm))
         if last and final_norm:
-            layers.append(nn.BatchNorm1d(outputs, affine=final_norm == "affine"))
+            layers.append(nn.BatchNorm1d(outputs, affine=final_norm == "scaled"))
+            if final_norm == "scaled":
+                layers[-1].bias.requires_grad_(False)  # stays zero
         elif not last:
             layers += [nn.BatchNorm1d(outputs)] * norm + [nn.ReLU()]
     return nn.Sequential(*layers)
@@ -101,6 +104,8 @@ def split_batch_norm_(module: nn.Module, num_splits: int) -> None:
         if type(child) is nn.BatchNorm2d:
             child.__class__ = SplitBatchNorm2d
             child.num_splits = num_splits
+        else:
+            _refuse_unknown(child, f"method.bn_splits={num_splits}", "method.bn_splits=1")
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -127,9 +132,18 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 def sync_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
     """The module with batch norm over all ranks, but where it is split on purpose. Parameters and buffers stay."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for child in module.modules():
-        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
+        if type(child) not in (nn.BatchNorm1d, nn.BatchNorm2d):
+            _refuse_unknown(child, "sync_batch_norm=true", "sync_batch_norm=false")
+        elif device.type == "cuda":
+            child.__class__, child.process_group = nn.SyncBatchNorm, None  # of all ranks
+        else:
             child.__class__ = SyncBatchNorm
     return module
+
+
+def _refuse_unknown(child: nn.Module, asked: str, instead: str) -> None:
+    """UserError for a batch norm that does more, like timm's with the activation in it: that would be lost."""
+    known = (nn.BatchNorm1d, nn.BatchNorm2d, SplitBatchNorm2d, SyncBatchNorm, nn.SyncBatchNorm)
+    if isinstance(child, nn.modules.batchnorm._BatchNorm) and type(child) not in known:
+        raise UserError(f"{asked} can't be had with this backbone's {type(child).__name__}: type {instead}")

@@ -14,7 +14,10 @@ from ssl_bench.methods.base import Method, Output, health_of
 
 @layers.full_precision
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    """Embeddings (N, D) of two views, not normalised -> mean cross-entropy over all 2N anchors (section 2.1)."""
+    """Embeddings (N, D) of two views, not normalised -> mean cross-entropy over all 2N anchors (section 2.1).
+
+    The authors' code has twice that, which LARS makes good for weights, but not for biases.
+    """
     z = F.normalize(torch.cat([z1, z2]), dim=1)  # (2N, D)
     logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)  # (2N, 2N); an image is no negative of itself
     positives = torch.arange(len(z), device=z.device).roll(len(z1))
@@ -36,8 +39,8 @@ class SimCLR(Method):
     ) -> None:
         super().__init__(backbone)
         self.temperature = temperature
-        # batch norm at the end too, with its bias, as in the authors' code
-        self.projector = layers.mlp(backbone.dim, hidden_dim or backbone.dim, dim, norm=True, final_norm="affine")
+        # batch norm at the end too, which scales and doesn't shift, as in the authors' model_util.py
+        self.projector = layers.mlp(backbone.dim, hidden_dim or backbone.dim, dim, norm=True, final_norm="scaled")
 
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
         # In one pass: batch norm sees both views together, as in the authors' code.

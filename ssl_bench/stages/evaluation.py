@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +30,17 @@ def load_pretrained(cfg: DictConfig) -> nn.Module:
     if cfg.pretrained is None:
         log.info("pretrained=null: the backbone stays as initialised")
         return backbone
-    tell(interop.load_backbone(backbone, cfg.pretrained))
+    loaded = interop.load_backbone(backbone, cfg.pretrained)
+    tell(loaded)
+    before = (interop.recipe(loaded.source) or {}).get("augmentation", {})
+    for key in ("mean", "std"):
+        if key in before and list(before[key]) != list(now := cfg.augmentation[key]):
+            log.info("trained with augmentation.%s=%s, and sees %s here", key, *(_short(x) for x in (before[key], now)))
     return backbone
+
+
+def _short(values: Iterable[float]) -> str:
+    return f"[{','.join(f'{value:g}' for value in values)}]"
 
 
 def tell(loaded: interop.Loaded) -> None:
@@ -39,7 +48,8 @@ def tell(loaded: interop.Loaded) -> None:
         "loaded all %s tensors of the backbone from %s (%s layout)", loaded.num_tensors, loaded.source, loaded.layout
     )
     if loaded.left_out:
-        log.info("left out %s others: %s, ...", len(loaded.left_out), ", ".join(loaded.left_out[:4]))
+        more = ", ..." if len(loaded.left_out) > 4 else ""
+        log.info("left out %s others: %s%s", len(loaded.left_out), ", ".join(loaded.left_out[:4]), more)
 
 
 def few_labels(labels: np.ndarray, per_class: int | None, fraction: float | None, seed: int) -> np.ndarray | None:

@@ -144,8 +144,9 @@ def card(name: str, pretrained: Pretrained, measured: list[Ran], image_size: int
         results.table(rows, ["val_top1", "val_top5", "n"]) if rows else "None were given (`runs=` of `stage=export`).",
         "On the val split: mean ± standard deviation over n seeds." if rows else "",
         "## Input",
-        f"RGB in [0, 1]: the centre square at {packed} pixels, resized to {resized}, the centre {view.image_size} x "
-        f"{view.image_size} cut out; mean {mean}, std {std}. Output: {pretrained.backbone.dim} features"
+        f"RGB, uint8: the centre square at {packed} pixels, resized to {resized} (bilinear, antialiased, rounded to "
+        f"uint8), the centre {view.image_size} x {view.image_size} cut out, divided by 255; mean {mean}, std {std}. "
+        f"Output: {pretrained.backbone.dim} features"
         + (f", then {classifier.out_features} logits." if classifier else "."),
         "## Use",
         f"```python\n{usage(pretrained)}\n```",

@@ -6,10 +6,11 @@ import torch
 from omegaconf import DictConfig
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from ssl_bench import build
+from ssl_bench import build, distributed
 from ssl_bench.augment.views import EvalView
 from ssl_bench.engine import evaluate
 from ssl_bench.fields import Share
+from ssl_bench.methods import layers
 from ssl_bench.probe import LinearGrid, LinearProbe
 from ssl_bench.run import Run
 from ssl_bench.stages.cached import GridOptions, check_options, check_unused, hold_out, train_grid
@@ -34,7 +35,8 @@ def lincls(
 ) -> dict[str, float]:
     """Returns top-1, top-5 (percent) and cross-entropy on the val split after the last epoch.
 
-    official: the protocol of main_lincls.py, in which the backbone sees freshly augmented images in every epoch.
+    official: the protocol of main_lincls.py, in which the backbone sees freshly augmented images in every epoch. (The
+    images that don't fill the last batch of an epoch are left out of it.)
     cached: it sees each image once, and a grid of classifiers learns from its features; see `cached.train_grid`.
     """
     options = GridOptions(copies, lrs, weight_decays, holdout)
@@ -62,7 +64,10 @@ def lincls(
         grid = on_device(LinearGrid(backbone, data.num_classes, len(options.cells), kept, normalize), run)
         result = train_grid(cfg, run, grid, options, held, source, test, views, test_view)
     else:
-        probe = on_device(LinearProbe(backbone, data.num_classes, normalize), run)
+        probe = LinearProbe(backbone, data.num_classes, normalize)
+        if distributed.world_size() > 1:
+            layers.sync_batch_norm(probe.norm, run.device)
+        on_device(probe, run)
         result = train(cfg, run, probe, source, views, lambda: evaluate(probe, test.epoch_pass(), test_view))
     assert digest(backbone) == before, "the frozen backbone changed"
     return result

@@ -52,9 +52,15 @@ def open_source(cfg: DictConfig, run: Run, data: Dataset, split: str, subset: np
         log.warning("no room on the disk to keep %s decoded: streaming; data.cache= sets another disk", split)
         kind = "streamed"
     if kind == "streamed":
+        if data.on_error == "skip" and cfg.stage.name != "pretrain":
+            raise UserError(
+                "data.on_error=skip puts the next image in the place of one that can't be decoded where they are streamed, "
+                "and it would count twice: type source=host (and data.cache= for another disk), or remove the bad ones"
+            )
         log.info("%s: %s images, decoded as they are needed", split, f"{data.split(split).length:,}")
         return StreamedSource(data.split(split), *share, workers=data.workers, on_error=data.on_error)
-    store = data.open(split)
+    with run.ends_at_once():
+        store = data.open(split)
     if kind == "auto":
         kind = "resident" if fits(store, run.device) else "host"
     place = run.device if kind == "resident" else store.directory / "images.npy"
