@@ -427,8 +427,8 @@ class Folder(Dataset):
             return names
         if others := [name for name in ("val", "valid", "validation", "test") if (root / name).is_dir()]:
             raise UserError(
-                f"{root / 'train'} has class folders, and there are none in {root / 'val'}, so that {others[0]}/ would be "
-                f"trained on: sort it into val/<class>/, or type data.root={root / 'train'}"
+                f"{root / 'train'} has class folders, and there are none in {root / 'val'}: {others[0]}/ would be trained "
+                f"on. Sort it into val/<class>/, or type data.root={root / 'train'}"
             )
         return []
 

@@ -54,7 +54,7 @@ def open_source(cfg: DictConfig, run: Run, data: Dataset, split: str, subset: np
     if kind == "streamed":
         if data.on_error == "skip" and cfg.stage.name != "pretrain":
             raise UserError(
-                "data.on_error=skip puts the next image in the place of one that can't be decoded where they are streamed, "
+                "data.on_error=skip with streamed images puts the next one in the place of one that can't be decoded, "
                 "and it would count twice: type source=host (and data.cache= for another disk), or remove the bad ones"
             )
         log.info("%s: %s images, decoded as they are needed", split, f"{data.split(split).length:,}")
