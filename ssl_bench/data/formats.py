@@ -427,8 +427,8 @@ class Folder(Dataset):
             return names
         if others := [name for name in ("val", "valid", "validation", "test") if (root / name).is_dir()]:
             raise UserError(
-                f"{root / 'train'} has class folders, and there are none in {root / 'val'}: {others[0]}/ would be trained "
-                f"on. Sort it into val/<class>/, or type data.root={root / 'train'}"
+                f"{root / 'train'} has class folders and {root / 'val'} has none, so that {others[0]}/ would be "
+                f"trained on: sort it into val/<class>/, or type data.root={root / 'train'}"
             )
         return []
 
@@ -505,9 +505,8 @@ def _walk(root: Path, below: str, above: frozenset) -> Iterator[tuple[str, int, 
             yield from _walk(root, f"{below}{name}/", above | {identity})
         elif name.lower().endswith(EXTENSIONS):
             path = os.path.join(folder, name)
-            status = (
-                os.stat(path) if os.path.exists(path) else os.lstat(path)
-            )  # a link to nowhere is told with the rest
+            # A link to nowhere is told with what can't be decoded.
+            status = os.stat(path) if os.path.exists(path) else os.lstat(path)
             yield below + name, status.st_size, status.st_mtime_ns
 
 
