@@ -44,6 +44,20 @@ def test_choice_fits(group: str, choice: str) -> None:
     build.check(compose(f"{group}={choice}", *NEEDED.get(choice, [])))
 
 
+@pytest.mark.parametrize(("method", "zero"), [("byol", True), ("moco_v3", True), ("moco_v2", False), ("swav", False)])
+def test_networks_start_as_the_authors(method: str, zero: bool) -> None:
+    assert compose(f"method={method}", "backbone=resnet50").backbone.zero_init_residual is zero
+    build.check(compose(f"method={method}", "backbone=vit_tiny"))
+
+
+def test_dino_decays_no_biases() -> None:
+    cfg = compose("method=dino", "backbone.width=8", "method.out_dim=8")
+    method = build.construct(cfg.method, backbone=build.construct(cfg.backbone))
+    optimizer = build.construct(cfg.optimizer, params=method.param_groups(), batch_size=256)
+    decays = {(group["weight_decay"], p.ndim > 1) for group in optimizer.param_groups for p in group["params"]}
+    assert decays == {(1e-4, True), (0.0, False)}
+
+
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids="=".join)
 def test_a_signature_that_is_read_is_the_one_that_is_imported(group: str, choice: str) -> None:
     for name, node in compose(f"{group}={choice}", *NEEDED.get(choice, [])).items():

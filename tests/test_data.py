@@ -369,6 +369,13 @@ def test_folder_labelled(tmp_path, cache):
     fails("no images in .*train/empty", Folder(str(tmp_path / "f")).split, "train")
 
 
+@pytest.mark.parametrize("other", ["val", "valid", "test"])
+def test_folder_with_test_images_that_would_be_trained_on(tmp_path, other):
+    for name in ("train/a/1.png", "train/b/2.png", f"{other}/3.png"):
+        save(tmp_path / name, np.zeros((8, 8, 3), np.uint8))
+    fails(f"{other}/ would be trained on: sort it into val/<class>/", Folder(str(tmp_path), 8).split, "pretrain")
+
+
 def test_folder_unlabelled(tmp_path, cache):
     root = tmp_path / "f"
     for name in ("train/a/1.png", "z.jpg", "deep/er/é.png"):

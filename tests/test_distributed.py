@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import TINY_PRETRAIN
+from conftest import TINY_PRETRAIN, Command
 from torch import Tensor, nn
 
 from ssl_bench import backbones, distributed
@@ -129,3 +129,15 @@ def test_torchrun_is_joined(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("step 10/10") == 1  # one rank speaks
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_features_standardised_by_two_processes(ssl_bench: Command, tmp_path: Path) -> None:
+    """By the statistics of the whole batch, and every process evaluates the network that is saved."""
+    command = ["stage=lincls", "stage.normalize=true", "data=digits", "data.image_size=16", "backbone=pixels"]
+    command += ["augmentation=none", "optimizer.base_lr=0.1", "batch_size=128", "epochs=3"]
+    losses = []
+    for devices in (1, 2):
+        ssl_bench(*command, f"devices={devices}", f"dir={devices}", check=True)
+        losses.append(json.loads((tmp_path / str(devices) / "summary.json").read_text())["val_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

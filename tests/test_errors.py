@@ -63,6 +63,11 @@ CONFIGURATION = {
     "added key": (["+unknown=1"], ["unknown: no such key;", "Valid: augmentation, backbone, "]),
     "needed": (["data=dl21"], ["data.root needs a value: type data.root=..."]),
     "no value": (["batch_size"], ["batch_size: not KEY=VALUE"]),
+    "comma": (["data=dl21", "data.root=a,b"], ["data.root=a,b: several values are for a sweep", "'data.root=\"a,b\"'"]),
+    "brackets": (
+        ["data=dl21", "data.root=[x,y]"],
+        ["data.root=[x,y]: should be a text", "'data.root=\"[x,y]\"'"],
+    ),
     "special characters": (["data=dl21", "data.root=~/data"], ["data.root=~/data: ", "quotes", "'KEY=\"VALUE\"'"]),
     "interpolation": (["seed=${sed}"], ["seed: Interpolation key 'sed' not found"]),
     "no experiment": (
@@ -98,6 +103,18 @@ def test_all_at_once(ssl_bench: Command, tmp_path: Path) -> None:
     assert sorted(keys) == ["batch_size=abc", "foo", "method.temperature=-1", "precision=fp8"]
     assert "'fp32', 'tf32' or 'bf16'" in said[keys.index("precision=fp8")]
     assert files(tmp_path) == set()
+
+
+def test_no_compiler(ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert complaint(ssl_bench(*TINY_PRETRAIN, "compile=true")).startswith("compile=true needs a C++ compiler")
+    assert files(tmp_path) == set()
+
+
+@pytest.mark.slow
+def test_no_git(ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    ssl_bench(*TINY_PRETRAIN, "epochs=1", "dir=run", check=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

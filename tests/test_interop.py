@@ -193,6 +193,14 @@ def test_all_or_nothing(
     assert same(backbone, BACKBONE)
 
 
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+    state = {key: value.clone() for key, value in BACKBONE.state_dict().items()}
+    state["conv1.weight"][0] = torch.nan
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"1 of its tensors are not finite \(conv1.weight"):
+        load_backbone(copy.deepcopy(BACKBONE), str(tmp_path / "x.pth"))
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [

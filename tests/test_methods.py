@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ssl_bench import backbones
-from ssl_bench.methods.layers import Queue, split_batch_norm_
+from ssl_bench.errors import UserError
+from ssl_bench.methods.layers import Queue, SplitBatchNorm2d, SyncBatchNorm, split_batch_norm_, sync_batch_norm
 from ssl_bench.methods.moco import MoCo
 from ssl_bench.probe import LinearProbe
 from ssl_bench.schedule import Constant, Cosine, Schedule, Step
@@ -103,6 +104,35 @@ def test_backbones_are_torchvisions() -> None:
         assert make().dim == dim
         narrow = make(stem="small", width=16)
         assert narrow(torch.zeros(2, 3, 32, 32)).shape == (2, narrow.dim) == (2, dim // 4)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_blocks_that_start_as_the_identity(name: str) -> None:
+    for zero in (True, False):
+        network = getattr(backbones, name)(width=8, zero_init_residual=zero)
+        last = [(block.bn3 if name == "resnet50" else block.bn2).weight for block in network.layer2]
+        assert all((weight == (0 if zero else 1)).all() for weight in last)
+
+
+def test_a_batch_norm_that_does_more_is_refused() -> None:
+    """timm's with the activation in it: as a plain one it would lose that, and not split it would leak."""
+    network = pytest.importorskip("timm").create_model("efficientnet_b0", num_classes=0)
+    for device in ("cpu", "cuda"):
+        with pytest.raises(UserError, match="BatchNormAct2d: type sync_batch_norm=false"):
+            sync_batch_norm(network, torch.device(device))
+    with pytest.raises(UserError, match=r"BatchNormAct2d: type method\.bn_splits=1"):
+        split_batch_norm_(network, 2)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batch_norm_over_ranks_leaves_split_ones(device: str) -> None:
+    network = backbones.resnet18(width=8)
+    split_batch_norm_(network.layer1, 2)
+    before = network.state_dict()
+    sync_batch_norm(network, torch.device(device))
+    assert type(network.layer1[0].bn1) is SplitBatchNorm2d
+    assert type(network.bn1) is (nn.SyncBatchNorm if device == "cuda" else SyncBatchNorm)
+    assert all(torch.equal(value, network.state_dict()[key]) for key, value in before.items())
 
 
 def test_probe_leaves_the_backbone_alone() -> None:
