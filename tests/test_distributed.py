@@ -138,6 +138,6 @@ def test_features_standardised_by_two_processes(ssl_bench: Command, tmp_path: Pa
     command += ["augmentation=none", "optimizer.base_lr=0.1", "batch_size=128", "epochs=3"]
     losses = []
     for devices in (1, 2):
-        ssl_bench(*command, f"devices={devices}", f"dir={devices}", check=True)
-        losses.append(json.loads((tmp_path / str(devices) / "summary.json").read_text())["val_loss"])
+        ssl_bench(*command, f"devices={devices}", f"dir=run{devices}", check=True)
+        losses.append(json.loads((tmp_path / f"run{devices}" / "summary.json").read_text())["val_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
