@@ -8,6 +8,8 @@ from typing import Any
 
 from ssl_bench.errors import UserError
 
+WEIGHTS = "pretrained.sha256"  # in the directory of a run: of the file that it stands on
+
 
 def places(given: str | Sequence[str] | None) -> list[Path]:
     """The paths of a setting like `runs`: one, or a list of them."""

@@ -107,6 +107,7 @@ class Run:
 
     def _claim(self, directory: Path) -> filelock.BaseFileLock:
         """The lock of the directory, which is held here from now on; or why it can't be had."""
+        self._check_same(directory)
         lock = filelock.FileLock(directory / ".lock", timeout=60)  # the system frees it with the process
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -115,8 +116,10 @@ class Run:
             except filelock.Timeout:
                 log.info("%s is in use by another process: waiting for a minute", directory)
                 lock.acquire()
-            self._check_same(directory)  # not before the lock is ours: another may be about to write
+            self._check_same(directory)  # once more: who had the lock may have written it
             files.write(directory / "config.yaml", yaml.safe_dump(self._config, sort_keys=False))
+            if self._config.get("pretrained"):
+                self._check_weights(directory, Path(self._config["pretrained"]))
         except filelock.Timeout:
             raise UserError(f"dir={directory} is in use by another process: wait, or choose another dir=") from None
         except OSError as error:
@@ -134,6 +137,15 @@ class Run:
             raise UserError(
                 f"dir={directory} holds a run with another configuration: {shown}. Choose another dir=, or delete it"
             )
+
+    def _check_weights(self, directory: Path, weights: Path) -> None:
+        """A result is of a file's content: the same path may hold another training by now."""
+        known, now = directory / files.WEIGHTS, files.digest(weights)
+        if known.exists() and known.read_text() != now:
+            raise UserError(
+                f"dir={directory} stands on other weights than {weights} holds now: delete it, or choose another dir="
+            )
+        files.write(known, now)
 
     def _discard(self, directory: Path) -> None:
         """A mistake found before the first step leaves no run behind, which reports would stumble over."""

@@ -1,6 +1,7 @@
 """The main job, as the README starts it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,16 @@ def test_a_newer_checkpoint_is_not_answered_with_an_old_result(ssl_bench: Comman
         "pretrained was pretrain/checkpoints/step0000000008.pt, is pretrain/checkpoints/step0000000010.pt"
         in result.stderr
     )
+
+
+@pytest.mark.slow
+def test_a_training_anew_is_not_answered_with_an_old_result(ssl_bench: Command, tmp_path: Path) -> None:
+    """In the same place, with as many steps."""
+    ssl_bench(*TINY_PRETRAIN, "epochs=1", "dir=pretrain", check=True)
+    lincls = [*TINY, "stage=lincls", "pretrained=pretrain", "epochs=1", "dir=lincls"]
+    ssl_bench(*lincls, check=True)
+    shutil.rmtree(tmp_path / "pretrain")
+    ssl_bench(*TINY_PRETRAIN, "epochs=1", "dir=pretrain", "seed=1", check=True)
+    result = ssl_bench(*lincls)
+    assert result.returncode == 2
+    assert "dir=lincls stands on other weights than pretrain/checkpoints/step0000000010.pt holds now" in result.stderr

@@ -34,7 +34,7 @@ def load_pretrained(cfg: DictConfig) -> nn.Module:
     tell(loaded)
     before = (interop.recipe(loaded.source) or {}).get("augmentation", {})
     for key in ("mean", "std"):
-        if key in before and list(before[key]) != list(now := cfg.augmentation[key]):
+        if key in before and list(before[key]) != list(now := cfg.augmentation.get(key, before[key])):
             log.info("trained with augmentation.%s=%s, and sees %s here", key, *(_short(x) for x in (before[key], now)))
     return backbone
 

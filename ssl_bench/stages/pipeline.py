@@ -22,7 +22,7 @@ from ssl_bench.tracking import MetricsFile
 log = logging.getLogger(__name__)
 
 # What an evaluation shares with the pretraining it follows, unless its own overrides say otherwise.
-SHARED = ("data", "backbone", "tracking", "device", "devices", "precision")
+SHARED = ("data", "backbone", "tracking", "device", "devices", "precision", "zero_init_residual")
 
 
 def pipeline(
