@@ -13,6 +13,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -53,6 +54,7 @@ class Window:
     """
 
     is_main, directory = False, None  # no files, no pictures
+    ends_at_once = nullcontext
 
     def __init__(
         self,
