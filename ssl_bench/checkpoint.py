@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ssl_bench import files
 from ssl_bench.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -48,16 +49,12 @@ class Checkpoint:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         try:
-            with open(partial, "wb") as file:
+            with files.replacing(path, partial, "wb") as file:
                 torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do
-        except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
-            if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch's words for a full disk
+        except RuntimeError as error:
+            if "inline_container" in str(error):  # torch's words for a full disk
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial)) from error
             raise
-        partial.replace(path)
         for old in complete(self.directory)[self.keep :]:
             old.unlink()
         return path

@@ -2,9 +2,10 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ssl_bench.errors import UserError
 
@@ -22,18 +23,26 @@ def run_of(path: Path) -> Path | None:
     return folder.parent if folder.name == "checkpoints" else None
 
 
-def write(path: Path, text: str) -> None:
-    """Replace the file at once: nobody reads half of it, and a kill leaves the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
+@contextmanager
+def replacing(path: Path, partial: Path, mode: str) -> Iterator[IO]:
+    """Replace the file at once: nobody reads half of it, and a kill leaves the old one or the new one.
+
+    partial: where it is written until it is whole; a failure, like a full disk, leaves nothing there.
+    """
     try:
-        with open(partial, "w") as file:
-            file.write(text)
+        with open(partial, mode) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do
-    except OSError:
+    except Exception:
         partial.unlink(missing_ok=True)
         raise
     partial.replace(path)
+
+
+def write(path: Path, text: str) -> None:
+    with replacing(path, path.with_name(path.name + ".partial"), "w") as file:
+        file.write(text)
 
 
 def parse(path: Path, parser: Callable[[str], Any]) -> dict:

@@ -108,7 +108,7 @@ def recipe(path: Path) -> dict | None:
             text = (file.metadata() or {}).get("ssl_bench")
         return json.loads(text) if text else None
     run = files.run_of(path)
-    return yaml.safe_load((run / "config.yaml").read_text()) if run and (run / "config.yaml").is_file() else None
+    return files.parse(run / "config.yaml", yaml.safe_load) if run and (run / "config.yaml").is_file() else None
 
 
 def load_classifier(source: str) -> nn.Linear | None:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_bench.methods import layers
 from ssl_bench.methods.base import Method, Output
 
 IGNORED = -100  # the label of an image that a head doesn't learn from
@@ -35,9 +36,12 @@ class LinearProbe(Method):
     def logits(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, num_classes)."""
         with torch.no_grad():
-            features = self.backbone(images).to(self.fc.weight.dtype)
-        with torch.autocast(features.device.type, enabled=False):  # lr 30 wants all of a gradient's digits
-            return self.fc(self.norm(features))
+            features = self.backbone(images)
+        return self.classify(features)
+
+    @layers.full_precision  # lr 30 wants all of a gradient's digits
+    def classify(self, features: Tensor) -> Tensor:
+        return self.fc(self.norm(features))
 
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
         logits = self.logits(views[0])
@@ -84,10 +88,10 @@ class LinearGrid(LinearProbe):
         self.norm.running_mean.copy_(mean)
         self.norm.running_var.copy_(torch.stack([(f - mean).square().mean(dim=0) for f in copies]).mean(dim=0))
 
+    @layers.full_precision
     def heads(self, features: Tensor) -> Tensor:
         """(N, dim) -> logits (N, cells, 2, num_classes), not in bfloat16."""
-        with torch.autocast(features.device.type, enabled=False):
-            logits = F.linear(self.norm(features), torch.cat(list(self.weights)), torch.cat(list(self.biases)))
+        logits = F.linear(self.norm(features), torch.cat(list(self.weights)), torch.cat(list(self.biases)))
         return logits.unflatten(1, (len(self.weights), 2, -1))
 
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:

@@ -240,20 +240,20 @@ def of(weights: Path) -> Ran | None:
 
 def measured(runs: Iterable[Ran], weights: Path) -> list[Ran]:
     """The finished evaluations of the network in this very file, as it is now."""
-    now = files.digest(weights)
-
-    def same(ran: Ran) -> bool:
-        known = ran.directory / files.WEIGHTS
-        return not known.exists() or known.read_text() == now
-
-    return [
+    found = [
         ran
         for ran in runs
         if "val_top1" in (ran.summary or {})
         and ran.config.get("pretrained")
         and Path(ran.config["pretrained"]).resolve() == weights.resolve()
-        and same(ran)
     ]
+    now = files.digest(weights) if found else None
+
+    def same(ran: Ran) -> bool:
+        known = ran.directory / files.WEIGHTS
+        return not known.exists() or known.read_text() == now
+
+    return [ran for ran in found if same(ran)]
 
 
 # -- groups of them ----------------------------------------------------------------------------------------------------

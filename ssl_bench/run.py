@@ -107,16 +107,16 @@ class Run:
 
     def _claim(self, directory: Path) -> filelock.BaseFileLock:
         """The lock of the directory, which is held here from now on; or why it can't be had."""
-        self._check_same(directory)
         lock = filelock.FileLock(directory / ".lock", timeout=60)  # the system frees it with the process
         try:
             directory.mkdir(parents=True, exist_ok=True)
             try:
                 lock.acquire(timeout=0)
             except filelock.Timeout:
+                self._check_same(directory)  # told at once
                 log.info("%s is in use by another process: waiting for a minute", directory)
                 lock.acquire()
-            self._check_same(directory)  # once more: who had the lock may have written it
+            self._check_same(directory)
             files.write(directory / "config.yaml", yaml.safe_dump(self._config, sort_keys=False))
             if self._config.get("pretrained"):
                 self._check_weights(directory, Path(self._config["pretrained"]))

@@ -4,24 +4,22 @@ An operation that mixes devices fails, one that would wait for the GPU (`.item()
 give and fails too, and copies between CPU and GPU are listed.
 """
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from test_bench import LEARNING
+from test_config import compose
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import ssl_bench.train  # noqa: F401 - registers the resolvers of the configuration
-from ssl_bench import build, conf
+from ssl_bench import build
 from ssl_bench.augment.draws import keys
 from ssl_bench.methods.layers import Queue
 from ssl_bench.optim import LARS, freeze_, schedule_
 
 BATCH, PIXELS = 8, 32
-METHODS = sorted(path.stem for path in (Path(conf.__file__).parent / "method").glob("*.yaml"))
 
 
 class Copies(TorchDispatchMode):
@@ -59,8 +57,7 @@ def step(name: str) -> list[str]:
     """Two steps of a method with its own augmentation and optimizer; the copies between devices in the second."""
     overrides = ["stage=pretrain", "data=digits", f"method={name}", "backbone.width=8", f"batch_size={BATCH}"]
     overrides += [f"augmentation.image_size={PIXELS}"]
-    with initialize_config_module("ssl_bench.conf", version_base="1.3"):
-        cfg = compose("config", overrides=overrides)
+    cfg = compose(*overrides)
     given = {"num_classes": 10} if build.takes(cfg.method, "num_classes") else {}
     model = build.construct(cfg.method, backbone=build.construct(cfg.backbone), **given).train()
     views = build.construct(cfg.augmentation)
@@ -89,7 +86,7 @@ def step(name: str) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "random"])
+@pytest.mark.parametrize("name", LEARNING)
 def test_a_step_stays_on_the_gpu(name: str) -> None:
     assert step(name) == []
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ssl_bench import backbones
 from ssl_bench.errors import UserError
-from ssl_bench.methods.layers import Queue, SplitBatchNorm2d, SyncBatchNorm, split_batch_norm_, sync_batch_norm
+from ssl_bench.methods.layers import Queue, SplitBatchNorm2d, SyncBatchNorm, split_batch_norm_, sync_batch_norm_
 from ssl_bench.methods.moco import MoCo
 from ssl_bench.probe import LinearProbe
 from ssl_bench.schedule import Constant, Cosine, Schedule, Step
@@ -119,7 +119,7 @@ def test_a_batch_norm_that_does_more_is_refused() -> None:
     network = pytest.importorskip("timm").create_model("efficientnet_b0", num_classes=0)
     for device in ("cpu", "cuda"):
         with pytest.raises(UserError, match="BatchNormAct2d: type sync_batch_norm=false"):
-            sync_batch_norm(network, torch.device(device))
+            sync_batch_norm_(network, torch.device(device))
     with pytest.raises(UserError, match=r"BatchNormAct2d: type method\.bn_splits=1"):
         split_batch_norm_(network, 2)
 
@@ -129,7 +129,7 @@ def test_batch_norm_over_ranks_leaves_split_ones(device: str) -> None:
     network = backbones.resnet18(width=8)
     split_batch_norm_(network.layer1, 2)
     before = network.state_dict()
-    sync_batch_norm(network, torch.device(device))
+    sync_batch_norm_(network, torch.device(device))
     assert type(network.layer1[0].bn1) is SplitBatchNorm2d
     assert type(network.bn1) is (nn.SyncBatchNorm if device == "cuda" else SyncBatchNorm)
     assert all(torch.equal(value, network.state_dict()[key]) for key, value in before.items())

@@ -14,8 +14,7 @@ from ssl_bench.tracking import NoTracker
 
 
 def run(directory: Path, seed: int) -> Run:
-    config = {"dir": str(directory), "seed": seed}
-    return Run(config, torch.device("cpu"), lambda: NoTracker(directory, config))
+    return Run({"dir": str(directory), "seed": seed}, torch.device("cpu"), NoTracker)
 
 
 def test_who_comes_second_does_not_take_the_firsts_result_for_its_own(tmp_path: Path) -> None:

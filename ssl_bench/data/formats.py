@@ -505,8 +505,10 @@ def _walk(root: Path, below: str, above: frozenset) -> Iterator[tuple[str, int, 
             yield from _walk(root, f"{below}{name}/", above | {identity})
         elif name.lower().endswith(EXTENSIONS):
             path = os.path.join(folder, name)
-            # A link to nowhere is told with what can't be decoded.
-            status = os.stat(path) if os.path.exists(path) else os.lstat(path)
+            try:
+                status = os.stat(path)
+            except OSError:  # a link to nowhere is told with what can't be decoded
+                status = os.lstat(path)
             yield below + name, status.st_size, status.st_mtime_ns
 
 

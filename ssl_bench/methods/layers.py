@@ -35,7 +35,7 @@ def mlp(
 
 
 def full_precision(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """A loss outside of autocast: embeddings that arrive in half precision become float32."""
+    """A loss, or a head, outside of autocast: embeddings that arrive in half precision become float32."""
 
     @wraps(loss)
     def computed(*args: Any, **kwargs: Any) -> Any:
@@ -130,8 +130,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return normalised.to(x.dtype)
 
 
-def sync_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module with batch norm over all ranks, but where it is split on purpose. Parameters and buffers stay."""
+def sync_batch_norm_(module: nn.Module, device: torch.device) -> None:
+    """Batch norm inside `module` over all ranks, in place, but where it is split on purpose. Its state stays."""
     for child in module.modules():
         if type(child) not in (nn.BatchNorm1d, nn.BatchNorm2d):
             _refuse_unknown(child, "sync_batch_norm=true", "sync_batch_norm=false")
@@ -139,7 +139,6 @@ def sync_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
             child.__class__, child.process_group = nn.SyncBatchNorm, None  # of all ranks
         else:
             child.__class__ = SyncBatchNorm
-    return module
 
 
 def _refuse_unknown(child: nn.Module, asked: str, instead: str) -> None:

@@ -23,7 +23,7 @@ from ssl_bench.optim import scaled_lr
 from ssl_bench.probe import IGNORED, LinearGrid
 from ssl_bench.run import Run
 from ssl_bench.seeding import fold
-from ssl_bench.stages.evaluation import watched
+from ssl_bench.stages.evaluation import listed, watched
 from ssl_bench.stages.training import train
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def check_options(cfg: DictConfig, options: GridOptions) -> None:
         if (value := cfg.optimizer[key]) not in (RECIPE[key], *getattr(options, tried)):
             raise UserError(
                 f"optimizer.{key}={value:g} would be ignored: stage.features=cached tries "
-                f"stage.{tried}={_list(getattr(options, tried))}; type stage.{tried}=[{value:g}], with others to try"
+                f"stage.{tried}={listed(getattr(options, tried))}; type stage.{tried}=[{value:g}], with others to try"
             )
     lr, decay = max(options.lrs), max(options.weight_decays)
     if (shrink := scaled_lr(lr, cfg.batch_size, cfg.optimizer.scaling) * decay) >= 1:
@@ -65,7 +65,7 @@ def check_unused(options: GridOptions) -> None:
     """UserError for an option that the official protocol doesn't have."""
     for key, default in GridOptions()._asdict().items():
         if (value := getattr(options, key)) != default:
-            shown = _list(value) if isinstance(value, tuple) else value
+            shown = listed(value) if isinstance(value, tuple) else value
             raise UserError(f"stage.{key}={shown} would be ignored: it is for stage.features=cached; add that")
 
 
@@ -204,7 +204,3 @@ def report(run: Run, options: GridOptions, right: list[float], loss: list[float]
     log.info("chosen: lr %g, weight decay %g (%.1f ± %.1f on %s held-out images)", lr, decay, top1, error, f"{asked:,}")
     if len(options.lrs) > 1 and lr in (min(options.lrs), max(options.lrs)):
         log.warning("lr %g is at the edge of stage.lrs: the best may lie outside; add one beyond it", lr)
-
-
-def _list(values: tuple[float, ...]) -> str:
-    return "[" + ",".join(f"{value:g}" for value in values) + "]"

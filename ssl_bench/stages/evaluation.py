@@ -35,11 +35,12 @@ def load_pretrained(cfg: DictConfig) -> nn.Module:
     before = (interop.recipe(loaded.source) or {}).get("augmentation", {})
     for key in ("mean", "std"):
         if key in before and list(before[key]) != list(now := cfg.augmentation.get(key, before[key])):
-            log.info("trained with augmentation.%s=%s, and sees %s here", key, *(_short(x) for x in (before[key], now)))
+            log.info("trained with augmentation.%s=%s, and sees %s here", key, listed(before[key]), listed(now))
     return backbone
 
 
-def _short(values: Iterable[float]) -> str:
+def listed(values: Iterable[float]) -> str:
+    """As one types it."""
     return f"[{','.join(f'{value:g}' for value in values)}]"
 
 

@@ -45,7 +45,7 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
     model = build.construct(cfg.method, backbone=build.construct(cfg.backbone), **given)
     check_fit(cfg, data.split(model.split).length)
     if cfg.sync_batch_norm and distributed.world_size() > 1:
-        model = layers.sync_batch_norm(model, run.device)
+        layers.sync_batch_norm_(model, run.device)
     model = on_device(model, run)
     if not model.learns:
         run.save(0, model=model)
