@@ -43,7 +43,10 @@ class TorchvisionViews(Views):
 
     def transforms(self) -> nn.Module:
         crop = self.views[0].crop
-        steps = [v2.RandomResizedCrop(crop.size, crop.scale, crop.ratio), v2.ToDtype(torch.float32, scale=True)]
+        steps = [
+            v2.RandomResizedCrop(crop.size, crop.scale, crop.ratio, v2.InterpolationMode(crop.interpolation)),
+            v2.ToDtype(torch.float32, scale=True),
+        ]
         for op in self.views[0].ops:
             match op:
                 case ColorJitter(strengths=strengths, hue=hue, p=p):

@@ -13,7 +13,7 @@ from ssl_bench.augment.draws import keys
 from ssl_bench.data.source import Source
 from ssl_bench.evaluators import collapse, health
 from ssl_bench.methods.base import Method
-from ssl_bench.optim import freeze_, schedule_
+from ssl_bench.optim import clip_, freeze_, schedule_
 from ssl_bench.run import Run
 from ssl_bench.schedule import Schedule
 from ssl_bench.seeding import fold, seed_torch
@@ -57,6 +57,7 @@ def fit(
         embeddings = output.pop("embeddings", None)
         optimizer.zero_grad()
         output["loss"].backward()
+        clip_(optimizer)
         freeze_(optimizer, at)
         optimizer.step()
         model.update(done / total)

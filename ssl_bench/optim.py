@@ -29,12 +29,19 @@ def sgd(
     weight_decay: NonNegativeFloat = 1e-4,
     nesterov: bool = False,
     exclude_from_decay: bool = False,
+    clip_grad_norm: PositiveFloat | None = None,
 ) -> torch.optim.Optimizer:
-    """exclude_from_decay: no weight decay of biases and norms (tensors of one dimension)."""
+    """exclude_from_decay: no weight decay of biases and norms (tensors of one dimension).
+
+    clip_grad_norm: see `clip_`.
+    """
     lr = scaled_lr(base_lr, batch_size, scaling)
     if exclude_from_decay:
         params = split(params, weights={}, others={"weight_decay": 0.0})
-    return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
+    optimizer = torch.optim.SGD(
+        params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True
+    )
+    return _clipping(optimizer, clip_grad_norm)
 
 
 def adamw(
@@ -45,13 +52,15 @@ def adamw(
     weight_decay: NonNegativeFloat = 0.04,
     final_weight_decay: NonNegativeFloat | None = None,
     betas: tuple[Fraction, Fraction] = (0.9, 0.999),
+    clip_grad_norm: PositiveFloat | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW without weight decay on biases and norms. final_weight_decay: it goes there along half a cosine (DINO)."""
+    """AdamW without weight decay on biases and norms. final_weight_decay: it goes there along half a cosine (DINO).
+    clip_grad_norm: see `clip_`."""
     lr, decay = scaled_lr(base_lr, batch_size, scaling), {"weight_decay": weight_decay}
     if final_weight_decay is not None:
         decay |= {"initial_weight_decay": weight_decay, "final_weight_decay": final_weight_decay}
     groups = split(params, weights=decay, others={"weight_decay": 0.0})
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    return _clipping(torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True), clip_grad_norm)
 
 
 def lars(
@@ -151,9 +160,25 @@ def schedule_(optimizer: torch.optim.Optimizer, factor: float, epoch: float, epo
             group["weight_decay"] = end + (start - end) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
+def clip_(optimizer: torch.optim.Optimizer) -> None:
+    """Shorten each tensor's gradient, of groups with a `clip_grad_norm`, to that length (DINO's authors' utils.py)."""
+    for group in optimizer.param_groups:
+        if longest := group.get("clip_grad_norm"):
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
+            factors = (longest / (torch.stack(torch._foreach_norm(gradients)) + 1e-6)).clamp(max=1)
+            torch._foreach_mul_(gradients, list(factors.unbind()))
+
+
 def freeze_(optimizer: torch.optim.Optimizer, epoch: float) -> None:
     """Take the gradients from the groups whose `frozen_epochs` are not over: no step, momentum or decay."""
     for group in optimizer.param_groups:
         if epoch < group.get("frozen_epochs", 0):
             for parameter in group["params"]:
                 parameter.grad = None
+
+
+def _clipping(optimizer: torch.optim.Optimizer, clip_grad_norm: float | None) -> torch.optim.Optimizer:
+    if clip_grad_norm is not None:
+        for group in optimizer.param_groups:
+            group["clip_grad_norm"] = clip_grad_norm
+    return optimizer

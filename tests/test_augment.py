@@ -11,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from PIL import Image
 from scipy import stats
 from test_config import compose
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms import RandomResizedCrop as TorchvisionCrop
 from torchvision.transforms.v2 import functional as tv
 
@@ -111,10 +113,11 @@ def test_neighbouring_draws_are_independent(other):
 @given(
     height=st.integers(1, 70), width=st.integers(1, 70), size=st.integers(1, 40), seed=st.integers(0, 999),
     scale=st.sampled_from([(0.08, 1.0), (0.2, 1.0), (1.0, 1.0)]),
+    interpolation=st.sampled_from(["bilinear", "bicubic"]),
 )  # fmt: skip
-def test_crop_equals_torchvision(height, width, size, seed, scale):
+def test_crop_equals_torchvision(height, width, size, seed, scale, interpolation):
     """Mean absolute difference below 1e-6, largest below 2e-5, for enlarging and shrinking boxes."""
-    crop = ops.RandomResizedCrop(size, scale, flip_p=0.5)
+    crop = ops.RandomResizedCrop(size, scale, flip_p=0.5, interpolation=interpolation)
     images = image_batch(4, height, width, seed)
     params = sample(crop, 4, (height, width), seed)
     ours = crop.apply(images, *params)
@@ -122,8 +125,25 @@ def test_crop_equals_torchvision(height, width, size, seed, scale):
     for i, (top, left, box_h, box_w, flip) in enumerate(zip(*(p.tolist() for p in params), strict=True)):
         assert 0 <= top <= height - box_h
         assert 0 <= left <= width - box_w
-        expected = tv.resized_crop(images[i], top, left, box_h, box_w, [size, size], antialias=True)
+        mode = InterpolationMode(interpolation)
+        expected = tv.resized_crop(images[i], top, left, box_h, box_w, [size, size], mode, antialias=True).clamp(0, 1)
         assert_equals(ours[i], expected.flip(-1) if flip else expected, mean=1e-6, largest=2e-5)
+
+
+def test_bicubic_crops_are_pils():
+    """Mean absolute difference below 1/255: what DINO's, Barlow Twins' and VICReg's authors see (PIL rounds twice).
+
+    Without the extremes, at which PIL cuts off what shoots over twice, and we (and torchvision) once.
+    """
+    crop = ops.RandomResizedCrop(24, flip_p=0.0, interpolation="bicubic")
+    images = uint8_batch(20) // 2 + 64
+    params = sample(crop, 20, images.shape[2:])
+    ours = crop.apply(images / 255, *params)
+    for image, mine, *values in zip(images, ours, *params, strict=True):
+        top, left, box_h, box_w, _ = (value.item() for value in values)
+        box = tv.to_pil_image(image).crop((left, top, left + box_w, top + box_h))
+        expected = tv.to_image(box.resize((24, 24), Image.Resampling.BICUBIC)) / 255
+        assert (mine - expected).abs().mean() < 1 / 255
 
 
 ADJUST = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue]

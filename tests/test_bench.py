@@ -18,7 +18,7 @@ from ssl_bench.evaluators import collapse, effective_rank, health
 from ssl_bench.launch import launch
 from ssl_bench.methods import layers
 from ssl_bench.methods.base import Method
-from ssl_bench.optim import freeze_, schedule_
+from ssl_bench.optim import clip_, freeze_, schedule_
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 LEARNING = [name for name in METHODS if name != "random"]
@@ -191,6 +191,19 @@ def test_frozen_layers_stay_and_constant_rates_too() -> None:
     optimizer = optimizer_of(make("simsiam"), 512, "method=simsiam")
     schedule_(optimizer, 0.25, 1, 2)
     assert [group["lr"] for group in optimizer.param_groups] == [0.025, 0.1]
+
+
+@pytest.mark.parametrize("overrides", [["method=dino"], ["optimizer=adamw", "optimizer.clip_grad_norm=3"]])
+def test_long_gradients_are_shortened_tensor_by_tensor(overrides: list[str]) -> None:
+    model = make("supervised")
+    optimizer, gradients = optimizer_of(model, 256, *overrides), []
+    for number, parameter in enumerate(list(model.parameters())[:-1]):  # the last one has none
+        parameter.grad = torch.randn_like(parameter)
+        parameter.grad *= (1 if number % 2 else 20) / parameter.grad.norm()
+        gradients.append((parameter, parameter.grad.clone()))
+    clip_(optimizer)
+    for number, (parameter, before) in enumerate(gradients):
+        torch.testing.assert_close(parameter.grad, before * (1 if number % 2 else 3 / 20))
 
 
 def test_weight_decay_follows_its_cosine() -> None:

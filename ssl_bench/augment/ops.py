@@ -14,11 +14,13 @@ from itertools import permutations
 import torch
 from torch import Tensor, nn
 
+from ssl_bench.fields import Interpolation
+
 TINY = 1e-30  # added to or put in place of a zero: small beside any difference of two pixels
 
 
 class RandomResizedCrop(nn.Module):
-    """A random box resized to (size, size), bilinear with antialiasing, then mirrored with probability `flip_p`.
+    """A random box resized to (size, size), with antialiasing, then mirrored with probability `flip_p`.
 
     The mirror is in the resampling matrix and costs nothing; whatever follows treats left and right alike, so the
     result is that of a flip at the end.
@@ -32,9 +34,11 @@ class RandomResizedCrop(nn.Module):
         scale: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip_p: float = 0.0,
+        interpolation: Interpolation = "bilinear",
     ):
         super().__init__()
         self.size, self.scale, self.ratio, self.flip_p = size, scale, ratio, flip_p
+        self.interpolation = interpolation
         self.num_draws = 2 * self.tries + 3
 
     def sample(self, u: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
@@ -67,31 +71,44 @@ class RandomResizedCrop(nn.Module):
         return height, width
 
     def apply(self, images: Tensor, top: Tensor, left: Tensor, box_h: Tensor, box_w: Tensor, flip: Tensor) -> Tensor:
-        rows = _triangles(top, box_h, torch.zeros_like(flip), self.size, images.shape[2])
-        columns = _triangles(left, box_w, flip, self.size, images.shape[3])
+        cubic = self.interpolation == "bicubic"
+        rows = _resampling(top, box_h, torch.zeros_like(flip), self.size, images.shape[2], cubic)
+        columns = _resampling(left, box_w, flip, self.size, images.shape[3], cubic)
         images = _mix_rows(images.permute(0, 2, 3, 1).flatten(2), *rows)  # no copy where the memory is channels_last
         images = images.unflatten(2, (-1, 3)).permute(0, 3, 2, 1)  # (B, 3, W, size)
-        return _mix_rows(images, *columns).mT
+        images = _mix_rows(images, *columns).mT
+        return images.clamp_(0, 1) if cubic else images  # a cubic shoots over at edges
 
 
-def _triangles(start: Tensor, length: Tensor, mirror: Tensor, size: int, total: int) -> tuple[Tensor, Tensor]:
+def _resampling(
+    start: Tensor, length: Tensor, mirror: Tensor, size: int, total: int, cubic: bool
+) -> tuple[Tensor, Tensor]:
     """Which of `total` pixels, and how much of each, make `size` pixels out of [start, start + length).
 
-    Returns pixels and weights (B, size, taps). The filter is a triangle as wide as the larger of an input and an output
-    pixel, cut at the box and renormalised.
+    Returns pixels and weights (B, size, taps). The filter, a triangle or a cubic, is as wide as the larger of an input
+    and an output pixel asks for, cut at the box and renormalised.
     """
-    taps = math.ceil(2 * max(1.0, total / size))  # the most pixels under any triangle
+    reach = 2 if cubic else 1  # of the filter, to either side
+    taps = math.ceil(2 * reach * max(1.0, total / size))  # the most pixels under any filter
     targets = torch.arange(size, device=start.device)
     targets = torch.where(mirror[:, None], size - 1 - targets, targets)
     scale = length[:, None] / size
-    radius = scale.clamp(min=1)
+    width = scale.clamp(min=1)
     centres = (targets + 0.5) * scale  # (B, size), in the box's coordinates
-    first = (centres - radius + 0.5).floor()
+    first = (centres - reach * width + 0.5).floor()
     pixels = first[..., None] + torch.arange(taps, device=start.device)
-    weights = (1 - (pixels + 0.5 - centres[..., None]).abs() / radius[..., None]).clamp(min=0)
+    distances = (pixels + 0.5 - centres[..., None]).abs() / width[..., None]
+    weights = _cubic(distances) if cubic else (1 - distances).clamp(min=0)
     weights = weights * ((pixels >= 0) & (pixels < length[:, None, None]))
     pixels = pixels.clamp(min=0).minimum(length[:, None, None] - 1).long() + start[:, None, None]
     return pixels, weights / weights.sum(2, keepdim=True)
+
+
+def _cubic(x: Tensor) -> Tensor:
+    """Keys' kernel of x >= 0 with a = -0.5 (IEEE Trans. ASSP 29(6), 1981), as PIL's and TensorFlow's bicubic."""
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((2.5 - 0.5 * x) * x - 4) * x + 2
+    return torch.where(x < 1, near, far) * (x < 2)
 
 
 def _mix_rows(images: Tensor, rows: Tensor, weights: Tensor) -> Tensor:

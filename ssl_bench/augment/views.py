@@ -21,7 +21,7 @@ from ssl_bench.augment.ops import (
     Solarize,
 )
 from ssl_bench.errors import UserError
-from ssl_bench.fields import Fraction, Interval
+from ssl_bench.fields import Fraction, Interpolation, Interval
 
 RGB = tuple[float, float, float]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -100,6 +100,7 @@ class Views(nn.Module):
         num_views: PositiveInt = 2,
         crop_scale: Interval = (0.2, 1.0),
         crop_ratio: Interval = (3 / 4, 4 / 3),
+        interpolation: Interpolation = "bilinear",
         flip_p: Fraction = 0.5,
         brightness: NonNegativeFloat = 0.4,
         contrast: NonNegativeFloat = 0.4,
@@ -137,7 +138,7 @@ class Views(nn.Module):
                 colour.append(GaussianBlur(size, blur, blur_sigma))
             if solarize > 0:
                 colour.append(Solarize(solarize))
-            return View(RandomResizedCrop(size, scale, crop_ratio, flip_p), colour, self.normalize)
+            return View(RandomResizedCrop(size, scale, crop_ratio, flip_p, interpolation), colour, self.normalize)
 
         made = cache(view)  # views alike share one, which is compiled once
         full = [made(image_size, tuple(crop_scale), *ps) for ps in zip(blurs[:num_views], solarizations, strict=False)]
