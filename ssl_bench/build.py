@@ -45,7 +45,7 @@ class Root(BaseModel):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
     devices: PositiveInt
     source: Literal["auto", "resident", "host", "streamed"]
-    precision: Literal["fp32", "tf32", "bf16"]
+    precision: Literal["fp32", "tf32", "bf16", "fp16"]
     sync_batch_norm: bool
     zero_init_residual: bool
     compile: bool

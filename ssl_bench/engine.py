@@ -14,6 +14,7 @@ from ssl_bench.data.source import Source
 from ssl_bench.evaluators import collapse, health
 from ssl_bench.methods.base import Method
 from ssl_bench.optim import clip_, freeze_, schedule_
+from ssl_bench.precision import autocast, gradient_scaler
 from ssl_bench.run import Run
 from ssl_bench.schedule import Schedule
 from ssl_bench.seeding import fold, seed_torch
@@ -37,8 +38,10 @@ def fit(
     """Train for `epochs`, from where the run's checkpoint stands. Returns the last line logged (rank 0)."""
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
+    scaler = gradient_scaler(precision, run.device, optimizer)
+    state = {"model": model, "optimizer": optimizer} | ({"scaler": scaler} if scaler.is_enabled() else {})
     per_epoch, total = source.steps_per_epoch, epochs * source.steps_per_epoch
-    start = run.restore(model=model, optimizer=optimizer)
+    start = run.restore(**state)
     parallel = distributed.data_parallel(model, run.device)
     model.train()
     since, clock, waited = start, time.perf_counter(), 0.0  # of the last log line
@@ -52,24 +55,29 @@ def fit(
 
         with torch.no_grad():
             batch = views(images, keys(seed, epoch, indices))
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(precision, run.device):
             output = parallel(batch, labels)
         embeddings = output.pop("embeddings", None)
         optimizer.zero_grad()
-        output["loss"].backward()
+        scaler.scale(output["loss"]).backward()
+        scaler.unscale_(optimizer)
         clip_(optimizer)
         freeze_(optimizer, at)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         model.update(done / total)
 
-        # The first step whose loss isn't finite, noted without waiting for the device.
-        diverged = diverged.where((diverged > 0) | output["loss"].detach().isfinite(), done)
+        # The first step whose loss isn't finite, noted without waiting for the device. In float16 that may be one step,
+        # which the scaler skips.
+        if not scaler.is_enabled():
+            diverged = diverged.where((diverged > 0) | output["loss"].detach().isfinite(), done)
         stop, logging_now = run.stopping(done), run.every("log", done) or last
         saving = run.every("save", done) or last or stop
         if logging_now or saving:  # the host sync
             # When saving not the loss alone: its gradient may have spoilt the weights, and good checkpoints are few.
-            state = model.state_dict().values() if saving else ()
-            if not torch.stack([diverged == 0, *(value.isfinite().all() for value in state)]).all():
+            saved = model.state_dict().values() if saving else ()
+            finite = torch.stack([diverged == 0, *(value.isfinite().all() for value in saved)]).all()
+            if not finite or scaler.get_scale() < 1:  # it halves with each step that it skips, from 65,536
                 run.diverge(int(diverged) or done)
         line: dict[str, float] = {}
         if logging_now:
@@ -83,7 +91,7 @@ def fit(
                 "memory_gb": memory.peak(run.device),
             }
             since, clock, waited = done, now, source.wait_seconds
-            if embeddings is not None:
+            if embeddings is not None and embeddings.isfinite().all():  # in float16 a step may overflow
                 line = health(embeddings) | line  # a method may know better
                 if run.is_main and at >= 1 and not warned and (told := collapse(line)):
                     log.warning("step %s: the run has collapsed: %s", f"{done:,}", told)
@@ -95,7 +103,7 @@ def fit(
         if line:
             run.log(done, {"epoch": done / per_epoch, "images_seen": done * source.batch_size, **line})
         if saving:
-            run.save(done, model=model, optimizer=optimizer)
+            run.save(done, **state)
         if stop and not last:
             run.interrupt(done)
     return run.last_line()

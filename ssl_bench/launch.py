@@ -35,7 +35,7 @@ def launch(cfg: DictConfig) -> dict[str, float]:
 def _run(cfg: DictConfig) -> dict[str, float]:
     import torch
 
-    from ssl_bench import distributed, interop, memory
+    from ssl_bench import distributed, interop, memory, precision
     from ssl_bench.run import Run
 
     world = distributed.launched() or distributed.World(0, 0, 1, 1)
@@ -47,9 +47,8 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where collectives put what they need
         torch.backends.cudnn.benchmark = True  # shapes are static
-        torch.backends.cudnn.allow_tf32 = cfg.precision != "fp32"  # torch's default is true
     memory.reset_peak(device)
-    torch.set_float32_matmul_precision("high" if cfg.precision == "tf32" else "highest")
+    precision.prepare(cfg.precision, device)
     plain = OmegaConf.to_container(cfg, resolve=True)
     if cfg.pretrained is not None:  # the very file: a run directory may hold a newer one next time
         plain["pretrained"] = str(interop.find(cfg.pretrained))

@@ -56,7 +56,7 @@ def test_a_batch_is_not_overwritten_while_it_is_used() -> None:
 
 
 @pytest.mark.parametrize("source", ["host", "resident"])
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
 def test_a_run(ssl_bench: Command, tmp_path: Path, precision: str, source: str) -> None:
     command = [*TINY_PRETRAIN, "device=cuda", f"precision={precision}", f"source={source}", "dir=run"]
     ssl_bench(*command, check=True)

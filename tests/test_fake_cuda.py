@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ssl_bench import build
 from ssl_bench.augment.draws import keys
 from ssl_bench.methods.layers import Queue
-from ssl_bench.optim import LARS, freeze_, schedule_
+from ssl_bench.optim import LARS, clip_, freeze_, schedule_
 
 BATCH, PIXELS = 8, 32
 
@@ -78,6 +78,7 @@ def step(name: str) -> list[str]:
                     assert value.is_cuda
                 for parameter in model.parameters():  # autograd's own threads need a real GPU
                     parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+                clip_(optimizer)
                 freeze_(optimizer, 0.0)
                 if isinstance(optimizer, LARS):  # torch's fused ones have no fake kernels
                     optimizer.step()

@@ -20,6 +20,7 @@ from ssl_bench.data.source import FeatureSource, Source
 from ssl_bench.engine import evaluate, extract
 from ssl_bench.errors import UserError
 from ssl_bench.optim import scaled_lr
+from ssl_bench.precision import autocast
 from ssl_bench.probe import IGNORED, LinearGrid
 from ssl_bench.run import Run
 from ssl_bench.seeding import fold
@@ -177,7 +178,7 @@ def extract_all(
     """
     passed = source.epoch_pass() if title is None else watched(run, source, title)
     batches = ((view(images, indices), labels, indices) for images, labels, indices in passed)
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+    with autocast(cfg.precision, run.device):
         mine, _ = extract(backbone, batches, nn.Identity())
     world = distributed.world_size()
     share = math.ceil(source.num_images / world)  # all_gather wants equal ones

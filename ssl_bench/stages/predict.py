@@ -13,6 +13,7 @@ from ssl_bench import distributed
 from ssl_bench.data.formats import Images
 from ssl_bench.data.pool import Progress
 from ssl_bench.errors import UserError
+from ssl_bench.precision import autocast
 from ssl_bench.run import Run
 from ssl_bench.stages.evaluation import check_directory, open_pretrained
 from ssl_bench.stages.training import on_device, open_source
@@ -89,7 +90,7 @@ def predict(
         if done == 0:
             table.writerow(["image", "label", "probability"] if classifier else ["image"])
         for batch, _, indices in source.epoch_pass():
-            with torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+            with autocast(cfg.precision, run.device):
                 seen = backbone(view(batch))
             seen = seen.float()
             columns = [[os.path.relpath(split.where(index), root) for index in indices.tolist()]]
