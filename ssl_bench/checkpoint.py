@@ -1,4 +1,4 @@
-"""Checkpoints `{run, step, model, optimizer}`: written atomically, read without running code, strictly loaded."""
+"""Checkpoints `{run, step, model, optimizer}`, with fp16 also the scaler: atomic, strictly loaded, no code in them is run."""
 
 import errno
 import logging
