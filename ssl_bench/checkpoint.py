@@ -1,4 +1,4 @@
-"""Checkpoints `{run, step, model, optimizer}`, with fp16 also the scaler: atomic, strictly loaded, no code in them is run."""
+"""Checkpoints `{run, step, model, optimizer}` and, with fp16, `scaler`: atomic, no code in them, strictly loaded."""
 
 import errno
 import logging
