@@ -30,6 +30,7 @@ import ssl_bench.train  # noqa: F401 - registers the resolvers of the configurat
 from ssl_bench import build, memory
 from ssl_bench.augment.draws import keys
 from ssl_bench.data.formats import decode
+from ssl_bench.precision import AUTOCAST, prepare
 from ssl_bench.stages.pretrain import pretrain
 from ssl_bench.stages.training import open_source
 
@@ -225,10 +226,11 @@ def main() -> None:
         cfg = compose("config", args.overrides)
     build.check(cfg)
     device = build.pick_device(cfg.device, 0)
+    prepare(cfg.precision, device)  # as the program does
     if device.type == "cpu":
-        memory.keep_freed()  # as the program does
+        memory.keep_freed()
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    dtype = AUTOCAST.get(cfg.precision, torch.float32)
     rates = {"bytes": bandwidth(device, wait), "flops": matrix_rate(device, dtype, wait)}
     result = {"rates": rates, **step_parts(cfg, device, args.warmup, args.steps, wait)}
     store = build.construct(cfg.data).open("pretrain")

@@ -2,6 +2,8 @@
 
     pip install -e ".[bench]" && python benchmarks/speed.py     on two CPU cores: twenty minutes, 9 GB of disk
     python benchmarks/speed.py --quick                          a smoke test of a minute; its figures mean nothing
+    python benchmarks/speed.py --only contenders parts --cases resnet50:512 --repeats 1     the shortest that tells
+                                                                something, for a GPU that is lent for minutes
 
 Synthetic 96x96 PNG files are written to a temporary folder; the peers read them, ours packs them first (timed apart).
 Every contender is a process of its own, they take turns, and what counts is the median. Ours is the program itself,
@@ -22,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from itertools import pairwise
@@ -40,6 +42,7 @@ from ssl_bench.data.synthetic import write_dl21
 
 HERE = Path(__file__).parent
 TICK = 0.01  # seconds between looks at metrics.jsonl
+PARTS = ("contenders", "startup", "parts", "by_batch", "by_size")
 CALM = 0.1  # cores that other programs may take
 
 
@@ -49,7 +52,8 @@ class Plan:
 
     cases: tuple[tuple[str, int], ...]  # (backbone, batch) of the contenders and the parts
     ours: tuple[str, ...] = ()  # overrides of the program beside the case
-    warmup: int = 3  # steps of the peers
+    warmup: int = 3  # steps of the peers, on a GPU more than their workers have ready when it begins
+    tuning: tuple[int, int] = (2, 3)  # steps before and in a window, for each number of workers
     steps: int = 5  # of a window
     files: int = 5000  # distinct images
     images: int = 70_000  # names for them: more than the queue
@@ -67,9 +71,11 @@ CPU = Plan(cases=(("resnet18", 128), ("resnet50", 64)), ours=("precision=bf16",)
 CUDA = Plan(
     cases=(("resnet50", 256), ("resnet50", 512), ("resnet50", 1024)),
     ours=("precision=bf16", "compile=true"),
-    warmup=20,
+    warmup=80,
+    tuning=(80, 40),
     steps=40,
     batches=(64, 128, 256, 512, 1024),
+    small_steps=400,
 )
 QUICK = Plan(
     cases=(("resnet18", 16),),
@@ -203,7 +209,7 @@ def contenders(bench: Bench, repeats: int) -> dict:
     tuning = {}
     for name in peers:
         numbers = sorted({max(1, cores // 2), cores, 2 * cores})
-        tuning[name] = calm(partial(bench.peer, name, *plan.cases[0], numbers, warmup=2, steps=3), plan.tries)
+        tuning[name] = calm(partial(bench.peer, name, *plan.cases[0], numbers, *plan.tuning), plan.tries)
         print(f"{name}, images/s by workers: {rounded(tuning[name]['images_per_second'])}", flush=True)
     rates = {name: found["images_per_second"] for name, found in tuning.items()}
     workers = {name: max(found, key=found.get) for name, found in rates.items()}
@@ -311,6 +317,8 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it works")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--cases", nargs="+", metavar="BACKBONE:BATCH", help="of the contenders and the parts")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -318,23 +326,30 @@ def main() -> None:
     if args.device == "cpu":
         print("On the CPU" + ("" if torch.cuda.is_available() else ": torch sees no GPU here"), flush=True)
     plan = QUICK if args.quick else CUDA if args.device == "cuda" else CPU
+    if args.cases:
+        pairs = (case.split(":") for case in args.cases)
+        plan = replace(plan, cases=tuple((backbone, int(batch)) for backbone, batch in pairs))
     args.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="ssl_bench_speed_") as folder:
         bench = Bench(plan, args.device, Path(folder))
         result = {"device": args.device, **facts(), "plan": asdict(plan), "repeats": args.repeats}
         result["packing"] = bench.pack(bench.data)
-        result["contenders"] = contenders(bench, args.repeats)
-        result["startup"] = startup(bench, args.repeats)
-        result["parts"] = parts(bench, args.out)
-        result["by_batch"] = by_batch(bench)
-        result["by_size"] = by_size(bench)
+        work = (
+            partial(contenders, bench, args.repeats),
+            partial(startup, bench, args.repeats),
+            partial(parts, bench, args.out),
+            partial(by_batch, bench),
+            partial(by_size, bench),
+        )
+        result |= {name: measure() for name, measure in zip(PARTS, work, strict=True) if name in args.only}
     result["minutes"] = (time.perf_counter() - began) / 60
     path = args.out / f"speed_{args.device}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(tables(result) + "\n")
     plot(result, path.with_suffix(".png"))
-    print(f"\n{tables(result)}\nwritten: {path}, .md, .png")
+    written = ", ".join(str(file) for file in sorted(args.out.glob(f"{path.stem}.*")))
+    print(f"\n{tables(result)}\nwritten: {written}")
 
 
 def facts() -> dict:

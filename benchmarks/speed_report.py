@@ -14,17 +14,14 @@ COLOURS = {"plain": "#9aa5b1", "lightly": "#5b7fa6", "ours": "#d1495b"}
 
 def tables(result: dict) -> str:
     """Markdown."""
-    return "\n\n".join(
-        [
-            heading(result),
-            contenders(result),
-            startup(result),
-            *(parts(row) for row in result["parts"]),
-            one_core(result["parts"][0]),
-            by_batch(result),
-            by_size(result),
-        ]
-    )
+    sections = {
+        "contenders": contenders,
+        "startup": startup,
+        "parts": all_parts,
+        "by_batch": by_batch,
+        "by_size": by_size,
+    }
+    return "\n\n".join([heading(result), *(write(result) for name, write in sections.items() if name in result)])
 
 
 def table(*rows: list[str], left: int = 1) -> str:
@@ -83,6 +80,10 @@ def startup(result: dict) -> str:
     )
 
 
+def all_parts(result: dict) -> str:
+    return "\n\n".join([*map(parts, result["parts"]), one_core(result["parts"][0])])
+
+
 def parts(row: dict) -> str:
     total = sum(row["seconds"].values())
     rates = row["rates"]
@@ -131,13 +132,29 @@ def by_size(result: dict) -> str:
     ]
     head = ["images", "images/s", "private memory, GB", "start to first line, s", "packing, images/s"]
     return (
-        "## Ours by size of the data set\n\nA small network, so that the loop is measured; 20 steps a line.\n\n"
+        "## Ours by size of the data set\n\nA small network, so that the loop is measured; "
+        + f"{result['plan']['small_steps']} steps a line.\n\n"
         + table(head, *rows, left=0)
     )
 
 
 def plot(result: dict, path: Path) -> None:
-    figure, (bars, batches, sizes) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    """A panel for each of what was measured over batches, data sets or contenders; no file where nothing was."""
+    panels = {"contenders": end_to_end, "by_batch": batches, "by_size": sizes}
+    drawn = [name for name in panels if name in result]
+    if not drawn:
+        return
+    figure, axes = plt.subplots(1, len(drawn), figsize=(4 * len(drawn), 3.6), layout="constrained", squeeze=False)
+    for place, name in zip(axes[0], drawn, strict=True):
+        panels[name](place, result)
+        place.set_ylabel("images/s")
+        place.set_ylim(0, 1.15 * place.dataLim.y1)
+        place.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def end_to_end(axes: plt.Axes, result: dict) -> None:
     found = result["contenders"]
     names = [*found["workers"], "ours"]
     for place, name in enumerate(names):
@@ -148,21 +165,21 @@ def plot(result: dict, path: Path) -> None:
             [r["max"] - m for m, r in zip(middles, rates, strict=True)],
         ]
         at = [group + (place - (len(names) - 1) / 2) * 0.26 for group in range(len(rates))]
-        drawn = bars.bar(at, middles, 0.24, yerr=below_above, label=name, color=COLOURS[name], ecolor="#444", capsize=2)
-        bars.bar_label(drawn, [f"{value:,.0f}" for value in middles], padding=3, fontsize=8)
-    bars.set_xticks(range(len(found["rows"])), [f"{row['backbone']}\nbatch {row['batch']}" for row in found["rows"]])
-    bars.set_title(f"End to end on {result['device']}")
-    bars.legend(frameon=False)
-    curve(batches, result["by_batch"], "batch")
-    batches.set_title(f"Ours by batch size, {result['by_batch'][0]['backbone']}")
-    curve(sizes, result["by_size"], "images")
-    sizes.set_title("Ours by data set, a small network")
-    for axes in (bars, batches, sizes):
-        axes.set_ylabel("images/s")
-        axes.set_ylim(0, 1.15 * axes.dataLim.y1)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+        drawn = axes.bar(at, middles, 0.24, yerr=below_above, label=name, color=COLOURS[name], ecolor="#444", capsize=2)
+        axes.bar_label(drawn, [f"{value:,.0f}" for value in middles], padding=3, fontsize=8)
+    axes.set_xticks(range(len(found["rows"])), [f"{row['backbone']}\nbatch {row['batch']}" for row in found["rows"]])
+    axes.set_title(f"End to end on {result['device']}")
+    axes.legend(frameon=False)
+
+
+def batches(axes: plt.Axes, result: dict) -> None:
+    curve(axes, result["by_batch"], "batch")
+    axes.set_title(f"Ours by batch size, {result['by_batch'][0]['backbone']}")
+
+
+def sizes(axes: plt.Axes, result: dict) -> None:
+    curve(axes, result["by_size"], "images")
+    axes.set_title("Ours by data set, a small network")
 
 
 def curve(axes: plt.Axes, rows: list[dict], key: str) -> None:

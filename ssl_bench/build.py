@@ -1,10 +1,12 @@
 """The only place where configuration becomes objects: checked against the constructor's signature, then constructed."""
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
@@ -16,6 +18,8 @@ from ssl_bench.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 # What the code hands to a group's constructor; everything else comes from its YAML node.
 SUPPLIED = {
@@ -140,12 +144,25 @@ def pick_device(name: str, local_rank: int) -> "torch.device":
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        if name == "cpu" and Path("/dev/nvidia0").exists() and not hidden:
+            log.warning(
+                "device=auto: on the CPU, because torch %s, built for CUDA %s, can't use the GPU here (see nvidia-smi)",
+                torch.__version__,
+                torch.version.cuda,
+            )
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device={name}: torch {torch.__version__} sees no GPU here; use device=cpu or device=auto")
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("device=mps: not available here; use device=cpu or device=auto")
+    if name != "cuda":
+        return torch.device(name)
+    if local_rank >= (gpus := torch.cuda.device_count()) > 1:
+        raise UserError(
+            f"{local_rank + 1} processes or more on this machine, and torch sees {gpus} GPUs: start one each"
+        )
     # With one visible GPU per task, as Slurm may arrange it, every local rank has GPU 0.
-    return torch.device("cuda", local_rank % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
+    return torch.device("cuda", local_rank % gpus)
 
 
 def _arguments(node: dict) -> dict:

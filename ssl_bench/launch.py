@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import signal
+import sysconfig
 import tempfile
 import uuid
 from functools import partial
@@ -23,13 +24,24 @@ def launch(cfg: DictConfig) -> dict[str, float]:
     """Run cfg's stage: in this process, in `cfg.devices` new ones, or as one of those that torchrun or srun started."""
     from ssl_bench import distributed
 
-    compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
-    if cfg.compile and not any(shutil.which(name) for name in compilers if name):
-        raise UserError("compile=true needs a C++ compiler, and finds none: apt-get install g++, or type compile=false")
+    if cfg.compile:
+        check_compiler()
     single = getattr(build.locate(cfg.stage._target_, "stage"), "single_process", False)
     if cfg.devices > 1 and distributed.launched() is None and not single:
         return _spawn(cfg)
     return _run(cfg)
+
+
+def check_compiler() -> None:
+    """UserError unless torch.compile finds what it calls, on the CPU and, through Triton, for a GPU."""
+    compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    if not any(shutil.which(name) for name in compilers if name):
+        raise UserError("compile=true needs a C++ compiler, and finds none: apt-get install g++, or type compile=false")
+    if not Path(header := sysconfig.get_path("include"), "Python.h").exists():
+        raise UserError(
+            f"compile=true needs Python's headers, and finds none in {header}: apt-get install python3-dev, or type "
+            "compile=false"
+        )
 
 
 def _run(cfg: DictConfig) -> dict[str, float]:
@@ -46,7 +58,6 @@ def _run(cfg: DictConfig) -> dict[str, float]:
             torch.set_num_threads(max(1, default_workers() // world.local_size))
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where collectives put what they need
-        torch.backends.cudnn.benchmark = True  # shapes are static
     memory.reset_peak(device)
     precision.prepare(cfg.precision, device)
     plain = OmegaConf.to_container(cfg, resolve=True)
@@ -69,6 +80,8 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    if cfg.device.startswith("cuda:"):
+        raise UserError(f"device={cfg.device} is one GPU, and devices={cfg.devices} need as many: type device=cuda")
     device = build.pick_device(cfg.device, 0)  # here and not in the ranks: a mistake is told sooner
     if device.type == "cuda" and cfg.devices > (gpus := torch.cuda.device_count()):
         raise UserError(f"devices={cfg.devices}: torch sees {gpus} GPUs here; choose at most devices={gpus}")

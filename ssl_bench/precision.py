@@ -8,9 +8,10 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def prepare(precision: str, device: torch.device) -> None:
-    """Torch's switches, for this process. UserError for bfloat16 on a GPU that only emulates it."""
+    """Torch's switches for speed, in this process. UserError for bfloat16 on a GPU that only emulates it."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # shapes are static
         torch.backends.cudnn.allow_tf32 = precision != "fp32"  # torch's default is true
         if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             name = torch.cuda.get_device_name(device)

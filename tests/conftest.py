@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["SSL_BENCH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["WANDB_MODE"] = "offline"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Only tests/test_cuda.py sees GPUs: the others ask for bits that these don't repeat, and for two devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name != "test_cuda.py":
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # of the commands
+            patch.setattr("torch.cuda.is_available", lambda: False)  # of what runs here
+        yield
 
 
 Command = Callable[..., subprocess.CompletedProcess]

@@ -141,7 +141,7 @@ def steps(rank: int, size: int) -> dict[str, Tensor]:
             continue  # batch norm isn't synchronised: tests/test_distributed.py
         method = make(name).double().train()
         if size > 1:
-            layers.sync_batch_norm_(method, torch.device("cpu"))
+            layers.sync_batch_norm_(method, torch.device("cpu"), compiled=False)
         parallel = distributed.data_parallel(method, torch.device("cpu"))
         optimizer = torch.optim.SGD(method.param_groups(), lr=0.05, momentum=0.9)
         losses = []

@@ -1,6 +1,7 @@
 """What only a GPU can show. `pytest tests/test_cuda.py` on a machine that has one; skipped elsewhere."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -55,21 +56,34 @@ def test_a_batch_is_not_overwritten_while_it_is_used() -> None:
     assert torch.stack(sums).tolist() == expected
 
 
-@pytest.mark.parametrize("source", ["host", "resident"])
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
-def test_a_run(ssl_bench: Command, tmp_path: Path, precision: str, source: str) -> None:
-    command = [*TINY_PRETRAIN, "device=cuda", f"precision={precision}", f"source={source}", "dir=run"]
-    ssl_bench(*command, check=True)
+def logged(ssl_bench: Command, tmp_path: Path, *overrides: str) -> list[dict]:
+    """The lines of a tiny run, which sees the same views in the same order on every device."""
+    ssl_bench(*TINY_PRETRAIN, "dir=run", *overrides, check=True)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["loss"] < lines[0]["loss"]
+    shutil.rmtree(tmp_path / "run")
+    return lines
+
+
+@pytest.mark.parametrize("source", ["host", "resident"])
+@pytest.mark.parametrize(
+    ("precision", "loss", "norm"),
+    [("fp32", 1e-3, 1e-2), ("tf32", 1e-2, 0.1), ("bf16", 2e-2, 0.2), ("fp16", 1e-2, 0.1)],
+)
+def test_a_run_is_that_of_the_cpu(
+    ssl_bench: Command, tmp_path: Path, precision: str, loss: float, norm: float, source: str
+) -> None:
+    """At the first step within what the precision allows (relative); later steps drift apart, but not far."""
+    here = logged(ssl_bench, tmp_path, "device=cpu")
+    there = logged(ssl_bench, tmp_path, "device=cuda", f"precision={precision}", f"source={source}")
+    assert there[0]["loss"] == pytest.approx(here[0]["loss"], rel=loss)
+    assert there[0]["grad_norm"] == pytest.approx(here[0]["grad_norm"], rel=norm)
+    assert there[-1]["loss"] == pytest.approx(here[-1]["loss"], rel=0.02)
 
 
 def test_the_compiled_run_is_the_eager_one(ssl_bench: Command, tmp_path: Path) -> None:
-    ends = []
-    for compiled in ("true", "false"):
-        ssl_bench(*TINY_PRETRAIN, "device=cuda", "epochs=1", f"compile={compiled}", f"dir={compiled}", check=True)
-        ends.append(json.loads((tmp_path / compiled / "summary.json").read_text())["loss"])
-    assert ends[0] == pytest.approx(ends[1], rel=1e-2)
+    eager, compiled = (logged(ssl_bench, tmp_path, "device=cuda", f"compile={word}")[0] for word in ("false", "true"))
+    assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-3)
+    assert compiled["grad_norm"] == pytest.approx(eager["grad_norm"], rel=1e-2)
 
 
 def test_no_step_waits_for_the_gpu(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from ssl_bench.checkpoint import complete
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import UserError
 from ssl_bench.interop import official_moco_state_dict
+from ssl_bench.launch import check_compiler
 from ssl_bench.methods.moco import MoCo
 
 SMALL = ["data.image_size=16", "backbone.width=8", "backbone.stem=small", "data.workers=1", "log_every=1", "epochs=1"]
@@ -103,6 +104,28 @@ def test_all_at_once(ssl_bench: Command, tmp_path: Path) -> None:
     assert sorted(keys) == ["batch_size=abc", "foo", "method.temperature=-1", "precision=fp8"]
     assert "'fp32', 'tf32', 'bf16' or 'fp16'" in said[keys.index("precision=fp8")]
     assert files(tmp_path) == set()
+
+
+def test_no_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's python3 alone has none, and what is compiled includes them."""
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(UserError, match=r"finds none in .*: apt-get install python3-dev, or type compile=false"):
+        check_compiler()
+
+
+def test_one_gpu_for_several_processes(ssl_bench: Command) -> None:
+    said = complaint(ssl_bench(*TINY_PRETRAIN, "device=cuda:0", "devices=2"))
+    assert said == "device=cuda:0 is one GPU, and devices=2 need as many: type device=cuda"
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for gpus, rank, expected in [(4, 3, 3), (1, 5, 0)]:  # Slurm may show each process a GPU of its own
+        monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+        assert build.pick_device("auto", rank).index == expected
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(UserError, match="3 processes or more on this machine, and torch sees 2 GPUs"):
+        build.pick_device("auto", 2)
 
 
 def test_no_compiler(ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,19 +119,19 @@ def test_a_batch_norm_that_does_more_is_refused() -> None:
     network = pytest.importorskip("timm").create_model("efficientnet_b0", num_classes=0)
     for device in ("cpu", "cuda"):
         with pytest.raises(UserError, match="BatchNormAct2d: type sync_batch_norm=false"):
-            sync_batch_norm_(network, torch.device(device))
+            sync_batch_norm_(network, torch.device(device), compiled=False)
     with pytest.raises(UserError, match=r"BatchNormAct2d: type method\.bn_splits=1"):
         split_batch_norm_(network, 2)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_batch_norm_over_ranks_leaves_split_ones(device: str) -> None:
+@pytest.mark.parametrize(("device", "compiled"), [("cpu", False), ("cuda", False), ("cuda", True)])
+def test_batch_norm_over_ranks_leaves_split_ones(device: str, compiled: bool) -> None:
     network = backbones.resnet18(width=8)
     split_batch_norm_(network.layer1, 2)
     before = network.state_dict()
-    sync_batch_norm_(network, torch.device(device))
+    sync_batch_norm_(network, torch.device(device), compiled)
     assert type(network.layer1[0].bn1) is SplitBatchNorm2d
-    assert type(network.bn1) is (nn.SyncBatchNorm if device == "cuda" else SyncBatchNorm)
+    assert type(network.bn1) is (nn.SyncBatchNorm if device == "cuda" and not compiled else SyncBatchNorm)
     assert all(torch.equal(value, network.state_dict()[key]) for key, value in before.items())
 
 

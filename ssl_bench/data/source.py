@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ssl_bench.data.pool import default_workers
-from ssl_bench.data.store import OnError, Split, Store, cannot_decode, try_read
+from ssl_bench.data.store import OnError, Split, cannot_decode, try_read
 from ssl_bench.errors import UserError
 from ssl_bench.seeding import fold
 
@@ -31,9 +31,12 @@ def permutation(seed: int, epoch: int, n: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(fold("order", seed, epoch)))
 
 
-def fits(store: Store, device: torch.device) -> bool:
-    """Do the packed images leave most of a GPU's free memory to the training?"""
-    return device.type == "cuda" and store.images.nbytes <= 0.4 * torch.cuda.mem_get_info(device)[0]
+def fits(nbytes: int, device: torch.device) -> bool:
+    """Would they leave most of a GPU's free memory to the training?"""
+    if device.type != "cuda":
+        return False
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # that torch keeps for itself
+    return nbytes <= 0.4 * (torch.cuda.mem_get_info(device)[0] + unused)
 
 
 class Source(ABC):
@@ -128,7 +131,8 @@ class HostSource(Source):
     def _batches(self, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
         ready: deque = deque()
         wanted = iter(wanted)
-        thread = ThreadPoolExecutor(1, thread_name_prefix="source")
+        start = () if self._copying is None else (torch.cuda.set_device, (self._copying.device,))  # or it'd be GPU 0
+        thread = ThreadPoolExecutor(1, "source", *start)
 
         def ask() -> None:
             for _, rows in islice(wanted, 1):
@@ -172,10 +176,7 @@ class ResidentSource(Source):
 
     def _batches(self, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
         for _, rows in wanted:
-            at = torch.from_numpy(np.ascontiguousarray(rows))
-            if self.device.type == "cuda":
-                at = at.pin_memory()  # or the copy would wait for the step before
-            at = at.to(self.device, non_blocking=True)
+            at = _sent(torch.from_numpy(np.ascontiguousarray(rows)), self.device)
             yield self.images[at].permute(0, 3, 1, 2), self.device_labels[at], self.device_indices[at]
 
 
@@ -218,20 +219,29 @@ class StreamedSource(Source):
 
 
 class FeatureSource(Source):
-    """Features that a frozen backbone has computed, in place of images; in memory.
+    """Features that a frozen backbone has computed, in place of images; on the device where they fit, else in memory.
 
     copies: float32 (N, dim) each; epoch e sees copy e mod their number. labels: int64 (N, ...).
     """
 
     def __init__(self, copies: list[Tensor], labels: Tensor, *args, **kwargs):
         super().__init__(labels.numpy(), np.arange(len(labels)), *args, **kwargs)
+        if fits(sum(copy.nbytes for copy in copies), self.device):
+            copies = [copy.to(self.device) for copy in copies]
         self.copies = copies
 
     def _batches(self, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
         for epoch, rows in wanted:
-            at = torch.from_numpy(rows)
-            batch = self.copies[epoch % len(self.copies)][at], torch.from_numpy(self.labels[rows]), at
-            yield tuple(tensor.to(self.device) for tensor in batch)
+            copy, at = self.copies[epoch % len(self.copies)], torch.from_numpy(rows)
+            batch = copy[_sent(at, copy.device)], torch.from_numpy(self.labels[rows]), at
+            yield tuple(_sent(tensor, self.device) for tensor in batch)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, which must not wait for it: from pageable memory the copy would wait for the step before."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class _Decoded(torch.utils.data.Dataset):

@@ -130,12 +130,15 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return normalised.to(x.dtype)
 
 
-def sync_batch_norm_(module: nn.Module, device: torch.device) -> None:
-    """Batch norm inside `module` over all ranks, in place, but where it is split on purpose. Its state stays."""
+def sync_batch_norm_(module: nn.Module, device: torch.device, compiled: bool) -> None:
+    """Batch norm inside `module` over all ranks, in place, but where it is split on purpose. Its state stays.
+
+    torch's own has the faster kernels, and waits for the GPU: each would be a gap in a compiled network.
+    """
     for child in module.modules():
         if type(child) not in (nn.BatchNorm1d, nn.BatchNorm2d):
             _refuse_unknown(child, "sync_batch_norm=true", "sync_batch_norm=false")
-        elif device.type == "cuda":
+        elif device.type == "cuda" and not compiled:
             child.__class__, child.process_group = nn.SyncBatchNorm, None  # of all ranks
         else:
             child.__class__ = SyncBatchNorm

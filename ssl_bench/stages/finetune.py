@@ -39,7 +39,7 @@ def finetune(
     check_batch(cfg, split.length if subset is None else len(subset))
     backbone = load_pretrained(cfg)
     if cfg.sync_batch_norm and distributed.world_size() > 1:
-        layers.sync_batch_norm_(backbone, run.device)
+        layers.sync_batch_norm_(backbone, run.device, cfg.compile)
     model = on_device(FineTune(backbone, data.num_classes, trained_blocks, mixup), run)
     views = make_views(cfg, run, model)
     test_view = EvalView(views.image_size, test_resize, *normalization(cfg)).to(run.device)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ssl_bench import build, distributed
 from ssl_bench.augment.views import EvalView
 from ssl_bench.data.pool import Progress
+from ssl_bench.data.source import fits
 from ssl_bench.errors import UserError
 from ssl_bench.evaluators import QUERIES, nearest, vote
 from ssl_bench.fields import Share
@@ -89,6 +90,8 @@ def accuracy(
 
     Only classes that have a vote count among the five.
     """
+    if fits(bank.nbytes, run.device):
+        bank = bank.to(run.device)  # once, not for each block of queries
     rank, world, most = distributed.rank(), distributed.world_size(), max(number for number, _ in cells)
     right = torch.zeros(len(cells), 2, dtype=torch.float64)
     share = queries[rank::world].split(QUERIES), targets[rank::world].split(QUERIES)

@@ -66,7 +66,7 @@ def lincls(
     else:
         probe = LinearProbe(backbone, data.num_classes, normalize)
         if distributed.world_size() > 1:
-            layers.sync_batch_norm_(probe.norm, run.device)
+            layers.sync_batch_norm_(probe.norm, run.device, cfg.compile)
         on_device(probe, run)
         result = train(cfg, run, probe, source, views, lambda: evaluate(probe, test.epoch_pass(), test_view))
     assert digest(backbone) == before, "the frozen backbone changed"

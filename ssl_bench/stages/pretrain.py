@@ -45,7 +45,7 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
     model = build.construct(cfg.method, backbone=build.construct(cfg.backbone), **given)
     check_fit(cfg, data.split(model.split).length)
     if cfg.sync_batch_norm and distributed.world_size() > 1:
-        layers.sync_batch_norm_(model, run.device)
+        layers.sync_batch_norm_(model, run.device, cfg.compile)
     model = on_device(model, run)
     if not model.learns:
         run.save(0, model=model)
@@ -111,7 +111,8 @@ def show_views(cfg: DictConfig, run: Run, source: Source, views: Views, num_imag
     from torchvision.utils import make_grid, save_image
 
     images, _, indices = next(source.epoch_pass())
-    shown = picture(views, images[:num_images], keys(cfg.seed, 0, indices[:num_images]))
+    # Of a whole batch: a compiled augmentation would be compiled for every other size.
+    shown = picture(views, images, keys(cfg.seed, 0, indices))[:, :num_images]
     save_image(make_grid(shown.flatten(0, 1).float() / 255, nrow=shown.shape[1]), run.directory / "views.png")
     run.log_image(0, "views", run.directory / "views.png")
 

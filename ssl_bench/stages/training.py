@@ -62,7 +62,7 @@ def open_source(cfg: DictConfig, run: Run, data: Dataset, split: str, subset: np
     with run.ends_at_once():
         store = data.open(split)
     if kind == "auto":
-        kind = "resident" if fits(store, run.device) else "host"
+        kind = "resident" if fits(store.images.nbytes, run.device) else "host"
     place = run.device if kind == "resident" else store.directory / "images.npy"
     log.info("%s: %s images, %.2f GB, on %s", split, f"{len(store.images):,}", store.images.nbytes / 1e9, place)
     return SOURCES[kind](store.images, store.labels, store.indices, *share)
