@@ -59,6 +59,7 @@ class Root(BaseModel):
 
 
 # A run may continue when these differ: they don't change what it computes, only where, how fast, and what is shown.
+# (`devices` does where each process has its own batch norm, as in MoCo, or its own draws, as in mixup.)
 FREE_KEYS = ("dir", "sweep", "metric", "launcher", "tracking", "device", "devices", "log_every", "save_every")
 FREE_KEYS += ("eval_every", "data.root", "data.cache", "data.workers", "runs", "source")
 
@@ -82,6 +83,13 @@ def identity(config: Mapping) -> dict:
 
     walk(config, "")
     return flat
+
+
+def changes(before: Mapping, now: Mapping) -> str:
+    """In words, what decides the result of a run and differs between its configurations; "" where nothing does."""
+    before, now = identity(before), identity(now)
+    differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in differing[:8])
 
 
 def check(cfg: DictConfig) -> None:

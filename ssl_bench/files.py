@@ -59,3 +59,8 @@ def parse(path: Path, parser: Callable[[str], Any]) -> dict:
 def digest(path: Path, algorithm: str = "sha256") -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def has_state(run: Path) -> bool:
+    """Has the run of this directory saved anything, or finished?"""
+    return (run / "summary.json").exists() or any(run.glob("checkpoints/step*.pt"))

@@ -66,6 +66,7 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     tracker = partial(build.construct, cfg.tracking, directory=Path(cfg.dir or "."), config=plain)
     with distributed.process_group(device), Run(plain, device, tracker) as run:
         if run.summary is not None:
+            run.check_data(plain["data"], lambda split: build.construct(cfg.data).split(split))
             values = ", ".join(f"{key} {value:.4g}" for key, value in run.summary.items())
             log.info("%s is finished already (%s); to run it again, delete it or choose another dir=", cfg.dir, values)
             return run.summary
@@ -107,7 +108,7 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
             for message in sorted(Path(folder).glob("*.json")):
                 raise UserError(json.loads(message.read_text())) from None
             status = max(failure.exitcode for failure in error.failures.values())
-            if status in (128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGUSR2):
+            if status - 128 in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
                 raise Interrupted(status - 128) from None
             raise RuntimeError(f"a process failed: {error.format_msg()}") from None
         except SignalException as stop:  # it has passed the signal on, and waited for the ranks to save

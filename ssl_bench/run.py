@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import cached_property
@@ -23,8 +23,9 @@ import yaml
 from tqdm import tqdm
 
 from ssl_bench import distributed, files
-from ssl_bench.build import identity
+from ssl_bench.build import changes, identity
 from ssl_bench.checkpoint import Checkpoint, complete, step_of
+from ssl_bench.data.store import Split
 from ssl_bench.errors import Interrupted, UserError
 from ssl_bench.seeding import fold
 from ssl_bench.tracking import MetricsFile, Tracker
@@ -70,7 +71,7 @@ class Run:
         self.checkpoint = Checkpoint(directory, str(fold(json.dumps(identity(self._config), sort_keys=True))))
         if self.is_main:
             fresh = not directory.exists()
-            stack.enter_context(self._claim(directory))
+            stack.enter_context(self._claim(directory))  # the system frees it with the process
             if fresh:
                 stack.callback(self._discard, directory)
         distributed.barrier()
@@ -84,6 +85,8 @@ class Run:
             stack.callback(self.metrics.close)
         if threading.current_thread() is threading.main_thread():
             watched = [signal.SIGTERM, signal.SIGINT]
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a closed terminal, unless nohup keeps it away
+                watched.append(signal.SIGHUP)
             if callable(signal.getsignal(signal.SIGUSR2)):  # Slurm's warning: somebody waits for it, when we have saved
                 watched.append(signal.SIGUSR2)
             for signum in watched:
@@ -105,35 +108,36 @@ class Run:
             if "tracker" in vars(self) and (checkpoints := complete(self.directory)):
                 self.tracker.log_checkpoint_file(checkpoints[0])
 
-    def _claim(self, directory: Path) -> filelock.BaseFileLock:
+    def _claim(self, directory: Path) -> filelock.AcquireReturnProxy:
         """The lock of the directory, which is held here from now on; or why it can't be had."""
-        lock = filelock.FileLock(directory / ".lock", timeout=60)  # the system frees it with the process
+        lock = filelock.FileLock(directory / ".lock", timeout=60)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             try:
-                lock.acquire(timeout=0)
+                held = lock.acquire(timeout=0)
             except filelock.Timeout:
                 self._check_same(directory)  # told at once
                 log.info("%s is in use by another process: waiting for a minute", directory)
-                lock.acquire()
+                held = lock.acquire()
             self._check_same(directory)
-            files.write(directory / "config.yaml", yaml.safe_dump(self._config, sort_keys=False))
+            if not (directory / "summary.json").exists():  # else the file says what ran
+                self._write_config(directory)
             if self._config.get("pretrained"):
                 self._check_weights(directory, Path(self._config["pretrained"]))
         except filelock.Timeout:
             raise UserError(f"dir={directory} is in use by another process: wait, or choose another dir=") from None
         except OSError as error:
             raise UserError(f"dir={directory}: can't be written ({error.strerror}); choose another dir=") from None
-        return lock
+        return held
+
+    def _write_config(self, directory: Path) -> None:
+        files.write(directory / "config.yaml", yaml.safe_dump(self._config, sort_keys=False))
 
     def _check_same(self, directory: Path) -> None:
         known = directory / "config.yaml"
-        if not known.exists() or not (complete(directory) or (directory / "summary.json").exists()):
+        if not known.exists() or not files.has_state(directory):
             return
-        before, now = identity(files.parse(known, yaml.safe_load)), identity(self._config)
-        differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        if differing:
-            shown = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in differing[:8])
+        if shown := changes(files.parse(known, yaml.safe_load), self._config):
             raise UserError(
                 f"dir={directory} holds a run with another configuration: {shown}. Choose another dir=, or delete it"
             )
@@ -141,7 +145,7 @@ class Run:
     def _check_weights(self, directory: Path, weights: Path) -> None:
         """A result is of a file's content: the same path may hold another training by now."""
         known, now = directory / files.WEIGHTS, files.digest(weights)
-        if known.exists() and known.read_text() != now:
+        if known.exists() and files.has_state(directory) and known.read_text() != now:
             raise UserError(
                 f"dir={directory} stands on other weights than {weights} holds now: delete it, or choose another dir="
             )
@@ -225,12 +229,32 @@ class Run:
             self.tracker.log_image(step, name, path)
 
     def uses(self, split: str, fingerprint: str, images: int) -> None:
-        """Remember the data, for the lineage of the result."""
+        """Remember the data, for the lineage of the result. UserError where the run began with other images."""
         if self.is_main and self.directory is not None:
             path = self.directory / "inputs.json"
             known = files.parse(path, json.loads) if path.exists() else {}
-            known[split] = {"fingerprint": fingerprint, "images": images}
-            files.write(path, json.dumps(known, indent=2) + "\n")
+            now = {"fingerprint": fingerprint, "images": images}
+            if files.has_state(self.directory) and known.get(split, now) != now:
+                raise UserError(
+                    f"dir={self.directory} holds a run of other images: split '{split}' had "
+                    f"{known[split]['images']:,}, has {images:,} now, not the same. Choose another dir=, or delete it"
+                )
+            files.write(path, json.dumps(known | {split: now}, indent=2) + "\n")
+
+    def check_data(self, data: Mapping, split: Callable[[str], Split]) -> None:
+        """Of a finished run: UserError unless what it used is still there, where its data is looked for elsewhere now.
+
+        data: as configured now. split: the images of a split of it.
+        """
+        if not self.is_main or self.directory is None:
+            return
+        ran = files.parse(self.directory / "config.yaml", yaml.safe_load)
+        if ran["data"].get("root") == data.get("root") or not (self.directory / "inputs.json").exists():
+            return
+        for name in files.parse(self.directory / "inputs.json", json.loads):
+            found = split(name)
+            self.uses(name, found.fingerprint, found.length)
+        self._write_config(self.directory)
 
     def last_line(self) -> dict[str, float]:
         """The newest log line, on rank 0."""

@@ -12,7 +12,8 @@ import io
 import json
 import math
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -50,7 +51,13 @@ class Member:
 
     @property
     def directory(self) -> Path:
-        return Path(self.cwd, self.config["dir"])
+        """Of its run: in the folder of the sweep, wherever that is by now, unless `dir=` put it elsewhere."""
+        chosen = Path(self.cwd, self.config["dir"])
+        return self.file.parents[1] / self.name if chosen.name == self.name else chosen
+
+    @property
+    def lock(self) -> Path:
+        return self.directory / ".lock"
 
     @property
     def output(self) -> Path | None:
@@ -63,14 +70,14 @@ class Member:
     @property
     def failure(self) -> str | None:
         try:
-            return json.loads(self._failed.read_text())["reason"]
-        except FileNotFoundError:
+            return json.loads(self._failed.read_text(encoding="utf-8"))["reason"]
+        except (FileNotFoundError, json.JSONDecodeError):  # not there, or not yet
             return None
 
     def fail(self, reason: str, rank: int = 0) -> None:
         """The first rank to fail has the cause; the others fail because it has left."""
-        if not self._failed.exists():
-            files.write(self._failed, json.dumps({"reason": reason, "rank": rank, "job": self.job}))
+        with suppress(FileExistsError), open(self._failed, "x", encoding="utf-8") as file:
+            json.dump({"reason": reason, "rank": rank, "job": self.job}, file)
 
     def forget_failure(self) -> None:
         self._failed.unlink(missing_ok=True)
@@ -81,14 +88,24 @@ class Member:
 
     def result(self) -> dict[str, float] | None:
         """What its run has come to, if it is finished and was run as configured here."""
+        if (summary := self._read("summary.json", json.loads)) is None or self.conflict:
+            return None
+        ran = self._read("config.yaml", yaml.safe_load)
+        return summary if ran["data"].get("root") == self.config["data"].get("root") else None  # else it looks itself
+
+    @property
+    def conflict(self) -> str:
+        """In words, how what was run in its directory differs from it."""
+        ran = self._read("config.yaml", yaml.safe_load)
+        if ran is None or not files.has_state(self.directory):
+            return ""
+        return build.changes(ran | {"pretrained": None}, self.config | {"pretrained": None})  # there: the very file
+
+    def _read(self, name: str, parse: Callable[[str], Any]) -> Any:
         try:
-            summary = json.loads((self.directory / "summary.json").read_text())
-            ran = build.identity(yaml.safe_load((self.directory / "config.yaml").read_text()))
+            return parse((self.directory / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        wanted = build.identity(self.config)
-        ran.pop("pretrained"), wanted.pop("pretrained")  # a run writes down the very file
-        return summary if ran == wanted else None
 
     def value(self, key: str) -> str:
         """Of an override, or of the configuration where this member has none."""
@@ -109,7 +126,9 @@ def name(overrides: Sequence[str]) -> str:
     """Of the member with these overrides: readable, bounded, and the same wherever it runs."""
     words = [word for word in overrides if not build.is_free(word.lstrip("+~").partition("=")[0])]
     digest = blake2b("\n".join(sorted(words)).encode(), digest_size=4).hexdigest()
-    shown = [f"{key.rpartition('.')[2]}-{value}" for key, _, value in (word.partition("=") for word in words)]
+    pairs = (word.partition("=") for word in words)
+    # Of a path what it ends in, or there would be no room for it.
+    shown = [f"{key.rpartition('.')[2]}-{value.rstrip('/').rpartition('/')[2]}" for key, _, value in pairs]
     while len(shown) > 1 and len("-".join(shown)) > 80:  # what is swept tends to come last on the command line
         shown.pop(0)
     return f"{build.slug('-'.join(shown))}-{digest}"
@@ -142,13 +161,13 @@ def _state(member: Member, queue: dict[str, State], ended: dict[str, str]) -> St
         return State("finished")
     if member.job in queue:
         return queue[member.job]
+    if locked(member.lock):
+        return State("running")
     if reason := member.failure:
         return State("failed", "; ".join(filter(None, [reason, _see(member)])))
-    if locked(member.directory / ".lock"):
-        return State("running")
     if (word := ended.get(member.job or "", "completed")) != "completed":
         return State(word, _see(member))
-    return State("stopped" if any(member.directory.glob("checkpoints/step*.pt")) else "waiting")
+    return State("stopped" if files.has_state(member.directory) else "waiting")
 
 
 def _see(member: Member) -> str:
@@ -220,15 +239,17 @@ COST = ("images_per_second", "memory_gb")  # of the training, where a summary ha
 def write_table(folder: Path, members: Sequence[Member], metric: str | None = None) -> str:
     """table.md and table.csv of a sweep; returns the former, or "" as long as no member has the metric.
 
-    A row for each combination of what differs besides the seed: mean and sample standard deviation, best first, and the
-    mean of what it cost.
+    A row for each combination of what differs besides the seed, on the command line or in the YAML files as they were:
+    mean and sample standard deviation, best first, and the mean of what it cost. What is the same counts once.
     metric: None is what the members name. Smaller is better where its name holds "loss".
     """
     from ssl_bench import report
 
     metric = metric or next((member.config["metric"] for member in members if member.config["metric"]), None)
+    members = distinct(members)
     keys = list(dict.fromkeys(key for member in members for key in member.choices if key != "seed"))
     keys = [key for key in keys if len({member.value(key) for member in members}) > 1]
+    keys += edited(members, keys)
     groups: dict[tuple[str, ...], list[dict[str, float]]] = {}
     for member in members:
         combination = tuple(member.value(key) for key in keys)
@@ -261,6 +282,39 @@ def write_table(folder: Path, members: Sequence[Member], metric: str | None = No
     files.write(folder / "table.md", text + "\n")
     files.write(folder / "table.csv", file.getvalue())
     return text
+
+
+def same(config: Mapping) -> str:
+    """What members have in common that compute the same, each in its directory."""
+    text = json.dumps(build.identity(config), sort_keys=True)
+    return text.replace(json.dumps(config["dir"])[1:-1], "DIR")
+
+
+def distinct(members: Sequence[Member]) -> list[Member]:
+    """Of those that compute the same, one: finished, if one is."""
+    found: dict[str, Member] = {}
+    for member in members:
+        if (key := same(member.config)) not in found or found[key].result() is None:
+            found[key] = member
+    return list(found.values())
+
+
+def edited(members: Sequence[Member], keys: Sequence[str]) -> list[str]:
+    """Keys by which members differ that their overrides tell apart by the seed alone: a YAML file was edited.
+
+    What is the seed doesn't count, nor do paths: they follow from seed and directory.
+    """
+    groups: dict[tuple[str, ...], list[dict]] = {}
+    for member in members:
+        groups.setdefault(tuple(member.value(key) for key in keys), []).append(build.identity(member.config))
+    differing: dict[str, None] = {}
+    for flats in groups.values():
+        for key in dict.fromkeys(key for flat in flats for key in flat if key not in ("seed", "pretrained")):
+            values = {json.dumps(flat.get(key)) for flat in flats}
+            from_seed = all(flat.get(key) == flat["seed"] for flat in flats)
+            if len(values) > 1 and not from_seed and not any("/" in value for value in values):
+                differing[key] = None
+    return list(differing)
 
 
 def _mean(values: list[float]) -> float:

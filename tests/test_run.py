@@ -1,5 +1,7 @@
 """What a run does with its folder, beside what the command shows."""
 
+import os
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +12,7 @@ import yaml
 
 from ssl_bench.errors import UserError
 from ssl_bench.run import Run
+from ssl_bench.sweep import locked
 from ssl_bench.tracking import NoTracker
 
 
@@ -37,3 +40,49 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "run" / name).write_text("{")
     with pytest.raises(UserError, match=f"{name} is damaged: put it back, or delete it"):
         run(tmp_path / "run", seed=0).__enter__()
+
+
+def test_other_images_than_it_began_with(tmp_path: Path) -> None:
+    """Told where something was computed from the former ones; before that they may change."""
+    with run(tmp_path / "run", seed=0) as first:
+        first.uses("train", "a", 40)
+        first.uses("train", "b", 41)
+        first.save(1, model=torch.nn.Linear(1, 1))
+        first.uses("val", "c", 10)
+        with pytest.raises(UserError, match="a run of other images: split 'train' had 41, has 40 now, not the same"):
+            first.uses("train", "a", 40)
+        first.uses("train", "b", 41)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal(tmp_path: Path, ignored: bool) -> None:
+    """Stops it as SIGTERM does, unless nohup keeps it away."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        with run(tmp_path / "run", seed=0) as first:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert first.stopping(1) is not ignored
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_lock_is_free_afterwards(tmp_path: Path) -> None:
+    with run(tmp_path / "run", seed=0):
+        assert locked(tmp_path / "run" / ".lock")
+    assert not locked(tmp_path / "run" / ".lock")
+
+
+def test_weights_matter_once_something_is_computed(tmp_path: Path) -> None:
+    def on_weights() -> Run:
+        config = {"dir": str(tmp_path / "run"), "seed": 0, "pretrained": str(tmp_path / "weights")}
+        return Run(config, torch.device("cpu"), NoTracker)
+
+    for content in ("first", "second"):
+        (tmp_path / "weights").write_text(content)
+        with on_weights() as last:
+            pass
+    with on_weights() as last:
+        last.finish({"loss": 1.0})
+    (tmp_path / "weights").write_text("third")
+    with pytest.raises(UserError, match="stands on other weights"):
+        on_weights().__enter__()

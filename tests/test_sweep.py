@@ -4,19 +4,24 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import filelock
 import pytest
 import yaml
-from conftest import TINY_PRETRAIN, Command
+from conftest import TINY, TINY_PRETRAIN, Command
+from omegaconf import OmegaConf
 from test_config import compose
 
 from hydra_plugins.ssl_bench_launchers import _stage
 from ssl_bench import sweep
+from ssl_bench.data import synthetic
 from ssl_bench.errors import UserError
 from ssl_bench.launch import launch
 
@@ -39,7 +44,9 @@ def member(folder: Path, summary: dict | None, *overrides: str, metric: str = "l
     """On disk, finished if there is a summary."""
     name = sweep.name(overrides)
     config = {"dir": f"{folder.name}/{name}", "metric": metric, "pretrained": None, "epochs": 2}
-    config |= {"method": {"name": "moco_v2", "temperature": 0.2}}
+    config |= {"seed": 0, "data": {"root": "/images"}, "method": {"name": "moco_v2", "temperature": 0.2}}
+    given = OmegaConf.from_dotlist([word for word in overrides if not word.startswith("launcher=")])
+    config = OmegaConf.to_container(OmegaConf.merge(config, given))
     made = sweep.Member(folder / ".members" / f"{name}.json", list(overrides), config, str(folder.parent), "")
     made.save()
     if summary is not None:
@@ -68,7 +75,7 @@ def test_table(tmp_path: Path) -> None:
             member(folder, loss and {"loss": loss, "top1": 10 * loss}, "launcher=slurm", *words, f"seed={seed}")
     member(folder, None, "method.temperature=0.4", "seed=0")
     text = sweep.write_table(folder, sweep.members(folder))
-    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "--" not in line] == [
+    assert cells(text) == [
         ["method.temperature", "loss", "seeds"],
         ["0.2", "1.25 ± 0.35", "2"],
         ["0.3", "2", "1 of 2"],
@@ -82,6 +89,119 @@ def test_table(tmp_path: Path) -> None:
     sweep.write_table(folder, sweep.members(folder), "top1")
     with open(folder / "table.csv") as file:
         assert [row["method.temperature"] for row in csv.DictReader(file)] == ["0.1", "0.3", "0.2", "0.4"]
+
+
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "--" not in line]
+
+
+def test_what_is_the_same_counts_once(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    for words in (["seed=0"], ["method.temperature=0.2"], ["method.temperature=0.20", "seed=0"], ["seed=1"]):
+        member(folder, {"loss": 1.0 + (words == ["seed=1"])}, *words)
+    member(folder, None, "seed=0", "method.temperature=0.2")  # nor does what isn't finished, where the same is
+    assert cells(sweep.write_table(folder, sweep.members(folder))) == [["loss", "seeds"], ["1.50 ± 0.71", "2"]]
+
+
+def test_an_edited_file_is_another_row(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    for seed, temperature in enumerate((0.2, 0.2, 0.7)):
+        made = member(folder, None, f"seed={seed}")
+        made.config["method"]["temperature"] = temperature
+        made.save()
+        made.directory.mkdir(parents=True)
+        (made.directory / "config.yaml").write_text(yaml.safe_dump(made.config))
+        (made.directory / "summary.json").write_text(json.dumps({"loss": 1.0 + seed}))
+    assert cells(sweep.write_table(folder, sweep.members(folder))) == [
+        ["method.temperature", "loss", "seeds"],
+        ["0.2", "1.50 ± 0.71", "2"],
+        ["0.7", "3", "1"],
+    ]
+
+
+def test_a_moved_sweep(tmp_path: Path) -> None:
+    member(tmp_path / "sweep", {"loss": 1.0}, "seed=0")
+    (tmp_path / "laptop").mkdir()
+    (tmp_path / "sweep").rename(tmp_path / "laptop" / "sweep")
+    (moved,) = sweep.members(tmp_path / "laptop" / "sweep")
+    assert sweep.states([moved]) == [sweep.State("finished")]
+
+
+def test_the_first_rank_says_why(tmp_path: Path) -> None:
+    """Several at once: one of them is heard, and never half of it."""
+    for attempt in range(20):
+        one = member(tmp_path / "sweep", None, f"seed={attempt}")
+        with ThreadPoolExecutor(4) as ranks:
+            list(ranks.map(one.fail, [f"rank {rank}" for rank in range(4)]))
+        assert re.fullmatch(r"rank \d", one.failure)
+
+
+def test_running_whatever_failed_before(tmp_path: Path) -> None:
+    one = member(tmp_path / "sweep", None, "seed=0")
+    one.directory.mkdir(parents=True)
+    one.fail("out of luck")
+    with filelock.FileLock(one.lock):
+        assert sweep.states([one]) == [sweep.State("running")]
+    assert sweep.states([one])[0].name == "failed"
+
+
+@pytest.mark.slow
+def test_a_sweep_that_grows(ssl_bench: Command, tmp_path: Path) -> None:
+    """What was the default is no other member when it is typed; what is edited meanwhile is told."""
+    (tmp_path / "mine" / "method").mkdir(parents=True)
+    mine = tmp_path / "mine" / "method" / "mine.yaml"
+    mine.write_text("# @package _global_\ndefaults: [moco_v2]\nmethod: {name: mine}\n")
+    words = ["--config-dir", "mine", "-m", *TINY_PRETRAIN, "epochs=1", "method=mine", "sweep=grows"]
+    ssl_bench(*words, "method.temperature=0.1,0.2", check=True)
+    grown = ssl_bench(*words, "method.temperature=0.1,0.2", "seed=0,1", check=True)
+    assert "2 finished, 0 under way, 2 to start" in grown.stderr
+    with open(tmp_path / "runs" / "sweeps" / "grows" / "table.csv") as file:
+        assert [row["finished"] for row in csv.DictReader(file)] == ["2", "2"]
+    mine.write_text(mine.read_text() + "optimizer: {base_lr: 0.5}\n")
+    edited = ssl_bench(*words, "method.temperature=0.1,0.2", "seed=0,1,2")
+    assert edited.returncode == 2
+    told = edited.stderr.splitlines()[-1]
+    assert "was run with another configuration: optimizer.base_lr was 0.03, is 0.5. Choose another sweep=" in told
+    status = ssl_bench("stage=status", "runs=runs/sweeps/grows", check=True).stdout
+    assert status.count("finished") == 4
+
+
+def test_values_that_make_no_runs(ssl_bench: Command) -> None:
+    result = ssl_bench("-m", *TINY_PRETRAIN, "sweep=x", "source=host,streamed", "precision=fp32,bf16")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("ssl-bench: source: several values make several runs of one")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["hydra.launcher.timeout_min=2"], "hydra.launcher.timeout_min=2 leaves none before Slurm's warning, 120 s"),
+        (["hydra.launcher.tasks_per_node=3"], "can't be divided among the 3 processes of hydra.launcher.nodes and"),
+    ],
+)
+def test_what_a_job_could_not_do(ssl_bench: Command, words: list[str], said: str) -> None:
+    result = ssl_bench("launcher=slurm", *TINY_PRETRAIN, *words)
+    assert result.returncode == 2
+    assert said in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_other_images_are_other_runs(ssl_bench: Command, tmp_path: Path) -> None:
+    for name, images in (("one", 40), ("two", 50)):
+        synthetic.write_dl21(tmp_path / name, 40, images, 20, num_classes=4)
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    words = [word for word in TINY if not word.startswith("data=")]
+    words += ["data=dl21", "stage=knn", "method=random", "batch_size=20", "stage.k=[3]", "dir=run"]
+    ssl_bench(*words, "data.root=one", check=True)
+    finished = ssl_bench(*words, "data.root=copy", check=True)
+    assert "is finished already" in finished.stderr
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["root"] == "copy"
+    other = ssl_bench(*words, "data.root=two")
+    assert other.returncode == 2
+    assert other.stderr.splitlines()[-1] == (
+        "ssl-bench: dir=run holds a run of other images: split 'train' had 40, has 50 now, not the same. "
+        "Choose another dir=, or delete it"
+    )
 
 
 def test_a_result_of_another_configuration_is_none(tmp_path: Path) -> None:

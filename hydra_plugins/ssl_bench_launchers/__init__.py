@@ -3,6 +3,7 @@
 Hydra imports this module at every start of every application: what is heavy is imported where it is used.
 """
 
+import json
 import logging
 import math
 import os
@@ -14,7 +15,7 @@ import sys
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from ssl_bench.sweep import Member
 
 log = logging.getLogger("ssl_bench.sweep")
+
+# why a job waits that will start
+ORDINARY = ("", "Priority", "Resources", "JobArrayTaskLimit", "BeginTime", "Cleaning")
 
 
 class _Failed(JobReturn):
@@ -55,7 +59,10 @@ class _SweepLauncher(Launcher):
 
         folder = Path(self.config.hydra.sweep.dir)
         conf = self._freeze_files(folder.absolute() / ".members")
-        asked = [self._compose(folder.absolute(), conf, list(overrides)) for overrides in job_overrides]
+        known = {sweep.same(member.config): member for member in sweep.members(folder.absolute())}
+        asked = [self._compose(folder.absolute(), conf, list(overrides), known) for overrides in job_overrides]
+        if self._is_grid:
+            _refuse_free(job_overrides, asked)
         members = list({member.file: member for member in asked}.values())  # an optimiser may ask for one twice
         if len(directories := {member.directory for member in members}) < len(members):
             same = next(str(path) for path in directories if sum(path == m.directory for m in members) > 1)
@@ -67,16 +74,26 @@ class _SweepLauncher(Launcher):
         queue = sweep.queued() if jobs else {}
         if queue is None:
             raise UserError("squeue doesn't answer, and earlier jobs of this sweep may still be there: try again later")
-        todo = [member for member in members if member.result() is None and member.job not in queue]
         under_way = [member for member in members if member.job in queue]
-        finished = len(members) - len(todo) - len(under_way)
-        log.info("%s: %s finished, %s under way, %s to start", folder, finished, len(under_way), len(todo))
+        elsewhere = [member for member in members if member not in under_way and sweep.locked(member.lock)]
+        busy = [*under_way, *elsewhere]
+        todo = [member for member in members if member.result() is None and member not in busy]
+        finished = len(members) - len(todo) - len(busy)
+        log.info("%s: %s finished, %s under way, %s to start", folder, finished, len(busy), len(todo))
         log.info("its members at any time: ssl-bench stage=status runs=%s", folder)
+        for member in todo:
+            if member.conflict:
+                raise UserError(
+                    f"{member.name} was run with another configuration: {member.conflict}. Choose another sweep=, or "
+                    f"delete {member.directory}"
+                )
         for member in todo:
             member.job = None
             member.forget_failure()
             member.save()
         self._run(todo, under_way)
+        if self.wait:
+            self._wait_elsewhere(elsewhere)
         # Here and not in Hydra's on_multirun_end, which isn't called when a member has failed.
         if table := sweep.write_table(folder, sweep.members(folder)):
             print(f"\n{table}\n\n{folder / 'table.md'}, {folder / 'table.csv'}")
@@ -86,24 +103,42 @@ class _SweepLauncher(Launcher):
     def _is_grid(self) -> bool:
         return self.config.hydra.sweeper._target_.endswith("BasicSweeper")
 
+    def _wait_elsewhere(self, members: list["Member"]) -> None:
+        """For those that a process of another command runs."""
+        from ssl_bench import sweep
+
+        told = False
+        while any(sweep.locked(member.lock) for member in members):
+            if not told:
+                log.info("waiting for what other processes run here; Ctrl-C stops only the waiting")
+                told = True
+            time.sleep(1)
+
     @abstractmethod
     def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
         """Start those to do, and unless `wait` is false, return when all of both have ended."""
 
-    def _compose(self, folder: Path, conf: Path, overrides: list[str]) -> "Member":
+    def _compose(self, folder: Path, conf: Path, overrides: list[str], known: dict[str, "Member"]) -> "Member":
+        """known: the members there are, by what they compute: what is typed in other words isn't run again."""
+        from ssl_bench import build
         from ssl_bench.errors import UserError
-        from ssl_bench.sweep import Member, name
+        from ssl_bench.sweep import Member, name, same
 
         if not self._is_grid:  # what was chosen comes last, as on a command line: names have room for so many
             overrides.sort(key=lambda word: word not in self.config.hydra.overrides.task)
         cfg = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
         HydraConfig.instance().set_config(cfg)  # for the resolver of `dir`
-        config = OmegaConf.to_container(
-            OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True
-        )
+        own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+        if not self._is_grid:  # the members of a grid are checked before any starts
+            build.check(own)
+        config = OmegaConf.to_container(own, resolve=True)
         if config["dir"] is None:
             raise UserError(f"stage={config['stage']['name']} leaves nothing behind: it can't be part of a sweep")
-        file = folder / ".members" / f"{name(overrides)}.json"
+        own_name = name(overrides)
+        if (twin := known.get(same(config))) and Path(config["dir"]).name == own_name:
+            there, here = (json.dumps(one["dir"])[1:-1] for one in (twin.config, config))
+            return replace(twin, config=json.loads(json.dumps(config).replace(here, there)), conf=str(conf))
+        file = folder / ".members" / f"{own_name}.json"
         job = Member.load(file).job if file.exists() else None
         return Member(file, overrides, config, os.getcwd(), str(conf), job)
 
@@ -125,7 +160,10 @@ class _SweepLauncher(Launcher):
             for path, text in texts.items():
                 (partial / path).parent.mkdir(parents=True, exist_ok=True)
                 (partial / path).write_text(text)
-            partial.rename(copy)
+            try:
+                partial.rename(copy)
+            except OSError:  # another command was faster
+                shutil.rmtree(partial)
         return copy
 
     def _returns(self, members: list["Member"]) -> list[JobReturn]:
@@ -155,6 +193,21 @@ class _SweepLauncher(Launcher):
         return returns
 
 
+def _refuse_free(job_overrides: Sequence[Sequence[str]], members: Sequence["Member"]) -> None:
+    """UserError for several members of a grid that are one run, since what tells them apart doesn't change it."""
+    from ssl_bench import build
+    from ssl_bench.errors import UserError
+
+    first: dict[Path, Sequence[str]] = {}
+    for member, overrides in zip(members, job_overrides, strict=True):
+        differing = set(overrides) ^ set(first.setdefault(member.file, overrides))
+        if free := sorted({key for word in differing if build.is_free(key := word.lstrip("+~").partition("=")[0])}):
+            raise UserError(
+                f"{' and '.join(free)}: several values make several runs of one, for they don't change what it is; "
+                "give one value, or each its own command and sweep="
+            )
+
+
 class Local(_SweepLauncher):
     """In this process, one after the other."""
 
@@ -182,7 +235,7 @@ class Workstation(_SweepLauncher):
         from ssl_bench.errors import Interrupted, UserError
 
         gpus, cores = visible_gpus(), sorted(os.sched_getaffinity(0))
-        at_once = self.at_once or len(gpus) or len(cores)
+        at_once = (len(gpus) or len(cores)) if self.at_once is None else self.at_once
         if at_once < 1 or (gpus and at_once > len(gpus)):
             raise UserError(f"hydra.launcher.at_once={at_once}: there are {len(gpus)} GPUs here, one for each member")
         share = max(1, len(cores) // at_once)
@@ -191,7 +244,7 @@ class Workstation(_SweepLauncher):
         def stop(signum: int, frame: object) -> None:
             raise Interrupted(signum)
 
-        before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGINT)}
+        before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
         try:
             while waiting or running:
                 while waiting and slots:
@@ -315,6 +368,19 @@ class Slurm(_SweepLauncher):
         for file in map(Path, self.stage_in):
             if "$" not in str(file) and file.parent.is_dir() and not file.exists():  # else the nodes may see it
                 raise UserError(f"hydra.launcher.stage_in: no file {file}; give the path of what each node copies")
+        minutes, delay = self.parameters["timeout_min"], self.parameters["signal_delay_s"]
+        if 60 * minutes <= delay:
+            raise UserError(
+                f"hydra.launcher.timeout_min={minutes} leaves none before Slurm's warning, {delay} s before the "
+                "end: give more minutes, or a smaller hydra.launcher.signal_delay_s"
+            )
+        tasks = (self.parameters["nodes"] or 1) * (self.parameters["tasks_per_node"] or 1)
+        for member in todo:
+            if (batch := member.config["batch_size"]) % tasks:
+                raise UserError(
+                    f"batch_size={batch} of {member.name} can't be divided among the {tasks} processes of "
+                    "hydra.launcher.nodes and tasks_per_node: choose a multiple"
+                )
         if todo:
             try:
                 init = {"slurm_max_num_timeout": self.max_num_timeout, "slurm_python": self.python}
@@ -352,13 +418,17 @@ class Slurm(_SweepLauncher):
         from ssl_bench import sweep
 
         waiting, missed = {member.job: member for member in members}, dict.fromkeys((m.job for m in members), 0)
-        began = time.monotonic()
+        began, told = time.monotonic(), set(ORDINARY)
         while waiting:
             time.sleep(min(15, 1 + (time.monotonic() - began) / 60))
             queue = sweep.queued()
             if queue is None:
                 continue  # slurmctld is away for a moment
             for job in list(waiting):
+                state = queue.get(job)
+                if state and state.name == "pending" and state.note not in told:
+                    told.add(state.note)
+                    log.warning("pending: %s  %s, says squeue", waiting[job].name, state.note)
                 missed[job] = 0 if job in queue else missed[job] + 1
                 if missed[job] == 2:
                     tell(waiting.pop(job))

@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -85,14 +85,29 @@ class Dataset(ABC):
                 raise UserError(f"{name} names image {found[-1].max()} of {length:,}; does it belong to this data set?")
         return np.unique(np.concatenate(found))
 
-    def _split(self, name, images, digest, labels, read, where) -> Split:
-        """A Split of the image set `images` ("unlabeled", "train", ...), whose sources have this digest."""
-        store_name = f"{type(self).__name__.lower()}-{images}-{_digest(VERSION, self.image_size, digest)[:16]}"
-        fingerprint = _digest(store_name, b"" if labels is None else labels.tobytes())
+    def _split(self, name, images, digests, labels, read, where) -> Split:
+        """A Split of the image set `images` ("unlabeled", "train", ...), whose sources have these digests."""
+        kind = f"{type(self).__name__.lower()}-{images}"
+        store_name = f"{kind}-{_digest(VERSION, self.image_size, digests.files)[:16]}"
+        fingerprint = _digest(
+            kind, VERSION, self.image_size, digests.content, b"" if labels is None else labels.tobytes()
+        )
         length = len(read)
         if length == 0:
             raise UserError(f"split '{name}' of {type(self).__name__} holds no images")
         return Split(name, length, labels, store_name, fingerprint, read, where)
+
+
+class _Digests(NamedTuple):
+    """Of the sources of a split: by their names, sizes and times, and without the times, as a copy has them."""
+
+    files: str
+    content: str
+
+
+def _digests(stats: np.ndarray) -> _Digests:
+    """stats: int64 (n, 3), number, size, mtime in ns."""
+    return _Digests(_digest(stats.tobytes()), _digest(stats[:, :2].tobytes()))
 
 
 def _digest(*parts) -> str:
@@ -245,8 +260,8 @@ class _Records:
         return f"image {row} of {path}"
 
 
-def _records(paths: list[Path], record: int, image_size: int, order: tuple[int, int, int]) -> tuple[_Records, str]:
-    """The records of these files and a digest. Raises UserError for a size that isn't whole records."""
+def _records(paths: list[Path], record: int, image_size: int, order: tuple[int, int, int]) -> tuple[_Records, _Digests]:
+    """The records of these files and their digests. Raises UserError for a size that isn't whole records."""
     lengths, stats = [], []
     for path in paths:
         status = path.stat()
@@ -254,7 +269,8 @@ def _records(paths: list[Path], record: int, image_size: int, order: tuple[int, 
             raise UserError(f"{path} has {status.st_size} bytes, not a multiple of {record}; download it again")
         lengths.append(status.st_size // record)
         stats.append((path.name, status.st_size, status.st_mtime_ns))
-    return _Records(tuple(map(str, paths)), tuple(lengths), record, image_size, order), _digest(*stats)
+    digests = _Digests(_digest(*stats), _digest(*((name, size) for name, size, _ in stats)))
+    return _Records(tuple(map(str, paths)), tuple(lengths), record, image_size, order), digests
 
 
 # --- the data sets ----------------------------------------------------------------------------------------------------
@@ -300,7 +316,7 @@ class DL21(Dataset):
         folder = "unlabeled" if name == "pretrain" else name
         paths, stats = _list_numbered(_folder(self.root, folder))
         if name == "pretrain":
-            return self._split(name, folder, _digest(stats.tobytes()), None, _Decoder(paths, self.image_size), paths)
+            return self._split(name, folder, _digests(stats), None, _Decoder(paths, self.image_size), paths)
         if name == "val":
             labels = _load_labels(_folder(self.root) / "val_label_tensor.pt")
             if labels.max(initial=0) >= (self.num_classes or math.inf):
@@ -328,7 +344,7 @@ class DL21(Dataset):
             stats = np.concatenate([stats, _stat_chosen(unlabeled, chosen, self.extra[0])])
             paths = _Joined(paths, unlabeled, chosen)
             labels = np.concatenate(self._train_labels)
-        return self._split(name, folder, _digest(stats.tobytes()), labels, _Decoder(paths, self.image_size), paths)
+        return self._split(name, folder, _digests(stats), labels, _Decoder(paths, self.image_size), paths)
 
 
 def _list_numbered(folder: Path) -> tuple[_Numbered, np.ndarray]:
@@ -444,19 +460,19 @@ class Folder(Dataset):
                     f"{root} has no labels, so no split '{name}', only 'pretrain'; "
                     "labelled data lie in train/<class>/ and val/<class>/"
                 )
-            paths, digest, _ = _list_tree(root)
-            return self._split(name, "all", digest, None, _Decoder(paths, self.image_size), paths)
+            paths, digests, _ = _list_tree(root)
+            return self._split(name, "all", digests, None, _Decoder(paths, self.image_size), paths)
         folder = "val" if name == "val" else "train"
         if unknown := sorted(set(_subfolders(root / folder)) - set(self.class_names)):
             raise UserError(f"val/ has the class {unknown[0]!r}, which train/ lacks; both need the same class folders")
-        paths, digest, counts = _list_tree(root / folder)
+        paths, digests, counts = _list_tree(root / folder)
         if counts.pop("", 0):
             raise UserError(f"{root / folder} has images outside the class folders; move them into one or away")
         if folder == "train" and (empty := [name for name in self.class_names if not counts.get(name)]):
             raise UserError(f"no images in {root / folder / empty[0]}; fill or remove that class folder")
         labels = np.repeat([self.class_names.index(name) for name in counts], list(counts.values())).astype(np.int64)
         labels = None if name == "pretrain" else labels
-        return self._split(name, folder, digest, labels, _Decoder(paths, self.image_size), paths)
+        return self._split(name, folder, digests, labels, _Decoder(paths, self.image_size), paths)
 
 
 class Images(Folder):
@@ -465,8 +481,8 @@ class Images(Folder):
     class_names = ()
 
     def _list(self, name: str) -> Split:
-        paths, digest, _ = _list_tree(Path(self.root).expanduser(), key="stage.images")
-        return self._split(name, "all", digest, None, _Decoder(paths, self.image_size), paths)
+        paths, digests, _ = _list_tree(Path(self.root).expanduser(), key="stage.images")
+        return self._split(name, "all", digests, None, _Decoder(paths, self.image_size), paths)
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -476,19 +492,21 @@ def _subfolders(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _list_tree(root: Path, key: str = "data.root") -> tuple[_Paths, str, dict[str, int]]:
-    """The image files under root in sorted order, a digest, and how many lie in each folder of its first level."""
-    text, ends, digest, counts = bytearray(), array("q", [0]), hashlib.sha256(), {}
+def _list_tree(root: Path, key: str = "data.root") -> tuple[_Paths, _Digests, dict[str, int]]:
+    """The image files under root in sorted order, their digests, and how many lie in each folder of its first level."""
+    text, ends, counts = bytearray(), array("q", [0]), {}
+    files, content = hashlib.sha256(), hashlib.sha256()
     for name, size, mtime in _walk(root, "", frozenset()):
         encoded = os.fsencode(name)
         text += encoded
         ends.append(len(text))
-        digest.update(encoded + f"\0{size}\0{mtime}\n".encode())
+        files.update(encoded + f"\0{size}\0{mtime}\n".encode())
+        content.update(encoded + f"\0{size}\n".encode())
         first = name.split("/", 1)[0] if "/" in name else ""
         counts[first] = counts.get(first, 0) + 1
     if not text:
         raise UserError(f"no images under {root}; known extensions are {' '.join(EXTENSIONS)}; {key}= sets the folder")
-    return _Paths(root, bytes(text), ends), digest.hexdigest(), counts
+    return _Paths(root, bytes(text), ends), _Digests(files.hexdigest(), content.hexdigest()), counts
 
 
 def _walk(root: Path, below: str, above: frozenset) -> Iterator[tuple[str, int, int]]:
@@ -534,7 +552,7 @@ class STL10(Dataset):
         part = {"pretrain": "unlabeled", "train": "train", "val": "test"}[name]
         images = self._file(f"{part}_X.bin")
         # columns before rows, as Matlab stores them
-        records, digest = _records([images], 3 * 96 * 96, 96, (2, 1, 0))
+        records, digests = _records([images], 3 * 96 * 96, 96, (2, 1, 0))
         labels = None
         if name != "pretrain":
             path = self._file(f"{part}_y.bin")
@@ -542,7 +560,7 @@ class STL10(Dataset):
             if len(labels) != len(records):
                 raise UserError(f"{path} has {len(labels)} labels for {len(records)} images; unpack both files again")
             _check_range(labels, 10, path)
-        return self._split(name, part, digest, labels, records, records.where)
+        return self._split(name, part, digests, labels, records, records.where)
 
     def _file(self, name: str) -> Path:
         root = _folder(self.root)
@@ -586,14 +604,14 @@ class CIFAR(Dataset):
             folder, label_bytes = "cifar-100-binary", 2  # coarse label, fine label
             files = ["train.bin" if train else "test.bin"]
         paths = [self._file(folder, file) for file in files]
-        records, digest = _records(paths, label_bytes + 3 * 32 * 32, 32, (1, 2, 0))
+        records, digests = _records(paths, label_bytes + 3 * 32 * 32, 32, (1, 2, 0))
         labels = None
         if name != "pretrain":
             rows = [np.memmap(path, np.uint8, "r").reshape(-1, records.record) for path in paths]
             labels = np.concatenate([row[:, label_bytes - 1] for row in rows]).astype(np.int64)
             _check_range(labels, self.num_classes, paths[0].parent)
         images = f"{self.num_classes}-{'train' if train else 'test'}"
-        return self._split(name, images, digest, labels, records, records.where)
+        return self._split(name, images, digests, labels, records, records.where)
 
     def _file(self, folder: str, name: str) -> Path:
         root = _folder(self.root)
@@ -638,7 +656,9 @@ class Digits(Dataset):
         images = (digits.images[part] * (255 / 16)).round().astype(np.uint8)  # 0..16 -> 0..255
         labels = None if name == "pretrain" else digits.target[part].astype(np.int64)
         read, images_of = _DigitReader(images, self.image_size), "val" if name == "val" else "train"
-        return self._split(name, images_of, _digest(images.tobytes()), labels, read, f"{images_of} digit {{}}".format)
+        digest = _digest(images.tobytes())
+        where = f"{images_of} digit {{}}".format
+        return self._split(name, images_of, _Digests(digest, digest), labels, read, where)
 
 
 @dataclass(frozen=True)
@@ -684,7 +704,8 @@ class Synthetic(Dataset):
         labels = None if name == "pretrain" else np.arange(length) % self.num_classes
         read = _Renderer(self.seed, name, length, self.image_size, self.num_classes)
         digest = _digest(synthetic.VERSION, read)
-        return self._split(name, name, digest, labels, read, f"synthetic {name} image {{}}".format)
+        where = f"synthetic {name} image {{}}".format
+        return self._split(name, name, _Digests(digest, digest), labels, read, where)
 
 
 @dataclass(frozen=True)
