@@ -88,6 +88,9 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
         raise UserError(f"devices={cfg.devices}: torch sees {gpus} GPUs here; choose at most devices={gpus}")
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    signals = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR2"]  # the last is Slurm's warning
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        signals.append("SIGHUP")
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -99,7 +102,7 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
         max_restarts=0,
         monitor_interval=0.2,
         start_method="spawn",
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",  # the last is Slurm's warning
+        signals_to_handle=",".join(signals),
     )
     with tempfile.TemporaryDirectory() as folder:
         try:

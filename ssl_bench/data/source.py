@@ -273,5 +273,6 @@ def _collate(items: list[tuple[np.ndarray | None, int, dict[int, str]]]) -> tupl
 
 
 def _ignore_signals(_: int) -> None:
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):  # sent to the whole group, they are for the parent,
-        signal.signal(signum, signal.SIG_IGN)  # which finishes its step, and then ends its workers
+    # Sent to the whole group, they are for the parent, which finishes its step, and then ends its workers.
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)
