@@ -173,6 +173,22 @@ def test_an_export_is_repeated_and_nothing_else_is_overwritten(place: Path, tmp_
         export(place / "moco", place / "data")
 
 
+def test_an_export_leaves_nothing_of_the_one_before(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, said = export(place / "moco", tmp_path / "out"), "held an export of other weights"
+    (tmp_path / "mine").write_text("")
+    (out / "model.onnx").write_bytes(b"of this network")
+    with open(out / "SHA256SUMS", "a") as sums:
+        sums.write(f"{'0' * 64}  model.onnx\n{'0' * 64}  ../mine\n")
+    export(place / "moco", out)
+    assert {path.name for path in out.iterdir()} == {"README.md", "SHA256SUMS", "model.pth", "model.safetensors"}
+    assert (tmp_path / "mine").exists()
+    assert said not in caplog.text
+    export(place / "finetune", out)
+    assert caplog.text.count(said) == 1
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [

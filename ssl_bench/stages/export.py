@@ -35,8 +35,8 @@ def export(
     """Write the folder `out`: the backbone and, where the file has one, its classifier as fc.weight and fc.bias.
 
     model.safetensors, model.pth (a state dict), model.onnx, README.md with the recipe and the numbers of `cfg.runs`,
-    as far as they measured these very weights, SHA256SUMS. Returns the number of tensors. UserError for a folder that
-    holds something else, and where none of the runs did.
+    as far as they measured these very weights, SHA256SUMS. An export that is there is replaced as a whole. Returns the
+    number of tensors. UserError for a folder that holds something else, and where none of the runs did.
     """
     if not run.is_main:
         return {}
@@ -70,9 +70,7 @@ def export(
         (partial / "README.md").write_text(card(folder.name, pretrained, measured, image_size))
         names = sorted(file.name for file in partial.iterdir())
         (partial / zoo.SUMS).write_text("".join(f"{files.digest(partial / name)}  {name}\n" for name in names))
-        folder.mkdir(exist_ok=True)
-        for name in [*names, zoo.SUMS]:
-            os.replace(partial / name, folder / name)
+        replace(folder, partial)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"written to {folder}: {', '.join(names)}; ssl-bench reads it with pretrained={folder}")
@@ -80,6 +78,20 @@ def export(
 
 
 export.single_process = True
+
+
+def replace(folder: Path, partial: Path) -> None:
+    """Put the files of `partial` in place of the export in `folder`, and delete what only that one had."""
+    before, now = zoo.listed(folder), zoo.listed(partial)
+    if before and before.get("model.pth") != now["model.pth"]:
+        log.warning("%s held an export of other weights, which this one replaces", folder)
+    folder.mkdir(exist_ok=True)
+    for name in now:
+        os.replace(partial / name, folder / name)
+    for name in before.keys() - now.keys():
+        if Path(name).name == name:  # a list from elsewhere may name what lies outside
+            (folder / name).unlink(missing_ok=True)
+    os.replace(partial / zoo.SUMS, folder / zoo.SUMS)  # last: until then a repeated command knows what to delete
 
 
 def write_weights(state: interop.State, pretrained: Pretrained, folder: Path) -> None:

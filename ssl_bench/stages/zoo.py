@@ -8,7 +8,7 @@ from ssl_bench import files, report, results
 from ssl_bench.errors import UserError
 from ssl_bench.results import Ran
 from ssl_bench.run import Run
-from ssl_bench.zoo import SUMS, WEIGHTS, place
+from ssl_bench.zoo import SUMS, WEIGHTS, listed, place
 
 
 def zoo(cfg: DictConfig, run: Run, verify: str | None = None) -> dict[str, float]:
@@ -44,13 +44,12 @@ zoo.single_process = True
 def identify(path: Path, own: list[Ran]) -> str:
     if not path.is_file():
         raise UserError(f"stage.verify={path}: no such file")
-    sums = path.with_name(SUMS)
-    listed = dict(line.split(maxsplit=1)[::-1] for line in sums.read_text().splitlines()) if sums.is_file() else {}
+    sums, said = path.with_name(SUMS), listed(path.parent).get(path.name)
     sha256, md5 = files.digest(path), files.digest(path, "md5")
-    if path.name in listed:
-        if listed[path.name] != sha256:
+    if said:
+        if said != sha256:
             raise UserError(
-                f"{path}: its sha256 is {sha256[:8]}..., not {listed[path.name][:8]}... as {sums} says: a broken or "
+                f"{path}: its sha256 is {sha256[:8]}..., not {said[:8]}... as {sums} says: a broken or "
                 "another file; export or copy it again"
             )
         return f"{path}: whole, as {sums} says"
