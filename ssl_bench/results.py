@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -129,6 +129,17 @@ class Ran:
         """Its newest checkpoint, where that holds a network."""
         return None if self.stage == "predict" else next(iter(checkpoint.complete(self.directory)), None)
 
+    def digest_of(self, name: str) -> str:
+        """Of the checkpoint of this name; "" where it has none."""
+        path = self.directory / "checkpoints" / name
+        return digest(path) if path.is_file() else ""
+
+    @cached_property
+    def stands_on(self) -> str:
+        """The sha256 of the file that `pretrained` was when it began; "" where that isn't known."""
+        known = self.directory / files.WEIGHTS
+        return known.read_text().strip() if known.is_file() else ""
+
     @property
     def labels(self) -> str:
         """Which part of the labels it was given; "" for all."""
@@ -219,17 +230,33 @@ def find(paths: Iterable[Path]) -> list[Ran]:
 
 
 def _pretraining(ran: Ran, runs: dict[Path, Ran]) -> Ran | None:
-    """The run that a run's `pretrained` is a checkpoint of, or the directory of."""
+    """The run that a run's `pretrained` is a checkpoint of, or the directory of.
+
+    Runs move, and a path is relative to where a run was started: where the content of the file is known, it decides.
+    """
     if not (source := ran.config.get("pretrained")):
         return None
     path = Path(source)
     folder = files.run_of(path) or path
-    if folder.resolve() in runs:
-        return runs[folder.resolve()]
-    if (folder / "metrics.jsonl").exists():
-        return Ran.read(folder)
+    there = runs.get(folder.resolve()) or (Ran.read(folder) if (folder / "metrics.jsonl").exists() else None)
     moved = [run for directory, run in runs.items() if directory.parts[-2:] == folder.parts[-2:]]
-    return moved[0] if len(moved) == 1 else None
+    likely = [there] if there else moved if len(moved) == 1 else []
+    if ran.stands_on:
+        for other in [*likely, *runs.values()]:  # in this order few files are read
+            if other.digest_of(path.name) == ran.stands_on:
+                return other
+        likely = [other for other in likely if not other.digest_of(path.name)]  # of older checkpoints, which are gone
+    return likely[0] if likely else None
+
+
+@cache
+def _digest(path: Path, changed: int) -> str:
+    return files.digest(path)
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file, which may be large: read once, unless it changes."""
+    return _digest(path.resolve(), path.stat().st_mtime_ns)
 
 
 def of(weights: Path) -> Ran | None:
@@ -239,21 +266,14 @@ def of(weights: Path) -> Ran | None:
 
 
 def measured(runs: Iterable[Ran], weights: Path) -> list[Ran]:
-    """The finished evaluations of the network in this very file, as it is now."""
-    found = [
-        ran
-        for ran in runs
-        if "val_top1" in (ran.summary or {})
-        and ran.config.get("pretrained")
-        and Path(ran.config["pretrained"]).resolve() == weights.resolve()
-    ]
-    now = files.digest(weights) if found else None
+    """The finished evaluations of the network in this very file, as it is now; by its place where no more is known."""
 
     def same(ran: Ran) -> bool:
-        known = ran.directory / files.WEIGHTS
-        return not known.exists() or known.read_text() == now
+        if ran.stands_on:
+            return ran.stands_on == digest(weights)
+        return Path(ran.config["pretrained"]).resolve() == weights.resolve()
 
-    return [ran for ran in found if same(ran)]
+    return [ran for ran in runs if "val_top1" in (ran.summary or {}) and ran.config.get("pretrained") and same(ran)]
 
 
 # -- groups of them ----------------------------------------------------------------------------------------------------

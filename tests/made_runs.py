@@ -8,6 +8,7 @@ import yaml
 from omegaconf import OmegaConf
 from test_config import compose
 
+from ssl_bench import files
 from ssl_bench.results import Ran
 
 
@@ -35,3 +36,18 @@ def pretrained(directory: Path, *overrides: str, loss: float | None = 3.0, **val
 def classified(directory: Path, top1: float | None, *overrides: str) -> Ran:
     lines = [{"epoch": 1, "loss": 0.5, "images_seen": 100, "images_per_second": 50, "val_top1": top1 or 1.0}]
     return make_run(directory, ["stage=lincls", "epochs=1", *overrides], lines, top1 and {"val_top1": top1})
+
+
+def checkpoint(ran: Ran, step: int, content: bytes) -> Path:
+    """One with this content."""
+    path = ran.directory / "checkpoints" / f"step{step:010d}.pt"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def classified_from(directory: Path, top1: float, weights: Path, *overrides: str, place: str | None = None) -> Ran:
+    """As `classified`, of the content of this file, which the run was given as `place`."""
+    ran = classified(directory, top1, f"pretrained={place or weights}", *overrides)
+    (directory / files.WEIGHTS).write_text(files.digest(weights))
+    return Ran.read(ran.directory)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_runs import classified, pretrained
+from made_runs import checkpoint, classified, classified_from, pretrained
 from test_sweep import member
 
 from ssl_bench import results
@@ -81,6 +81,43 @@ def test_a_folder_that_has_moved_keeps_its_pretrainings(tmp_path: Path) -> None:
     classified(tmp_path / "runs" / "there" / "l", 50.0, f"pretrained={tmp_path}/runs/there/p")
     shutil.move(tmp_path / "runs", tmp_path / "moved")
     assert names(boards(tmp_path / "moved")["lincls"]) == ["moco_v2"]
+
+
+def test_weights_are_known_by_their_content(tmp_path: Path) -> None:
+    """Started from another folder, renamed, moved: the file is the same. Trained anew in the same place: it isn't."""
+    for seed in (0, 1):
+        made = checkpoint(pretrained(tmp_path / f"p{seed}", f"seed={seed}"), 80, b"%d" % seed)
+        classified_from(tmp_path / f"l{seed}", 50.0, made, place=f"runs/p{seed}/checkpoints/{made.name}")
+    shutil.move(tmp_path / "p0", tmp_path / "renamed")
+    (group,) = boards(tmp_path)["lincls"].groups
+    assert (group.name, group.pretrainings) == ("moco_v2", 2)
+    assert [ran.pretraining.directory.name for ran in group.runs] == ["renamed", "p1"]
+    found = results.find([tmp_path])
+    assert [ran.directory.name for ran in results.measured(found, made)] == ["l1"]
+
+    made.write_bytes(b"trained anew")
+    assert not results.measured(results.find([tmp_path]), made)
+    assert sorted(names(boards(tmp_path)["lincls"])) == ["moco_v2", "step0000000080"]
+    made.unlink()  # a later checkpoint has taken its place: then only the place tells
+    classified_from(tmp_path / "late", 50.0, tmp_path / "renamed" / "checkpoints" / made.name, place=str(made))
+    (tmp_path / "late" / "pretrained.sha256").write_text("0" * 64)
+    late = [ran for ran in results.find([tmp_path]) if ran.directory.name == "late"]
+    assert late[0].pretraining.directory.name == "p1"
+
+
+def test_large_files_are_read_when_needed_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    monkeypatch.setattr("ssl_bench.files.digest", lambda path: read.append(path) or path.read_text())
+    made = [checkpoint(pretrained(tmp_path / f"p{seed}", f"seed={seed}"), 80, b"%d" % seed) for seed in (0, 1)]
+    results.find([tmp_path])
+    classified(tmp_path / "without", 50.0, f"pretrained={made[0]}")
+    assert len(results.measured(results.find([tmp_path]), made[0])) == 1
+    assert not read
+    for draw in (0, 1):
+        classified(tmp_path / f"l{draw}", 50.0, f"pretrained={made[1]}", f"seed={draw}")
+        (tmp_path / f"l{draw}" / "pretrained.sha256").write_text("1")
+    assert len(results.measured(results.find([tmp_path]), made[1])) == 2
+    assert read == [made[1]]
 
 
 def test_names_say_what_differs(tmp_path: Path) -> None:

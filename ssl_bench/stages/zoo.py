@@ -31,7 +31,7 @@ def zoo(cfg: DictConfig, run: Run, verify: str | None = None) -> dict[str, float
     print(report.markdown(["pretrained=", "backbone", "ImageNet", "hash", "downloaded"], published))
     if own:
         rows = [
-            [str(ran.directory), recipe(ran), numbers(ran, runs), f"sha256 {files.digest(ran.weights)[:8]}"]
+            [str(ran.directory), recipe(ran), numbers(ran, runs), f"sha256 {results.digest(ran.weights)[:8]}"]
             for ran in own
         ]
         print("\n" + report.markdown(["pretrained=", "recipe", "top-1 (%)", "hash"], rows))
@@ -61,7 +61,7 @@ def identify(path: Path, own: list[Ran]) -> str:
                 f"{path}: its md5 is {md5[:8]}..., not {weights.md5}, which {name} has: a broken or another file"
             )
     for ran in own:
-        if files.digest(ran.weights) == sha256:
+        if results.digest(ran.weights) == sha256:
             return f"{path}: {ran.weights}, {recipe(ran)}"
     raise UserError(
         f"{path}: none of the known weights (md5 {md5[:8]}..., sha256 {sha256[:8]}...); runs=DIR compares it with your "
