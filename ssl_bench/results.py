@@ -157,13 +157,23 @@ class Ran:
         return f"CPU, {threads} thread{'s' if threads > 1 else ''}" if threads else ""
 
     @cached_property
+    def older(self) -> int | None:
+        """The step of the checkpoint that it stands on, unless that is the last of a finished training."""
+        below, path = self.pretraining, Path(self.config.get("pretrained") or "")
+        if below is None or not path.match("step*.pt"):
+            return None
+        step = checkpoint.step_of(path)
+        last = checkpoint.step_of(below.weights) if below.weights else below.lines[-1]["step"]
+        return None if below.summary is not None and step == last else step
+
+    @cached_property
     def values(self) -> dict[str, float]:
         """What a finished run came to, the newest of all it logged, what it cost; the same of its pretraining."""
         if self.summary is None:
             return {}
         logged = {key: value for line in self.lines for key, value in line.items()}
         values = {key: value for key, value in (logged | self.summary).items() if isinstance(value, int | float)}
-        below = self.pretraining.values if self.pretraining else {}
+        below = self.pretraining.values if self.pretraining and self.older is None else {}
         values = {key: value for key, value in values.items() if key not in BESIDE} | self._costs()
         return values | {PRETRAINING + key: value for key, value in below.items()}
 
@@ -193,10 +203,7 @@ class Ran:
         ours = {key: plain(value) for key, value in flat.items() if key != "seed" and not key.endswith("_target_")}
         if self.pretraining is None:
             return ours
-        ours["pretrained"] = self.pretraining.name
-        newest = [path.name for path in checkpoint.complete(self.pretraining.directory)[:1]]
-        if (name := Path(self.config["pretrained"]).name) not in (*newest, self.pretraining.directory.name):
-            ours["pretrained.checkpoint"] = name
+        ours |= {"pretrained": self.pretraining.name, "pretrained.step": "last" if self.older is None else self.older}
         return ours | {f"pretrained.{key}": value for key, value in self.pretraining.identity.items()}
 
     @property
@@ -205,7 +212,7 @@ class Ran:
         if self.config.get("method"):
             return self.config["method"]["name"]
         if self.pretraining:
-            return self.pretraining.name
+            return self.pretraining.name + (f" at step {self.older:,}" if self.older is not None else "")
         if self.config.get("pretrained"):
             return Path(self.config["pretrained"]).name.partition(".")[0]
         return "raw pixels" if (self.config.get("backbone") or {}).get("name") == "pixels" else "random init"
@@ -263,6 +270,18 @@ def of(weights: Path) -> Ran | None:
     """The run that wrote this checkpoint, if it is finished."""
     folder = files.run_of(weights)
     return Ran.read(folder) if folder and (folder / "summary.json").is_file() else None
+
+
+def unfinished(weights: Path) -> str:
+    """How far a run is that wrote this checkpoint and goes on, like "step 51 of 160"; "" for other files."""
+    folder = files.run_of(weights)
+    if not (folder and weights.match("step*.pt") and (folder / "metrics.jsonl").is_file()):
+        return ""
+    ran = Ran.read(folder)
+    if ran.summary is not None:
+        return ""
+    total = [round(ran.config["epochs"] * line["step"] / line["epoch"]) for line in ran.lines[-1:]]
+    return f"step {checkpoint.step_of(weights):,}" + "".join(f" of {steps:,}" for steps in total)
 
 
 def measured(runs: Iterable[Ran], weights: Path) -> list[Ran]:

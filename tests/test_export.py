@@ -173,6 +173,15 @@ def test_an_export_is_repeated_and_nothing_else_is_overwritten(place: Path, tmp_
         export(place / "moco", place / "data")
 
 
+def test_weights_of_a_run_that_goes_on(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = shutil.copytree(place / "moco", tmp_path / "moco")
+    export(run, tmp_path / "finished")
+    assert "is not finished" not in caplog.text
+    (run / "summary.json").unlink()
+    export(run, tmp_path / "unfinished")
+    assert f"{run} is not finished: step 3 of 3" in caplog.text  # stopped between the last step and the result
+
+
 def test_an_export_leaves_nothing_of_the_one_before(
     place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

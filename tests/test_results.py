@@ -120,6 +120,26 @@ def test_large_files_are_read_when_needed_and_once(tmp_path: Path, monkeypatch: 
     assert read == [made[1]]
 
 
+def test_an_unfinished_pretraining_is_told_from_the_finished_one(tmp_path: Path) -> None:
+    begun = pretrained(tmp_path / "p", "epochs=4", loss=None)
+    early, late = checkpoint(begun, 80, b"early"), checkpoint(begun, 160, b"late")
+    for step, weights in ((80, early), (160, late)):
+        classified_from(tmp_path / f"l{step}", step / 2, weights)
+    assert results.unfinished(early) == "step 80 of 160"
+    assert names(boards(tmp_path)["lincls"]) == ["moco_v2 at step 160", "moco_v2 at step 80"]
+
+    (begun.directory / "summary.json").write_text(json.dumps({"loss": 3.0}))
+    board = boards(tmp_path)["lincls"]
+    assert names(board) == ["moco_v2", "moco_v2 at step 80"]
+    assert results.differences([group.runs[0] for group in board.groups]) == {"pretrained.step": ["last", "80"]}
+    assert [group.values("pretraining_hours") for group in board.groups] == [[2.0], []]
+    assert results.unfinished(early) == ""
+    for path in (early, late):  # to save room: the metrics still know which was the last
+        path.unlink()
+    (begun.directory / "metrics.jsonl").write_text(json.dumps({"step": 160, "epoch": 4.0}) + "\n")
+    assert names(boards(tmp_path)["lincls"]) == ["moco_v2", "moco_v2 at step 80"]
+
+
 def test_names_say_what_differs(tmp_path: Path) -> None:
     pretrained(tmp_path / "a", "method=moco_v1")
     for temperature in (0.1, 0.3):

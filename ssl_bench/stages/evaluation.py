@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 from torch import nn
 
-from ssl_bench import build, distributed, interop, zoo
+from ssl_bench import build, distributed, files, interop, results, zoo
 from ssl_bench.augment.views import EvalView
 from ssl_bench.data.pool import Progress
 from ssl_bench.data.source import Batch, Source
@@ -51,6 +51,8 @@ def tell(loaded: interop.Loaded) -> None:
     if loaded.left_out:
         more = ", ..." if len(loaded.left_out) > 4 else ""
         log.info("left out %s others: %s%s", len(loaded.left_out), ", ".join(loaded.left_out[:4]), more)
+    if distributed.rank() == 0 and (reached := results.unfinished(loaded.source)):
+        log.warning("%s is not finished: %s", files.run_of(loaded.source), reached)
 
 
 def few_labels(labels: np.ndarray, per_class: int | None, fraction: float | None, seed: int) -> np.ndarray | None:
