@@ -98,6 +98,7 @@ class Ran:
     state: sweep.State = WAITING
     pretraining: "Ran | None" = None  # what `pretrained` was made by, if it can be found
     holds_runs: bool = False  # a pipeline: its results are those of its members
+    inputs: dict = field(default_factory=dict)  # the fingerprint of each split that it opened
 
     @classmethod
     def read(cls, directory: Path) -> "Ran":
@@ -114,7 +115,9 @@ class Ran:
         words = {True: "finished", False: "running" if sweep.locked(directory / ".lock") else "stopped"}
         lines = MetricsFile.read(directory / "metrics.jsonl")
         state = sweep.State(words[summary is not None])
-        return cls(directory, load("config.yaml"), lines, summary, load("environment.json") or {}, state)
+        ran = cls(directory, load("config.yaml"), lines, summary, load("environment.json") or {}, state)
+        ran.inputs = load("inputs.json") or {}
+        return ran
 
     @property
     def stage(self) -> str:
@@ -123,6 +126,11 @@ class Ran:
     @property
     def seed(self) -> int:
         return self.config["seed"]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Its own, and those of what it stands on."""
+        return [self.seed, *(self.pretraining.seeds if self.pretraining else ())]
 
     @property
     def weights(self) -> Path | None:
@@ -295,6 +303,28 @@ def measured(runs: Iterable[Ran], weights: Path) -> list[Ran]:
     return [ran for ran in runs if "val_top1" in (ran.summary or {}) and ran.config.get("pretrained") and same(ran)]
 
 
+def repeated(runs: Iterable[Ran]) -> dict[Ran, Ran]:
+    """{run: the newest of the same configuration, seeds and data}: as samples they are one."""
+    alike: dict[str, list[Ran]] = {}
+    for ran in runs:
+        if not ran.holds_runs:
+            alike.setdefault(json.dumps([ran.stage, ran.identity, ran.seeds], sort_keys=True), []).append(ran)
+    found: dict[Ran, Ran] = {}
+    for same in alike.values():
+        newest = max(same, key=lambda ran: (ran.summary is not None, ran.environment.get("started") or ""))
+        # data.root is in no identity: the same configuration may be of other images
+        found |= {ran: newest for ran in same if ran is not newest and ran.inputs.items() <= newest.inputs.items()}
+    return found
+
+
+def left_out(runs: Iterable[Ran]) -> str:
+    """A sentence about those that aren't counted; "" where all are."""
+    if not (older := repeated(runs)):
+        return ""
+    names = ", ".join(str(ran.directory) for ran in older)
+    return f"Left out, since a newer run has the same configuration and seed: {names}."
+
+
 # -- groups of them ----------------------------------------------------------------------------------------------------
 
 
@@ -368,10 +398,11 @@ class Board:
 
 
 def boards(runs: Sequence[Ran], metric: str | None = None) -> list[Board]:
-    """A board for each stage, in the order of TITLES. metric: None is what the runs name."""
+    """A board for each stage, in the order of TITLES, without what is `repeated`. metric: None is what runs name."""
     groups: dict[tuple[str, str], list[Ran]] = {}
+    older = repeated(runs)
     for ran in runs:
-        if not ran.holds_runs:
+        if not ran.holds_runs and ran not in older:
             groups.setdefault((ran.stage, json.dumps(ran.identity, sort_keys=True)), []).append(ran)
     found = []
     for stage in sorted({stage for stage, _ in groups}, key=_place):

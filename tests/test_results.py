@@ -14,6 +14,7 @@ from test_sweep import member
 
 from ssl_bench import results
 from ssl_bench.errors import UserError
+from ssl_bench.stages import report
 
 ROOT = Path(__file__).parents[1]
 
@@ -138,6 +139,31 @@ def test_an_unfinished_pretraining_is_told_from_the_finished_one(tmp_path: Path)
         path.unlink()
     (begun.directory / "metrics.jsonl").write_text(json.dumps({"step": 160, "epoch": 4.0}) + "\n")
     assert names(boards(tmp_path)["lincls"]) == ["moco_v2", "moco_v2 at step 80"]
+
+
+def test_a_seed_counts_once(tmp_path: Path) -> None:
+    """The newest of those that are finished; unless they saw other images, which their configuration needn't say."""
+    for place, (seed, top1, started, images) in {
+        "first": (0, 50.0, "2026-01-01", "a"),
+        "again": (0, 60.0, "2026-01-02", "a"),
+        "broken off": (0, None, "2026-01-03", "a"),
+        "other images": (0, 70.0, "2025-12-31", "b"),
+        "other seed": (1, 80.0, "2025-12-31", "a"),
+    }.items():
+        classified(tmp_path / place, top1, f"seed={seed}")
+        (tmp_path / place / "environment.json").write_text(json.dumps({"started": started}))
+        (tmp_path / place / "inputs.json").write_text(json.dumps({"train": {"fingerprint": images}}))
+    (group,) = boards(tmp_path)["lincls"].groups
+    assert sorted(group.values("val_top1")) == [60.0, 70.0, 80.0]
+    runs = results.find([tmp_path])
+    assert {ran.directory.name: newest.directory.name for ran, newest in results.repeated(runs).items()} == {
+        "first": "again",
+        "broken off": "again",
+    }
+    said = results.left_out(runs)
+    assert said.endswith(f"same configuration and seed: {tmp_path}/broken off, {tmp_path}/first.")
+    assert said in report.remarks(runs, 0, 3)
+    assert said in report.write_markdown("a title", results.boards(runs), runs)
 
 
 def test_names_say_what_differs(tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ def export(
         )
     if given:
         log.info("numbers of %d of %d runs: those that measured these weights", len(measured), len(given))
+    if said := results.left_out(measured):
+        log.warning(said)
     size = pretrained.view(image_size, None)[1].image_size
     state = dict(pretrained.backbone.state_dict())
     if pretrained.classifier is not None:
