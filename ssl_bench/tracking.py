@@ -102,6 +102,7 @@ class WandbTracker:
     """Mirrors a run to Weights & Biases; never prompts, never hangs, never stops the run once it has begun.
 
     `mode=auto` is $WANDB_MODE if set, else online with an API key (environment, netrc or W&B settings), else offline.
+    WANDB_MODE=disabled is no tracking at all.
     Online without an answer within 20 s goes on offline. The id in `<directory>/wandb_id` makes a restart continue the
     same W&B run. None for `group` and `name` means the run directory's parent (seeds of one experiment) and parent/own.
     Names are those of metrics.jsonl after the stage's: pretrain/loss. When it is finished: what the stage returned, the
@@ -135,9 +136,11 @@ class WandbTracker:
         self._step = 0  # the last that was logged
         self._rebuilt = rebuilt
         self._files = self.directory / "wandb-synced" if rebuilt else self.directory
+        self._run = None
+        if (mode := choose_mode(mode)) == "disabled":
+            log.info("WANDB_MODE=disabled: not tracked, as with tracking=local")
+            return
         self._files.mkdir(parents=True, exist_ok=True)
-        # W&B reports on itself unless told not to; behind a firewall that drops packets, those reports hold up the exit
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         machine = {"x_disable_stats": True, "x_disable_machine_info": True, "disable_git": True} if rebuilt else {}
@@ -162,8 +165,7 @@ class WandbTracker:
             dir=str(self._files),
             settings=settings,
         )
-        wandb.finish()  # a run left open (by a sweep's last member) blocks login(), and init() would hand it out again
-        mode = choose_mode(mode)
+        wandb.finish()  # a run left open (by a sweep's last member) would be handed out again
         try:
             self._run = wandb.init(mode=mode, **arguments)
         except wandb.Error as error:
@@ -354,8 +356,8 @@ def save_workspace(workspace: Any) -> str:
 
 def choose_mode(mode: str) -> str:
     """ "online", "offline" or "disabled" for what was asked: see WandbTracker. UserError."""
-    import wandb
-
+    # W&B reports on itself unless told not to; behind a firewall that drops packets, those reports hold up the exit
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     asked = f"tracking.mode={mode}"
     if mode == "auto" and (mode := os.environ.get("WANDB_MODE") or "auto") != "auto":
         asked = f"WANDB_MODE={mode}"
@@ -363,6 +365,9 @@ def choose_mode(mode: str) -> str:
             raise UserError(f"{asked} is unknown; unset it or choose from {', '.join(choices)}")
     if mode in ("offline", "disabled"):
         return mode
+    import wandb
+
+    wandb.finish()  # a run left open blocks login()
     wandb.setup(wandb.Settings(silent=True))  # or login() reports on stderr, and asks the server who the user is
     try:
         logged_in = wandb.login(prompt=False, verify=False)

@@ -1,6 +1,7 @@
 """metrics.jsonl survives kills; W&B mirrors it offline, never asks, and is rebuilt whole from it."""
 
 import json
+import logging
 import math
 import os
 import socket
@@ -273,6 +274,29 @@ def test_login_mistakes_are_one_line(run_dir, monkeypatch, mode, environment, me
     with pytest.raises(UserError, match=message) as caught:
         WandbTracker(mode=mode, directory=run_dir, config={})
     assert "\n" not in str(caught.value)
+
+
+def test_disabled_is_no_tracking(run_dir, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    caplog.set_level(logging.INFO, "ssl_bench")
+    before = set(run_dir.iterdir())
+    tracker = WandbTracker(directory=run_dir, config=CONFIG, log_checkpoint=True)
+    tracker.log(1, {"loss": 1.0})
+    tracker.log_image(1, "views", run_dir / "absent.png")
+    tracker.log_checkpoint_file(run_dir / "absent.pt")
+    tracker.close("finished", {"top1": 0.5})
+    assert set(run_dir.iterdir()) == before
+    assert [record.message for record in caplog.records] == ["WANDB_MODE=disabled: not tracked, as with tracking=local"]
+
+
+def test_sync_deletes_nothing_where_wandb_is_disabled(run_dir, monkeypatch):
+    MetricsFile(run_dir / "metrics.jsonl").log(1, {"loss": 2.0})
+    (run_dir / "wandb-synced").mkdir()
+    (run_dir / "wandb-synced" / "former").write_text("")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with pytest.raises(UserError, match="WANDB_MODE=disabled: there is nothing for stage=sync to do; unset it"):
+        sync(OmegaConf.create({"runs": str(run_dir), "tracking": {"_target_": "a.NoTracker"}}), None)
+    assert (run_dir / "wandb-synced" / "former").exists()
 
 
 SCRIPT = """
