@@ -245,7 +245,8 @@ class WandbTracker:
             _use(run, _artifact(f"data-{self._data}-{split}", "dataset", facts["fingerprint"], facts))
         if self._pretrained:
             _use(run, _weights(Path(self._pretrained)))
-        if newest := max(self.directory.glob("checkpoints/step*.pt"), default=None):
+        newest = max(self.directory.glob("checkpoints/step*.pt"), default=None)
+        if newest and self._prefix != "predict/":  # whose checkpoints hold a position
             run.log_artifact(_weights(newest))
         run.log_artifact(_artifact(f"result-{run.id}", "result", json.dumps(dict(summary)), summary))
 
@@ -352,6 +353,12 @@ def save_workspace(workspace: Any) -> str:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise UserError(f"W&B made no dashboard ({reason}): check tracking.entity and tracking.project") from None
     return workspace.url
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """UserError where a tracker of these settings, the node `tracking`, could not be made: before the work is done."""
+    if settings["_target_"].endswith("WandbTracker"):
+        choose_mode(settings.get("mode", "auto"))
 
 
 def choose_mode(mode: str) -> str:

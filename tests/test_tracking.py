@@ -14,8 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from test_config import compose
 
 from ssl_bench.errors import UserError
+from ssl_bench.launch import launch
 from ssl_bench.stages.sync import sync
 from ssl_bench.tracking import MetricsFile, NoTracker, WandbTracker, rebuild
 
@@ -297,6 +299,15 @@ def test_sync_deletes_nothing_where_wandb_is_disabled(run_dir, monkeypatch):
     with pytest.raises(UserError, match="WANDB_MODE=disabled: there is nothing for stage=sync to do; unset it"):
         sync(OmegaConf.create({"runs": str(run_dir), "tracking": {"_target_": "a.NoTracker"}}), None)
     assert (run_dir / "wandb-synced" / "former").exists()
+
+
+@pytest.mark.parametrize("stage", ["knn", "lincls", "select", "pretrain"])
+def test_a_login_is_asked_for_before_the_work(tmp_path, monkeypatch, stage):
+    monkeypatch.setattr("ssl_bench.run.Run.uses", lambda *_: pytest.fail("the images were opened"))
+    command = [f"stage={stage}", "tracking=wandb", "tracking.mode=online", f"dir={tmp_path}/run"]
+    with pytest.raises(UserError, match=r"tracking\.mode=online, but W&B has no API key"):
+        launch(compose(*command))
+    assert not (tmp_path / "run").exists()
 
 
 SCRIPT = """

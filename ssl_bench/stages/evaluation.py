@@ -18,7 +18,7 @@ from ssl_bench.data.source import Batch, Source
 from ssl_bench.errors import UserError
 from ssl_bench.run import Run
 from ssl_bench.seeding import fold
-from ssl_bench.stages.training import seed_init
+from ssl_bench.stages.training import check_tracking, seed_init
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,8 @@ def watched(run: Run, source: Source, title: str) -> Iterator[Batch]:
 
 def log_result(run: Run, result: dict[str, float]) -> None:
     """The one line of metrics.jsonl, and of the dashboard, of a stage that doesn't train."""
-    run.restore()  # forgets that of an attempt which was killed after it
+    if run.is_main:
+        run.metrics.truncate(0)  # that of an attempt which was killed after it
     for _ in run.progress([1], 0, 1):
         run.log(1, {"epoch": 1.0, **result})
 
@@ -121,8 +122,10 @@ def digest(*modules: nn.Module) -> str:
 
 
 def check_directory(cfg: DictConfig) -> None:
+    """UserError for a stage that couldn't leave its result in a directory, or with the tracker."""
     if cfg.dir is None:
         raise UserError(f"dir=null: stage={cfg.stage.name} writes its result there; type dir=... or leave it out")
+    check_tracking(cfg)
 
 
 class Pretrained(NamedTuple):

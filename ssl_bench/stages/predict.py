@@ -15,7 +15,7 @@ from ssl_bench.data.pool import Progress
 from ssl_bench.errors import UserError
 from ssl_bench.precision import autocast
 from ssl_bench.run import Run
-from ssl_bench.stages.evaluation import check_directory, open_pretrained
+from ssl_bench.stages.evaluation import check_directory, log_result, open_pretrained
 from ssl_bench.stages.training import on_device, open_source
 
 BLOCK = 4096  # images between two saves
@@ -109,6 +109,7 @@ def predict(
                 saved = done
             if stop and done < total:
                 run.interrupt(done)
+    log_result(run, {"images": total})
     print(f"{total:,} images in {run.directory}: images.csv" + (", features.npy" if features else ""))
     return {"images": total}
 

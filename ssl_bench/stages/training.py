@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from ssl_bench import build, distributed
+from ssl_bench import build, distributed, tracking
 from ssl_bench.augment.views import Views
 from ssl_bench.data.formats import Dataset
 from ssl_bench.data.source import HostSource, ResidentSource, Source, StreamedSource, fits
@@ -23,8 +23,15 @@ log = logging.getLogger(__name__)
 SOURCES = {"resident": ResidentSource, "host": HostSource}
 
 
+def check_tracking(cfg: DictConfig) -> None:
+    """The tracker itself is made when there is something to show, when the work is done."""
+    if distributed.rank() == 0:
+        tracking.check(cfg.tracking)
+
+
 def check_batch(cfg: DictConfig, num_images: int) -> int:
     """Images of a batch on each process; UserError where the batch doesn't fit the dataset or the processes."""
+    check_tracking(cfg)
     if cfg.dir is None:
         raise UserError("dir=null: training needs a directory; type dir=... or leave it out")
     if cfg.batch_size > num_images:
