@@ -278,17 +278,17 @@ def rebuild(run_dir: str | Path, settings: Mapping[str, Any] | None = None) -> N
     """Write one whole W&B run from `metrics.jsonl`, `config.yaml`, `summary.json` and `*.png` of a run directory.
 
     It keeps the run's id and replaces `<run_dir>/wandb-synced`, which nothing else writes; everything else there stays.
-    Without `summary.json` the run counts as failed. `settings`: arguments of WandbTracker; None: the run's own, else
-    the defaults, in either case online if logged in.
+    Without `summary.json` the run counts as failed. UserError for damaged files, before anything is replaced.
+    `settings`: arguments of WandbTracker; None: the run's own, else the defaults, in either case online if logged in.
     """
     import yaml
 
     run_dir = Path(run_dir)
     rows = MetricsFile.read(run_dir / "metrics.jsonl")
     config_file, summary_file = run_dir / "config.yaml", run_dir / "summary.json"
-    config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
+    config = files.parse(config_file, yaml.safe_load) if config_file.is_file() else {}
     finished = summary_file.is_file()
-    summary = json.loads(summary_file.read_text()) if finished else {}
+    summary = files.parse(summary_file, json.loads) if finished else {}
     if settings is None:
         own = config.get("tracking") or {}  # tracking=local has none of these
         settings = {key: own[key] for key in ("project", "entity", "group", "name", "tags") if key in own}

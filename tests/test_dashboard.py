@@ -228,6 +228,8 @@ def test_with_a_login_it_is_saved(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_mistakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"leave tracking=wandb"):
         launch(compose("stage=dashboard", "tracking=local", f"stage.out={tmp_path}/x.json"))
+    with pytest.raises(UserError, match=r"no/x\.json: can't be written \(No such file or directory\); choose another"):
+        launch(compose("stage=dashboard", f"stage.out={tmp_path}/no/x.json"))
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
     with pytest.raises(UserError, match=r"type pip install 'ssl_bench\[dashboard\]'"):
         launch(compose("stage=dashboard", f"stage.out={tmp_path}/x.json"))

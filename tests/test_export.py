@@ -206,6 +206,7 @@ def test_an_export_leaves_nothing_of_the_one_before(
         (["stage=export", "pretrained={file}"], "doesn't say which of our networks it is of: type backbone="),
         (["stage=export", "pretrained={place}/moco", "runs={place}/moco"], "none of its 1 runs measured"),
         (["stage=export", "pretrained={place}/moco", "runs={place}/data"], "no run at or below it"),
+        (["stage=export", "pretrained={file}", "stage.out={file}/a"], "can't be written (Not a directory); choose"),
         (["stage=predict", "pretrained={place}/moco", "stage.images=/no"], "stage.images=/no: no such folder"),
         (["stage=predict", "pretrained={place}/moco", "stage.images={place}/knn"], "stage.images= sets the folder"),
         (["stage=predict", "pretrained={place}/moco", "stage.images=.", "stage.features=false"], "has no classifier"),
@@ -215,7 +216,7 @@ def test_an_export_leaves_nothing_of_the_one_before(
 def test_mistakes(place: Path, tmp_path: Path, overrides: list[str], says: str) -> None:
     torch.save(tiny().backbone.state_dict(), tmp_path / "x.pth")
     words = [word.format(place=place, file=tmp_path / "x.pth") for word in overrides]
-    words += [f"stage.out={tmp_path}/out"] if "stage=export" in words else []
+    words[1:1] = [f"stage.out={tmp_path}/out"] if "stage=export" in words else []
     words += [f"dir={tmp_path}/run"] if "stage=predict" in words else []
     with pytest.raises(UserError) as caught:
         launch(compose(*words))

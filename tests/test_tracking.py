@@ -247,6 +247,24 @@ def test_sync_takes_lists_and_the_tracking_of_its_own_command(tmp_path):
     assert kind(recorded, "exit")[0]["exit_code"] == 1  # no summary.json: it never finished
 
 
+def test_runs_that_cannot_be_rebuilt_do_not_stop_the_others(tmp_path):
+    for name in ("a damaged", "b unwritable", "c odd", "d good"):
+        directory = tmp_path / name / "seed0"
+        directory.mkdir(parents=True)
+        MetricsFile(directory / "metrics.jsonl").log(1, {"loss": 2.0})
+    (tmp_path / "a damaged/seed0/metrics.jsonl").write_text("{\n")
+    (tmp_path / "b unwritable/seed0/wandb-synced").write_text("in the place of a folder")
+    (tmp_path / "c odd/seed0/summary.json").write_text("{")
+    with pytest.raises(UserError) as caught:
+        sync(OmegaConf.create({"runs": str(tmp_path), "tracking": {"_target_": "a.NoTracker"}}), None)
+    said = str(caught.value).splitlines()
+    assert said[0] == "3 of 4 runs are not rebuilt:"
+    assert "a damaged/seed0/metrics.jsonl, line 1 is not a JSON object" in said[1]
+    assert said[2].endswith("b unwritable/seed0: can't be written (File exists)")
+    assert "c odd/seed0/summary.json is damaged" in said[3]
+    assert len(folders(tmp_path / "d good/seed0/wandb-synced")) == 1
+
+
 def test_sync_without_runs_is_a_user_error(tmp_path):
     cfg = OmegaConf.create({"runs": str(tmp_path), "tracking": {"_target_": "ssl_bench.tracking.NoTracker"}})
     with pytest.raises(UserError, match="no metrics"):

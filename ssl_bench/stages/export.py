@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,20 @@ def export(
 
     model.safetensors, model.pth (a state dict), model.onnx, README.md with the recipe and the numbers of `cfg.runs`,
     as far as they measured these very weights, SHA256SUMS. An export that is there is replaced as a whole. Returns the
-    number of tensors. UserError for a folder that holds something else, and where none of the runs did.
+    number of tensors. UserError for a folder that holds something else or can't be written, and where none of the
+    runs did.
     """
     if not run.is_main:
         return {}
     folder = Path(out).expanduser()
     if folder.exists() and not (folder / zoo.SUMS).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"stage.out={out}: is there already, and is no export; name a new folder")
+    try:
+        for place in (next(parent for parent in folder.absolute().parents if parent.exists()), folder):
+            if place.exists():
+                tempfile.TemporaryFile(dir=place).close()  # said now, and not after the weights are loaded
+    except OSError as error:
+        raise UserError(f"stage.out={out}: can't be written ({error.strerror}); choose another stage.out=") from None
     given = results.find(files.places(cfg.runs))
     pretrained = open_pretrained(cfg)
     measured = results.measured(given, pretrained.path)
