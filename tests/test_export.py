@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -320,8 +321,12 @@ def test_a_folder_that_changed_meanwhile(place: Path, tmp_path: Path, monkeypatc
     photos = shutil.copytree(place / "data" / "val", tmp_path / "photos")
     command = ["stage=predict", f"pretrained={place}/moco", f"stage.images={photos}", f"dir={tmp_path}/run"]
     launch(compose(*command, "batch_size=5"))
-    (tmp_path / "run" / "summary.json").unlink()
+    finished = compose(*command, "batch_size=5"), SimpleNamespace(directory=tmp_path / "run")
+    predict.predict.check_finished(*finished)
     (photos / "3.png").unlink()
+    with pytest.raises(UserError, match="changed since this run began; delete the run, or choose another dir="):
+        predict.predict.check_finished(*finished)
+    (tmp_path / "run" / "summary.json").unlink()
     with pytest.raises(UserError, match="changed since this run began; delete the run, or choose another dir="):
         launch(compose(*command, "batch_size=5"))
 

@@ -1,6 +1,7 @@
 """Stage predict: labels and features of a folder of images."""
 
 import csv
+import json
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from pydantic import PositiveFloat, PositiveInt
 
-from ssl_bench import distributed
+from ssl_bench import distributed, files
 from ssl_bench.data.formats import Images
 from ssl_bench.data.pool import Progress
 from ssl_bench.errors import UserError
@@ -65,7 +66,7 @@ def predict(
             "of stage=lincls or stage=finetune"
         )
     packed, view = pretrained.view(image_size, test_resize)
-    data = Images(str(root), packed, cfg.data.on_error, cfg.data.cache, cfg.data.workers)
+    data = open_images(cfg, packed)
     split = data.split("pretrain")
     source = open_source(cfg, run, data, "pretrain")
     backbone, classifier, view = on_device(pretrained.backbone, run), pretrained.classifier, view.to(run.device)
@@ -114,4 +115,18 @@ def predict(
     return {"images": total}
 
 
+def open_images(cfg: DictConfig, image_size: int) -> Images:
+    root = Path(cfg.stage.images).expanduser()
+    return Images(str(root), image_size, cfg.data.on_error, cfg.data.cache, cfg.data.workers)
+
+
+def check_finished(cfg: DictConfig, run: Run) -> None:
+    """UserError where the folder isn't what it was when the run finished: its rows are of other images."""
+    packed, _ = open_pretrained(cfg).view(cfg.stage.image_size, cfg.stage.test_resize)
+    now = open_images(cfg, packed).split("pretrain").fingerprint
+    before = files.parse(run.directory / "inputs.json", json.loads)["pretrain"]
+    Position(now, cfg.stage.images).load_state_dict({**before, "bytes": 0})
+
+
 predict.single_process = True
+predict.check_finished = check_finished
