@@ -270,6 +270,25 @@ def test_labels_are_those_that_the_run_measured(place: Path, tmp_path: Path, exp
     assert logits.softmax(dim=1).amax(dim=1).tolist() == pytest.approx(shown, abs=1e-4)
 
 
+def test_classes_keep_their_names(place: Path, tmp_path: Path) -> None:
+    for number, (split, name) in enumerate([("train", "dog"), ("train", "cat"), ("val", "dog"), ("val", "cat")]):
+        folder = tmp_path / "pets" / split / name
+        folder.mkdir(parents=True)
+        for i in range(4):
+            shutil.copy(place / "data" / "train" / f"{4 * number + i}.png", folder)
+    command = ["data=folder", f"data.root={tmp_path}/pets", *SMALL, f"pretrained={place}/moco", "batch_size=4"]
+    launch(compose(*command, "stage=finetune", "epochs=1", f"dir={tmp_path}/pets_run"))
+    out = export(tmp_path / "pets_run", tmp_path / "out")
+    again = export(out, tmp_path / "again")
+    assert "Classes, in the order of the logits: cat, dog." in (again / "README.md").read_text()
+    for source in (tmp_path / "pets_run", again / "model.safetensors"):
+        run = tmp_path / f"of {source.name}"
+        launch(compose("stage=predict", f"pretrained={source}", f"stage.images={tmp_path}/pets/val", f"dir={run}"))
+        rows, _ = look(run)
+        assert list(rows[0]) == ["image", "label", "probability", "name"]
+        assert [row["name"] for row in rows] == [("cat", "dog")[int(row["label"])] for row in rows]
+
+
 def test_rows_belong_to_their_images(place: Path, tmp_path: Path) -> None:
     folder = tmp_path / "photos" / "a, b"
     folder.mkdir(parents=True)

@@ -136,6 +136,7 @@ class Pretrained(NamedTuple):
     network: dict[str, Any]  # the node that the backbone was made from
     backbone: nn.Module
     classifier: nn.Linear | None
+    classes: list[str]  # names of what it tells apart; empty where they have none
 
     def view(self, image_size: int | None, resize: float | None) -> tuple[int, EvalView]:
         """How its run shows test images: (size they are packed at, test view); None is what the run has.
@@ -176,4 +177,6 @@ def open_pretrained(cfg: DictConfig) -> Pretrained:
         classifier = None  # it belongs to something else than the backbone
     if classifier is not None:
         log.info("and its classifier of %d classes", classifier.out_features)
-    return Pretrained(path, config, node, backbone.eval(), classifier)
+    names = interop.class_names(path)
+    classes = names if classifier is not None and len(names) == classifier.out_features else []
+    return Pretrained(path, config, node, backbone.eval(), classifier, classes)

@@ -110,7 +110,11 @@ def write_weights(state: interop.State, pretrained: Pretrained, folder: Path) ->
     state = {key: value.contiguous() for key, value in state.items()}
     metadata = {"format": "pt"}
     if config := pretrained.config:  # then predict needs nothing but this file
-        kept = recipe(config) | {"backbone": pretrained.network, "stage": config["stage"]}
+        kept = recipe(config) | {
+            "backbone": pretrained.network,
+            "stage": config["stage"],
+            "classes": pretrained.classes,
+        }
         metadata["ssl_bench"] = json.dumps(kept)
     (folder / "model.safetensors").write_bytes(save(state, metadata))  # save_file's are for the owner only
     torch.save(state, folder / "model.pth")
@@ -170,6 +174,7 @@ def card(name: str, pretrained: Pretrained, measured: list[Ran], image_size: int
         f"uint8), the centre {view.image_size} x {view.image_size} cut out, divided by 255; mean {mean}, std {std}. "
         f"Output: {pretrained.backbone.dim} features"
         + (f", then {classifier.out_features} logits." if classifier else "."),
+        f"Classes, in the order of the logits: {', '.join(pretrained.classes)}." if pretrained.classes else "",
         "## Use",
         f"```python\n{usage(pretrained)}\n```",
         "A ResNet's names are torchvision's and timm's alike. `model.pth` holds the same tensors for "

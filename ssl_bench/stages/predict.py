@@ -49,8 +49,9 @@ def predict(
 ) -> dict[str, float]:
     """Write images.csv, a row for each image below the folder `images`, and features.npy, float32 (rows, dim).
 
-    A row is the path below the folder and, where `cfg.pretrained` has a classifier, the likeliest label and its
-    probability. Images are shown as its run showed test images, unless image_size (pixels) or test_resize say so.
+    A row is the path below the folder and, where `cfg.pretrained` has a classifier, the likeliest label, its
+    probability and, where its classes have names, that. Images are shown as its run showed test images, unless
+    image_size (pixels) or test_resize say so.
     Returns the number of images.
     """
     check_directory(cfg)
@@ -69,7 +70,8 @@ def predict(
     data = open_images(cfg, packed)
     split = data.split("pretrain")
     source = open_source(cfg, run, data, "pretrain")
-    backbone, classifier, view = on_device(pretrained.backbone, run), pretrained.classifier, view.to(run.device)
+    backbone, view = on_device(pretrained.backbone, run), view.to(run.device)
+    classifier, names = pretrained.classifier, pretrained.classes
     if classifier is not None:
         classifier.to(run.device)
 
@@ -89,7 +91,7 @@ def predict(
         file.truncate()  # rows after the last save
         table = csv.writer(file)
         if done == 0:
-            table.writerow(["image", "label", "probability"] if classifier else ["image"])
+            table.writerow(["image", *(("label", "probability") if classifier else ()), *(("name",) if names else ())])
         for batch, _, indices in source.epoch_pass():
             with autocast(cfg.precision, run.device):
                 seen = backbone(view(batch))
@@ -98,6 +100,8 @@ def predict(
             if classifier is not None:
                 best = classifier(seen).softmax(dim=1).max(dim=1)
                 columns += [best.indices.tolist(), [f"{value:.4f}" for value in best.values.tolist()]]
+            if names:
+                columns.append([names[label] for label in columns[1]])
             table.writerows(zip(*columns, strict=True))
             if array is not None:
                 array[done : done + len(seen)] = seen.cpu().numpy()
