@@ -211,6 +211,10 @@ class WandbTracker:
 
         with self._staging():
             self._mirror(finish)
+        if self._run is not None and self._run.offline:
+            folder = Path(self._run.dir).parent
+            command = f"wandb sync {folder}" if self._rebuilt else f"ssl-bench stage=sync runs={self.directory}"
+            log.info("W&B was offline; once you are logged in, type: %s", command)
         self._run = None
 
     def _named(self, metrics: Mapping[str, float]) -> dict[str, float]:

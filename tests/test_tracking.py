@@ -296,6 +296,15 @@ def test_login_mistakes_are_one_line(run_dir, monkeypatch, mode, environment, me
     assert "\n" not in str(caught.value)
 
 
+def test_what_was_offline_says_how_to_send_it(run_dir, caplog):
+    caplog.set_level(logging.INFO, "ssl_bench")
+    restarted(run_dir)
+    assert caplog.messages[-1].endswith(f"once you are logged in, type: ssl-bench stage=sync runs={run_dir}")
+    rebuild(run_dir)
+    (folder,) = folders(run_dir / "wandb-synced")
+    assert caplog.messages[-1].endswith(f"once you are logged in, type: wandb sync {folder}")
+
+
 def test_disabled_is_no_tracking(run_dir, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     caplog.set_level(logging.INFO, "ssl_bench")
