@@ -183,7 +183,7 @@ class Ran:
         values = {key: value for key, value in (logged | self.summary).items() if isinstance(value, int | float)}
         below = self.pretraining.values if self.pretraining and self.older is None else {}
         values = {key: value for key, value in values.items() if key not in BESIDE} | self._costs()
-        return values | {PRETRAINING + key: value for key, value in below.items()}
+        return values | {PRETRAINING + key: x for key, x in below.items() if not key.startswith(PRETRAINING)}
 
     def _costs(self) -> dict[str, float]:
         """hours: of training and the evaluations in between, not of packing images. images_per_second: the median."""

@@ -259,6 +259,16 @@ def test_paths_without_runs(tmp_path: Path) -> None:
 # -- files and texts ---------------------------------------------------------------------------------------------------
 
 
+def test_costs_are_those_of_what_it_stands_on_itself(tmp_path: Path) -> None:
+    """Neighbours of features that were fine-tuned: not of the pretraining of the pretraining."""
+    pretrained(tmp_path / "p")
+    classified(tmp_path / "tuned", 50.0, "stage=finetune", f"pretrained={tmp_path}/p")
+    classified(tmp_path / "knn", 40.0, "stage=knn", f"pretrained={tmp_path}/tuned")
+    (ran,) = [one for one in results.find([tmp_path]) if one.stage == "knn"]
+    assert ran.values["pretraining_val_top1"] == 50.0
+    assert not [metric for metric in ran.values if metric.count("pretraining_") > 1]
+
+
 def test_columns_in_order_and_only_what_is_there(tmp_path: Path) -> None:
     pretrained(tmp_path / "p", effective_rank=20.0)
     classified(tmp_path / "l", 50.0, f"pretrained={tmp_path}/p")
