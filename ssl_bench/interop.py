@@ -20,9 +20,7 @@ from ssl_bench.errors import UserError
 from ssl_bench.methods.moco import MoCo
 
 State = dict[str, Tensor]
-CLASSES = (
-    "classes.json"  # in the directory of a run that learns from labels: the names of its classes, if they have any
-)
+CLASSES = "classes.json"  # in the directory of a run that learns from labels: the names of its classes
 
 
 class Loaded(NamedTuple):

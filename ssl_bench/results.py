@@ -115,9 +115,8 @@ class Ran:
         words = {True: "finished", False: "running" if sweep.locked(directory / ".lock") else "stopped"}
         lines = MetricsFile.read(directory / "metrics.jsonl")
         state = sweep.State(words[summary is not None])
-        ran = cls(directory, load("config.yaml"), lines, summary, load("environment.json") or {}, state)
-        ran.inputs = load("inputs.json") or {}
-        return ran
+        inputs = load("inputs.json") or {}
+        return cls(directory, load("config.yaml"), lines, summary, load("environment.json") or {}, state, inputs=inputs)
 
     @property
     def stage(self) -> str:
@@ -171,8 +170,8 @@ class Ran:
         if below is None or not path.match("step*.pt"):
             return None
         step = checkpoint.step_of(path)
-        last = checkpoint.step_of(below.weights) if below.weights else below.lines[-1]["step"]
-        return None if below.summary is not None and step == last else step
+        last = [checkpoint.step_of(below.weights)] if below.weights else [line["step"] for line in below.lines[-1:]]
+        return None if below.summary is not None and last == [step] else step
 
     @cached_property
     def values(self) -> dict[str, float]:
@@ -258,7 +257,7 @@ def _pretraining(ran: Ran, runs: dict[Path, Ran]) -> Ran | None:
     likely = [there] if there else moved if len(moved) == 1 else []
     if ran.stands_on:
         for other in [*likely, *runs.values()]:  # in this order few files are read
-            if other.digest_of(path.name) == ran.stands_on:
+            if other is not ran and other.digest_of(path.name) == ran.stands_on:
                 return other
         likely = [other for other in likely if not other.digest_of(path.name)]  # of older checkpoints, which are gone
     return likely[0] if likely else None
@@ -283,7 +282,8 @@ def of(weights: Path) -> Ran | None:
 def unfinished(weights: Path) -> str:
     """How far a run is that wrote this checkpoint and goes on, like "step 51 of 160"; "" for other files."""
     folder = files.run_of(weights)
-    if not (folder and weights.match("step*.pt") and (folder / "metrics.jsonl").is_file()):
+    known = folder and all((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl"))
+    if not (known and weights.match("step*.pt")):
         return ""
     ran = Ran.read(folder)
     if ran.summary is not None:
@@ -322,7 +322,7 @@ def left_out(runs: Iterable[Ran]) -> str:
     if not (older := repeated(runs)):
         return ""
     names = ", ".join(str(ran.directory) for ran in older)
-    return f"Left out, since a newer run has the same configuration and seed: {names}."
+    return f"Left out, for the newest of the same configuration and seed counts: {names}."
 
 
 # -- groups of them ----------------------------------------------------------------------------------------------------

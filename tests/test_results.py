@@ -161,7 +161,7 @@ def test_a_seed_counts_once(tmp_path: Path) -> None:
         "broken off": "again",
     }
     said = results.left_out(runs)
-    assert said.endswith(f"same configuration and seed: {tmp_path}/broken off, {tmp_path}/first.")
+    assert said.endswith(f"same configuration and seed counts: {tmp_path}/broken off, {tmp_path}/first.")
     assert said in report.remarks(runs, 0, 3)
     assert said in report.write_markdown("a title", results.boards(runs), runs)
 
