@@ -20,6 +20,7 @@ from ssl_bench.errors import UserError
 from ssl_bench.methods.moco import MoCo
 
 State = dict[str, Tensor]
+CLASSES = "classes.json"  # in the directory of a run that learns from labels: the names of its classes
 
 
 class Loaded(NamedTuple):
@@ -109,6 +110,13 @@ def recipe(path: Path) -> dict | None:
         return json.loads(text) if text else None
     run = files.run_of(path)
     return files.parse(run / "config.yaml", yaml.safe_load) if run and (run / "config.yaml").is_file() else None
+
+
+def class_names(path: Path) -> list[str]:
+    """Of the outputs of the classifier in the file, in their order; nothing where the classes have no names."""
+    run = files.run_of(path)
+    known = files.parse(run / CLASSES, json.loads) if run and (run / CLASSES).is_file() else recipe(path) or {}
+    return list(known.get("classes", ()))
 
 
 def load_classifier(source: str) -> nn.Linear | None:

@@ -189,6 +189,7 @@ def _differences(board: Board) -> dict:
 
 def _runs(boards: Sequence[Board], runs: Sequence[Ran]) -> list[dict]:
     names = {ran: group.name for board in boards for group in board.groups for ran in group.runs}
+    names |= {ran: names[newest] for ran, newest in results.repeated(runs).items()}
     lines = []
     for ran in runs:
         metric = ran.config.get("metric") or ""

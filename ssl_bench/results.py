@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -98,6 +98,7 @@ class Ran:
     state: sweep.State = WAITING
     pretraining: "Ran | None" = None  # what `pretrained` was made by, if it can be found
     holds_runs: bool = False  # a pipeline: its results are those of its members
+    inputs: dict = field(default_factory=dict)  # the fingerprint of each split that it opened
 
     @classmethod
     def read(cls, directory: Path) -> "Ran":
@@ -114,7 +115,8 @@ class Ran:
         words = {True: "finished", False: "running" if sweep.locked(directory / ".lock") else "stopped"}
         lines = MetricsFile.read(directory / "metrics.jsonl")
         state = sweep.State(words[summary is not None])
-        return cls(directory, load("config.yaml"), lines, summary, load("environment.json") or {}, state)
+        inputs = load("inputs.json") or {}
+        return cls(directory, load("config.yaml"), lines, summary, load("environment.json") or {}, state, inputs=inputs)
 
     @property
     def stage(self) -> str:
@@ -125,9 +127,25 @@ class Ran:
         return self.config["seed"]
 
     @property
+    def seeds(self) -> list[int]:
+        """Its own, and those of what it stands on."""
+        return [self.seed, *(self.pretraining.seeds if self.pretraining else ())]
+
+    @property
     def weights(self) -> Path | None:
         """Its newest checkpoint, where that holds a network."""
         return None if self.stage == "predict" else next(iter(checkpoint.complete(self.directory)), None)
+
+    def digest_of(self, name: str) -> str:
+        """Of the checkpoint of this name; "" where it has none."""
+        path = self.directory / "checkpoints" / name
+        return digest(path) if path.is_file() else ""
+
+    @cached_property
+    def stands_on(self) -> str:
+        """The sha256 of the file that `pretrained` was when it began; "" where that isn't known."""
+        known = self.directory / files.WEIGHTS
+        return known.read_text().strip() if known.is_file() else ""
 
     @property
     def labels(self) -> str:
@@ -146,15 +164,25 @@ class Ran:
         return f"CPU, {threads} thread{'s' if threads > 1 else ''}" if threads else ""
 
     @cached_property
+    def older(self) -> int | None:
+        """The step of the checkpoint that it stands on, unless that is the last of a finished training."""
+        below, path = self.pretraining, Path(self.config.get("pretrained") or "")
+        if below is None or not path.match("step*.pt"):
+            return None
+        step = checkpoint.step_of(path)
+        last = [checkpoint.step_of(below.weights)] if below.weights else [line["step"] for line in below.lines[-1:]]
+        return None if below.summary is not None and last == [step] else step
+
+    @cached_property
     def values(self) -> dict[str, float]:
         """What a finished run came to, the newest of all it logged, what it cost; the same of its pretraining."""
         if self.summary is None:
             return {}
         logged = {key: value for line in self.lines for key, value in line.items()}
         values = {key: value for key, value in (logged | self.summary).items() if isinstance(value, int | float)}
-        below = self.pretraining.values if self.pretraining else {}
+        below = self.pretraining.values if self.pretraining and self.older is None else {}
         values = {key: value for key, value in values.items() if key not in BESIDE} | self._costs()
-        return values | {PRETRAINING + key: value for key, value in below.items()}
+        return values | {PRETRAINING + key: x for key, x in below.items() if not key.startswith(PRETRAINING)}
 
     def _costs(self) -> dict[str, float]:
         """hours: of training and the evaluations in between, not of packing images. images_per_second: the median."""
@@ -182,10 +210,7 @@ class Ran:
         ours = {key: plain(value) for key, value in flat.items() if key != "seed" and not key.endswith("_target_")}
         if self.pretraining is None:
             return ours
-        ours["pretrained"] = self.pretraining.name
-        newest = [path.name for path in checkpoint.complete(self.pretraining.directory)[:1]]
-        if (name := Path(self.config["pretrained"]).name) not in (*newest, self.pretraining.directory.name):
-            ours["pretrained.checkpoint"] = name
+        ours |= {"pretrained": self.pretraining.name, "pretrained.step": "last" if self.older is None else self.older}
         return ours | {f"pretrained.{key}": value for key, value in self.pretraining.identity.items()}
 
     @property
@@ -194,7 +219,7 @@ class Ran:
         if self.config.get("method"):
             return self.config["method"]["name"]
         if self.pretraining:
-            return self.pretraining.name
+            return self.pretraining.name + (f" at step {self.older:,}" if self.older is not None else "")
         if self.config.get("pretrained"):
             return Path(self.config["pretrained"]).name.partition(".")[0]
         return "raw pixels" if (self.config.get("backbone") or {}).get("name") == "pixels" else "random init"
@@ -219,17 +244,33 @@ def find(paths: Iterable[Path]) -> list[Ran]:
 
 
 def _pretraining(ran: Ran, runs: dict[Path, Ran]) -> Ran | None:
-    """The run that a run's `pretrained` is a checkpoint of, or the directory of."""
+    """The run that a run's `pretrained` is a checkpoint of, or the directory of.
+
+    Runs move, and a path is relative to where a run was started: where the content of the file is known, it decides.
+    """
     if not (source := ran.config.get("pretrained")):
         return None
     path = Path(source)
     folder = files.run_of(path) or path
-    if folder.resolve() in runs:
-        return runs[folder.resolve()]
-    if (folder / "metrics.jsonl").exists():
-        return Ran.read(folder)
+    there = runs.get(folder.resolve()) or (Ran.read(folder) if (folder / "metrics.jsonl").exists() else None)
     moved = [run for directory, run in runs.items() if directory.parts[-2:] == folder.parts[-2:]]
-    return moved[0] if len(moved) == 1 else None
+    likely = [there] if there else moved if len(moved) == 1 else []
+    if ran.stands_on:
+        for other in [*likely, *runs.values()]:  # in this order few files are read
+            if other is not ran and other.digest_of(path.name) == ran.stands_on:
+                return other
+        likely = [other for other in likely if not other.digest_of(path.name)]  # of older checkpoints, which are gone
+    return likely[0] if likely else None
+
+
+@cache
+def _digest(path: Path, changed: int) -> str:
+    return files.digest(path)
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file, which may be large: read once, unless it changes."""
+    return _digest(path.resolve(), path.stat().st_mtime_ns)
 
 
 def of(weights: Path) -> Ran | None:
@@ -238,22 +279,50 @@ def of(weights: Path) -> Ran | None:
     return Ran.read(folder) if folder and (folder / "summary.json").is_file() else None
 
 
+def unfinished(weights: Path) -> str:
+    """How far a run is that wrote this checkpoint and goes on, like "step 51 of 160"; "" for other files."""
+    folder = files.run_of(weights)
+    known = folder and all((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl"))
+    if not (known and weights.match("step*.pt")):
+        return ""
+    ran = Ran.read(folder)
+    if ran.summary is not None:
+        return ""
+    total = [round(ran.config["epochs"] * line["step"] / line["epoch"]) for line in ran.lines[-1:]]
+    return f"step {checkpoint.step_of(weights):,}" + "".join(f" of {steps:,}" for steps in total)
+
+
 def measured(runs: Iterable[Ran], weights: Path) -> list[Ran]:
-    """The finished evaluations of the network in this very file, as it is now."""
-    found = [
-        ran
-        for ran in runs
-        if "val_top1" in (ran.summary or {})
-        and ran.config.get("pretrained")
-        and Path(ran.config["pretrained"]).resolve() == weights.resolve()
-    ]
-    now = files.digest(weights) if found else None
+    """The finished evaluations of the network in this very file, as it is now; by its place where no more is known."""
 
     def same(ran: Ran) -> bool:
-        known = ran.directory / files.WEIGHTS
-        return not known.exists() or known.read_text() == now
+        if ran.stands_on:
+            return ran.stands_on == digest(weights)
+        return Path(ran.config["pretrained"]).resolve() == weights.resolve()
 
-    return [ran for ran in found if same(ran)]
+    return [ran for ran in runs if "val_top1" in (ran.summary or {}) and ran.config.get("pretrained") and same(ran)]
+
+
+def repeated(runs: Iterable[Ran]) -> dict[Ran, Ran]:
+    """{run: the newest of the same configuration, seeds and data}: as samples they are one."""
+    alike: dict[str, list[Ran]] = {}
+    for ran in runs:
+        if not ran.holds_runs:
+            alike.setdefault(json.dumps([ran.stage, ran.identity, ran.seeds], sort_keys=True), []).append(ran)
+    found: dict[Ran, Ran] = {}
+    for same in alike.values():
+        newest = max(same, key=lambda ran: (ran.summary is not None, ran.environment.get("started") or ""))
+        # data.root is in no identity: the same configuration may be of other images
+        found |= {ran: newest for ran in same if ran is not newest and ran.inputs.items() <= newest.inputs.items()}
+    return found
+
+
+def left_out(runs: Iterable[Ran]) -> str:
+    """A sentence about those that aren't counted; "" where all are."""
+    if not (older := repeated(runs)):
+        return ""
+    names = ", ".join(str(ran.directory) for ran in older)
+    return f"Left out, for the newest of the same configuration and seed counts: {names}."
 
 
 # -- groups of them ----------------------------------------------------------------------------------------------------
@@ -329,10 +398,11 @@ class Board:
 
 
 def boards(runs: Sequence[Ran], metric: str | None = None) -> list[Board]:
-    """A board for each stage, in the order of TITLES. metric: None is what the runs name."""
+    """A board for each stage, in the order of TITLES, without what is `repeated`. metric: None is what runs name."""
     groups: dict[tuple[str, str], list[Ran]] = {}
+    older = repeated(runs)
     for ran in runs:
-        if not ran.holds_runs:
+        if not ran.holds_runs and ran not in older:
             groups.setdefault((ran.stage, json.dumps(ran.identity, sort_keys=True)), []).append(ran)
     found = []
     for stage in sorted({stage for stage, _ in groups}, key=_place):

@@ -102,6 +102,7 @@ class WandbTracker:
     """Mirrors a run to Weights & Biases; never prompts, never hangs, never stops the run once it has begun.
 
     `mode=auto` is $WANDB_MODE if set, else online with an API key (environment, netrc or W&B settings), else offline.
+    WANDB_MODE=disabled is no tracking at all.
     Online without an answer within 20 s goes on offline. The id in `<directory>/wandb_id` makes a restart continue the
     same W&B run. None for `group` and `name` means the run directory's parent (seeds of one experiment) and parent/own.
     Names are those of metrics.jsonl after the stage's: pretrain/loss. When it is finished: what the stage returned, the
@@ -135,9 +136,11 @@ class WandbTracker:
         self._step = 0  # the last that was logged
         self._rebuilt = rebuilt
         self._files = self.directory / "wandb-synced" if rebuilt else self.directory
+        self._run = None
+        if (mode := choose_mode(mode)) == "disabled":
+            log.info("WANDB_MODE=disabled: not tracked, as with tracking=local")
+            return
         self._files.mkdir(parents=True, exist_ok=True)
-        # W&B reports on itself unless told not to; behind a firewall that drops packets, those reports hold up the exit
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         machine = {"x_disable_stats": True, "x_disable_machine_info": True, "disable_git": True} if rebuilt else {}
@@ -162,8 +165,7 @@ class WandbTracker:
             dir=str(self._files),
             settings=settings,
         )
-        wandb.finish()  # a run left open (by a sweep's last member) blocks login(), and init() would hand it out again
-        mode = choose_mode(mode)
+        wandb.finish()  # a run left open (by a sweep's last member) would be handed out again
         try:
             self._run = wandb.init(mode=mode, **arguments)
         except wandb.Error as error:
@@ -209,6 +211,10 @@ class WandbTracker:
 
         with self._staging():
             self._mirror(finish)
+        if self._run is not None and self._run.offline:
+            folder = Path(self._run.dir).parent
+            command = f"wandb sync {folder}" if self._rebuilt else f"ssl-bench stage=sync runs={self.directory}"
+            log.info("W&B was offline; once you are logged in, type: %s", command)
         self._run = None
 
     def _named(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -243,7 +249,8 @@ class WandbTracker:
             _use(run, _artifact(f"data-{self._data}-{split}", "dataset", facts["fingerprint"], facts))
         if self._pretrained:
             _use(run, _weights(Path(self._pretrained)))
-        if newest := max(self.directory.glob("checkpoints/step*.pt"), default=None):
+        newest = max(self.directory.glob("checkpoints/step*.pt"), default=None)
+        if newest and self._prefix != "predict/":  # whose checkpoints hold a position
             run.log_artifact(_weights(newest))
         run.log_artifact(_artifact(f"result-{run.id}", "result", json.dumps(dict(summary)), summary))
 
@@ -275,17 +282,17 @@ def rebuild(run_dir: str | Path, settings: Mapping[str, Any] | None = None) -> N
     """Write one whole W&B run from `metrics.jsonl`, `config.yaml`, `summary.json` and `*.png` of a run directory.
 
     It keeps the run's id and replaces `<run_dir>/wandb-synced`, which nothing else writes; everything else there stays.
-    Without `summary.json` the run counts as failed. `settings`: arguments of WandbTracker; None: the run's own, else
-    the defaults, in either case online if logged in.
+    Without `summary.json` the run counts as failed. UserError for damaged files, before anything is replaced.
+    `settings`: arguments of WandbTracker; None: the run's own, else the defaults, in either case online if logged in.
     """
     import yaml
 
     run_dir = Path(run_dir)
     rows = MetricsFile.read(run_dir / "metrics.jsonl")
     config_file, summary_file = run_dir / "config.yaml", run_dir / "summary.json"
-    config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
+    config = files.parse(config_file, yaml.safe_load) if config_file.is_file() else {}
     finished = summary_file.is_file()
-    summary = json.loads(summary_file.read_text()) if finished else {}
+    summary = files.parse(summary_file, json.loads) if finished else {}
     if settings is None:
         own = config.get("tracking") or {}  # tracking=local has none of these
         settings = {key: own[key] for key in ("project", "entity", "group", "name", "tags") if key in own}
@@ -352,10 +359,16 @@ def save_workspace(workspace: Any) -> str:
     return workspace.url
 
 
+def check(settings: Mapping[str, Any]) -> None:
+    """UserError where a tracker of these settings, the node `tracking`, could not be made: before the work is done."""
+    if settings["_target_"].endswith("WandbTracker"):
+        choose_mode(settings.get("mode", "auto"))
+
+
 def choose_mode(mode: str) -> str:
     """ "online", "offline" or "disabled" for what was asked: see WandbTracker. UserError."""
-    import wandb
-
+    # W&B reports on itself unless told not to; behind a firewall that drops packets, those reports hold up the exit
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     asked = f"tracking.mode={mode}"
     if mode == "auto" and (mode := os.environ.get("WANDB_MODE") or "auto") != "auto":
         asked = f"WANDB_MODE={mode}"
@@ -363,6 +376,9 @@ def choose_mode(mode: str) -> str:
             raise UserError(f"{asked} is unknown; unset it or choose from {', '.join(choices)}")
     if mode in ("offline", "disabled"):
         return mode
+    import wandb
+
+    wandb.finish()  # a run left open blocks login()
     wandb.setup(wandb.Settings(silent=True))  # or login() reports on stderr, and asks the server who the user is
     try:
         logged_in = wandb.login(prompt=False, verify=False)

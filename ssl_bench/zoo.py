@@ -43,6 +43,13 @@ def place(name: str) -> Path:
     return cache_folder("zoo") / Path(WEIGHTS[name].path).name
 
 
+def listed(folder: Path) -> dict[str, str]:
+    """The sha256 of each file that SHA256SUMS in the folder names; nothing where there is none."""
+    sums = folder / SUMS
+    lines = [line.split(maxsplit=1) for line in sums.read_text().splitlines()] if sums.is_file() else []
+    return {line[1]: line[0] for line in lines if len(line) == 2}
+
+
 def _download(name: str, path: Path) -> None:
     from filelock import FileLock
     from tqdm import tqdm

@@ -8,6 +8,7 @@ import yaml
 from omegaconf import OmegaConf
 from test_config import compose
 
+from ssl_bench import files
 from ssl_bench.results import Ran
 
 
@@ -26,8 +27,8 @@ def make_run(directory: Path, overrides: Iterable[str], lines: Iterable[dict], s
 def pretrained(directory: Path, *overrides: str, loss: float | None = 3.0, **values: float) -> Ran:
     """Two epochs of 360,000 images each at 100 images/s; finished if it has a loss. values: of the last line, too."""
     lines = [
-        {"epoch": 1, "loss": 5.0, "images_seen": 360_000, "images_per_second": 100},
-        {"epoch": 2, "loss": 3.0, "images_seen": 720_000, "images_per_second": 100, **values},
+        {"step": 40, "epoch": 1, "loss": 5.0, "images_seen": 360_000, "images_per_second": 100},
+        {"step": 80, "epoch": 2, "loss": 3.0, "images_seen": 720_000, "images_per_second": 100, **values},
     ]
     return make_run(directory, ["stage=pretrain", "epochs=2", *overrides], lines, loss and {"loss": loss, **values})
 
@@ -35,3 +36,18 @@ def pretrained(directory: Path, *overrides: str, loss: float | None = 3.0, **val
 def classified(directory: Path, top1: float | None, *overrides: str) -> Ran:
     lines = [{"epoch": 1, "loss": 0.5, "images_seen": 100, "images_per_second": 50, "val_top1": top1 or 1.0}]
     return make_run(directory, ["stage=lincls", "epochs=1", *overrides], lines, top1 and {"val_top1": top1})
+
+
+def checkpoint(ran: Ran, step: int, content: bytes) -> Path:
+    """One with this content."""
+    path = ran.directory / "checkpoints" / f"step{step:010d}.pt"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def classified_from(directory: Path, top1: float, weights: Path, *overrides: str, place: str | None = None) -> Ran:
+    """As `classified`, of the content of this file, which the run was given as `place`."""
+    ran = classified(directory, top1, f"pretrained={place or weights}", *overrides)
+    (directory / files.WEIGHTS).write_text(files.digest(weights))
+    return Ran.read(ran.directory)

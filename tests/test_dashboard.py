@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import wandb
 from conftest import TINY, TINY_PRETRAIN
+from PIL import Image
 from pydantic import TypeAdapter
 from test_config import compose
 from test_tracking import folders, history, kind, records
@@ -116,6 +117,19 @@ def test_lineage(runs: dict[str, Recorded]) -> None:
     assert weights in select.artifacts(used=True)
 
 
+def test_predictions(runs: dict[str, Recorded], tmp_path: Path) -> None:
+    """A table of them, and what they came from; what predict saves as it goes are no weights."""
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "photos" / "black.png")
+    words = [f"pretrained={runs['pretrain'].directory}", f"stage.images={tmp_path}/photos", "data.workers=1"]
+    launch(compose("stage=predict", "tracking=wandb", "tracking.mode=offline", *words, f"dir={tmp_path}/run/seed0"))
+    run = Recorded(tmp_path / "run" / "seed0")
+    assert (run.state, run.summary["predict/images"]) == ("finished", 1)
+    assert "predict/tables/images" in run.summary
+    assert f"weights-{runs['pretrain'].id}" in run.artifacts(used=True)
+    assert [name for name in run.artifacts(used=False) if not name.startswith("run-")] == [f"result-{run.id}"]
+
+
 def test_weights_from_elsewhere_are_known_by_their_content(tmp_path: Path) -> None:
     digests = []
     for number, content in enumerate([b"one", b"two", b"one"]):
@@ -214,6 +228,8 @@ def test_with_a_login_it_is_saved(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_mistakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"leave tracking=wandb"):
         launch(compose("stage=dashboard", "tracking=local", f"stage.out={tmp_path}/x.json"))
+    with pytest.raises(UserError, match=r"no/x\.json: can't be written \(No such file or directory\); choose another"):
+        launch(compose("stage=dashboard", f"stage.out={tmp_path}/no/x.json"))
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
     with pytest.raises(UserError, match=r"type pip install 'ssl_bench\[dashboard\]'"):
         launch(compose("stage=dashboard", f"stage.out={tmp_path}/x.json"))

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -173,6 +174,31 @@ def test_an_export_is_repeated_and_nothing_else_is_overwritten(place: Path, tmp_
         export(place / "moco", place / "data")
 
 
+def test_weights_of_a_run_that_goes_on(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = shutil.copytree(place / "moco", tmp_path / "moco")
+    export(run, tmp_path / "finished")
+    assert "is not finished" not in caplog.text
+    (run / "summary.json").unlink()
+    export(run, tmp_path / "unfinished")
+    assert f"{run} is not finished: step 3 of 3" in caplog.text  # stopped between the last step and the result
+
+
+def test_an_export_leaves_nothing_of_the_one_before(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, said = export(place / "moco", tmp_path / "out"), "held an export of other weights"
+    (tmp_path / "mine").write_text("")
+    (out / "model.onnx").write_bytes(b"of this network")
+    with open(out / "SHA256SUMS", "a") as sums:
+        sums.write(f"{'0' * 64}  model.onnx\n{'0' * 64}  ../mine\n")
+    export(place / "moco", out)
+    assert {path.name for path in out.iterdir()} == {"README.md", "SHA256SUMS", "model.pth", "model.safetensors"}
+    assert (tmp_path / "mine").exists()
+    assert said not in caplog.text
+    export(place / "finetune", out)
+    assert caplog.text.count(said) == 1
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
@@ -181,6 +207,7 @@ def test_an_export_is_repeated_and_nothing_else_is_overwritten(place: Path, tmp_
         (["stage=export", "pretrained={file}"], "doesn't say which of our networks it is of: type backbone="),
         (["stage=export", "pretrained={place}/moco", "runs={place}/moco"], "none of its 1 runs measured"),
         (["stage=export", "pretrained={place}/moco", "runs={place}/data"], "no run at or below it"),
+        (["stage=export", "pretrained={file}", "stage.out={file}/a"], "can't be written (Not a directory); choose"),
         (["stage=predict", "pretrained={place}/moco", "stage.images=/no"], "stage.images=/no: no such folder"),
         (["stage=predict", "pretrained={place}/moco", "stage.images={place}/knn"], "stage.images= sets the folder"),
         (["stage=predict", "pretrained={place}/moco", "stage.images=.", "stage.features=false"], "has no classifier"),
@@ -190,7 +217,7 @@ def test_an_export_is_repeated_and_nothing_else_is_overwritten(place: Path, tmp_
 def test_mistakes(place: Path, tmp_path: Path, overrides: list[str], says: str) -> None:
     torch.save(tiny().backbone.state_dict(), tmp_path / "x.pth")
     words = [word.format(place=place, file=tmp_path / "x.pth") for word in overrides]
-    words += [f"stage.out={tmp_path}/out"] if "stage=export" in words else []
+    words[1:1] = [f"stage.out={tmp_path}/out"] if "stage=export" in words else []
     words += [f"dir={tmp_path}/run"] if "stage=predict" in words else []
     with pytest.raises(UserError) as caught:
         launch(compose(*words))
@@ -241,6 +268,25 @@ def test_labels_are_those_that_the_run_measured(place: Path, tmp_path: Path, exp
     assert logits.argmax(dim=1).tolist() == [int(row["label"]) for row in rows]
     shown = [float(row["probability"]) for row in rows]
     assert logits.softmax(dim=1).amax(dim=1).tolist() == pytest.approx(shown, abs=1e-4)
+
+
+def test_classes_keep_their_names(place: Path, tmp_path: Path) -> None:
+    for number, (split, name) in enumerate([("train", "dog"), ("train", "cat"), ("val", "dog"), ("val", "cat")]):
+        folder = tmp_path / "pets" / split / name
+        folder.mkdir(parents=True)
+        for i in range(4):
+            shutil.copy(place / "data" / "train" / f"{4 * number + i}.png", folder)
+    command = ["data=folder", f"data.root={tmp_path}/pets", *SMALL, f"pretrained={place}/moco", "batch_size=4"]
+    launch(compose(*command, "stage=finetune", "epochs=1", f"dir={tmp_path}/pets_run"))
+    out = export(tmp_path / "pets_run", tmp_path / "out")
+    again = export(out, tmp_path / "again")
+    assert "Classes, in the order of the logits: cat, dog." in (again / "README.md").read_text()
+    for source in (tmp_path / "pets_run", again / "model.safetensors"):
+        run = tmp_path / f"of {source.name}"
+        launch(compose("stage=predict", f"pretrained={source}", f"stage.images={tmp_path}/pets/val", f"dir={run}"))
+        rows, _ = look(run)
+        assert list(rows[0]) == ["image", "label", "probability", "name"]
+        assert [row["name"] for row in rows] == [("cat", "dog")[int(row["label"])] for row in rows]
 
 
 def test_rows_belong_to_their_images(place: Path, tmp_path: Path) -> None:
@@ -294,8 +340,12 @@ def test_a_folder_that_changed_meanwhile(place: Path, tmp_path: Path, monkeypatc
     photos = shutil.copytree(place / "data" / "val", tmp_path / "photos")
     command = ["stage=predict", f"pretrained={place}/moco", f"stage.images={photos}", f"dir={tmp_path}/run"]
     launch(compose(*command, "batch_size=5"))
-    (tmp_path / "run" / "summary.json").unlink()
+    finished = compose(*command, "batch_size=5"), SimpleNamespace(directory=tmp_path / "run")
+    predict.predict.check_finished(*finished)
     (photos / "3.png").unlink()
+    with pytest.raises(UserError, match="changed since this run began; delete the run, or choose another dir="):
+        predict.predict.check_finished(*finished)
+    (tmp_path / "run" / "summary.json").unlink()
     with pytest.raises(UserError, match="changed since this run began; delete the run, or choose another dir="):
         launch(compose(*command, "batch_size=5"))
 

@@ -273,6 +273,9 @@ def test_nothing_is_wider_than_the_window(browser, reported: Path, size: tuple[i
     show(browser, reported, size)
     wide, window = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
     assert wide <= window
+    # nor is what has no spaces squeezed to a letter a line: 20 digits
+    (place,) = browser.execute_script("return [document.querySelector('#runs .place').getBoundingClientRect().width]")
+    assert place > 140
 
 
 def test_a_name_pointed_at_is_seen_alone(opened) -> None:

@@ -9,11 +9,12 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_runs import classified, pretrained
+from made_runs import checkpoint, classified, classified_from, pretrained
 from test_sweep import member
 
 from ssl_bench import results
 from ssl_bench.errors import UserError
+from ssl_bench.stages import report
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,6 +82,88 @@ def test_a_folder_that_has_moved_keeps_its_pretrainings(tmp_path: Path) -> None:
     classified(tmp_path / "runs" / "there" / "l", 50.0, f"pretrained={tmp_path}/runs/there/p")
     shutil.move(tmp_path / "runs", tmp_path / "moved")
     assert names(boards(tmp_path / "moved")["lincls"]) == ["moco_v2"]
+
+
+def test_weights_are_known_by_their_content(tmp_path: Path) -> None:
+    """Started from another folder, renamed, moved: the file is the same. Trained anew in the same place: it isn't."""
+    for seed in (0, 1):
+        made = checkpoint(pretrained(tmp_path / f"p{seed}", f"seed={seed}"), 80, b"%d" % seed)
+        classified_from(tmp_path / f"l{seed}", 50.0, made, place=f"runs/p{seed}/checkpoints/{made.name}")
+    shutil.move(tmp_path / "p0", tmp_path / "renamed")
+    (group,) = boards(tmp_path)["lincls"].groups
+    assert (group.name, group.pretrainings) == ("moco_v2", 2)
+    assert [ran.pretraining.directory.name for ran in group.runs] == ["renamed", "p1"]
+    found = results.find([tmp_path])
+    assert [ran.directory.name for ran in results.measured(found, made)] == ["l1"]
+
+    made.write_bytes(b"trained anew")
+    assert not results.measured(results.find([tmp_path]), made)
+    assert sorted(names(boards(tmp_path)["lincls"])) == ["moco_v2", "step0000000080"]
+    made.unlink()  # a later checkpoint has taken its place: then only the place tells
+    classified_from(tmp_path / "late", 50.0, tmp_path / "renamed" / "checkpoints" / made.name, place=str(made))
+    (tmp_path / "late" / "pretrained.sha256").write_text("0" * 64)
+    late = [ran for ran in results.find([tmp_path]) if ran.directory.name == "late"]
+    assert late[0].pretraining.directory.name == "p1"
+
+
+def test_large_files_are_read_when_needed_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    monkeypatch.setattr("ssl_bench.files.digest", lambda path: read.append(path) or path.read_text())
+    made = [checkpoint(pretrained(tmp_path / f"p{seed}", f"seed={seed}"), 80, b"%d" % seed) for seed in (0, 1)]
+    results.find([tmp_path])
+    classified(tmp_path / "without", 50.0, f"pretrained={made[0]}")
+    assert len(results.measured(results.find([tmp_path]), made[0])) == 1
+    assert not read
+    for draw in (0, 1):
+        classified(tmp_path / f"l{draw}", 50.0, f"pretrained={made[1]}", f"seed={draw}")
+        (tmp_path / f"l{draw}" / "pretrained.sha256").write_text("1")
+    assert len(results.measured(results.find([tmp_path]), made[1])) == 2
+    assert read == [made[1]]
+
+
+def test_an_unfinished_pretraining_is_told_from_the_finished_one(tmp_path: Path) -> None:
+    begun = pretrained(tmp_path / "p", "epochs=4", loss=None)
+    early, late = checkpoint(begun, 80, b"early"), checkpoint(begun, 160, b"late")
+    for step, weights in ((80, early), (160, late)):
+        classified_from(tmp_path / f"l{step}", step / 2, weights)
+    assert results.unfinished(early) == "step 80 of 160"
+    assert names(boards(tmp_path)["lincls"]) == ["moco_v2 at step 160", "moco_v2 at step 80"]
+
+    (begun.directory / "summary.json").write_text(json.dumps({"loss": 3.0}))
+    board = boards(tmp_path)["lincls"]
+    assert names(board) == ["moco_v2", "moco_v2 at step 80"]
+    assert results.differences([group.runs[0] for group in board.groups]) == {"pretrained.step": ["last", "80"]}
+    assert [group.values("pretraining_hours") for group in board.groups] == [[2.0], []]
+    assert results.unfinished(early) == ""
+    for path in (early, late):  # to save room: the metrics still know which was the last
+        path.unlink()
+    (begun.directory / "metrics.jsonl").write_text(json.dumps({"step": 160, "epoch": 4.0}) + "\n")
+    assert names(boards(tmp_path)["lincls"]) == ["moco_v2", "moco_v2 at step 80"]
+
+
+def test_a_seed_counts_once(tmp_path: Path) -> None:
+    """The newest of those that are finished; unless they saw other images, which their configuration needn't say."""
+    for place, (seed, top1, started, images) in {
+        "first": (0, 50.0, "2026-01-01", "a"),
+        "again": (0, 60.0, "2026-01-02", "a"),
+        "broken off": (0, None, "2026-01-03", "a"),
+        "other images": (0, 70.0, "2025-12-31", "b"),
+        "other seed": (1, 80.0, "2025-12-31", "a"),
+    }.items():
+        classified(tmp_path / place, top1, f"seed={seed}")
+        (tmp_path / place / "environment.json").write_text(json.dumps({"started": started}))
+        (tmp_path / place / "inputs.json").write_text(json.dumps({"train": {"fingerprint": images}}))
+    (group,) = boards(tmp_path)["lincls"].groups
+    assert sorted(group.values("val_top1")) == [60.0, 70.0, 80.0]
+    runs = results.find([tmp_path])
+    assert {ran.directory.name: newest.directory.name for ran, newest in results.repeated(runs).items()} == {
+        "first": "again",
+        "broken off": "again",
+    }
+    said = results.left_out(runs)
+    assert said.endswith(f"same configuration and seed counts: {tmp_path}/broken off, {tmp_path}/first.")
+    assert said in report.remarks(runs, 0, 3)
+    assert said in report.write_markdown("a title", results.boards(runs), runs)
 
 
 def test_names_say_what_differs(tmp_path: Path) -> None:
@@ -174,6 +257,16 @@ def test_paths_without_runs(tmp_path: Path) -> None:
 
 
 # -- files and texts ---------------------------------------------------------------------------------------------------
+
+
+def test_costs_are_those_of_what_it_stands_on_itself(tmp_path: Path) -> None:
+    """Neighbours of features that were fine-tuned: not of the pretraining of the pretraining."""
+    pretrained(tmp_path / "p")
+    classified(tmp_path / "tuned", 50.0, "stage=finetune", f"pretrained={tmp_path}/p")
+    classified(tmp_path / "knn", 40.0, "stage=knn", f"pretrained={tmp_path}/tuned")
+    (ran,) = [one for one in results.find([tmp_path]) if one.stage == "knn"]
+    assert ran.values["pretraining_val_top1"] == 50.0
+    assert not [metric for metric in ran.values if metric.count("pretraining_") > 1]
 
 
 def test_columns_in_order_and_only_what_is_there(tmp_path: Path) -> None:

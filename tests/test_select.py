@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -162,11 +163,13 @@ def test_features_are_shared_by_runs_of_the_same_backbone_only(command: list[str
         assert len(list((tmp_path / "shared").glob("*.npy"))) == files
 
 
-def test_labels_of_the_images_themselves_choose_nothing(tmp_path: Path) -> None:
-    """The digits to train on are those that are chosen from: no image is covered."""
+def test_labels_of_the_images_themselves_choose_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The digits to train on are those that are chosen from: no image is covered, and that is said."""
+    caplog.set_level(logging.INFO, "ssl_bench")
     command = [*TINY, "stage=select", "data=digits", "stage.budget=25", f"dir={tmp_path}/run"]
     assert launch(compose(*command))["num_covered"] == 0
     assert len(request(tmp_path / "run")) == 25
+    assert "they are chosen though they have labels" in caplog.text
 
 
 def test_it_names_the_requests_it_was_not_told_of(command: list[str], caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,7 @@
 """metrics.jsonl survives kills; W&B mirrors it offline, never asks, and is rebuilt whole from it."""
 
 import json
+import logging
 import math
 import os
 import socket
@@ -13,8 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from test_config import compose
 
 from ssl_bench.errors import UserError
+from ssl_bench.launch import launch
 from ssl_bench.stages.sync import sync
 from ssl_bench.tracking import MetricsFile, NoTracker, WandbTracker, rebuild
 
@@ -244,6 +247,24 @@ def test_sync_takes_lists_and_the_tracking_of_its_own_command(tmp_path):
     assert kind(recorded, "exit")[0]["exit_code"] == 1  # no summary.json: it never finished
 
 
+def test_runs_that_cannot_be_rebuilt_do_not_stop_the_others(tmp_path):
+    for name in ("a damaged", "b unwritable", "c odd", "d good"):
+        directory = tmp_path / name / "seed0"
+        directory.mkdir(parents=True)
+        MetricsFile(directory / "metrics.jsonl").log(1, {"loss": 2.0})
+    (tmp_path / "a damaged/seed0/metrics.jsonl").write_text("{\n")
+    (tmp_path / "b unwritable/seed0/wandb-synced").write_text("in the place of a folder")
+    (tmp_path / "c odd/seed0/summary.json").write_text("{")
+    with pytest.raises(UserError) as caught:
+        sync(OmegaConf.create({"runs": str(tmp_path), "tracking": {"_target_": "a.NoTracker"}}), None)
+    said = str(caught.value).splitlines()
+    assert said[0] == "3 of 4 runs are not rebuilt:"
+    assert "a damaged/seed0/metrics.jsonl, line 1 is not a JSON object" in said[1]
+    assert said[2].endswith("b unwritable/seed0: can't be written (File exists)")
+    assert "c odd/seed0/summary.json is damaged" in said[3]
+    assert len(folders(tmp_path / "d good/seed0/wandb-synced")) == 1
+
+
 def test_sync_without_runs_is_a_user_error(tmp_path):
     cfg = OmegaConf.create({"runs": str(tmp_path), "tracking": {"_target_": "ssl_bench.tracking.NoTracker"}})
     with pytest.raises(UserError, match="no metrics"):
@@ -273,6 +294,47 @@ def test_login_mistakes_are_one_line(run_dir, monkeypatch, mode, environment, me
     with pytest.raises(UserError, match=message) as caught:
         WandbTracker(mode=mode, directory=run_dir, config={})
     assert "\n" not in str(caught.value)
+
+
+def test_what_was_offline_says_how_to_send_it(run_dir, caplog):
+    caplog.set_level(logging.INFO, "ssl_bench")
+    restarted(run_dir)
+    assert caplog.messages[-1].endswith(f"once you are logged in, type: ssl-bench stage=sync runs={run_dir}")
+    rebuild(run_dir)
+    (folder,) = folders(run_dir / "wandb-synced")
+    assert caplog.messages[-1].endswith(f"once you are logged in, type: wandb sync {folder}")
+
+
+def test_disabled_is_no_tracking(run_dir, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    caplog.set_level(logging.INFO, "ssl_bench")
+    before = set(run_dir.iterdir())
+    tracker = WandbTracker(directory=run_dir, config=CONFIG, log_checkpoint=True)
+    tracker.log(1, {"loss": 1.0})
+    tracker.log_image(1, "views", run_dir / "absent.png")
+    tracker.log_checkpoint_file(run_dir / "absent.pt")
+    tracker.close("finished", {"top1": 0.5})
+    assert set(run_dir.iterdir()) == before
+    assert [record.message for record in caplog.records] == ["WANDB_MODE=disabled: not tracked, as with tracking=local"]
+
+
+def test_sync_deletes_nothing_where_wandb_is_disabled(run_dir, monkeypatch):
+    MetricsFile(run_dir / "metrics.jsonl").log(1, {"loss": 2.0})
+    (run_dir / "wandb-synced").mkdir()
+    (run_dir / "wandb-synced" / "former").write_text("")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with pytest.raises(UserError, match="WANDB_MODE=disabled: there is nothing for stage=sync to do; unset it"):
+        sync(OmegaConf.create({"runs": str(run_dir), "tracking": {"_target_": "a.NoTracker"}}), None)
+    assert (run_dir / "wandb-synced" / "former").exists()
+
+
+@pytest.mark.parametrize("stage", ["knn", "lincls", "select", "pretrain"])
+def test_a_login_is_asked_for_before_the_work(tmp_path, monkeypatch, stage):
+    monkeypatch.setattr("ssl_bench.run.Run.uses", lambda *_: pytest.fail("the images were opened"))
+    command = [f"stage={stage}", "tracking=wandb", "tracking.mode=online", f"dir={tmp_path}/run"]
+    with pytest.raises(UserError, match=r"tracking\.mode=online, but W&B has no API key"):
+        launch(compose(*command))
+    assert not (tmp_path / "run").exists()
 
 
 SCRIPT = """

@@ -13,7 +13,7 @@ from ssl_bench.run import Run
 def dashboard(cfg: DictConfig, run: Run, out: str = "dashboard.json") -> dict[str, float]:
     """A saved view in the project of `tracking`, if logged in; else `out`, which says what it will be. Counts panels.
 
-    UserError without the extra, and where W&B can't be reached.
+    UserError without the extra, where W&B can't be reached, and where `out` can't be written.
     """
     project, entity = cfg.tracking.get("project"), cfg.tracking.get("entity")
     if project is None:
@@ -22,7 +22,12 @@ def dashboard(cfg: DictConfig, run: Run, out: str = "dashboard.json") -> dict[st
     if tracking.choose_mode(cfg.tracking.mode) == "online":
         print(f"dashboard: {tracking.save_workspace(made)}")
     else:
-        files.write(Path(out), panels.to_json(made))
+        try:
+            files.write(Path(out).expanduser(), panels.to_json(made))
+        except OSError as error:
+            raise UserError(
+                f"stage.out={out}: can't be written ({error.strerror}); choose another stage.out="
+            ) from None
         print(f"not logged in to W&B: the dashboard is in {out}; after `wandb login` the same command makes it")
     return {"panels": sum(len(section.panels) for section in made.sections)}
 

@@ -11,14 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 from torch import nn
 
-from ssl_bench import build, distributed, interop, zoo
+from ssl_bench import build, distributed, files, interop, results, zoo
 from ssl_bench.augment.views import EvalView
 from ssl_bench.data.pool import Progress
 from ssl_bench.data.source import Batch, Source
 from ssl_bench.errors import UserError
 from ssl_bench.run import Run
 from ssl_bench.seeding import fold
-from ssl_bench.stages.training import seed_init
+from ssl_bench.stages.training import check_tracking, seed_init
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ def tell(loaded: interop.Loaded) -> None:
     if loaded.left_out:
         more = ", ..." if len(loaded.left_out) > 4 else ""
         log.info("left out %s others: %s%s", len(loaded.left_out), ", ".join(loaded.left_out[:4]), more)
+    if distributed.rank() == 0 and (reached := results.unfinished(loaded.source)):
+        log.warning("%s is not finished: %s", files.run_of(loaded.source), reached)
 
 
 def few_labels(labels: np.ndarray, per_class: int | None, fraction: float | None, seed: int) -> np.ndarray | None:
@@ -103,7 +105,8 @@ def watched(run: Run, source: Source, title: str) -> Iterator[Batch]:
 
 def log_result(run: Run, result: dict[str, float]) -> None:
     """The one line of metrics.jsonl, and of the dashboard, of a stage that doesn't train."""
-    run.restore()  # forgets that of an attempt which was killed after it
+    if run.is_main:
+        run.metrics.truncate(0)  # that of an attempt which was killed after it
     for _ in run.progress([1], 0, 1):
         run.log(1, {"epoch": 1.0, **result})
 
@@ -119,8 +122,10 @@ def digest(*modules: nn.Module) -> str:
 
 
 def check_directory(cfg: DictConfig) -> None:
+    """UserError for a stage that couldn't leave its result in a directory, or with the tracker."""
     if cfg.dir is None:
         raise UserError(f"dir=null: stage={cfg.stage.name} writes its result there; type dir=... or leave it out")
+    check_tracking(cfg)
 
 
 class Pretrained(NamedTuple):
@@ -131,6 +136,7 @@ class Pretrained(NamedTuple):
     network: dict[str, Any]  # the node that the backbone was made from
     backbone: nn.Module
     classifier: nn.Linear | None
+    classes: list[str]  # names of what it tells apart; empty where they have none
 
     def view(self, image_size: int | None, resize: float | None) -> tuple[int, EvalView]:
         """How its run shows test images: (size they are packed at, test view); None is what the run has.
@@ -171,4 +177,6 @@ def open_pretrained(cfg: DictConfig) -> Pretrained:
         classifier = None  # it belongs to something else than the backbone
     if classifier is not None:
         log.info("and its classifier of %d classes", classifier.out_features)
-    return Pretrained(path, config, node, backbone.eval(), classifier)
+    names = interop.class_names(path)
+    classes = names if classifier is not None and len(names) == classifier.out_features else []
+    return Pretrained(path, config, node, backbone.eval(), classifier, classes)

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,21 @@ def export(
     """Write the folder `out`: the backbone and, where the file has one, its classifier as fc.weight and fc.bias.
 
     model.safetensors, model.pth (a state dict), model.onnx, README.md with the recipe and the numbers of `cfg.runs`,
-    as far as they measured these very weights, SHA256SUMS. Returns the number of tensors. UserError for a folder that
-    holds something else, and where none of the runs did.
+    as far as they measured these very weights, SHA256SUMS. An export that is there is replaced as a whole. Returns the
+    number of tensors. UserError for a folder that holds something else or can't be written, and where none of the
+    runs did.
     """
     if not run.is_main:
         return {}
     folder = Path(out).expanduser()
     if folder.exists() and not (folder / zoo.SUMS).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"stage.out={out}: is there already, and is no export; name a new folder")
+    try:
+        for place in (next(parent for parent in folder.absolute().parents if parent.exists()), folder):
+            if place.exists():
+                tempfile.TemporaryFile(dir=place).close()  # said now, and not after the weights are loaded
+    except OSError as error:
+        raise UserError(f"stage.out={out}: can't be written ({error.strerror}); choose another stage.out=") from None
     given = results.find(files.places(cfg.runs))
     pretrained = open_pretrained(cfg)
     measured = results.measured(given, pretrained.path)
@@ -52,6 +60,8 @@ def export(
         )
     if given:
         log.info("numbers of %d of %d runs: those that measured these weights", len(measured), len(given))
+    if said := results.left_out(measured):
+        log.warning(said)
     size = pretrained.view(image_size, None)[1].image_size
     state = dict(pretrained.backbone.state_dict())
     if pretrained.classifier is not None:
@@ -70,9 +80,7 @@ def export(
         (partial / "README.md").write_text(card(folder.name, pretrained, measured, image_size))
         names = sorted(file.name for file in partial.iterdir())
         (partial / zoo.SUMS).write_text("".join(f"{files.digest(partial / name)}  {name}\n" for name in names))
-        folder.mkdir(exist_ok=True)
-        for name in [*names, zoo.SUMS]:
-            os.replace(partial / name, folder / name)
+        replace(folder, partial)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"written to {folder}: {', '.join(names)}; ssl-bench reads it with pretrained={folder}")
@@ -82,13 +90,31 @@ def export(
 export.single_process = True
 
 
+def replace(folder: Path, partial: Path) -> None:
+    """Put the files of `partial` in place of the export in `folder`, and delete what only that one had."""
+    before, now = zoo.listed(folder), zoo.listed(partial)
+    if before and before.get("model.pth") != now["model.pth"]:
+        log.warning("%s held an export of other weights, which this one replaces", folder)
+    folder.mkdir(exist_ok=True)
+    for name in now:
+        os.replace(partial / name, folder / name)
+    for name in before.keys() - now.keys():
+        if Path(name).name == name:  # a list from elsewhere may name what lies outside
+            (folder / name).unlink(missing_ok=True)
+    os.replace(partial / zoo.SUMS, folder / zoo.SUMS)  # last: until then a repeated command knows what to delete
+
+
 def write_weights(state: interop.State, pretrained: Pretrained, folder: Path) -> None:
     from safetensors.torch import save
 
     state = {key: value.contiguous() for key, value in state.items()}
     metadata = {"format": "pt"}
     if config := pretrained.config:  # then predict needs nothing but this file
-        kept = recipe(config) | {"backbone": pretrained.network, "stage": config["stage"]}
+        kept = recipe(config) | {
+            "backbone": pretrained.network,
+            "stage": config["stage"],
+            "classes": pretrained.classes,
+        }
         metadata["ssl_bench"] = json.dumps(kept)
     (folder / "model.safetensors").write_bytes(save(state, metadata))  # save_file's are for the owner only
     torch.save(state, folder / "model.pth")
@@ -148,6 +174,7 @@ def card(name: str, pretrained: Pretrained, measured: list[Ran], image_size: int
         f"uint8), the centre {view.image_size} x {view.image_size} cut out, divided by 255; mean {mean}, std {std}. "
         f"Output: {pretrained.backbone.dim} features"
         + (f", then {classifier.out_features} logits." if classifier else "."),
+        f"Classes, in the order of the logits: {', '.join(pretrained.classes)}." if pretrained.classes else "",
         "## Use",
         f"```python\n{usage(pretrained)}\n```",
         "A ResNet's names are torchvision's and timm's alike. `model.pth` holds the same tensors for "

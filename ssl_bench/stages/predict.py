@@ -1,6 +1,7 @@
 """Stage predict: labels and features of a folder of images."""
 
 import csv
+import json
 import os
 from pathlib import Path
 
@@ -9,13 +10,13 @@ import torch
 from omegaconf import DictConfig
 from pydantic import PositiveFloat, PositiveInt
 
-from ssl_bench import distributed
+from ssl_bench import distributed, files
 from ssl_bench.data.formats import Images
 from ssl_bench.data.pool import Progress
 from ssl_bench.errors import UserError
 from ssl_bench.precision import autocast
 from ssl_bench.run import Run
-from ssl_bench.stages.evaluation import check_directory, open_pretrained
+from ssl_bench.stages.evaluation import check_directory, log_result, open_pretrained
 from ssl_bench.stages.training import on_device, open_source
 
 BLOCK = 4096  # images between two saves
@@ -48,8 +49,9 @@ def predict(
 ) -> dict[str, float]:
     """Write images.csv, a row for each image below the folder `images`, and features.npy, float32 (rows, dim).
 
-    A row is the path below the folder and, where `cfg.pretrained` has a classifier, the likeliest label and its
-    probability. Images are shown as its run showed test images, unless image_size (pixels) or test_resize say so.
+    A row is the path below the folder and, where `cfg.pretrained` has a classifier, the likeliest label, its
+    probability and, where its classes have names, that. Images are shown as its run showed test images, unless
+    image_size (pixels) or test_resize say so.
     Returns the number of images.
     """
     check_directory(cfg)
@@ -65,10 +67,11 @@ def predict(
             "of stage=lincls or stage=finetune"
         )
     packed, view = pretrained.view(image_size, test_resize)
-    data = Images(str(root), packed, cfg.data.on_error, cfg.data.cache, cfg.data.workers)
+    data = open_images(cfg, packed)
     split = data.split("pretrain")
     source = open_source(cfg, run, data, "pretrain")
-    backbone, classifier, view = on_device(pretrained.backbone, run), pretrained.classifier, view.to(run.device)
+    backbone, view = on_device(pretrained.backbone, run), view.to(run.device)
+    classifier, names = pretrained.classifier, pretrained.classes
     if classifier is not None:
         classifier.to(run.device)
 
@@ -88,7 +91,7 @@ def predict(
         file.truncate()  # rows after the last save
         table = csv.writer(file)
         if done == 0:
-            table.writerow(["image", "label", "probability"] if classifier else ["image"])
+            table.writerow(["image", *(("label", "probability") if classifier else ()), *(("name",) if names else ())])
         for batch, _, indices in source.epoch_pass():
             with autocast(cfg.precision, run.device):
                 seen = backbone(view(batch))
@@ -97,6 +100,8 @@ def predict(
             if classifier is not None:
                 best = classifier(seen).softmax(dim=1).max(dim=1)
                 columns += [best.indices.tolist(), [f"{value:.4f}" for value in best.values.tolist()]]
+            if names:
+                columns.append([names[label] for label in columns[1]])
             table.writerows(zip(*columns, strict=True))
             if array is not None:
                 array[done : done + len(seen)] = seen.cpu().numpy()
@@ -109,8 +114,23 @@ def predict(
                 saved = done
             if stop and done < total:
                 run.interrupt(done)
+    log_result(run, {"images": total})
     print(f"{total:,} images in {run.directory}: images.csv" + (", features.npy" if features else ""))
     return {"images": total}
 
 
+def open_images(cfg: DictConfig, image_size: int) -> Images:
+    root = Path(cfg.stage.images).expanduser()
+    return Images(str(root), image_size, cfg.data.on_error, cfg.data.cache, cfg.data.workers)
+
+
+def check_finished(cfg: DictConfig, run: Run) -> None:
+    """UserError where the folder isn't what it was when the run finished: its rows are of other images."""
+    packed, _ = open_pretrained(cfg).view(cfg.stage.image_size, cfg.stage.test_resize)
+    now = open_images(cfg, packed).split("pretrain").fingerprint
+    before = files.parse(run.directory / "inputs.json", json.loads)["pretrain"]
+    Position(now, cfg.stage.images).load_state_dict({**before, "bytes": 0})
+
+
 predict.single_process = True
+predict.check_finished = check_finished

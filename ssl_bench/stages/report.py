@@ -81,6 +81,9 @@ def remarks(runs: list[Ran], candidates: int, details: int) -> list[str]:
     notes = []
     if unfinished := sum(ran.summary is None for ran in runs):
         notes.append(f"{unfinished} of {len(runs)} runs are not finished: tables hold those that are.")
+    if said := results.left_out(runs):
+        log.warning(said)
+        notes.append(said)
     what = "Confusion matrix, neighbours and feature map"
     if not candidates:
         notes.append(f"{what} are left out: no finished run here has a checkpoint.")
@@ -116,6 +119,7 @@ def write_markdown(title: str, boards: list[Board], runs: list[Ran]) -> str:
     parts = [
         f"# {title}",
         "Mean ± sample standard deviation over n seeds; evaluations of one of several pretrainings are averaged first.",
+        *filter(None, [results.left_out(runs)]),
     ]
     parts += leaderboards(boards)
     for board in boards:

@@ -66,6 +66,8 @@ def select(
     known = data.requested(named)
     check_budget(budget, split.length - len(known))
     others = cover_train and data.num_classes and data.split("train").store_name != split.store_name
+    if cover_train and data.num_classes and not others:
+        log.info("the images to choose from are those of the train split: they are chosen though they have labels")
 
     source = open_source(cfg, run, data, "pretrain")
     indices = source.indices[source.rows]

@@ -6,11 +6,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from ssl_bench import files
 from ssl_bench.errors import UserError
-from ssl_bench.tracking import rebuild
+from ssl_bench.tracking import choose_mode, rebuild
 
 
 def sync(cfg: DictConfig, run: Any) -> dict[str, float]:
-    """Rebuild every run at or below `cfg.runs`. UserError where there is none.
+    """Rebuild every run at or below `cfg.runs`. UserError where there is none, where W&B is disabled, and at the end
+    for those that could not be rebuilt.
 
     `tracking=wandb` on the command line sets project, group and so on; without it each run's own settings hold.
     """
@@ -21,6 +22,16 @@ def sync(cfg: DictConfig, run: Any) -> dict[str, float]:
         )
     tracking = OmegaConf.to_container(cfg.tracking, resolve=True)
     wandb_asked = tracking.pop("_target_").endswith("WandbTracker")
+    if choose_mode(tracking.get("mode", "auto")) == "disabled":
+        raise UserError("WANDB_MODE=disabled: there is nothing for stage=sync to do; unset it, or set it to offline")
+    failed = []
     for directory in sorted(directories):
-        rebuild(directory, tracking if wandb_asked else None)
+        try:
+            rebuild(directory, tracking if wandb_asked else None)
+        except OSError as error:
+            failed.append(f"{directory}: can't be written ({error.strerror})")
+        except UserError as error:
+            failed.append(str(error))
+    if failed:
+        raise UserError("\n".join([f"{len(failed)} of {len(directories)} runs are not rebuilt:", *failed]))
     return {"runs": len(directories)}

@@ -1,5 +1,6 @@
 """What the stages that train have in common."""
 
+import json
 import logging
 from collections.abc import Callable
 
@@ -8,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from ssl_bench import build, distributed
+from ssl_bench import build, distributed, files, interop, tracking
 from ssl_bench.augment.views import Views
 from ssl_bench.data.formats import Dataset
 from ssl_bench.data.source import HostSource, ResidentSource, Source, StreamedSource, fits
@@ -23,8 +24,15 @@ log = logging.getLogger(__name__)
 SOURCES = {"resident": ResidentSource, "host": HostSource}
 
 
+def check_tracking(cfg: DictConfig) -> None:
+    """The tracker itself is made when there is something to show, when the work is done."""
+    if distributed.rank() == 0:
+        tracking.check(cfg.tracking)
+
+
 def check_batch(cfg: DictConfig, num_images: int) -> int:
     """Images of a batch on each process; UserError where the batch doesn't fit the dataset or the processes."""
+    check_tracking(cfg)
     if cfg.dir is None:
         raise UserError("dir=null: training needs a directory; type dir=... or leave it out")
     if cfg.batch_size > num_images:
@@ -46,6 +54,8 @@ def seed_init(cfg: DictConfig) -> None:
 def open_source(cfg: DictConfig, run: Run, data: Dataset, split: str, subset: np.ndarray | None = None) -> Source:
     """The images of a split, kept where `cfg.source` says; packed first when needed."""
     run.uses(split, data.split(split).fingerprint, data.split(split).length)
+    if split == "train" and data.class_names and run.is_main and run.directory:
+        files.write(run.directory / interop.CLASSES, json.dumps({"classes": list(data.class_names)}) + "\n")
     share = (cfg.batch_size, cfg.seed, run.device, distributed.rank(), distributed.world_size(), subset)
     kind = cfg.source
     if kind == "auto" and distributed.any_rank(not data.has_room(split)):

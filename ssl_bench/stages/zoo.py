@@ -8,7 +8,7 @@ from ssl_bench import files, report, results
 from ssl_bench.errors import UserError
 from ssl_bench.results import Ran
 from ssl_bench.run import Run
-from ssl_bench.zoo import SUMS, WEIGHTS, place
+from ssl_bench.zoo import SUMS, WEIGHTS, listed, place
 
 
 def zoo(cfg: DictConfig, run: Run, verify: str | None = None) -> dict[str, float]:
@@ -31,7 +31,7 @@ def zoo(cfg: DictConfig, run: Run, verify: str | None = None) -> dict[str, float
     print(report.markdown(["pretrained=", "backbone", "ImageNet", "hash", "downloaded"], published))
     if own:
         rows = [
-            [str(ran.directory), recipe(ran), numbers(ran, runs), f"sha256 {files.digest(ran.weights)[:8]}"]
+            [str(ran.directory), recipe(ran), numbers(ran, runs), f"sha256 {results.digest(ran.weights)[:8]}"]
             for ran in own
         ]
         print("\n" + report.markdown(["pretrained=", "recipe", "top-1 (%)", "hash"], rows))
@@ -44,13 +44,12 @@ zoo.single_process = True
 def identify(path: Path, own: list[Ran]) -> str:
     if not path.is_file():
         raise UserError(f"stage.verify={path}: no such file")
-    sums = path.with_name(SUMS)
-    listed = dict(line.split(maxsplit=1)[::-1] for line in sums.read_text().splitlines()) if sums.is_file() else {}
+    sums, said = path.with_name(SUMS), listed(path.parent).get(path.name)
     sha256, md5 = files.digest(path), files.digest(path, "md5")
-    if path.name in listed:
-        if listed[path.name] != sha256:
+    if said:
+        if said != sha256:
             raise UserError(
-                f"{path}: its sha256 is {sha256[:8]}..., not {listed[path.name][:8]}... as {sums} says: a broken or "
+                f"{path}: its sha256 is {sha256[:8]}..., not {said[:8]}... as {sums} says: a broken or "
                 "another file; export or copy it again"
             )
         return f"{path}: whole, as {sums} says"
@@ -62,7 +61,7 @@ def identify(path: Path, own: list[Ran]) -> str:
                 f"{path}: its md5 is {md5[:8]}..., not {weights.md5}, which {name} has: a broken or another file"
             )
     for ran in own:
-        if files.digest(ran.weights) == sha256:
+        if results.digest(ran.weights) == sha256:
             return f"{path}: {ran.weights}, {recipe(ran)}"
     raise UserError(
         f"{path}: none of the known weights (md5 {md5[:8]}..., sha256 {sha256[:8]}...); runs=DIR compares it with your "
