@@ -66,7 +66,8 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     tracker = partial(build.construct, cfg.tracking, directory=Path(cfg.dir or "."), config=plain)
     with distributed.process_group(device), Run(plain, device, tracker) as run:
         if run.summary is not None:
-            run.check_data(plain["data"], lambda split: build.construct(cfg.data).split(split))
+            split = getattr(build.locate(cfg.stage._target_, "stage"), "split", None)
+            run.check_data(split and partial(split, cfg))
             values = ", ".join(f"{key} {value:.4g}" for key, value in run.summary.items())
             log.info("%s is finished already (%s); to run it again, delete it or choose another dir=", cfg.dir, values)
             return run.summary

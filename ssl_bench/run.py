@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import cached_property
@@ -23,7 +23,7 @@ import yaml
 from tqdm import tqdm
 
 from ssl_bench import distributed, files
-from ssl_bench.build import changes, identity
+from ssl_bench.build import changes, construct, identity
 from ssl_bench.checkpoint import Checkpoint, complete, step_of
 from ssl_bench.data.store import Split
 from ssl_bench.errors import Interrupted, UserError
@@ -241,17 +241,19 @@ class Run:
                 )
             files.write(path, json.dumps(known | {split: now}, indent=2) + "\n")
 
-    def check_data(self, data: Mapping, split: Callable[[str], Split]) -> None:
-        """Of a finished run: UserError unless what it used is still there, where its data is looked for elsewhere now.
+    def check_data(self, split: Callable[[str], Split] | None = None) -> None:
+        """UserError unless the images of a finished run are those that it would use now.
 
-        data: as configured now. split: the images of a split of it.
+        split: where they are by its name; None: below `data.root`, looked at where that isn't the one it was.
         """
-        if not self.is_main or self.directory is None:
+        known = self.directory / "inputs.json"
+        if not self.is_main or not known.exists():
             return
-        ran = files.parse(self.directory / "config.yaml", yaml.safe_load)
-        if ran["data"].get("root") == data.get("root") or not (self.directory / "inputs.json").exists():
+        ran, now = files.parse(self.directory / "config.yaml", yaml.safe_load)["data"], self._config["data"]
+        if split is None and ran.get("root") == now.get("root"):
             return
-        for name in files.parse(self.directory / "inputs.json", json.loads):
+        split = split or construct(now).split
+        for name in files.parse(known, json.loads):
             found = split(name)
             self.uses(name, found.fingerprint, found.length)
         self._write_config(self.directory)

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -339,15 +338,14 @@ def test_a_folder_that_changed_meanwhile(place: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(predict, "BLOCK", 5)
     photos = shutil.copytree(place / "data" / "val", tmp_path / "photos")
     command = ["stage=predict", f"pretrained={place}/moco", f"stage.images={photos}", f"dir={tmp_path}/run"]
-    launch(compose(*command, "batch_size=5"))
-    finished = compose(*command, "batch_size=5"), SimpleNamespace(directory=tmp_path / "run")
-    predict.predict.check_finished(*finished)
-    (photos / "3.png").unlink()
-    with pytest.raises(UserError, match="changed since this run began; delete the run, or choose another dir="):
-        predict.predict.check_finished(*finished)
-    (tmp_path / "run" / "summary.json").unlink()
-    with pytest.raises(UserError, match="changed since this run began; delete the run, or choose another dir="):
+    for _ in range(2):  # the second time it is finished
         launch(compose(*command, "batch_size=5"))
+    (photos / "3.png").unlink()
+    for file in ("config.yaml", "summary.json"):  # finished, and then not
+        assert (tmp_path / "run" / file).exists()
+        with pytest.raises(UserError, match="a run of other images: split 'pretrain' had 24, has 23 now, not the same"):
+            launch(compose(*command, "batch_size=5"))
+        (tmp_path / "run" / "summary.json").unlink(missing_ok=True)
 
 
 # --- zoo --------------------------------------------------------------------------------------------------------------

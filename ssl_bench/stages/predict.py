@@ -1,7 +1,6 @@
 """Stage predict: labels and features of a folder of images."""
 
 import csv
-import json
 import os
 from pathlib import Path
 
@@ -10,9 +9,10 @@ import torch
 from omegaconf import DictConfig
 from pydantic import PositiveFloat, PositiveInt
 
-from ssl_bench import distributed, files
+from ssl_bench import distributed
 from ssl_bench.data.formats import Images
 from ssl_bench.data.pool import Progress
+from ssl_bench.data.store import Split
 from ssl_bench.errors import UserError
 from ssl_bench.precision import autocast
 from ssl_bench.run import Run
@@ -23,19 +23,14 @@ BLOCK = 4096  # images between two saves
 
 
 class Position:
-    """Where the written rows end, and which images they are of."""
+    """Where the written rows end."""
 
-    def __init__(self, fingerprint: str, images: str) -> None:
-        self.fingerprint, self.images, self.bytes = fingerprint, images, 0
+    bytes = 0
 
-    def state_dict(self) -> dict[str, str | int]:
-        return {"fingerprint": self.fingerprint, "bytes": self.bytes}
+    def state_dict(self) -> dict[str, int]:
+        return {"bytes": self.bytes}
 
-    def load_state_dict(self, state: dict[str, str | int]) -> None:
-        if state["fingerprint"] != self.fingerprint:
-            raise UserError(
-                f"stage.images={self.images}: changed since this run began; delete the run, or choose another dir="
-            )
+    def load_state_dict(self, state: dict[str, int]) -> None:
         self.bytes = state["bytes"]
 
 
@@ -75,7 +70,7 @@ def predict(
     if classifier is not None:
         classifier.to(run.device)
 
-    total, position = source.num_images, Position(split.fingerprint, images)
+    total, position = source.num_images, Position()
     done = saved = run.restore(position=position)
     source.rows = source.rows[done:]
     path, array = run.directory / "features.npy", None
@@ -124,13 +119,11 @@ def open_images(cfg: DictConfig, image_size: int) -> Images:
     return Images(str(root), image_size, cfg.data.on_error, cfg.data.cache, cfg.data.workers)
 
 
-def check_finished(cfg: DictConfig, run: Run) -> None:
-    """UserError where the folder isn't what it was when the run finished: its rows are of other images."""
+def find_split(cfg: DictConfig, name: str) -> Split:
+    """Of the images that the stage looks at, which aren't those of `data`."""
     packed, _ = open_pretrained(cfg).view(cfg.stage.image_size, cfg.stage.test_resize)
-    now = open_images(cfg, packed).split("pretrain").fingerprint
-    before = files.parse(run.directory / "inputs.json", json.loads)["pretrain"]
-    Position(now, cfg.stage.images).load_state_dict({**before, "bytes": 0})
+    return open_images(cfg, packed).split(name)
 
 
 predict.single_process = True
-predict.check_finished = check_finished
+predict.split = find_split
