@@ -149,9 +149,9 @@ def _pack(split: Split, image_size: int, directory: Path, workers: int | None, o
         )
     log.info("packing '%s': %d images into %s", split.name, split.length, directory)
     partial = _partial(directory)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
         shape = (split.length, image_size, image_size, 3)
         with open(partial / "images.npy", "wb") as file:
             header = _write_header(file, shape)
