@@ -7,7 +7,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -15,7 +17,9 @@ from conftest import TINY_PRETRAIN, Command
 from torch import Tensor, nn
 
 from ssl_bench import backbones, distributed
+from ssl_bench.data.source import HostSource
 from ssl_bench.methods.moco import MoCo
+from ssl_bench.stages.cached import extract_all
 
 STEPS, BATCH = 4, 8
 
@@ -110,6 +114,22 @@ def test_collectives(tmp_path: Path) -> None:
         assert result["broadcast"].tolist() == [0, 1, 2]
         assert result["total"].tolist() == [10, 12, 14]
         assert result["any"]
+
+
+class Flat(nn.Flatten):
+    dim = 12
+
+
+def few(rank: int, size: int) -> dict[str, Tensor]:
+    images, rows = np.arange(12, dtype=np.uint8).reshape(1, 2, 2, 3), np.arange(1)
+    source = HostSource(images, rows, rows, size, 0, "cpu", rank, size)
+    cfg, run = SimpleNamespace(precision="fp32"), SimpleNamespace(device=torch.device("cpu"))
+    return {"features": extract_all(cfg, run, Flat(), source, lambda images, _: images.float())}
+
+
+def test_a_rank_without_images(tmp_path: Path) -> None:
+    for result in in_processes(few, tmp_path):
+        assert sorted(result["features"].flatten().tolist()) == list(range(12))
 
 
 def test_slurm_tasks_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
