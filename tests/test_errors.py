@@ -197,6 +197,10 @@ def test_a_zoo_name_without_a_network(ssl_bench: Command, tmp_path: Path, monkey
         (["data=cifar10", "data.root=x", "data.image_size=64"], "data.image_size=64: input should be 32"),
         (["data=stl10"], "data.root needs a value: type data.root=..."),
         (["stage=lincls", "stage.labels_per_class=0"], "stage.labels_per_class=0: input should be greater than 0"),
+        *(
+            ([f"stage={stage}", "stage.test_resize=0.9"], "stage.test_resize=0.9: input should be greater than")
+            for stage in ("lincls", "knn", "finetune", "select")
+        ),
         (["batch_size=10", "devices=4"], "choose a multiple, like batch_size=12"),
         (["+method.foo=1"], "method.foo: no such key; "),
         (["method._target_=ssl_bench.methods.moco.X"], "method._target_=ssl_bench.methods.moco.X: can't be imported"),

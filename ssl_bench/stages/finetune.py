@@ -6,7 +6,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from ssl_bench import build, distributed
 from ssl_bench.augment.views import EvalView
 from ssl_bench.engine import evaluate
-from ssl_bench.fields import Share
+from ssl_bench.fields import Resize, Share
 from ssl_bench.finetune import FineTune
 from ssl_bench.methods import layers
 from ssl_bench.optim import scaled_lr
@@ -24,7 +24,7 @@ def finetune(
     head_lr: PositiveFloat = 0.1,
     layer_decay: Share = 1.0,
     mixup: NonNegativeFloat = 0.0,
-    test_resize: PositiveFloat = 256 / 224,
+    test_resize: Resize = 256 / 224,
 ) -> dict[str, float]:
     """Returns top-1, top-5 (percent) and cross-entropy on the val split after the last epoch, which choose nothing.
 

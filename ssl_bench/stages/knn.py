@@ -16,7 +16,7 @@ from ssl_bench.data.pool import Progress
 from ssl_bench.data.source import fits
 from ssl_bench.errors import UserError
 from ssl_bench.evaluators import QUERIES, nearest, vote
-from ssl_bench.fields import Share
+from ssl_bench.fields import Resize, Share
 from ssl_bench.run import Run
 from ssl_bench.stages.cached import extract_all, hold_out
 from ssl_bench.stages.evaluation import check_directory, few_labels, load_pretrained, log_result
@@ -33,7 +33,7 @@ def knn(
     run: Run,
     labels_per_class: PositiveInt | None = None,
     label_fraction: Share | None = None,
-    test_resize: PositiveFloat = 256 / 224,
+    test_resize: Resize = 256 / 224,
     k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 5, 10, 20, 50, 100, 200),
     temperatures: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.03, 0.07, 0.2),
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.2,

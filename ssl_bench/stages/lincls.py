@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from ssl_bench import build, distributed
 from ssl_bench.augment.views import EvalView
 from ssl_bench.engine import evaluate
-from ssl_bench.fields import Share
+from ssl_bench.fields import Resize, Share
 from ssl_bench.methods import layers
 from ssl_bench.probe import LinearGrid, LinearProbe
 from ssl_bench.run import Run
@@ -26,7 +26,7 @@ def lincls(
     labels_per_class: PositiveInt | None = None,
     label_fraction: Share | None = None,
     normalize: bool = False,
-    test_resize: PositiveFloat = 256 / 224,
+    test_resize: Resize = 256 / 224,
     features: Literal["official", "cached"] = "official",
     copies: NonNegativeInt = DEFAULT.copies,
     lrs: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = DEFAULT.lrs,

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from ssl_bench import build, checkpoint, files, interop, selection
@@ -21,6 +21,7 @@ from ssl_bench.augment.views import EvalView
 from ssl_bench.data.source import Source
 from ssl_bench.data.store import Split
 from ssl_bench.errors import UserError
+from ssl_bench.fields import Resize
 from ssl_bench.probe import restored
 from ssl_bench.run import Run
 from ssl_bench.seeding import fold
@@ -42,7 +43,7 @@ def select(
     cover_train: bool = True,
     dim: NonNegativeInt = 128,
     max_clusters: PositiveInt | None = None,
-    test_resize: PositiveFloat = 256 / 224,
+    test_resize: Resize = 256 / 224,
     features: str | None = None,
     out: str | None = None,
 ) -> dict[str, float]:
