@@ -6,6 +6,7 @@ import pytest
 from test_config import compose
 
 from ssl_bench.data.synthetic import write_dl21
+from ssl_bench.errors import UserError
 from ssl_bench.launch import launch
 
 RUN = ["stage=pretrain", "data=dl21", "data.image_size=16", "data.workers=1", "backbone.width=8", "backbone.stem=small"]
@@ -32,3 +33,36 @@ def test_the_judges_are_pairs_that_can_be_decoded(
 
 def test_one_image_judges_nothing(command: list[str]) -> None:
     assert "knn_top1" not in launch(compose(*command, "stage.online_images=1"))
+
+
+PIXELS = ["backbone=pixels", "augmentation.image_size=8"]
+VIT = ["backbone=vit_tiny", "backbone.patch_size=8"]
+MISTAKES = {
+    "no labels": (["method=supervised", "data=folder"], "dl21 has no labels, so no split 'train'"),
+    "pixels": (PIXELS, "augmentation.image_size=8 is not backbone.image_size=16, which backbone=pixels asks for"),
+    "patches": (
+        [*VIT, "augmentation.image_size=12"],
+        "augmentation.image_size=12 is no multiple of backbone.patch_size=8",
+    ),
+    "small views": (
+        [*VIT, "method=dino", "augmentation.small_size=4"],
+        "augmentation.small_size=4 is no multiple of backbone.patch_size=8, which backbone=vit_tiny asks for",
+    ),
+}
+
+
+@pytest.mark.parametrize(("overrides", "says"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes(command: list[str], tmp_path: Path, overrides: list[str], says: str) -> None:
+    ours = [word for word in command if "queue" not in word and not word.startswith("backbone.")]
+    with pytest.raises(UserError) as caught:
+        launch(compose(*ours, *overrides))
+    assert says in str(caught.value)
+    assert not (tmp_path / "cache").exists()  # said before an image was read
+
+
+@pytest.mark.parametrize("stage", ["lincls", "knn", "finetune", "select stage.budget=9"])
+def test_sizes_of_the_other_stages(tmp_path: Path, stage: str) -> None:
+    command = [*f"stage={stage}".split(), "data.image_size=16", *PIXELS]
+    with pytest.raises(UserError, match=r"augmentation.image_size=8 is not backbone.image_size=16"):
+        launch(compose(*command, f"data.cache={tmp_path}/cache", f"dir={tmp_path}/run"))
+    assert not (tmp_path / "cache").exists()

@@ -12,7 +12,7 @@ from ssl_bench.methods import layers
 from ssl_bench.optim import scaled_lr
 from ssl_bench.run import Run
 from ssl_bench.stages.evaluation import digest, few_labels, load_pretrained
-from ssl_bench.stages.training import check_batch, make_views, normalization, on_device, open_source, train
+from ssl_bench.stages.training import check_batch, check_sizes, make_views, normalization, on_device, open_source, train
 
 
 def finetune(
@@ -38,6 +38,7 @@ def finetune(
     subset = few_labels(split.labels, labels_per_class, label_fraction, cfg.seed)
     check_batch(cfg, split.length if subset is None else len(subset))
     backbone = load_pretrained(cfg)
+    check_sizes(cfg, backbone)
     if cfg.sync_batch_norm and distributed.world_size() > 1:
         layers.sync_batch_norm_(backbone, run.device, cfg.compile)
     model = on_device(FineTune(backbone, data.num_classes, trained_blocks, mixup), run)

@@ -20,7 +20,7 @@ from ssl_bench.fields import Resize, Share
 from ssl_bench.run import Run
 from ssl_bench.stages.cached import extract_all, hold_out
 from ssl_bench.stages.evaluation import check_directory, few_labels, load_pretrained, log_result
-from ssl_bench.stages.training import normalization, on_device, open_source
+from ssl_bench.stages.training import check_sizes, normalization, on_device, open_source
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ def knn(
     if left_out := [number for number in k if number > room]:
         log.info("k %s left out: more than the %s images of the bank", ", ".join(map(str, left_out)), f"{room:,}")
     backbone = on_device(load_pretrained(cfg), run).eval()
+    check_sizes(cfg, backbone)
     test_view = EvalView(cfg.augmentation.image_size, test_resize, *normalization(cfg)).to(run.device)
     source = open_source(cfg, run, data, "train", subset)
     test = open_source(cfg, run, data, "val")

@@ -23,6 +23,7 @@ from ssl_bench.seeding import fold
 from ssl_bench.stages.cached import extract_all, hold_out
 from ssl_bench.stages.training import (
     check_batch,
+    check_sizes,
     make_views,
     normalization,
     on_device,
@@ -40,9 +41,13 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
     online_images: so many labelled images show every `eval_every` epochs what is learnt; see `online`.
     """
     data = build.construct(cfg.data)
-    given = {"num_classes": data.num_classes} if build.takes(cfg.method, "num_classes") else {}
+    given = {}
+    if build.takes(cfg.method, "num_classes"):
+        data.split("train")  # UserError without labels
+        given = {"num_classes": data.num_classes}
     seed_init(cfg)
     model = build.construct(cfg.method, backbone=build.construct(cfg.backbone), **given)
+    check_sizes(cfg, model.backbone)
     check_fit(cfg, data.split(model.split).length)
     if cfg.sync_batch_norm and distributed.world_size() > 1:
         layers.sync_batch_norm_(model, run.device, cfg.compile)

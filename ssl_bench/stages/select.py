@@ -27,7 +27,7 @@ from ssl_bench.run import Run
 from ssl_bench.seeding import fold
 from ssl_bench.stages.evaluation import check_directory, digest, load_pretrained, log_result
 from ssl_bench.stages.features import stored_features
-from ssl_bench.stages.training import normalization, on_device, open_source
+from ssl_bench.stages.training import check_sizes, normalization, on_device, open_source
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,9 @@ def select(
     known = data.requested(named)
     check_budget(budget, split.length - len(known))
     others = cover_train and data.num_classes and data.split("train").store_name != split.store_name
+    if strategy != "random":
+        backbone = load_pretrained(cfg)
+        check_sizes(cfg, backbone)
 
     source = open_source(cfg, run, data, "pretrain")
     indices = source.indices[source.rows]
@@ -80,7 +83,7 @@ def select(
         order = selection.random(torch.empty(len(free), 0), torch.empty(0, 0), generator)
         chosen, result = take(order, budget, run), {"num_covered": len(known)}
     else:
-        backbone = on_device(load_pretrained(cfg), run).eval()
+        on_device(backbone, run).eval()
         folder = run.directory / "features" if features is None else Path(features).expanduser()
         mine = compute(cfg, run, backbone, source, split, test_resize, folder)
         theirs = mine[:0]
@@ -128,6 +131,11 @@ def read_classifier(pretrained: str | None) -> dict[str, Tensor]:
         raise UserError(
             f"pretrained={pretrained} holds no classifier, which stage.strategy=margin needs: name the directory of a "
             "run of stage=lincls, which holds the backbone too"
+        )
+    if len(state["fc.weight"]) < 2:
+        raise UserError(
+            f"pretrained={pretrained}: its classifier knows one class, and stage.strategy=margin compares two: choose "
+            "another stage.strategy="
         )
     return state
 
