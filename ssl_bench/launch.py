@@ -26,10 +26,21 @@ def launch(cfg: DictConfig) -> dict[str, float]:
 
     if cfg.compile:
         check_compiler()
+    cfg = _with_file(cfg)
     single = getattr(build.locate(cfg.stage._target_, "stage"), "single_process", False)
     if cfg.devices > 1 and distributed.launched() is None and not single:
         return _spawn(cfg)
     return _run(cfg)
+
+
+def _with_file(cfg: DictConfig) -> DictConfig:
+    """cfg with the very file in place of a run directory, where there may be a newer one when the next looks."""
+    from ssl_bench import interop
+
+    if cfg.pretrained is None or not Path(cfg.pretrained).expanduser().is_dir():
+        return cfg
+    file = str(interop.find(cfg.pretrained))
+    return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True) | {"pretrained": file})
 
 
 def check_compiler() -> None:
@@ -61,7 +72,7 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     memory.reset_peak(device)
     precision.prepare(cfg.precision, device)
     plain = OmegaConf.to_container(cfg, resolve=True)
-    if cfg.pretrained is not None:  # the very file: a run directory may hold a newer one next time
+    if cfg.pretrained is not None:  # of a zoo name, too
         plain["pretrained"] = str(interop.find(cfg.pretrained))
     tracker = partial(build.construct, cfg.tracking, directory=Path(cfg.dir or "."), config=plain)
     with distributed.process_group(device), Run(plain, device, tracker) as run:
