@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
@@ -31,6 +32,12 @@ def run_dir(default: str) -> str:
     return os.path.join(HydraConfig.get().sweep.dir, sweep.name(HydraConfig.get().overrides.task))
 
 
+def quote(value: str) -> str:
+    """Resolver: a value as an override on the command line has it, with quotes where it wouldn't be a plain text."""
+    plain = re.fullmatch(r"[\w./-]+", value, re.ASCII)
+    return value if plain else QuotedString(text=value, quote=Quote.single).with_quotes()
+
+
 def register_launchers() -> None:
     """Hydra finds them by itself, but not in an editable install, whose folders it can't list."""
     plugins = Plugins.instance()  # searches, and would load again what is imported before
@@ -42,6 +49,7 @@ def register_launchers() -> None:
 
 register_launchers()
 OmegaConf.register_new_resolver("slug", build.slug, replace=True)
+OmegaConf.register_new_resolver("quote", quote, replace=True)
 OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
 
 
