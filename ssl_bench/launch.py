@@ -116,7 +116,7 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
             results = elastic_launch(settings, _rank)(OmegaConf.to_yaml(cfg, resolve=True), folder)
         except ChildFailedError as error:
             for message in sorted(Path(folder).glob("*.json")):
-                raise UserError(json.loads(message.read_text())) from None
+                raise UserError(json.loads(message.read_text(encoding="utf-8"))) from None
             status = max(failure.exitcode for failure in error.failures.values())
             if status in (128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGUSR2):
                 raise Interrupted(status - 128) from None
@@ -136,7 +136,7 @@ def _rank(config: str, folder: str) -> dict[str, float]:
         return _run(OmegaConf.create(config))
     except UserError as error:
         # Told by file: of a child's exception the launcher passes on only text meant for developers.
-        Path(folder, f"{rank}.json").write_text(json.dumps(str(error)))
+        Path(folder, f"{rank}.json").write_text(json.dumps(str(error)), encoding="utf-8")
         raise SystemExit(2) from None
     except Interrupted as stop:
         raise SystemExit(128 + stop.signum) from None

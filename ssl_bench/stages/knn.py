@@ -112,7 +112,7 @@ def accuracy(
 
 def report(run: Run, scores: dict[Cell, float], best: Cell, asked: int) -> None:
     """The exam for people: in the log and in grid.csv."""
-    with open(run.directory / "grid.csv", "w", newline="") as file:
+    with open(run.directory / "grid.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(
             [("k", "temperature", "holdout_top1"), *((*cell, top1) for cell, top1 in scores.items())]
         )
