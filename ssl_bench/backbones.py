@@ -1,4 +1,7 @@
-"""Feature extractors: images (B, 3, H, W) -> features (B, dim), with the width of the features as `.dim`."""
+"""Feature extractors: images (B, 3, H, W) -> features (B, dim), with the width of the features as `.dim`.
+
+One that doesn't take images of every size says why by `.refuses(size)`.
+"""
 
 import difflib
 from typing import Any, Literal
@@ -84,6 +87,9 @@ def _vit(image_size: int, patch_size: int, dim: int, num_heads: int) -> nn.Modul
             tokens = torch.cat([self.class_token.expand(len(x), -1, -1), patches.flatten(2).mT], dim=1) + positions
             return self.encoder.ln(self.encoder.layers(self.encoder.dropout(tokens)))[:, 0]
 
+        def refuses(self, size: int) -> str | None:
+            return f"is no multiple of backbone.patch_size={patch_size}" if size % patch_size else None
+
         def positions(self, rows: int, columns: int) -> Tensor:
             """(1, 1 + rows * columns, dim): interpolated where the grid isn't that of `image_size` (DINO's authors)."""
             embedding = self.encoder.pos_embedding
@@ -133,7 +139,10 @@ class Pixels(nn.Module):
 
     def __init__(self, image_size: PositiveInt) -> None:
         super().__init__()
-        self.dim = 3 * image_size * image_size
+        self.image_size, self.dim = image_size, 3 * image_size * image_size
+
+    def refuses(self, size: int) -> str | None:
+        return f"is not backbone.image_size={self.image_size}" if size != self.image_size else None
 
     def forward(self, images: Tensor) -> Tensor:
         return images.flatten(1)

@@ -38,6 +38,12 @@ def launched() -> World | None:
     return None
 
 
+def first_node(nodes: str) -> str:
+    """Of Slurm's list of hosts: gpu03 of "gpu[03-04,07],login", r1i0n2 of "r1i[0-1]n[2-5]"."""
+    first = re.match(r"(\[[^]]*\]|[^,[])+", nodes)[0]
+    return re.sub(r"\[(\d+)[^]]*\]", r"\1", first)
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the world of `launched()` for the time of the context."""
@@ -45,10 +51,10 @@ def process_group(device: torch.device) -> Iterator[None]:
     if world is None or dist.is_initialized():
         yield
         return
-    if "MASTER_ADDR" not in os.environ:  # Slurm names the nodes, e.g. "gpu[03-04,07]": rank 0 is on the first
-        node = re.match(r"([^,\[]+)(?:\[(\d+))?", os.environ["SLURM_STEP_NODELIST"])
-        os.environ["MASTER_ADDR"] = node[1] + (node[2] or "")
-        os.environ["MASTER_PORT"] = str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000)
+    if "MASTER_ADDR" not in os.environ:  # started by Slurm: rank 0 is on the first node
+        os.environ["MASTER_ADDR"] = first_node(os.environ["SLURM_STEP_NODELIST"])
+        # Below 32768, from where on the system gives ports to anyone.
+        os.environ["MASTER_PORT"] = str(20000 + int(os.environ["SLURM_JOB_ID"]) % 12000)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # Rank 0 may pack a large dataset while the others wait at the first collective.
     dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timedelta(hours=2))

@@ -131,6 +131,8 @@ def extract(
     backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]], view: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Features (N, dim) float32 and labels (N,) of this rank's images, on the CPU, by a backbone in eval mode."""
-    pairs = [(backbone(view(images)).float().cpu(), labels.cpu()) for images, labels, _ in batches]
-    features, labels = zip(*pairs, strict=True)
+    features, labels = [torch.empty(0, backbone.dim)], [torch.empty(0, dtype=torch.int64)]  # a rank may have no images
+    for images, targets, _ in batches:
+        features.append(backbone(view(images)).float().cpu())
+        labels.append(targets.cpu())
     return torch.cat(features), torch.cat(labels)

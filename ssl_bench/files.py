@@ -30,7 +30,7 @@ def replacing(path: Path, partial: Path, mode: str) -> Iterator[IO]:
     partial: where it is written until it is whole; a failure, like a full disk, leaves nothing there.
     """
     try:
-        with open(partial, mode) as file:
+        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do
@@ -48,7 +48,7 @@ def write(path: Path, text: str) -> None:
 def parse(path: Path, parser: Callable[[str], Any]) -> dict:
     """What a file of a run says. UserError where somebody damaged it: `write` doesn't leave half of one."""
     try:
-        content = parser(path.read_text())
+        content = parser(path.read_text(encoding="utf-8"))
     except Exception:  # yaml's and json's have no common kind
         content = None
     if not isinstance(content, dict):

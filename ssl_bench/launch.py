@@ -26,10 +26,21 @@ def launch(cfg: DictConfig) -> dict[str, float]:
 
     if cfg.compile:
         check_compiler()
+    cfg = _with_file(cfg)
     single = getattr(build.locate(cfg.stage._target_, "stage"), "single_process", False)
     if cfg.devices > 1 and distributed.launched() is None and not single:
         return _spawn(cfg)
     return _run(cfg)
+
+
+def _with_file(cfg: DictConfig) -> DictConfig:
+    """cfg with the very file in place of a run directory, where there may be a newer one when the next looks."""
+    from ssl_bench import interop
+
+    if cfg.pretrained is None or not Path(cfg.pretrained).expanduser().is_dir():
+        return cfg
+    file = str(interop.find(cfg.pretrained))
+    return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True) | {"pretrained": file})
 
 
 def check_compiler() -> None:
@@ -61,7 +72,7 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     memory.reset_peak(device)
     precision.prepare(cfg.precision, device)
     plain = OmegaConf.to_container(cfg, resolve=True)
-    if cfg.pretrained is not None:  # the very file: a run directory may hold a newer one next time
+    if cfg.pretrained is not None:  # of a zoo name, too
         plain["pretrained"] = str(interop.find(cfg.pretrained))
     tracker = partial(build.construct, cfg.tracking, directory=Path(cfg.dir or "."), config=plain)
     with distributed.process_group(device), Run(plain, device, tracker) as run:
@@ -110,7 +121,7 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
             results = elastic_launch(settings, _rank)(OmegaConf.to_yaml(cfg, resolve=True), folder)
         except ChildFailedError as error:
             for message in sorted(Path(folder).glob("*.json")):
-                raise UserError(json.loads(message.read_text())) from None
+                raise UserError(json.loads(message.read_text(encoding="utf-8"))) from None
             status = max(failure.exitcode for failure in error.failures.values())
             if status - 128 in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
                 raise Interrupted(status - 128) from None
@@ -130,7 +141,7 @@ def _rank(config: str, folder: str) -> dict[str, float]:
         return _run(OmegaConf.create(config))
     except UserError as error:
         # Told by file: of a child's exception the launcher passes on only text meant for developers.
-        Path(folder, f"{rank}.json").write_text(json.dumps(str(error)))
+        Path(folder, f"{rank}.json").write_text(json.dumps(str(error)), encoding="utf-8")
         raise SystemExit(2) from None
     except Interrupted as stop:
         raise SystemExit(128 + stop.signum) from None

@@ -56,7 +56,7 @@ class _Module:
         if spec is None or not str(spec.origin).endswith(".py"):
             raise _NotPlain
         self.defined: dict[str, ast.stmt] = {}
-        for node in ast.parse(Path(spec.origin).read_text()).body:
+        for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef | ast.FunctionDef):
                 self.defined[node.name] = node
             elif isinstance(node, ast.ImportFrom):

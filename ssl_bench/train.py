@@ -1,26 +1,33 @@
 """`ssl-bench`: the one command. Composes the configuration, checks it, and hands it to its stage."""
 
-import argparse
 import errno
 import os
 import re
 import sys
+from itertools import islice
 from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from ssl_bench import build, sweep
 from ssl_bench.errors import Interrupted, UserError
 from ssl_bench.launch import launch, set_up_logging
 
+SEARCH = "an interval is for a search: add -m hydra/sweeper=optuna (pip install hydra-optuna-sweeper)"
+# Options of Hydra that are followed by a value. Not --info, whose value may be left out: it stays where it is.
+VALUED = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
+VALUED += ("--experimental-rerun",)
 LIST = re.compile(r"^(data\.extra_labels|runs)=([^\[].*,.*)$")  # a comma here makes a list, not a sweep
 
 
@@ -29,6 +36,12 @@ def run_dir(default: str) -> str:
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return default
     return os.path.join(HydraConfig.get().sweep.dir, sweep.name(HydraConfig.get().overrides.task))
+
+
+def quote(value: str) -> str:
+    """Resolver: a value as an override on the command line has it, with quotes where it wouldn't be a plain text."""
+    plain = re.fullmatch(r"[\w./-]+", value, re.ASCII)
+    return value if plain else QuotedString(text=value, quote=Quote.single).with_quotes()
 
 
 def register_launchers() -> None:
@@ -42,6 +55,7 @@ def register_launchers() -> None:
 
 register_launchers()
 OmegaConf.register_new_resolver("slug", build.slug, replace=True)
+OmegaConf.register_new_resolver("quote", quote, replace=True)
 OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
 
 
@@ -71,12 +85,13 @@ class Check(Callback):
 
     def on_multirun_start(self, config: DictConfig, config_name: str | None = None, **_: Any) -> None:
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-        from hydra.core.override_parser.overrides_parser import OverridesParser
 
         if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
             return  # its members are not known beforehand
         params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
         overrides = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
+        if searched := [override.input_line for override in overrides if override.is_interval_sweep()]:
+            fail(UserError(f"{searched[0]}: {SEARCH}"))
         problems = []
         for batch in BasicSweeper.split_arguments(overrides, max_batch_size=None):
             for member in batch:
@@ -95,8 +110,7 @@ def main() -> None:
     """Console entry. A person's mistake is one line and exit code 2; a bug keeps its traceback."""
     set_up_logging(quiet=os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0")  # one voice of many
     sys.path.insert(0, os.getcwd())  # a user's own methods, as `python -m` has it
-    words = [LIST.sub(r"\1=[\2]", word) for word in sys.argv[1:]]
-    sys.argv[1:] = sorted(words, key=lambda word: word not in ("-m", "--multirun"))  # argparse wants them first
+    sys.argv[1:] = _options_first([LIST.sub(r"\1=[\2]", word) for word in sys.argv[1:]])
     wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets exceptions through, and the wording is ours
     try:
@@ -117,6 +131,18 @@ def main() -> None:
         sys.exit(130)
 
 
+def _options_first(words: list[str]) -> list[str]:
+    """As argparse wants them. With --cfg without -m: Hydra takes one of the two."""
+    options, overrides, rest = [], [], iter(words)
+    for word in rest:
+        if not word.startswith("-") or word in ("--info", "-i"):
+            overrides.append(word)
+        else:
+            options += [word, *islice(rest, word in VALUED)]
+    shows = any(re.match(r"(--cfg|-c)(=|$)", word) for word in options)
+    return [word for word in options if not (shows and word in ("-m", "--multirun"))] + overrides
+
+
 def _message(error: Exception) -> str:
     """What Hydra says in paragraphs, in a line."""
     text = str(error)
@@ -127,32 +153,47 @@ def _message(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         return build.unknown("choice", f"{group}={choice}", [f"{group}={option}" for option in error.options])
-    if ambiguous := re.search(r"Ambiguous value for argument '([^=]+)=(.+?)'", text):
-        key, value = ambiguous.groups()
-        return f"{key}={value}: several values are for a sweep: add -m; or quote one with a comma: '{key}=\"{value}\"'"
-    if unknown := re.search(r"Could not override '([^']+)'", text):
-        return build.unknown("key", unknown[1], _siblings(unknown[1]))
-    cause = str(error.__cause__).splitlines()[0] if error.__cause__ else ""
-    return ": ".join(filter(None, [text.splitlines()[0], cause]))
+    if several := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '([^=]+)=(.+?)'", text):
+        return _several(*several.groups())
+    composing = re.match(r"In '(.+)': .+ raised while composing config:", text)
+    file, cause = f"{composing[1]}.yaml: " if composing else "", error.__cause__ or error.__context__
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.parent_node is not None:
+        return file + _unknown_key(cause)
+    if file and isinstance(cause, OmegaConfBaseException):
+        return f"{file}{cause.full_key}: {str(cause).splitlines()[0]}"
+    return ": ".join([text.splitlines()[0], *str(error.__cause__ or "").splitlines()[:1]])
 
 
-def _siblings(key: str) -> list[str]:
-    """The keys that stand where the unknown `key` was looked for, under the other choices of the command line."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config-dir", "-cd")
-    own, words = parser.parse_known_args()
-    search = [f"hydra.searchpath=[file://{os.path.abspath(own.config_dir)}]"] if own.config_dir else []
-    choices = [word for word in words if re.fullmatch(r"[a-z]+=\w+", word) and not word.startswith(f"{key}=")]
-    with hydra.initialize_config_module("ssl_bench.conf", version_base="1.3"):
-        try:
-            cfg = hydra.compose("config", search + choices)
-        except (HydraException, OmegaConfBaseException):  # another mistake
-            cfg = hydra.compose("config", search)
-    parent = key.rpartition(".")[0]
-    while parent and not OmegaConf.is_dict(OmegaConf.select(cfg, parent)):
-        parent = parent.rpartition(".")[0]
-    keys = list(OmegaConf.select(cfg, parent) if parent else cfg)
-    return [f"{parent}.{name}" if parent else name for name in keys if not name.startswith("_")]
+def _several(key: str, value: str) -> str:
+    """Of several values where one is wanted. First of another mistake: with that Hydra sees no sweep."""
+    args = get_args_parser().parse_args()
+    words = []
+    if args.config_dir:
+        words.append(f"hydra.searchpath=[{quote(f'file://{os.path.abspath(args.config_dir)}')}]")
+    for override in OverridesParser.create().parse_overrides(args.overrides):
+        if not override.is_sweep_override():
+            words.append(override.input_line)
+        elif override.is_discrete_sweep():
+            words.append(f"{override.get_key_element()}={next(override.sweep_string_iterator())}")
+    try:
+        with hydra.initialize_config_module("ssl_bench.conf", version_base="1.3"):
+            hydra.compose("config", words)
+    except (HydraException, OmegaConfBaseException) as other:
+        return _message(other)
+    if args.cfg:
+        return f"{key}={value}: --cfg shows one configuration: give one value"
+    if value.startswith("interval("):
+        return f"{key}={value}: {SEARCH}"
+    return f"{key}={value}: several values are for a sweep: add -m; or quote one with a comma: '{key}=\"{value}\"'"
+
+
+def _unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
+    """One line about a key that isn't there, from the place where it was looked for."""
+    parent = error.full_key.rpartition(".")[0]
+    names = [str(name) for name in error.parent_node if not str(name).startswith("_")]
+    if not names:
+        return f"{error.full_key}: no such key; {parent} has none"
+    return build.unknown("key", error.full_key, [f"{parent}.{name}" if parent else name for name in names])
 
 
 if __name__ == "__main__":

@@ -252,6 +252,20 @@ def test_an_ended_packer_leaves_nothing_that_is_used(cache, how):
     assert not list(cache.glob("*.partial"))
 
 
+def test_stopped_at_the_beginning_of_packing(cache, monkeypatch):
+    mkdir = Path.mkdir
+
+    def stopped(path, *args, **kwargs):
+        mkdir(path, *args, **kwargs)
+        if path.suffix == ".partial":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        Synthetic(5, 1, 1, 3, 0, image_size=16, cache=str(cache), workers=1).open("pretrain")
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
 # --- the pool
 
 

@@ -2,20 +2,24 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import TINY_PRETRAIN, Command
 from torch import Tensor, nn
 
 from ssl_bench import backbones, distributed
+from ssl_bench.data.source import HostSource
 from ssl_bench.methods.moco import MoCo
+from ssl_bench.stages.cached import extract_all
 
 STEPS, BATCH = 4, 8
 
@@ -68,18 +72,16 @@ def split(rank: int, size: int) -> dict[str, Tensor]:
     return train(build(2 // size), rank, size)
 
 
-def work(rank: int, size: int, port: int, job: Callable, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def work(rank: int, size: int, job: Callable, folder: str) -> None:
     torch.set_num_threads(1)
-    with distributed.process_group(torch.device("cpu")):
-        torch.save(job(rank, size), Path(folder, f"{rank}.pt"))
+    # They meet in a file: a port that is free now may be taken when it is wanted.
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", size), rank=rank, world_size=size)
+    torch.save(job(rank, size), Path(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
 
 
 def in_processes(job: Callable, folder: Path, size: int = 2) -> list[dict[str, Tensor]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, (size, port, job, str(folder)), nprocs=size)
+    mp.spawn(work, (size, job, str(folder)), nprocs=size)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
 
@@ -112,6 +114,22 @@ def test_collectives(tmp_path: Path) -> None:
         assert result["any"]
 
 
+class Flat(nn.Flatten):
+    dim = 12
+
+
+def few(rank: int, size: int) -> dict[str, Tensor]:
+    images, rows = np.arange(12, dtype=np.uint8).reshape(1, 2, 2, 3), np.arange(1)
+    source = HostSource(images, rows, rows, size, 0, "cpu", rank, size)
+    cfg, run = SimpleNamespace(precision="fp32"), SimpleNamespace(device=torch.device("cpu"))
+    return {"features": extract_all(cfg, run, Flat(), source, lambda images, _: images.float())}
+
+
+def test_a_rank_without_images(tmp_path: Path) -> None:
+    for result in in_processes(few, tmp_path):
+        assert sorted(result["features"].flatten().tolist()) == list(range(12))
+
+
 def test_slurm_tasks_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distributed.launched() is None
     monkeypatch.setenv("SLURM_NTASKS", "2")  # a batch script of a job with two tasks is one process
@@ -119,6 +137,35 @@ def test_slurm_tasks_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in {"STEP_NUM_TASKS": 4, "STEP_NUM_NODES": 2, "PROCID": 3, "LOCALID": 1}.items():
         monkeypatch.setenv(f"SLURM_{key}", str(value))
     assert distributed.launched() == distributed.World(rank=3, local_rank=1, size=4, local_size=2)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu7", "gpu7"),
+        ("gpu7,gpu9", "gpu7"),
+        ("gpu[03-04,07],login", "gpu03"),
+        ("r1i[0-1]n[2-5]", "r1i0n2"),
+        ("cn[01-02]-ib", "cn01-ib"),
+    ],
+)
+def test_rank_0_is_on_the_first_node(nodes: str, first: str) -> None:
+    assert distributed.first_node(nodes) == first
+
+
+@pytest.mark.parametrize("job", [11_999, 12_000, 4_000_000_000])
+def test_the_port_is_not_one_that_the_system_gives_away(monkeypatch: pytest.MonkeyPatch, job: int) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", str(job))
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "gpu[1-2]")
+    monkeypatch.setattr(distributed, "launched", lambda: distributed.World(0, 0, 2, 1))
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)  # set in the test, it goes with it
+    with distributed.process_group(torch.device("cpu")):
+        assert os.environ["MASTER_ADDR"] == "gpu1"
+        assert 20_000 <= int(os.environ["MASTER_PORT"]) < 32_768
 
 
 @pytest.mark.slow

@@ -52,6 +52,27 @@ CONFIGURATION = {
         ["method.temprature=0.1"],
         ["method.temprature: no such key; did you mean method.temperature? Valid: method.bn_splits, method.dim, "],
     ),
+    "key of a launcher": (
+        ["launcher=slurm", "hydra.launcher.partiton=gpu", "seed=0"],
+        ["hydra.launcher.partiton: no such key; did you mean hydra.launcher.partition? Valid: hydra.launcher.acc"],
+    ),
+    "key of a launcher in a sweep": (
+        ["launcher=slurm", "hydra.launcher.partiton=gpu", "seed=0,1"],
+        ["hydra.launcher.partiton: no such key; did you mean hydra.launcher.partition? Valid: hydra.launcher.acc"],
+    ),
+    "key of a value": (["seed.x=1"], ["seed.x: no such key; seed has none"]),
+    "several values to show": (
+        ["-m", "seed=0,1", "--cfg", "job"],
+        ["seed=0,1: --cfg shows one configuration: give one value"],
+    ),
+    "interval": (
+        ["method.temperature=interval(0.05,0.5)"],
+        ["method.temperature=interval(0.05,0.5): an interval is for a search: add -m hydra/sweeper=optuna"],
+    ),
+    "interval in a sweep": (
+        ["-m", "method.temperature=interval(0.05,0.5)"],
+        ["method.temperature=interval(0.05,0.5): an interval is for a search: add -m hydra/sweeper=optuna"],
+    ),
     "choice": (
         ["method=moco_v9"],
         [
@@ -155,6 +176,41 @@ def test_one_bad_member_of_a_sweep(ssl_bench: Command, tmp_path: Path) -> None:
     assert files(tmp_path) == set()
 
 
+def test_a_mistyped_key_in_a_sweep(ssl_bench: Command, tmp_path: Path) -> None:
+    said = complaint(ssl_bench("-m", "method.temprature=0.1,0.2", "batch_size=128")).splitlines()
+    assert said[0] == "nothing was started."
+    for line, value in zip(said[1:], ("0.1", "0.2"), strict=True):
+        assert line.startswith(
+            f"method.temprature={value} batch_size=128: method.temprature: no such key; did you mean "
+        )
+    assert files(tmp_path) == set()
+
+
+def test_a_mistyped_key_in_a_launcher_of_ones_own(ssl_bench: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "my conf" / "launcher"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [slurm]\nhydra: {launcher: {partiton: gpu, timeout_min: 9}}\n"
+    )
+    said = complaint(ssl_bench("seed=0,1", "--config-dir", "my conf", "launcher=mine"))
+    assert said.startswith(
+        "launcher/mine.yaml: hydra.launcher.partiton: no such key; did you mean hydra.launcher.partition? Valid: "
+    )
+    (folder / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [slurm]\nhydra: {launcher: {timeout_min: long}}\n"
+    )
+    said = complaint(ssl_bench("seed=0,1", "--config-dir", "my conf", "launcher=mine"))
+    assert said.startswith("launcher/mine.yaml: hydra.launcher.timeout_min: Value 'long'")
+
+
+@pytest.mark.parametrize(
+    "words", [["-m", "seed=7", "--cfg", "job", "method=byol"], ["seed=7", "--cfg=job", "method=byol", "--multirun"]]
+)
+def test_options_stand_anywhere(ssl_bench: Command, words: list[str]) -> None:
+    shown = yaml.safe_load(ssl_bench(*words, check=True).stdout)
+    assert (shown["seed"], shown["method"]["name"]) == (7, "byol")
+
+
 def test_a_launcher_without_a_sweep(ssl_bench: Command, tmp_path: Path) -> None:
     folder = tmp_path / "conf" / "hydra" / "launcher"
     folder.mkdir(parents=True)
@@ -197,6 +253,10 @@ def test_a_zoo_name_without_a_network(ssl_bench: Command, tmp_path: Path, monkey
         (["data=cifar10", "data.root=x", "data.image_size=64"], "data.image_size=64: input should be 32"),
         (["data=stl10"], "data.root needs a value: type data.root=..."),
         (["stage=lincls", "stage.labels_per_class=0"], "stage.labels_per_class=0: input should be greater than 0"),
+        *(
+            ([f"stage={stage}", "stage.test_resize=0.9"], "stage.test_resize=0.9: input should be greater than")
+            for stage in ("lincls", "knn", "finetune", "select")
+        ),
         (["batch_size=10", "devices=4"], "choose a multiple, like batch_size=12"),
         (["+method.foo=1"], "method.foo: no such key; "),
         (["method._target_=ssl_bench.methods.moco.X"], "method._target_=ssl_bench.methods.moco.X: can't be imported"),

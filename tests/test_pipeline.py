@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import TINY, TINY_PRETRAIN, Command
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from test_config import compose
+
+from ssl_bench.train import quote
 
 
 @pytest.mark.slow
@@ -29,6 +33,23 @@ def test_quickstart(ssl_bench: Command, tmp_path: Path) -> None:
     assert "finished already" in again.stderr
 
 
+@pytest.mark.parametrize("name", ["a=b", "a,b", "a (1)", "#a", "it's", "[x]", "a&b", "é", "~a", r"a\'b", "plain"])
+@pytest.mark.parametrize("choice", ["stage=pipeline", "experiment=quickstart"])
+def test_any_directory_is_handed_on(name: str, choice: str) -> None:
+    rows = compose(choice, f"dir={quote(name)}").stage.rows
+    override = OverridesParser.create().parse_override(rows.pretrained[0])
+    assert (override.key_or_group, override.value()) == ("pretrained", f"{name}/pretrain")
+
+
+@pytest.mark.slow
+def test_a_directory_with_special_characters(ssl_bench: Command, tmp_path: Path) -> None:
+    name = "a=b, it's (1) #[x]&é"
+    command = [*TINY, "stage=pipeline", "method.queue_size=1024", "epochs=1", "augmentation=digits"]
+    command += [f"dir={quote(name)}"]
+    ssl_bench(*command, "stage.protocol=['epochs=1','stage.labels_per_class=10','batch_size=50']", check=True)
+    assert (tmp_path / name / "pretrained" / "seed0" / "summary.json").exists()
+
+
 @pytest.mark.slow
 def test_pipeline_goes_on_where_it_stopped(ssl_bench: Command, tmp_path: Path) -> None:
     command = [*TINY, "stage=pipeline", "method.queue_size=1024", "epochs=1", "augmentation=digits", "dir=run"]
@@ -42,7 +63,7 @@ def test_pipeline_goes_on_where_it_stopped(ssl_bench: Command, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_any_list_of_evaluations_follows(ssl_bench: Command, tmp_path: Path) -> None:
-    on = "pretrained=${dir}/pretrain"
+    on = "pretrained=${quote:${dir}/pretrain}"
     rows = [
         f"pretrained: ['{on}']",
         f"kNN: [stage=knn, '{on}', augmentation.image_size=16]",

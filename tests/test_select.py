@@ -184,6 +184,10 @@ MISTAKES = {
     "request": (["stage.requested=[request_09.csv]"], "request_09.csv; stage.requested= names index files under"),
     "other data": (["stage.requested=[other.csv]"], "other.csv names image 60 of 60; does it belong to this data set?"),
     "classifier": (["stage.strategy=margin"], "pretrained=None holds no classifier, which stage.strategy=margin needs"),
+    "one class": (
+        ["stage.strategy=margin", "pretrained=one.pt"],
+        "its classifier knows one class, and stage.",
+    ),
     "clusters": (["stage.strategy=random", "stage.max_clusters=9"], "max_clusters=9 would be ignored: it is for"),
     "out": (["stage.out=/nowhere"], "stage.out=/nowhere: not a folder that can be written"),
     "directory": (["dir=null"], "dir=null: stage=select writes its result there"),
@@ -191,8 +195,12 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("overrides", "says"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes(command: list[str], root: Path, tmp_path: Path, overrides: list[str], says: str) -> None:
+def test_mistakes(
+    command: list[str], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], says: str
+) -> None:
     (root / "other.csv").write_text("59\n60\n")
+    torch.save({"model": {"fc.weight": torch.zeros(1, 64)}, "step": 1}, tmp_path / "one.pt")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
         launch(compose(*command, *overrides))
     assert says in str(caught.value)

@@ -21,7 +21,7 @@ from ssl_bench.augment.ops import (
     Solarize,
 )
 from ssl_bench.errors import UserError
-from ssl_bench.fields import Fraction, Interpolation, Interval
+from ssl_bench.fields import Fraction, Interpolation, Interval, Resize
 
 RGB = tuple[float, float, float]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -186,7 +186,7 @@ class EvalView(nn.Module):
     def __init__(
         self,
         image_size: PositiveInt,
-        resize: Annotated[float, Field(ge=1)] = 256 / 224,
+        resize: Resize = 256 / 224,
         mean: RGB = IMAGENET_MEAN,
         std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD,
     ):

@@ -386,7 +386,7 @@ def _load_indices(path: Path, key: str) -> np.ndarray:
     if not path.is_file():
         raise UserError(f"no file {path}; {key} under data.root")
     rows = []
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         for line, row in enumerate(csv.reader(file), start=1):
             if not row:
                 continue

@@ -149,9 +149,9 @@ def _pack(split: Split, image_size: int, directory: Path, workers: int | None, o
         )
     log.info("packing '%s': %d images into %s", split.name, split.length, directory)
     partial = _partial(directory)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
         shape = (split.length, image_size, image_size, 3)
         with open(partial / "images.npy", "wb") as file:
             header = _write_header(file, shape)
@@ -174,7 +174,7 @@ def _pack(split: Split, image_size: int, directory: Path, workers: int | None, o
         _keep_rows(partial / "images.npy", keep)
         np.save(partial / "indices.npy", keep)
         meta = {"split": split.name, "skipped": {str(index): skipped[index] for index in sorted(skipped)}}
-        (partial / "meta.json").write_text(json.dumps(meta))
+        (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         for path in partial.iterdir():  # a crash of the machine must not leave a complete folder with incomplete files
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
@@ -252,9 +252,8 @@ def _load(split: Split, image_size: int, directory: Path) -> tuple[Store, dict[i
     try:
         images = np.load(directory / "images.npy", mmap_mode="r")
         indices = np.load(directory / "indices.npy")
-        skipped = {
-            int(index): why for index, why in json.loads((directory / "meta.json").read_text())["skipped"].items()
-        }
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        skipped = {int(index): why for index, why in meta["skipped"].items()}
         if images.shape != (len(indices), image_size, image_size, 3) or len(indices) + len(skipped) != split.length:
             raise ValueError(f"{images.shape} does not fit")
     except (OSError, ValueError, KeyError) as error:

@@ -219,7 +219,7 @@ def write_dl21(
             raise
     if num_request:
         chosen = np.random.Generator(np.random.Philox(key=[seed, len(SPLITS)])).permutation(num_unlabeled)[:num_request]
-        (root / "request_00.csv").write_text("".join(f"{index}\n" for index in chosen))
+        (root / "request_00.csv").write_text("".join(f"{index}\n" for index in chosen), encoding="utf-8")
         torch.save(torch.from_numpy(chosen) % num_classes, root / "label_00.pt")
 
 

@@ -194,7 +194,7 @@ def _draw(views: Views, seed: int, epoch: int) -> Callable[[Tensor, Tensor], Ten
 def report(run: Run, options: GridOptions, right: list[float], loss: list[float], best: int, asked: int) -> None:
     """The grid for people: in the log, with a warning where the best is at its edge, and in grid.csv."""
     rows = [(*cell, 100 * share, value) for cell, share, value in zip(options.cells, right, loss, strict=True)]
-    with open(run.directory / "grid.csv", "w", newline="") as file:
+    with open(run.directory / "grid.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("lr", "weight_decay", "holdout_top1", "holdout_loss"), *rows])
     log.info("top-1 (%) on held-out images, a line for each lr, a column for each weight decay:")
     log.info("%10s%s", "", "".join(f"{decay:>10g}" for decay in options.weight_decays))

@@ -37,7 +37,7 @@ def stored_features(
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{path}.lock") if run.is_main else nullcontext():
         there = path.exists() and progress.exists()
-        done = json.loads(progress.read_text())["images"] if there else 0
+        done = json.loads(progress.read_text(encoding="utf-8"))["images"] if there else 0
         start = done = int(distributed.broadcast(torch.tensor(done)))
         if run.is_main and not done:
             np.lib.format.open_memmap(path, "w+", np.float16, (len(rows), backbone.dim)).flush()

@@ -6,13 +6,13 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from ssl_bench import build, distributed
 from ssl_bench.augment.views import EvalView
 from ssl_bench.engine import evaluate
-from ssl_bench.fields import Share
+from ssl_bench.fields import Resize, Share
 from ssl_bench.finetune import FineTune
 from ssl_bench.methods import layers
 from ssl_bench.optim import scaled_lr
 from ssl_bench.run import Run
 from ssl_bench.stages.evaluation import digest, few_labels, load_pretrained
-from ssl_bench.stages.training import check_batch, make_views, normalization, on_device, open_source, train
+from ssl_bench.stages.training import check_batch, check_sizes, make_views, normalization, on_device, open_source, train
 
 
 def finetune(
@@ -24,7 +24,7 @@ def finetune(
     head_lr: PositiveFloat = 0.1,
     layer_decay: Share = 1.0,
     mixup: NonNegativeFloat = 0.0,
-    test_resize: PositiveFloat = 256 / 224,
+    test_resize: Resize = 256 / 224,
 ) -> dict[str, float]:
     """Returns top-1, top-5 (percent) and cross-entropy on the val split after the last epoch, which choose nothing.
 
@@ -38,6 +38,7 @@ def finetune(
     subset = few_labels(split.labels, labels_per_class, label_fraction, cfg.seed)
     check_batch(cfg, split.length if subset is None else len(subset))
     backbone = load_pretrained(cfg)
+    check_sizes(cfg, backbone)
     if cfg.sync_batch_norm and distributed.world_size() > 1:
         layers.sync_batch_norm_(backbone, run.device, cfg.compile)
     model = on_device(FineTune(backbone, data.num_classes, trained_blocks, mixup), run)

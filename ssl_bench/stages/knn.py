@@ -16,11 +16,11 @@ from ssl_bench.data.pool import Progress
 from ssl_bench.data.source import fits
 from ssl_bench.errors import UserError
 from ssl_bench.evaluators import QUERIES, nearest, vote
-from ssl_bench.fields import Share
+from ssl_bench.fields import Resize, Share
 from ssl_bench.run import Run
 from ssl_bench.stages.cached import extract_all, hold_out
 from ssl_bench.stages.evaluation import check_directory, few_labels, load_pretrained, log_result
-from ssl_bench.stages.training import normalization, on_device, open_source
+from ssl_bench.stages.training import check_sizes, normalization, on_device, open_source
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def knn(
     run: Run,
     labels_per_class: PositiveInt | None = None,
     label_fraction: Share | None = None,
-    test_resize: PositiveFloat = 256 / 224,
+    test_resize: Resize = 256 / 224,
     k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 5, 10, 20, 50, 100, 200),
     temperatures: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.03, 0.07, 0.2),
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.2,
@@ -60,6 +60,7 @@ def knn(
     if left_out := [number for number in k if number > room]:
         log.info("k %s left out: more than the %s images of the bank", ", ".join(map(str, left_out)), f"{room:,}")
     backbone = on_device(load_pretrained(cfg), run).eval()
+    check_sizes(cfg, backbone)
     test_view = EvalView(cfg.augmentation.image_size, test_resize, *normalization(cfg)).to(run.device)
     source = open_source(cfg, run, data, "train", subset)
     test = open_source(cfg, run, data, "val")
@@ -111,7 +112,7 @@ def accuracy(
 
 def report(run: Run, scores: dict[Cell, float], best: Cell, asked: int) -> None:
     """The exam for people: in the log and in grid.csv."""
-    with open(run.directory / "grid.csv", "w", newline="") as file:
+    with open(run.directory / "grid.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(
             [("k", "temperature", "holdout_top1"), *((*cell, top1) for cell, top1 in scores.items())]
         )

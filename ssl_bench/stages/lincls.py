@@ -9,13 +9,13 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from ssl_bench import build, distributed
 from ssl_bench.augment.views import EvalView
 from ssl_bench.engine import evaluate
-from ssl_bench.fields import Share
+from ssl_bench.fields import Resize, Share
 from ssl_bench.methods import layers
 from ssl_bench.probe import LinearGrid, LinearProbe
 from ssl_bench.run import Run
 from ssl_bench.stages.cached import GridOptions, check_options, check_unused, hold_out, train_grid
 from ssl_bench.stages.evaluation import digest, few_labels, load_pretrained
-from ssl_bench.stages.training import check_batch, make_views, normalization, on_device, open_source, train
+from ssl_bench.stages.training import check_batch, check_sizes, make_views, normalization, on_device, open_source, train
 
 DEFAULT = GridOptions()
 
@@ -26,7 +26,7 @@ def lincls(
     labels_per_class: PositiveInt | None = None,
     label_fraction: Share | None = None,
     normalize: bool = False,
-    test_resize: PositiveFloat = 256 / 224,
+    test_resize: Resize = 256 / 224,
     features: Literal["official", "cached"] = "official",
     copies: NonNegativeInt = DEFAULT.copies,
     lrs: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = DEFAULT.lrs,
@@ -52,6 +52,7 @@ def lincls(
     if features == "cached":  # said now, and not after the images are packed
         hold_out(split.labels if subset is None else split.labels[subset], holdout, cfg.seed)
     backbone = load_pretrained(cfg)
+    check_sizes(cfg, backbone)
     views = make_views(cfg, run, LinearProbe)
     test_view = EvalView(views.image_size, test_resize, *normalization(cfg)).to(run.device)
     source = open_source(cfg, run, data, "train", subset)

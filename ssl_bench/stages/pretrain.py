@@ -23,6 +23,7 @@ from ssl_bench.seeding import fold
 from ssl_bench.stages.cached import extract_all, hold_out
 from ssl_bench.stages.training import (
     check_batch,
+    check_sizes,
     make_views,
     normalization,
     on_device,
@@ -40,9 +41,13 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
     online_images: so many labelled images show every `eval_every` epochs what is learnt; see `online`.
     """
     data = build.construct(cfg.data)
-    given = {"num_classes": data.num_classes} if build.takes(cfg.method, "num_classes") else {}
+    given = {}
+    if build.takes(cfg.method, "num_classes"):
+        data.split("train")  # UserError without labels
+        given = {"num_classes": data.num_classes}
     seed_init(cfg)
     model = build.construct(cfg.method, backbone=build.construct(cfg.backbone), **given)
+    check_sizes(cfg, model.backbone)
     check_fit(cfg, data.split(model.split).length)
     if cfg.sync_batch_norm and distributed.world_size() > 1:
         layers.sync_batch_norm_(model, run.device, cfg.compile)
@@ -81,19 +86,10 @@ def online(
 
     None where there are no labels, or too few. The test split is never looked at.
     """
-    try:
-        labels = data.split("train").labels
-    except UserError:
-        labels = None
-    counts = np.unique([] if labels is None else labels, return_counts=True)[1]
-    if len(counts) < 2 or counts.min() < 2:
+    source = judges(cfg, run, data, num_images)
+    if source is None:
         log.info("no labelled images to judge the features by while they are learnt")
         return None
-    rng = np.random.default_rng(fold(cfg.seed, "online"))
-    chosen = np.sort(rng.permutation(len(labels))[:num_images])
-    counts = np.bincount(labels[chosen])
-    chosen = chosen[counts[labels[chosen]] > 1]  # a class with one image can't be both learnt and asked for
-    source = open_source(cfg, run, data, "train", chosen)
     labels = source.labels[source.rows]
     asked = torch.from_numpy(hold_out(labels, 0.2, cfg.seed))
     test_view = EvalView(views.image_size, 1.0, *normalization(cfg)).to(run.device)
@@ -103,6 +99,30 @@ def online(
         return knn_and_ridge(features, torch.from_numpy(labels), asked)
 
     return evaluate
+
+
+def judges(cfg: DictConfig, run: Run, data: Dataset, num_images: int) -> Source | None:
+    """At most so many images of the train split, of two classes or more and two of each or more; None without them."""
+    try:
+        labels = data.split("train").labels
+    except UserError:
+        labels = None
+    if labels is None:
+        return None
+    rng = np.random.default_rng(fold(cfg.seed, "online"))
+    chosen = np.sort(rng.permutation(len(labels))[:num_images])
+    chosen = chosen[paired(labels[chosen])]
+    if not len(chosen):
+        return None
+    source = open_source(cfg, run, data, "train", chosen)
+    source.rows = source.rows[paired(source.labels[source.rows])]  # again: those that can't be decoded are left out
+    return source if len(source.rows) else None
+
+
+def paired(labels: np.ndarray) -> np.ndarray:
+    """Mask of the images whose class has another one, to learn from and to ask for; none where that is one class."""
+    _, of, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return (counts > 1)[of] & ((counts > 1).sum() > 1)
 
 
 @torch.no_grad()

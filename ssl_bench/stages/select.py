@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from ssl_bench import build, checkpoint, files, interop, selection
@@ -21,12 +21,13 @@ from ssl_bench.augment.views import EvalView
 from ssl_bench.data.source import Source
 from ssl_bench.data.store import Split
 from ssl_bench.errors import UserError
+from ssl_bench.fields import Resize
 from ssl_bench.probe import restored
 from ssl_bench.run import Run
 from ssl_bench.seeding import fold
 from ssl_bench.stages.evaluation import check_directory, digest, load_pretrained, log_result
 from ssl_bench.stages.features import stored_features
-from ssl_bench.stages.training import normalization, on_device, open_source
+from ssl_bench.stages.training import check_sizes, normalization, on_device, open_source
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def select(
     cover_train: bool = True,
     dim: NonNegativeInt = 128,
     max_clusters: PositiveInt | None = None,
-    test_resize: PositiveFloat = 256 / 224,
+    test_resize: Resize = 256 / 224,
     features: str | None = None,
     out: str | None = None,
 ) -> dict[str, float]:
@@ -68,6 +69,9 @@ def select(
     others = cover_train and data.num_classes and data.split("train").store_name != split.store_name
     if cover_train and data.num_classes and not others:
         log.info("the images to choose from are those of the train split: they are chosen though they have labels")
+    if strategy != "random":
+        backbone = load_pretrained(cfg)
+        check_sizes(cfg, backbone)
 
     source = open_source(cfg, run, data, "pretrain")
     indices = source.indices[source.rows]
@@ -81,7 +85,7 @@ def select(
         order = selection.random(torch.empty(len(free), 0), torch.empty(0, 0), generator)
         chosen, result = take(order, budget, run), {"num_covered": len(known)}
     else:
-        backbone = on_device(load_pretrained(cfg), run).eval()
+        on_device(backbone, run).eval()
         folder = run.directory / "features" if features is None else Path(features).expanduser()
         mine = compute(cfg, run, backbone, source, split, test_resize, folder)
         theirs = mine[:0]
@@ -129,6 +133,11 @@ def read_classifier(pretrained: str | None) -> dict[str, Tensor]:
         raise UserError(
             f"pretrained={pretrained} holds no classifier, which stage.strategy=margin needs: name the directory of a "
             "run of stage=lincls, which holds the backbone too"
+        )
+    if len(state["fc.weight"]) < 2:
+        raise UserError(
+            f"pretrained={pretrained}: its classifier knows one class, and stage.strategy=margin compares two: choose "
+            "another stage.strategy="
         )
     return state
 

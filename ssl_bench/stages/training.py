@@ -78,6 +78,16 @@ def open_source(cfg: DictConfig, run: Run, data: Dataset, split: str, subset: np
     return SOURCES[kind](store.images, store.labels, store.indices, *share)
 
 
+def check_sizes(cfg: DictConfig, backbone: nn.Module) -> None:
+    """UserError for views of a size that the backbone doesn't take, before any image is read."""
+    for key in ("image_size", "small_size") if cfg.augmentation.get("num_small_views") else ("image_size",):
+        if hasattr(backbone, "refuses") and (why := backbone.refuses(cfg.augmentation[key])):
+            raise UserError(
+                f"augmentation.{key}={cfg.augmentation[key]} {why}, which backbone={cfg.backbone.name} asks for: "
+                "change one of the two"
+            )
+
+
 def make_views(cfg: DictConfig, run: Run, method: type[Method] | Method) -> Views:
     """The augmentation; UserError unless it makes such views as the network takes."""
     views = build.construct(cfg.augmentation).to(run.device)

@@ -5,6 +5,7 @@ Debian 12's Slurm is 22.05; what is said below of defaults was seen there.
 """
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -203,11 +204,9 @@ def wait(happened: Callable[[], object], seconds: float = 30) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    """Not of those that the system gives to anyone, from 32768: it is seconds until ours are bound."""
+    ports = random.sample(range(25_000, 32_768), 100)
+    return [port for port in ports if not _listens(port)][:count]
 
 
 def _listens(port: int) -> bool:
