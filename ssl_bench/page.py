@@ -75,8 +75,8 @@ def render(
     sheets: dict[str, str] = {}
     return template.render(
         title=heading,
-        css=(folder / "page.css").read_text(),
-        js=(folder / "page.js").read_text(),
+        css=(folder / "page.css").read_text(encoding="utf-8"),
+        js=(folder / "page.js").read_text(encoding="utf-8"),
         made=f"{time.strftime('%Y-%m-%d %H:%M')}, ssl_bench {ssl_bench.__version__}",
         notes=notes,
         num_runs=len(runs),

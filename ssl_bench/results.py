@@ -105,7 +105,7 @@ class Ran:
         def load(name: str) -> dict | None:
             path = directory / name
             try:
-                return yaml.safe_load(path.read_text()) if name.endswith(".yaml") else json.loads(path.read_text())
+                return (yaml.safe_load if name.endswith(".yaml") else json.loads)(path.read_text(encoding="utf-8"))
             except FileNotFoundError:
                 return None
             except (ValueError, yaml.YAMLError):
@@ -531,7 +531,7 @@ def save(path: Path, rows: Sequence[dict], **remarks: Any) -> None:
 def load(path: Path) -> list[dict]:
     """The rows of a results file. UserError unless it is one."""
     try:
-        rows = json.loads(path.read_text())["rows"]
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         assert all(isinstance(row["name"], str) and isinstance(row["values"], dict) for row in rows)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
         raise UserError(f"{path}: not a results file; `ssl-bench stage=report runs=...` writes results.json") from None

@@ -38,7 +38,7 @@ class Member:
 
     @classmethod
     def load(cls, file: Path) -> "Member":
-        return cls(file, **json.loads(file.read_text()))
+        return cls(file, **json.loads(file.read_text(encoding="utf-8")))
 
     def save(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)

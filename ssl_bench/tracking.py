@@ -235,7 +235,7 @@ class WandbTracker:
         import wandb
 
         for path in sorted(self.directory.glob("*.csv")):
-            with open(path, newline="", errors="replace") as file:
+            with open(path, newline="", encoding="utf-8", errors="replace") as file:
                 rows = list(islice(csv.reader(file), 1 + TABLE_ROWS))
             if rows and not rows[0][0].isdecimal():  # a request for labels has no header
                 data = [[_number(cell) for cell in row] for row in rows[1:]]
@@ -245,7 +245,7 @@ class WandbTracker:
     def _log_lineage(self, run: Any, summary: Mapping[str, float]) -> None:
         """Small artifacts that stand for data, weights and result. W&B sees by their content which are the same."""
         inputs = self.directory / "inputs.json"
-        for split, facts in (json.loads(inputs.read_text()) if inputs.is_file() else {}).items():
+        for split, facts in (json.loads(inputs.read_text(encoding="utf-8")) if inputs.is_file() else {}).items():
             _use(run, _artifact(f"data-{self._data}-{split}", "dataset", facts["fingerprint"], facts))
         if self._pretrained:
             _use(run, _weights(Path(self._pretrained)))

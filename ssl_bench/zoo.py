@@ -46,7 +46,7 @@ def place(name: str) -> Path:
 def listed(folder: Path) -> dict[str, str]:
     """The sha256 of each file that SHA256SUMS in the folder names; nothing where there is none."""
     sums = folder / SUMS
-    lines = [line.split(maxsplit=1) for line in sums.read_text().splitlines()] if sums.is_file() else []
+    lines = [line.split(maxsplit=1) for line in sums.read_text(encoding="utf-8").splitlines()] if sums.is_file() else []
     return {line[1]: line[0] for line in lines if len(line) == 2}
 
 

@@ -153,13 +153,13 @@ class _SweepLauncher(Launcher):
                 root = Path(path) if scheme == "file" else Path(ssl_bench.__file__).with_name("conf")
                 for parent, _, names in os.walk(root, followlinks=True):
                     files = (Path(parent, name) for name in names if name.endswith(".yaml"))
-                    texts |= {str(file.relative_to(root)): file.read_text() for file in files}
+                    texts |= {str(file.relative_to(root)): file.read_text(encoding="utf-8") for file in files}
         copy = folder / f"conf-{blake2b(repr(sorted(texts.items())).encode(), digest_size=4).hexdigest()}"
         if not copy.exists():
             partial = copy.with_name(f"{copy.name}.{os.getpid()}")
             for path, text in texts.items():
                 (partial / path).parent.mkdir(parents=True, exist_ok=True)
-                (partial / path).write_text(text)
+                (partial / path).write_text(text, encoding="utf-8")
             try:
                 partial.rename(copy)
             except OSError:  # another command was faster

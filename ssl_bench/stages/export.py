@@ -77,9 +77,11 @@ def export(
         if onnx:
             network = nn.Sequential(pretrained.backbone, pretrained.classifier or nn.Identity()).eval()
             write_onnx(network, size, partial / "model.onnx")
-        (partial / "README.md").write_text(card(folder.name, pretrained, measured, image_size))
+        (partial / "README.md").write_text(card(folder.name, pretrained, measured, image_size), encoding="utf-8")
         names = sorted(file.name for file in partial.iterdir())
-        (partial / zoo.SUMS).write_text("".join(f"{files.digest(partial / name)}  {name}\n" for name in names))
+        (partial / zoo.SUMS).write_text(
+            "".join(f"{files.digest(partial / name)}  {name}\n" for name in names), encoding="utf-8"
+        )
         replace(folder, partial)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

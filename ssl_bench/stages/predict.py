@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveInt
 
 from ssl_bench import distributed
 from ssl_bench.data.formats import Images
 from ssl_bench.data.pool import Progress
 from ssl_bench.data.store import Split
 from ssl_bench.errors import UserError
+from ssl_bench.fields import Resize
 from ssl_bench.precision import autocast
 from ssl_bench.run import Run
 from ssl_bench.stages.evaluation import check_directory, log_result, open_pretrained
@@ -40,7 +41,7 @@ def predict(
     images: str,
     features: bool = True,
     image_size: PositiveInt | None = None,
-    test_resize: PositiveFloat | None = None,
+    test_resize: Resize | None = None,
 ) -> dict[str, float]:
     """Write images.csv, a row for each image below the folder `images`, and features.npy, float32 (rows, dim).
 
@@ -78,7 +79,9 @@ def predict(
         mode = {"mode": "r+"} if done else {"mode": "w+", "dtype": np.float32, "shape": (total, backbone.dim)}
         array = np.lib.format.open_memmap(path, **mode)
     with (
-        open(run.directory / "images.csv", "r+" if done else "w", newline="", errors="surrogateescape") as file,
+        open(
+            run.directory / "images.csv", "r+" if done else "w", newline="", encoding="utf-8", errors="surrogateescape"
+        ) as file,
         Progress(total - done, "predictions") as progress,
         torch.inference_mode(),
     ):

@@ -97,7 +97,7 @@ def remarks(runs: list[Ran], candidates: int, details: int) -> list[str]:
 def fill(path: Path) -> None:
     """Make the marked tables of a Markdown file anew; see `results.fill`."""
     try:
-        before = path.read_text()
+        before = path.read_text(encoding="utf-8")
         after = results.fill(before, path.parent)
     except OSError as error:
         raise UserError(f"stage.readme={path}: can't be read ({error.strerror})") from None
