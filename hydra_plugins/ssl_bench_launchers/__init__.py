@@ -194,7 +194,7 @@ class _SweepLauncher(Launcher):
 
 
 def _refuse_free(job_overrides: Sequence[Sequence[str]], members: Sequence["Member"]) -> None:
-    """UserError for several members of a grid that are one run, since what tells them apart doesn't change it."""
+    """UserError for several members of a grid that would be one run, since what tells them apart doesn't name it."""
     from ssl_bench import build
     from ssl_bench.errors import UserError
 
@@ -203,8 +203,8 @@ def _refuse_free(job_overrides: Sequence[Sequence[str]], members: Sequence["Memb
         differing = set(overrides) ^ set(first.setdefault(member.file, overrides))
         if free := sorted({key for word in differing if build.is_free(key := word.lstrip("+~").partition("=")[0])}):
             raise UserError(
-                f"{' and '.join(free)}: several values make several runs of one, for they don't change what it is; "
-                "give one value, or each its own command and sweep="
+                f"{' and '.join(free)}: no run is named by that, so several values would be one run; give one value, "
+                "or each its own command and sweep="
             )
 
 
