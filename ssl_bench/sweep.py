@@ -88,17 +88,19 @@ class Member:
 
     def result(self) -> dict[str, float] | None:
         """What its run has come to, if it is finished and was run as configured here."""
-        if (summary := self._read("summary.json", json.loads)) is None or self.conflict:
+        if (summary := self._read("summary.json", json.loads)) is None:
             return None
-        ran = self._read("config.yaml", yaml.safe_load)
+        if (ran := self._read("config.yaml", yaml.safe_load)) is None or self._changes(ran):
+            return None
         return summary if ran["data"].get("root") == self.config["data"].get("root") else None  # else it looks itself
 
     @property
     def conflict(self) -> str:
         """In words, how what was run in its directory differs from it."""
         ran = self._read("config.yaml", yaml.safe_load)
-        if ran is None or not files.has_state(self.directory):
-            return ""
+        return self._changes(ran) if ran is not None and files.has_state(self.directory) else ""
+
+    def _changes(self, ran: dict) -> str:
         return build.changes(ran | {"pretrained": None}, self.config | {"pretrained": None})  # there: the very file
 
     def _read(self, name: str, parse: Callable[[str], Any]) -> Any:
@@ -118,13 +120,16 @@ class Member:
 
     @cached_property
     def choices(self) -> dict[str, str]:
-        pairs = (override.lstrip("+~").partition("=") for override in self.overrides)
-        return {key: value for key, _, value in pairs if not build.is_free(key)}
+        return {key_of(word): word.partition("=")[2] for word in self.overrides if not build.is_free(key_of(word))}
+
+
+def key_of(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
 
 
 def name(overrides: Sequence[str]) -> str:
     """Of the member with these overrides: readable, bounded, and the same wherever it runs."""
-    words = [word for word in overrides if not build.is_free(word.lstrip("+~").partition("=")[0])]
+    words = [word for word in overrides if not build.is_free(key_of(word))]
     digest = blake2b("\n".join(sorted(words)).encode(), digest_size=4).hexdigest()
     pairs = (word.partition("=") for word in words)
     # Of a path what it ends in, or there would be no room for it.

@@ -82,10 +82,10 @@ class _SweepLauncher(Launcher):
         log.info("%s: %s finished, %s under way, %s to start", folder, finished, len(busy), len(todo))
         log.info("its members at any time: ssl-bench stage=status runs=%s", folder)
         for member in todo:
-            if member.conflict:
+            if conflict := member.conflict:
                 raise UserError(
-                    f"{member.name} was run with another configuration: {member.conflict}. Choose another sweep=, or "
-                    f"delete {member.directory}"
+                    f"{member.name} was run with another configuration: {conflict}. Choose another sweep=, or delete "
+                    f"{member.directory}"
                 )
         for member in todo:
             member.job = None
@@ -107,11 +107,12 @@ class _SweepLauncher(Launcher):
         """For those that a process of another command runs."""
         from ssl_bench import sweep
 
-        told = False
-        while any(sweep.locked(member.lock) for member in members):
-            if not told:
-                log.info("waiting for what other processes run here; Ctrl-C stops only the waiting")
-                told = True
+        def busy() -> bool:
+            return any(sweep.locked(member.lock) for member in members)
+
+        if busy():
+            log.info("waiting for what other processes run here; Ctrl-C stops only the waiting")
+        while busy():
             time.sleep(1)
 
     @abstractmethod
@@ -197,11 +198,12 @@ def _refuse_free(job_overrides: Sequence[Sequence[str]], members: Sequence["Memb
     """UserError for several members of a grid that would be one run, since what tells them apart doesn't name it."""
     from ssl_bench import build
     from ssl_bench.errors import UserError
+    from ssl_bench.sweep import key_of
 
     first: dict[Path, Sequence[str]] = {}
     for member, overrides in zip(members, job_overrides, strict=True):
         differing = set(overrides) ^ set(first.setdefault(member.file, overrides))
-        if free := sorted({key for word in differing if build.is_free(key := word.lstrip("+~").partition("=")[0])}):
+        if free := sorted({key_of(word) for word in differing if build.is_free(key_of(word))}):
             raise UserError(
                 f"{' and '.join(free)}: no run is named by that, so several values would be one run; give one value, "
                 "or each its own command and sweep="
