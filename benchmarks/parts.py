@@ -5,7 +5,8 @@
 The step is that of the program: `pretrain` and its loop run as they are, with a stand-in for the run that leaves
 nothing behind, and hooks on the network and the optimizer that note the time. Operations are counted by torch's
 FlopCounterMode; beside them stand the measured rates of a large matrix product in the same precision and of memory.
-Prints a line of JSON; `--profile FILE` saves torch.profiler's table of the step.
+Prints a line of JSON; `--profile FILE` saves torch.profiler's table of the step, which may be compiled: what is apart
+here never is.
 """
 
 import argparse
@@ -20,15 +21,17 @@ from pathlib import Path
 import torch
 from contenders import plain_transform
 from hydra import compose, initialize_config_module
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 import ssl_bench.train  # noqa: F401 - registers the resolvers of the configuration
 from ssl_bench import build, memory
 from ssl_bench.augment.draws import keys
+from ssl_bench.augment.views import Views
 from ssl_bench.data.formats import decode
 from ssl_bench.precision import AUTOCAST, prepare
 from ssl_bench.stages.pretrain import pretrain
@@ -86,6 +89,8 @@ class Window:
         model.register_forward_hook(ends(QUEUE))
         optimizer.register_step_pre_hook(ends(BACKWARD))
         optimizer.register_step_post_hook(ends(SGD))
+        update = model.update
+        model.update = lambda progress: (update(progress), self.mark(QUEUE))
         trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         self.bytes |= {EMA: 3 * trained, SGD: 5 * trained}  # reads and writes
         queue = model.queue.keys
@@ -204,13 +209,31 @@ def one_core(cfg: DictConfig, paths: list[Path], images: Tensor, memory: float) 
     return rates | {"views at the rate of memory": memory / (3 * (size**2 + 4 * cfg.augmentation.image_size**2))}
 
 
-def save_profile(cfg: DictConfig, device: torch.device, path: Path) -> None:
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    profiler = profile(activities=activities)
-    pretrain(cfg, Window(device, warmup=3, steps=5, warm=profiler.start))
+class Unmarked(Window):
+    """Without hooks: compiled code would stop at each."""
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        return 0
+
+
+def save_profile(cfg: DictConfig, device: torch.device, path: Path, steps: int = 5) -> dict:
+    """{"busy", "augmenting"}: seconds of a step in kernels, on a GPU; {} elsewhere. And the table in a file."""
+    on_gpu = device.type == "cuda"
+    profiler = profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu, acc_events=True)
+    forward = Views.forward
+    Views.forward = record_function(AUGMENT)(forward)
+    pretrain(cfg, Unmarked(device, warmup=5, steps=steps, warm=profiler.start))
+    Views.forward = forward
     profiler.stop()
-    order = f"self_{device.type}_time_total"
-    path.write_text(profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=60))
+    events = profiler.key_averages()
+    path.write_text(events.table(sort_by=f"self_{device.type}_time_total", row_limit=40, max_name_column_width=60))
+    if not on_gpu:
+        return {}
+    kernels = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    (launcher,) = (event for event in events if event.key == AUGMENT and event.device_type == DeviceType.CPU)
+    microseconds = {"busy": sum(event.self_device_time_total for event in kernels)}
+    microseconds["augmenting"] = launcher.device_time_total
+    return {name: value / 1e6 / steps for name, value in microseconds.items()}
 
 
 def main() -> None:
@@ -225,6 +248,7 @@ def main() -> None:
     with initialize_config_module("ssl_bench.conf", version_base="1.3"):
         cfg = compose("config", args.overrides)
     build.check(cfg)
+    apart = OmegaConf.merge(cfg, {"compile": False})
     device = build.pick_device(cfg.device, 0)
     prepare(cfg.precision, device)  # as the program does
     if device.type == "cpu":
@@ -232,11 +256,11 @@ def main() -> None:
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     dtype = AUTOCAST.get(cfg.precision, torch.float32)
     rates = {"bytes": bandwidth(device, wait), "flops": matrix_rate(device, dtype, wait)}
-    result = {"rates": rates, **step_parts(cfg, device, args.warmup, args.steps, wait)}
+    result = {"rates": rates, **step_parts(apart, device, args.warmup, args.steps, wait)}
     store = build.construct(cfg.data).open("pretrain")
     result["gather"] = gather(cfg, device, wait)
     if args.profile:
-        save_profile(cfg, device, args.profile)
+        result["profile"] = save_profile(cfg, device, args.profile)
     torch.set_num_threads(1)
     files = [Path(cfg.data.root, "unlabeled", f"{index}.png") for index in range(args.images)]
     images = torch.from_numpy(store.images[: cfg.batch_size].copy()).permute(0, 3, 1, 2)

@@ -2,8 +2,8 @@
 
     pip install -e ".[bench]" && python benchmarks/speed.py     on two CPU cores: twenty minutes, 9 GB of disk
     python benchmarks/speed.py --quick                          a smoke test of a minute; its figures mean nothing
-    python benchmarks/speed.py --only contenders parts --cases resnet50:512 --repeats 1     the shortest that tells
-                                                                something, for a GPU that is lent for minutes
+    python benchmarks/speed.py --only contenders parts --cases resnet50:512 --repeats 1 --workers 16
+                                                                the shortest that tells something, on a GPU: minutes
 
 Synthetic 96x96 PNG files are written to a temporary folder; the peers read them, ours packs them first (timed apart).
 Every contender is a process of its own, they take turns, and what counts is the median. Ours is the program itself,
@@ -76,6 +76,7 @@ CUDA = Plan(
     steps=40,
     batches=(64, 128, 256, 512, 1024),
     small_steps=400,
+    tries=1,  # what torch.compile starts looks like other programs
 )
 QUICK = Plan(
     cases=(("resnet18", 16),),
@@ -200,28 +201,28 @@ def calm(measure: Callable[[], dict], tries: int) -> dict:
     return min(done, key=lambda found: found["others"]) | {"tries": len(done)}
 
 
-def contenders(bench: Bench, repeats: int) -> dict:
-    """Each peer with the workers that suit it best, and ours, in turn."""
+def contenders(bench: Bench, repeats: int, workers: int | None) -> dict:
+    """Each peer with the workers that suit it best, or as many as asked for, and ours, in turn."""
     plan, cores = bench.plan, default_workers()
     peers = ["plain"] + ["lightly"] * (importlib.util.find_spec("lightly") is not None)
     if "lightly" not in peers:
         print('lightly is not installed, and left out: pip install -e ".[bench]"', flush=True)
-    tuning = {}
-    for name in peers:
+    tuning, chosen = {}, dict.fromkeys(peers, workers)
+    for name in peers if workers is None else ():
         numbers = sorted({max(1, cores // 2), cores, 2 * cores})
         tuning[name] = calm(partial(bench.peer, name, *plan.cases[0], numbers, *plan.tuning), plan.tries)
-        print(f"{name}, images/s by workers: {rounded(tuning[name]['images_per_second'])}", flush=True)
-    rates = {name: found["images_per_second"] for name, found in tuning.items()}
-    workers = {name: max(found, key=found.get) for name, found in rates.items()}
+        rates = tuning[name]["images_per_second"]
+        chosen[name] = max(rates, key=rates.get)
+        print(f"{name}, images/s by workers: {rounded(rates)}", flush=True)
     rows = [{"backbone": backbone, "batch": batch, "repeats": {}} for backbone, batch in plan.cases]
     for repeat in range(repeats):
         for row in rows:
             case, latest = (row["backbone"], row["batch"]), {}
             for name in peers:
                 latest[name] = calm(
-                    partial(bench.peer, name, *case, [workers[name]], plan.warmup, plan.steps), plan.tries
+                    partial(bench.peer, name, *case, [chosen[name]], plan.warmup, plan.steps), plan.tries
                 )
-                latest[name]["images_per_second"] = latest[name]["images_per_second"][workers[name]]
+                (latest[name]["images_per_second"],) = latest[name]["images_per_second"].values()
             latest["ours"] = calm(partial(bench.ours, bench.case(*case), row["batch"], plan.steps, 2), plan.tries)
             for key in ("images_per_second", "logged_images_per_second", "data_wait"):
                 (latest["ours"][key],) = latest["ours"][key]
@@ -234,7 +235,7 @@ def contenders(bench: Bench, repeats: int) -> dict:
         row["images_per_second"] = {name: spread(values) for name, values in rates.items()}
         medians = {name: statistics.median(values) for name, values in rates.items()}
         row["ratio"] = {name: medians["ours"] / medians[name] for name in peers}
-    return {"tuning": tuning, "workers": workers, "rows": rows}
+    return {"tuning": tuning, "workers": chosen, "rows": rows}
 
 
 def startup(bench: Bench, repeats: int) -> dict:
@@ -282,14 +283,13 @@ def by_size(bench: Bench) -> list[dict]:
 
 
 def parts(bench: Bench, out: Path) -> list[dict]:
-    """benchmarks/parts.py for each case, without compilation: the parts of one big kernel can't be told apart."""
+    """benchmarks/parts.py for each case, and the last one's profile."""
     rows = []
     for backbone, batch in bench.plan.cases:
         where = [f"data.root={bench.data}", f"data.cache={bench.cache}", f"device={bench.device}", "dir=none"]
-        case = [word for word in bench.case(backbone, batch) if not word.startswith("compile=")]
-        command = [sys.executable, str(HERE / "parts.py"), *SHARED, *where, *case]
+        command = [sys.executable, str(HERE / "parts.py"), *SHARED, *where, *bench.case(backbone, batch)]
         command += ["--warmup", str(bench.plan.warmup), "--steps", str(bench.plan.steps)]
-        command += ["--images", str(min(500, bench.plan.files))]
+        command += ["--images", str(min(300, bench.plan.files))]
         if (backbone, batch) == bench.plan.cases[-1]:
             command += ["--profile", str(out / f"profile_{bench.device}.txt")]
 
@@ -319,6 +319,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it works")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     parser.add_argument("--cases", nargs="+", metavar="BACKBONE:BATCH", help="of the contenders and the parts")
+    parser.add_argument("--workers", type=int, help="of the peers, without trying which number suits each")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -336,20 +337,26 @@ def main() -> None:
         result = {"device": args.device, **facts(), "plan": asdict(plan), "repeats": args.repeats}
         result["packing"] = bench.pack(bench.data)
         work = (
-            partial(contenders, bench, args.repeats),
+            partial(contenders, bench, args.repeats, args.workers),
             partial(startup, bench, args.repeats),
             partial(parts, bench, args.out),
             partial(by_batch, bench),
             partial(by_size, bench),
         )
-        result |= {name: measure() for name, measure in zip(PARTS, work, strict=True) if name in args.only}
-    result["minutes"] = (time.perf_counter() - began) / 60
-    path = args.out / f"speed_{args.device}.json"
+        for name, measure in zip(PARTS, work, strict=True):
+            if name in args.only:
+                result[name] = measure()
+                result["minutes"] = (time.perf_counter() - began) / 60
+                write(result, args.out)  # each time: the rest may take long
+    written = ", ".join(str(file) for file in sorted(args.out.glob(f"speed_{args.device}.*")))
+    print(f"\n{tables(result)}\nwritten: {written}")
+
+
+def write(result: dict, out: Path) -> None:
+    path = out / f"speed_{result['device']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(tables(result) + "\n")
     plot(result, path.with_suffix(".png"))
-    written = ", ".join(str(file) for file in sorted(args.out.glob(f"{path.stem}.*")))
-    print(f"\n{tables(result)}\nwritten: {written}")
 
 
 def facts() -> dict:

@@ -61,13 +61,15 @@ def contenders(result: dict) -> str:
     packing = result["packing"]
     shape = f"{plan['image_size']} pixels, queue {plan['queue']:,}"
     cost = f"{packing['seconds']:.1f} s ({packing['images_per_second']:,.0f} images/s)"
+    choice = "the best number for each" if found["tuning"] else "as asked for"
+    others = "Other programs" + " and what compiles" * any(word == "compile=true" for word in plan["ours"])
     note = f"""## End to end, images/s
 
 MoCo v2 at {shape}, from {packing["images"]:,} PNG names of {plan["files"]:,} files, in the page cache for all.
 Median (least-most) of {result["repeats"]} turns, windows of {plan["steps"]} steps, once warm.
-The peers: float32, eager, contiguous; data workers, the best number for each: {workers}.
+The peers: float32, eager, contiguous; data workers, {choice}: {workers}.
 Ours: `{" ".join(plan["ours"])}`, after packing once in {cost}.
-Other programs took at most {busiest:.2f} of the {result["cpus"]} cores in any turn.
+{others} took at most {busiest:.2f} of the {result["cpus"]} cores in any turn.
 
 """
     return note + table(["", *names, *(f"ours / {name}" for name in found["workers"])], *rows)
@@ -100,11 +102,22 @@ def parts(row: dict) -> str:
     rows.append(["beside it, in a thread: gather a batch", *beside])
     note = f"""## Parts of our step: {row["backbone"]}, batch {row["batch"]}
 
-Not compiled. Floor: operations at the measured rate of a large matrix product ({rates["flops"] / 1e9:,.0f} GFLOP/s),
+{whole(row)}Not compiled.
+Floor: operations at the measured rate of a large matrix product ({rates["flops"] / 1e9:,.0f} GFLOP/s),
 or bytes that must move at the measured rate of memory ({rates["bytes"] / 1e9:,.1f} GB/s), whichever takes longer.
 
 """
     return note + table(["part", "ms a step", "share, %", "floor, ms", "times the floor"], *rows)
+
+
+def whole(row: dict) -> str:
+    if not row.get("profile"):
+        return ""
+    busy, augmenting = (1000 * row["profile"][key] for key in ("busy", "augmenting"))
+    return (
+        f"As the program runs it the GPU computes {busy:.1f} ms a step, {augmenting:.1f} ms of them the augmentation "
+        f"({100 * augmenting / busy:.1f} %).\nThe parts are timed by waiting after each, one kernel after another. "
+    )
 
 
 def one_core(row: dict) -> str:

@@ -22,7 +22,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from ssl_bench import distributed, files
+from ssl_bench import __version__, distributed, files
 from ssl_bench.build import changes, construct, identity
 from ssl_bench.checkpoint import Checkpoint, complete, step_of
 from ssl_bench.data.store import Split
@@ -283,14 +283,14 @@ def environment() -> dict:
         except OSError:  # there is no git here
             return ""
 
-    packages = ("ssl_bench", "torch", "torchvision", "hydra-core", "omegaconf", "numpy", "pydantic", "wandb", "pillow")
+    packages = ("torch", "torchvision", "hydra-core", "omegaconf", "numpy", "pydantic", "wandb", "pillow")
     return {
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": platform.node(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in packages},
+        "packages": {"ssl_bench": __version__} | {name: metadata.version(name) for name in packages},
         "git_commit": git("rev-parse", "HEAD"),
         "git_dirty": bool(git("status", "--porcelain")),
         "world_size": distributed.world_size(),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_PRETRAIN, Command
+from test_bench import LEARNING, differing, learnt
 
 from ssl_bench.augment.draws import keys
 from ssl_bench.augment.views import Views
@@ -84,6 +85,14 @@ def test_the_compiled_run_is_the_eager_one(ssl_bench: Command, tmp_path: Path) -
     eager, compiled = (logged(ssl_bench, tmp_path, "device=cuda", f"compile={word}")[0] for word in ("false", "true"))
     assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-3)
     assert compiled["grad_norm"] == pytest.approx(eager["grad_norm"], rel=1e-2)
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_graphs_learn_what_eager_does(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Two steps to warm up and to record, then two that are replayed."""
+    monkeypatch.setattr("torch.backends.cudnn.allow_tf32", False)
+    found, expected = (learnt(name, compiled, "cuda", num_steps=4) for compiled in (True, False))
+    assert differing(found, expected) == set()
 
 
 def test_no_step_waits_for_the_gpu(tmp_path: Path) -> None:

@@ -50,10 +50,11 @@ def test_a_batch_does_not_meet_its_own_keys() -> None:
     assert torch.equal(method.queue.keys, before)
     method.train()
     method([batch, batch])
-    with torch.no_grad():
-        newest = method.queue.keys[:, :4]
-    assert torch.equal(method.queue.keys[:, 4:], before[:, 4:])
-    torch.testing.assert_close(newest.norm(dim=0), torch.ones(4))
+    assert torch.equal(method.queue.keys, before)  # backward is to find it so
+    keys = method.newest
+    method.update(1.0)
+    assert torch.equal(method.queue.keys, torch.cat([keys.T, before[:, 4:]], dim=1))
+    torch.testing.assert_close(keys.norm(dim=1), torch.ones(4))
 
 
 def test_only_the_query_learns_and_the_key_follows() -> None:

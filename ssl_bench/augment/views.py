@@ -46,20 +46,20 @@ class View(nn.Module):
 
     def transform(self, images: Tensor, params: list[tuple[Tensor, ...]], kinds: list[Tensor] | None = None) -> Tensor:
         """The pure half: no randomness, static shapes where `kinds` are None. This is what to compile."""
+        layout = _layout(images)
         images = images.to(self.normalize.mean.dtype).mul_(1 / 255)
         images = self.crop.apply(images, *params[0])
         for number, (op, values) in enumerate(zip(self.ops, params[1:], strict=True)):
             images = op.apply(images, *values) if kinds is None else op.apply_some(images, kinds[number], *values)
-        return self.normalize.apply(images)
+        images = self.normalize.apply(images)
+        return images.contiguous(memory_format=layout) if kinds is None else images
 
     def forward(self, images: Tensor, keys: Tensor, number: int) -> Tensor:
         params = self.sample(images, keys, number)
-        nhwc = images.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if nhwc else torch.contiguous_format
         if images.device.type != "cpu" or self.compiled:
-            return self.transform(images, params).contiguous(memory_format=layout)
+            return self.transform(images, params)
         shape = (len(images), 3, self.crop.size, self.crop.size)
-        view = torch.empty(shape, dtype=self.normalize.mean.dtype, memory_format=layout)
+        view = torch.empty(shape, dtype=self.normalize.mean.dtype, memory_format=_layout(images))
         kinds = [op.kinds(*values) for op, values in zip(self.ops, params[1:], strict=True)]
 
         @torch.no_grad()  # of the thread it runs in
@@ -209,6 +209,11 @@ class EvalView(nn.Module):
 
 def _denormalize(view: Tensor, normalize: Normalize) -> Tensor:
     return (view.float() * normalize.std + normalize.mean).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _layout(images: Tensor) -> torch.memory_format:
+    nhwc = images.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if nhwc else torch.contiguous_format
 
 
 def _check_interval(name: str, interval: tuple[float, float], low: float, high: float) -> None:

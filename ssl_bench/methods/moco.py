@@ -59,15 +59,15 @@ class MoCo(Method):
                 ema_([self.key_backbone, self.key_head], [self.backbone, self.head], self.momentum)
             keys = self.encode_keys(views[1])  # (world * N, D)
             key = keys.view(distributed.world_size(), *query.shape)[distributed.rank()]
-        # A copy, because enqueueing changes the queue before backward reads it. Enqueueing first would be wrong: the
-        # batch's own keys would be among its negatives.
-        logits = info_nce_logits(query, key, self.queue.keys.clone(), self.temperature)
-        if self.training:
-            self.queue.enqueue(keys)
+        logits = info_nce_logits(query, key, self.queue.keys, self.temperature)
+        self.newest = keys  # enqueued by `update`: the backward pass has yet to read the queue as it is
         target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         accuracy = (logits[:, 0] > logits[:, 1:].amax(dim=1)).float().mean()
         loss = F.cross_entropy(logits, target)
         return {"loss": loss, "accuracy": accuracy.detach(), "embeddings": health_of(query, key)}
+
+    def update(self, progress: float) -> None:
+        self.queue.enqueue(self.newest)
 
     def normalized(self, embeddings: Tensor) -> Tensor:
         # in the queue's precision: under autocast the embeddings arrive as bfloat16
