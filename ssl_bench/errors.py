@@ -1,6 +1,9 @@
 """The exceptions that are no bugs."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -8,6 +11,15 @@ class UserError(ValueError):
 
     `train.main` prints it as one line and exits with 2; anything else is a bug and keeps its traceback.
     """
+
+
+@contextmanager
+def writable(key: str, place: str | Path) -> Iterator[None]:
+    """UserError for what the system says while `place` is written, which `key` of the configuration names."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{key}={place}: can't be written ({error.strerror}); choose another {key}=") from None
 
 
 class Interrupted(BaseException):

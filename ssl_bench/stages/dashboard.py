@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 
 from ssl_bench import dashboard as panels
 from ssl_bench import files, tracking
-from ssl_bench.errors import UserError
+from ssl_bench.errors import UserError, writable
 from ssl_bench.run import Run
 
 
@@ -22,12 +22,8 @@ def dashboard(cfg: DictConfig, run: Run, out: str = "dashboard.json") -> dict[st
     if tracking.choose_mode(cfg.tracking.mode) == "online":
         print(f"dashboard: {tracking.save_workspace(made)}")
     else:
-        try:
+        with writable("stage.out", out):
             files.write(Path(out).expanduser(), panels.to_json(made))
-        except OSError as error:
-            raise UserError(
-                f"stage.out={out}: can't be written ({error.strerror}); choose another stage.out="
-            ) from None
         print(f"not logged in to W&B: the dashboard is in {out}; after `wandb login` the same command makes it")
     return {"panels": sum(len(section.panels) for section in made.sections)}
 

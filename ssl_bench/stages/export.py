@@ -17,7 +17,7 @@ from pydantic import PositiveInt
 from torch import nn
 
 from ssl_bench import __version__, files, interop, results, zoo
-from ssl_bench.errors import UserError
+from ssl_bench.errors import UserError, writable
 from ssl_bench.results import Ran
 from ssl_bench.run import Run
 from ssl_bench.stages.evaluation import Pretrained, open_pretrained
@@ -45,12 +45,10 @@ def export(
     folder = Path(out).expanduser()
     if folder.exists() and not (folder / zoo.SUMS).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"stage.out={out}: is there already, and is no export; name a new folder")
-    try:
+    with writable("stage.out", out):
         for place in (next(parent for parent in folder.absolute().parents if parent.exists()), folder):
             if place.exists():
                 tempfile.TemporaryFile(dir=place).close()  # said now, and not after the weights are loaded
-    except OSError as error:
-        raise UserError(f"stage.out={out}: can't be written ({error.strerror}); choose another stage.out=") from None
     given = results.find(files.places(cfg.runs))
     pretrained = open_pretrained(cfg)
     measured = results.measured(given, pretrained.path)

@@ -12,7 +12,7 @@ from ssl_bench.augment.views import EvalView
 from ssl_bench.data.formats import Dataset
 from ssl_bench.data.source import Source
 from ssl_bench.engine import extract
-from ssl_bench.errors import UserError
+from ssl_bench.errors import UserError, writable
 from ssl_bench.probe import restored
 from ssl_bench.report import markdown
 from ssl_bench.results import Board, Group, Ran
@@ -53,7 +53,7 @@ def write(cfg: DictConfig, run: Run, paths: list[Path], folder: Path, details: i
     if cfg.metric and all(board.metric != cfg.metric for board in boards):
         known = sorted({metric for ran in runs if not ran.holds_runs for metric in ran.values})
         raise UserError(f"metric={build.unknown('metric of these runs', cfg.metric, known)}")
-    try:
+    with writable("stage.out", folder):
         folder.mkdir(parents=True, exist_ok=True)
         candidates = choose(boards)
         shown = [examine(cfg, run, group) for group in candidates[:details]]
@@ -69,8 +69,6 @@ def write(cfg: DictConfig, run: Run, paths: list[Path], folder: Path, details: i
             runs=[str(path) for path in paths],
             **{key: newest[key] for key in KEPT if key in newest},
         )
-    except OSError as error:
-        raise UserError(f"{folder}: can't be written ({error.strerror}); choose another stage.out=") from None
     print("\n\n".join(leaderboards(boards)))
     print(f"\nwritten: {folder}/report.html, results.md, results.json")
     return {"runs": len(runs), "finished": sum(ran.summary is not None for ran in runs)}
