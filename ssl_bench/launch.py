@@ -82,7 +82,14 @@ def _run(cfg: DictConfig) -> dict[str, float]:
             values = ", ".join(f"{key} {value:.4g}" for key, value in run.summary.items())
             log.info("%s is finished already (%s); to run it again, delete it or choose another dir=", cfg.dir, values)
             return run.summary
-        run.finish(build.construct(cfg.stage, cfg=cfg, run=run))
+        try:
+            run.finish(build.construct(cfg.stage, cfg=cfg, run=run))
+        except torch.OutOfMemoryError as error:
+            said = ". ".join(str(error).split(". ")[:3])  # then follow the allocator's details
+            raise UserError(
+                f"batch_size={cfg.batch_size} doesn't fit: {said}. Type a smaller batch_size=, precision=bf16, more "
+                "devices=, or source=host, which leaves the images to the host"
+            ) from None
         return run.summary
 
 

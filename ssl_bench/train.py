@@ -1,6 +1,7 @@
 """`ssl-bench`: the one command. Composes the configuration, checks it, and hands it to its stage."""
 
 import errno
+import logging
 import os
 import re
 import sys
@@ -23,6 +24,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from ssl_bench import build, sweep
 from ssl_bench.errors import Interrupted, UserError
 from ssl_bench.launch import launch, set_up_logging
+
+log = logging.getLogger("ssl_bench.train")  # also as __main__
 
 SEARCH = "an interval is for a search: add -m hydra/sweeper=optuna (pip install hydra-optuna-sweeper)"
 # Options of Hydra that are followed by a value. Not --info, whose value may be left out: it stays where it is.
@@ -93,14 +96,16 @@ class Check(Callback):
         if searched := [override.input_line for override in overrides if override.is_interval_sweep()]:
             fail(UserError(f"{searched[0]}: {SEARCH}"))
         problems = []
-        for batch in BasicSweeper.split_arguments(overrides, max_batch_size=None):
-            for member in batch:
-                try:
-                    composer = GlobalHydra.instance().hydra
-                    cfg = composer.compose_config(config_name, list(member), RunMode.RUN, with_log_configuration=False)
-                    build.check(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]))
-                except (UserError, HydraException, OmegaConfBaseException) as error:
-                    problems.append(f"{' '.join(member)}: {_message(error)}")
+        (members,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+        if len(members) > 20:
+            log.info("checking %s members, a second each, before any starts", len(members))
+        for member in members:
+            try:
+                composer = GlobalHydra.instance().hydra
+                cfg = composer.compose_config(config_name, list(member), RunMode.RUN, with_log_configuration=False)
+                build.check(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]))
+            except (UserError, HydraException, OmegaConfBaseException) as error:
+                problems.append(f"{' '.join(member)}: {_message(error)}")
         if problems:  # Hydra only warns of a callback's exceptions
             print("ssl-bench: nothing was started.", *problems, sep="\n", file=sys.stderr)
             sys.exit(2)

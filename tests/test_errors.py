@@ -22,7 +22,7 @@ from ssl_bench.checkpoint import complete
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import UserError
 from ssl_bench.interop import official_moco_state_dict
-from ssl_bench.launch import check_compiler
+from ssl_bench.launch import check_compiler, launch
 from ssl_bench.methods.moco import MoCo
 
 SMALL = ["data.image_size=16", "backbone.width=8", "backbone.stem=small", "data.workers=1", "log_every=1", "epochs=1"]
@@ -147,6 +147,18 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(UserError, match="3 processes or more on this machine, and torch sees 2 GPUs"):
         build.pick_device("auto", 2)
+
+
+def test_full_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = "GPU 0 has a total capacity of 15.77 GiB of which 1.10 GiB is free"
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate 2.00 GiB. {free}. Process 7 has 14 GiB.")
+
+    monkeypatch.setattr("ssl_bench.stages.training.fit", full)
+    said = f"batch_size=128 doesn't fit: CUDA out of memory. Tried to allocate 2.00 GiB. {free}. Type a smaller"
+    with pytest.raises(UserError, match=re.escape(said)):
+        launch(compose(*TINY_PRETRAIN, "device=cpu", f"dir={tmp_path / 'run'}"))
 
 
 def test_no_compiler(ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,12 +19,13 @@ def dashboard(cfg: DictConfig, run: Run, out: str = "dashboard.json") -> dict[st
     if project is None:
         raise UserError("stage=dashboard is for W&B: leave tracking=wandb, and name its project with tracking.project=")
     made = panels.workspace(project, entity)
-    if tracking.choose_mode(cfg.tracking.mode) == "online":
+    mode = tracking.choose_mode(cfg.tracking.mode)
+    if mode == "online":
         print(f"dashboard: {tracking.save_workspace(made)}")
     else:
         with writable("stage.out", out):
             files.write(Path(out).expanduser(), panels.to_json(made))
-        print(f"not logged in to W&B: the dashboard is in {out}; after `wandb login` the same command makes it")
+        print(f"W&B is {mode} here: the dashboard is in {out}; online, after `wandb login`, the same command makes it")
     return {"panels": sum(len(section.panels) for section in made.sections)}
 
 
