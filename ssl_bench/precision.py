@@ -1,5 +1,7 @@
 """What `precision=` means: which numbers are multiplied, and how gradients of float16 are kept from vanishing."""
 
+import warnings
+
 import torch
 
 from ssl_bench.errors import UserError
@@ -10,6 +12,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def prepare(precision: str, device: torch.device) -> None:
     """Torch's switches for speed, in this process. UserError for bfloat16 on a GPU that only emulates it."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # torch.compile's advice, which is not its to give
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes are static
         torch.backends.cudnn.allow_tf32 = precision != "fp32"  # torch's default is true
