@@ -26,7 +26,7 @@ from ssl_bench import __version__, distributed, files
 from ssl_bench.build import changes, construct, identity
 from ssl_bench.checkpoint import Checkpoint, complete, step_of
 from ssl_bench.data.store import Split
-from ssl_bench.errors import Interrupted, UserError
+from ssl_bench.errors import Interrupted, UserError, writable
 from ssl_bench.seeding import fold
 from ssl_bench.tracking import MetricsFile, Tracker
 
@@ -110,25 +110,27 @@ class Run:
 
     def _claim(self, directory: Path) -> filelock.AcquireReturnProxy:
         """The lock of the directory, which is held here from now on; or why it can't be had."""
-        lock = filelock.FileLock(directory / ".lock", timeout=60)
-        try:
+        with writable("dir", directory):
             directory.mkdir(parents=True, exist_ok=True)
-            try:
-                held = lock.acquire(timeout=0)
-            except filelock.Timeout:
-                self._check_same(directory)  # told at once
-                log.info("%s is in use by another process: waiting for a minute", directory)
-                held = lock.acquire()
+            held = self._acquire(directory)
             self._check_same(directory)
             if not (directory / "summary.json").exists():  # else the file says what ran
                 self._write_config(directory)
             if self._config.get("pretrained"):
                 self._check_weights(directory, Path(self._config["pretrained"]))
+        return held
+
+    def _acquire(self, directory: Path) -> filelock.AcquireReturnProxy:
+        lock = filelock.FileLock(directory / ".lock", timeout=60)
+        try:
+            return lock.acquire(timeout=0)
+        except filelock.Timeout:
+            self._check_same(directory)  # told at once
+            log.info("%s is in use by another process: waiting for a minute", directory)
+        try:
+            return lock.acquire()
         except filelock.Timeout:
             raise UserError(f"dir={directory} is in use by another process: wait, or choose another dir=") from None
-        except OSError as error:
-            raise UserError(f"dir={directory}: can't be written ({error.strerror}); choose another dir=") from None
-        return held
 
     def _write_config(self, directory: Path) -> None:
         files.write(directory / "config.yaml", yaml.safe_dump(self._config, sort_keys=False))
