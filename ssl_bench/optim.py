@@ -1,4 +1,9 @@
-"""Optimizers, with the learning rate given for a batch of 256 and scaled to the batch at hand."""
+"""Optimizers, with the learning rate given for a batch of 256 and scaled to the batch at hand.
+
+Parameters may come in groups that have an `lr` (scaled already) or a `weight_decay` of their own. These stand in place
+of base_lr and weight_decay; options about biases and norms (tensors of one dimension) hold in every group; an option
+that would overwrite a group's own value is a UserError.
+"""
 
 import math
 from collections.abc import Iterable
@@ -8,6 +13,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from ssl_bench.errors import UserError
 from ssl_bench.fields import Fraction
 
 Scaling = Literal["linear", "sqrt", "none"]
@@ -56,11 +62,13 @@ def adamw(
 ) -> torch.optim.Optimizer:
     """AdamW without weight decay on biases and norms. final_weight_decay: it goes there along half a cosine (DINO).
     clip_grad_norm: see `clip_`."""
-    lr, decay = scaled_lr(base_lr, batch_size, scaling), {"weight_decay": weight_decay}
+    lr, moving = scaled_lr(base_lr, batch_size, scaling), {}
     if final_weight_decay is not None:
-        decay |= {"initial_weight_decay": weight_decay, "final_weight_decay": final_weight_decay}
-    groups = split(params, weights=decay, others={"weight_decay": 0.0})
-    return _clipping(torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True), clip_grad_norm)
+        params = _without("weight_decay", params, f"optimizer.final_weight_decay={final_weight_decay:g}")
+        moving = {"initial_weight_decay": weight_decay, "final_weight_decay": final_weight_decay}
+    groups = split(params, weights=moving, others={"weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+    return _clipping(optimizer, clip_grad_norm)
 
 
 def lars(
@@ -78,6 +86,7 @@ def lars(
     """See LARS. base_lr_biases: of biases and norms, where it is another (Barlow Twins, arXiv:2103.03230, 2.2)."""
     lr = scaled_lr(base_lr, batch_size, scaling)
     if base_lr_biases is not None:
+        params = _without("lr", params, f"optimizer.base_lr_biases={base_lr_biases:g}")
         params = split(params, weights={}, others={"lr": scaled_lr(base_lr_biases, batch_size, scaling)})
     return LARS(params, lr, momentum, weight_decay, trust_coefficient, exclude_from_decay, exclude_from_adaptation)
 
@@ -136,16 +145,32 @@ class LARS(torch.optim.Optimizer):
 
 
 def split(params: Params, weights: dict, others: dict) -> list[dict]:
-    """Each group in two: weights, and biases and norms (tensors of one dimension), with these settings."""
+    """Each group in two: weights, and biases and norms (tensors of one dimension), with these settings, whatever the
+    group has of its own."""
+    parts = []
+    for group in _groups(params):
+        for wide, settings in ((True, weights), (False, others)):
+            if members := [p for p in group["params"] if (p.ndim > 1) is wide]:
+                parts.append({**group, **settings, "params": members})
+    return parts
+
+
+def _groups(params: Params) -> list[dict]:
     groups = list(params)
     if not isinstance(groups[0], dict):
         groups = [{"params": groups}]
-    parts = []
-    for group in groups:
-        for wide, settings in ((True, weights), (False, others)):
-            if members := [p for p in group["params"] if (p.ndim > 1) is wide]:
-                parts.append({**settings, **group, "params": members})
-    return parts
+    return [{**group, "params": list(group["params"])} for group in groups]  # an iterator could be read only once
+
+
+def _without(key: str, params: Params, option: str) -> list[dict]:
+    """The groups. UserError where one has the key, which `option` would overwrite."""
+    groups = _groups(params)
+    if any(key in group for group in groups):
+        raise UserError(
+            f"{option} would overwrite the {key} that parameters have of their own here: type "
+            f"{option.partition('=')[0]}=null"
+        )
+    return groups
 
 
 def schedule_(optimizer: torch.optim.Optimizer, factor: float, epoch: float, epochs: int) -> None:

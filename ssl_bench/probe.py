@@ -61,7 +61,8 @@ class LinearGrid(LinearProbe):
 
     Each has two heads that see the same batches: one learns from all images; the other not from those held out, and is
     there to be scored on them. All start as `fc` does, and none feels the others: the loss is a sum over heads, each
-    with parameters of its own. `choose` makes one of them `fc`: then this is a LinearProbe.
+    with tensors of its own, which is what LARS and clipping look at. `choose` makes one of them `fc`: then this is a
+    LinearProbe.
     normalize: by the statistics of all features (`standardise`), not of each batch: every process has the same.
     """
 
@@ -71,10 +72,17 @@ class LinearGrid(LinearProbe):
         super().__init__(backbone, num_classes, normalize)
         self.kept = kept
         self.fc.requires_grad_(False)
-        # (2 * num_classes, dim) each: the head of all images above the other
-        self.weights = nn.ParameterList(self.fc.weight.repeat(2, 1) for _ in range(cells))
-        self.biases = nn.ParameterList(self.fc.bias.repeat(2) for _ in range(cells))
+        # of each cell two, (num_classes, dim): the head of all images, then the other
+        self.weights = nn.ParameterList(self.fc.weight.clone() for _ in range(2 * cells))
+        self.biases = nn.ParameterList(self.fc.bias.clone() for _ in range(2 * cells))
         self.finished = False
+
+    def pairs(self) -> list[list[nn.Parameter]]:
+        """Of each cell, the parameters of both heads."""
+        return [
+            [*self.weights[first : first + 2], *self.biases[first : first + 2]]
+            for first in range(0, len(self.weights), 2)
+        ]
 
     def train(self, mode: bool = True) -> "LinearGrid":
         super().train(mode)
@@ -92,7 +100,7 @@ class LinearGrid(LinearProbe):
     def heads(self, features: Tensor) -> Tensor:
         """(N, dim) -> logits (N, cells, 2, num_classes), not in bfloat16."""
         logits = F.linear(self.norm(features), torch.cat(list(self.weights)), torch.cat(list(self.biases)))
-        return logits.unflatten(1, (len(self.weights), 2, -1))
+        return logits.unflatten(1, (len(self.weights) // 2, 2, -1))
 
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
         """views: one, of features (N, dim). labels (N, 2): for the one head and the other, IGNORED where held out.
@@ -115,8 +123,8 @@ class LinearGrid(LinearProbe):
 
     @torch.no_grad()
     def choose(self, cell: int) -> None:
-        self.fc.weight.copy_(self.weights[cell][: len(self.fc.weight)])
-        self.fc.bias.copy_(self.biases[cell][: len(self.fc.bias)])
+        self.fc.weight.copy_(self.weights[2 * cell])
+        self.fc.bias.copy_(self.biases[2 * cell])
 
     def update(self, progress: float) -> None:
         self.finished = progress == 1

@@ -25,7 +25,7 @@ from ssl_bench.probe import IGNORED, LinearGrid
 from ssl_bench.run import Run
 from ssl_bench.seeding import fold
 from ssl_bench.stages.evaluation import listed, watched
-from ssl_bench.stages.training import train
+from ssl_bench.stages.training import check_optimizer, train
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ def check_options(cfg: DictConfig, options: GridOptions) -> None:
                 f"optimizer.{key}={value:g} would be ignored: stage.features=cached tries "
                 f"stage.{tried}={listed(getattr(options, tried))}; type stage.{tried}=[{value:g}], with others to try"
             )
+    check_optimizer(cfg, "lr", "weight_decay")
     lr, decay = max(options.lrs), max(options.weight_decays)
     if (shrink := scaled_lr(lr, cfg.batch_size, cfg.optimizer.scaling) * decay) >= 1:
         raise UserError(
@@ -136,7 +137,7 @@ def train_grid(
 
     groups = [
         {"params": pair, "lr": scaled_lr(lr, cfg.batch_size, cfg.optimizer.scaling), "weight_decay": decay}
-        for (lr, decay), *pair in zip(cells, grid.weights, grid.biases, strict=True)
+        for (lr, decay), pair in zip(cells, grid.pairs(), strict=True)
     ]
     return train(cfg, run, grid, features, lambda batch, keys: [batch], measure, groups)
 

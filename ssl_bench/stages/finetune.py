@@ -12,7 +12,16 @@ from ssl_bench.methods import layers
 from ssl_bench.optim import scaled_lr
 from ssl_bench.run import Run
 from ssl_bench.stages.evaluation import digest, few_labels, load_pretrained
-from ssl_bench.stages.training import check_batch, check_sizes, make_views, normalization, on_device, open_source, train
+from ssl_bench.stages.training import (
+    check_batch,
+    check_optimizer,
+    check_sizes,
+    make_views,
+    normalization,
+    on_device,
+    open_source,
+    train,
+)
 
 
 def finetune(
@@ -32,6 +41,7 @@ def finetune(
     arXiv:2106.08254, and MAE, arXiv:2111.06377, A.2), the new layer's is `head_lr`, scaled like the optimizer's. For
     trained_blocks and mixup see FineTune. pretrained=null trains from scratch.
     """
+    check_optimizer(cfg, "lr")
     data = build.construct(cfg.data)
     split = data.split("train")
     data.split("val")

@@ -46,6 +46,13 @@ def check_batch(cfg: DictConfig, num_images: int) -> int:
     return cfg.batch_size // processes
 
 
+def check_optimizer(cfg: DictConfig, *own: str) -> None:
+    """UserError for one whose options can't go with parameters that have these keys of their own, as the stage will
+    give them: "lr", "weight_decay"."""
+    group = {"params": [nn.Parameter(torch.zeros(1, 1)), nn.Parameter(torch.zeros(1))], **dict.fromkeys(own, 0.0)}
+    build.construct(cfg.optimizer, params=[group], batch_size=cfg.batch_size)
+
+
 def seed_init(cfg: DictConfig) -> None:
     """Every initial weight follows from `seed`, on any device: modules are made on the CPU."""
     seed_torch(fold(cfg.seed, "init"), torch.device("cpu"))
