@@ -3,7 +3,6 @@
 import difflib
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,40 +55,6 @@ class Root(BaseModel):
     log_every: PositiveInt
     eval_every: NonNegativeInt
     save_every: PositiveInt
-
-
-# A run may continue when these differ: they don't change what it computes, only where, how fast, and what is shown.
-# (`devices` does where each process has its own batch norm, as in MoCo, or its own draws, as in mixup.)
-FREE_KEYS = ("dir", "sweep", "metric", "launcher", "tracking", "device", "devices", "log_every", "save_every")
-FREE_KEYS += ("eval_every", "data.root", "data.cache", "data.workers", "runs", "source")
-
-
-def is_free(key: str) -> bool:
-    return any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
-
-
-def identity(config: Mapping) -> dict:
-    """Flat {key: value} of what decides the result of a run."""
-    flat: dict = {}
-
-    def walk(node: object, path: str) -> None:
-        if is_free(path):
-            return
-        if isinstance(node, Mapping):
-            for key, value in node.items():
-                walk(value, f"{path}.{key}" if path else str(key))
-        else:
-            flat[path] = node
-
-    walk(config, "")
-    return flat
-
-
-def changes(before: Mapping, now: Mapping) -> str:
-    """In words, what decides the result of a run and differs between its configurations; "" where nothing does."""
-    before, now = identity(before), identity(now)
-    differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    return "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in differing[:8])
 
 
 def check(cfg: DictConfig) -> None:
@@ -214,9 +179,3 @@ def unknown(what: str, got: str, valid: list[str]) -> str:
     close = difflib.get_close_matches(got, valid, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return f"{got}: no such {what}; {hint}Valid: {', '.join(sorted(valid))}"
-
-
-def slug(value: object) -> str:
-    """A value as part of a folder name: letters, digits, dots, dashes; at most 80."""
-    text = "random" if value is None else re.sub(r"^runs/", "", str(value).rstrip(os.sep))
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[-80:] or "none"

@@ -11,18 +11,9 @@ import torch
 
 from ssl_bench import files
 from ssl_bench.errors import UserError
+from ssl_bench.files import complete, step_of
 
 log = logging.getLogger(__name__)
-
-
-def complete(directory: Path) -> list[Path]:
-    """Checkpoint files of a run directory, newest first."""
-    return sorted((directory / "checkpoints").glob("step*.pt"), reverse=True)
-
-
-def step_of(path: Path) -> int:
-    """Of a checkpoint file, by its name."""
-    return int(re.search(r"\d+", path.stem)[0])
 
 
 def read(path: Path) -> object:
@@ -79,8 +70,12 @@ class Checkpoint:
 
     def _read(self, path: Path) -> dict:
         content = read(path)
-        if not isinstance(content, dict) or content.get("run") != self.identity:
+        if not isinstance(content, dict) or not self._is_mine(content.get("run")):
             raise UserError(f"{path}: a checkpoint of another run")
         if content["step"] != step_of(path):
             raise UserError(f"{path}: holds step {content['step']}, not the one of its name")
         return content
+
+    def _is_mine(self, run: object) -> bool:
+        """Earlier its name was a number, in which paths were: there the configuration beside it must do."""
+        return run == self.identity or (isinstance(run, str) and run.isdecimal())

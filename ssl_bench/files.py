@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,25 @@ def places(given: str | Sequence[str] | None) -> list[Path]:
 
 def run_of(path: Path) -> Path | None:
     """The run directory that a checkpoint file lies in; None for a file from elsewhere."""
-    folder = path.absolute().parent
-    return folder.parent if folder.name == "checkpoints" else None
+    folders = (path.absolute().parent, path.resolve().parent)  # a link to one is one
+    return next((folder.parent for folder in folders if folder.name == "checkpoints"), None)
+
+
+def complete(directory: Path) -> list[Path]:
+    """Checkpoint files of a run directory, newest first."""
+    return sorted((directory / "checkpoints").glob("step*.pt"), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """Of a checkpoint file, by its name."""
+    return int(re.search(r"\d+", path.stem)[0])
+
+
+def weights_of(source: Path) -> Path | None:
+    """The file that `pretrained` means: itself, or the newest of a run directory or an export; None without one."""
+    if source.is_dir():
+        return next(iter([*complete(source), *source.glob("model.safetensors")]), None)
+    return source if source.is_file() else None
 
 
 @contextmanager

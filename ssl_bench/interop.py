@@ -72,13 +72,10 @@ def _backbone_of(source: str, path: Path) -> str:
 def find(source: str) -> Path:
     """The file that `pretrained=source` means."""
     path = Path(source).expanduser()
+    if file := files.weights_of(path):
+        return file
     if path.is_dir():
-        files = [*checkpoint.complete(path), *path.glob("model.safetensors")]
-        if not files:
-            raise UserError(f"pretrained={source}: no checkpoint in this directory; give a run directory or a file")
-        return files[0]
-    if path.is_file():
-        return path
+        raise UserError(f"pretrained={source}: no checkpoint in this directory; give a run directory or a file")
     if source in zoo.WEIGHTS:
         return zoo.fetch(source)
     raise UserError(

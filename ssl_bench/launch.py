@@ -72,6 +72,8 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     memory.reset_peak(device)
     precision.prepare(cfg.precision, device)
     plain = OmegaConf.to_container(cfg, resolve=True)
+    if distributed.launched():  # elsewhere than here: their number may change the result
+        plain["devices"] = world.size
     if cfg.pretrained is not None:  # of a zoo name, too
         plain["pretrained"] = str(interop.find(cfg.pretrained))
     tracker = partial(build.construct, cfg.tracking, directory=Path(cfg.dir or "."), config=plain)

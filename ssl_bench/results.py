@@ -11,15 +11,16 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import yaml
 
-from ssl_bench import build, checkpoint, files, sweep
+from ssl_bench import build, checkpoint, files, identity, sweep
 from ssl_bench.errors import UserError
+from ssl_bench.identity import Identity
 from ssl_bench.report import markdown, mean_std, smaller_is_better
 from ssl_bench.tracking import MetricsFile
 
@@ -127,11 +128,6 @@ class Ran:
         return self.config["seed"]
 
     @property
-    def seeds(self) -> list[int]:
-        """Its own, and those of what it stands on."""
-        return [self.seed, *(self.pretraining.seeds if self.pretraining else ())]
-
-    @property
     def weights(self) -> Path | None:
         """Its newest checkpoint, where that holds a network."""
         return None if self.stage == "predict" else next(iter(checkpoint.complete(self.directory)), None)
@@ -139,21 +135,12 @@ class Ran:
     def digest_of(self, name: str) -> str:
         """Of the checkpoint of this name; "" where it has none."""
         path = self.directory / "checkpoints" / name
-        return digest(path) if path.is_file() else ""
+        return identity.digest(path) if path.is_file() else ""
 
     @cached_property
     def stands_on(self) -> str:
         """The sha256 of the file that `pretrained` was when it began; "" where that isn't known."""
-        known = self.directory / files.WEIGHTS
-        return known.read_text().strip() if known.is_file() else ""
-
-    @property
-    def labels(self) -> str:
-        """Which part of the labels it was given; "" for all."""
-        stage = self.config["stage"]
-        if stage.get("labels_per_class"):
-            return f"{stage['labels_per_class']} labels a class"
-        return f"{100 * stage['label_fraction']:g} % of the labels" if stage.get("label_fraction") else ""
+        return identity.recorded(self.directory)
 
     @property
     def device(self) -> str:
@@ -166,12 +153,10 @@ class Ran:
     @cached_property
     def older(self) -> int | None:
         """The step of the checkpoint that it stands on, unless that is the last of a finished training."""
-        below, path = self.pretraining, Path(self.config.get("pretrained") or "")
-        if below is None or not path.match("step*.pt"):
+        if (below := self.pretraining) is None:
             return None
-        step = checkpoint.step_of(path)
         last = [checkpoint.step_of(below.weights)] if below.weights else [line["step"] for line in below.lines[-1:]]
-        return None if below.summary is not None and last == [step] else step
+        return identity.older(Path(self.config["pretrained"]), below.summary is not None, last)
 
     @cached_property
     def values(self) -> dict[str, float]:
@@ -197,32 +182,16 @@ class Ran:
         return {"hours": seconds / 3600, "images_per_second": median(rates)}
 
     @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What decides its result, but for the seed; of what it stands on, too, under "pretrained."."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, list):
-                return [plain(item) for item in value]
-            # Overrides of a pipeline name its directory, which has the seed in it.
-            return value.replace(self.config["dir"], "${dir}") if isinstance(value, str) else value
-
-        flat = build.identity(self.config)
-        ours = {key: plain(value) for key, value in flat.items() if key != "seed" and not key.endswith("_target_")}
-        if self.pretraining is None:
-            return ours
-        ours |= {"pretrained": self.pretraining.name, "pretrained.step": "last" if self.older is None else self.older}
-        return ours | {f"pretrained.{key}": value for key, value in self.pretraining.identity.items()}
+    def identity(self) -> Identity:
+        """With that of what it stands on, wherever this lies by now."""
+        count = max(self.config.get("devices", 1), self.environment.get("world_size", 1))  # see identity.left_by
+        below = self.pretraining.identity if self.pretraining else None
+        images = {split: facts["fingerprint"] for split, facts in self.inputs.items()}
+        return Identity(self.config, count, self.stands_on, below, self.older, images)
 
     @property
     def name(self) -> str:
-        """The method, for an evaluation that of the pretraining."""
-        if self.config.get("method"):
-            return self.config["method"]["name"]
-        if self.pretraining:
-            return self.pretraining.name + (f" at step {self.older:,}" if self.older is not None else "")
-        if self.config.get("pretrained"):
-            return Path(self.config["pretrained"]).name.partition(".")[0]
-        return "raw pixels" if (self.config.get("backbone") or {}).get("name") == "pixels" else "random init"
+        return self.identity.name
 
 
 def find(paths: Iterable[Path]) -> list[Ran]:
@@ -263,16 +232,6 @@ def _pretraining(ran: Ran, runs: dict[Path, Ran]) -> Ran | None:
     return likely[0] if likely else None
 
 
-@cache
-def _digest(path: Path, changed: int) -> str:
-    return files.digest(path)
-
-
-def digest(path: Path) -> str:
-    """The sha256 of a file, which may be large: read once, unless it changes."""
-    return _digest(path.resolve(), path.stat().st_mtime_ns)
-
-
 def of(weights: Path) -> Ran | None:
     """The run that wrote this checkpoint, if it is finished."""
     folder = files.run_of(weights)
@@ -297,7 +256,7 @@ def measured(runs: Iterable[Ran], weights: Path) -> list[Ran]:
 
     def same(ran: Ran) -> bool:
         if ran.stands_on:
-            return ran.stands_on == digest(weights)
+            return ran.stands_on == identity.digest(weights)
         return Path(ran.config["pretrained"]).resolve() == weights.resolve()
 
     return [ran for ran in runs if "val_top1" in (ran.summary or {}) and ran.config.get("pretrained") and same(ran)]
@@ -305,15 +264,14 @@ def measured(runs: Iterable[Ran], weights: Path) -> list[Ran]:
 
 def repeated(runs: Iterable[Ran]) -> dict[Ran, Ran]:
     """{run: the newest of the same configuration, seeds and data}: as samples they are one."""
-    alike: dict[str, list[Ran]] = {}
+    alike: dict[tuple[int, ...], list[Ran]] = {}
     for ran in runs:
         if not ran.holds_runs:
-            alike.setdefault(json.dumps([ran.stage, ran.identity, ran.seeds], sort_keys=True), []).append(ran)
+            alike.setdefault(tuple(ran.identity.seeds), []).append(ran)
     found: dict[Ran, Ran] = {}
-    for same in alike.values():
+    for same in (group for runs in alike.values() for group in identity.grouped(runs, lambda ran: ran.identity)):
         newest = max(same, key=lambda ran: (ran.summary is not None, ran.environment.get("started") or ""))
-        # data.root is in no identity: the same configuration may be of other images
-        found |= {ran: newest for ran in same if ran is not newest and ran.inputs.items() <= newest.inputs.items()}
+        found |= {ran: newest for ran in same if ran is not newest}
     return found
 
 
@@ -399,14 +357,12 @@ class Board:
 
 def boards(runs: Sequence[Ran], metric: str | None = None) -> list[Board]:
     """A board for each stage, in the order of TITLES, without what is `repeated`. metric: None is what runs name."""
-    groups: dict[tuple[str, str], list[Ran]] = {}
     older = repeated(runs)
-    for ran in runs:
-        if not ran.holds_runs and ran not in older:
-            groups.setdefault((ran.stage, json.dumps(ran.identity, sort_keys=True)), []).append(ran)
+    counted = [ran for ran in runs if not ran.holds_runs and ran not in older]
+    groups = identity.grouped(counted, lambda ran: ran.identity)
     found = []
-    for stage in sorted({stage for stage, _ in groups}, key=_place):
-        members = [sorted(group, key=lambda ran: ran.seed) for (name, _), group in groups.items() if name == stage]
+    for stage in sorted({group[0].stage for group in groups}, key=_place):
+        members = [sorted(group, key=lambda ran: ran.seed) for group in groups if group[0].stage == stage]
         firsts = [group[0] for group in members]
         judge, ranked = _judge(firsts, {key for group in members for ran in group for key in ran.values}, metric)
         made = [Group(name, group) for name, group in zip(_names(firsts), members, strict=True)]
@@ -436,12 +392,13 @@ def _judge(firsts: Sequence[Ran], known: set[str], asked: str | None) -> tuple[s
 
 def differences(runs: Sequence[Ran]) -> dict[str, list[str]]:
     """{key: its value for each of the runs}, of what differs besides the seed; "" where a run has no such key."""
-    identities = [ran.identity for ran in runs]
+    told = [ran.identity.told for ran in runs]
     differing = {}
-    for key in sorted({key for identity in identities for key in identity}):
-        words = [_word(identity[key]) if key in identity else "" for identity in identities]
+    for key in sorted({key for one in told for key in one}):
+        words = [_word(one[key]) if key in one else "" for one in told]
         # What stands on no pretraining differs from one in all of its keys.
-        compared = {word for word in words if word} if key.startswith("pretrained.") else set(words)
+        known = key.startswith(("pretrained.", "images of "))
+        compared = {word for word in words if word} if known else set(words)
         if len(compared) > 1:
             differing[key] = words
     return differing
@@ -519,7 +476,7 @@ def evaluations(runs: Sequence[Ran]) -> list[dict]:
     rows = []
     for board in boards(runs):
         for group, row in zip(board.groups, board.rows, strict=True):
-            words = [board.title, group.runs[0].labels, row["name"] if len(board.groups) > 1 else ""]
+            words = [board.title, group.runs[0].identity.labels, row["name"] if len(board.groups) > 1 else ""]
             rows.append(row | {"name": ", ".join(filter(None, words))})
     return rows
 

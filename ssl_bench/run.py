@@ -22,12 +22,11 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from ssl_bench import __version__, distributed, files
-from ssl_bench.build import changes, construct, identity
+from ssl_bench import __version__, distributed, files, identity
+from ssl_bench.build import construct
 from ssl_bench.checkpoint import Checkpoint, complete, step_of
 from ssl_bench.data.store import Split
 from ssl_bench.errors import Interrupted, UserError, writable
-from ssl_bench.seeding import fold
 from ssl_bench.tracking import MetricsFile, Tracker
 
 log = logging.getLogger(__name__)
@@ -68,13 +67,14 @@ class Run:
         self._stack.close()
 
     def _open(self, directory: Path, stack: ExitStack) -> None:
-        self.checkpoint = Checkpoint(directory, str(fold(json.dumps(identity(self._config), sort_keys=True))))
         if self.is_main:
             fresh = not directory.exists()
             stack.enter_context(self._claim(directory))  # the system frees it with the process
             if fresh:
                 stack.callback(self._discard, directory)
         distributed.barrier()
+        what = identity.Identity(self._config, weights=identity.recorded(directory))
+        self.checkpoint = Checkpoint(directory, what.key)
         if (done := directory / "summary.json").exists():
             self.summary = files.parse(done, json.loads)
             return
@@ -117,7 +117,7 @@ class Run:
             if not (directory / "summary.json").exists():  # else the file says what ran
                 self._write_config(directory)
             if self._config.get("pretrained"):
-                self._check_weights(directory, Path(self._config["pretrained"]))
+                files.write(directory / files.WEIGHTS, self._weights)
         return held
 
     def _acquire(self, directory: Path) -> filelock.AcquireReturnProxy:
@@ -136,22 +136,20 @@ class Run:
         files.write(directory / "config.yaml", yaml.safe_dump(self._config, sort_keys=False))
 
     def _check_same(self, directory: Path) -> None:
+        """A result is of a configuration and of the content of a file: its path may hold another training by now."""
         known = directory / "config.yaml"
         if not known.exists() or not files.has_state(directory):
             return
-        if shown := changes(files.parse(known, yaml.safe_load), self._config):
+        before = identity.left_by(files.parse(known, yaml.safe_load), directory)
+        if shown := identity.changes(before, identity.Identity(self._config, weights=self._weights)):
             raise UserError(
                 f"dir={directory} holds a run with another configuration: {shown}. Choose another dir=, or delete it"
             )
 
-    def _check_weights(self, directory: Path, weights: Path) -> None:
-        """A result is of a file's content: the same path may hold another training by now."""
-        known, now = directory / files.WEIGHTS, files.digest(weights)
-        if known.exists() and files.has_state(directory) and known.read_text() != now:
-            raise UserError(
-                f"dir={directory} stands on other weights than {weights} holds now: delete it, or choose another dir="
-            )
-        files.write(known, now)
+    @cached_property
+    def _weights(self) -> str:
+        """The sha256 of what it stands on; "" for nothing."""
+        return identity.digest(Path(self._config["pretrained"])) if self._config.get("pretrained") else ""
 
     def _discard(self, directory: Path) -> None:
         """A mistake found before the first step leaves no run behind, which reports would stumble over."""

@@ -12,7 +12,7 @@ import io
 import json
 import math
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import filelock
 import yaml
 
-from ssl_bench import build, files
+from ssl_bench import files, identity
+from ssl_bench.identity import Identity
 from ssl_bench.tracking import MetricsFile
 
 
@@ -92,7 +93,8 @@ class Member:
             return None
         if (ran := self._read("config.yaml", yaml.safe_load)) is None or self._changes(ran):
             return None
-        return summary if ran["data"].get("root") == self.config["data"].get("root") else None  # else it looks itself
+        then, now = (identity.real(config["data"].get("root") or ".") for config in (ran, self.config))
+        return summary if then == now else None  # else it looks itself
 
     @property
     def conflict(self) -> str:
@@ -101,7 +103,8 @@ class Member:
         return self._changes(ran) if ran is not None and files.has_state(self.directory) else ""
 
     def _changes(self, ran: dict) -> str:
-        return build.changes(ran | {"pretrained": None}, self.config | {"pretrained": None})  # there: the very file
+        before = identity.left_by(ran | {"pretrained": None}, self.directory)
+        return identity.changes(before, Identity(self.config | {"pretrained": None}))  # there: the very file
 
     def _read(self, name: str, parse: Callable[[str], Any]) -> Any:
         try:
@@ -120,7 +123,7 @@ class Member:
 
     @cached_property
     def choices(self) -> dict[str, str]:
-        return {key_of(word): word.partition("=")[2] for word in self.overrides if not build.is_free(key_of(word))}
+        return {key_of(word): word.partition("=")[2] for word in self.overrides if not identity.is_free(key_of(word))}
 
 
 def key_of(override: str) -> str:
@@ -129,14 +132,14 @@ def key_of(override: str) -> str:
 
 def name(overrides: Sequence[str]) -> str:
     """Of the member with these overrides: readable, bounded, and the same wherever it runs."""
-    words = [word for word in overrides if not build.is_free(key_of(word))]
+    words = [word for word in overrides if not identity.is_free(key_of(word))]
     digest = blake2b("\n".join(sorted(words)).encode(), digest_size=4).hexdigest()
     pairs = (word.partition("=") for word in words)
     # Of a path what it ends in, or there would be no room for it.
     shown = [f"{key.rpartition('.')[2]}-{value.rstrip('/').rpartition('/')[2]}" for key, _, value in pairs]
     while len(shown) > 1 and len("-".join(shown)) > 80:  # what is swept tends to come last on the command line
         shown.pop(0)
-    return f"{build.slug('-'.join(shown))}-{digest}"
+    return f"{identity.slug('-'.join(shown))}-{digest}"
 
 
 def members(folder: Path) -> list[Member]:
@@ -289,17 +292,36 @@ def write_table(folder: Path, members: Sequence[Member], metric: str | None = No
     return text
 
 
-def same(config: Mapping) -> str:
-    """What members have in common that compute the same, each in its directory."""
-    text = json.dumps(build.identity(config), sort_keys=True)
-    return text.replace(json.dumps(config["dir"])[1:-1], "DIR")
+def twin(config: Mapping, members: Mapping[str, Sequence[Member]]) -> Member | None:
+    """Who computes the same, by whatever words; members: `by_key` of those there are."""
+    alike, asked = members.get(_key(config), ()), Identity(config)
+    for member in alike:
+        if Identity(member.config).stands_on == asked.stands_on:
+            return member
+    weights = alike and files.weights_of(Path(asked.config["pretrained"] or "").expanduser())  # which may have moved
+    return next(
+        (one for one in alike if weights and identity.recorded(one.directory) == identity.digest(weights)), None
+    )
+
+
+def by_key(members: Iterable[Member]) -> dict[str, list[Member]]:
+    """Members that differ, if at all, in what they stand on."""
+    found: dict[str, list[Member]] = {}
+    for member in members:
+        found.setdefault(_key(member.config), []).append(member)
+    return found
+
+
+def _key(config: Mapping) -> str:
+    return Identity({**config, "pretrained": None}).key
 
 
 def distinct(members: Sequence[Member]) -> list[Member]:
     """Of those that compute the same, one: finished, if one is."""
     found: dict[str, Member] = {}
     for member in members:
-        if (key := same(member.config)) not in found or found[key].result() is None:
+        key = Identity(member.config).key
+        if key not in found or found[key].result() is None:
             found[key] = member
     return list(found.values())
 
@@ -311,7 +333,7 @@ def edited(members: Sequence[Member], keys: Sequence[str]) -> list[str]:
     """
     groups: dict[tuple[str, ...], list[dict]] = {}
     for member in members:
-        groups.setdefault(tuple(member.value(key) for key in keys), []).append(build.identity(member.config))
+        groups.setdefault(tuple(member.value(key) for key in keys), []).append(Identity(member.config).own)
     differing: dict[str, None] = {}
     for flats in groups.values():
         for key in dict.fromkeys(key for flat in flats for key in flat if key not in ("seed", "pretrained")):

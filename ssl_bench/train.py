@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from ssl_bench import build, sweep
+from ssl_bench import build, identity, sweep
 from ssl_bench.errors import Interrupted, UserError
 from ssl_bench.launch import launch, set_up_logging
 
@@ -57,7 +57,7 @@ def register_launchers() -> None:
 
 
 register_launchers()
-OmegaConf.register_new_resolver("slug", build.slug, replace=True)
+OmegaConf.register_new_resolver("slug", identity.place_slug, replace=True)
 OmegaConf.register_new_resolver("quote", quote, replace=True)
 OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
 

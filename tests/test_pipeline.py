@@ -119,4 +119,19 @@ def test_a_training_anew_is_not_answered_with_an_old_result(ssl_bench: Command, 
     ssl_bench(*TINY_PRETRAIN, "epochs=1", "dir=pretrain", "seed=1", check=True)
     result = ssl_bench(*lincls)
     assert result.returncode == 2
-    assert "dir=lincls stands on other weights than pretrain/checkpoints/step0000000010.pt holds now" in result.stderr
+    assert "pretrained=pretrain/checkpoints/step0000000010.pt holds other weights now. Choose" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_pipeline_goes_on_by_another_spelling_of_its_directory_and_after_a_move(
+    ssl_bench: Command, tmp_path: Path
+) -> None:
+    command = [*TINY, "stage=pipeline", "method.queue_size=1024", "epochs=1", "augmentation=digits"]
+    command += ["stage.protocol=['epochs=1','stage.labels_per_class=10','batch_size=50']"]
+    ssl_bench(*command, "dir=runs/x", check=True)
+    for place in (tmp_path / "runs" / "x", Path("runs/../runs/x/"), Path("moved")):
+        if place.name == "moved":
+            shutil.move(tmp_path / "runs" / "x", tmp_path / "moved")
+        (tmp_path / place / "summary.json").unlink()
+        result = ssl_bench(*command, f"dir={place}", check=True)
+        assert result.stderr.count("is finished already") == 3  # the pretraining and two rows

@@ -84,5 +84,5 @@ def test_weights_matter_once_something_is_computed(tmp_path: Path) -> None:
     with on_weights() as last:
         last.finish({"loss": 1.0})
     (tmp_path / "weights").write_text("third")
-    with pytest.raises(UserError, match="stands on other weights"):
+    with pytest.raises(UserError, match="weights holds other weights now"):
         on_weights().__enter__()

@@ -59,7 +59,7 @@ class _SweepLauncher(Launcher):
 
         folder = Path(self.config.hydra.sweep.dir)
         conf = self._freeze_files(folder.absolute() / ".members")
-        known = {sweep.same(member.config): member for member in sweep.members(folder.absolute())}
+        known = sweep.by_key(sweep.members(folder.absolute()))
         asked = [self._compose(folder.absolute(), conf, list(overrides), known) for overrides in job_overrides]
         if self._is_grid:
             _refuse_free(job_overrides, asked)
@@ -119,11 +119,11 @@ class _SweepLauncher(Launcher):
     def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
         """Start those to do, and unless `wait` is false, return when all of both have ended."""
 
-    def _compose(self, folder: Path, conf: Path, overrides: list[str], known: dict[str, "Member"]) -> "Member":
-        """known: the members there are, by what they compute: what is typed in other words isn't run again."""
+    def _compose(self, folder: Path, conf: Path, overrides: list[str], known: dict[str, list["Member"]]) -> "Member":
+        """known: `sweep.by_key` of the members there are: what is typed in other words isn't run again."""
         from ssl_bench import build
         from ssl_bench.errors import UserError
-        from ssl_bench.sweep import Member, name, same
+        from ssl_bench.sweep import Member, name, twin
 
         if not self._is_grid:  # what was chosen comes last, as on a command line: names have room for so many
             overrides.sort(key=lambda word: word not in self.config.hydra.overrides.task)
@@ -136,12 +136,17 @@ class _SweepLauncher(Launcher):
         if config["dir"] is None:
             raise UserError(f"stage={config['stage']['name']} leaves nothing behind: it can't be part of a sweep")
         own_name = name(overrides)
-        if (twin := known.get(same(config))) and Path(config["dir"]).name == own_name:
-            there, here = (json.dumps(one["dir"])[1:-1] for one in (twin.config, config))
-            return replace(twin, config=json.loads(json.dumps(config).replace(here, there)), conf=str(conf))
+        config["devices"] = self._processes(config["devices"])
+        if (other := twin(config, known)) and Path(config["dir"]).name == own_name:
+            there, here = (json.dumps(one["dir"])[1:-1] for one in (other.config, config))
+            return replace(other, config=json.loads(json.dumps(config).replace(here, there)), conf=str(conf))
         file = folder / ".members" / f"{own_name}.json"
         job = Member.load(file).job if file.exists() else None
         return Member(file, overrides, config, os.getcwd(), str(conf), job)
+
+    def _processes(self, devices: int) -> int:
+        """Of a member: their number may change its result."""
+        return devices
 
     def _freeze_files(self, folder: Path) -> Path:
         """A copy of the YAML files, ours and the user's, as one folder; the same files give the same folder."""
@@ -196,14 +201,14 @@ class _SweepLauncher(Launcher):
 
 def _refuse_free(job_overrides: Sequence[Sequence[str]], members: Sequence["Member"]) -> None:
     """UserError for several members of a grid that would be one run, since what tells them apart doesn't name it."""
-    from ssl_bench import build
+    from ssl_bench import identity
     from ssl_bench.errors import UserError
     from ssl_bench.sweep import key_of
 
     first: dict[Path, Sequence[str]] = {}
     for member, overrides in zip(members, job_overrides, strict=True):
         differing = set(overrides) ^ set(first.setdefault(member.file, overrides))
-        if free := sorted({key_of(word) for word in differing if build.is_free(key_of(word))}):
+        if free := sorted({key_of(word) for word in differing if identity.is_free(key_of(word))}):
             raise UserError(
                 f"{' and '.join(free)}: no run is named by that, so several values would be one run; give one value, "
                 "or each its own command and sweep="
@@ -212,6 +217,12 @@ def _refuse_free(job_overrides: Sequence[Sequence[str]], members: Sequence["Memb
 
 class Local(_SweepLauncher):
     """In this process, one after the other."""
+
+    def _processes(self, devices: int) -> int:
+        from ssl_bench import distributed
+
+        world = distributed.launched()
+        return world.size if world else devices
 
     def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
         from ssl_bench.errors import UserError
@@ -358,6 +369,13 @@ class Slurm(_SweepLauncher):
             ],
         }
 
+    @property
+    def _tasks(self) -> int:
+        return (self.parameters["nodes"] or 1) * (self.parameters["tasks_per_node"] or 1)
+
+    def _processes(self, devices: int) -> int:
+        return self._tasks if self._tasks > 1 else devices
+
     def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
         from submitit import AutoExecutor
         from submitit.core.utils import FailedJobError
@@ -376,7 +394,7 @@ class Slurm(_SweepLauncher):
                 f"hydra.launcher.timeout_min={minutes} leaves none before Slurm's warning, {delay} s before the "
                 "end: give more minutes, or a smaller hydra.launcher.signal_delay_s"
             )
-        tasks = (self.parameters["nodes"] or 1) * (self.parameters["tasks_per_node"] or 1)
+        tasks = self._tasks
         for member in todo:
             if (batch := member.config["batch_size"]) % tasks:
                 raise UserError(

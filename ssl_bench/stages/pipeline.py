@@ -9,7 +9,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import NonNegativeInt
 
-from ssl_bench import build, interop, report
+from ssl_bench import build, identity, interop, report
 from ssl_bench.augment.draws import keys
 from ssl_bench.augment.views import EvalView
 from ssl_bench.engine import extract
@@ -77,7 +77,7 @@ def _evaluation(cfg: DictConfig, name: str, protocol: list[str], own: list[str],
     member = hydra.compose("config", overrides)
     chosen = {override.partition("=")[0].partition(".")[0].lstrip("+") for override in overrides}
     shared = {key: cfg[key] for key in SHARED if key not in chosen}
-    return _with(member, seed=seed, dir=f"{cfg.dir}/{build.slug(name)}/seed{seed}", **shared)
+    return _with(member, seed=seed, dir=f"{cfg.dir}/{identity.slug(name)}/seed{seed}", **shared)
 
 
 def _with(cfg: DictConfig, **nodes: object) -> DictConfig:

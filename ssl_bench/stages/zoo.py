@@ -4,7 +4,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ssl_bench import files, report, results
+from ssl_bench import files, identity, report, results
 from ssl_bench.errors import UserError
 from ssl_bench.results import Ran
 from ssl_bench.run import Run
@@ -31,7 +31,7 @@ def zoo(cfg: DictConfig, run: Run, verify: str | None = None) -> dict[str, float
     print(report.markdown(["pretrained=", "backbone", "ImageNet", "hash", "downloaded"], published))
     if own:
         rows = [
-            [str(ran.directory), recipe(ran), numbers(ran, runs), f"sha256 {results.digest(ran.weights)[:8]}"]
+            [str(ran.directory), recipe(ran), numbers(ran, runs), f"sha256 {identity.digest(ran.weights)[:8]}"]
             for ran in own
         ]
         print("\n" + report.markdown(["pretrained=", "recipe", "top-1 (%)", "hash"], rows))
@@ -61,7 +61,7 @@ def identify(path: Path, own: list[Ran]) -> str:
                 f"{path}: its md5 is {md5[:8]}..., not {weights.md5}, which {name} has: a broken or another file"
             )
     for ran in own:
-        if results.digest(ran.weights) == sha256:
+        if identity.digest(ran.weights) == sha256:
             return f"{path}: {ran.weights}, {recipe(ran)}"
     raise UserError(
         f"{path}: none of the known weights (md5 {md5[:8]}..., sha256 {sha256[:8]}...); runs=DIR compares it with your "
@@ -71,7 +71,7 @@ def identify(path: Path, own: list[Ran]) -> str:
 
 def recipe(ran: Ran) -> str:
     config = ran.config
-    names = [(config.get("method") or {}).get("name") or ran.stage, ran.labels]
+    names = [(config.get("method") or {}).get("name") or ran.stage, ran.identity.labels]
     names += [config[group]["name"] for group in ("backbone", "data") if group in config]
     names += [f"{config['epochs']} epochs", f"batch {config['batch_size']}", f"seed {config['seed']}"]
     return ", ".join(filter(None, names))
