@@ -48,6 +48,19 @@ def parameters(path: str, supplied: tuple[str, ...]) -> dict[str, Parameter]:
     }
 
 
+@cache
+def constant(path: str, name: str) -> Any:
+    """The literal of this name in the module of the class or function with this dotted path; None: there is none.
+
+    It may name literals of other modules. ImportError, ValueError.
+    """
+    module = path.rpartition(".")[0]
+    try:
+        return _Module(module).literal(name)
+    except _NotPlain:
+        return None
+
+
 class _Module:
     """What stands at the top level of a source file."""
 
@@ -89,6 +102,15 @@ class _Module:
             for arg in positional + args.kwonlyargs
             if arg.arg not in ("self", *supplied)
         }
+
+    def literal(self, name: str) -> Any:
+        match self.defined.get(name):
+            case ast.ImportFrom(module=origin, level=0) if origin:
+                return _Module(origin).literal(name)
+            case ast.Assign(value=value):
+                names = {node.id for node in ast.walk(value) if isinstance(node, ast.Name)}
+                return eval(ast.unparse(value), {"__builtins__": {}}, {name: self.literal(name) for name in names})
+        raise _NotPlain
 
     def _value(self, expression: ast.expr) -> Any:
         """The type that an annotation stands for."""

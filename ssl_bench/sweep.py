@@ -26,6 +26,7 @@ import yaml
 from ssl_bench import files, identity
 from ssl_bench.identity import Identity
 from ssl_bench.tracking import MetricsFile
+from ssl_bench.typed import key_of
 
 
 @dataclass
@@ -124,10 +125,6 @@ class Member:
     @cached_property
     def choices(self) -> dict[str, str]:
         return {key_of(word): word.partition("=")[2] for word in self.overrides if not identity.is_free(key_of(word))}
-
-
-def key_of(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
 
 
 def name(overrides: Sequence[str]) -> str:

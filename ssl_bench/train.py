@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from ssl_bench import build, identity, sweep
+from ssl_bench import build, identity, sweep, typed
 from ssl_bench.errors import Interrupted, UserError
 from ssl_bench.launch import launch, set_up_logging
 
@@ -67,11 +67,21 @@ def run(cfg: DictConfig) -> float | None:
     """One run. Members of a sweep are run by its launcher, but by this where another launcher than ours was chosen."""
     try:
         build.check(cfg)
+        if HydraConfig.get().mode == RunMode.RUN:
+            refuse_in_vain(cfg, HydraConfig.get().overrides.task)
         return launch(cfg).get(cfg.metric)
     except UserError as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # Hydra says which member it was, and goes on with the others
         fail(error)
+
+
+def refuse_in_vain(cfg: DictConfig, overrides: list[str]) -> None:
+    """UserError for what was typed for one run and would be ignored."""
+    lines = [*typed.in_vain(OmegaConf.to_container(cfg), overrides).values()]
+    lines += [f"{word} names a sweep, and this is one run: add -m" for word in overrides if word.startswith("sweep=")]
+    if lines:
+        raise UserError("\n".join(lines))
 
 
 def fail(error: Exception) -> NoReturn:
@@ -89,13 +99,16 @@ class Check(Callback):
     def on_multirun_start(self, config: DictConfig, config_name: str | None = None, **_: Any) -> None:
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-        if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
-            return  # its members are not known beforehand
+        if not config.hydra.sweeper._target_.endswith("BasicSweeper"):  # its members are not known beforehand
+            own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+            if lines := typed.in_vain(OmegaConf.to_container(own), config.hydra.overrides.task):
+                fail(UserError("\n".join(lines.values())))
+            return
         params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
         overrides = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
         if searched := [override.input_line for override in overrides if override.is_interval_sweep()]:
             fail(UserError(f"{searched[0]}: {SEARCH}"))
-        problems = []
+        problems, composed = [], []
         (members,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
         if len(members) > 20:
             log.info("checking %s members, a second each, before any starts", len(members))
@@ -103,9 +116,13 @@ class Check(Callback):
             try:
                 composer = GlobalHydra.instance().hydra
                 cfg = composer.compose_config(config_name, list(member), RunMode.RUN, with_log_configuration=False)
-                build.check(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]))
+                cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+                build.check(cfg)
+                composed.append((OmegaConf.to_container(cfg), list(member)))
             except (UserError, HydraException, OmegaConfBaseException) as error:
                 problems.append(f"{' '.join(member)}: {_message(error)}")
+        if not problems:
+            problems = typed.swept_in_vain(composed)
         if problems:  # Hydra only warns of a callback's exceptions
             print("ssl-bench: nothing was started.", *problems, sep="\n", file=sys.stderr)
             sys.exit(2)

@@ -5,9 +5,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from test_config import CHOICES, compose
 
-from ssl_bench import build
+from ssl_bench import build, typed
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 # `ssl-bench ...` in fenced blocks (not transcripts, which begin with $) and in running text
@@ -21,7 +22,10 @@ def test_command_composes(command: str) -> None:
     if "--help" in command or "--config-dir" in command:
         return
     words = [word for word in shlex.split(command, comments=True) if word[0] not in "-$" and word != "job"]
-    build.check(compose(*(re.sub(r"=([^\[,]+),.*", r"=\1", word) for word in words)))
+    words = [re.sub(r"=([^\[,]+),.*", r"=\1", word) for word in words]
+    cfg = compose(*words)
+    build.check(cfg)
+    assert not typed.in_vain(OmegaConf.to_container(cfg), words)
 
 
 def test_every_choice_is_named() -> None:

@@ -203,7 +203,7 @@ def _refuse_free(job_overrides: Sequence[Sequence[str]], members: Sequence["Memb
     """UserError for several members of a grid that would be one run, since what tells them apart doesn't name it."""
     from ssl_bench import identity
     from ssl_bench.errors import UserError
-    from ssl_bench.sweep import key_of
+    from ssl_bench.typed import key_of
 
     first: dict[Path, Sequence[str]] = {}
     for member, overrides in zip(members, job_overrides, strict=True):

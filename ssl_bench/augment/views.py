@@ -26,6 +26,7 @@ from ssl_bench.fields import Fraction, Interpolation, Interval, Resize
 RGB = tuple[float, float, float]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+IDLE = {"augmentation.num_small_views=0": ("augmentation.small_size", "augmentation.small_crop_scale")}  # see `typed`
 CHUNK = 32 * 96 * 96  # pixels: more don't fit a core's caches, with fewer Python takes too much of the time
 
 

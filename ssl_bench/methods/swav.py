@@ -12,6 +12,7 @@ from ssl_bench.methods import layers
 from ssl_bench.methods.base import Method, Output, by_size, health_of
 
 NUM_CODED = 2  # crops whose codes the others predict: those of full size
+IDLE = {"method.queue_length=0": ("method.queue_start",)}  # see `typed`
 
 
 @torch.no_grad()

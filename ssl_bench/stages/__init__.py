@@ -1,1 +1,12 @@
-"""Stages: functions `(cfg, run, **options) -> metrics`. The options are the keys of `cfg.stage`."""
+"""Stages: functions `(cfg, run, **options) -> metrics`. The options are the keys of `cfg.stage`.
+
+READS in a stage's module are the shared keys that it reads (see `typed`), made of these.
+"""
+
+RUN = ("dir", "sweep", "metric", "tracking", "seed", "device")  # of a stage that leaves a run
+IMAGES = ("source", "batch_size", "precision")  # of one that shows images to a network
+LOOK = ("augmentation.name", "augmentation.image_size", "augmentation.mean", "augmentation.std")  # of a test view
+EVERY = ("log_every", "eval_every", "save_every")
+RECIPE = ("augmentation", "optimizer", "schedule", "epochs", "compile")
+TRAINING = (*RUN, *IMAGES, *RECIPE, *EVERY, "devices", "data", "backbone")
+PRETRAINING = (*TRAINING, "method", "sync_batch_norm")

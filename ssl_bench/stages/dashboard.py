@@ -9,6 +9,8 @@ from ssl_bench import files, tracking
 from ssl_bench.errors import UserError, writable
 from ssl_bench.run import Run
 
+READS = ("tracking",)
+
 
 def dashboard(cfg: DictConfig, run: Run, out: str = "dashboard.json") -> dict[str, float]:
     """A saved view in the project of `tracking`, if logged in; else `out`, which says what it will be. Counts panels.

@@ -30,6 +30,9 @@ PLACES = ("_target_", "root", "cache", "workers")  # keys of a recipe that are a
 TOLERANCE = 1e-3  # of ONNX's outputs, relative to the largest: it sums in another order
 
 
+READS = ("pretrained", "runs", "backbone")
+
+
 def export(
     cfg: DictConfig, run: Run, out: str, image_size: PositiveInt | None = None, onnx: bool = True
 ) -> dict[str, float]:

@@ -11,6 +11,7 @@ from ssl_bench.finetune import FineTune
 from ssl_bench.methods import layers
 from ssl_bench.optim import scaled_lr
 from ssl_bench.run import Run
+from ssl_bench.stages import TRAINING
 from ssl_bench.stages.evaluation import digest, few_labels, load_pretrained
 from ssl_bench.stages.training import (
     check_batch,
@@ -22,6 +23,8 @@ from ssl_bench.stages.training import (
     open_source,
     train,
 )
+
+READS = (*TRAINING, "pretrained", "sync_batch_norm")
 
 
 def finetune(

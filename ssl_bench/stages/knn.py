@@ -18,6 +18,7 @@ from ssl_bench.errors import UserError
 from ssl_bench.evaluators import QUERIES, nearest, vote
 from ssl_bench.fields import Resize, Share
 from ssl_bench.run import Run
+from ssl_bench.stages import IMAGES, LOOK, RUN
 from ssl_bench.stages.cached import extract_all, hold_out
 from ssl_bench.stages.evaluation import check_directory, few_labels, load_pretrained, log_result
 from ssl_bench.stages.training import check_sizes, normalization, on_device, open_source
@@ -26,6 +27,9 @@ log = logging.getLogger(__name__)
 
 Cell = tuple[int, float]  # k, temperature
 CHOICE = ("stage=knn", "one of each: stage.k=[20] stage.temperatures=[0.07]")  # of a hold_out that can't be made
+
+
+READS = (*RUN, *IMAGES, *LOOK, "devices", "data", "backbone", "pretrained")
 
 
 def knn(

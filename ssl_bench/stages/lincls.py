@@ -13,11 +13,15 @@ from ssl_bench.fields import Resize, Share
 from ssl_bench.methods import layers
 from ssl_bench.probe import LinearGrid, LinearProbe
 from ssl_bench.run import Run
+from ssl_bench.stages import TRAINING
 from ssl_bench.stages.cached import GridOptions, check_options, check_unused, hold_out, train_grid
 from ssl_bench.stages.evaluation import digest, few_labels, load_pretrained
 from ssl_bench.stages.training import check_batch, check_sizes, make_views, normalization, on_device, open_source, train
 
 DEFAULT = GridOptions()
+
+
+READS = (*TRAINING, "pretrained")
 
 
 def lincls(

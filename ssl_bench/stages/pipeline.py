@@ -6,15 +6,18 @@ from pathlib import Path
 from statistics import median
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import NonNegativeInt
 
-from ssl_bench import build, identity, interop, report
+from ssl_bench import build, identity, interop, report, typed
 from ssl_bench.augment.draws import keys
 from ssl_bench.augment.views import EvalView
 from ssl_bench.engine import extract
+from ssl_bench.errors import UserError
 from ssl_bench.launch import launch
 from ssl_bench.run import Run
+from ssl_bench.stages import EVERY, PRETRAINING, RECIPE
 from ssl_bench.stages.pretrain import picture
 from ssl_bench.stages.training import normalization, on_device, open_source
 from ssl_bench.tracking import MetricsFile
@@ -23,6 +26,8 @@ log = logging.getLogger(__name__)
 
 # What an evaluation shares with the pretraining it follows, unless its own overrides say otherwise.
 SHARED = ("data", "backbone", "tracking", "device", "devices", "precision", "zero_init_residual")
+READS = PRETRAINING
+IDLE = {"method.name=random": (*RECIPE[1:], *EVERY)}  # its pictures show the augmentation
 
 
 def pipeline(
@@ -36,7 +41,7 @@ def pipeline(
     """
     pretraining = _with(cfg, dir=f"{cfg.dir}/pretrain", stage=hydra.compose("config", ["stage=pretrain"]).stage)
     evaluations = {
-        name: [_evaluation(cfg, name, protocol, overrides, seed) for seed in seeds]
+        name: [evaluation(cfg, name, protocol, overrides, seed) for seed in seeds]
         for name, overrides in rows.items()
         if overrides is not None
     }
@@ -72,12 +77,23 @@ def cost(lines: list[dict[str, float]]) -> dict[str, float]:
     return {"images_per_second": rate, "memory_gb": max(line.get("memory_gb", 0) for line in lines)}
 
 
-def _evaluation(cfg: DictConfig, name: str, protocol: list[str], own: list[str], seed: int) -> DictConfig:
+def evaluation(cfg: DictConfig, name: str, protocol: list[str], own: list[str], seed: int) -> DictConfig:
+    """The configuration of a row's run. UserError for overrides that it would ignore."""
     overrides = own if own and own[0].startswith("stage=") else ["stage=lincls", *protocol, *own]
-    member = hydra.compose("config", overrides)
-    chosen = {override.partition("=")[0].partition(".")[0].lstrip("+") for override in overrides}
+    keys = {word: typed.key_of(word) for word in overrides}
+    chosen = {*keys.values()}  # of a group that isn't, single keys may be changed
+    changed = [word for word, key in keys.items() if (root := key.partition(".")[0]) in SHARED and root not in chosen]
+    member = hydra.compose("config", [word for word in overrides if word not in changed])
     shared = {key: cfg[key] for key in SHARED if key not in chosen}
-    return _with(member, seed=seed, dir=f"{cfg.dir}/{identity.slug(name)}/seed{seed}", **shared)
+    made = _with(member, seed=seed, dir=f"{cfg.dir}/{identity.slug(name)}/seed{seed}", **shared)
+    for override in OverridesParser.create().parse_overrides(changed):
+        OmegaConf.update(made, override.key_or_group, override.value(), force_add=True)
+    lines = [*typed.in_vain(OmegaConf.to_container(member), overrides).values()]
+    for key, instead in {"seed": "stage.seeds says it", "dir": "the pipeline says it"}.items():
+        lines += [f"{word} would be ignored: {instead}" for word in overrides if keys[word] == key]
+    if lines:
+        raise UserError("\n".join(f"stage.rows, {name}: {line}" for line in lines))
+    return made
 
 
 def _with(cfg: DictConfig, **nodes: object) -> DictConfig:

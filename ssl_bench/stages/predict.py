@@ -17,6 +17,7 @@ from ssl_bench.errors import UserError
 from ssl_bench.fields import Resize
 from ssl_bench.precision import autocast
 from ssl_bench.run import Run
+from ssl_bench.stages import IMAGES, RUN
 from ssl_bench.stages.evaluation import check_directory, log_result, open_pretrained
 from ssl_bench.stages.training import on_device, open_source
 
@@ -33,6 +34,9 @@ class Position:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.bytes = state["bytes"]
+
+
+READS = (*RUN, *IMAGES, "data.on_error", "data.cache", "data.workers", "backbone", "pretrained")
 
 
 def predict(

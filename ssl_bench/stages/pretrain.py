@@ -20,6 +20,7 @@ from ssl_bench.methods import layers
 from ssl_bench.methods.base import Method
 from ssl_bench.run import Run
 from ssl_bench.seeding import fold
+from ssl_bench.stages import EVERY, IMAGES, PRETRAINING, RECIPE
 from ssl_bench.stages.cached import extract_all, hold_out
 from ssl_bench.stages.training import (
     check_batch,
@@ -33,6 +34,14 @@ from ssl_bench.stages.training import (
 )
 
 log = logging.getLogger(__name__)
+
+
+READS = PRETRAINING
+IDLE = {
+    "method.name=random": (*RECIPE, *EVERY, *IMAGES, "stage.online_images"),
+    "eval_every=0": ("stage.online_images",),
+    "stage.online_images=0": ("eval_every",),
+}
 
 
 def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) -> dict[str, float]:

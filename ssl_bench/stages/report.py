@@ -25,6 +25,9 @@ KEPT = ("started", "platform", "python", "packages", "git_commit", "git_dirty", 
 TOLERANCE = 0.05  # points of top-1 by which predictions made again may miss the run's own
 
 
+READS = ("runs", "metric", "data.name", "data.root", "source", "batch_size", "device")
+
+
 def report(
     cfg: DictConfig, run: Run, out: str | None = None, details: NonNegativeInt = 3, readme: str | None = None
 ) -> dict[str, float]:

@@ -25,6 +25,7 @@ from ssl_bench.fields import Resize
 from ssl_bench.probe import restored
 from ssl_bench.run import Run
 from ssl_bench.seeding import fold
+from ssl_bench.stages import IMAGES, LOOK, RUN
 from ssl_bench.stages.evaluation import check_directory, digest, load_pretrained, log_result
 from ssl_bench.stages.features import stored_features
 from ssl_bench.stages.training import check_sizes, normalization, on_device, open_source
@@ -32,6 +33,10 @@ from ssl_bench.stages.training import check_sizes, normalization, on_device, ope
 log = logging.getLogger(__name__)
 
 SHOWN = 144  # images on the contact sheet
+
+
+READS = (*RUN, *IMAGES, *LOOK, "devices", "data", "backbone", "pretrained")
+IDLE = {"stage.strategy=random": ("pretrained", "backbone", *LOOK, "stage.dim", "stage.test_resize", "stage.features")}
 
 
 def select(

@@ -8,6 +8,8 @@ from ssl_bench import build, files, sweep
 from ssl_bench.errors import UserError
 from ssl_bench.run import Run
 
+READS = ("runs", "metric")
+
 
 def status(cfg: DictConfig, run: Run) -> dict[str, float]:
     """Show the sweeps `cfg.runs`; each gets its table.md and table.csv. Returns counts of states.

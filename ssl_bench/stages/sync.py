@@ -8,6 +8,8 @@ from ssl_bench import files
 from ssl_bench.errors import UserError
 from ssl_bench.tracking import choose_mode, rebuild
 
+READS = ("runs", "tracking")
+
 
 def sync(cfg: DictConfig, run: Any) -> dict[str, float]:
     """Rebuild every run at or below `cfg.runs`. UserError where there is none, where W&B is disabled, and at the end

@@ -7,6 +7,8 @@ from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import UserError
 from ssl_bench.run import Run
 
+READS = ("data",)
+
 
 def synthesize(cfg: DictConfig, run: Run, out: str, num_request: NonNegativeInt = 0) -> dict[str, float]:
     """out: a new folder. num_request: labels in request_00.csv and label_00.pt, of images in unlabeled/."""

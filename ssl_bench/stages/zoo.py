@@ -10,6 +10,8 @@ from ssl_bench.results import Ran
 from ssl_bench.run import Run
 from ssl_bench.zoo import SUMS, WEIGHTS, listed, place
 
+READS = ("runs",)
+
 
 def zoo(cfg: DictConfig, run: Run, verify: str | None = None) -> dict[str, float]:
     """Show the published weights, and the finished runs at or below `cfg.runs` with what was measured of them.
