@@ -35,8 +35,9 @@ def load_backbone(backbone: nn.Module, source: str) -> Loaded:
     path, wanted = find(source), backbone.state_dict()
     state, layout, prefix = _backbone_state(read(path), path, wanted)
     found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    if layout != "ssl_bench":  # there the classifier or projection is called fc, and belongs to no backbone
-        found = {key: value for key, value in found.items() if not key.startswith("fc.")}
+    if layout != "ssl_bench":  # fc: a classifier or projection of the authors', of torchvision, of stage=export
+        beside = ("fc.", *(backbone.classifier_keys() if hasattr(backbone, "classifier_keys") else ()))
+        found = {key: value for key, value in found.items() if key in wanted or not key.startswith(beside)}
     missing = [key for key in wanted if key not in found]
     unexpected = [key for key in found if key not in wanted]
     reshaped = [key for key in wanted if key in found and wanted[key].shape != found[key].shape]

@@ -149,6 +149,23 @@ def test_without_onnx_it_says_what_to_install(
     assert {path.name for path in out.iterdir()} == {"README.md", "SHA256SUMS", "model.pth", "model.safetensors"}
 
 
+def test_what_onnx_cannot_express_costs_that_file_alone(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("onnxscript")
+    forward = models.ResNet.forward
+    monkeypatch.setattr(models.ResNet, "forward", lambda self, x: forward(self, x if x.sum() > 0 else -x))
+    out = export(place / "moco", tmp_path / "out", "stage.onnx=true")
+    assert {path.name for path in out.iterdir()} == {"README.md", "SHA256SUMS", "model.pth", "model.safetensors"}
+    ours = [record for record in caplog.records if record.name.startswith("ssl_bench")]
+    (said,) = [record.getMessage() for record in ours if record.levelname == "WARNING"]
+    assert said.startswith("no model.onnx, but all else: Could not guard on data-dependent expression")
+    assert "\n" not in said
+    assert "There is no `model.onnx`: its export failed (Could not guard" in (out / "README.md").read_text()
+    assert subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=out, capture_output=True).returncode == 0
+    load_backbone(backbones.resnet18(stem="small", width=8), str(out))
+
+
 def test_the_card_has_the_recipe_and_the_numbers(place: Path, tmp_path: Path) -> None:
     card = (export(place / "moco", tmp_path / "out", f"runs={place}") / "README.md").read_text()
     scores = [json.loads((place / "lincls" / f"seed{i}" / "summary.json").read_text())["val_top1"] for i in (0, 1)]
@@ -221,6 +238,20 @@ def test_mistakes(place: Path, tmp_path: Path, overrides: list[str], says: str) 
     with pytest.raises(UserError) as caught:
         launch(compose(*words))
     assert says in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"x.pth"}
+
+
+@pytest.mark.parametrize("stage", ["predict stage.images=.", "export stage.out=out"])
+@pytest.mark.parametrize("size", ["stage.image_size=20", "backbone.patch_size=15"])
+def test_a_size_that_the_network_refuses(tmp_path: Path, stage: str, size: str) -> None:
+    """As lincls and knn say it, typed or, of a file that says nothing, ImageNet's 224."""
+    patch = 15 if "patch" in size else 16
+    torch.save(backbones.vit_tiny(2 * patch, patch).state_dict(), tmp_path / "x.pth")
+    words = [*f"stage={stage}".split(), f"pretrained={tmp_path}/x.pth", "backbone=vit_tiny", size]
+    with pytest.raises(UserError) as caught:
+        launch(compose(*words, f"backbone.image_size={2 * patch}", f"dir={tmp_path}/run"))
+    pixels = 20 if patch == 16 else 224
+    assert f"stage.image_size={pixels} is no multiple of backbone.patch_size={patch}" in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {"x.pth"}
 
 

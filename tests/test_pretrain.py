@@ -39,14 +39,14 @@ PIXELS = ["backbone=pixels", "augmentation.image_size=8"]
 VIT = ["backbone=vit_tiny", "backbone.patch_size=8"]
 MISTAKES = {
     "no labels": (["method=supervised", "data=folder"], "dl21 has no labels, so no split 'train'"),
-    "pixels": (PIXELS, "augmentation.image_size=8 is not backbone.image_size=16, which backbone=pixels asks for"),
+    "pixels": (PIXELS, "augmentation.image_size=8 is not backbone.image_size=16; backbone=pixels doesn't take it"),
     "patches": (
         [*VIT, "augmentation.image_size=12"],
         "augmentation.image_size=12 is no multiple of backbone.patch_size=8",
     ),
     "small views": (
         [*VIT, "method=dino", "augmentation.small_size=4"],
-        "augmentation.small_size=4 is no multiple of backbone.patch_size=8, which backbone=vit_tiny asks for",
+        "augmentation.small_size=4 is no multiple of backbone.patch_size=8; backbone=vit_tiny doesn't take it",
     ),
 }
 

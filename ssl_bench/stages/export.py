@@ -21,6 +21,7 @@ from ssl_bench.errors import UserError, writable
 from ssl_bench.results import Ran
 from ssl_bench.run import Run
 from ssl_bench.stages.evaluation import Pretrained, open_pretrained
+from ssl_bench.stages.training import check_size
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +40,9 @@ def export(
     """Write the folder `out`: the backbone and, where the file has one, its classifier as fc.weight and fc.bias.
 
     model.safetensors, model.pth (a state dict), model.onnx, README.md with the recipe and the numbers of `cfg.runs`,
-    as far as they measured these very weights, SHA256SUMS. An export that is there is replaced as a whole. Returns the
-    number of tensors. UserError for a folder that holds something else or can't be written, and where none of the
-    runs did.
+    as far as they measured these very weights, SHA256SUMS. An export that is there is replaced as a whole. What ONNX
+    can't express costs model.onnx alone, with a warning. Returns the number of tensors. UserError for a folder that
+    holds something else or can't be written, and where none of the runs did.
     """
     if not run.is_main:
         return {}
@@ -64,6 +65,7 @@ def export(
     if said := results.left_out(measured):
         log.warning(said)
     size = pretrained.view(image_size, None)[1].image_size
+    check_size("stage.image_size", size, pretrained.backbone, pretrained.network.get("name"))
     state = dict(pretrained.backbone.state_dict())
     if pretrained.classifier is not None:
         state |= {f"fc.{key}": value for key, value in pretrained.classifier.state_dict().items()}
@@ -75,10 +77,9 @@ def export(
     partial.mkdir(parents=True)
     try:
         write_weights(state, pretrained, partial)
-        if onnx:
-            network = nn.Sequential(pretrained.backbone, pretrained.classifier or nn.Identity()).eval()
-            write_onnx(network, size, partial / "model.onnx")
-        (partial / "README.md").write_text(card(folder.name, pretrained, measured, image_size), encoding="utf-8")
+        failure = try_onnx(pretrained, size, partial / "model.onnx") if onnx else ""
+        text = card(folder.name, pretrained, measured, image_size, failure)
+        (partial / "README.md").write_text(text, encoding="utf-8")
         names = sorted(file.name for file in partial.iterdir())
         (partial / zoo.SUMS).write_text(
             "".join(f"{files.digest(partial / name)}  {name}\n" for name in names), encoding="utf-8"
@@ -123,6 +124,23 @@ def write_weights(state: interop.State, pretrained: Pretrained, folder: Path) ->
     torch.save(state, folder / "model.pth")
 
 
+def try_onnx(pretrained: Pretrained, image_size: int, path: Path) -> str:
+    """`write_onnx`. Returns why there is no such file, where the network has what ONNX or its exporter doesn't know."""
+    network = nn.Sequential(pretrained.backbone, pretrained.classifier or nn.Identity()).eval()
+    try:
+        write_onnx(network, image_size, path)
+    except OSError:  # a full disk
+        raise
+    except Exception as error:  # of torch's exporter, onnxscript and onnxruntime, which have many kinds
+        path.unlink(missing_ok=True)
+        while error.__cause__:  # the exporter wraps what it stumbled over in pages of advice
+            error = error.__cause__
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        log.warning("no model.onnx, but all else: %s", reason)
+        return reason
+    return ""
+
+
 def write_onnx(network: nn.Module, image_size: int, path: Path) -> None:
     """Normalised images (batch, 3, image_size, image_size) -> features, or logits. Needs onnx and onnxscript; without
     them says so, and writes nothing. Where onnxruntime is installed, its outputs are compared with torch's.
@@ -161,7 +179,8 @@ def write_onnx(network: nn.Module, image_size: int, path: Path) -> None:
 # -- the model card ----------------------------------------------------------------------------------------------------
 
 
-def card(name: str, pretrained: Pretrained, measured: list[Ran], image_size: int | None) -> str:
+def card(name: str, pretrained: Pretrained, measured: list[Ran], image_size: int | None, no_onnx: str = "") -> str:
+    """no_onnx: why there is no model.onnx, where that was tried."""
     config, classifier, rows = pretrained.config, pretrained.classifier, results.evaluations(measured)
     packed, view = pretrained.view(image_size, None)
     mean, std = (tuple(round(x, 4) for x in values.flatten().tolist()) for values in view.normalize.buffers())
@@ -183,6 +202,7 @@ def card(name: str, pretrained: Pretrained, measured: list[Ran], image_size: int
         "A ResNet's names are torchvision's and timm's alike. `model.pth` holds the same tensors for "
         "`torch.load(..., weights_only=True)`; `model.onnx`, where it is there, takes `images` (batch, 3, "
         f"{view.image_size}, {view.image_size}). `sha256sum --check {zoo.SUMS}` proves the files.",
+        f"There is no `model.onnx`: its export failed ({no_onnx})." if no_onnx else "",
         "## Recipe",
     ]
     if config:

@@ -19,7 +19,7 @@ from ssl_bench.precision import autocast
 from ssl_bench.run import Run
 from ssl_bench.stages import IMAGES, RUN
 from ssl_bench.stages.evaluation import check_directory, log_result, open_pretrained
-from ssl_bench.stages.training import on_device, open_source
+from ssl_bench.stages.training import check_size, on_device, open_source
 
 BLOCK = 4096  # images between two saves
 
@@ -67,6 +67,7 @@ def predict(
             "of stage=lincls or stage=finetune"
         )
     packed, view = pretrained.view(image_size, test_resize)
+    check_size("stage.image_size", view.image_size, pretrained.backbone, pretrained.network.get("name"))
     data = open_images(cfg, packed)
     split = data.split("pretrain")
     source = open_source(cfg, run, data, "pretrain")

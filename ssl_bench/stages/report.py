@@ -17,7 +17,7 @@ from ssl_bench.probe import restored
 from ssl_bench.report import markdown
 from ssl_bench.results import Board, Group, Ran
 from ssl_bench.run import Run
-from ssl_bench.stages.training import normalization, on_device, open_source
+from ssl_bench.stages.training import check_sizes, normalization, on_device, open_source
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +187,7 @@ def look(run: Run, detail: page.Detail, ran: Ran, source: Source) -> None:
     if not paths:
         raise UserError("it has no checkpoint")
     backbone = build.construct(config.backbone)
+    check_sizes(config, backbone)
     interop.load_backbone(backbone, str(paths[0]))
     state = checkpoint.read(paths[0])["model"]
     view = EvalView(config.augmentation.image_size, config.stage.get("test_resize", 1.0), *normalization(config))

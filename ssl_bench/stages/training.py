@@ -88,11 +88,13 @@ def open_source(cfg: DictConfig, run: Run, data: Dataset, split: str, subset: np
 def check_sizes(cfg: DictConfig, backbone: nn.Module) -> None:
     """UserError for views of a size that the backbone doesn't take, before any image is read."""
     for key in ("image_size", "small_size") if cfg.augmentation.get("num_small_views") else ("image_size",):
-        if hasattr(backbone, "refuses") and (why := backbone.refuses(cfg.augmentation[key])):
-            raise UserError(
-                f"augmentation.{key}={cfg.augmentation[key]} {why}, which backbone={cfg.backbone.name} asks for: "
-                "change one of the two"
-            )
+        check_size(f"augmentation.{key}", cfg.augmentation[key], backbone, cfg.backbone.name)
+
+
+def check_size(key: str, size: int, backbone: nn.Module, name: str) -> None:
+    """UserError where the backbone of this name doesn't take images of `size` pixels, which `key` sets."""
+    if hasattr(backbone, "refuses") and (why := backbone.refuses(size)):
+        raise UserError(f"{key}={size} {why}; backbone={name} doesn't take it: change one of the two")
 
 
 def make_views(cfg: DictConfig, run: Run, method: type[Method] | Method) -> Views:
