@@ -3,11 +3,15 @@
 import difflib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import yaml
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, create_model
@@ -105,10 +109,137 @@ def locate(path: str, group: str) -> Callable:
 
 @contextmanager
 def _told(path: str | None, group: str) -> Iterator[None]:
+    if _permitted is not None:
+        _permit(path, group, _permitted)
     try:
         yield
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{group}._target_={path}: can't be imported ({error})") from None
+
+
+# -- what comes from elsewhere is data ---------------------------------------------------------------------------------
+
+# (group, dotted path) of what a process may call that runs a file's configuration; None: this one composed its own
+_permitted: set[tuple[str, str]] | None = None
+# Keys of timm's that fetch or unpickle what they name.
+FETCHING = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
+
+
+def read_back(place: Path, text: str | bytes, parser: Callable[[str | bytes], Any]) -> dict[str, Any]:
+    """A configuration from a file, as plain data whose groups are mappings. UserError."""
+    try:
+        config = parser(text)
+        groups = [config[group] for group in SUPPLIED if config.get(group) is not None]
+    except Exception:  # yaml's and json's have no common kind
+        groups = [None]
+    if not all(isinstance(group, dict) for group in groups):
+        raise UserError(f"{place}: its configuration is damaged: put it back, or delete it")
+    return config
+
+
+def found(config: Mapping, group: str, cfg: DictConfig, place: Path) -> dict[str, Any]:
+    """The node of this group in a configuration that was read from `place`, as data for `construct`.
+
+    It chooses among our constructors and those that `cfg`, composed by this command, or a --config-dir names. UserError
+    for any other: whoever wrote the file names no code to run.
+    """
+    node = config.get(group)
+    if not isinstance(node, Mapping) or not isinstance(path := node.get("_target_"), str):
+        raise UserError(f"{place}: names no {group}")
+    permitted = _permitted if _permitted is not None else _ours() | named(cfg)
+    _permit(path, group, permitted, place)
+    options = node.get("options")
+    if isinstance(options, Mapping) and (fetching := sorted(set(FETCHING) & options.keys())):
+        raise UserError(f"{place}: {group}.options.{fetching[0]} fetches or unpickles what it names: take it out")
+    return dict(node)
+
+
+def named(cfg: DictConfig) -> set[tuple[str, str]]:
+    """(group, dotted path) of the constructors in `cfg`, in the overrides it holds, and in the YAML of --config-dir."""
+    plain = OmegaConf.to_container(cfg)
+    paths = _targets(plain)
+    for word in _texts(plain):  # of a pipeline's rows
+        if override := re.fullmatch(r"\+{0,2}(\w+)\._target_=(\S+)", word):
+            paths.add((override[1], override[2]))
+    if GlobalHydra.instance().is_initialized():
+        for element in GlobalHydra.instance().config_loader().get_search_path().get_path():
+            if element.path.startswith("file://"):
+                paths |= _targets_below(Path(element.path.removeprefix("file://")))
+    return paths
+
+
+def strange(cfg: DictConfig) -> list[str]:
+    """What `named` finds and isn't ours, as one types it: for the process that runs this `cfg` from a file."""
+    return sorted(f"{group}._target_={path}" for group, path in named(cfg) - _ours())
+
+
+def restrict(words: Iterable[str]) -> None:
+    """From now on, this process calls our constructors and those of these words of `strange`, whatever a file says."""
+    global _permitted
+    pairs = (word.partition("._target_=") for word in words)
+    _permitted = _ours() | {(group, path) for group, _, path in pairs}
+
+
+def literal(config: Mapping) -> DictConfig:
+    """Plain data as a configuration in which "${" stands for itself: what a file says is never an interpolation."""
+
+    def escaped(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: escaped(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [escaped(item) for item in value]
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+    return OmegaConf.create(escaped(config))
+
+
+def _permit(path: str | None, group: str, permitted: set[tuple[str, str]], place: Path | None = None) -> None:
+    if (group, path) in permitted or (group == "node" and any(path == known for _, known in permitted)):
+        return
+    where = f"{place}: " if place else ""
+    raise UserError(
+        f"{where}{group}._target_={path} is not ours, and this command doesn't name it: it is not called. If it is "
+        "your own, add --config-dir=DIR with the YAML that names it"
+    )
+
+
+@cache
+def _ours() -> set[tuple[str, str]]:
+    return _targets_below(Path(__file__).with_name("conf"))
+
+
+def _targets_below(folder: Path) -> set[tuple[str, str]]:
+    """What the YAML files of a folder name, read and not composed."""
+    paths: set[tuple[str, str]] = set()
+    for file in folder.rglob("*.yaml"):
+        try:
+            text = file.read_text(encoding="utf-8")
+            content = yaml.safe_load(text)
+        except (OSError, ValueError, yaml.YAMLError):
+            continue  # Hydra tells it of a file that is chosen
+        package = re.match(r"#\s*@package\s+(\S+)", text)
+        own = file.parent.relative_to(folder).as_posix()
+        group = (package[1] if package else own).removeprefix("_global_").removeprefix(".").replace("_group_", own)
+        if isinstance(content, dict):
+            paths |= _targets({group: content} if group in SUPPLIED else content)
+    return paths
+
+
+def _targets(config: Any) -> set[tuple[str, str]]:
+    nodes = ((group, config.get(group)) for group in SUPPLIED)
+    paths = ((group, node.get("_target_")) for group, node in nodes if isinstance(node, Mapping))
+    return {(group, path) for group, path in paths if isinstance(path, str)}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
+
+
+# -- devices and words -------------------------------------------------------------------------------------------------
 
 
 def pick_device(name: str, local_rank: int) -> "torch.device":

@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from ssl_bench import checkpoint, files, zoo
+from ssl_bench import build, checkpoint, files, zoo
 from ssl_bench.errors import UserError
 from ssl_bench.methods.moco import MoCo
 
@@ -67,7 +67,8 @@ def _backbone_of(source: str, path: Path) -> str:
     if not (node := (recipe(path) or {}).get("backbone")):
         return "backbone="
     telling = ("stem", "width", "model", "image_size", "patch_size")
-    return " ".join([f"backbone={node['name']}", *(f"backbone.{key}={node[key]}" for key in telling if key in node)])
+    words = [f"backbone.{key}={node[key]}" for key in telling if key in node]
+    return " ".join([f"backbone={node.get('name')}", *words])
 
 
 def find(source: str) -> Path:
@@ -105,9 +106,11 @@ def recipe(path: Path) -> dict | None:
         read(path)  # a broken file is told there
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("ssl_bench")
-        return json.loads(text) if text else None
+        return build.read_back(path, text, json.loads) if text else None
     run = files.run_of(path)
-    return files.parse(run / "config.yaml", yaml.safe_load) if run and (run / "config.yaml").is_file() else None
+    if not (run and (run / "config.yaml").is_file()):
+        return None
+    return build.read_back(run / "config.yaml", (run / "config.yaml").read_bytes(), yaml.safe_load)
 
 
 def class_names(path: Path) -> list[str]:

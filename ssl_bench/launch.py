@@ -40,7 +40,7 @@ def _with_file(cfg: DictConfig) -> DictConfig:
     if cfg.pretrained is None or not Path(cfg.pretrained).expanduser().is_dir():
         return cfg
     file = str(interop.find(cfg.pretrained))
-    return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True) | {"pretrained": file})
+    return build.literal(OmegaConf.to_container(cfg, resolve=True) | {"pretrained": file})
 
 
 def check_compiler() -> None:
@@ -127,7 +127,8 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
     )
     with tempfile.TemporaryDirectory() as folder:
         try:
-            results = elastic_launch(settings, _rank)(OmegaConf.to_yaml(cfg, resolve=True), folder)
+            plain = OmegaConf.to_container(cfg, resolve=True)
+            results = elastic_launch(settings, _rank)(json.dumps(plain), folder)
         except ChildFailedError as error:
             for message in sorted(Path(folder).glob("*.json")):
                 raise UserError(json.loads(message.read_text(encoding="utf-8"))) from None
@@ -147,7 +148,7 @@ def _rank(config: str, folder: str) -> dict[str, float]:
     rank = distributed.launched().rank
     set_up_logging(quiet=rank > 0)
     try:
-        return _run(OmegaConf.create(config))
+        return _run(build.literal(json.loads(config)))
     except UserError as error:
         # Told by file: of a child's exception the launcher passes on only text meant for developers.
         Path(folder, f"{rank}.json").write_text(json.dumps(str(error)), encoding="utf-8")

@@ -1,35 +1,46 @@
-"""One member of a sweep, from its file, in a process of its own: `python -m ssl_bench.member FILE`, or a Slurm job."""
+"""One member of a sweep, from its file, in a process of its own: `python -m ssl_bench.member FILE`, or a Slurm job.
+
+The file chooses among our constructors. Those of a user's own are named by who starts it, as its launcher does:
+`python -m ssl_bench.member FILE method._target_=my_module.Mine`.
+"""
 
 import os
 import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
-from omegaconf import OmegaConf
 
-from ssl_bench import sweep
+from ssl_bench import build, sweep
 from ssl_bench.errors import Interrupted, UserError
 from ssl_bench.launch import launch, set_up_logging
 
 
-def run(file: Path) -> None:
-    """As one of its ranks. What goes wrong is written beside the file, and raised."""
+def run(file: Path, named: Sequence[str] = ()) -> None:
+    """As one of its ranks. What goes wrong is written beside the file, and raised. named: see `build.strange`."""
     import ssl_bench.train  # noqa: F401 - the resolvers of the configuration
 
+    build.restrict(named)
     member, rank = sweep.Member.load(file), int(os.environ.get("SLURM_PROCID", 0))
     set_up_logging(quiet=rank > 0)
+    for folder in (member.cwd, member.conf):
+        if not (os.path.isabs(folder) and os.path.isdir(folder)):
+            raise UserError(f"{file}: {folder} isn't here: the command of the sweep makes its members anew")
     os.chdir(member.cwd)
-    sys.path.insert(0, member.cwd)  # a user's own modules
+    if named:
+        sys.path.append(member.cwd)  # a user's own modules
     with hydra.initialize_config_dir(member.conf, version_base="1.3"):  # a pipeline composes its parts
         attempt(member, rank)
 
 
 def attempt(member: sweep.Member, rank: int = 0) -> None:
     try:
-        launch(OmegaConf.create(member.config))
+        cfg = build.literal(member.config)
+        build.check(cfg)  # a file's, and by the code of today
+        launch(cfg)
     except Exception as error:
         member.fail(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}", rank)
         raise
@@ -47,8 +58,8 @@ class SlurmTask:
     - It finishes.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, named: Sequence[str] = ()) -> None:
+        self.file, self.named = file, named
 
     def __call__(self) -> None:
         if shutil.which("scontrol") is None:
@@ -56,7 +67,7 @@ class SlurmTask:
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's: rank 0 has the job requeued and exits, others return
         signal.signal(signal.SIGALRM, requeue)  # set by `Run` at a warning: a long step must not cost the requeue
         try:
-            run(self.file)
+            run(self.file, self.named)
         except Interrupted as stop:
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # one requeue is enough
             member = sweep.Member.load(self.file)
@@ -92,7 +103,7 @@ def _leave_requeue_to_the_script() -> None:
 
 if __name__ == "__main__":
     try:
-        run(Path(sys.argv[1]))
+        run(Path(sys.argv[1]), sys.argv[2:])
     except UserError as error:
         sys.exit(f"ssl-bench: {error}")
     except Interrupted as stop:

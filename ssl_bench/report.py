@@ -1,6 +1,7 @@
 """What a run comes to, for people: a table and one picture. Numbers and arrays in, markdown and PNG out."""
 
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ STYLE = {
     "grid.color": "#e6e8eb",
     "axes.axisbelow": True,
     "legend.frameon": False,
+    "text.parse_math": False,  # a name may hold a $
 }
 
 
@@ -57,7 +59,7 @@ def table(rows: dict[str, list[float]], metric: str, percent: bool = True) -> st
 
 def markdown(header: list[str], rows: list[list[str]], right: int = 0) -> str:
     """A table that also lines up in a terminal. right: how many columns at the end are aligned to the right."""
-    lines = [header, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    lines = [[plain(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     left = len(header) - right
     text = [
@@ -66,6 +68,13 @@ def markdown(header: list[str], rows: list[list[str]], right: int = 0) -> str:
     ]
     rule = "|".join("-" * (width + 2) if i < left else "-" * (width + 1) + ":" for i, width in enumerate(widths))
     return "\n".join([text[0], f"|{rule}|", *text[1:]])
+
+
+def plain(text: str) -> str:
+    """A text that may come from elsewhere, as a cell or a sentence of Markdown, which a terminal shows as well: in one
+    line, without markup that would be more than this text, or characters that move the cursor."""
+    text = "".join(char if char.isprintable() else " " for char in text)
+    return re.sub(r"[|<]|(?<=\])\(", r"\\\g<0>", text)
 
 
 def overview(path: str | Path, *args: Any, **kwargs: Any) -> None:

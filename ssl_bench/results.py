@@ -64,6 +64,8 @@ TITLES = {
 WAITING = sweep.State("waiting")
 PRETRAINING = "pretraining_"  # before the metrics of what an evaluation stands on
 COSTS = ("hours", "images_per_second", "memory_gb", f"{PRETRAINING}hours", f"{PRETRAINING}images_per_second")
+# keys without which a configuration is none of a run
+NEEDED = {"stage": str, "dir": str, "device": str, "seed": int, "epochs": int, "batch_size": int}
 # no results
 BESIDE = ("step", "epoch", "images_seen", "lr", "weight_decay", "grad_norm", "data_wait", "k", "temperature")
 
@@ -106,18 +108,21 @@ class Ran:
         def load(name: str) -> dict | None:
             path = directory / name
             try:
-                return (yaml.safe_load if name.endswith(".yaml") else json.loads)(path.read_text(encoding="utf-8"))
-            except FileNotFoundError:
-                return None
-            except (ValueError, yaml.YAMLError):
+                return files.parse(path, json.loads) if path.is_file() else None
+            except UserError:
                 raise UserError(f"{path}: can't be read; mend it, or leave this run out of runs=") from None
 
+        path = directory / "config.yaml"
+        config = build.read_back(path, path.read_bytes(), yaml.safe_load)
+        known = config | {"stage": (config.get("stage") or {}).get("name")}
+        if not all(isinstance(known.get(key), kind) for key, kind in NEEDED.items()):
+            raise UserError(f"{path}: no configuration of a run; leave it out of runs=")
         summary = load("summary.json")
         words = {True: "finished", False: "running" if sweep.locked(directory / ".lock") else "stopped"}
         lines = MetricsFile.read(directory / "metrics.jsonl")
         state = sweep.State(words[summary is not None])
         inputs = load("inputs.json") or {}
-        return cls(directory, load("config.yaml"), lines, summary, load("environment.json") or {}, state, inputs=inputs)
+        return cls(directory, config, lines, summary, load("environment.json") or {}, state, inputs=inputs)
 
     @property
     def stage(self) -> str:
@@ -495,7 +500,7 @@ def load(path: Path) -> list[dict]:
     return rows
 
 
-BLOCK = re.compile(r"(<!-- results: (\S+)((?: \w+=\S+)*) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
+BLOCK = re.compile(r"(?ms)(<!-- results: (\S+)((?: \w+=\S+)*) -->\n)(.*?)(^<!-- end of results -->)")
 
 
 def fill(text: str, folder: Path) -> str:

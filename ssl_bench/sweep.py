@@ -24,6 +24,7 @@ import filelock
 import yaml
 
 from ssl_bench import files, identity
+from ssl_bench.errors import UserError
 from ssl_bench.identity import Identity
 from ssl_bench.tracking import MetricsFile
 from ssl_bench.typed import key_of
@@ -40,7 +41,14 @@ class Member:
 
     @classmethod
     def load(cls, file: Path) -> "Member":
-        return cls(file, **json.loads(file.read_text(encoding="utf-8")))
+        values = files.parse(file, json.loads)
+        try:
+            made = cls(file, **values)
+            texts = [made.cwd, made.conf, made.job or "", made.config["dir"], *made.overrides]
+            assert all(isinstance(text, str) for text in texts)
+        except (TypeError, KeyError, AssertionError):
+            raise UserError(f"{file}: not a member of a sweep; delete it") from None
+        return made
 
     def save(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)

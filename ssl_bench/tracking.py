@@ -62,9 +62,10 @@ class MetricsFile:
             try:
                 row = json.loads(line)
                 assert isinstance(row["step"], int)
+                assert all(isinstance(value, int | float) for value in row.values())
             except (ValueError, TypeError, KeyError, AssertionError):
                 raise UserError(
-                    f"{path}, line {number} is not a JSON object with a step: {line[:60]!r}; delete that line"
+                    f"{path}, line {number} is not a JSON object of numbers with a step: {line[:60]!r}; delete it"
                 ) from None
             rows.append(row)
         return rows

@@ -131,7 +131,7 @@ class Check(Callback):
 def main() -> None:
     """Console entry. A person's mistake is one line and exit code 2; a bug keeps its traceback."""
     set_up_logging(quiet=os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0")  # one voice of many
-    sys.path.insert(0, os.getcwd())  # a user's own methods, as `python -m` has it
+    sys.path.append(os.getcwd())  # a user's own methods; last, for the folder may have come from elsewhere
     sys.argv[1:] = _options_first([LIST.sub(r"\1=[\2]", word) for word in sys.argv[1:]])
     wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets exceptions through, and the wording is ours

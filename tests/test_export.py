@@ -255,15 +255,6 @@ def test_a_size_that_the_network_refuses(tmp_path: Path, stage: str, size: str) 
     assert {path.name for path in tmp_path.iterdir()} == {"x.pth"}
 
 
-def test_a_file_names_no_code_to_run(tmp_path: Path) -> None:
-    """What a configuration from elsewhere calls its backbone is not looked up outside of ours."""
-    node = {"_target_": "pathlib.Path.touch", "self": str(tmp_path / "executed")}
-    save_file(tiny().backbone.state_dict(), tmp_path / "x.safetensors", {"ssl_bench": json.dumps({"backbone": node})})
-    with pytest.raises(UserError, match="doesn't say which of our networks"):
-        export(tmp_path / "x.safetensors", tmp_path / "out")
-    assert not (tmp_path / "executed").exists()
-
-
 def test_a_broken_safetensors_file(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"\x10" + bytes(7) + b"something else!!")
     with pytest.raises(UserError, match="truncated, or not a safetensors file"):

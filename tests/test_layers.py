@@ -1,6 +1,7 @@
 """The house's layers, read from the imports."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,16 @@ def test_what_lies_below_knows_nothing_of_what_lies_above(path: Path) -> None:
     above |= {"page", "charts", "signatures", "hydra", "omegaconf", "wandb"}
     used = {name.removeprefix("ssl_bench.").split(".")[0] for name in imports(path)}
     assert not used & above
+
+
+def test_what_is_constructed_was_composed_or_is_vetted() -> None:
+    """A node that was read back from disk goes through `build.found`, which knows whose constructors may be called."""
+    vetted = re.compile(r"(self\._)?(cfg\.\w+|config\['\w+'\]|now|node|build\.found\(.*\))(?: \| \{.*\})?")
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("build.construct", "construct"):
+                assert vetted.fullmatch(ast.unparse(node.args[0])), f"{path}: {ast.unparse(node)}"
 
 
 def test_pickles_are_never_read() -> None:

@@ -138,8 +138,10 @@ class _SweepLauncher(Launcher):
         own_name = name(overrides)
         config["devices"] = self._processes(config["devices"])
         if (other := twin(config, known)) and Path(config["dir"]).name == own_name:
-            there, here = (json.dumps(one["dir"])[1:-1] for one in (other.config, config))
-            return replace(other, config=json.loads(json.dumps(config).replace(here, there)), conf=str(conf))
+            here = config["dir"]  # of the other's file only its name counts: what runs is what was composed here
+            there, here = (json.dumps(str(one))[1:-1] for one in (Path(here).with_name(other.name), here))
+            config = json.loads(json.dumps(config).replace(here, there))
+            return replace(other, config=config, cwd=os.getcwd(), conf=str(conf))
         file = folder / ".members" / f"{own_name}.json"
         job = Member.load(file).job if file.exists() else None
         return Member(file, overrides, config, os.getcwd(), str(conf), job)
@@ -245,6 +247,7 @@ class Workstation(_SweepLauncher):
         self.at_once = at_once
 
     def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
+        from ssl_bench import build
         from ssl_bench.errors import Interrupted, UserError
 
         gpus, cores = visible_gpus(), sorted(os.sched_getaffinity(0))
@@ -267,7 +270,8 @@ class Workstation(_SweepLauncher):
                     if gpus:
                         env["CUDA_VISIBLE_DEVICES"] = gpus[slot]
                     with open(member.file.with_suffix(".log"), "a") as output:
-                        command = [sys.executable, "-m", "ssl_bench.member", str(member.file)]
+                        named = build.strange(build.literal(member.config))
+                        command = [sys.executable, "-m", "ssl_bench.member", str(member.file), *named]
                         process = subprocess.Popen(
                             command, env=env, stdout=output, stderr=output, start_new_session=True
                         )
@@ -380,6 +384,7 @@ class Slurm(_SweepLauncher):
         from submitit import AutoExecutor
         from submitit.core.utils import FailedJobError
 
+        from ssl_bench import build
         from ssl_bench.errors import UserError
         from ssl_bench.member import SlurmTask
 
@@ -412,7 +417,8 @@ class Slurm(_SweepLauncher):
             shared = OmegaConf.structured(BaseQueueConf).keys()
             executor.update_parameters(**{k if k in shared else f"slurm_{k}": v for k, v in self.parameters.items()})
             try:
-                jobs = executor.submit_array([SlurmTask(member.file) for member in todo])
+                named = [build.strange(build.literal(member.config)) for member in todo]
+                jobs = executor.submit_array([SlurmTask(m.file, words) for m, words in zip(todo, named, strict=True)])
             except FailedJobError as error:  # sbatch has said why
                 raise UserError(
                     f"{' '.join(str(error).split())}: change hydra.launcher, whose keys are sbatch's"

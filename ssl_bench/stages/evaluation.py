@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,12 +143,26 @@ class Pretrained(NamedTuple):
 
         ImageNet's 224 pixels, mean and std where nothing is known.
         """
-        augmentation, stage = self.config.get("augmentation", {}), self.config.get("stage", {})
-        size = image_size or augmentation.get("image_size", 224)
-        resize = resize or stage.get("test_resize", 256 / 224)
-        packed = self.config["data"]["image_size"] if self.config and image_size is None else round(size * resize)
-        look = {key: tuple(augmentation[key]) for key in ("mean", "std") if key in augmentation}
-        return packed, EvalView(size, resize, **look)
+        view = view_of(self.config, self.path, image_size, resize)
+        packed = (self.config.get("data") or {}).get("image_size") if image_size is None else None
+        if not isinstance(packed, int):
+            packed = round(view.image_size * view.resize)
+        return packed, view
+
+
+def view_of(config: Mapping, place: Path, image_size: int | None = None, resize: float | None = None) -> EvalView:
+    """As the configuration that was read from `place` shows test images, unless size (pixels) or resize say so.
+
+    ImageNet's 224 pixels, mean and std where it doesn't say; UserError where it says what can't be.
+    """
+    augmentation, stage = config.get("augmentation") or {}, config.get("stage") or {}
+    try:
+        size = image_size or int(augmentation.get("image_size", 224))
+        resize = resize or float(stage.get("test_resize", 256 / 224))
+        look = {key: tuple(float(x) for x in augmentation[key]) for key in ("mean", "std") if key in augmentation}
+        return EvalView(size, resize, **look)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{place}: its configuration doesn't say how to show images ({error})") from None
 
 
 def open_pretrained(cfg: DictConfig) -> Pretrained:
@@ -160,13 +174,14 @@ def open_pretrained(cfg: DictConfig) -> Pretrained:
     path = interop.find(cfg.pretrained)
     config = interop.recipe(path) or {}
     chosen = cfg.get("backbone")
-    node = config.get("backbone", {}) if chosen is None else OmegaConf.to_container(chosen, resolve=True)
     known = zoo.WEIGHTS.get(cfg.pretrained)
     advice = f"type backbone={known.backbone if known else '..., the one that it is of'}"
-    ours = str(node.get("_target_")).startswith("ssl_bench.backbones.") and not node.get("options")
-    if chosen is None and not ours:
-        # A configuration may come from elsewhere: it chooses among our networks, and names no other code to run.
+    if chosen is not None:
+        node = OmegaConf.to_container(chosen, resolve=True)
+    elif not config.get("backbone"):
         raise UserError(f"pretrained={cfg.pretrained}: doesn't say which of our networks it is of: {advice}")
+    else:
+        node = build.found(config, "backbone", cfg, path)
     try:
         backbone = build.construct(node)
     except ValidationError:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -18,6 +19,7 @@ from torch import nn
 
 from ssl_bench import __version__, files, interop, results, zoo
 from ssl_bench.errors import UserError, writable
+from ssl_bench.report import plain
 from ssl_bench.results import Ran
 from ssl_bench.run import Run
 from ssl_bench.stages.evaluation import Pretrained, open_pretrained
@@ -116,7 +118,7 @@ def write_weights(state: interop.State, pretrained: Pretrained, folder: Path) ->
     if config := pretrained.config:  # then predict needs nothing but this file
         kept = recipe(config) | {
             "backbone": pretrained.network,
-            "stage": config["stage"],
+            "stage": config.get("stage"),
             "classes": pretrained.classes,
         }
         metadata["ssl_bench"] = json.dumps(kept)
@@ -187,7 +189,7 @@ def card(name: str, pretrained: Pretrained, measured: list[Ran], image_size: int
     resized = round(view.image_size * view.resize)
     parts = [
         f"# {name}",
-        about(pretrained),
+        plain(about(pretrained)),
         "## Numbers",
         results.table(rows, ["val_top1", "val_top5", "n"]) if rows else "None were given (`runs=` of `stage=export`).",
         "On the val split: mean ± standard deviation over n seeds." if rows else "",
@@ -196,9 +198,11 @@ def card(name: str, pretrained: Pretrained, measured: list[Ran], image_size: int
         f"uint8), the centre {view.image_size} x {view.image_size} cut out, divided by 255; mean {mean}, std {std}. "
         f"Output: {pretrained.backbone.dim} features"
         + (f", then {classifier.out_features} logits." if classifier else "."),
-        f"Classes, in the order of the logits: {', '.join(pretrained.classes)}." if pretrained.classes else "",
+        plain(f"Classes, in the order of the logits: {', '.join(map(str, pretrained.classes))}.")
+        if pretrained.classes
+        else "",
         "## Use",
-        f"```python\n{usage(pretrained)}\n```",
+        fenced("python", usage(pretrained)),
         "A ResNet's names are torchvision's and timm's alike. `model.pth` holds the same tensors for "
         "`torch.load(..., weights_only=True)`; `model.onnx`, where it is there, takes `images` (batch, 3, "
         f"{view.image_size}, {view.image_size}). `sha256sum --check {zoo.SUMS}` proves the files.",
@@ -206,10 +210,16 @@ def card(name: str, pretrained: Pretrained, measured: list[Ran], image_size: int
         "## Recipe",
     ]
     if config:
-        parts.append(f"```yaml\n{yaml.safe_dump(recipe(config), sort_keys=False)}```")
+        parts.append(fenced("yaml", yaml.safe_dump(recipe(config), sort_keys=False).rstrip("\n")))
     else:
-        parts.append(f"Not known: the weights are those of {pretrained.path.name}.")
+        parts.append(plain(f"Not known: the weights are those of {pretrained.path.name}."))
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def fenced(language: str, code: str) -> str:
+    """A block of Markdown, behind a fence that the code doesn't hold."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+    return f"{fence}{language}\n{code}\n{fence}"
 
 
 def recipe(config: dict[str, Any]) -> dict[str, Any]:
@@ -226,15 +236,15 @@ def about(pretrained: Pretrained) -> str:
     network = pretrained.network.get("name", "network")
     if not config:
         return f"A {network}, exported by ssl_bench {__version__} from {pretrained.path.name}."
-    method = (config.get("method") or {}).get("name") or config["stage"]["name"]
-    text = f"A {network}: {method} on {config['data']['name']}, {config['epochs']} epochs, batch {config['batch_size']}"
+    method, stage, data = ((config.get(group) or {}).get("name") for group in ("method", "stage", "data"))
+    text = f"A {network}: {method or stage} on {data}, {config.get('epochs')} epochs, batch {config.get('batch_size')}"
     text += f", exported by ssl_bench {__version__} from `{pretrained.path.name}`"
     if (folder := files.run_of(pretrained.path)) is None:
         return text + "."
     text += f" of `{folder.parent.name}/{folder.name}`."
     if (run := results.of(pretrained.path)) is None:
         return text + " The run had not finished."
-    metric = config["metric"]
+    metric = config.get("metric")
     return text + (f" It ended with {metric} {run.summary[metric]:.4g}." if metric in run.summary else "")
 
 

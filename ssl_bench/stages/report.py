@@ -4,11 +4,10 @@ import logging
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pydantic import NonNegativeInt
 
 from ssl_bench import build, checkpoint, files, interop, page, results
-from ssl_bench.augment.views import EvalView
 from ssl_bench.data.formats import Dataset
 from ssl_bench.data.source import Source
 from ssl_bench.engine import extract
@@ -17,7 +16,8 @@ from ssl_bench.probe import restored
 from ssl_bench.report import markdown
 from ssl_bench.results import Board, Group, Ran
 from ssl_bench.run import Run
-from ssl_bench.stages.training import check_sizes, normalization, on_device, open_source
+from ssl_bench.stages.evaluation import view_of
+from ssl_bench.stages.training import check_size, on_device, open_source
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ KEPT = ("started", "platform", "python", "packages", "git_commit", "git_dirty", 
 TOLERANCE = 0.05  # points of top-1 by which predictions made again may miss the run's own
 
 
-READS = ("runs", "metric", "data.name", "data.root", "source", "batch_size", "device")
+READS = ("runs", "metric", "data.name", "data.root", "data.cache", "data.workers", "source", "batch_size", "device")
 
 
 def report(
@@ -162,11 +162,11 @@ def examine(cfg: DictConfig, run: Run, group: Group) -> page.Detail:
     """
     detail = page.Detail(group)
     try:
-        data = open_data(cfg, group.finished[0].config)
+        data = open_data(cfg, group.finished[0])
         detail.split = labelled_split(data)
         source = open_source(cfg, run, data, detail.split)
     except (ValueError, OSError) as error:
-        detail.notes.append(f"predictions, neighbours and map are left out, since its data isn't here: {error}")
+        _leave_out(detail, f"predictions, neighbours and map are left out, since its data isn't here: {error}")
         return detail
     split = data.split(detail.split)
     detail.labels, detail.classes = source.labels[source.rows], data.class_names
@@ -174,23 +174,29 @@ def examine(cfg: DictConfig, run: Run, group: Group) -> page.Detail:
     detail.images_id = f"{split.fingerprint} {len(detail.labels)}"  # fewer where some were skipped
     for ran in group.finished:
         try:
-            look(run, detail, ran, source)
+            look(cfg, run, detail, ran, source)
         except (ValueError, OSError) as error:
-            detail.notes.append(f"seed {ran.seed} in {ran.directory} is left out: {error}")
+            _leave_out(detail, f"seed {ran.seed} in {ran.directory} is left out: {error}")
     return detail
 
 
-def look(run: Run, detail: page.Detail, ran: Ran, source: Source) -> None:
+def _leave_out(detail: page.Detail, note: str) -> None:
+    detail.notes.append(note)
+    log.warning("%s: %s", detail.group.name, note)
+
+
+def look(cfg: DictConfig, run: Run, detail: page.Detail, ran: Ran, source: Source) -> None:
     """Add to `detail` what this run's newest checkpoint says of the images."""
-    config = OmegaConf.create(ran.config)
     paths = checkpoint.complete(ran.directory)
     if not paths:
         raise UserError("it has no checkpoint")
-    backbone = build.construct(config.backbone)
-    check_sizes(config, backbone)
+    place = ran.directory / "config.yaml"
+    node = build.found(ran.config, "backbone", cfg, place)
+    backbone = build.construct(node)
+    view = view_of(ran.config, place, resize=ran.config["stage"].get("test_resize", 1.0))
+    check_size("augmentation.image_size", view.image_size, backbone, node.get("name", ""))
     interop.load_backbone(backbone, str(paths[0]))
     state = checkpoint.read(paths[0])["model"]
-    view = EvalView(config.augmentation.image_size, config.stage.get("test_resize", 1.0), *normalization(config))
     features, labels = extract(on_device(backbone, run).eval(), source.epoch_pass(), view.to(run.device))
     if detail.features is None:
         detail.features = features.numpy()
@@ -209,12 +215,15 @@ def look(run: Run, detail: page.Detail, ran: Ran, source: Source) -> None:
     detail.predictions.append(predicted.numpy())
 
 
-def open_data(cfg: DictConfig, config: dict) -> Dataset:
-    """The data that a run was made with; in `cfg.data.root` where that names a folder for the same data set."""
-    node = dict(config["data"])
-    if node["name"] == cfg.data.name and "root" in cfg.data:
+def open_data(cfg: DictConfig, ran: Ran) -> Dataset:
+    """The data that a run was made with; in `cfg.data.root` where that names a folder for the same data set.
+
+    Where packed images are kept is this command's to say: a run from elsewhere has no folder written or cleared here.
+    """
+    node = build.found(ran.config, "data", cfg, ran.directory / "config.yaml")
+    if node.get("name") == cfg.data.name and "root" in cfg.data:
         node["root"] = cfg.data.root
-    return build.construct(node)
+    return build.construct(node | {"cache": cfg.data.cache, "workers": cfg.data.workers})
 
 
 def labelled_split(data: Dataset) -> str:
