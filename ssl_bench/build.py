@@ -16,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, create_model
 
-from ssl_bench import signatures
+from ssl_bench import signatures, typed
 from ssl_bench.errors import UserError
+from ssl_bench.fields import InEpochs
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +78,7 @@ def check(cfg: DictConfig) -> None:
         except UserError as error:
             problems.append(str(error))
         else:
-            problems += _problems(schema, _arguments(node), group + ".")
+            problems += _problems(schema, _arguments(node), group + ".") or _too_late(schema, node, group, plain)
     if not problems and (rest := plain["batch_size"] % plain["devices"]):
         nearest = plain["batch_size"] - rest + plain["devices"]
         problems.append(
@@ -287,6 +288,22 @@ def _problems(schema: type[BaseModel], values: dict, prefix: str) -> list[str]:
     except ValidationError as error:
         return [_problem(detail, schema, prefix) for detail in error.errors()]
     return []
+
+
+def _too_late(schema: type[BaseModel], node: dict, group: str, config: Mapping) -> list[str]:
+    """Of settings in epochs, those that `epochs` doesn't reach, where the stage reads them."""
+    problems, epochs = [], config.get("epochs")
+    for name, field in schema.model_fields.items():
+        for mark in (part for part in field.metadata if isinstance(part, InEpochs)):
+            value, key = float(node.get(name, 0)), f"{group}.{name}"
+            late = value > epochs or (value == epochs and not mark.or_at_the_end)
+            if late and typed.is_read(config, key):
+                enough = int(value) + (not mark.or_at_the_end)
+                problems.append(
+                    f"{key}={value:g} isn't reached within epochs={epochs}: type less, like {key}=0, or "
+                    f"epochs={enough} or more"
+                )
+    return problems
 
 
 def _problem(detail: Mapping, schema: type[BaseModel], prefix: str) -> str:

@@ -1,11 +1,20 @@
 """Annotated types for constructors. A constructor's signature is the schema of its YAML node (see `build.check`)."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
+
+
+class InEpochs(NamedTuple):
+    """Marks a setting that is a time in epochs: `build.check` wants it in the course of `epochs`."""
+
+    or_at_the_end: bool = False
+
 
 Fraction = Annotated[float, Field(ge=0, le=1)]  # a probability, a ratio, a momentum
 Interval = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]  # (low, high), bounds included
 Share = Annotated[float, Field(gt=0, le=1)]  # a part of something
 Interpolation = Literal["bilinear", "bicubic"]
 Resize = Annotated[float, Field(ge=1)]  # of a test view, times its size, before the centre is cut out
+Epochs = Annotated[NonNegativeFloat, InEpochs()]  # of a warm-up, of what stays frozen, of what begins later
+WholeEpochs = Annotated[NonNegativeInt, InEpochs(or_at_the_end=True)]  # as many, counted

@@ -75,6 +75,7 @@ class LinearGrid(LinearProbe):
         # of each cell two, (num_classes, dim): the head of all images, then the other
         self.weights = nn.ParameterList(self.fc.weight.clone() for _ in range(2 * cells))
         self.biases = nn.ParameterList(self.fc.bias.clone() for _ in range(2 * cells))
+        self.register_buffer("chosen", torch.zeros((), dtype=torch.int64))  # they start alike: then any is the best
         self.finished = False
 
     def pairs(self) -> list[list[nn.Parameter]]:
@@ -105,14 +106,17 @@ class LinearGrid(LinearProbe):
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
         """views: one, of features (N, dim). labels (N, 2): for the one head and the other, IGNORED where held out.
 
-        accuracy: the best of the cells on this batch.
+        Its value, and accuracy, are those of the chosen cell's head of all images, as a LinearProbe has them; its
+        gradient is that of all heads.
         """
         logits = self.heads(views[0])
         each, examined = _cross_entropy(logits, labels[:, None]).mean(dim=0).unbind(dim=1)
         # Not by how many images this batch keeps, which may be none, and isn't the same on each process.
         loss = each.sum() + examined.sum() / self.kept
-        accuracy = (logits[:, :, 0].argmax(dim=2) == labels[:, :1]).float().mean(dim=0).max()
-        return {"loss": loss, "accuracy": accuracy.detach()}
+        right = (logits[:, :, 0].argmax(dim=2) == labels[:, :1]).float().mean(dim=0)
+        self.seen = torch.stack([each.detach(), right])  # (2, cells), for a choice after this step
+        mine, accuracy = self.seen[:, self.chosen]
+        return {"loss": loss - loss.detach() + mine, "accuracy": accuracy}
 
     @torch.no_grad()
     def score(self, features: Tensor, labels: Tensor) -> Tensor:
@@ -123,6 +127,7 @@ class LinearGrid(LinearProbe):
 
     @torch.no_grad()
     def choose(self, cell: int) -> None:
+        self.chosen.fill_(cell)
         self.fc.weight.copy_(self.weights[2 * cell])
         self.fc.bias.copy_(self.biases[2 * cell])
 

@@ -4,13 +4,13 @@ import math
 
 from pydantic import NonNegativeFloat
 
-from ssl_bench.fields import Fraction
+from ssl_bench.fields import Epochs, Fraction
 
 
 class Schedule:
     """warmup_epochs: rises linearly from 0, step by step. per_epoch: afterwards changes only between epochs."""
 
-    def __init__(self, warmup_epochs: NonNegativeFloat = 0.0, per_epoch: bool = False) -> None:
+    def __init__(self, warmup_epochs: Epochs = 0.0, per_epoch: bool = False) -> None:
         self.warmup_epochs, self.per_epoch = warmup_epochs, per_epoch
 
     def __call__(self, epoch: float, epochs: int) -> float:
@@ -33,9 +33,7 @@ class Constant(Schedule):
 class Cosine(Schedule):
     """Half a cosine from 1 to `final`."""
 
-    def __init__(
-        self, warmup_epochs: NonNegativeFloat = 0.0, per_epoch: bool = False, final: NonNegativeFloat = 0.0
-    ) -> None:
+    def __init__(self, warmup_epochs: Epochs = 0.0, per_epoch: bool = False, final: NonNegativeFloat = 0.0) -> None:
         super().__init__(warmup_epochs, per_epoch)
         self.final = final
 
@@ -48,7 +46,7 @@ class Step(Schedule):
 
     def __init__(
         self,
-        warmup_epochs: NonNegativeFloat = 0.0,
+        warmup_epochs: Epochs = 0.0,
         per_epoch: bool = False,
         milestones: tuple[Fraction, ...] = (0.6, 0.8),
         gamma: Fraction = 0.1,

@@ -51,6 +51,10 @@ def swept_in_vain(members: Sequence[tuple[Mapping, Sequence[str]]]) -> list[str]
     return list(dict.fromkeys(lines))
 
 
+def is_read(config: Mapping, key: str) -> bool:
+    return not _ignored_by(config, key)
+
+
 def reads(stage: str) -> tuple[str, ...] | None:
     """What the stage with this dotted path declares; None where it declares nothing."""
     return signatures.constant(stage, "READS")

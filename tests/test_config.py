@@ -1,6 +1,7 @@
 """Every choice composes and fits the signature of its constructor."""
 
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +9,12 @@ from typing import get_type_hints
 
 import hydra
 import pytest
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 import ssl_bench.train
-from ssl_bench import build, signatures
+from ssl_bench import build, signatures, typed
 from ssl_bench.errors import UserError
+from ssl_bench.fields import InEpochs
 
 CONF = Path(ssl_bench.train.__file__).with_name("conf")
 GROUPS = (
@@ -90,6 +92,55 @@ def test_a_mistake_is_found_before_torch_is_imported() -> None:
 )
 def test_choice_knows_its_name(group: str, choice: str) -> None:
     assert compose(f"{group}={choice}")[group].name == choice
+
+
+def times_in_epochs(cfg: DictConfig) -> dict[str, tuple[float, InEpochs]]:
+    """{key: (value, mark)} of a composed configuration."""
+    found = {}
+    for group in ("method", "schedule", "optimizer", "stage"):
+        node = cfg.get(group) or {}
+        parameters = signatures.parameters(node["_target_"], build.SUPPLIED[group]) if node else {}
+        for name, (annotation, _) in parameters.items():
+            marks = [part for part in getattr(annotation, "__metadata__", ()) if isinstance(part, InEpochs)]
+            assert bool(marks) == (("epochs" in name or name in ("queue_start", "copies")) and name != "per_epoch"), (
+                name
+            )
+            found |= {f"{group}.{name}": (float(node[name]), mark) for mark in marks}
+    return found
+
+
+@pytest.mark.parametrize(
+    "words",
+    [*([f"method={choice}"] for group, choice in CHOICES if group == "method"), ["stage=finetune"]]
+    + [[f"schedule={choice}"] for group, choice in CHOICES if group == "schedule"]
+    + [["stage=lincls", "stage.features=cached"], ["method=swav", "method.queue_length=64"]],
+    ids=" ".join,
+)
+def test_every_time_in_epochs_lies_within_them(words: list[str]) -> None:
+    """All that a recipe says is within its own epochs; a key typed in vain isn't asked."""
+    cfg = compose(*words)
+    build.check(cfg)
+    times = {key: mark for key, (_, mark) in times_in_epochs(cfg).items() if typed.is_read(cfg, key)}
+    for key in times_in_epochs(cfg):
+        OmegaConf.update(cfg, key, 0)
+    for key, mark in times.items():
+        for value, epochs in ((7, 7), (8, 7), (6, 7)):
+            changed = OmegaConf.merge(cfg, OmegaConf.from_dotlist([f"{key}={value}", f"epochs={epochs}"]))
+            if value < epochs or (value == epochs and mark.or_at_the_end):
+                build.check(changed)
+                continue
+            with pytest.raises(UserError, match=rf"^{key}={value} isn't reached within epochs={epochs}: type") as error:
+                build.check(changed)
+            advice = re.findall(r"[\w.]+=\d+", str(error.value).partition(": ")[2])
+            assert len(advice) == 2
+            for word in advice:  # each by itself is enough
+                build.check(OmegaConf.merge(changed, OmegaConf.from_dotlist([word])))
+
+
+def test_a_stage_without_training_has_no_times() -> None:
+    build.check(compose("stage=knn", "schedule=cosine_warmup"))
+    build.check(compose("method=swav", "epochs=2", "method.queue_length=0"))
+    build.check(compose("method=random", "schedule=cosine_warmup", "epochs=2"))
 
 
 def test_precedence() -> None:

@@ -76,6 +76,27 @@ def test_features_are_standardised_and_a_head_is_examined_and_chosen() -> None:
         torch.testing.assert_close(many.logits(x), many.heads(x)[:, cell, 0])
 
 
+def test_loss_and_accuracy_are_those_of_the_chosen_classifier() -> None:
+    """As a LinearProbe of these weights has them; the gradient is that of all."""
+    x, y = torch.randn(32, 6).double(), torch.randint(4, (32,))
+    many = LinearGrid(Features(), 4, 3, kept=0.75).double()
+    for number, weight in enumerate(many.weights):
+        torch.nn.init.normal_(weight, std=1 + number)
+    labels = torch.stack([y, y.masked_fill(torch.arange(32) < 8, IGNORED)], dim=1)
+    gradients = []
+    for cell in range(3):
+        many.choose(cell)
+        shown, one = many([x], labels), LinearProbe(Features(), 4).double()
+        one.fc.weight, one.fc.bias = many.weights[2 * cell], many.biases[2 * cell]
+        torch.testing.assert_close(shown["loss"].detach(), one([x], y)["loss"].detach())
+        assert shown["accuracy"] == one([x], y)["accuracy"]
+        assert torch.equal(many.seen[:, cell], torch.stack([*map(Tensor.detach, shown.values())]).double())
+        gradients.append(torch.cat(torch.autograd.grad(shown["loss"], [*many.weights]), dim=1))
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2])
+    assert all(part.any() for part in gradients[0].split(6, dim=1))
+
+
 def test_a_batch_held_out_altogether_teaches_nothing() -> None:
     probe = LinearGrid(Features(), 4, 1)
     loss = probe([torch.randn(3, 6)], torch.tensor([[0, IGNORED], [1, IGNORED], [2, IGNORED]]))["loss"]

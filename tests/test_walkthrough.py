@@ -23,12 +23,13 @@ def test_a_method_of_ones_own(ssl_bench: Command, tmp_path: Path) -> None:
     recipe = recipe.replace("ssl_bench.methods.mine.Mine", "my_module.Mine")
     (tmp_path / "my_conf" / "method" / "mine.yaml").write_text(recipe)
     command = ["--config-dir=my_conf", *TINY, "stage=pretrain", "method=mine", "epochs=3", "dir=run"]
+    command += ["schedule.warmup_epochs=1"]
     ssl_bench(*command, "optimizer=sgd", "optimizer.base_lr=0.3", check=True)
     assert json.loads((tmp_path / "run" / "summary.json").read_text()).keys() >= {"loss", "effective_rank", "knn_top1"}
     typo = ssl_bench(*command, "method.dimm=3")
     assert typo.returncode == 2
     assert "method.dimm: no such key; did you mean method.dim?" in typo.stderr
-    sweep = ["-m", "seed=0", "method=mine,simsiam", "epochs=1", "sweep=toy", "metric=knn_top1"]
+    sweep = ["-m", "seed=0", "method=mine,simsiam", "epochs=1", "schedule=cosine", "sweep=toy", "metric=knn_top1"]
     table = ssl_bench("--config-dir=my_conf", *TINY, "stage=pretrain", *sweep, check=True).stdout
     assert "| mine " in table
     assert "| simsiam " in table

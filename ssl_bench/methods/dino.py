@@ -5,11 +5,11 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from ssl_bench import distributed
-from ssl_bench.fields import Fraction
+from ssl_bench.fields import Epochs, Fraction, WholeEpochs
 from ssl_bench.methods import layers
 from ssl_bench.methods.base import Method, Output, by_size, ema_, health_of, momentum_copy, rising
 
@@ -96,10 +96,10 @@ class DINO(Method):
         momentum: Fraction = 0.996,
         warmup_teacher_temperature: PositiveFloat = 0.04,
         teacher_temperature: PositiveFloat = 0.07,
-        warmup_teacher_temperature_epochs: NonNegativeInt = 30,
+        warmup_teacher_temperature_epochs: WholeEpochs = 30,
         student_temperature: PositiveFloat = 0.1,
         center_momentum: Fraction = 0.9,
-        frozen_epochs: NonNegativeFloat = 1,
+        frozen_epochs: Epochs = 1,
     ) -> None:
         super().__init__(momentum_copy(backbone))
         self.momentum, self.frozen_epochs = momentum, frozen_epochs

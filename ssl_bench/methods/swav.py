@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from ssl_bench import distributed
+from ssl_bench.fields import Epochs
 from ssl_bench.methods import layers
 from ssl_bench.methods.base import Method, Output, by_size, health_of
 
@@ -76,9 +77,9 @@ class SwAV(Method):
         temperature: PositiveFloat = 0.1,
         epsilon: PositiveFloat = 0.05,
         sinkhorn_iterations: PositiveInt = 3,
-        frozen_epochs: NonNegativeFloat = 1,
+        frozen_epochs: Epochs = 1,
         queue_length: NonNegativeInt = 0,
-        queue_start: NonNegativeFloat = 15,
+        queue_start: Epochs = 15,
     ) -> None:
         super().__init__(backbone)
         self.temperature, self.epsilon, self.iterations = temperature, epsilon, sinkhorn_iterations

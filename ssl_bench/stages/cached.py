@@ -127,7 +127,8 @@ def train_grid(
         right, loss = (distributed.total(scores) / held.sum()).T.tolist()
         best = max(range(len(cells)), key=lambda cell: (right[cell], -loss[cell]))
         grid.choose(best)
-        line = {"holdout_top1": 100 * right[best]}
+        mine, accuracy = distributed.mean(grid.seen)[:, best].tolist()
+        line = {"holdout_top1": 100 * right[best], "loss": mine, "accuracy": accuracy}
         if grid.finished:
             if run.is_main:
                 report(run, options, right, loss, best, int(held.sum()))

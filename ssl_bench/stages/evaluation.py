@@ -59,8 +59,10 @@ def few_labels(labels: np.ndarray, per_class: int | None, fraction: float | None
     """Sorted positions of the labelled images to learn from, drawn by seed; None stands for all. labels (N,).
 
     per_class: so many of each class. fraction: this share of each class, as SimCLR's 1 % and 10 % (arXiv:2002.05709,
-    section 6), rounded, but at least one image.
+    section 6), rounded, but at least one image. UserError for labels of one class: what tells nothing apart is always
+    right.
     """
+    check_classes(labels)
     if per_class is None and fraction is None:
         return None
     if per_class is not None and fraction is not None:
@@ -89,6 +91,14 @@ def few_labels(labels: np.ndarray, per_class: int | None, fraction: float | None
         chosen.append(rng.choice(members, number, replace=False))
     log.info("%s of %s labels, %.3g %%", f"{wanted.sum():,}", f"{len(labels):,}", 100 * wanted.sum() / len(labels))
     return np.sort(np.concatenate(chosen))
+
+
+def check_classes(labels: np.ndarray) -> None:
+    if labels.min() == labels.max():
+        raise UserError(
+            f"all {len(labels):,} labelled images are of one class, and what tells nothing apart is always right: give "
+            "data.root= a data set of two classes or more"
+        )
 
 
 def watched(run: Run, source: Source, title: str) -> Iterator[Batch]:

@@ -15,6 +15,7 @@ from ssl_bench.stages import TRAINING
 from ssl_bench.stages.evaluation import digest, few_labels, load_pretrained
 from ssl_bench.stages.training import (
     check_batch,
+    check_norm,
     check_optimizer,
     check_sizes,
     make_views,
@@ -54,7 +55,9 @@ def finetune(
     check_sizes(cfg, backbone)
     if cfg.sync_batch_norm and distributed.world_size() > 1:
         layers.sync_batch_norm_(backbone, run.device, cfg.compile)
-    model = on_device(FineTune(backbone, data.num_classes, trained_blocks, mixup), run)
+    model = FineTune(backbone, data.num_classes, trained_blocks, mixup)
+    check_norm(cfg, model, cfg.sync_batch_norm)
+    on_device(model, run)
     views = make_views(cfg, run, model)
     test_view = EvalView(views.image_size, test_resize, *normalization(cfg)).to(run.device)
     source = open_source(cfg, run, data, "train", subset)

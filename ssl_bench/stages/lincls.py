@@ -4,19 +4,29 @@ from typing import Annotated, Literal
 
 import torch
 from omegaconf import DictConfig
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import nn
 
 from ssl_bench import build, distributed
 from ssl_bench.augment.views import EvalView
 from ssl_bench.engine import evaluate
-from ssl_bench.fields import Resize, Share
+from ssl_bench.fields import Resize, Share, WholeEpochs
 from ssl_bench.methods import layers
 from ssl_bench.probe import LinearGrid, LinearProbe
 from ssl_bench.run import Run
 from ssl_bench.stages import TRAINING
 from ssl_bench.stages.cached import GridOptions, check_options, check_unused, hold_out, train_grid
 from ssl_bench.stages.evaluation import digest, few_labels, load_pretrained
-from ssl_bench.stages.training import check_batch, check_sizes, make_views, normalization, on_device, open_source, train
+from ssl_bench.stages.training import (
+    check_batch,
+    check_norm,
+    check_sizes,
+    make_views,
+    normalization,
+    on_device,
+    open_source,
+    train,
+)
 
 DEFAULT = GridOptions()
 
@@ -32,7 +42,7 @@ def lincls(
     normalize: bool = False,
     test_resize: Resize = 256 / 224,
     features: Literal["official", "cached"] = "official",
-    copies: NonNegativeInt = DEFAULT.copies,
+    copies: WholeEpochs = DEFAULT.copies,
     lrs: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = DEFAULT.lrs,
     weight_decays: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = DEFAULT.weight_decays,
     holdout: Annotated[float, Field(gt=0, lt=1)] = DEFAULT.holdout,
@@ -57,6 +67,8 @@ def lincls(
         hold_out(split.labels if subset is None else split.labels[subset], holdout, cfg.seed)
     backbone = load_pretrained(cfg)
     check_sizes(cfg, backbone)
+    if normalize and features == "official":
+        check_norm(cfg, nn.BatchNorm1d(backbone.dim, affine=False), synced=True)
     views = make_views(cfg, run, LinearProbe)
     test_view = EvalView(views.image_size, test_resize, *normalization(cfg)).to(run.device)
     source = open_source(cfg, run, data, "train", subset)

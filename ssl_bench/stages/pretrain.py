@@ -22,8 +22,10 @@ from ssl_bench.run import Run
 from ssl_bench.seeding import fold
 from ssl_bench.stages import EVERY, IMAGES, PRETRAINING, RECIPE
 from ssl_bench.stages.cached import extract_all, hold_out
+from ssl_bench.stages.evaluation import check_classes
 from ssl_bench.stages.training import (
     check_batch,
+    check_norm,
     check_sizes,
     make_views,
     normalization,
@@ -52,12 +54,13 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
     data = build.construct(cfg.data)
     given = {}
     if build.takes(cfg.method, "num_classes"):
-        data.split("train")  # UserError without labels
+        check_classes(data.split("train").labels)  # UserError without labels
         given = {"num_classes": data.num_classes}
     seed_init(cfg)
     model = build.construct(cfg.method, backbone=build.construct(cfg.backbone), **given)
     check_sizes(cfg, model.backbone)
     check_fit(cfg, data.split(model.split).length)
+    check_norm(cfg, model, cfg.sync_batch_norm, cfg.method.get("bn_splits") or 1)
     if cfg.sync_batch_norm and distributed.world_size() > 1:
         layers.sync_batch_norm_(model, run.device, cfg.compile)
     model = on_device(model, run)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl_bench import build, distributed, files, interop, tracking
 from ssl_bench.augment.views import Views
@@ -51,6 +52,20 @@ def check_optimizer(cfg: DictConfig, *own: str) -> None:
     give them: "lr", "weight_decay"."""
     group = {"params": [nn.Parameter(torch.zeros(1, 1)), nn.Parameter(torch.zeros(1))], **dict.fromkeys(own, 0.0)}
     build.construct(cfg.optimizer, params=[group], batch_size=cfg.batch_size)
+
+
+def check_norm(cfg: DictConfig, model: nn.Module, synced: bool, splits: int = 1) -> None:
+    """UserError where a batch norm of the model would see a single image. splits: in so many parts it sees a batch.
+
+    synced: those of several processes see the whole batch.
+    """
+    parts = splits if synced else splits * distributed.world_size()
+    learning = (module.training for module in model.train().modules() if isinstance(module, _BatchNorm))
+    if cfg.batch_size // parts < 2 and any(learning):
+        of = f", and sees one of {parts} parts" if parts > 1 else ""
+        raise UserError(
+            f"batch_size={cfg.batch_size}: batch norm needs two images{of}: choose batch_size={2 * parts} or more"
+        )
 
 
 def seed_init(cfg: DictConfig) -> None:
