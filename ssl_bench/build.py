@@ -78,7 +78,8 @@ def check(cfg: DictConfig) -> None:
         except UserError as error:
             problems.append(str(error))
         else:
-            problems += _problems(schema, _arguments(node), group + ".") or _too_late(schema, node, group, plain)
+            arguments = _arguments(node, schema)
+            problems += _problems(schema, arguments, group + ".") or _too_late(schema, node, group, plain)
     if not problems and (rest := plain["batch_size"] % plain["devices"]):
         nearest = plain["batch_size"] - rest + plain["devices"]
         problems.append(
@@ -93,7 +94,8 @@ def construct(node: Mapping, **supplied: Any) -> Any:
     """The object a checked node describes: `_target_` called with its other keys and what the code supplies."""
     plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
     path = plain["_target_"]
-    values = _schema(path, "node", tuple(supplied)).model_validate(_arguments(plain))
+    schema = _schema(path, "node", tuple(supplied))
+    values = schema.model_validate(_arguments(plain, schema))
     return locate(path, "node")(**{key: getattr(values, key) for key in values.model_fields_set}, **supplied)
 
 
@@ -270,8 +272,10 @@ def pick_device(name: str, local_rank: int) -> "torch.device":
     return torch.device("cuda", local_rank % gpus)
 
 
-def _arguments(node: dict) -> dict:
-    return {key: value for key, value in node.items() if key not in ("_target_", "name")}
+def _arguments(node: dict, schema: type[BaseModel]) -> dict:
+    """Without what it is called, unless that is an argument, as of a tracker."""
+    left_out = ("_target_",) if "name" in schema.model_fields else ("_target_", "name")
+    return {key: value for key, value in node.items() if key not in left_out}
 
 
 def _schema(path: str | None, group: str, supplied: tuple[str, ...]) -> type[BaseModel]:
@@ -318,7 +322,8 @@ def _problem(detail: Mapping, schema: type[BaseModel], prefix: str) -> str:
         if isinstance(given, list):  # of a text in brackets
             given = f"[{','.join(map(str, given))}]"
         return f"{key}={given}: should be a text; quote it: '{key}=\"{given}\"'"
-    message = detail["msg"][0].lower() + detail["msg"][1:]
+    said = detail["msg"].removeprefix("Value error, ")
+    message = said if detail["type"] == "value_error" else said[0].lower() + said[1:]
     return f"{key}={detail['input']}: {message}"
 
 

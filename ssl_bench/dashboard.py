@@ -18,7 +18,8 @@ def workspace(project: str, entity: str | None) -> "Workspace":
     """Sections: results, pretraining, its health and speed, classification, images, tables, differences.
 
     UserError without the extra.
-    Where several runs share a group, as the seeds of one experiment do, bars are their mean and standard deviation.
+    A group is what a run is but for its seeds (see `identity`): bars are the mean of its runs and their deviation, as
+    W&B makes them. It doesn't average the runs of each pretraining first, as our tables do.
     entity: None is the account's default, which only W&B knows; it must be there when the workspace is saved.
     """
     try:

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -28,6 +28,7 @@ KEPT_IN = {"select": "stage.features"}  # of lincls that is no path
 BELOW_ROOT = ("data.extra_labels", "stage.requested")  # lists of files, relative to data.root
 OVERRIDES = ("stage.protocol", "stage.rows")  # of a pipeline: what its evaluations are started with
 PARTS = "devices x bn_splits"
+ORIGIN = "origin.json"  # in the directory of a run: the run that made what it stands on
 T = TypeVar("T")
 
 
@@ -90,13 +91,9 @@ class Identity:
         return _inside(path, home, "${dir}/") if home else real(path)
 
     @property
-    def seed(self) -> int:
-        return self.config["seed"]
-
-    @property
     def seeds(self) -> list[int]:
         """Its own, and those of what it stands on."""
-        return [self.seed, *(self.below.seeds if self.below else ())]
+        return [self.config.get("seed", 0), *(self.below.seeds if self.below else ())]
 
     @property
     def stands_on(self) -> str | None:
@@ -141,6 +138,10 @@ class Identity:
         here = all(self.images[split] == other.images[split] for split in self.images.keys() & other.images.keys())
         return here and (self.below is None or other.below is None or self.below._same_images(other.below))
 
+    def origin(self) -> "Identity":
+        """The run at the bottom, from which it all came."""
+        return self.below.origin() if self.below else self
+
     # -- for people ---------------------------------------------------------------------------------------------------
 
     @property
@@ -150,13 +151,30 @@ class Identity:
     @property
     def name(self) -> str:
         """The method, for an evaluation that of the pretraining."""
-        if self.config.get("method"):
-            return self.config["method"]["name"]
+        if method := self.config.get("method"):
+            return method.get("name") or str(method.get("_target_")).rpartition(".")[2]
         if self.below:
             return self.below.name + (f" at step {self.step:,}" if self.step is not None else "")
         if self.config.get("pretrained"):
             return Path(self.config["pretrained"]).name.partition(".")[0]
         return "raw pixels" if (self.config.get("backbone") or {}).get("name") == "pixels" else "random init"
+
+    @property
+    def title(self) -> str:
+        """For dashboards: moco_v2-resnet18-digits; on top of it moco_v2-resnet18-digits-knn-10-labels-a-class."""
+        backbone, data = ((self.config.get(group) or {}).get("name", "") for group in ("backbone", "data"))
+        words = [self.below.title] if self.below else [self.name, backbone, data]
+        if self.below and data != self.below.data:
+            words.append(data)
+        if not self.config.get("method") or self.stage not in ("pretrain", ""):
+            cached = "cached" if (self.config.get("stage") or {}).get("features") == "cached" else ""
+            step = "" if self.step is None else f"at step {self.step}"
+            words += [step, self.stage, cached, self.labels]
+        return slug("-".join(filter(None, words)))
+
+    @property
+    def data(self) -> str:
+        return (self.config.get("data") or {}).get("name", "")
 
     @property
     def labels(self) -> str:
@@ -207,16 +225,27 @@ def recorded(directory: Path) -> str:
 
 
 def with_origin(config: Mapping[str, Any], directory: Path) -> Identity:
-    """As `left_by`, and what it stands on, if that run is where `pretrained` says."""
-    mine, source = left_by(config, directory), Path(config.get("pretrained") or "").expanduser()
-    run = files.run_of(source)
+    """As `left_by`, and what it stands on, as far as it was known when it began; see `remember`."""
+    mine = left_by(config, directory)
+    known = _parsed(directory / ORIGIN, json.loads)
+    if not known or known["weights"] != mine.weights:
+        return mine
+    return replace(mine, below=_restored(known["run"]), step=known["step"])
+
+
+def remember(weights: Path, directory: Path) -> None:
+    """Leave in the directory of a run which run made the file that it stands on: that one may move, or be deleted."""
+    run, known = files.run_of(weights), directory / ORIGIN
     if run is None or not (run / "config.yaml").is_file():
-        return mine
-    if mine.weights and source.is_file() and digest(source) != mine.weights:  # a training anew, in the same place
-        return mine
+        return
     last = [files.step_of(path) for path in files.complete(run)[:1]]
-    step = older(source, (run / "summary.json").is_file(), last)
-    return replace(mine, below=with_origin(_parsed(run / "config.yaml", yaml.safe_load), run), step=step)
+    made = with_origin(_parsed(run / "config.yaml", yaml.safe_load), run)
+    step = older(weights, (run / "summary.json").is_file(), last)
+    files.write(known, json.dumps({"weights": digest(weights), "step": step, "run": asdict(made)}, indent=1) + "\n")
+
+
+def _restored(saved: Mapping[str, Any]) -> Identity:
+    return Identity(**{**saved, "below": saved["below"] and _restored(saved["below"])})
 
 
 def _parsed(path: Path, parser: Callable[[str], Any]) -> dict:

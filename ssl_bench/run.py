@@ -118,6 +118,7 @@ class Run:
                 self._write_config(directory)
             if self._config.get("pretrained"):
                 files.write(directory / files.WEIGHTS, self._weights)
+                identity.remember(Path(self._config["pretrained"]), directory)
         return held
 
     def _acquire(self, directory: Path) -> filelock.AcquireReturnProxy:

@@ -8,20 +8,47 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
-from ssl_bench import files
+from pydantic import AfterValidator
+
+from ssl_bench import files, identity
 from ssl_bench.errors import UserError
+from ssl_bench.identity import Identity
 
 log = logging.getLogger(__name__)
 
 AXES = ("epoch", "images_seen")  # of every chart: they mean the same in all stages, and bear no stage's name
 TABLE_ROWS = 10_000  # of a table: W&B shows no more
+# What W&B takes; wandb 0.31.0: validate_project and validate_run_tags in sdk/wandb_settings.py, INVALID_URL_CHARS,
+# NAME_MAXLEN and MAX_ARTIFACT_METADATA_KEYS in sdk/artifacts/_validators.py. That names of runs and groups end at 128,
+# only its server says (github.com/NVIDIA-NeMo/Skills, issue 842).
+NAME_LENGTH, TAG_LENGTH, METADATA = 128, 64, 100
+NOT_IN_URLS = "/\\#?%:\r\n"
 _SECRET = re.compile(r"(^|_)(api_?key|access_?key|token|password|passwd|secret|credentials?)$", re.IGNORECASE)
+
+
+def _takes(most: int, without: str = "") -> AfterValidator:
+    """A text that W&B doesn't refuse, which it would do when the work is done."""
+
+    def check(text: str) -> str:
+        if not 0 < len(text.strip()) <= len(text) <= most:
+            raise ValueError(f"W&B takes 1 to {most} characters, and these are {len(text)}")
+        if wrong := [char for char in without if char in text]:
+            raise ValueError(f"W&B takes no {' '.join(map(repr, wrong))} there")
+        return text
+
+    return AfterValidator(check)
+
+
+Project = Annotated[str, _takes(NAME_LENGTH, NOT_IN_URLS)]
+Entity = Annotated[str, _takes(NAME_LENGTH, NOT_IN_URLS + " ")]
+Title = Annotated[str, _takes(NAME_LENGTH)]
+Tag = Annotated[str, _takes(TAG_LENGTH)]
 
 
 class MetricsFile:
@@ -105,22 +132,23 @@ class WandbTracker:
     `mode=auto` is $WANDB_MODE if set, else online with an API key (environment, netrc or W&B settings), else offline.
     WANDB_MODE=disabled is no tracking at all.
     Online without an answer within 20 s goes on offline. The id in `<directory>/wandb_id` makes a restart continue the
-    same W&B run. None for `group` and `name` means the run directory's parent (seeds of one experiment) and parent/own.
+    same W&B run. None for `group`, `job_type` and `name`: what the run is but for its seeds, its stage, both with seeds
+    (see `identity`). `config` has that of its pretraining, too, under "pretraining".
     Names are those of metrics.jsonl after the stage's: pretrain/loss. When it is finished: what the stage returned, the
-    best of each loss and accuracy (lincls/best/val_top1), tables of the *.csv, and as artifacts what the run came from
-    (inputs.json, `pretrained`) and came to, between which W&B draws the lineage.
+    best of what isn't measured on val (pretrain/best/loss), tables of the *.csv, and as artifacts what the run came
+    from (inputs.json, `pretrained`) and came to, between which W&B draws the lineage.
     `directory` (the run's) and `config` (plain, resolved) come from the caller; `rebuilt` from `rebuild`.
     UserError: mode=online without an API key, a malformed key, an unknown $WANDB_MODE.
     """
 
     def __init__(
         self,
-        project: str = "ssl_bench",
-        entity: str | None = None,
-        group: str | None = None,
-        job_type: str | None = None,
-        name: str | None = None,
-        tags: tuple[str, ...] = (),
+        project: Project = "ssl_bench",
+        entity: Entity | None = None,
+        group: Title | None = None,
+        job_type: Title | None = None,
+        name: Title | None = None,
+        tags: tuple[Tag, ...] = (),
         mode: Literal["auto", "online", "offline"] = "auto",
         log_checkpoint: bool = False,
         *,
@@ -130,10 +158,8 @@ class WandbTracker:
     ):
         self.directory = Path(directory).resolve()
         self.log_checkpoint = log_checkpoint
-        self._pretrained = config.get("pretrained")
-        self._data = (config.get("data") or {}).get("name", "data")
-        stage = (config.get("stage") or {}).get("name")
-        self._prefix = f"{stage}/" if stage else ""
+        self._what = what = identity.with_origin(config, self.directory)
+        self._prefix = f"{what.stage}/" if what.stage else ""
         self._step = 0  # the last that was logged
         self._rebuilt = rebuilt
         self._files = self.directory / "wandb-synced" if rebuilt else self.directory
@@ -141,26 +167,42 @@ class WandbTracker:
         if (mode := choose_mode(mode)) == "disabled":
             log.info("WANDB_MODE=disabled: not tracked, as with tracking=local")
             return
+        words = dict(
+            project=project,
+            entity=entity,
+            group=group or f"{what.title}-{what.group[:6]}",
+            job_type=job_type or what.stage or None,
+            name=name or _name(what),
+            tags=_tags(what, tags),
+            config=_redact(config | ({"pretraining": what.below.config} if what.below else {})),
+        )
+        try:
+            self._begin(mode, words)
+        except Exception as error:  # of any kind, like a full disk: metrics.jsonl is the truth, and goes on
+            if rebuilt and isinstance(error, OSError):
+                raise
+            if rebuilt:
+                raise UserError(f"{self.directory}: W&B doesn't take it ({_line(error)})") from error
+            self._run = None
+            log.warning("W&B can't be used (%s); later: ssl-bench stage=sync runs=%s", _line(error), self.directory)
+
+    def _begin(self, mode: str, words: dict[str, Any]) -> None:
         self._files.mkdir(parents=True, exist_ok=True)
         import wandb
 
-        machine = {"x_disable_stats": True, "x_disable_machine_info": True, "disable_git": True} if rebuilt else {}
+        # a rebuilt run must not carry the machine that it was rebuilt on
+        machine = {"x_disable_stats": True, "x_disable_machine_info": True} if self._rebuilt else {}
         settings = wandb.Settings(
             silent=True,
             console="off",
             init_timeout=20,  # s; the default, 90, holds a node for nothing
             finish_timeout=300,  # s; by default a finish without network waits for ever
             x_transaction_log_flush_interval=2,  # s; at the default, 15, a killed run loses its tail
-            **machine,  # a rebuilt run must not carry the machine and commit it was rebuilt on
+            disable_git=True,  # of the folder it was started from, which may be any project's: ours is
+            git_commit=_commit(self.directory),
+            **machine,
         )
-        arguments = dict(
-            project=project,
-            entity=entity,
-            group=group or self.directory.parent.name,
-            job_type=job_type,
-            name=name or f"{self.directory.parent.name}/{self.directory.name}",
-            tags=list(tags),
-            config=_redact(config),
+        arguments = words | dict(
             id=_run_id(self.directory),
             resume="allow",
             dir=str(self._files),
@@ -172,7 +214,7 @@ class WandbTracker:
         except wandb.Error as error:
             if mode != "online":
                 raise
-            log.warning("W&B cannot be reached (%s); this run is tracked offline", str(error).splitlines()[0])
+            log.warning("W&B cannot be reached (%s); this run is tracked offline", _line(error))
             wandb.teardown()  # its service still holds the id of the failed attempt
             mode = "offline"
             self._run = wandb.init(mode=mode, **arguments)
@@ -222,12 +264,16 @@ class WandbTracker:
         return {name if name in AXES else self._prefix + name: value for name, value in metrics.items()}
 
     def _best(self) -> dict[str, float]:
-        """The least of each loss, and the greatest of each accuracy (percent or fraction), in the whole of the run."""
+        """The least of each loss, and the greatest of each accuracy (percent or fraction), in the whole of the run.
+
+        Not of those measured on val: the best of its epochs would be chosen by what it is measured on.
+        """
         best: dict[str, float] = {}
         path = self.directory / "metrics.jsonl"
         for row in MetricsFile.read(path) if path.is_file() else []:
             for name, value in row.items():
-                if (kind := re.search(r"(?:^|_)(loss|top\d|accuracy)$", name)) and math.isfinite(value):
+                kind = re.search(r"(?:^|_)(loss|top\d|accuracy)$", name)
+                if kind and not name.startswith("val_") and math.isfinite(value):
                     key = f"{self._prefix}best/{name}"
                     best[key] = (min if kind[1] == "loss" else max)(value, best.get(key, value))
         return best
@@ -247,9 +293,10 @@ class WandbTracker:
         """Small artifacts that stand for data, weights and result. W&B sees by their content which are the same."""
         inputs = self.directory / "inputs.json"
         for split, facts in (json.loads(inputs.read_text(encoding="utf-8")) if inputs.is_file() else {}).items():
-            _use(run, _artifact(f"data-{self._data}-{split}", "dataset", facts["fingerprint"], facts))
-        if self._pretrained:
-            _use(run, _weights(Path(self._pretrained)))
+            name = f"data-{identity.slug(self._what.data or 'data')}-{split}"
+            _use(run, _artifact(name, "dataset", facts["fingerprint"], facts))
+        if pretrained := self._what.config.get("pretrained"):
+            _use(run, _weights(Path(pretrained)))
         newest = max(self.directory.glob("checkpoints/step*.pt"), default=None)
         if newest and self._prefix != "predict/":  # whose checkpoints hold a position
             run.log_artifact(_weights(newest))
@@ -286,20 +333,16 @@ def rebuild(run_dir: str | Path, settings: Mapping[str, Any] | None = None) -> N
     Without `summary.json` the run counts as failed. UserError for damaged files, before anything is replaced.
     `settings`: arguments of WandbTracker; None: the run's own, else the defaults, in either case online if logged in.
     """
-    import yaml
-
     run_dir = Path(run_dir)
     rows = MetricsFile.read(run_dir / "metrics.jsonl")
-    config_file, summary_file = run_dir / "config.yaml", run_dir / "summary.json"
-    config = files.parse(config_file, yaml.safe_load) if config_file.is_file() else {}
+    config, summary_file = _config(run_dir), run_dir / "summary.json"
     finished = summary_file.is_file()
     summary = files.parse(summary_file, json.loads) if finished else {}
     if settings is None:
         own = config.get("tracking") or {}  # tracking=local has none of these
-        settings = {key: own[key] for key in ("project", "entity", "group", "name", "tags") if key in own}
-    stage = (config.get("stage") or {}).get("name")
+        settings = {key: own[key] for key in ("project", "entity", "group", "job_type", "name", "tags") if key in own}
     shutil.rmtree(run_dir / "wandb-synced", ignore_errors=True)
-    tracker = WandbTracker(**{**settings, "job_type": stage}, directory=run_dir, config=config, rebuilt=True)
+    tracker = WandbTracker(**settings, directory=run_dir, config=config, rebuilt=True)
     step = 0
     for row in rows:
         step = row.pop("step")
@@ -309,10 +352,41 @@ def rebuild(run_dir: str | Path, settings: Mapping[str, Any] | None = None) -> N
     tracker.close("finished" if finished else "failed", summary)
 
 
+def _config(run: Path) -> dict[str, Any]:
+    import yaml
+
+    path = run / "config.yaml"
+    return files.parse(path, yaml.safe_load) if path.is_file() else {}
+
+
+def _name(what: Identity) -> str:
+    seeds = " on seed ".join(map(str, what.seeds))
+    return f"{what.title} {what.group[:6]}" + (f" seed {seeds}" if seeds else "")
+
+
+def _tags(what: Identity, more: Sequence[str]) -> list[str]:
+    """What it is, and those that were asked for: each once, and as long as W&B takes them."""
+    origin = what.origin()
+    backbone = (what.config.get("backbone") or {}).get("name", "")
+    own = (what.stage, origin.name if origin.config.get("method") else "", backbone, what.data)
+    return list(dict.fromkeys([*(word[:TAG_LENGTH] for word in own if word), *more]))
+
+
+def _commit(directory: Path) -> str | None:
+    """Of the code that the run began with."""
+    known = directory / "environment.json"
+    return (files.parse(known, json.loads).get("git_commit") or None) if known.is_file() else None
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else repr(error)
+
+
 def _artifact(name: str, kind: str, content: str, metadata: Mapping[str, Any]) -> Any:
     import wandb
 
-    artifact = wandb.Artifact(name, type=kind, metadata=dict(metadata))
+    facts = dict(islice(metadata.items(), METADATA))
+    artifact = wandb.Artifact(name[:NAME_LENGTH], type=kind, metadata=facts)
     with artifact.new_file("content.txt") as file:
         file.write(content)
     return artifact
@@ -322,7 +396,7 @@ def _weights(path: Path) -> Any:
     """The artifact of a checkpoint: the same from the run that writes it and from one that reads it."""
     facts = {"file": path.name}
     if run := files.run_of(path.resolve()):
-        facts["run"] = f"{run.parent.name}/{run.name}"
+        facts["run"] = identity.with_origin(_config(run), run).title
         if (run_id := run / "wandb_id").is_file():
             return _artifact(f"weights-{run_id.read_text().strip()}", "model", path.name, facts)
     content = path.name  # of elsewhere, or of a run that W&B doesn't know
@@ -355,8 +429,7 @@ def save_workspace(workspace: Any) -> str:
         workspace.entity = workspace.entity or wandb.Api().default_entity
         workspace.save()
     except Exception as error:  # of many kinds: no network, no such entity, no right to write there
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise UserError(f"W&B made no dashboard ({reason}): check tracking.entity and tracking.project") from None
+        raise UserError(f"W&B made no dashboard ({_line(error)}): check tracking.entity and tracking.project") from None
     return workspace.url
 
 

@@ -4,20 +4,26 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_runs import checkpoint, pretrained
 from omegaconf import OmegaConf
 from test_config import compose
 
+from ssl_bench import build
 from ssl_bench.errors import UserError
 from ssl_bench.launch import launch
+from ssl_bench.run import Run
 from ssl_bench.stages.sync import sync
 from ssl_bench.tracking import MetricsFile, NoTracker, WandbTracker, rebuild
 
@@ -101,7 +107,9 @@ def no_login(tmp_path, monkeypatch):
 CONFIG = {
     "seed": 3,
     "stage": {"name": "pretrain"},
-    "method": {"queue_size": 64, "mask_token": True},
+    "method": {"name": "moco_v2", "queue_size": 64, "mask_token": True},
+    "backbone": {"name": "resnet18"},
+    "data": {"name": "digits"},
     "hub": [{"api_key": "hunter2", "auth_token": "hunter2"}],
     "tracking": {"_target_": "ssl_bench.tracking.WandbTracker", "project": "mine", "tags": ["a", "b"]},
 }
@@ -143,7 +151,7 @@ def history(recorded):
 
 
 def test_offline_run_holds_everything(run_dir):
-    tracker = WandbTracker(job_type="pretrain", tags=("a",), log_checkpoint=True, directory=run_dir, config=CONFIG)
+    tracker = WandbTracker(tags=("a",), log_checkpoint=True, directory=run_dir, config=CONFIG)
     for step in (10, 20):
         tracker.log(step, {"loss": 1 / step, "epoch": step / 10, "images_seen": step * 4})
     tracker.log_image(20, "views", picture(run_dir / "views.png", 200))
@@ -160,8 +168,10 @@ def test_offline_run_holds_everything(run_dir):
     assert (folder / "files" / rows[20]["pretrain/views.path"]).read_bytes() == (run_dir / "views.png").read_bytes()
     (run,) = kind(recorded, "run")
     assert run["run_id"] == (run_dir / "wandb_id").read_text().strip()
-    assert (run["project"], run["run_group"], run["job_type"]) == ("ssl_bench", "moco-tiny", "pretrain")
-    assert (run["display_name"], run["tags"]) == ("moco-tiny/seed3", ["a"])
+    what = re.fullmatch(r"(moco_v2-resnet18-digits)-([0-9a-f]{6})", run["run_group"])
+    assert (run["project"], run["job_type"]) == ("ssl_bench", "pretrain")
+    assert run["display_name"] == f"{what[1]} {what[2]} seed 3"
+    assert run["tags"] == ["pretrain", "moco_v2", "resnet18", "digits", "a"]
     assert "hunter2" not in json.dumps(recorded)
     assert '"seed"' in json.dumps(run["config"])
     assert "epoch" in {metric.get("step_metric") for metric in kind(recorded, "metric")}
@@ -223,8 +233,13 @@ def test_a_restarted_run_is_rebuilt_whole(run_dir):
         run_dir / "overview.png"
     ).read_bytes()
     (run,) = kind(recorded, "run")
-    assert (run["run_id"], run["project"], run["tags"]) == (run_id.strip(), "mine", ["a", "b"])
-    assert (run["job_type"], run["display_name"], run["run_group"]) == ("pretrain", "moco-tiny/seed3", "moco-tiny")
+    assert (run["run_id"], run["project"], run["tags"]) == (
+        run_id.strip(),
+        "mine",
+        ["pretrain", "moco_v2", "resnet18", "digits", "a", "b"],
+    )
+    (begun,) = kind(records(before[0]), "run")
+    assert all(run[key] == begun[key] for key in ("job_type", "display_name", "run_group"))
     assert "top1" in json.dumps(kind(recorded, "summary"))
     assert "hunter2" not in json.dumps(recorded)
     assert [exit.get("exit_code", 0) for exit in kind(recorded, "exit")] == [0]
@@ -237,12 +252,12 @@ def test_sync_takes_lists_and_the_tracking_of_its_own_command(tmp_path):
         directory = tmp_path / name / "seed0"
         directory.mkdir(parents=True)
         MetricsFile(directory / "metrics.jsonl").log(1, {"loss": 2.0})
-    tracking = {"_target_": "ssl_bench.tracking.WandbTracker", "project": "other", "tags": ["x"], "job_type": "sync"}
+    tracking = {"_target_": "ssl_bench.tracking.WandbTracker", "project": "other", "tags": ["x"]}
     runs = [str(tmp_path / "a"), str(tmp_path / "b/seed0")]
     assert sync(OmegaConf.create({"runs": runs, "tracking": tracking}), None) == {"runs": 2}
     (folder,) = folders(tmp_path / "b/seed0/wandb-synced")
     recorded = records(folder)
-    assert (kind(recorded, "run")[0]["project"], kind(recorded, "run")[0]["tags"]) == ("other", ["x"])
+    assert (kind(recorded, "run")[0]["project"], kind(recorded, "run")[0]["tags"][-1:]) == ("other", ["x"])
     assert "job_type" not in kind(recorded, "run")[0]
     assert kind(recorded, "exit")[0]["exit_code"] == 1  # no summary.json: it never finished
 
@@ -335,6 +350,119 @@ def test_a_login_is_asked_for_before_the_work(tmp_path, monkeypatch, stage):
     with pytest.raises(UserError, match=r"tracking\.mode=online, but W&B has no API key"):
         launch(compose(*command))
     assert not (tmp_path / "run").exists()
+
+
+def tracked(directory: Path, *overrides: str) -> dict:
+    """What a run of this command says of itself to W&B: its record, and its configuration as plain data."""
+    words = ["tracking=wandb", "tracking.mode=offline", f"dir={directory}", *overrides]
+    config = OmegaConf.to_container(compose(*words), resolve=True)
+    make = partial(build.construct, config["tracking"], directory=directory, config=config)
+    with Run(config, torch.device("cpu"), make) as run:
+        run._total = run._start = run._began = 1
+        run.log(1, {"loss": 1.0, "epoch": 1.0, "val_top1": 9.0})
+        run.finish({"val_top1": 5.0})
+    (folder,) = folders(directory)
+    recorded = records(folder)
+    (record,) = kind(recorded, "run")
+    return record | {"values": record["config"]["update"], "summary": json.dumps(kind(recorded, "summary"))}
+
+
+def test_what_a_run_is_on_a_dashboard(tmp_path: Path) -> None:
+    """Classifiers of two methods are two groups, seeds of one experiment are one; no two runs have one name."""
+    said = {}
+    for method in ("moco_v2", "vicreg"):
+        for seed in (0, 1):
+            made = tmp_path / f"{method}{seed}" / "pretrain"
+            weights = checkpoint(pretrained(made, f"method={method}", f"seed={seed}"), 80, f"{method}{seed}".encode())
+            for draw in (0, 1):
+                words = ["stage=lincls", "stage.labels_per_class=10", f"pretrained={weights}", f"seed={draw}"]
+                place = tmp_path / f"{method}{seed}" / "pretrained" / f"seed{draw}"
+                said[method, seed, draw] = tracked(place, *words, "tracking.tags=[mine]")
+    assert len({run["display_name"] for run in said.values()}) == len(said)
+    groups = {method: {run["run_group"] for (name, *_), run in said.items() if name == method} for method, *_ in said}
+    assert [len(group) for group in groups.values()] == [1, 1]
+    assert len(set.union(*groups.values())) == 2
+    one = said["vicreg", 1, 0]
+    assert re.fullmatch(r"vicreg-resnet18-digits-lincls-10-labels-a-class-[0-9a-f]{6}", one["run_group"])
+    assert re.fullmatch(
+        r"vicreg-resnet18-digits-lincls-10-labels-a-class [0-9a-f]{6} seed 0 on seed 1", one["display_name"]
+    )
+    assert one["job_type"] == "lincls"
+    assert one["tags"] == ["lincls", "vicreg", "resnet18", "digits", "mine"]
+    assert (one["values"]["pretraining"]["method"]["name"], one["values"]["pretraining"]["seed"]) == ("vicreg", 1)
+    assert re.fullmatch("[0-9a-f]{40}", one["git"]["commit"])
+    assert "best/loss" in one["summary"]
+    assert "best/val_top1" not in one["summary"]  # the maximum over epochs of what it is measured on
+
+    home = tmp_path / "vicreg1"
+    home.rename(tmp_path / "moved")
+    rebuild(tmp_path / "moved" / "pretrained" / "seed0")
+    (folder,) = folders(tmp_path / "moved" / "pretrained" / "seed0" / "wandb-synced")
+    (again,) = kind(records(folder), "run")
+    for key in ("run_group", "display_name", "job_type", "tags", "git"):
+        assert again[key] == one[key], key
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("project", "a/b", "W&B takes no '/' there"),
+        ("project", "what?", "W&B takes no '?' there"),
+        ("project", "x" * 129, "W&B takes 1 to 128 characters, and these are 129"),
+        ("entity", "me and you", "W&B takes no ' ' there"),
+        ("group", "x" * 129, "W&B takes 1 to 128 characters, and these are 129"),
+        ("name", "''", "W&B takes 1 to 128 characters, and these are 0"),
+        ("tags", f"[fine,{'x' * 65}]", "W&B takes 1 to 64 characters, and these are 65"),
+        ("tags", "['']", "W&B takes 1 to 64 characters, and these are 0"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["pretrain", "dashboard"])
+def test_what_wandb_would_refuse_is_refused_before_anything_starts(key: str, value: str, said: str, stage: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)) as caught:
+        build.check(compose(f"stage={stage}", "tracking=wandb", f"tracking.{key}={value}"))
+    assert str(caught.value).startswith(f"tracking.{key}")
+    assert "\n" not in str(caught.value)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.text(max_size=140), st.lists(st.text(max_size=70), max_size=3))
+def test_what_is_let_through_wandb_takes(name: str, tags: list[str]) -> None:
+    """By its own validation."""
+    import wandb
+
+    node = {"_target_": "ssl_bench.tracking.WandbTracker", "project": name, "tags": tags}
+    if not build._problems(build._schema(node["_target_"], "tracking", ("directory", "config")), node, ""):
+        wandb.Settings(project=name, run_tags=tags)
+
+
+def test_any_names_are_fit_for_wandb(tmp_path: Path) -> None:
+    """Of data, methods and backbones of one's own: an artifact, a tag and a group are made of them."""
+    long = "x/y:z " * 40
+    record = tracked(
+        tmp_path / "run" / "seed0", "stage=pretrain", *(f"{group}.name='{long}'" for group in ("data", "method"))
+    )
+    assert all(0 < len(record[key]) <= 128 for key in ("run_group", "display_name"))
+    assert all(0 < len(tag) <= 64 for tag in record["tags"])
+
+
+def test_a_tracker_that_cannot_begin_does_not_cost_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """knn, cached lincls and select log once, at the end."""
+
+    def refuse(**_: object) -> None:
+        raise ValueError("not such a name\nat all")
+
+    monkeypatch.setattr("wandb.init", refuse)
+    config = OmegaConf.to_container(compose("stage=knn", "tracking=wandb", f"dir={tmp_path}/run"), resolve=True)
+    make = partial(build.construct, config["tracking"], directory=tmp_path / "run", config=config)
+    with Run(config, torch.device("cpu"), make) as run:
+        run._total = run._start = run._began = 1
+        run.log(1, {"val_top1": 9.0})
+        run.finish({"val_top1": 9.0})
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {"val_top1": 9.0}
+    assert MetricsFile.read(tmp_path / "run" / "metrics.jsonl") == [{"step": 1, "val_top1": 9.0}]
+    assert f"W&B can't be used (not such a name); later: ssl-bench stage=sync runs={tmp_path}/run" in caplog.text
 
 
 SCRIPT = """

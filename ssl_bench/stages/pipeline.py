@@ -1,6 +1,7 @@
 """Stage pipeline: pretrain, classify what was learnt beside its baselines, and show both."""
 
 import logging
+import os
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -46,6 +47,8 @@ def pipeline(
         if overrides is not None
     }
     for member in chain([pretraining], *evaluations.values()):
+        if name := member.tracking.get("name"):  # theirs, too, and each has one
+            member.tracking.name = f"{name} {os.path.relpath(member.dir, cfg.dir)}"
         build.check(member)  # all of it, before any of it takes time
     launch(pretraining)
     results: dict[str, list[float]] = {}
