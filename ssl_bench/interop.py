@@ -113,6 +113,19 @@ def recipe(path: Path) -> dict | None:
     return build.read_back(run / "config.yaml", (run / "config.yaml").read_bytes(), yaml.safe_load)
 
 
+def look(path: Path) -> dict[str, list[float]]:
+    """The mean and std that images had when the file's network was trained, as far as that is known."""
+    node, said = (recipe(path) or {}).get("augmentation"), {}
+    for key in ("mean", "std"):
+        value = node.get(key) if isinstance(node, dict) else None
+        if value is not None:
+            numbers = isinstance(value, list) and len(value) == 3 and all(isinstance(x, int | float) for x in value)
+            if not numbers or (key == "std" and min(value) <= 0):
+                raise UserError(f"{path}: its configuration has augmentation.{key}={value}, which can't be: mend it")
+            said[key] = value
+    return said
+
+
 def class_names(path: Path) -> list[str]:
     """Of the outputs of the classifier in the file, in their order; nothing where the classes have no names."""
     run = files.run_of(path)

@@ -26,21 +26,30 @@ def launch(cfg: DictConfig) -> dict[str, float]:
 
     if cfg.compile:
         check_compiler()
-    cfg = _with_file(cfg)
+    cfg = _settled(cfg)
     single = getattr(build.locate(cfg.stage._target_, "stage"), "single_process", False)
     if cfg.devices > 1 and distributed.launched() is None and not single:
         return _spawn(cfg)
     return _run(cfg)
 
 
-def _with_file(cfg: DictConfig) -> DictConfig:
-    """cfg with the very file in place of a run directory, where there may be a newer one when the next looks."""
+def _settled(cfg: DictConfig) -> DictConfig:
+    """cfg with all that the weights decide, which the run then says in its config.yaml: the very file in place of a run
+    directory, where there may be a newer one when the next looks; a mean and std that are null."""
     from ssl_bench import interop
+    from ssl_bench.augment.views import IMAGENET_MEAN, IMAGENET_STD
 
-    if cfg.pretrained is None or not Path(cfg.pretrained).expanduser().is_dir():
+    source, decided = cfg.pretrained, {}
+    if source is not None and Path(source).expanduser().is_dir():
+        decided["pretrained"] = source = str(interop.find(source))
+    look = OmegaConf.to_container(cfg.augmentation, resolve=True) if cfg.get("augmentation") else {}
+    if unsaid := [key for key in ("mean", "std") if key in look and look[key] is None]:
+        theirs = interop.look(interop.find(source)) if source is not None else {}
+        imagenet = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+        decided["augmentation"] = look | {key: theirs.get(key) or imagenet[key] for key in unsaid}
+    if not decided:
         return cfg
-    file = str(interop.find(cfg.pretrained))
-    return build.literal(OmegaConf.to_container(cfg, resolve=True) | {"pretrained": file})
+    return build.literal(OmegaConf.to_container(cfg, resolve=True) | decided)
 
 
 def check_compiler() -> None:

@@ -112,8 +112,11 @@ class Member:
         return self._changes(ran) if ran is not None and files.has_state(self.directory) else ""
 
     def _changes(self, ran: dict) -> str:
+        """But for what the weights decided when it was launched: there is the very file, and how images looked."""
+        look, then = (config.get("augmentation") or {} for config in (self.config, ran))
+        look = look | {key: then.get(key) for key in ("mean", "std") if key in look and look[key] is None}
         before = identity.left_by(ran | {"pretrained": None}, self.directory)
-        return identity.changes(before, Identity(self.config | {"pretrained": None}))  # there: the very file
+        return identity.changes(before, Identity(self.config | {"pretrained": None, "augmentation": look}))
 
     def _read(self, name: str, parse: Callable[[str], Any]) -> Any:
         try:

@@ -110,7 +110,7 @@ def test_margin_is_that_of_the_classifier(command: list[str], root: Path, tmp_pa
         probe = LinearProbe(build.construct(cfg.backbone), 4, normalize=name == "grid").eval()
         probe.load_state_dict({key: state[key] for key in probe.state_dict()})
         pixels = np.stack([np.asarray(Image.open(root / "unlabeled" / f"{index}.png")) for index in range(60)])
-        view = EvalView(16, mean=tuple(cfg.augmentation.mean), std=tuple(cfg.augmentation.std))
+        view = EvalView(16)  # ImageNet's mean and std, with which MoCo v2 was trained
         with torch.no_grad():
             margin = selection.margin(probe.logits(view(torch.from_numpy(pixels).permute(0, 3, 1, 2)))).numpy()
         chosen = request(tmp_path / f"{name}-chosen")

@@ -92,7 +92,8 @@ class Views(nn.Module):
 
     See `View`; `grayscale_first` puts the grayscale before the jitter. A probability or strength of zero takes its
     operation out. blur_p, solarize_p: of all views, or of each of the full-size views and then of the small ones
-    together. Views have the memory format of the images. The same keys (see `draws.keys`) give the same views.
+    together. mean and std of None are ImageNet's, too. Views have the memory format of the images. The same keys (see
+    `draws.keys`) give the same views.
     """
 
     def __init__(
@@ -113,8 +114,8 @@ class Views(nn.Module):
         blur_p: Fraction | tuple[Fraction, ...] = 0.5,
         blur_sigma: Interval = (0.1, 2.0),
         solarize_p: Fraction | tuple[Fraction, ...] = 0.0,
-        mean: RGB = IMAGENET_MEAN,
-        std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD,
+        mean: RGB | None = IMAGENET_MEAN,
+        std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = IMAGENET_STD,
         num_small_views: NonNegativeInt = 0,
         small_size: PositiveInt = 48,
         small_crop_scale: Interval = (0.05, 0.14),
@@ -125,7 +126,7 @@ class Views(nn.Module):
         _check_interval("crop_ratio", crop_ratio, low=0, high=float("inf"))
         _check_interval("blur_sigma", blur_sigma, low=0, high=float("inf"))
         self.image_size, self.num_views, self.num_small_views = image_size, num_views, num_small_views
-        self.normalize = Normalize(mean, std)
+        self.normalize = Normalize(mean or IMAGENET_MEAN, std or IMAGENET_STD)
         kinds = num_views + (num_small_views > 0)
         blurs, solarizations = _each("blur_p", blur_p, kinds), _each("solarize_p", solarize_p, kinds)
 

@@ -32,10 +32,13 @@ def load_pretrained(cfg: DictConfig) -> nn.Module:
         return backbone
     loaded = interop.load_backbone(backbone, cfg.pretrained)
     tell(loaded)
-    before = (interop.recipe(loaded.source) or {}).get("augmentation", {})
+    before = interop.look(loaded.source)
     for key in ("mean", "std"):
-        if key in before and list(before[key]) != list(now := cfg.augmentation.get(key, before[key])):
-            log.info("trained with augmentation.%s=%s, and sees %s here", key, listed(before[key]), listed(now))
+        now, then = cfg.augmentation.get(key), before.get(key)
+        if now and then and list(now) == list(then):
+            log.info("augmentation.%s=%s, as it was trained with", key, listed(now))
+        elif now and then:
+            log.warning("augmentation.%s=%s, but it was trained with %s", key, listed(now), listed(then))
     return backbone
 
 
@@ -169,7 +172,7 @@ def view_of(config: Mapping, place: Path, image_size: int | None = None, resize:
     try:
         size = image_size or int(augmentation.get("image_size", 224))
         resize = resize or float(stage.get("test_resize", 256 / 224))
-        look = {key: tuple(float(x) for x in augmentation[key]) for key in ("mean", "std") if key in augmentation}
+        look = {key: tuple(float(x) for x in augmentation[key]) for key in ("mean", "std") if augmentation.get(key)}
         return EvalView(size, resize, **look)
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{place}: its configuration doesn't say how to show images ({error})") from None

@@ -89,6 +89,9 @@ def evaluation(cfg: DictConfig, name: str, protocol: list[str], own: list[str], 
     member = hydra.compose("config", [word for word in overrides if word not in changed])
     shared = {key: cfg[key] for key in SHARED if key not in chosen}
     made = _with(member, seed=seed, dir=f"{cfg.dir}/{identity.slug(name)}/seed{seed}", **shared)
+    for key in ("mean", "std"):  # the baselines see the same images, too
+        if key in made.augmentation and made.augmentation[key] is None:
+            made.augmentation[key] = cfg.augmentation[key]
     for override in OverridesParser.create().parse_overrides(changed):
         OmegaConf.update(made, override.key_or_group, override.value(), force_add=True)
     lines = [*typed.in_vain(OmegaConf.to_container(member), overrides).values()]
