@@ -19,6 +19,7 @@ from pydantic import AfterValidator
 from ssl_bench import files, identity
 from ssl_bench.errors import UserError
 from ssl_bench.identity import Identity
+from ssl_bench.shell import override, quoted
 
 log = logging.getLogger(__name__)
 
@@ -256,9 +257,13 @@ class WandbTracker:
             self._mirror(finish)
         if self._run is not None and self._run.offline:
             folder = Path(self._run.dir).parent
-            command = f"wandb sync {folder}" if self._rebuilt else f"ssl-bench stage=sync runs={self.directory}"
+            command = f"wandb sync {quoted(str(folder))}" if self._rebuilt else self._sync
             log.info("W&B was offline; once you are logged in, type: %s", command)
         self._run = None
+
+    @property
+    def _sync(self) -> str:
+        return f"ssl-bench stage=sync {override('runs', self.directory)}"
 
     def _named(self, metrics: Mapping[str, float]) -> dict[str, float]:
         return {name if name in AXES else self._prefix + name: value for name, value in metrics.items()}
@@ -323,7 +328,7 @@ class WandbTracker:
             if self._rebuilt:
                 raise
             self._run = None
-            log.warning("W&B stopped (%r); later: ssl-bench stage=sync runs=%s", error, self.directory)
+            log.warning("W&B stopped (%r); later: %s", error, self._sync)
 
 
 def rebuild(run_dir: str | Path, settings: Mapping[str, Any] | None = None) -> None:

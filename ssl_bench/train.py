@@ -13,7 +13,6 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
@@ -24,6 +23,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from ssl_bench import build, identity, sweep, typed
 from ssl_bench.errors import Interrupted, UserError
 from ssl_bench.launch import launch, set_up_logging
+from ssl_bench.shell import quote, quoted
 
 log = logging.getLogger("ssl_bench.train")  # also as __main__
 
@@ -39,12 +39,6 @@ def run_dir(default: str) -> str:
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return default
     return os.path.join(HydraConfig.get().sweep.dir, sweep.name(HydraConfig.get().overrides.task))
-
-
-def quote(value: str) -> str:
-    """Resolver: a value as an override on the command line has it, with quotes where it wouldn't be a plain text."""
-    plain = re.fullmatch(r"[\w./-]+", value, re.ASCII)
-    return value if plain else QuotedString(text=value, quote=Quote.single).with_quotes()
 
 
 def register_launchers() -> None:
@@ -206,7 +200,8 @@ def _several(key: str, value: str) -> str:
         return f"{key}={value}: --cfg shows one configuration: give one value"
     if value.startswith("interval("):
         return f"{key}={value}: {SEARCH}"
-    return f"{key}={value}: several values are for a sweep: add -m; or quote one with a comma: '{key}=\"{value}\"'"
+    one = quoted(f'{key}="{value}"')
+    return f"{key}={value}: several values are for a sweep: add -m; or quote one with a comma: {one}"
 
 
 def _unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-import shlex
+import re
 import shutil
 import signal
 import subprocess
@@ -54,7 +54,7 @@ class _SweepLauncher(Launcher):
         self.hydra_context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from ssl_bench import sweep
+        from ssl_bench import shell, sweep
         from ssl_bench.errors import UserError
 
         folder = Path(self.config.hydra.sweep.dir)
@@ -80,7 +80,7 @@ class _SweepLauncher(Launcher):
         todo = [member for member in members if member.result() is None and member not in busy]
         finished = len(members) - len(todo) - len(busy)
         log.info("%s: %s finished, %s under way, %s to start", folder, finished, len(busy), len(todo))
-        log.info("its members at any time: ssl-bench stage=status runs=%s", folder)
+        log.info("its members at any time: ssl-bench stage=status %s", shell.override("runs", folder))
         for member in todo:
             if conflict := member.conflict:
                 raise UserError(
@@ -334,29 +334,33 @@ class Slurm(_SweepLauncher):
         max_num_timeout: int,
         **parameters: Any,
     ) -> None:
+        from ssl_bench.shell import quoted
+
         self.wait, self.folder, self.max_num_timeout = wait, Path(submitit_folder).absolute(), max_num_timeout
-        self.stage_in = stage_in
-        inside = python or ("python" if container else shlex.quote(sys.executable))
-        words = [_quoted(word) for word in container]
+        self.stage_in = [os.path.expanduser(file) for file in stage_in]
+        here = "python" if container else quoted(sys.executable)
+        inside = here if python is None else quoted(os.path.expanduser(python), variables=True)
+        words = [quoted(word, variables=True) for word in container]
         if env_script:
-            words += ["/bin/bash", "-c", shlex.quote(f'{env_script}\nexec {inside} "$0" "$@"')]
+            words += ["/bin/bash", "-c", quoted(f'{env_script}\nexec {inside} "$0" "$@"')]
         else:
             words.append(inside)
         self.python = " ".join(words)
         delay = parameters["signal_delay_s"]
-        note = self.folder.parent / "requeue-$SLURM_JOB_ID"
+        note = f"{quoted(str(self.folder.parent))}/requeue-$SLURM_JOB_ID"
         self.parameters = parameters | {
             "additional_parameters": OmegaConf.to_container(parameters["additional_parameters"], resolve=True),
             "setup": [
                 *(setup or []),
                 f"export SSL_BENCH_GRACE={math.ceil(0.75 * delay)} SSL_BENCH_REQUEUE={note}",
-                *(_stage(file, stage_dir) for file in stage_in),
+                'rm -f -- "$SSL_BENCH_REQUEUE"',  # of a life of this job that ended before its teardown
+                *(_stage(file, os.path.expanduser(stage_dir)) for file in self.stage_in),
             ],
             "teardown": [
                 "status=$?",
                 # Left where there is no scontrol inside; or USR2 (12) came before Python could attend to it.
-                'if [ -e "$SSL_BENCH_REQUEUE" ] || [ $status = 140 ]; then',
-                '    rm -f "$SSL_BENCH_REQUEUE"',
+                'if [ -f "$SSL_BENCH_REQUEUE" ] || [ $status = 140 ]; then',
+                '    rm -f -- "$SSL_BENCH_REQUEUE"',
                 # What is cancelled doesn't count as running any more.
                 '    if [ "$(squeue -h -j $SLURM_JOB_ID -o %T)" = RUNNING ]; then',
                 "        scontrol requeue $SLURM_JOB_ID && sleep 300",
@@ -388,6 +392,7 @@ class Slurm(_SweepLauncher):
         from ssl_bench.errors import UserError
         from ssl_bench.member import SlurmTask
 
+        self._refuse_names()
         if not self.wait and not self._is_grid:
             raise UserError("hydra.launcher.wait=false: this sweeper chooses by results; leave it out")
         for file in map(Path, self.stage_in):
@@ -439,6 +444,20 @@ class Slurm(_SweepLauncher):
             log.warning("the jobs go on; the same command waits for them again, this ends them: scancel %s", jobs)
             raise
 
+    def _refuse_names(self) -> None:
+        """UserError for what `#SBATCH` lines and Slurm's patterns of file names have no quotes for."""
+        from ssl_bench.errors import UserError
+
+        if found := re.search(r"[%\\\n]", str(folder := self.folder.parents[1])):
+            raise UserError(
+                f"{found[0]!r} is in the sweep's folder, {str(folder)!r}, and Slurm takes it for a pattern of "
+                "its own, or the end of a line: start from another folder, or choose another sweep="
+            )
+        options = self.parameters | self.parameters["additional_parameters"]
+        for key, value in options.items():
+            if isinstance(value, str) and "\n" in value:
+                raise UserError(f"hydra.launcher: {key}={value!r} has a line break, which no option of sbatch can have")
+
     def _wait(self, members: list["Member"]) -> None:
         """A job has ended when Slurm lists it no more, twice in a row: a requeued one is listed again."""
         from ssl_bench import sweep
@@ -460,21 +479,20 @@ class Slurm(_SweepLauncher):
                     tell(waiting.pop(job))
 
 
-def _quoted(word: str) -> str:
-    """For the shell, with its $VARIABLES."""
-    return shlex.quote(word) if "$" not in word else '"' + word.replace('"', r"\"") + '"'
-
-
 def _stage(file: str, folder: str) -> str:
     """Shell: copy a file to each node's disk, where it isn't there yet; a copy that was cut off is never used."""
-    target = f"{folder.rstrip('/')}/{Path(file).name}"
+    from ssl_bench.shell import quoted
+
     script = (
-        f'mkdir -p "{folder}" && file=$(stat -Lc "%s %Y" "{file}") || exit 1; '
-        f'if [ "$file" != "$(stat -Lc "%s %Y" "{target}" 2>/dev/null)" ]; then '
-        f'cp -pL "{file}" "{target}.$SLURM_JOB_ID" && mv "{target}.$SLURM_JOB_ID" "{target}"; fi'
+        f"file={quoted(file, variables=True)} folder={quoted(folder, variables=True)}\n"
+        'copy="$folder/${file##*/}"\n'
+        'mkdir -p -- "$folder" && wanted=$(stat -Lc "%s %Y" -- "$file") || exit 1\n'
+        'if [ "$wanted" != "$(stat -Lc "%s %Y" -- "$copy" 2>/dev/null)" ]; then\n'
+        '    cp -pL -- "$file" "$copy.$SLURM_JOB_ID" && mv -T -- "$copy.$SLURM_JOB_ID" "$copy"\n'
+        "fi"
     )
     once_a_node = "--nodes=$SLURM_JOB_NUM_NODES --ntasks=$SLURM_JOB_NUM_NODES --ntasks-per-node=1 --overlap"
-    return f"srun {once_a_node} bash -c '{script}' || exit 1"
+    return f"srun {once_a_node} bash -c {quoted(script)} || exit 1"
 
 
 @dataclass

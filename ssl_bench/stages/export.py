@@ -22,6 +22,7 @@ from ssl_bench.errors import UserError, writable
 from ssl_bench.report import plain
 from ssl_bench.results import Ran
 from ssl_bench.run import Run
+from ssl_bench.shell import override
 from ssl_bench.stages.evaluation import Pretrained, open_pretrained
 from ssl_bench.stages.training import check_size
 
@@ -89,7 +90,7 @@ def export(
         replace(folder, partial)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"written to {folder}: {', '.join(names)}; ssl-bench reads it with pretrained={folder}")
+    print(f"written to {folder}: {', '.join(names)}; ssl-bench reads it with {override('pretrained', folder)}")
     return {"tensors": len(state)}
 
 

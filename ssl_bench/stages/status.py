@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 from ssl_bench import build, files, sweep
 from ssl_bench.errors import UserError
 from ssl_bench.run import Run
+from ssl_bench.shell import override
 
 READS = ("runs", "metric")
 
@@ -24,7 +25,7 @@ def status(cfg: DictConfig, run: Run) -> dict[str, float]:
             near = path or Path("runs/sweeps")
             found = sorted({*near.glob("*/.members"), *near.parent.glob("*/.members")})
             hint = (
-                ": " + ", ".join(f"runs={folder.parent}" for folder in found)
+                ": " + ", ".join(override("runs", folder.parent) for folder in found)
                 if found
                 else ", like runs=runs/sweeps/lincls"
             )
