@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -15,9 +16,36 @@ from ssl_bench.files import complete, step_of
 
 log = logging.getLogger(__name__)
 
+ZIP, FOLDER = b"PK\x03\x04", 0x10
+
+
+def verify(path: Path) -> None:
+    """UserError for a file of torch.save whose bytes aren't those that were written.
+
+    torch writes a CRC-32 of each record, and doesn't look at it when it reads: a tensor with a flipped bit is a tensor.
+    Files of before torch 1.6 have none, nor do those of torch.serialization.set_crc32_options(False).
+    """
+    with open(path, "rb") as file:
+        if file.read(len(ZIP)) != ZIP:
+            return  # torch doesn't take it for one of these either
+        try:
+            with zipfile.ZipFile(file) as archive:
+                records = archive.infolist()
+                if all(record.CRC == 0 for record in records):
+                    return
+                # torch reads nothing of what is marked as a folder, and leaves the tensor as the memory was
+                folders = [record.filename for record in records if record.external_attr & FOLDER]
+                damaged = next(iter(folders), None) or archive.testzip()
+        except Exception:  # zipfile raises many kinds for a directory that isn't what was written
+            damaged = "its directory"
+    if damaged:
+        what = damaged.partition("/")[2] or damaged
+        raise UserError(f"{path}: damaged or truncated: {what} isn't what was written (CRC-32)")
+
 
 def read(path: Path) -> object:
-    """What torch.save wrote, where that is tensors and plain data; no code in it is run. UserError for the rest."""
+    """What torch.save wrote, where that is tensors and plain data, and whole; no code in it is run. UserError."""
+    verify(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # about the pickle protocol of files that are refused anyway
             return torch.load(path, map_location="cpu", weights_only=True)

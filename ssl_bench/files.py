@@ -26,7 +26,7 @@ def run_of(path: Path) -> Path | None:
 
 def complete(directory: Path) -> list[Path]:
     """Checkpoint files of a run directory, newest first."""
-    return sorted((directory / "checkpoints").glob("step*.pt"), reverse=True)
+    return sorted((directory / "checkpoints").glob(f"step{10 * '[0-9]'}.pt"), reverse=True)
 
 
 def step_of(path: Path) -> int:
@@ -81,4 +81,4 @@ def digest(path: Path, algorithm: str = "sha256") -> str:
 
 def has_state(run: Path) -> bool:
     """Has the run of this directory saved anything, or finished?"""
-    return (run / "summary.json").exists() or any(run.glob("checkpoints/step*.pt"))
+    return (run / "summary.json").exists() or bool(complete(run))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import xxhash
 import yaml
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from ssl_bench.errors import UserError
 from ssl_bench.methods.moco import MoCo
 
 State = dict[str, Tensor]
+DIGEST = "ssl_bench.xxh3_128"  # in the metadata of a safetensors file: of its tensors, and what else it says
 CLASSES = "classes.json"  # in the directory of a run that learns from labels: the names of its classes
 
 
@@ -86,26 +88,48 @@ def find(source: str) -> Path:
 
 
 def read(path: Path) -> object:
-    """What is in the file; no code in it is run. UserError where it can't be read."""
-    if path.suffix != ".safetensors":
+    """What is in the file; no code in it is run. UserError where it can't be read, or isn't what was written."""
+    zoo.check_sums(path)
+    if path.suffix == ".safetensors":
+        return _safetensors(path)[0]
+    try:
         return checkpoint.read(path)
-    from safetensors import SafetensorError
+    except UserError as error:
+        run = files.run_of(path)
+        older = [file for file in files.complete(run) if file.name < path.name] if run else []
+        hint = f"; the state before it, of step {files.step_of(older[0]):,}, is pretrained={older[0]}" if older else ""
+        raise UserError(f"{error}{hint}") from None
+
+
+def _safetensors(path: Path) -> tuple[State, dict[str, str]]:
+    """(tensors, metadata) of the file, compared with the digest that stage=export wrote into it."""
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        state = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path}: truncated, or not a safetensors file ({error})") from None
+    if DIGEST in metadata and metadata[DIGEST] != digest(state, metadata.get("ssl_bench", "")):
+        raise UserError(f"{path}: damaged: its tensors aren't those that were written; export or copy it again")
+    return state, metadata
+
+
+def digest(state: State, text: str = "") -> str:
+    """xxh3_128 of tensors, as they are on the CPU, with their names, and of a text: changed by a flipped bit of any."""
+    whole = xxhash.xxh3_128(text.encode())
+    for key, value in sorted(state.items()):
+        whole.update(f"{key} {value.dtype} {tuple(value.shape)} ".encode())
+        whole.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return whole.hexdigest()
 
 
 def recipe(path: Path) -> dict | None:
     """The configuration of the run that made the file: from the run's directory, or from a file of stage=export."""
     if path.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        read(path)  # a broken file is told there
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get("ssl_bench")
+        text = _safetensors(path)[1].get("ssl_bench")
         return build.read_back(path, text, json.loads) if text else None
     run = files.run_of(path)
     if not (run and (run / "config.yaml").is_file()):

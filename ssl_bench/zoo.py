@@ -50,6 +50,18 @@ def listed(folder: Path) -> dict[str, str]:
     return {line[1]: line[0] for line in lines if len(line) == 2}
 
 
+def check_sums(path: Path) -> bool:
+    """Does SHA256SUMS beside the file list it? UserError where it holds something else than that says."""
+    if not (said := listed(path.parent).get(path.name)):
+        return False
+    if said != (found := digest(path)):
+        raise UserError(
+            f"{path}: its sha256 is {found[:8]}..., not {said[:8]}... as {path.with_name(SUMS)} says: a broken or "
+            "another file; export or copy it again"
+        )
+    return True
+
+
 def _download(name: str, path: Path) -> None:
     from filelock import FileLock
     from tqdm import tqdm

@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ssl_bench.checkpoint import Checkpoint, complete
+from ssl_bench.checkpoint import Checkpoint, complete, read
 from ssl_bench.errors import UserError
 
 Trained = tuple[nn.Module, torch.optim.Optimizer]
@@ -129,6 +130,80 @@ def test_a_truncated_one_is_named_and_the_one_before_used(
     assert str(newest) in warning
     assert "the one before" in warning
     assert "\n" not in warning
+
+
+def equal(one: object, other: object) -> bool:
+    """The same tensors and values under the same names."""
+    if isinstance(one, dict):
+        return isinstance(other, dict) and list(one) == list(other) and all(equal(one[k], other[k]) for k in one)
+    if isinstance(one, list):
+        return isinstance(other, list) and len(one) == len(other) and all(map(equal, one, other))
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    return one == other
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), directory=st.booleans())
+def test_a_flipped_bit_is_found_or_harmless(
+    two: tuple[Checkpoint, bytes], place: float, bit: int, directory: bool
+) -> None:
+    """Wherever it is: in a tensor, a record's name or length, the directory at the end of the file."""
+    checkpoint, whole = two
+    newest = complete(checkpoint.directory)[0]
+    newest.write_bytes(whole)
+    expected = read(newest)
+    flipped = bytearray(whole)
+    start = whole.index(b"PK\x01\x02") if directory else 0
+    flipped[start + int(place * (len(whole) - start))] ^= 1 << bit
+    newest.write_bytes(flipped)
+    said = ""
+    try:
+        assert equal(read(newest), expected)
+    except UserError as error:
+        said = str(error)
+    assert not said or (str(newest) in said and "\n" not in said)
+
+
+def test_no_record_is_taken_for_a_folder(two: tuple[Checkpoint, bytes]) -> None:
+    """In a zip file's directory a bit says so; torch then reads nothing, and leaves the memory as it was."""
+    checkpoint, whole = two
+    newest = complete(checkpoint.directory)[0]
+    for header in [match.start() for match in re.finditer(rb"PK\x01\x02", whole)]:
+        flipped = bytearray(whole)
+        flipped[header + 38] ^= 0x10
+        newest.write_bytes(flipped)
+        with pytest.raises(UserError, match="damaged"):
+            read(newest)
+
+
+def test_a_damaged_one_is_named_and_the_one_before_used(
+    two: tuple[Checkpoint, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint, whole = two
+    newest = complete(checkpoint.directory)[0]
+    flipped = bytearray(whole)
+    flipped[whole.index(b"/data/1") + 100] ^= 4
+    newest.write_bytes(flipped)
+    caplog.clear()
+    assert restored(checkpoint) == 1
+    (warning,) = warnings_of(caplog)
+    assert warning.startswith(f"{newest}: damaged or truncated: data/")
+    assert warning.endswith("; trying the one before")
+
+
+def test_a_file_without_checksums_is_read(tmp_path: Path) -> None:
+    """torch can be told to leave them out, and old files have none."""
+    state = {"weight": torch.rand(3)}
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, tmp_path / "quick.pth")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert equal(read(tmp_path / "old.pth"), state)
+    assert equal(read(tmp_path / "quick.pth"), state)
 
 
 class Payload:

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_config import compose
@@ -47,6 +49,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     launch(compose(*on, "stage=knn", f"dir={place}/knn"))
     launch(compose(*on, "stage=finetune", "stage.labels_per_class=5", "stage.test_resize=1.0", f"dir={place}/finetune"))
     return place
+
+
+@pytest.fixture(scope="module")
+def exported(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(place / "moco", tmp_path_factory.mktemp("exported") / "out")
 
 
 def export(source: Path, out: Path, *overrides: str) -> Path:
@@ -259,6 +266,36 @@ def test_a_broken_safetensors_file(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"\x10" + bytes(7) + b"something else!!")
     with pytest.raises(UserError, match="truncated, or not a safetensors file"):
         load_backbone(tiny().backbone, str(tmp_path / "x.safetensors"))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), header=st.booleans())
+def test_a_flipped_bit_is_found_or_harmless(exported: Path, place: float, bit: int, header: bool) -> None:
+    """Of the tensors, and of what the file says of itself, by the digest in it; SHA256SUMS needn't be there."""
+    whole = (exported / "model.safetensors").read_bytes()
+    flipped, length = bytearray(whole), 8 + int.from_bytes(whole[:8], "little")
+    flipped[int(place * (length if header else len(whole)))] ^= 1 << bit
+    path = exported.parent / "x.safetensors"
+    path.write_bytes(flipped)
+    before = interop.read(exported / "model.safetensors")
+    said = ""
+    try:
+        found, says = interop.read(path), interop.recipe(path)
+        assert found.keys() == before.keys()
+        assert all(torch.equal(found[key], before[key]) for key in before)
+        assert says in (None, interop.recipe(exported / "model.safetensors"))  # it is as if it had none
+    except UserError as error:
+        said = str(error)
+    assert not said or str(path) in said
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+def test_what_isnt_as_the_list_says_is_refused(exported: Path, tmp_path: Path, name: str) -> None:
+    out = shutil.copytree(exported, tmp_path / "out")
+    other = tiny(1).backbone.state_dict()
+    torch.save(other, out / name) if name.endswith("pth") else save_file(other, out / name)
+    with pytest.raises(UserError, match=rf"{name}: its sha256 is \w+\.\.\., not \w+\.\.\. as .*/SHA256SUMS says"):
+        load_backbone(tiny().backbone, str(out / name))
 
 
 # --- predict ----------------------------------------------------------------------------------------------------------

@@ -356,3 +356,17 @@ def test_lincls_of_an_official_file(ssl_bench: Command, tmp_path: Path) -> None:
     backbone = tiny(seed=1).backbone
     load_backbone(backbone, str(tmp_path / "run"))  # the classifier's checkpoint holds the backbone it saw
     assert same(backbone, method.backbone)
+
+
+def test_a_damaged_newest_state_is_refused_with_the_one_before(tmp_path: Path) -> None:
+    """A silent change of the step would be another result."""
+    checkpoint = Checkpoint(tmp_path / "run", "run")
+    older, newest = checkpoint.save(10, model=tiny()), checkpoint.save(1200, model=tiny())
+    whole = bytearray(newest.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    newest.write_bytes(whole)
+    with pytest.raises(UserError) as caught:
+        load_backbone(tiny().backbone, str(tmp_path / "run"))
+    assert str(caught.value).startswith(f"{newest}: damaged")
+    assert str(caught.value).endswith(f"the state before it, of step 10, is pretrained={older}")
+    load_backbone(tiny().backbone, str(older))

@@ -123,6 +123,7 @@ def write_weights(state: interop.State, pretrained: Pretrained, folder: Path) ->
             "classes": pretrained.classes,
         }
         metadata["ssl_bench"] = json.dumps(kept)
+    metadata[interop.DIGEST] = interop.digest(state, metadata.get("ssl_bench", ""))
     (folder / "model.safetensors").write_bytes(save(state, metadata))  # save_file's are for the owner only
     torch.save(state, folder / "model.pth")
 
