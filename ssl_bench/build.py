@@ -4,6 +4,7 @@ import difflib
 import logging
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -62,24 +63,28 @@ class Root(BaseModel):
     save_every: PositiveInt
 
 
-def check(cfg: DictConfig) -> None:
-    """UserError with every mistake of the configuration, a line each; nothing but the constructors' modules is read."""
+def check(cfg: DictConfig, quoted: Mapping[str, str] | None = None) -> None:
+    """UserError with every mistake of the configuration, a line each; nothing but the constructors' modules is read.
+
+    quoted: {key: what was typed for it, as a text} (`typed.quoted`).
+    """
+    if missing := sorted(_missing(OmegaConf.to_container(cfg))):
+        raise UserError("; ".join(f"{key} needs a value: type {key}=..." for key in missing))
     try:
-        if missing := sorted(OmegaConf.missing_keys(cfg)):
-            raise UserError("; ".join(f"{key} needs a value: type {key}=..." for key in missing))
         plain = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     nodes = {key: node for key, node in plain.items() if key in SUPPLIED and isinstance(node, dict)}
-    problems = _problems(Root, {key: value for key, value in plain.items() if key not in SUPPLIED}, "")
+    roots = {key: value for key, value in plain.items() if key not in SUPPLIED}
+    problems = _problems(Root, roots, "", quoted or {})
     for group, node in nodes.items():
         try:
             schema = _schema(node.get("_target_"), group, SUPPLIED[group])
         except UserError as error:
             problems.append(str(error))
         else:
-            arguments = _arguments(node, schema)
-            problems += _problems(schema, arguments, group + ".") or _too_late(schema, node, group, plain)
+            wrong = _problems(schema, _arguments(node, schema), f"{group}.", quoted or {})
+            problems += wrong or _too_late(schema, node, group, plain)
     if not problems and (rest := plain["batch_size"] % plain["devices"]):
         nearest = plain["batch_size"] - rest + plain["devices"]
         problems.append(
@@ -286,12 +291,35 @@ def _schema(path: str | None, group: str, supplied: tuple[str, ...]) -> type[Bas
     return create_model(str(path), __config__=config, **fields)
 
 
-def _problems(schema: type[BaseModel], values: dict, prefix: str) -> list[str]:
+def _missing(node: object, path: str = "") -> Iterator[str]:
+    """Keys without a value, of a configuration that isn't resolved."""
+    if node == "???":
+        yield path
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        yield from _missing(value, f"{path}.{key}" if path else str(key))
+
+
+def _problems(schema: type[BaseModel], values: dict, prefix: str, quoted: Mapping[str, str]) -> list[str]:
     try:
         schema.model_validate(values)
     except ValidationError as error:
-        return [_problem(detail, schema, prefix) for detail in error.errors()]
+        found: dict[str, Mapping] = {}  # of a key that may be this or that the first, or that it should be a text
+        for detail in error.errors():
+            key = prefix + ".".join(map(str, _place(detail, values)))
+            if key not in found or detail["type"] == "string_type":
+                found[key] = detail
+        return [_problem(key, detail, schema, prefix, quoted) for key, detail in found.items()]
     return []
+
+
+def _place(detail: Mapping, values: Any) -> Iterator[str | int]:
+    """The keys and indices of a mistake: pydantic adds which of several types it tried."""
+    for part in detail["loc"]:
+        in_list = isinstance(values, list) and isinstance(part, int)
+        if in_list or (isinstance(values, dict) and (part in values or detail["type"] == "missing")):
+            yield part
+            values = values[part] if in_list or part in values else None
 
 
 def _too_late(schema: type[BaseModel], node: dict, group: str, config: Mapping) -> list[str]:
@@ -310,8 +338,7 @@ def _too_late(schema: type[BaseModel], node: dict, group: str, config: Mapping) 
     return problems
 
 
-def _problem(detail: Mapping, schema: type[BaseModel], prefix: str) -> str:
-    key = prefix + ".".join(str(part) for part in detail["loc"])
+def _problem(key: str, detail: Mapping, schema: type[BaseModel], prefix: str, quoted: Mapping[str, str]) -> str:
     if detail["type"] == "extra_forbidden":
         names = [*schema.model_fields, *(SUPPLIED if schema is Root else ())]
         return unknown("key", key, [prefix + name for name in names])
@@ -321,7 +348,8 @@ def _problem(detail: Mapping, schema: type[BaseModel], prefix: str) -> str:
         given = detail["input"]
         if isinstance(given, list):  # of a text in brackets
             given = f"[{','.join(map(str, given))}]"
-        return f"{key}={given}: should be a text; quote it: '{key}=\"{given}\"'"
+        as_text = shlex.quote(f"{key}={quoted.get(key, typed.quote(str(given)))}")
+        return f"{key}={given}: should be a text; quote it: {as_text}"
     said = detail["msg"].removeprefix("Value error, ")
     message = said if detail["type"] == "value_error" else said[0].lower() + said[1:]
     return f"{key}={detail['input']}: {message}"
@@ -329,6 +357,8 @@ def _problem(detail: Mapping, schema: type[BaseModel], prefix: str) -> str:
 
 def unknown(what: str, got: str, valid: list[str]) -> str:
     """One line about a key or choice that isn't there."""
-    close = difflib.get_close_matches(got, valid, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
+    head = re.match(r"(.*[.=])?", got)[0]
+    shared = head if all(name.startswith(head) for name in valid) else ""  # what all have in common makes none alike
+    close = difflib.get_close_matches(got.removeprefix(shared), [name.removeprefix(shared) for name in valid], n=1)
+    hint = f"did you mean {shared}{close[0]}? " if close else ""
     return f"{got}: no such {what}; {hint}Valid: {', '.join(sorted(valid))}"

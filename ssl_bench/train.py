@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import re
+import shlex
 import sys
 from itertools import islice
 from typing import Any, NoReturn
@@ -17,10 +18,10 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from ssl_bench import build, identity, sweep, typed
+from ssl_bench import __version__, build, identity, sweep, typed
 from ssl_bench.errors import Interrupted, UserError
 from ssl_bench.launch import launch, set_up_logging
 from ssl_bench.shell import quote, quoted
@@ -30,7 +31,7 @@ log = logging.getLogger("ssl_bench.train")  # also as __main__
 SEARCH = "an interval is for a search: add -m hydra/sweeper=optuna (pip install hydra-optuna-sweeper)"
 # Options of Hydra that are followed by a value. Not --info, whose value may be left out: it stays where it is.
 VALUED = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
-VALUED += ("--experimental-rerun",)
+HOME = re.compile(r"^([\w.+]+)=(~[\w./~-]*)$")  # as a shell leaves it, and Hydra doesn't take it
 LIST = re.compile(r"^(data\.extra_labels|runs)=([^\[].*,.*)$")  # a comma here makes a list, not a sweep
 
 
@@ -60,14 +61,19 @@ OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
 def run(cfg: DictConfig) -> float | None:
     """One run. Members of a sweep are run by its launcher, but by this where another launcher than ours was chosen."""
     try:
-        build.check(cfg)
-        if HydraConfig.get().mode == RunMode.RUN:
-            refuse_in_vain(cfg, HydraConfig.get().overrides.task)
+        words = _typed(HydraConfig.get().overrides.task) if HydraConfig.get().mode == RunMode.RUN else []
+        build.check(cfg, typed.quoted(words))
+        refuse_in_vain(cfg, words)
         return launch(cfg).get(cfg.metric)
     except UserError as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # Hydra says which member it was, and goes on with the others
         fail(error)
+
+
+def _typed(overrides: ListConfig) -> list[str]:
+    """As they were typed: a list of OmegaConf's would fill in ${...}."""
+    return OmegaConf.to_container(overrides)
 
 
 def refuse_in_vain(cfg: DictConfig, overrides: list[str]) -> None:
@@ -95,14 +101,15 @@ class Check(Callback):
 
         if not config.hydra.sweeper._target_.endswith("BasicSweeper"):  # its members are not known beforehand
             own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-            if lines := typed.in_vain(OmegaConf.to_container(own), config.hydra.overrides.task):
+            if lines := typed.in_vain(OmegaConf.to_container(own), _typed(config.hydra.overrides.task)):
                 fail(UserError("\n".join(lines.values())))
             return
         params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-        overrides = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
+        task = _typed(config.hydra.overrides.task)
+        overrides = OverridesParser.create().parse_overrides([*params, *task])
         if searched := [override.input_line for override in overrides if override.is_interval_sweep()]:
             fail(UserError(f"{searched[0]}: {SEARCH}"))
-        problems, composed = [], []
+        problems, composed, quoted = [], [], typed.quoted([*params, *task])
         (members,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
         if len(members) > 20:
             log.info("checking %s members, a second each, before any starts", len(members))
@@ -111,7 +118,7 @@ class Check(Callback):
                 composer = GlobalHydra.instance().hydra
                 cfg = composer.compose_config(config_name, list(member), RunMode.RUN, with_log_configuration=False)
                 cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-                build.check(cfg)
+                build.check(cfg, quoted)
                 composed.append((OmegaConf.to_container(cfg), list(member)))
             except (UserError, HydraException, OmegaConfBaseException) as error:
                 problems.append(f"{' '.join(member)}: {_message(error)}")
@@ -126,7 +133,19 @@ def main() -> None:
     """Console entry. A person's mistake is one line and exit code 2; a bug keeps its traceback."""
     set_up_logging(quiet=os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0")  # one voice of many
     sys.path.append(os.getcwd())  # a user's own methods; last, for the folder may have come from elsewhere
-    sys.argv[1:] = _options_first([LIST.sub(r"\1=[\2]", word) for word in sys.argv[1:]])
+    words = sys.argv[1:]
+    if "--version" in words:
+        print(f"ssl-bench {__version__}")
+        return
+    if not words:
+        print("ssl-bench, with nothing typed, is ssl-bench experiment=quickstart; all else: ssl-bench --help")
+        words = ["experiment=quickstart"]
+    if mistaken := _no_option(words):
+        fail(UserError(mistaken))
+    sys.argv[1:] = _options_first([HOME.sub(r'\1="\2"', LIST.sub(r"\1=[\2]", word)) for word in words])
+    parser = get_args_parser()
+    parser.error = lambda message: fail(UserError(f"{message}; ssl-bench --help shows all"))  # not a page of usage
+    parser.parse_args()
     wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets exceptions through, and the wording is ours
     try:
@@ -147,6 +166,22 @@ def main() -> None:
         sys.exit(130)
 
 
+def _no_option(words: list[str]) -> str:
+    """A line about the first word with dashes that isn't an option, but may be a key; "" where there is none."""
+    known = {name for action in get_args_parser()._actions for name in action.option_strings} - {"--experimental-rerun"}
+    for word, following in zip(words, [*words[1:], "-"], strict=True):
+        name, mark, value = word.partition("=")
+        if not word.startswith("-") or name in known:
+            continue
+        key = name.lstrip("-").replace("-", "_")
+        if not mark:
+            value = "true" if following.startswith("-") or "=" in following else following
+        if key.partition(".")[0] in {*build.Root.model_fields, *build.SUPPLIED, *typed.ALWAYS}:
+            return f"{word}: keys have no dashes: type {key}={value}"
+        return f"{word}: no such option, and keys have no dashes: KEY=VALUE; ssl-bench --help shows them"
+    return ""
+
+
 def _options_first(words: list[str]) -> list[str]:
     """As argparse wants them. With --cfg without -m: Hydra takes one of the two."""
     options, overrides, rest = [], [], iter(words)
@@ -165,7 +200,9 @@ def _message(error: Exception) -> str:
     if isinstance(error, UserError):
         return text
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: not KEY=VALUE; put quotes around a VALUE with special characters: 'KEY=\"VALUE\"'"
+        key, mark, value = str(error.override).partition("=")
+        as_text = shlex.quote(f"{key}={typed.quote(value)}") if mark else "'KEY=\"VALUE\"'"
+        return f"{error.override}: not KEY=VALUE; put quotes around a VALUE with special characters: type {as_text}"
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         return build.unknown("choice", f"{group}={choice}", [f"{group}={option}" for option in error.options])

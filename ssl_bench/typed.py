@@ -23,6 +23,21 @@ def key_of(override: str) -> str:
     return re.split("[=@]", override.lstrip("+~"), maxsplit=1)[0]
 
 
+def quote(text: str) -> str:
+    """As an override has a text that looks like something else; only a quote and what precedes it are escaped."""
+    return '"' + re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), text) + '"'
+
+
+def quoted(overrides: Iterable[str]) -> dict[str, str]:
+    """{key: its value as a text} of what was typed; several values are quoted each."""
+    pairs = (override.partition("=") for override in overrides)
+    several = re.compile(r"[^\[\](){}'\",]+(,[^\[\](){}'\",]+)+")
+    return {
+        key_of(key): ",".join(map(quote, value.split(","))) if several.fullmatch(value) else quote(value)
+        for key, _, value in pairs
+    }
+
+
 def in_vain(config: Mapping, overrides: Iterable[str]) -> dict[str, str]:
     """{override: a line about it} of those that the stage of this configuration doesn't read.
 

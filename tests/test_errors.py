@@ -3,8 +3,10 @@
 import os
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,12 +14,15 @@ import pytest
 import torch
 import yaml
 from conftest import TINY, TINY_PRETRAIN, Command
+from hydra.errors import HydraException
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 from test_config import compose
 
-from ssl_bench import backbones, build
+import ssl_bench
+from ssl_bench import backbones, build, train, typed
 from ssl_bench.checkpoint import complete
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import UserError
@@ -90,8 +95,17 @@ CONFIGURATION = {
         ["data=dl21", "data.root=[x,y]"],
         ["data.root=[x,y]: should be a text", "'data.root=\"[x,y]\"'"],
     ),
-    "special characters": (["data=dl21", "data.root=~/data"], ["data.root=~/data: ", "quotes", "'KEY=\"VALUE\"'"]),
+    "special characters": (["dir=it's"], ["dir=it's: ", "quotes", "type 'dir=\"it'\"'\"'s\"'"]),
     "interpolation": (["seed=${sed}"], ["seed: Interpolation key 'sed' not found"]),
+    "option": (["--experiment", "quickstart"], ["--experiment: keys have no dashes: type experiment=quickstart"]),
+    "option of an argument": (["--batch-size=5"], ["--batch-size=5: keys have no dashes: type batch_size=5"]),
+    "flag": (["--compile", "seed=1"], ["--compile: keys have no dashes: type compile=true"]),
+    "no option": (["--foo", "3"], ["--foo: no such option, and keys have no dashes: KEY=VALUE"]),
+    "option without its value": (["--cfg"], ["argument --cfg/-c: expected one argument; ssl-bench --help shows all"]),
+    "a pickle": (["--experimental-rerun", "x.pickle"], ["--experimental-rerun: no such option"]),
+    "images": (["stage=predict", "pretrained=x"], ["stage.images needs a value: type stage.images=..."]),
+    "nothing alike": (["stage=eval"], ["stage=eval: no such choice; Valid: stage=dashboard, stage=export, "]),
+    "a number for a text": (["dir=1e5"], ["dir=100000.0: should be a text; quote it: 'dir=\"1e5\"'"]),
     "no experiment": (
         ["experiment=fast"],
         ["experiment=fast: no such choice;", "Valid: experiment=bench_synthetic, experiment=cifar10_moco_v2, "],
@@ -117,6 +131,53 @@ def test_configuration(ssl_bench: Command, tmp_path: Path, command: list[str], s
     assert "\n" not in said
     assert result.stderr.startswith("ssl-bench: ")  # before any log line: no data was touched
     assert files(tmp_path) == set()
+
+
+ADVICE = re.compile(r"(?:did you mean|[Tt]ype|quote it:|like|or) ((?:'[^']*'|\"[^\"]*\"|[\w.=+-])+)")
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "sweep=1e5", "dir=1e5", "dir=true", "dir=[x,y]", "dir={a:b}", "pretrained=12", "runs=1.50",
+        "method=moko_v2", "backbone=resnt18", "epochs=10 schedule.warmup_epochs=20", "batch_size=7 devices=2",
+        "stage=lincls stage.features=cached stage.copies=200", "data.cache=1_000", 'dir="it\'s [1]"', "tracking=wand",
+        "method=swav epochs=1 method.queue_length=0", "stage=predic stage.images=x", "optimizer=sdg", 
+        "--precision bf16", "--epochs=20", "--method.dim 64", "--compile",
+    ],
+)  # fmt: skip
+def test_what_is_advised_works_when_it_is_typed(mistake: str) -> None:
+    def said(words: list[str]) -> str:
+        if mistaken := train._no_option(words):
+            return mistaken
+        try:
+            build.check(compose(*words), typed.quoted(words))
+        except (UserError, HydraException, OmegaConfBaseException) as error:
+            return train._message(error)
+        return ""
+
+    words = shlex.split(mistake) if '"' not in mistake else [mistake.replace('"', "")]
+    stages = [word for word in words if word.startswith("stage")]
+    advised = [word for advice in ADVICE.findall(said(words)) for word in shlex.split(advice) if "=" in word]
+    assert advised, said(words)
+    for advice in advised:
+        rest = [word for word in words if typed.key_of(word).lstrip("-") != typed.key_of(advice) and "=" in word]
+        rest = [word for word in rest if not word.startswith("--")]
+        known = said([*dict.fromkeys([*stages * (typed.key_of(advice) != "stage"), *rest]), advice])
+        assert typed.key_of(advice) not in known, known
+
+
+def test_nothing_typed_is_the_quickstart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # `main` sets it, for its process
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.setattr("sys.argv", ["ssl-bench"])
+    monkeypatch.setattr(train, "run", lambda: None)
+    train.main()
+    assert sys.argv[1:] == ["experiment=quickstart"]
+    assert capsys.readouterr().out.splitlines()[0].startswith("ssl-bench, with nothing typed, is ssl-bench experiment=")
+    monkeypatch.setattr("sys.argv", ["ssl-bench", "--version"])
+    train.main()
+    assert capsys.readouterr().out == f"ssl-bench {ssl_bench.__version__}\n"
 
 
 def test_all_at_once(ssl_bench: Command, tmp_path: Path) -> None:
