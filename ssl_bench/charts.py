@@ -30,24 +30,23 @@ _SVG = "http://www.w3.org/2000/svg"
 
 
 class Series(NamedTuple):
-    """number: of its colour and dashes, the same on the whole page. curves: (points, 2) for each run, x ascending."""
+    """number: of its colour and dashes, the same on the whole page. curves: (points, 2) for each sample, x ascending.
+
+    values: of each sample, what its finished runs came to.
+    """
 
     name: str
     number: int
     curves: list[np.ndarray]
+    values: Sequence[float] = ()
 
 
 def band(curves: Sequence[np.ndarray]) -> np.ndarray:
-    """(points, 2) each, x ascending -> (M, 3): every x there is, the mean and sample std of the runs that cover it.
-
-    The std is NaN where only one does.
-    """
+    """(points, 2) each, x ascending -> (M, 3): every x there is, `mean_std` of the curves that cover it."""
     x = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
     values = np.stack([np.interp(x, *curve.T, left=np.nan, right=np.nan) for curve in curves])
-    runs = np.isfinite(values).sum(axis=0)
-    mean = np.nansum(values, axis=0) / runs
-    std = np.sqrt(np.nansum((values - mean) ** 2, axis=0) / np.maximum(runs - 1, 1))
-    return np.stack([x, mean, np.where(runs > 1, std, np.nan)], axis=1)
+    spread = [mean_std(column[np.isfinite(column)].tolist()) for column in values.T]
+    return np.column_stack([x, spread])
 
 
 def smooth(points: np.ndarray) -> np.ndarray:
@@ -58,7 +57,7 @@ def smooth(points: np.ndarray) -> np.ndarray:
 
 
 def lines(metric: str, series: Sequence[Series], x: str = "epoch") -> str:
-    """SVG: a line a series, the mean of its runs, in a band of one sample standard deviation to either side."""
+    """SVG: a line a series, the mean of its samples, in a band of one sample standard deviation to either side."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -66,7 +65,7 @@ def lines(metric: str, series: Sequence[Series], x: str = "epoch") -> str:
     with _style():
         page = Figure(figsize=(WIDTH, 2.5), layout="constrained")
         axes = page.subplots()
-        for name, number, curves in series:
+        for name, number, curves, values in series:
             points = smooth(band([curve * (1, scale) for curve in curves]))
             look = {"color": COLOURS[number % len(COLOURS)], "gid": f"series-{number}"}
             there = np.isfinite(points[:, 2])
@@ -75,8 +74,9 @@ def lines(metric: str, series: Sequence[Series], x: str = "epoch") -> str:
             marker = "o" if len(points) == 1 else None
             dashes = DASHES[number // len(COLOURS) % len(DASHES)]
             axes.plot(points[:, 0], points[:, 1], linewidth=1.8, linestyle=dashes, marker=marker, **look)
-            ends = [curve[-1, 1] for curve in curves]
-            titles[number] = f"{name}: {shown(metric, ends)} at {x} {max(curve[-1, 0] for curve in curves):g}"
+            last = max(curve[-1, 0] for curve in curves)
+            came_to = values or [curve[-1, 1] for curve in curves]
+            titles[number] = f"{name}: {shown(metric, came_to)}, n = {len(came_to)}, at {x} {last:g}"
         axes.set_xlabel(x)
         axes.grid(axis="y")
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
@@ -84,7 +84,7 @@ def lines(metric: str, series: Sequence[Series], x: str = "epoch") -> str:
 
 
 def dots(metric: str, rows: Sequence[tuple[str, int, list[float]]]) -> str:
-    """SVG: a line a row (name, number as of Series, a value for each run): the runs, their mean ± std."""
+    """SVG: a line a row (name, number as of Series, a value for each sample): these, their mean ± std."""
     from matplotlib.figure import Figure
 
     scale = unit(metric).scale
@@ -109,7 +109,7 @@ def dots(metric: str, rows: Sequence[tuple[str, int, list[float]]]) -> str:
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
         axes.set_xlabel(unit(metric).label)
-        return _svg(page, f"{unit(metric).label} of each run. {'; '.join(titles.values())}", titles)
+        return _svg(page, f"{unit(metric).label} of each sample. {'; '.join(titles.values())}", titles)
 
 
 def _within(metric: str, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -28,6 +28,7 @@ KEPT_IN = {"select": "stage.features"}  # of lincls that is no path
 BELOW_ROOT = ("data.extra_labels", "stage.requested")  # lists of files, relative to data.root
 OVERRIDES = ("stage.protocol", "stage.rows")  # of a pipeline: what its evaluations are started with
 PARTS = "devices x bn_splits"
+LOSS_OF = ("method", "augmentation", "batch_size", "data.name", PARTS)  # what the loss of a pretraining depends on
 ORIGIN = "origin.json"  # in the directory of a run: the run that made what it stands on
 T = TypeVar("T")
 
@@ -63,7 +64,7 @@ class Identity:
                 for key, value in node.items():
                     walk(value, f"{path}.{key}" if path else str(key))
             else:
-                flat[path] = self._placeless(path, node)
+                flat[path] = _plain(self._placeless(path, node))
 
         walk(self.config, "")
         return _by_process(flat, self.config, self.processes or self.config.get("devices", 1))
@@ -190,7 +191,7 @@ def grouped(things: Iterable[T], of: Callable[[T], Identity]) -> list[list[T]]:
     groups: dict[str, list[list[T]]] = {}
     for thing in things:
         near = groups.setdefault(_hash(of(thing).experiment), [])
-        same = next((group for group in near if all(of(thing).alike(of(other)) for other in group)), None)
+        same = next((group for group in near if all(of(thing)._same_images(of(other)) for other in group)), None)
         if same is None:
             near.append([thing])
         else:
@@ -208,6 +209,18 @@ def changes(before: Identity, now: Identity) -> str:
         anew = f"pretrained={was} holds other weights now"
         said.append(anew if was == is_now else f"pretrained was {was}, is {is_now}")
     return "; ".join(said)
+
+
+def other_losses(several: Iterable[Identity]) -> list[str]:
+    """The keys that make of a loss another one, and differ: it says nothing then of which pretraining is better.
+
+    Of temperature or queue_size the loss has another scale, and the easier the views, the smaller it is.
+    """
+    values: dict[str, set[str]] = {}
+    for one in several:
+        for key in (key for key in one.own if key.startswith(LOSS_OF)):
+            values.setdefault(key, set()).add(json.dumps(one.own[key]))
+    return sorted(key for key, different in values.items() if len(different) > 1)
 
 
 def left_by(config: Mapping[str, Any], directory: Path) -> Identity:
@@ -306,6 +319,13 @@ def _by_process(flat: dict[str, Any], config: Mapping[str, Any], count: int) -> 
     if trains and (stage.get("mixup") or drops):
         flat["devices"] = count
     return flat
+
+
+def _plain(value: Any) -> Any:
+    """30 for 30.0: a number's spelling is none of its own either."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _hash(values: Mapping[str, Any]) -> str:

@@ -46,7 +46,7 @@ class Detail:
     labels: np.ndarray | None = None  # (N,) int64, -1 where unlabelled
     classes: Sequence[str] = ()  # their names
     features: np.ndarray | None = None  # (N, D) float32, of the first run
-    predictions: list[np.ndarray] = field(default_factory=list)  # (N,) int64, a run each
+    predictions: dict[Ran, np.ndarray] = field(default_factory=dict)  # (N,) int64 of each run
     image: Callable[[int], np.ndarray] | None = None  # place among the N -> uint8 (S, S, 3)
     images_id: str = ""  # the same for the same images
     notes: list[str] = field(default_factory=list)  # what is left out, and why
@@ -162,7 +162,7 @@ def _curves(board: Board, numbers: dict[str, int]) -> dict | None:
     return {
         "id": board.stage,
         "title": board.title,
-        "legend": [{"name": g.name, "number": numbers[g.name], "n": len(g.runs)} for g in drawn],
+        "legend": [{"name": g.name, "number": numbers[g.name], "n": len(g.samples)} for g in drawn],
         "undrawn": len(groups) - len(drawn),
         **panels,
     }
@@ -170,11 +170,16 @@ def _curves(board: Board, numbers: dict[str, int]) -> dict | None:
 
 def _series(group: Group, key: str, numbers: dict[str, int]) -> charts.Series:
     curves = []
-    for ran in group.runs:
-        points = np.array([(line["epoch"], line[key]) for line in ran.lines if key in line], dtype=float).reshape(-1, 2)
-        if len(points := points[np.isfinite(points).all(axis=1)]):
-            curves.append(points)
-    return charts.Series(group.name, numbers[group.name], curves)
+    for sample in group.samples:
+        having = [points for ran in sample if len(points := _points(ran, key))]
+        if having:
+            curves.append(charts.band(having)[:, :2])
+    return charts.Series(group.name, numbers[group.name], curves, _finite(group.values(key)))
+
+
+def _points(ran: Ran, key: str) -> np.ndarray:
+    points = np.array([(line["epoch"], line[key]) for line in ran.lines if key in line], dtype=float).reshape(-1, 2)
+    return points[np.isfinite(points).all(axis=1)]
 
 
 def _differences(board: Board) -> dict:
@@ -189,7 +194,7 @@ def _differences(board: Board) -> dict:
 
 def _runs(boards: Sequence[Board], runs: Sequence[Ran]) -> list[dict]:
     names = {ran: group.name for board in boards for group in board.groups for ran in group.runs}
-    names |= {ran: names[newest] for ran, newest in results.repeated(runs).items()}
+    names |= {ran: names[newest] for ran, newest in results.repeated(ran for ran in runs if not ran.holds_runs).items()}
     lines = []
     for ran in runs:
         metric = ran.config.get("metric") or ""
@@ -220,10 +225,10 @@ def _runs(boards: Sequence[Board], runs: Sequence[Ran]) -> list[dict]:
 
 
 def _confusion(detail: Detail) -> dict:
-    present = np.unique(np.concatenate([detail.labels, *detail.predictions]))
+    present = np.unique(np.concatenate([detail.labels, *detail.predictions.values()]))
     size = len(present)
     counts = np.zeros((size, size))
-    for predicted in detail.predictions:
+    for predicted in detail.predictions.values():
         np.add.at(counts, (np.searchsorted(present, detail.labels), np.searchsorted(present, predicted)), 1)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     names = [detail.class_name(label) for label in present]
@@ -264,7 +269,8 @@ def _classes(details: Sequence[Detail]) -> dict | None:
         mine = labels == label
         cells = []
         for detail in same:
-            values = [100 * float((predicted[mine] == label).mean()) for predicted in detail.predictions]
+            right = {ran: 100 * float((said[mine] == label).mean()) for ran, said in detail.predictions.items()}
+            values = detail.group.by_sample(right)
             cells.append({"text": results.shown("val_top1", values), "mean": mean_std(values)[0]})
         rows.append({"name": same[0].class_name(label), "order": int(label), "count": int(mine.sum()), "cells": cells})
     return {"names": [detail.group.name for detail in same], "rows": rows}

@@ -6,10 +6,12 @@ a seed; a row may also have "metric", which it is judged by, "n" and "members", 
 there should be, and "pretrainings", how many its runs stand on. Other keys of the file are remarks.
 """
 
+import csv
+import io
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -208,7 +210,9 @@ def find(paths: Iterable[Path]) -> list[Ran]:
         for folder in sorted(file.parent for file in path.rglob(".members")):
             members = sweep.members(folder)
             for member, state in zip(members, sweep.states(members), strict=True):
-                runs.setdefault(member.directory.resolve(), Ran(member.directory, member.config)).state = state
+                known = (member.directory / "metrics.jsonl").exists()  # it may be elsewhere
+                made = Ran.read(member.directory) if known else Ran(member.directory, member.config)
+                runs.setdefault(member.directory.resolve(), made).state = state
         if not any(directory.is_relative_to(path.resolve()) for directory in runs):
             raise UserError(f"runs={path}: no run at or below it; name run directories, sweeps, or a folder of them")
     for directory, ran in runs.items():
@@ -271,8 +275,7 @@ def repeated(runs: Iterable[Ran]) -> dict[Ran, Ran]:
     """{run: the newest of the same configuration, seeds and data}: as samples they are one."""
     alike: dict[tuple[int, ...], list[Ran]] = {}
     for ran in runs:
-        if not ran.holds_runs:
-            alike.setdefault(tuple(ran.identity.seeds), []).append(ran)
+        alike.setdefault(tuple(ran.identity.seeds), []).append(ran)
     found: dict[Ran, Ran] = {}
     for same in (group for runs in alike.values() for group in identity.grouped(runs, lambda ran: ran.identity)):
         newest = max(same, key=lambda ran: (ran.summary is not None, ran.environment.get("started") or ""))
@@ -282,7 +285,7 @@ def repeated(runs: Iterable[Ran]) -> dict[Ran, Ran]:
 
 def left_out(runs: Iterable[Ran]) -> str:
     """A sentence about those that aren't counted; "" where all are."""
-    if not (older := repeated(runs)):
+    if not (older := repeated(ran for ran in runs if not ran.holds_runs)):
         return ""
     names = ", ".join(str(ran.directory) for ran in older)
     return f"Left out, for the newest of the same configuration and seed counts: {names}."
@@ -297,6 +300,10 @@ class Group:
 
     name: str
     runs: list[Ran]
+
+    @property
+    def stage(self) -> str:
+        return self.runs[0].stage
 
     @property
     def finished(self) -> list[Ran]:
@@ -314,10 +321,17 @@ class Group:
         return list(shared.values()) if len(shared) > 1 else [[ran] for ran in self.runs]
 
     def values(self, metric: str) -> list[float]:
-        """A value for each sample with a finished run that has the metric; of what is one pretraining's, one."""
-        having = [[ran.values[metric] for ran in sample if metric in ran.values] for sample in self.samples]
-        means = [sum(values) / len(values) for values in having if values]
+        """A value for each sample with a finished run that has the metric; of what is one pretraining's, one.
+
+        Every mean ± std that is shown is `mean_std` of these.
+        """
+        means = self.by_sample({ran: ran.values[metric] for ran in self.runs if metric in ran.values})
         return means[:1] if metric.startswith(PRETRAINING) and self.pretrainings == 1 else means
+
+    def by_sample(self, values: Mapping[Ran, float]) -> list[float]:
+        """The mean of each sample that has runs among these."""
+        having = [[values[ran] for ran in sample if ran in values] for sample in self.samples]
+        return [sum(of_one) / len(of_one) for of_one in having if of_one]
 
     @property
     def pretrainings(self) -> int:
@@ -327,7 +341,7 @@ class Group:
     def row(self, metric: str) -> dict:
         """Of a results file."""
         metrics = list(dict.fromkeys(metric for ran in self.runs for metric in ran.values))
-        row = {"stage": self.runs[0].stage, "name": self.name, "metric": metric}
+        row = {"stage": self.stage, "name": self.name, "metric": metric}
         done = [sample for sample in self.samples if any(ran.summary is not None for ran in sample)]
         row |= {"n": len(done), "members": len(self.samples)}
         if self.pretrainings:
@@ -360,23 +374,34 @@ class Board:
         return bool(self.metric)
 
 
-def boards(runs: Sequence[Ran], metric: str | None = None) -> list[Board]:
-    """A board for each stage, in the order of TITLES, without what is `repeated`. metric: None is what runs name."""
+def groups(runs: Iterable[Ran]) -> list[Group]:
+    """Of those that differ in seeds alone, without what is `repeated`: what has a row in a table; not named yet."""
+    runs = list(runs)
     older = repeated(runs)
-    counted = [ran for ran in runs if not ran.holds_runs and ran not in older]
-    groups = identity.grouped(counted, lambda ran: ran.identity)
+    found = identity.grouped([ran for ran in runs if ran not in older], lambda ran: ran.identity)
+    return [Group("", sorted(group, key=lambda ran: ran.seed)) for group in found]
+
+
+def boards(runs: Sequence[Ran], metric: str | None = None) -> list[Board]:
+    """A board for each stage, in the order of TITLES. metric: None is what the runs name."""
+    made = groups(ran for ran in runs if not ran.holds_runs)
     found = []
-    for stage in sorted({group[0].stage for group in groups}, key=_place):
-        members = [sorted(group, key=lambda ran: ran.seed) for group in groups if group[0].stage == stage]
-        firsts = [group[0] for group in members]
-        judge, ranked = _judge(firsts, {key for group in members for ran in group for key in ran.values}, metric)
-        made = [Group(name, group) for name, group in zip(_names(firsts), members, strict=True)]
-        made.sort(key=lambda group: group.name)
-        if ranked:
-            sign = 1 if smaller_is_better(judge) else -1
-            made.sort(key=lambda group: sign * mean_std(group.values(judge) or [sign * math.inf])[0])
-        found.append(Board(stage, judge, ranked, sorted(made, key=lambda group: not group.finished)))
+    for stage in sorted({group.stage for group in made}, key=_place):
+        mine = [group for group in made if group.stage == stage]
+        for group, name in zip(mine, _names([group.runs[0] for group in mine]), strict=True):
+            group.name = name
+        mine.sort(key=lambda group: group.name)
+        found.append(Board(stage, *ranked(mine, metric)))
     return found
+
+
+def ranked(groups: Sequence[Group], asked: str | None) -> tuple[str, bool, list[Group]]:
+    """What judges them, whether it can rank them, and they, best first if it can; who isn't finished comes last."""
+    metric, able = _judge(groups, asked)
+    if able:
+        sign = 1 if smaller_is_better(metric) else -1
+        groups = sorted(groups, key=lambda group: sign * mean_std(group.values(metric) or [sign * math.inf])[0])
+    return metric, able, sorted(groups, key=lambda group: not group.finished)
 
 
 def _place(stage: str) -> tuple[float, str]:
@@ -384,11 +409,13 @@ def _place(stage: str) -> tuple[float, str]:
     return (order.index(stage) if stage in order else len(order) - 1.5), stage
 
 
-def _judge(firsts: Sequence[Ran], known: set[str], asked: str | None) -> tuple[str, bool]:
-    """The metric of the `known` that judges a stage, and whether it can rank its groups. firsts: a run of each."""
-    # The loss of a pretraining means something else for each method.
-    alike = firsts[0].stage != "pretrain" or len({ran.name for ran in firsts}) == 1
-    named = [key for key in (asked, *(ran.config.get("metric") for ran in firsts)) if key in known]
+def _judge(groups: Sequence[Group], asked: str | None) -> tuple[str, bool]:
+    """The metric that judges a stage, of those that its runs have, and whether it can rank its groups."""
+    known = {key for group in groups for ran in group.runs for key in ran.values}
+    alike = groups[0].stage != "pretrain" or not identity.other_losses(group.runs[0].identity for group in groups)
+    if asked in known:
+        return asked, alike or "loss" not in asked
+    named = [key for key in (group.runs[0].config.get("metric") for group in groups) if key in known]
     able = [key for key in named if alike or "loss" not in key]
     able += [key for key in UNITS if key in known and (key.endswith("top1") or (alike and key == "loss"))]
     # A pretraining in a pipeline has that one's metric in its configuration.
@@ -484,6 +511,64 @@ def evaluations(runs: Sequence[Ran]) -> list[dict]:
             words = [board.title, group.runs[0].identity.labels, row["name"] if len(board.groups) > 1 else ""]
             rows.append(row | {"name": ", ".join(filter(None, words))})
     return rows
+
+
+COST = ("images_per_second", "memory_gb")  # of the training, where a summary has them
+
+
+def sweep_table(folder: Path, metric: str | None = None) -> str:
+    """table.md and table.csv of a sweep; returns the former, or "" as long as no member has the metric.
+
+    Its rows are those of a report (`groups`), with what tells them apart on the command line, or where YAML files were
+    edited meanwhile, in the configuration. metric: None is what the members name.
+    """
+    members = {member.directory.resolve(): member for member in sweep.members(folder)}
+    runs = [ran for ran in find([folder]) if ran.directory.resolve() in members]  # and not those within a pipeline
+    member_of = {ran: members[ran.directory.resolve()] for ran in runs}
+    metric, able, rows = ranked(groups(runs), metric)
+    if not any(row.values(metric) for row in rows):
+        return ""
+    keys = _told_apart(rows, member_of)
+    if not able:  # by what was typed
+        order = sorted(range(len(rows)), key=lambda i: [words[i] for words in keys.values()])
+        rows, keys = [rows[i] for i in order], {key: [words[i] for i in order] for key, words in keys.items()}
+    costs = [key for key in COST if any(row.values(key) for row in rows)]
+    numbers = [row.row(metric) for row in rows]
+    shown = [
+        [*(words[i] for words in keys.values()), *(cell(row, column) for column in (metric, "n", *costs))]
+        for i, row in enumerate(numbers)
+    ]
+    text = markdown([*keys, metric, "n", *costs], shown, right=2 + len(costs))
+    file = io.StringIO()
+    writer = csv.writer(file)
+    writer.writerow([*keys, f"{metric} mean", f"{metric} std", *COST, "finished", "members"])
+    for i, (group, row) in enumerate(zip(rows, numbers, strict=True)):
+        spread = mean_std(group.values(metric) or [math.nan])
+        means = [mean_std(group.values(key) or [math.nan])[0] for key in COST]
+        writer.writerow([*(words[i] for words in keys.values()), *spread, *means, row["n"], row["members"]])
+    files.write(folder / "table.md", text + "\n")
+    files.write(folder / "table.csv", file.getvalue())
+    return text
+
+
+def _told_apart(rows: Sequence[Group], members: Mapping[Ran, sweep.Member]) -> dict[str, list[str]]:
+    """{key: its value in each row}, of what differs: overrides, and what else does where these are the same."""
+    keys = dict.fromkeys(key for member in members.values() for key in member.choices if key != "seed")
+    found = {key: [_values(key, [members[ran] for ran in row.runs]) for row in rows] for key in keys}
+    found = {key: words for key, words in found.items() if len(set(words)) > 1}
+    typed = list(zip(*found.values(), strict=True)) or [()] * len(rows)
+    for words in {words for words in typed if typed.count(words) > 1}:
+        alike = [row.runs[0] for row, mine in zip(rows, typed, strict=True) if mine == words]
+        edited = differences(alike).keys() - found.keys()
+        everywhere = differences([row.runs[0] for row in rows])
+        found |= {key: everywhere[key] for key in sorted(edited)}
+    return found
+
+
+def _values(key: str, members: Sequence[sweep.Member]) -> str:
+    """Of one row: several where they are of seeds, as of the pretrainings that it stands on."""
+    words = list(dict.fromkeys(member.value(key) for member in members))
+    return ", ".join(words[:3]) + (", ..." if len(words) > 3 else "")
 
 
 def save(path: Path, rows: Sequence[dict], **remarks: Any) -> None:

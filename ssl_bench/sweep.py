@@ -4,13 +4,10 @@ SWEEP/.members/NAME.json     the member: overrides, resolved configuration, work
 SWEEP/.members/NAME.failed   why its last attempt failed
 SWEEP/.members/conf-HASH/    the YAML files as they were, for the stages that compose more
 SWEEP/NAME/                  its run directory
-SWEEP/table.md, table.csv    mean ± std over the seeds
+SWEEP/table.md, table.csv    of their results; see `results.sweep_table`
 """
 
-import csv
-import io
 import json
-import math
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -249,57 +246,6 @@ def overview(members: Sequence[Member], states: Sequence[State], metric: str | N
     return report.markdown(["member", "state", "step", "metric", ""], rows)
 
 
-COST = ("images_per_second", "memory_gb")  # of the training, where a summary has them
-
-
-def write_table(folder: Path, members: Sequence[Member], metric: str | None = None) -> str:
-    """table.md and table.csv of a sweep; returns the former, or "" as long as no member has the metric.
-
-    A row for each combination of what differs besides the seed, on the command line or in the YAML files as they were:
-    mean and sample standard deviation, best first, and the mean of what it cost. What is the same counts once.
-    metric: None is what the members name. Smaller is better where its name holds "loss".
-    """
-    from ssl_bench import report
-
-    metric = metric or next((member.config["metric"] for member in members if member.config["metric"]), None)
-    members = distinct(members)
-    keys = list(dict.fromkeys(key for member in members for key in member.choices if key != "seed"))
-    keys = [key for key in keys if len({member.value(key) for member in members}) > 1]
-    keys += edited(members, keys)
-    groups: dict[tuple[str, ...], list[dict[str, float]]] = {}
-    for member in members:
-        combination = tuple(member.value(key) for key in keys)
-        groups.setdefault(combination, []).append(member.result() or {})
-    rows = []
-    for combination, results in groups.items():
-        known = [result[metric] for result in results if metric in result]
-        mean, std = report.mean_std(known) if known else (math.nan, math.nan)
-        cost = [_mean([result[key] for result in results if key in result]) for key in COST]
-        rows.append((combination, mean, std, *cost, len(known), len(results)))
-    costs = [key for i, key in enumerate(COST) if not all(math.isnan(row[3 + i]) for row in rows)]
-    if not any(known for *_, known, _ in rows):
-        return ""
-    sign = 1 if report.smaller_is_better(metric) else -1
-    rows.sort(key=lambda row: (math.isnan(row[1]), sign * row[1]))
-    shown = [
-        [
-            *combination,
-            _mean_std(mean, std),
-            f"{n}" if n == of else f"{n} of {of}",
-            *(_number(value) for key, value in zip(COST, cost, strict=True) if key in costs),
-        ]
-        for combination, mean, std, *cost, n, of in rows
-    ]
-    text = report.markdown([*keys, metric, "seeds", *costs], shown, right=2 + len(costs))
-    file = io.StringIO()
-    writer = csv.writer(file)
-    writer.writerow([*keys, f"{metric} mean", f"{metric} std", *COST, "finished", "members"])
-    writer.writerows([*combination, *numbers] for combination, *numbers in rows)
-    files.write(folder / "table.md", text + "\n")
-    files.write(folder / "table.csv", file.getvalue())
-    return text
-
-
 def twin(config: Mapping, members: Mapping[str, Sequence[Member]]) -> Member | None:
     """Who computes the same, by whatever words; members: `by_key` of those there are."""
     alike, asked = members.get(_key(config), ()), Identity(config)
@@ -322,47 +268,3 @@ def by_key(members: Iterable[Member]) -> dict[str, list[Member]]:
 
 def _key(config: Mapping) -> str:
     return Identity({**config, "pretrained": None}).key
-
-
-def distinct(members: Sequence[Member]) -> list[Member]:
-    """Of those that compute the same, one: finished, if one is."""
-    found: dict[str, Member] = {}
-    for member in members:
-        key = Identity(member.config).key
-        if key not in found or found[key].result() is None:
-            found[key] = member
-    return list(found.values())
-
-
-def edited(members: Sequence[Member], keys: Sequence[str]) -> list[str]:
-    """Keys by which members differ that their overrides tell apart by the seed alone: a YAML file was edited.
-
-    What is the seed doesn't count, nor do paths: they follow from seed and directory.
-    """
-    groups: dict[tuple[str, ...], list[dict]] = {}
-    for member in members:
-        groups.setdefault(tuple(member.value(key) for key in keys), []).append(Identity(member.config).own)
-    differing: dict[str, None] = {}
-    for flats in groups.values():
-        for key in dict.fromkeys(key for flat in flats for key in flat if key not in ("seed", "pretrained")):
-            values = {json.dumps(flat.get(key)) for flat in flats}
-            from_seed = all(flat.get(key) == flat["seed"] for flat in flats)
-            if len(values) > 1 and not from_seed and not any("/" in value for value in values):
-                differing[key] = None
-    return list(differing)
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
-
-
-def _number(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.4g}"
-
-
-def _mean_std(mean: float, std: float) -> str:
-    """To the second digit of the deviation."""
-    if math.isnan(std):
-        return "" if math.isnan(mean) else f"{mean:.4g}"
-    decimals = min(max(0, 1 - math.floor(math.log10(std))), 6) if std else 3
-    return f"{mean:.{decimals}f} ± {std:.{decimals}f}"

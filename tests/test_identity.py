@@ -66,6 +66,15 @@ def test_two_spellings_of_a_path_are_one_run(place: Path, key: str, one: str, ot
         assert identity.place_slug(one.format(root=place)) == identity.place_slug(other.format(root=place))
 
 
+def test_two_spellings_of_a_number_are_one_run() -> None:
+    command = ["stage=lincls", "dir=x"]
+    typed = [
+        of(*command, f"optimizer.base_lr={text}", f"augmentation.mean=[{text},0,0]") for text in ("30", "30.0", "3e1")
+    ]
+    assert len({one.key for one in typed}) == len({one.group for one in typed}) == 1
+    assert of(*command, "stage.normalize=true").key != of(*command, "stage.normalize=false").key
+
+
 def test_another_place_is_another_run() -> None:
     for key in ("pretrained", "stage.images", "stage.out", "stage.features"):
         one, other = (of(*KEYS[key], "dir=x", f"{key}=/{text}") for text in "ab")

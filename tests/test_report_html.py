@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -217,7 +216,7 @@ def test_curves_are_the_metrics_with_a_band_over_the_seeds(opened) -> None:
     assert any(title.startswith("moco_v2: ") and " ± " in title and "at epoch 2" in title for title in titles)
     bands = "return document.querySelectorAll('#curves .panel:first-of-type .series [style*=fill-opacity]').length"
     assert opened.execute_script(bands) >= 2
-    assert texts(opened, "#curves .legend button") == ["moco_v2 2 runs", "random init 2 runs", "moco_v2 2 runs"]
+    assert texts(opened, "#curves .legend button") == ["moco_v2 n = 2", "random init n = 2", "moco_v2 n = 2"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -416,8 +415,9 @@ def detail(num_classes: int, per_class: int, wrong: float = 0.3) -> page.Detail:
     predicted = np.where(rng.random(len(labels)) < wrong, (labels + 1) % num_classes, labels)
     features = np.eye(num_classes, dtype=np.float32)[labels] + rng.normal(0, 0.01, (len(labels), num_classes))
     image = lambda place: np.full((8, 8, 3), place % 256, dtype=np.uint8)  # noqa: E731
-    group = SimpleNamespace(name="ours")
-    return page.Detail(group, "val", labels, (), features.astype(np.float32), [predicted], image, "same")
+    ran = results.Ran(Path("run"), {"seed": 0, "stage": {"name": "lincls"}})
+    group = results.Group("ours", [ran])
+    return page.Detail(group, "val", labels, (), features.astype(np.float32), {ran: predicted}, image, "same")
 
 
 def test_a_confusion_matrix_of_many_classes_is_a_picture_with_its_largest_errors() -> None:

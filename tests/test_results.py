@@ -5,14 +5,17 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_runs import checkpoint, classified, classified_from, pretrained
+from omegaconf import OmegaConf
+from test_config import compose
 from test_sweep import member
 
-from ssl_bench import results
+from ssl_bench import page, results, sweep
 from ssl_bench.errors import UserError
 from ssl_bench.stages import report
 
@@ -201,13 +204,101 @@ def test_losses_of_different_methods_rank_nothing(tmp_path: Path) -> None:
 
 
 def test_smaller_losses_come_first_and_another_metric_can_be_asked_for(tmp_path: Path) -> None:
-    for loss, rank in ((2.0, 50.0), (1.0, 40.0)):
-        pretrained(tmp_path / f"{loss}", f"method.temperature={loss / 10}", loss=loss, effective_rank=rank)
-    assert names(boards(tmp_path)["pretrain"]) == ["moco_v2 temperature=0.1", "moco_v2 temperature=0.2"]
-    assert names(boards(tmp_path, "effective_rank")["pretrain"]) == [
-        "moco_v2 temperature=0.2",
-        "moco_v2 temperature=0.1",
-    ]
+    for rate, loss, rank in ((1, 2.0, 50.0), (2, 1.0, 40.0)):
+        pretrained(tmp_path / f"{rate}", f"optimizer.base_lr={rate}", loss=loss, effective_rank=rank)
+    assert names(boards(tmp_path)["pretrain"]) == ["moco_v2 base_lr=2", "moco_v2 base_lr=1"]
+    assert names(boards(tmp_path, "effective_rank")["pretrain"]) == ["moco_v2 base_lr=1", "moco_v2 base_lr=2"]
+
+
+@pytest.mark.parametrize(
+    "key", ["method.temperature", "method.queue_size", "augmentation.grayscale_p", "batch_size", "method.bn_splits"]
+)
+def test_a_loss_ranks_nothing_across_what_makes_it_another(tmp_path: Path, key: str) -> None:
+    for value, loss in ((1, 2.0), (2, 1.0)):
+        values = {"batch_size": 128 * value, "augmentation.grayscale_p": value / 2}
+        pretrained(tmp_path / f"{value}", f"{key}={values.get(key, value)}", loss=loss, effective_rank=loss)
+    for asked in (None, "loss"):
+        board = boards(tmp_path, asked)["pretrain"]
+        assert (board.metric, board.ranked) == ("loss", False)
+        assert [group.values("loss") for group in board.groups] == [[2.0], [1.0]]
+    assert boards(tmp_path, "effective_rank")["pretrain"].ranked
+
+
+# -- one statistic -----------------------------------------------------------------------------------------------------
+
+
+def swept(folder: Path, overrides: list[str], top1: float | None, **lines: float) -> None:
+    """A member of the sweep `folder`, of stage=lincls, finished if it has a result."""
+    made = sweep.Member(folder / ".members" / f"{sweep.name(overrides)}.json", overrides, {}, str(folder.parent), "")
+    words = ["stage=lincls", *overrides, f"dir={folder / made.name}"]
+    made.config = OmegaConf.to_container(compose(*words), resolve=True)
+    made.save()
+    if top1 is not None:
+        classified(folder / made.name, top1, *overrides)
+
+
+def spreads(text: str) -> set[str]:
+    return set(re.findall(r"\d+\.\d ± \d+\.\d", text))
+
+
+def test_every_place_has_one_mean_and_one_deviation(tmp_path: Path) -> None:
+    """Two pretrainings of which the classifiers differ much less than the two: a sweep's table, a report's text,
+    leaderboard, dots, curves, accuracies on a class."""
+    folder = tmp_path / "sweep"
+    for seed, mean in enumerate((92.0, 92.4)):
+        pretrained(tmp_path / f"p{seed}", f"seed={seed}")
+        for draw, delta in enumerate((-1.0, 1.0)):
+            swept(folder, [f"pretrained={tmp_path}/p{seed}", f"seed={draw}"], mean + delta)
+    for draw in (0, 1):
+        swept(folder, [f"seed={draw}"], 50.0 + draw)
+    expected = {"92.2 ± 0.3", "50.5 ± 0.7"}
+    assert spreads(results.sweep_table(folder)) == expected
+    runs = results.find([tmp_path])
+    made = results.boards(runs)
+    assert spreads(report.write_markdown("", made, runs)) == expected
+    (board,) = [one for one in made if one.stage == "lincls"]
+    numbers = {group.name: i for i, group in enumerate(board.groups)}
+    leaderboard = page._board(board, numbers)
+    assert spreads(json.dumps(leaderboard["rows"], ensure_ascii=False)) == expected
+    assert spreads(leaderboard["chart"]) == expected
+    curves = page._curves(board, numbers)
+    assert spreads(next(panel["svg"] for panel in curves["results"])) == expected
+    labels, right = np.zeros(1000, dtype=int), np.zeros(1000, dtype=int)
+    details = []
+    for group in board.groups:
+        detail = page.Detail(group, "val", labels, ["zero"], images_id="same")
+        for ran in group.runs:
+            detail.predictions[ran] = np.where(np.arange(1000) < 10 * ran.values["val_top1"], right, 1)
+        details.append(detail)
+    (row,) = page._classes(details)["rows"]
+    assert spreads(" ".join(cell["text"] for cell in row["cells"])) == expected
+
+
+def sweeps(folder: Path, place: Path) -> dict[str, list[tuple[list[str], float | None]]]:
+    """name -> (overrides, result) of each member."""
+    seeds = [f"pretrained={place}/p{seed}" for seed in (0, 1)]
+    other = f"pretrained={place}/other"
+    return {
+        "seeds of one pretraining": [([on, f"seed={draw}"], 50.0 + i) for i, on in enumerate(seeds) for draw in (0, 1)],
+        "two experiments": [([on, "seed=0"], 50.0 + i) for i, on in enumerate([*seeds, other])],
+        "rates": [([f"optimizer.base_lr={lr}", f"seed={s}"], lr + s) for lr in (1, 2) for s in (0, 1)],
+        "typed in several ways": [(["optimizer.base_lr=30"], 50.0), ([], 51.0), (["seed=0"], 52.0), (["seed=1"], 53.0)],
+        "not finished": [(["seed=0"], 50.0), (["seed=1"], None), (["epochs=7"], None)],
+    }
+
+
+@pytest.mark.parametrize("name", sweeps(Path(), Path()))
+def test_a_sweep_and_a_report_have_the_same_rows(tmp_path: Path, name: str) -> None:
+    for seed in (0, 1):
+        pretrained(tmp_path / f"p{seed}", f"seed={seed}")
+    pretrained(tmp_path / "other", "method=simclr")
+    for overrides, top1 in sweeps(tmp_path, tmp_path)[name]:
+        swept(tmp_path / "sweep", overrides, top1)
+    lines = [line.split("|")[1:-1] for line in results.sweep_table(tmp_path / "sweep").splitlines()]
+    place = [cell.strip() for cell in lines[0]].index("val_top1")
+    shown = [tuple(cell.strip() for cell in line[place : place + 2]) for line in lines[2:]]
+    board = boards(tmp_path)["lincls"]
+    assert shown == [(results.cell(row, "val_top1"), results.cell(row, "n")) for row in board.rows]
 
 
 def test_a_stage_that_measures_nothing_has_no_table(tmp_path: Path) -> None:

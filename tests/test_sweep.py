@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from test_config import compose
 
 from hydra_plugins.ssl_bench_launchers import _stage
-from ssl_bench import sweep
+from ssl_bench import results, sweep
 from ssl_bench.data import synthetic
 from ssl_bench.errors import UserError
 from ssl_bench.launch import launch
@@ -44,7 +44,8 @@ def member(folder: Path, summary: dict | None, *overrides: str, metric: str = "l
     """On disk, finished if there is a summary."""
     name = sweep.name(overrides)
     config = {"dir": f"{folder.name}/{name}", "metric": metric, "pretrained": None, "epochs": 2}
-    config |= {"seed": 0, "data": {"root": "/images"}, "method": {"name": "moco_v2", "temperature": 0.2}}
+    config |= {"stage": {"name": "pretrain"}, "batch_size": 2, "device": "cpu", "seed": 0, "data": {"root": "/images"}}
+    config |= {"method": {"name": "moco_v2"}, "optimizer": {"base_lr": 0.2}}
     given = OmegaConf.from_dotlist([word for word in overrides if not word.startswith("launcher=")])
     config = OmegaConf.to_container(OmegaConf.merge(config, given))
     made = sweep.Member(folder / ".members" / f"{name}.json", list(overrides), config, str(folder.parent), "")
@@ -53,6 +54,7 @@ def member(folder: Path, summary: dict | None, *overrides: str, metric: str = "l
         made.directory.mkdir(parents=True)
         (made.directory / "summary.json").write_text(json.dumps(summary))
         (made.directory / "config.yaml").write_text(yaml.safe_dump(config))
+        (made.directory / "metrics.jsonl").write_text("")
     return made
 
 
@@ -70,25 +72,25 @@ def test_table(tmp_path: Path) -> None:
     """A value that is the default and one that was asked for are the same; who isn't finished is counted."""
     folder = tmp_path / "sweep"
     for seed, losses in enumerate([(3.0, 1.0, 2.0), (4.0, 1.5, None)]):
-        for temperature, loss in zip((0.1, 0.2, 0.3), losses, strict=True):
-            words = [] if temperature == 0.2 else [f"method.temperature={temperature}"]
+        for rate, loss in zip((0.1, 0.2, 0.3), losses, strict=True):
+            words = [] if rate == 0.2 else [f"optimizer.base_lr={rate}"]
             member(folder, loss and {"loss": loss, "top1": 10 * loss}, "launcher=slurm", *words, f"seed={seed}")
-    member(folder, None, "method.temperature=0.4", "seed=0")
-    text = sweep.write_table(folder, sweep.members(folder))
+    member(folder, None, "optimizer.base_lr=0.4", "seed=0")
+    text = results.sweep_table(folder)
     assert cells(text) == [
-        ["method.temperature", "loss", "seeds"],
-        ["0.2", "1.25 ± 0.35", "2"],
-        ["0.3", "2", "1 of 2"],
-        ["0.1", "3.50 ± 0.71", "2"],
+        ["optimizer.base_lr", "loss", "n"],
+        ["0.2", "1.250 ± 0.354", "2"],
+        ["0.3", "2.000", "1 of 2"],
+        ["0.1", "3.500 ± 0.707", "2"],
         ["0.4", "", "0 of 1"],
     ]
     with open(folder / "table.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row["method.temperature"] for row in rows] == ["0.2", "0.3", "0.1", "0.4"]
+    assert [row["optimizer.base_lr"] for row in rows] == ["0.2", "0.3", "0.1", "0.4"]
     assert float(rows[0]["loss std"]) == pytest.approx(0.5 / 2**0.5)
-    sweep.write_table(folder, sweep.members(folder), "top1")
+    results.sweep_table(folder, "top1")
     with open(folder / "table.csv") as file:
-        assert [row["method.temperature"] for row in csv.DictReader(file)] == ["0.1", "0.3", "0.2", "0.4"]
+        assert [row["optimizer.base_lr"] for row in csv.DictReader(file)] == ["0.1", "0.3", "0.2", "0.4"]
 
 
 def cells(text: str) -> list[list[str]]:
@@ -97,25 +99,26 @@ def cells(text: str) -> list[list[str]]:
 
 def test_what_is_the_same_counts_once(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
-    for words in (["seed=0"], ["method.temperature=0.2"], ["method.temperature=0.20", "seed=0"], ["seed=1"]):
+    for words in (["seed=0"], ["optimizer.base_lr=0.2"], ["optimizer.base_lr=0.20", "seed=0"], ["seed=1"]):
         member(folder, {"loss": 1.0 + (words == ["seed=1"])}, *words)
-    member(folder, None, "seed=0", "method.temperature=0.2")  # nor does what isn't finished, where the same is
-    assert cells(sweep.write_table(folder, sweep.members(folder))) == [["loss", "seeds"], ["1.50 ± 0.71", "2"]]
+    member(folder, None, "seed=0", "optimizer.base_lr=0.2")  # nor does what isn't finished, where the same is
+    assert cells(results.sweep_table(folder)) == [["loss", "n"], ["1.500 ± 0.707", "2"]]
 
 
 def test_an_edited_file_is_another_row(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
-    for seed, temperature in enumerate((0.2, 0.2, 0.7)):
+    for seed, rate in enumerate((0.2, 0.2, 0.7)):
         made = member(folder, None, f"seed={seed}")
-        made.config["method"]["temperature"] = temperature
+        made.config["optimizer"]["base_lr"] = rate
         made.save()
         made.directory.mkdir(parents=True)
+        (made.directory / "metrics.jsonl").write_text("")
         (made.directory / "config.yaml").write_text(yaml.safe_dump(made.config))
         (made.directory / "summary.json").write_text(json.dumps({"loss": 1.0 + seed}))
-    assert cells(sweep.write_table(folder, sweep.members(folder))) == [
-        ["method.temperature", "loss", "seeds"],
-        ["0.2", "1.50 ± 0.71", "2"],
-        ["0.7", "3", "1"],
+    assert cells(results.sweep_table(folder)) == [
+        ["optimizer.base_lr", "loss", "n"],
+        ["0.2", "1.500 ± 0.707", "2"],
+        ["0.7", "3.000", "1"],
     ]
 
 

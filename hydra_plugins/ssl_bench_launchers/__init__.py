@@ -95,7 +95,9 @@ class _SweepLauncher(Launcher):
         if self.wait:
             self._wait_elsewhere(elsewhere)
         # Here and not in Hydra's on_multirun_end, which isn't called when a member has failed.
-        if table := sweep.write_table(folder, sweep.members(folder)):
+        from ssl_bench import results  # imports torch
+
+        if table := results.sweep_table(folder):
             print(f"\n{table}\n\n{folder / 'table.md'}, {folder / 'table.csv'}")
         return self._returns(asked)
 

@@ -119,7 +119,8 @@ def write_markdown(title: str, boards: list[Board], runs: list[Ran]) -> str:
     """results.md: the leaderboards, what differs between configurations, the runs that aren't finished."""
     parts = [
         f"# {title}",
-        "Mean ± sample standard deviation over n seeds; evaluations of one of several pretrainings are averaged first.",
+        "Mean ± sample standard deviation (n - 1) over n seeds; "
+        "evaluations of one of several pretrainings are averaged first.",
         *filter(None, [results.left_out(runs)]),
     ]
     parts += leaderboards(boards)
@@ -212,7 +213,7 @@ def look(cfg: DictConfig, run: Run, detail: page.Detail, ran: Ran, source: Sourc
             f"seed {ran.seed} has a top-1 of {top1:.2f} here, and had {ran.summary['val_top1']:.2f} when it ran: "
             "are these other images?"
         )
-    detail.predictions.append(predicted.numpy())
+    detail.predictions[ran] = predicted.numpy()
 
 
 def open_data(cfg: DictConfig, ran: Ran) -> Dataset:

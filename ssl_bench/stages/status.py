@@ -4,7 +4,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ssl_bench import build, files, sweep
+from ssl_bench import build, files, results, sweep
 from ssl_bench.errors import UserError
 from ssl_bench.run import Run
 from ssl_bench.shell import override
@@ -37,7 +37,7 @@ def status(cfg: DictConfig, run: Run) -> dict[str, float]:
         if len(paths) > 1:
             print(f"\n{path}\n")
         print(sweep.overview(members, states, cfg.metric))
-        if shown := sweep.write_table(path, members, cfg.metric):
+        if shown := results.sweep_table(path, cfg.metric):
             print(f"\n{shown}")
         for state in states:
             counts[state.name] = counts.get(state.name, 0) + 1
