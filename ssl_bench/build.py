@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 SUPPLIED = {
     "data": (),
     "backbone": (),
-    "method": ("backbone", "num_classes"),
+    "method": ("backbone", "num_classes", "batch_size"),
     "augmentation": (),
     "optimizer": ("params", "batch_size"),
     "schedule": (),

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import yaml
 
 from ssl_bench import files
+from ssl_bench.methods import splits
 
 # A run may continue when these differ: they don't change what it computes, only where, how fast, and what is shown.
 # (`devices` does where each process does something by itself: see `_by_process`.)
@@ -312,9 +313,9 @@ def _by_process(flat: dict[str, Any], config: Mapping[str, Any], count: int) -> 
     """
     stage, method, backbone = (config.get(key) or {} for key in ("stage", "method", "backbone"))
     trains = bool(method) or stage.get("name") == "finetune"
-    splits = flat.get("method.bn_splits", 1) or max(1, 8 // count)
-    if trains and (splits > 1 or not config.get("sync_batch_norm", True)):
-        flat = {key: value for key, value in flat.items() if key != "method.bn_splits"} | {PARTS: count * splits}
+    parts = splits.resolve(flat.get("method.bn_splits", 1), count, config.get("batch_size"))
+    if trains and (parts > 1 or not config.get("sync_batch_norm", True)):
+        flat = {key: value for key, value in flat.items() if key != "method.bn_splits"} | {PARTS: count * parts}
     drops = any("drop" in key and value for key, value in (backbone.get("options") or {}).items())
     if trains and (stage.get("mixup") or drops):
         flat["devices"] = count

@@ -28,7 +28,7 @@ MULTI_CROP = ("swav", "dino")
 # heads of the size of the images
 SMALL = {
     "moco_v1": ["method.queue_size=512", "method.dim=16"],
-    "moco_v2": ["method.queue_size=512", "method.dim=16", "method.bn_splits=2"],
+    "moco_v2": ["method.queue_size=512", "method.dim=16"],
     "simclr": ["method.dim=16"],
     "byol": ["method.dim=16", "method.hidden_dim=32"],
     "simsiam": ["method.dim=32", "method.predictor_dim=16"],

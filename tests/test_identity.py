@@ -144,7 +144,7 @@ def test_parts_of_batch_norm_are_what_counts() -> None:
     """tests/test_distributed.py proves that two processes of four parts compute what one of eight does."""
     alike = [
         of("stage=pretrain", "dir=x", f"devices={devices}", f"method.bn_splits={splits}")
-        for devices, splits in ((1, 8), (2, 4), (8, 1))
+        for devices, splits in ((1, 8), (2, 4), (8, 1), (1, "null"), (2, "null"), (4, "null"), (8, "null"))
     ]
     assert len({one.key for one in alike}) == 1
     fewer = of("stage=pretrain", "dir=x", "devices=1", "method.bn_splits=4")

@@ -11,7 +11,8 @@ from torch import nn
 
 from ssl_bench import backbones
 from ssl_bench.errors import UserError
-from ssl_bench.methods.layers import Queue, SplitBatchNorm2d, SyncBatchNorm, split_batch_norm_, sync_batch_norm_
+from ssl_bench.methods import splits
+from ssl_bench.methods.layers import Queue, SplitBatchNorm, SyncBatchNorm, split_batch_norm_, sync_batch_norm_
 from ssl_bench.methods.moco import MoCo
 from ssl_bench.probe import LinearProbe
 from ssl_bench.schedule import Constant, Cosine, Schedule, Step
@@ -43,7 +44,7 @@ def test_queue_is_a_ring_of_the_newest(size: int, batches: list[int]) -> None:
 
 def test_a_batch_does_not_meet_its_own_keys() -> None:
     """Same network, same images: the positive has similarity 1, and a copy in the queue would tie it."""
-    method = tiny(temperature=1.0).eval()  # eval: no enqueueing, no EMA
+    method = tiny(temperature=1.0, bn_splits=1).eval()  # eval: no enqueueing, no EMA
     batch = images(4, 0)
     before = method.queue.keys.clone()
     assert method([batch, batch])["accuracy"] == 1
@@ -58,7 +59,7 @@ def test_a_batch_does_not_meet_its_own_keys() -> None:
 
 
 def test_only_the_query_learns_and_the_key_follows() -> None:
-    method = tiny(momentum=0.5)
+    method = tiny(momentum=0.5, bn_splits=1)
     method([images(4, 0), images(4, 1)])["loss"].backward()
     assert all(p.grad is None and not p.requires_grad for p in method.key_backbone.parameters())
     assert all(p.grad is not None for p in [*method.backbone.parameters(), *method.head.parameters()])
@@ -84,9 +85,66 @@ def test_split_batch_norm_is_batch_norm_of_each_part(layout: torch.memory_format
     assert whole.state_dict().keys() == nn.Sequential(nn.BatchNorm2d(3)).state_dict().keys()
 
 
+@pytest.mark.parametrize(
+    ("processes", "batch_size", "parts"),
+    [(1, 256, 8), (2, 256, 4), (4, 256, 2), (16, 256, 1), (3, 96, 2), (1, None, 8), (1, 8, 4), (1, 20, 5), (1, 7, 1)],
+)
+def test_parts_that_make_up_the_authors_gpus(processes: int, batch_size: int | None, parts: int) -> None:
+    assert splits.resolve(None, processes, batch_size) == parts
+    assert splits.resolve(3, processes, batch_size) == 3  # typed: as it is
+
+
+@given(processes=st.integers(1, 16), share=st.integers(1, 300))
+def test_parts_divide_the_batch(processes: int, share: int) -> None:
+    parts = splits.resolve(None, processes, share * processes)
+    assert share % parts == 0
+    assert share // parts > 1 or parts == 1
+    assert parts * processes <= max(8, processes)
+
+
+def test_batch_norm_is_shuffled_unless_told_otherwise(caplog: pytest.LogCaptureFixture) -> None:
+    """The default is the authors' setting, bit for bit, and what is taken is said."""
+    caplog.set_level("INFO", "ssl_bench")
+    losses = []
+    for typed in ({"bn_splits": 8}, {}, {"batch_size": 16}, {"bn_splits": 1}):
+        method = tiny(**typed)
+        torch.manual_seed(1)
+        losses.append(method([images(16, 0), images(16, 1)])["loss"])
+    assert losses[0] == losses[1] == losses[2] != losses[3]
+    said = "BatchNorm2d sees a batch in 8 shuffled parts; the authors had 8 (method.bn_splits=8)"
+    assert [(record.levelname, record.message) for record in caplog.records[1:]] == [
+        ("INFO", said),
+        ("INFO", said),
+        (
+            "WARNING",
+            "BatchNorm2d sees a batch whole, not shuffled: its statistics may give the positive away "
+            "(method.bn_splits=1)",
+        ),
+    ]
+    caplog.clear()
+    assert tiny(batch_size=20).bn_splits == 5
+    assert "WARNING" in caplog.text
+    assert "in 5 shuffled parts; the authors had 8" in caplog.text
+
+
+def test_backbones_whose_batch_norm_is_no_plain_one(caplog: pytest.LogCaptureFixture) -> None:
+    assert MoCo(backbones.vit_tiny(16), 16, 12).bn_splits == 1
+    assert not caplog.records  # nothing to shuffle
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.BatchNorm1d(8))
+    flat.dim = 8
+    method = MoCo(flat, 16, 12)
+    assert (method.bn_splits, type(method.key_backbone[2])) == (8, SplitBatchNorm)
+    network = pytest.importorskip("timm").create_model("efficientnet_b0", num_classes=0)
+    network.dim = network.num_features
+    assert MoCo(network, 16, 12).bn_splits == 1
+    assert "BatchNormAct2d sees a batch whole, not shuffled" in caplog.text
+    with pytest.raises(UserError, match="BatchNormAct2d"):
+        MoCo(network, 16, 12, bn_splits=8)
+
+
 def test_shuffled_keys_come_back_in_order() -> None:
     """With batch norm in eval mode the shuffle must change nothing."""
-    plain, split = tiny(), tiny(bn_splits=4)
+    plain, split = tiny(bn_splits=1), tiny(bn_splits=4)
     for method in (plain, split):
         method.key_backbone.eval()
     torch.testing.assert_close(split.encode_keys(images(8, 0)), plain.encode_keys(images(8, 0)))
@@ -131,7 +189,7 @@ def test_batch_norm_over_ranks_leaves_split_ones(device: str, compiled: bool) ->
     split_batch_norm_(network.layer1, 2)
     before = network.state_dict()
     sync_batch_norm_(network, torch.device(device), compiled)
-    assert type(network.layer1[0].bn1) is SplitBatchNorm2d
+    assert type(network.layer1[0].bn1) is SplitBatchNorm
     assert type(network.bn1) is (nn.SyncBatchNorm if device == "cuda" and not compiled else SyncBatchNorm)
     assert all(torch.equal(value, network.state_dict()[key]) for key, value in before.items())
 

@@ -39,7 +39,7 @@ def close(actual: Tensor, name: str, rtol: float) -> None:
 
 @pytest.mark.parametrize(("case", "temperature", "mlp"), [("moco_v1", 0.07, False), ("moco_v2", 0.2, True)])
 def test_moco(case: str, temperature: float, mlp: bool) -> None:
-    method = MoCo(backbones.resnet18(), 32, 64, momentum=0.99, temperature=temperature, mlp=mlp).double()
+    method = MoCo(backbones.resnet18(), 32, 64, momentum=0.99, temperature=temperature, mlp=mlp, bn_splits=1).double()
     theirs = models.resnet18(num_classes=32)
     if mlp:
         theirs.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), theirs.fc)

@@ -1,13 +1,17 @@
 """Stage pretrain: what it measures while it learns, and what it refuses."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from test_config import compose
 
+from ssl_bench import distributed
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import UserError
 from ssl_bench.launch import launch
+from ssl_bench.stages.pretrain import pretrain
 
 RUN = ["stage=pretrain", "data=dl21", "data.image_size=16", "data.workers=1", "backbone.width=8", "backbone.stem=small"]
 RUN += ["method.queue_size=8", "batch_size=8", "epochs=1", "eval_every=1", "log_every=1"]
@@ -66,3 +70,11 @@ def test_sizes_of_the_other_stages(tmp_path: Path, stage: str) -> None:
     with pytest.raises(UserError, match=r"augmentation.image_size=8 is not backbone.image_size=16"):
         launch(compose(*command, f"data.cache={tmp_path}/cache", f"dir={tmp_path}/run"))
     assert not (tmp_path / "cache").exists()
+
+
+def test_batch_norm_over_parts_is_not_synchronised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    run = SimpleNamespace(device=torch.device("cpu"))
+    cfg = compose("stage=pretrain", "sync_batch_norm=true", "method.queue_size=512", f"dir={tmp_path}")
+    with pytest.raises(UserError, match=r"sync_batch_norm=true.*method\.bn_splits=4.*type sync_batch_norm=false, or"):
+        pretrain(cfg, run)

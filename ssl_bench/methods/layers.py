@@ -74,17 +74,20 @@ class Queue(nn.Module):
         self.pointer.add_(num).remainder_(size)
 
 
-class SplitBatchNorm2d(nn.BatchNorm2d):
+SPLITTABLE = {nn.BatchNorm1d, nn.BatchNorm2d}
+
+
+class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over each of `num_splits` consecutive parts of the batch, as that many GPUs would compute it.
 
-    One device then behaves like several, which MoCo's shuffle needs. Same state as `BatchNorm2d`.
+    One device then behaves like several, which MoCo's shuffle needs. Same state as batch norm.
     """
 
     num_splits: int = 1
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return super().forward(x)
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         # Each part moves its own copy of the running statistics; what stays is their mean, as in the authors' code.
         means = self.running_mean.repeat(self.num_splits, 1)
         variances = self.running_var.repeat(self.num_splits, 1)
@@ -99,10 +102,10 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 def split_batch_norm_(module: nn.Module, num_splits: int) -> None:
-    """Turn every BatchNorm2d inside `module` into a split one, in place. Parameters and buffers stay."""
+    """Turn every batch norm inside `module` into a split one, in place. Parameters and buffers stay."""
     for child in module.modules():
-        if type(child) is nn.BatchNorm2d:
-            child.__class__ = SplitBatchNorm2d
+        if type(child) in SPLITTABLE:
+            child.__class__ = SplitBatchNorm
             child.num_splits = num_splits
         else:
             _refuse_unknown(child, f"method.bn_splits={num_splits}", "method.bn_splits=1")
@@ -136,7 +139,7 @@ def sync_batch_norm_(module: nn.Module, device: torch.device, compiled: bool) ->
     torch's own has the faster kernels, and waits for the GPU: each would be a gap in a compiled network.
     """
     for child in module.modules():
-        if type(child) not in (nn.BatchNorm1d, nn.BatchNorm2d):
+        if type(child) not in SPLITTABLE:
             _refuse_unknown(child, "sync_batch_norm=true", "sync_batch_norm=false")
         elif device.type == "cuda" and not compiled:
             child.__class__, child.process_group = nn.SyncBatchNorm, None  # of all ranks
@@ -146,6 +149,6 @@ def sync_batch_norm_(module: nn.Module, device: torch.device, compiled: bool) ->
 
 def _refuse_unknown(child: nn.Module, asked: str, instead: str) -> None:
     """UserError for a batch norm that does more, like timm's with the activation in it: that would be lost."""
-    known = (nn.BatchNorm1d, nn.BatchNorm2d, SplitBatchNorm2d, SyncBatchNorm, nn.SyncBatchNorm)
+    known = (nn.BatchNorm1d, nn.BatchNorm2d, SplitBatchNorm, SyncBatchNorm, nn.SyncBatchNorm)
     if isinstance(child, nn.modules.batchnorm._BatchNorm) and type(child) not in known:
         raise UserError(f"{asked} can't be had with this backbone's {type(child).__name__}: type {instead}")

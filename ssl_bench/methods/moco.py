@@ -1,5 +1,6 @@
 """Momentum Contrast: v1 (He et al., arXiv:1911.05722) and v2 (Chen et al., arXiv:2003.04297)."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from ssl_bench import distributed
 from ssl_bench.errors import UserError
 from ssl_bench.fields import Fraction
-from ssl_bench.methods import layers
+from ssl_bench.methods import layers, splits
 from ssl_bench.methods.base import Method, Output, ema_, health_of, momentum_copy
+
+log = logging.getLogger(__name__)
 
 
 def info_nce_logits(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
@@ -22,13 +25,38 @@ def info_nce_logits(query: Tensor, key: Tensor, queue: Tensor, temperature: floa
     return torch.cat([positive, negative], dim=1)
 
 
+def split_(backbone: nn.Module, bn_splits: int | None, batch_size: int | None) -> int:
+    """Split its batch norm, in place. Returns in how many parts, and says it; warns where nobody chose what is taken.
+
+    bn_splits=None: what `splits.resolve` says, or 1 where there is no batch norm, or one that does more and can't be
+    split. UserError where such a one is asked to be.
+    """
+    processes = distributed.world_size()
+    taken = splits.resolve(bn_splits, processes, batch_size)
+    kinds = {type(child) for child in backbone.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)}
+    if bn_splits is None and not (kinds and kinds <= layers.SPLITTABLE):
+        taken = 1
+    if taken > 1:
+        layers.split_batch_norm_(backbone, taken)
+    if kinds and distributed.rank() == 0:
+        parts = taken * processes
+        level = logging.INFO if parts == splits.GPUS or (bn_splits and parts > 1) else logging.WARNING
+        said = f"in {parts} shuffled parts; the authors had {splits.GPUS}"
+        if parts == 1:
+            said = "whole, not shuffled: its statistics may give the positive away"
+        names = " and ".join(sorted(kind.__name__ for kind in kinds))
+        log.log(level, "%s sees a batch %s (method.bn_splits=%s)", names, said, taken)
+    return taken
+
+
 class MoCo(Method):
     """A query is told from the keys of earlier batches by its own key, encoded by a slow copy of the encoder.
 
     dim: width D of the embeddings. queue_size: number K of negatives. momentum: of the key encoder.
     mlp: v2's projection head, Linear-ReLU-Linear, instead of v1's Linear.
     bn_splits: batch norm sees the batch in this many parts, each as if on a GPU of its own (section 3.3): with the
-    shuffle this keeps one device from solving the task through batch statistics.
+    shuffle this keeps one device from solving the task through batch statistics. None: see `split_`; that wants
+    batch_size, which is global.
     """
 
     def __init__(
@@ -39,12 +67,12 @@ class MoCo(Method):
         momentum: Fraction = 0.999,
         temperature: PositiveFloat = 0.07,
         mlp: bool = False,
-        bn_splits: PositiveInt = 1,
+        bn_splits: PositiveInt | None = None,
+        batch_size: PositiveInt | None = None,
     ) -> None:
         super().__init__(backbone)
-        self.momentum, self.temperature, self.bn_splits = momentum, temperature, bn_splits
-        if bn_splits > 1:
-            layers.split_batch_norm_(backbone, bn_splits)
+        self.momentum, self.temperature = momentum, temperature
+        self.bn_splits = split_(backbone, bn_splits, batch_size)
         width = backbone.dim
         self.head = layers.mlp(width, width, dim) if mlp else nn.Linear(width, dim)
         self.key_backbone = momentum_copy(self.backbone)
@@ -53,6 +81,11 @@ class MoCo(Method):
 
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
         """views: query and key images, (N, 3, H, W) each. `accuracy`: how often the positive scores highest."""
+        if len(views[0]) % self.bn_splits:
+            raise UserError(
+                f"method.bn_splits={self.bn_splits} does not divide the {len(views[0])} images of a process: "
+                "change method.bn_splits or batch_size"
+            )
         query = self.normalized(self.head(self.backbone(views[0])))  # (N, D)
         with torch.no_grad():
             if self.training:  # here, between query and key, as in the authors' code
@@ -81,11 +114,6 @@ class MoCo(Method):
         size, rank = distributed.world_size(), distributed.rank()
         if size * self.bn_splits == 1:
             return self.normalized(self.key_head(self.key_backbone(images)))
-        if len(images) % self.bn_splits:
-            raise UserError(
-                f"method.bn_splits={self.bn_splits} does not divide the {len(images)} images of a process: "
-                "change method.bn_splits or batch_size"
-            )
         everyone = distributed.all_gather(images)
         order = distributed.broadcast(torch.randperm(len(everyone), device=images.device))
         mine = everyone[order.view(size, -1)[rank]]

@@ -56,12 +56,19 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
     if build.takes(cfg.method, "num_classes"):
         check_classes(data.split("train").labels)  # UserError without labels
         given = {"num_classes": data.num_classes}
+    if build.takes(cfg.method, "batch_size"):
+        given |= {"batch_size": cfg.batch_size}
     seed_init(cfg)
     model = build.construct(cfg.method, backbone=build.construct(cfg.backbone), **given)
     check_sizes(cfg, model.backbone)
     check_fit(cfg, data.split(model.split).length)
-    check_norm(cfg, model, cfg.sync_batch_norm, cfg.method.get("bn_splits") or 1)
+    check_norm(cfg, model, cfg.sync_batch_norm, splits := getattr(model, "bn_splits", 1))
     if cfg.sync_batch_norm and distributed.world_size() > 1:
+        if splits > 1:
+            raise UserError(
+                f"sync_batch_norm=true, but batch norm is to see parts of the batch (method.bn_splits={splits}): "
+                "type sync_batch_norm=false, or method.bn_splits=1"
+            )
         layers.sync_batch_norm_(model, run.device, cfg.compile)
     model = on_device(model, run)
     if not model.learns:
@@ -84,7 +91,7 @@ def check_fit(cfg: DictConfig, num_images: int) -> None:
             f"method.queue_size={queue_size} is larger than the dataset ({num_images:,} images), so that every image "
             f"would meet its own old key as a negative: choose at most method.queue_size={num_images}"
         )
-    if local_batch % (splits := cfg.method.get("bn_splits", 1)):
+    if local_batch % (splits := cfg.method.get("bn_splits") or 1):
         raise UserError(
             f"method.bn_splits={splits} does not divide the {local_batch} images of a process: change one of "
             "method.bn_splits, batch_size, devices"
