@@ -126,6 +126,20 @@ class TwoLayers(nn.Sequential):
         super().__init__(*layers[0], *layers[1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+@pytest.mark.parametrize("name", LEARNING)
+def test_only_what_learns_drops(name: str) -> None:
+    """A copy that gives targets isn't random."""
+
+    def network() -> nn.Module:
+        layers = nn.Sequential(TwoLayers(), nn.Dropout(0.5))
+        layers.dim = TwoLayers.dim
+        return layers
+
+    for child in make(name, network).train().children():
+        learns = any(p.requires_grad for p in child.parameters())
+        assert all(dropout.training is learns for dropout in child.modules() if isinstance(dropout, nn.Dropout))
+
+
 def learnt(name: str, compiled: bool, device: str = "cpu", num_steps: int = 2) -> dict[str, Tensor]:
     """The loss and each gradient of a few steps over a change of epoch."""
     method = make(name, TwoLayers).to(device).train()

@@ -12,6 +12,7 @@ from torch import nn
 from ssl_bench import backbones
 from ssl_bench.errors import UserError
 from ssl_bench.methods import splits
+from ssl_bench.methods.base import momentum_copy
 from ssl_bench.methods.layers import Queue, SplitBatchNorm, SyncBatchNorm, split_batch_norm_, sync_batch_norm_
 from ssl_bench.methods.moco import MoCo
 from ssl_bench.probe import LinearProbe
@@ -68,6 +69,49 @@ def test_only_the_query_learns_and_the_key_follows() -> None:
     key, query = method.key_backbone.conv1.weight.clone(), method.backbone.conv1.weight.clone()
     method([images(4, 0), images(4, 1)])
     torch.testing.assert_close(method.key_backbone.conv1.weight, (key + query) / 2)
+
+
+DROPS = {
+    "vit_tiny_patch16_224": {"img_size": 32, "drop_path_rate": 0.3, "proj_drop_rate": 0.2, "attn_drop_rate": 0.2},
+    "efficientnet_b0": {"drop_rate": 0.5, "drop_path_rate": 0.3},
+    "resnet10t": {"drop_rate": 0.5, "drop_path_rate": 0.3, "drop_block_rate": 0.3},
+    "swin_tiny_patch4_window7_224": {"img_size": 32, "window_size": 4, "drop_rate": 0.2, "drop_path_rate": 0.3},
+}
+
+
+def dropping(name: str) -> nn.Module:
+    if name != "ours":
+        return pytest.importorskip("timm").create_model(name, num_classes=0, **DROPS[name])
+    network = backbones.vit_tiny(32, patch_size=8)
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.3
+    return network
+
+
+@pytest.mark.parametrize("name", ["ours", *DROPS])
+def test_a_momentum_network_is_not_random(name: str) -> None:
+    torch.manual_seed(0)
+    network, batch = dropping(name).train(), torch.rand(4, 3, 32, 32)
+    slow = momentum_copy(network)
+    for mode in (True, False, True):
+        slow.train(mode)
+        with torch.no_grad():
+            assert torch.equal(slow(batch), slow(batch))
+            assert not torch.equal(network(batch), network(batch))  # the other is, as before
+
+
+def test_batch_norm_of_a_momentum_network_is_the_batchs() -> None:
+    network = backbones.resnet18(stem="small", width=8).train()
+    slow, batch = momentum_copy(network), images(6, 0)
+    assert torch.equal(slow(batch), network(batch))
+    assert not torch.equal(slow.bn1.running_mean, torch.zeros(8))
+    assert not slow.bn1.weight.requires_grad
+    before = slow.eval().bn1.running_mean.clone()
+    slow(batch)
+    assert torch.equal(slow.bn1.running_mean, before)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +45,22 @@ class Method(nn.Module):
 
 
 def momentum_copy(module: nn.Module) -> nn.Module:
-    """A copy that only `ema_` changes."""
-    return copy.deepcopy(module).requires_grad_(False)
+    """A copy that only `ema_` changes, and in which nothing is random: it has no dropout, no drop path.
+
+    In train mode only what has running statistics learns: batch norm uses those of the batch, as the original.
+    """
+    copied = copy.deepcopy(module).requires_grad_(False)
+    copied.train = MethodType(_train_statistics, copied)
+    return copied.train(module.training)
+
+
+def _train_statistics(module: nn.Module, mode: bool = True) -> nn.Module:
+    """`module.train`. Whatever is random in a network, as a layer or inside of one, asks for its `training`."""
+    type(module).train(module, mode)
+    for child in module.modules():
+        if not any(name.startswith("running_") for name in child._buffers):
+            child.training = False
+    return module
 
 
 @torch.no_grad()
