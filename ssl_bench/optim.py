@@ -16,14 +16,18 @@ from torch import Tensor, nn
 from ssl_bench.errors import UserError
 from ssl_bench.fields import Fraction
 
-Scaling = Literal["linear", "sqrt", "none"]
+Scaling = Literal["linear", "sqrt", "three_quarters", "none"]
 Params = Iterable[nn.Parameter] | Iterable[dict]
 
 
 def scaled_lr(base_lr: float, batch_size: int, scaling: Scaling) -> float:
     """batch_size is global. `linear`: base_lr * batch_size / 256 (Goyal et al., arXiv:1706.02677). `sqrt`: base_lr *
-    sqrt(batch_size) (SimCLR, arXiv:2002.05709, B.1)."""
-    return base_lr * {"linear": batch_size / 256, "sqrt": math.sqrt(batch_size), "none": 1.0}[scaling]
+    sqrt(batch_size) (SimCLR, arXiv:2002.05709, B.1). `three_quarters`: base_lr * (batch_size / 256) ** 0.75, which
+    meets both rates that SwAV's authors give."""
+    share = batch_size / 256
+    return (
+        base_lr * {"linear": share, "sqrt": math.sqrt(batch_size), "three_quarters": share**0.75, "none": 1.0}[scaling]
+    )
 
 
 def sgd(

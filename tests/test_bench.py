@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_config import CONF, compose
 from test_distributed import in_processes
 from test_resume import assert_identical
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ssl_bench import backbones, build, distributed
 from ssl_bench.checkpoint import complete
@@ -114,6 +116,37 @@ def test_bfloat16(name: str) -> None:
     assert half["loss"].dtype == torch.float32  # the loss itself is not in bfloat16
     torch.testing.assert_close(half["loss"], full, rtol=0.1, atol=0.02)
     assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
+
+
+class Spy(TorchFunctionMode):
+    """Notes what is done in half precision that a loss depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.half, self.normalised = set(), []  # what F.normalize gave
+
+    def __torch_function__(self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        losses = (F.normalize, F.cosine_similarity, F.cross_entropy, F.log_softmax, F.softmax, F.mse_loss, torch.exp)
+        if function in losses and any(tensor.dtype in (torch.bfloat16, torch.half) for tensor in tensors):
+            self.half.add(function.__name__)
+        multiplies = function in (F.linear, Tensor.matmul, Tensor.__matmul__) and torch.is_autocast_enabled("cpu")
+        if multiplies and any(tensor is one or tensor._base is one for tensor in tensors for one in self.normalised):
+            self.half.add("product of directions")
+        result = function(*args, **(kwargs or {}))
+        if function is F.normalize:
+            self.normalised.append(result)
+        return result
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_losses_and_heads_are_in_full_precision(name: str) -> None:
+    """Under autocast: directions, products of directions, softmax. (MoCo's with its queue are said to be bfloat16.)"""
+    method = make(name).train()
+    method.begin(1.0, 2)
+    with Spy() as spy, torch.autocast("cpu", torch.bfloat16):
+        method(views_of(name, 32), torch.arange(32) % 10)
+    assert spy.half == set()
 
 
 class TwoLayers(nn.Sequential):

@@ -15,6 +15,7 @@ import ssl_bench.train
 from ssl_bench import build, signatures, typed
 from ssl_bench.errors import UserError
 from ssl_bench.fields import InEpochs
+from ssl_bench.optim import scaled_lr
 
 CONF = Path(ssl_bench.train.__file__).with_name("conf")
 GROUPS = (
@@ -58,6 +59,30 @@ def test_dino_decays_no_biases() -> None:
     optimizer = build.construct(cfg.optimizer, params=method.param_groups(), batch_size=256)
     decays = {(group["weight_decay"], p.ndim > 1) for group in optimizer.param_groups for p in group["params"]}
     assert decays == {(1e-4, True), (0.0, False)}
+
+
+@pytest.mark.parametrize(
+    ("method", "batch_size", "published"),
+    [
+        ("moco_v1", 256, 0.03),  # facebookresearch/moco, main_moco.py --lr, --batch-size
+        ("moco_v2", 256, 0.03),
+        ("moco_v3", 4096, 4.8),  # facebookresearch/moco-v3, CONFIG.md (--lr=.3), main_moco.py 190
+        ("simclr", 4096, 4.8),  # arXiv:2002.05709, section 2.2; google-research/simclr, README
+        ("byol", 4096, 3.2),  # deepmind-research, byol/configs/byol.py (1000 epochs), utils/schedules.py 34
+        ("swav", 256, 0.6),  # facebookresearch/swav, scripts/swav_200ep_bs256_pretrain.sh
+        ("swav", 4096, 4.8),  # scripts/swav_{100,200,400,800}ep_pretrain.sh
+        ("simsiam", 512, 0.1),  # facebookresearch/simsiam, main_simsiam.py 51, 56, 157
+        ("barlow_twins", 2048, 1.6),  # facebookresearch/barlowtwins, main.py 31, 33, 158
+        ("vicreg", 2048, 1.6),  # facebookresearch/vicreg, README 80, main_vicreg.py 170
+        ("dino", 512, 0.06),  # facebookresearch/dino, README 207 (8 GPUs of 64 images), main_dino.py 239
+        ("supervised", 8192, 3.2),  # arXiv:1706.02677, section 5.1
+    ],
+)
+def test_rates_are_the_published_ones(method: str, batch_size: int, published: float) -> None:
+    node = compose(f"method={method}", f"batch_size={batch_size}").optimizer
+    assert scaled_lr(node.base_lr, batch_size, node.scaling) == pytest.approx(published)
+    if method == "barlow_twins":
+        assert scaled_lr(node.base_lr_biases, batch_size, node.scaling) == pytest.approx(0.0384)  # main.py 35
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids="=".join)

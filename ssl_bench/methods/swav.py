@@ -104,10 +104,11 @@ class SwAV(Method):
             self.queue_full = bool(self.queue[:, -1].any())
 
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
-        crops = self.projector(by_size(self.backbone, views)).chunk(len(views))  # V x (N, D)
+        embeddings = self.projector(by_size(self.backbone, views))
+        crops = embeddings.to(self.prototypes.weight.dtype).chunk(len(views))  # V x (N, D)
         queue = self.queue if self.queueing and self.queue_full else None
         loss = swapped_prediction_loss(
-            [crop.to(self.prototypes.weight.dtype) for crop in crops],
+            crops,
             self.prototypes.weight,
             self.temperature,
             self.epsilon,
@@ -121,5 +122,5 @@ class SwAV(Method):
     @torch.no_grad()
     def enqueue(self, crops: Sequence[Tensor]) -> None:
         newest = torch.stack([distributed.all_gather(F.normalize(crop, dim=1)) for crop in crops])
-        newest = newest[:, : self.queue.shape[1]].to(self.queue.dtype)
+        newest = newest[:, : self.queue.shape[1]]
         self.queue.copy_(torch.cat([newest, self.queue[:, : self.queue.shape[1] - newest.shape[1]]], dim=1))
