@@ -308,8 +308,9 @@ def _by_process(flat: dict[str, Any], config: Mapping[str, Any], count: int) -> 
     """The number of processes, where each does something by itself that changes the result.
 
     Batch norm that isn't synchronised sees the batch in devices x method.bn_splits parts, so that only this product
-    counts: two processes of four parts compute what one of eight does (tests/test_distributed.py). Mixup and the
-    dropping of activations draw in each process.
+    counts: two processes of four parts compute what one of eight does (tests/test_distributed.py). In networks that
+    aren't ours, bn_splits=null may find nothing that it can split. Mixup and the dropping of activations draw in each
+    process.
     """
     stage, method, backbone = (config.get(key) or {} for key in ("stage", "method", "backbone"))
     trains = bool(method) or stage.get("name") == "finetune"
@@ -317,7 +318,9 @@ def _by_process(flat: dict[str, Any], config: Mapping[str, Any], count: int) -> 
     if trains and (parts > 1 or not config.get("sync_batch_norm", True)):
         flat = {key: value for key, value in flat.items() if key != "method.bn_splits"} | {PARTS: count * parts}
     drops = any("drop" in key and value for key, value in (backbone.get("options") or {}).items())
-    if trains and (stage.get("mixup") or drops):
+    ours = re.match(r"ssl_bench\..*\.(resnet|vit)\w*$", str(backbone.get("_target_")))
+    unsure = "bn_splits" in method and method["bn_splits"] is None and not ours
+    if trains and (stage.get("mixup") or drops or unsure):
         flat["devices"] = count
     return flat
 

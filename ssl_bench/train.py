@@ -42,6 +42,11 @@ def run_dir(default: str) -> str:
     return os.path.join(HydraConfig.get().sweep.dir, sweep.name(HydraConfig.get().overrides.task))
 
 
+def judge(eval_every: int, online_images: int) -> str | None:
+    """Resolver: what ranks pretrainings, where there is something that can."""
+    return "probe_top1" if eval_every and online_images else None
+
+
 def register_launchers() -> None:
     """Hydra finds them by itself, but not in an editable install, whose folders it can't list."""
     plugins = Plugins.instance()  # searches, and would load again what is imported before
@@ -54,6 +59,7 @@ def register_launchers() -> None:
 register_launchers()
 OmegaConf.register_new_resolver("slug", identity.place_slug, replace=True)
 OmegaConf.register_new_resolver("quote", quote, replace=True)
+OmegaConf.register_new_resolver("judge", judge, replace=True)
 OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
 
 

@@ -122,6 +122,8 @@ def test_a_new_key_that_is_null_leaves_older_runs_what_they_were() -> None:
         (["stage=pretrain", "method=byol"], False),
         (["stage=pretrain", "method=simclr"], False),
         (["stage=pretrain", "method=simclr", "backbone=timm", "+backbone.options.drop_path_rate=0.1"], True),
+        (["stage=pretrain", "method=moco_v2"], False),  # bn_splits=null makes the parts eight
+        (["stage=pretrain", "method=moco_v2", "backbone=timm"], True),  # unless there is nothing that it can split
         (["stage=lincls"], False),
         (["stage=knn"], False),
         (["stage=finetune"], False),

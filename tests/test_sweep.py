@@ -169,6 +169,43 @@ def test_a_sweep_that_grows(ssl_bench: Command, tmp_path: Path) -> None:
     assert status.count("finished") == 4
 
 
+@pytest.mark.parametrize(
+    ("choice", "key"),
+    [
+        ("method.temperature=0.1,0.2", "method.temperature"),
+        ("method=moco_v2,simclr", "augmentation."),
+        ("augmentation=moco_v1,moco_v2", "augmentation."),
+        ("batch_size=64,128", "batch_size"),
+    ],
+)
+def test_losses_that_cannot_be_compared_rank_no_sweep(ssl_bench: Command, choice: str, key: str) -> None:
+    words = [word for word in TINY_PRETRAIN if not word.startswith(("method", choice.partition("=")[0]))]
+    result = ssl_bench("-m", *words, "sweep=x", "metric=loss", "schedule.warmup_epochs=0", choice)
+    assert result.returncode == 2
+    said = result.stderr.splitlines()[-1]
+    assert said.startswith(f"ssl-bench: metric=loss would rank runs that differ in {key}")
+    assert "type metric=probe_top1, by labelled images" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["hydra.sweeper.direction=minimize"],
+            "hydra.sweeper.direction=minimize would find the worst probe_top1: type",
+        ),
+        (["metric=loss"], "metric=loss would rank runs that differ in method.temperature, and their losses are of"),
+        (["eval_every=0"], "metric=null: a search needs what to find: type one of the values of stage=pretrain"),
+    ],
+)
+def test_a_search_for_what_is_not_better(ssl_bench: Command, words: list[str], said: str) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper")
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=1", "method.temperature=interval(0.05,0.5)"]
+    result = ssl_bench("-m", *TINY_PRETRAIN, "sweep=x", *search, *words)
+    assert result.returncode == 2
+    assert said in result.stderr
+
+
 def test_values_that_make_no_runs(ssl_bench: Command) -> None:
     result = ssl_bench("-m", *TINY_PRETRAIN, "sweep=x", "source=host,streamed", "precision=fp32,bf16")
     assert result.returncode == 2
@@ -331,7 +368,7 @@ def test_search(ssl_bench: Command, tmp_path: Path, space: str, trials: int) -> 
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper")
     sweeper = ["hydra/sweeper=optuna", f"hydra.sweeper.n_trials={2 * trials}", f"hydra.sweeper.n_jobs={trials}"]
     sweeper += ["hydra.sweeper.sampler.seed=0"]  # six draws of two values miss one, without a seed, once in 32 times
-    words = [*TINY_PRETRAIN, "epochs=1", "sweep=search", "hydra.sweeper.direction=minimize"]
+    words = [*TINY_PRETRAIN, "epochs=1", "sweep=search", "hydra.sweeper.direction=maximize"]
     ssl_bench("-m", *words, *sweeper, f"method.temperature={space}", check=True)
     folder = tmp_path / "runs" / "sweeps" / "search"
     with open(folder / "table.csv") as file:
@@ -340,5 +377,5 @@ def test_search(ssl_bench: Command, tmp_path: Path, space: str, trials: int) -> 
     runs = [path.parent.name for path in folder.glob("*/summary.json")]
     assert len(rows) == len(runs) == (4 if space.startswith("interval") else 2)
     assert all("temperature-0." in run for run in runs)
-    assert float(rows[0]["loss mean"]) == best["best_value"]
+    assert float(rows[0]["probe_top1 mean"]) == best["best_value"]
     assert float(rows[0]["method.temperature"]) == best["best_params"]["method.temperature"]

@@ -63,6 +63,7 @@ class _SweepLauncher(Launcher):
         asked = [self._compose(folder.absolute(), conf, list(overrides), known) for overrides in job_overrides]
         if self._is_grid:
             _refuse_free(job_overrides, asked)
+        self._check_metric(asked)
         members = list({member.file: member for member in asked}.values())  # an optimiser may ask for one twice
         if len(directories := {member.directory for member in members}) < len(members):
             same = next(str(path) for path in directories if sum(path == m.directory for m in members) > 1)
@@ -100,6 +101,33 @@ class _SweepLauncher(Launcher):
         if table := results.sweep_table(folder):
             print(f"\n{table}\n\n{folder / 'table.md'}, {folder / 'table.csv'}")
         return self._returns(asked)
+
+    def _check_metric(self, members: list["Member"]) -> None:
+        """UserError where what they are judged by says nothing of which is better, before any of them starts."""
+        from ssl_bench import identity
+        from ssl_bench.errors import UserError
+        from ssl_bench.typed import key_of
+
+        metric, stage = members[0].config["metric"], members[0].config["stage"]["name"]
+        if self._is_grid:
+            differing = identity.other_losses(identity.Identity(member.config) for member in members)
+        else:
+            typed = set(self.config.hydra.overrides.task)
+            searched = {key_of(word) for member in members for word in member.overrides if word not in typed}
+            differing = sorted(key for key in searched if key.startswith(identity.LOSS_OF))
+            if metric is None:
+                raise UserError(f"metric=null: a search needs what to find: type one of the values of stage={stage}")
+            direction = self.config.hydra.sweeper.get("direction")
+            if getattr(direction, "name", direction) == "minimize" and re.search(r"top\d$|accuracy$|top-1$", metric):
+                raise UserError(
+                    f"hydra.sweeper.direction=minimize would find the worst {metric}: type "
+                    "hydra.sweeper.direction=maximize"
+                )
+        if stage == "pretrain" and "loss" in (metric or "") and differing:
+            raise UserError(
+                f"metric={metric} would rank runs that differ in {', '.join(differing[:4])}, and their losses are of "
+                "different things: type metric=probe_top1, by labelled images, or metric=null for a table without order"
+            )
 
     @property
     def _is_grid(self) -> bool:
@@ -180,6 +208,7 @@ class _SweepLauncher(Launcher):
         """For the sweeper: each member's metric, or the exception that says what became of those without."""
         from ssl_bench import sweep
         from ssl_bench.errors import UserError
+        from ssl_bench.typed import key_of
 
         results = [member.result() for member in members]
         states = sweep.states(members) if None in results else [sweep.State("finished")] * len(members)
@@ -194,11 +223,12 @@ class _SweepLauncher(Launcher):
                 continue
             done = JobReturn(overrides=member.overrides, status=JobStatus.COMPLETED)
             if result is not None and (metric := member.config["metric"]) is not None:
-                if metric not in result:
+                if metric in result:
+                    done.return_value = float(result[metric])
+                elif not self._is_grid or "metric" in map(key_of, member.overrides):
                     raise UserError(
                         f"metric={metric}: {member.name} has no such value; choose from {', '.join(result)}"
                     )
-                done.return_value = float(result[metric])
             returns.append(done)
         return returns
 
