@@ -88,7 +88,7 @@ def _vit(image_size: int, patch_size: int, dim: int, num_heads: int) -> nn.Modul
         def forward(self, x: Tensor) -> Tensor:
             patches = self.conv_proj(x)  # (N, dim, rows, columns)
             positions = self.positions(*patches.shape[2:])
-            tokens = torch.cat([self.class_token.expand(len(x), -1, -1), patches.flatten(2).mT], dim=1) + positions
+            tokens = torch.cat([self.class_token.expand(x.shape[0], -1, -1), patches.flatten(2).mT], dim=1) + positions
             return self.encoder.ln(self.encoder.layers(self.encoder.dropout(tokens)))[:, 0]
 
         def refuses(self, size: int) -> str | None:

@@ -325,10 +325,12 @@ def _place(detail: Mapping, values: Any) -> Iterator[str | int]:
 def _too_late(schema: type[BaseModel], node: dict, group: str, config: Mapping) -> list[str]:
     """Of settings in epochs, those that `epochs` doesn't reach, where the stage reads them."""
     problems, epochs = [], config.get("epochs")
+    if not isinstance(epochs, int):  # which is told by itself
+        return []
     for name, field in schema.model_fields.items():
         for mark in (part for part in field.metadata if isinstance(part, InEpochs)):
             value, key = float(node.get(name, 0)), f"{group}.{name}"
-            late = value > epochs or (value == epochs and not mark.or_at_the_end)
+            late = value > max(epochs, 0) or (value == epochs > 0 and not mark.or_at_the_end)
             if late and typed.is_read(config, key):
                 enough = int(value) + (not mark.or_at_the_end)
                 problems.append(

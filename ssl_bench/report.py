@@ -1,6 +1,7 @@
 """What a run comes to, for people: a table and one picture. Numbers and arrays in, markdown and PNG out."""
 
 import math
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+# Figures are drawn without a window. A notebook's choice, as its terminal has it, would end `import matplotlib`.
+os.environ["MPLBACKEND"] = "agg"
 
 GREY, INK = "#b4bac2", "#30353b"
 LINES = ("#2563a8", "#d9772b", "#7d8894", "#3b9455", "#8a5fb0", "#c2454f")

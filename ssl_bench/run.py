@@ -22,7 +22,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from ssl_bench import __version__, distributed, files, identity
+from ssl_bench import __version__, distributed, files, identity, results
 from ssl_bench.build import construct
 from ssl_bench.checkpoint import Checkpoint, complete, step_of
 from ssl_bench.data.store import Split
@@ -221,7 +221,7 @@ class Run:
         if self.is_main:
             self.metrics.log(step, line)
             self.tracker.log(step, line)
-            values = "  ".join(f"{key} {_short(value)}" for key, value in line.items())
+            values = "  ".join(f"{key} {shown(key, value)}" for key, value in line.items())
             left = (self._total - step) * (time.monotonic() - self._began) / max(step - self._start, 1)
             log.info("step %s/%s  %s  left %s", f"{step:,}", f"{self._total:,}", values, timedelta(seconds=round(left)))
 
@@ -313,5 +313,8 @@ def _log_to(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+def shown(metric: str, value: float) -> str:
+    """As people read it beside others: shares are percent, as in tables."""
+    unit = results.unit(metric)
+    value *= unit.scale
+    return (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}") + " %" * unit.label.endswith("(%)")

@@ -63,6 +63,20 @@ class Member:
         return self.file.parents[1] / self.name if chosen.name == self.name else chosen
 
     @property
+    def under_way(self) -> tuple[Path, int]:
+        """The directory of its run, or of a pipeline's newest part, and the epochs of that."""
+        parts = [path for path in self.directory.glob("**/metrics.jsonl") if path.stat().st_size]
+        newest = max(parts, key=lambda path: path.stat().st_mtime_ns, default=None)
+        if newest is None or newest.parent == self.directory:
+            return self.directory, self.config["epochs"]
+        return newest.parent, files.parse(newest.with_name("config.yaml"), yaml.safe_load)["epochs"]
+
+    @property
+    def has_state(self) -> bool:
+        """Has its run, or a part of it, saved anything?"""
+        return any(files.has_state(path.parent) for path in self.directory.glob("**/config.yaml"))
+
+    @property
     def lock(self) -> Path:
         return self.directory / ".lock"
 
@@ -187,7 +201,7 @@ def _state(member: Member, queue: dict[str, State], ended: dict[str, str]) -> St
         return State("failed", "; ".join(filter(None, [reason, _see(member)])))
     if (word := ended.get(member.job or "", "completed")) != "completed":
         return State(word, _see(member))
-    return State("stopped" if files.has_state(member.directory) else "waiting")
+    return State("stopped" if member.has_state else "waiting")
 
 
 def _see(member: Member) -> str:
@@ -240,12 +254,14 @@ def overview(members: Sequence[Member], states: Sequence[State], metric: str | N
 
     rows = []
     for member, state in zip(members, states, strict=True):
-        lines = MetricsFile.read(path) if (path := member.directory / "metrics.jsonl").exists() else []
+        part, epochs = member.under_way
+        lines = MetricsFile.read(path) if (path := part / "metrics.jsonl").exists() else []
         step = value = ""
         shown = metric or member.config["metric"]
         if lines:
             done, epoch = lines[-1]["step"], lines[-1]["epoch"]
-            step = f"{done:,}/{round(done / epoch * member.config['epochs']):,}"
+            of = f"{part.relative_to(member.directory)}: " if part != member.directory else ""
+            step = f"{of}{done:,}/{round(done / epoch * epochs):,}"
         result = next((line for line in reversed(lines) if shown in line), {}) | (member.result() or {})
         if shown in result:
             value = f"{shown} {result[shown]:.4g}"

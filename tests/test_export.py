@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_config import compose
+from test_config import CHOICES, compose
 from test_interop import features, images, same, tiny
 from torch import nn
 from torchvision import models
 
-from ssl_bench import backbones, interop, zoo
+from ssl_bench import backbones, build, interop, zoo
 from ssl_bench.checkpoint import Checkpoint
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import UserError
@@ -31,6 +31,7 @@ from ssl_bench.launch import launch
 from ssl_bench.probe import LinearProbe
 from ssl_bench.stages import predict
 from ssl_bench.stages.evaluation import open_pretrained
+from ssl_bench.stages.export import write_onnx
 
 SMALL = ["data.image_size=16", "backbone.width=8", "backbone.stem=small", "data.workers=1"]
 
@@ -144,6 +145,30 @@ def test_onnx_answers_as_torch_does(place: Path, tmp_path: Path) -> None:
         with torch.no_grad():
             expected = network.classifier(network.backbone(batch))
         torch.testing.assert_close(torch.from_numpy(outputs), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "network",
+    [
+        *(f"backbone={name}" for group, name in CHOICES if group == "backbone" and name not in ("timm", "resnet101")),
+        "backbone=timm backbone.model=mobilenetv3_small_050",
+        "backbone=timm backbone.model=vit_tiny_patch16_224 +backbone.options={img_size:32}",
+    ],
+)
+def test_onnx_takes_any_number_of_images(network: str, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if "timm" in network:
+        pytest.importorskip("timm")
+    small = ["data.image_size=32", *(["backbone.width=8"] if "resnet" in network else [])]
+    backbone = build.construct(compose(*network.split(), *small).backbone).eval()
+    write_onnx(backbone, 32, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    for count in (1, 2, 5):
+        images = torch.randn(count, 3, 32, 32)
+        (outputs,) = session.run(None, {"images": images.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(outputs), backbone(images), rtol=1e-2, atol=1e-3)
 
 
 def test_without_onnx_it_says_what_to_install(

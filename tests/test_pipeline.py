@@ -51,6 +51,25 @@ def test_a_directory_with_special_characters(ssl_bench: Command, tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_a_picture_that_fails_does_not_cost_the_result(
+    ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A notebook's backend, which a terminal of it has in its environment; and whatever else happens."""
+    command = [*TINY, "stage=pipeline", "method.queue_size=1024", "epochs=1", "augmentation=digits", "dir=run"]
+    command += ["stage.protocol=['epochs=1','stage.labels_per_class=10','batch_size=50']"]
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    ssl_bench(*command, check=True)
+    assert (tmp_path / "run" / "overview.png").exists()
+    (tmp_path / "run" / "summary.json").unlink()
+    (tmp_path / "run" / "overview.png").unlink()
+    (tmp_path / "run" / "overview.png").mkdir()
+    again = ssl_bench(*command, check=True)
+    assert "no picture: IsADirectoryError: " in again.stderr
+    assert "| pretrained" in again.stdout
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["pretrained top-1"] > 5
+
+
+@pytest.mark.slow
 def test_pipeline_goes_on_where_it_stopped(ssl_bench: Command, tmp_path: Path) -> None:
     command = [*TINY, "stage=pipeline", "method.queue_size=1024", "epochs=1", "augmentation=digits", "dir=run"]
     command += ["stage.protocol=['epochs=1','stage.labels_per_class=10','batch_size=50']", "stage.seeds=[0,1]"]

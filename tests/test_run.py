@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from ssl_bench.errors import UserError
-from ssl_bench.run import Run
+from ssl_bench.run import Run, shown
 from ssl_bench.sweep import locked
 from ssl_bench.tracking import NoTracker
 
@@ -86,3 +86,8 @@ def test_weights_matter_once_something_is_computed(tmp_path: Path) -> None:
     (tmp_path / "weights").write_text("third")
     with pytest.raises(UserError, match="weights holds other weights now"):
         on_weights().__enter__()
+
+
+def test_shares_are_percent_on_the_console_as_in_tables() -> None:
+    values = {"accuracy": 0.92, "knn_top1": 98.46, "data_wait": 0.031, "loss": 5.123, "images_per_second": 12345.6}
+    assert [shown(*item) for item in values.items()] == ["92 %", "98.46 %", "3.1 %", "5.123", "12,346"]

@@ -68,6 +68,21 @@ def test_name_says_what_not_where() -> None:
     assert re.fullmatch(r"\w[\w.-]{10,99}", long)
 
 
+def test_a_pipeline_shows_how_far_its_newest_part_is(tmp_path: Path) -> None:
+    """It trains nothing itself: what it has begun, and whether it can go on, is in its parts."""
+    one = member(tmp_path / "sweep", None, "seed=0", metric="pretrained top-1")
+    assert cells(sweep.overview([one], sweep.states([one])))[1][1:3] == ["waiting", ""]
+    for number, (name, epochs) in enumerate({"pretrain": 10, "pretrained/seed0": 4}.items(), start=1):
+        part = one.directory / name
+        (part / "checkpoints").mkdir(parents=True)
+        (part / "checkpoints" / "step0000000002.pt").write_bytes(b"")
+        (part / "config.yaml").write_text(f"epochs: {epochs}\n")
+        (part / "metrics.jsonl").write_text('{"step": 5, "epoch": 1.0, "loss": 2.0}\n')
+        os.utime(part / "metrics.jsonl", (number, number))
+        (row,) = cells(sweep.overview([one], sweep.states([one])))[1:]
+        assert row[1:3] == ["stopped", f"{name}: 5/{5 * epochs}"]
+
+
 def test_table(tmp_path: Path) -> None:
     """A value that is the default and one that was asked for are the same; who isn't finished is counted."""
     folder = tmp_path / "sweep"

@@ -61,10 +61,14 @@ def pipeline(
         if name in results:
             log.info("%s: top-1 %s", name, ", ".join(f"{value:.1f}" for value in results[name]))
     if run.is_main and results:
+        print(f"\n{report.table(results, 'top-1')}")
         picture = run.directory / "overview.png"
-        draw(cfg, run, evaluations, results, picture)
-        run.log_image(0, "overview", picture)
-        print(f"\n{report.table(results, 'top-1')}\n\npicture: {picture}")
+        try:
+            draw(cfg, run, evaluations, results, picture)
+            run.log_image(0, "overview", picture)
+            print(f"\npicture: {picture}")
+        except Exception as error:  # whatever it is, it must not cost the result
+            log.warning("no picture: %s: %s", type(error).__name__, error)
     top1 = {f"{name} top-1": report.mean_std(values)[0] for name, values in results.items()}
     return top1 | cost(MetricsFile.read(run.directory / "pretrain" / "metrics.jsonl"))
 
