@@ -3,14 +3,18 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 from ssl_bench.errors import UserError
 
 WEIGHTS = "pretrained.sha256"  # in the directory of a run: of the file that it stands on
+# Beside the files of an export, and in the directory of a finished run: what they are; `sha256sum --check` reads it
+SUMS = "SHA256SUMS"
+UNLISTED = (SUMS, "log.txt")  # of a run's own files: these go on
 
 
 def places(given: str | Sequence[str] | None) -> list[Path]:
@@ -65,6 +69,7 @@ def write(path: Path, text: str) -> None:
 
 def parse(path: Path, parser: Callable[[str], Any]) -> dict:
     """What a file of a run says. UserError where somebody damaged it: `write` doesn't leave half of one."""
+    check(path)
     try:
         content = parser(path.read_text(encoding="utf-8"))
     except Exception:  # yaml's and json's have no common kind
@@ -77,6 +82,54 @@ def parse(path: Path, parser: Callable[[str], Any]) -> dict:
 def digest(path: Path, algorithm: str = "sha256") -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+@cache
+def _sha256(path: Path, changed: int) -> str:
+    return digest(path)
+
+
+def sha256(path: Path) -> str:
+    """Of a file, which may be large: read once, unless it changes."""
+    return _sha256(path.resolve(), path.stat().st_mtime_ns)
+
+
+def listed(folder: Path) -> dict[str, str]:
+    """The sha256 of each file that SHA256SUMS in the folder names; nothing where there is none."""
+    path = folder / SUMS
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return {line[66:]: line[:64] for line in text.splitlines() if line[64:66] == "  "}
+
+
+def check(path: Path) -> Path | None:
+    """The SHA256SUMS that names the file: that of its folder, or of the run whose checkpoint it is. UserError unless the
+    file is what that says."""
+    for folder in (path.parent, path.parent.parent):
+        said = listed(folder).get(path.relative_to(folder).as_posix()) if path.is_file() else None
+        if said and said != (found := sha256(path)):
+            raise UserError(
+                f"{path}: its sha256 is {found[:8]}..., not {said[:8]}... as {folder / SUMS} says: a broken or another "
+                "file; put back the one that was written"
+            )
+        if said:
+            return folder / SUMS
+    return None
+
+
+def sums_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    return {name: sha256(folder / name) for name in names}
+
+
+def seal(folder: Path, sums: Mapping[str, str]) -> None:
+    """Write SHA256SUMS; sums: {name: hex digits}."""
+    write(folder / SUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+
+
+def own(run: Path) -> list[str]:
+    """What a finished run consists of: the files of its directory, and its last checkpoint."""
+    names = [path.name for path in run.iterdir() if path.is_file() and not path.name.startswith(".")]
+    names += [path.relative_to(run).as_posix() for path in complete(run)[:1]]
+    return [name for name in names if name not in UNLISTED and not name.endswith(".partial")]
 
 
 def has_state(run: Path) -> bool:

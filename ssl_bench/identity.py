@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import yaml
 
 from ssl_bench import files
+from ssl_bench.files import sha256 as digest
 from ssl_bench.methods import splits
 
 # A run may continue when these differ: they don't change what it computes, only where, how fast, and what is shown.
@@ -235,6 +236,7 @@ def left_by(config: Mapping[str, Any], directory: Path) -> Identity:
 def recorded(directory: Path) -> str:
     """The sha256 of what a run stands on, as it began; "" where that isn't known."""
     known = directory / files.WEIGHTS
+    files.check(known)
     return known.read_text(encoding="utf-8").strip() if known.is_file() else ""
 
 
@@ -271,16 +273,6 @@ def older(weights: Path, finished: bool, last: list[int]) -> int | None:
     if not weights.match("step*.pt"):
         return None
     return None if finished and last == [files.step_of(weights)] else files.step_of(weights)
-
-
-@cache
-def _digest(path: Path, changed: int) -> str:
-    return files.digest(path)
-
-
-def digest(path: Path) -> str:
-    """The sha256 of a file, which may be large: read once, unless it changes."""
-    return _digest(path.resolve(), path.stat().st_mtime_ns)
 
 
 def slug(value: object) -> str:

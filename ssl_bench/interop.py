@@ -89,7 +89,7 @@ def find(source: str) -> Path:
 
 def read(path: Path) -> object:
     """What is in the file; no code in it is run. UserError where it can't be read, or isn't what was written."""
-    zoo.check_sums(path)
+    files.check(path)
     if path.suffix == ".safetensors":
         return _safetensors(path)[0]
     try:
@@ -129,11 +129,13 @@ def digest(state: State, text: str = "") -> str:
 def recipe(path: Path) -> dict | None:
     """The configuration of the run that made the file: from the run's directory, or from a file of stage=export."""
     if path.suffix == ".safetensors":
+        files.check(path)
         text = _safetensors(path)[1].get("ssl_bench")
         return build.read_back(path, text, json.loads) if text else None
     run = files.run_of(path)
     if not (run and (run / "config.yaml").is_file()):
         return None
+    files.check(run / "config.yaml")
     return build.read_back(run / "config.yaml", (run / "config.yaml").read_bytes(), yaml.safe_load)
 
 

@@ -66,6 +66,16 @@ TITLES = {
 WAITING = sweep.State("waiting")
 PRETRAINING = "pretraining_"  # before the metrics of what an evaluation stands on
 COSTS = ("hours", "images_per_second", "memory_gb", f"{PRETRAINING}hours", f"{PRETRAINING}images_per_second")
+# What is read of a run; a finished one has their digests
+READ = (
+    "config.yaml",
+    "metrics.jsonl",
+    "summary.json",
+    "environment.json",
+    "inputs.json",
+    files.WEIGHTS,
+    identity.ORIGIN,
+)
 # keys without which a configuration is none of a run
 NEEDED = {"stage": str, "dir": str, "device": str, "seed": int, "epochs": int, "batch_size": int}
 # no results
@@ -111,9 +121,14 @@ class Ran:
             path = directory / name
             try:
                 return files.parse(path, json.loads) if path.is_file() else None
-            except UserError:
-                raise UserError(f"{path}: can't be read; mend it, or leave this run out of runs=") from None
+            except UserError as error:
+                raise UserError(f"{error}, or leave this run out of runs=") from None
 
+        try:
+            for name in READ:
+                files.check(directory / name)
+        except UserError as error:
+            raise UserError(f"{error}, or leave this run out of runs=") from None
         path = directory / "config.yaml"
         config = build.read_back(path, path.read_bytes(), yaml.safe_load)
         known = config | {"stage": (config.get("stage") or {}).get("name")}

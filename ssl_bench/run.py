@@ -1,5 +1,6 @@
 """A run: its directory, device, metrics, tracker and checkpoint. Opened and closed in one place."""
 
+import hashlib
 import json
 import logging
 import os
@@ -104,7 +105,11 @@ class Run:
         """The stage is through. What it returns is the run's result, and marks it as done."""
         self.summary, self.status = summary, "finished"
         if self.directory and self.is_main:
-            files.write(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+            text = json.dumps(summary, indent=2) + "\n"
+            sums = files.sums_of(self.directory, files.own(self.directory))
+            sums["summary.json"] = hashlib.sha256(text.encode()).hexdigest()
+            files.seal(self.directory, sums)  # before it: what has a summary is done
+            files.write(self.directory / "summary.json", text)
             if "tracker" in vars(self) and (checkpoints := complete(self.directory)):
                 self.tracker.log_checkpoint_file(checkpoints[0])
 
@@ -114,11 +119,12 @@ class Run:
             directory.mkdir(parents=True, exist_ok=True)
             held = self._acquire(directory)
             self._check_same(directory)
-            if not (directory / "summary.json").exists():  # else the file says what ran
+            if not (directory / "summary.json").exists():  # else the files say what ran
+                (directory / files.SUMS).unlink(missing_ok=True)
                 self._write_config(directory)
-            if self._config.get("pretrained"):
-                files.write(directory / files.WEIGHTS, self._weights)
-                identity.remember(Path(self._config["pretrained"]), directory)
+                if self._config.get("pretrained"):
+                    files.write(directory / files.WEIGHTS, self._weights)
+                    identity.remember(Path(self._config["pretrained"]), directory)
         return held
 
     def _acquire(self, directory: Path) -> filelock.AcquireReturnProxy:
@@ -254,10 +260,14 @@ class Run:
         if split is None and ran.get("root") == now.get("root"):
             return
         split = split or construct(now).split
+        sums = files.listed(self.directory)
         for name in files.parse(known, json.loads):
             found = split(name)
+            (self.directory / files.SUMS).unlink(missing_ok=True)
             self.uses(name, found.fingerprint, found.length)
         self._write_config(self.directory)
+        if sums:
+            files.seal(self.directory, sums | files.sums_of(self.directory, ["config.yaml", "inputs.json"]))
 
     def last_line(self) -> dict[str, float]:
         """The newest log line, on rank 0."""

@@ -122,13 +122,6 @@ class Member:
         ran = self._read("config.yaml", yaml.safe_load)
         return self._changes(ran) if ran is not None and files.has_state(self.directory) else ""
 
-    @property
-    def stale(self) -> bool:
-        """Did it stand on other weights than `pretrained` means now?"""
-        known, source = identity.recorded(self.directory), self.config.get("pretrained")
-        weights = files.weights_of(Path(self.cwd, Path(source).expanduser())) if known and source else None
-        return weights is not None and identity.digest(weights) != known
-
     def _changes(self, ran: dict) -> str:
         """But for what the weights decided when it was launched: there is the very file, and how images looked."""
         look, then = (config.get("augmentation") or {} for config in (self.config, ran))
@@ -137,10 +130,8 @@ class Member:
         return identity.changes(before, Identity(self.config | {"pretrained": None, "augmentation": look}))
 
     def _read(self, name: str, parse: Callable[[str], Any]) -> Any:
-        try:
-            return parse((self.directory / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
+        path = self.directory / name
+        return files.parse(path, parse) if path.is_file() else None
 
     def value(self, key: str) -> str:
         """Of an override, or of the configuration where this member has none."""

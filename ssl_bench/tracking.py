@@ -84,6 +84,7 @@ class MetricsFile:
     @staticmethod
     def read(path: str | Path) -> list[dict[str, Any]]:
         """All complete lines; a last one without its newline is ignored. UserError names any other broken line."""
+        files.check(Path(path))
         data = Path(path).read_bytes()
         rows = []
         for number, line in enumerate(data[: _complete(data)].splitlines(), start=1):

@@ -18,7 +18,6 @@ class Weights(NamedTuple):
     note: str
 
 
-SUMS = "SHA256SUMS"  # beside the files of an export; `sha256sum --check` reads it, too
 TIMEOUT = 30  # seconds without a byte
 BASE_URL = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/"
 # https://github.com/facebookresearch/moco: model table of the README; ImageNet top-1 of a linear classifier
@@ -41,25 +40,6 @@ def fetch(name: str) -> Path:
 def place(name: str) -> Path:
     """Where the file of a zoo name lies, or will."""
     return cache_folder("zoo") / Path(WEIGHTS[name].path).name
-
-
-def listed(folder: Path) -> dict[str, str]:
-    """The sha256 of each file that SHA256SUMS in the folder names; nothing where there is none."""
-    sums = folder / SUMS
-    lines = [line.split(maxsplit=1) for line in sums.read_text(encoding="utf-8").splitlines()] if sums.is_file() else []
-    return {line[1]: line[0] for line in lines if len(line) == 2}
-
-
-def check_sums(path: Path) -> bool:
-    """Does SHA256SUMS beside the file list it? UserError where it holds something else than that says."""
-    if not (said := listed(path.parent).get(path.name)):
-        return False
-    if said != (found := digest(path)):
-        raise UserError(
-            f"{path}: its sha256 is {found[:8]}..., not {said[:8]}... as {path.with_name(SUMS)} says: a broken or "
-            "another file; export or copy it again"
-        )
-    return True
 
 
 def _download(name: str, path: Path) -> None:

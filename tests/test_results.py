@@ -346,7 +346,7 @@ def test_paths_without_runs(tmp_path: Path) -> None:
         results.find([tmp_path / "nowhere"])
     pretrained(tmp_path / "a")
     (tmp_path / "a" / "summary.json").write_text("{")
-    with pytest.raises(UserError, match=r"a/summary\.json: can't be read; mend it, or leave this run out of runs="):
+    with pytest.raises(UserError, match=r"a/summary\.json is damaged: put it back, .* leave this run out of runs="):
         results.find([tmp_path])
 
 

@@ -38,7 +38,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
     with run(tmp_path / "run", seed=0) as first:
         first.finish({"loss": 1.0})
     (tmp_path / "run" / name).write_text("{")
-    with pytest.raises(UserError, match=f"{name} is damaged: put it back, or delete it"):
+    with pytest.raises(UserError, match=f"{name}: its sha256 is .* a broken or another file; put back the one"):
         run(tmp_path / "run", seed=0).__enter__()
 
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from pydantic import PositiveInt
 from torch import nn
 
-from ssl_bench import __version__, files, interop, results, zoo
+from ssl_bench import __version__, files, interop, results
 from ssl_bench.errors import UserError, writable
 from ssl_bench.report import plain
 from ssl_bench.results import Ran
@@ -50,7 +50,7 @@ def export(
     if not run.is_main:
         return {}
     folder = Path(out).expanduser()
-    if folder.exists() and not (folder / zoo.SUMS).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not (folder / files.SUMS).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"stage.out={out}: is there already, and is no export; name a new folder")
     with writable("stage.out", out):
         for place in (next(parent for parent in folder.absolute().parents if parent.exists()), folder):
@@ -84,9 +84,7 @@ def export(
         text = card(folder.name, pretrained, measured, image_size, failure)
         (partial / "README.md").write_text(text, encoding="utf-8")
         names = sorted(file.name for file in partial.iterdir())
-        (partial / zoo.SUMS).write_text(
-            "".join(f"{files.digest(partial / name)}  {name}\n" for name in names), encoding="utf-8"
-        )
+        files.seal(partial, files.sums_of(partial, names))
         replace(folder, partial)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -99,7 +97,7 @@ export.single_process = True
 
 def replace(folder: Path, partial: Path) -> None:
     """Put the files of `partial` in place of the export in `folder`, and delete what only that one had."""
-    before, now = zoo.listed(folder), zoo.listed(partial)
+    before, now = files.listed(folder), files.listed(partial)
     if before and before.get("model.pth") != now["model.pth"]:
         log.warning("%s held an export of other weights, which this one replaces", folder)
     folder.mkdir(exist_ok=True)
@@ -108,7 +106,7 @@ def replace(folder: Path, partial: Path) -> None:
     for name in before.keys() - now.keys():
         if Path(name).name == name:  # a list from elsewhere may name what lies outside
             (folder / name).unlink(missing_ok=True)
-    os.replace(partial / zoo.SUMS, folder / zoo.SUMS)  # last: until then a repeated command knows what to delete
+    os.replace(partial / files.SUMS, folder / files.SUMS)  # last: until then a repeated command knows what to delete
 
 
 def write_weights(state: interop.State, pretrained: Pretrained, folder: Path) -> None:
@@ -207,7 +205,7 @@ def card(name: str, pretrained: Pretrained, measured: list[Ran], image_size: int
         fenced("python", usage(pretrained)),
         "A ResNet's names are torchvision's and timm's alike. `model.pth` holds the same tensors for "
         "`torch.load(..., weights_only=True)`; `model.onnx`, where it is there, takes `images` (batch, 3, "
-        f"{view.image_size}, {view.image_size}). `sha256sum --check {zoo.SUMS}` proves the files.",
+        f"{view.image_size}, {view.image_size}). `sha256sum --check {files.SUMS}` proves the files.",
         f"There is no `model.onnx`: its export failed ({no_onnx})." if no_onnx else "",
         "## Recipe",
     ]

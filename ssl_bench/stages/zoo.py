@@ -8,7 +8,7 @@ from ssl_bench import files, identity, report, results
 from ssl_bench.errors import UserError
 from ssl_bench.results import Ran
 from ssl_bench.run import Run
-from ssl_bench.zoo import SUMS, WEIGHTS, check_sums, place
+from ssl_bench.zoo import WEIGHTS, place
 
 READS = ("runs",)
 
@@ -46,8 +46,8 @@ zoo.single_process = True
 def identify(path: Path, own: list[Ran]) -> str:
     if not path.is_file():
         raise UserError(f"stage.verify={path}: no such file")
-    if check_sums(path):
-        return f"{path}: whole, as {path.with_name(SUMS)} says"
+    if sums := files.check(path):
+        return f"{path}: whole, as {sums} says"
     sha256, md5 = files.digest(path), files.digest(path, "md5")
     for name, weights in WEIGHTS.items():
         if md5.startswith(weights.md5):
