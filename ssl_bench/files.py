@@ -102,8 +102,10 @@ def listed(folder: Path) -> dict[str, str]:
 
 
 def check(path: Path) -> Path | None:
-    """The SHA256SUMS that names the file: that of its folder, or of the run whose checkpoint it is. UserError unless the
-    file is what that says."""
+    """The SHA256SUMS that names the file: of its folder, or of the run whose checkpoint it is.
+
+    UserError unless the file is what that says.
+    """
     for folder in (path.parent, path.parent.parent):
         said = listed(folder).get(path.relative_to(folder).as_posix()) if path.is_file() else None
         if said and said != (found := sha256(path)):

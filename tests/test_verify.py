@@ -1,4 +1,4 @@
-"""Numbers that can be checked: a finished run is known by the digests of its files, and stage=verify asks for them all."""
+"""Numbers that can be checked: a finished run is known by its files' digests, and stage=verify asks for them all."""
 
 import random
 import shutil
