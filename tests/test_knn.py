@@ -98,6 +98,18 @@ def test_val_labels_choose_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "true" / "grid.csv").read_text() == (tmp_path / "poisoned" / "grid.csv").read_text()
 
 
+def test_the_exam_is_asked_of_others(tmp_path: Path) -> None:
+    """Labels without a pattern: an image in its own bank would know its own."""
+    write_dl21(tmp_path / "data", 1, 80, 40, num_classes=4, image_size=16, workers=1)
+    path = tmp_path / "data" / "train_label_tensor.pt"
+    torch.save(
+        torch.load(path, weights_only=True)[torch.randperm(80, generator=torch.Generator().manual_seed(0))], path
+    )
+    command = ["stage=knn", "data=dl21", f"data.root={tmp_path}/data", "data.workers=1", "data.image_size=16"]
+    result = launch(compose(*command, "backbone=pixels", "stage.k=[1,3]", f"dir={tmp_path}/run"))
+    assert result["holdout_top1"] < 60
+
+
 def test_a_signal_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [*DIGITS, "stage.k=[3]", "stage.temperatures=[0.07]", f"dir={tmp_path}/run"]
     with monkeypatch.context() as patch:

@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import Command
+from PIL import Image
 from test_config import compose
 from test_errors import complaint
 from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as tv
 
+from ssl_bench import build
 from ssl_bench.data.source import FeatureSource
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import UserError
@@ -163,6 +167,46 @@ def test_val_labels_choose_nothing(tmp_path: Path) -> None:
     ]
     one, other = state(tmp_path / "true"), state(tmp_path / "poisoned")
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_the_exam_is_not_learnt(tmp_path: Path) -> None:
+    """Labels without a pattern, learnt by heart by one head: the other one hasn't heard of those it is asked for."""
+    write_dl21(tmp_path / "data", 1, 80, 40, num_classes=4, image_size=16, workers=1)
+    path = tmp_path / "data" / "train_label_tensor.pt"
+    torch.save(
+        torch.load(path, weights_only=True)[torch.randperm(80, generator=torch.Generator().manual_seed(0))], path
+    )
+    command = ["stage=lincls", "stage.features=cached", "data=dl21", f"data.root={tmp_path}/data", "data.workers=1"]
+    command += ["data.image_size=16", "backbone=pixels", "batch_size=20", "epochs=100", "eval_every=0"]
+    result = launch(compose(*command, "stage.lrs=[1]", "stage.weight_decays=[0]", f"dir={tmp_path}/run"))
+    assert result["accuracy"] > 0.95
+    assert result["holdout_top1"] < 60
+
+
+@pytest.mark.parametrize("stage", ["lincls", "finetune"])
+def test_what_is_measured_is_what_was_asked_for(tmp_path: Path, stage: str) -> None:
+    """The saved network on the val images as torchvision shows them: all of them once, resized, cut, normalised."""
+    write_dl21(tmp_path / "data", 1, 60, 23, num_classes=4, image_size=16, workers=1)
+    command = [f"stage={stage}", "data=dl21", f"data.root={tmp_path}/data", "data.workers=1", "data.image_size=16"]
+    command += ["augmentation.image_size=12", "stage.test_resize=1.5", "augmentation.std=[0.5,0.4,0.3]"]
+    command += ["stage.label_fraction=0.5", "batch_size=10", "epochs=2", "optimizer.base_lr=1", f"dir={tmp_path}/run"]
+    normalize = stage == "lincls"
+    cfg = compose(*command, "backbone.width=8", "backbone.stem=small", *["stage.normalize=true"] * normalize)
+    result = launch(cfg)
+    assert result["images_seen"] == 2 * 30
+    saved = state(tmp_path / "run")
+    assert any(key.startswith("norm.") for key in saved) == normalize
+    network = build.construct(cfg.backbone).eval()
+    network.load_state_dict({key.removeprefix("backbone."): saved[key] for key in saved if key.startswith("backbone.")})
+    probe = LinearProbe(network, 4, normalize).eval()
+    probe.load_state_dict({key: saved[key] for key in probe.state_dict()})
+    images = [tv.to_image(Image.open(tmp_path / "data" / "val" / f"{index}.png")) for index in range(23)]
+    shown = tv.center_crop(tv.resize(torch.stack(images), [18], antialias=True), [12, 12]) / 255
+    with torch.no_grad():
+        logits = probe.logits(tv.normalize(shown, list(cfg.augmentation.mean), [0.5, 0.4, 0.3]))
+    labels = torch.load(tmp_path / "data" / "val_label_tensor.pt", weights_only=True)
+    assert result["val_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+    assert result["val_top1"] == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
 
 
 def test_the_choice_is_the_best_of_the_exam(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

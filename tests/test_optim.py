@@ -171,3 +171,13 @@ def test_what_would_overwrite_an_axis_is_refused(tmp_path: Path, overrides: list
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("scaling", "rate"), [("linear", 2.0), ("sqrt", 22.627417), ("none", 1.0)])
+def test_the_rate_is_that_of_the_batch(scaling: str, rate: float) -> None:
+    """Goyal et al.: lr = base * batch / 256; SimCLR, B.1: base * sqrt(batch). The same in every optimizer."""
+    for name in OPTIONS:
+        (group,) = getattr(optim, name)(
+            [nn.Parameter(torch.zeros(2, 2))], batch_size=512, base_lr=1.0, scaling=scaling
+        ).param_groups
+        assert group["lr"] == pytest.approx(rate)
