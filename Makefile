@@ -7,7 +7,7 @@ RUN = $(VENV)/bin/
 # a worker for each core: most tests wait for a command that uses one; a worker needs about 1 GB
 PYTEST = $(RUN)python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: quickstart test quicktest lint bench
+.PHONY: quickstart test quicktest lint mutants bench
 
 quickstart: $(VENV)/.installed
 	$(RUN)ssl-bench experiment=quickstart
@@ -21,6 +21,10 @@ quicktest: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
+
+# does the suite notice? small faults, one after the other, in a copy of the program: benchmarks/results/mutants.md
+mutants: $(VENV)/.installed-test
+	$(RUN)python tests/mutants/run.py --out benchmarks/results
 
 # of use only on a machine that does nothing else meanwhile
 bench: $(VENV)/.installed-bench
