@@ -122,6 +122,13 @@ class Member:
         ran = self._read("config.yaml", yaml.safe_load)
         return self._changes(ran) if ran is not None and files.has_state(self.directory) else ""
 
+    @property
+    def stale(self) -> bool:
+        """Did it stand on other weights than `pretrained` means now?"""
+        known, source = identity.recorded(self.directory), self.config.get("pretrained")
+        weights = files.weights_of(Path(self.cwd, Path(source).expanduser())) if known and source else None
+        return weights is not None and identity.digest(weights) != known
+
     def _changes(self, ran: dict) -> str:
         """But for what the weights decided when it was launched: there is the very file, and how images looked."""
         look, then = (config.get("augmentation") or {} for config in (self.config, ran))

@@ -249,6 +249,10 @@ def test_a_twin_of_a_sweep_is_known_by_what_it_computes(tmp_path: Path, monkeypa
     one.directory.mkdir(parents=True)
     (one.directory / "pretrained.sha256").write_text(identity.digest(made / "checkpoints" / "step0000000080.pt"))
     assert sweep.twin(config("other"), known) is one
+    assert not one.stale
+    checkpoint(results.Ran.read(made), 120, b"it went on")
+    assert one.stale  # or the sweep would answer with what an older checkpoint came to
+    assert sweep.twin(config("other"), known) is one
 
 
 def test_evaluations_of_a_file_that_was_copied_are_one_row(tmp_path: Path) -> None:

@@ -88,6 +88,11 @@ class _SweepLauncher(Launcher):
                     f"{member.name} was run with another configuration: {conflict}. Choose another sweep=, or delete "
                     f"{member.directory}"
                 )
+        if stale := [member for member in members if member not in (*todo, *busy) and member.stale]:
+            raise UserError(
+                f"{stale[0].name} stands on other weights than pretrained={stale[0].config['pretrained']} holds now: "
+                f"choose another sweep=, or delete {stale[0].directory}"
+            )
         for member in todo:
             member.job = None
             member.forget_failure()
