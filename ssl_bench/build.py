@@ -77,6 +77,9 @@ def check(cfg: DictConfig, quoted: Mapping[str, str] | None = None) -> None:
     nodes = {key: node for key, node in plain.items() if key in SUPPLIED and isinstance(node, dict)}
     roots = {key: value for key, value in plain.items() if key not in SUPPLIED}
     problems = _problems(Root, roots, "", quoted or {})
+    if wrong := _other_recipe(nodes):
+        problems.append(wrong)
+        del nodes["backbone"]  # with keys of the recipe's, which another may not have
     for group, node in nodes.items():
         try:
             schema = _schema(node.get("_target_"), group, SUPPLIED[group])
@@ -93,6 +96,17 @@ def check(cfg: DictConfig, quoted: Mapping[str, str] | None = None) -> None:
         )
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _other_recipe(nodes: Mapping[str, dict[str, Any]]) -> str | None:
+    """What to type instead of a method that is another one for such a backbone."""
+    method, backbone = (nodes.get(group, {}).get("name") for group in ("method", "backbone"))
+    vit = str(backbone).startswith("vit_")
+    if method == "moco_v3" and vit:
+        return f"method=moco_v3 is a recipe for ResNets: with backbone={backbone} type method=moco_v3_vit"
+    if method == "moco_v3_vit" and not vit:
+        return f"method=moco_v3_vit is a recipe for vit_tiny, vit_small: with backbone={backbone} type method=moco_v3"
+    return None
 
 
 def construct(node: Mapping, **supplied: Any) -> Any:

@@ -60,17 +60,18 @@ def adamw(
     base_lr: PositiveFloat = 5e-4,
     scaling: Scaling = "linear",
     weight_decay: NonNegativeFloat = 0.04,
+    exclude_from_decay: bool = True,
     final_weight_decay: NonNegativeFloat | None = None,
     betas: tuple[Fraction, Fraction] = (0.9, 0.999),
     clip_grad_norm: PositiveFloat | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW without weight decay on biases and norms. final_weight_decay: it goes there along half a cosine (DINO).
-    clip_grad_norm: see `clip_`."""
+    """exclude_from_decay: no weight decay of biases and norms. final_weight_decay: it goes there along half a cosine
+    (DINO). clip_grad_norm: see `clip_`."""
     lr, moving = scaled_lr(base_lr, batch_size, scaling), {}
     if final_weight_decay is not None:
         params = _without("weight_decay", params, f"optimizer.final_weight_decay={final_weight_decay:g}")
         moving = {"initial_weight_decay": weight_decay, "final_weight_decay": final_weight_decay}
-    groups = split(params, weights=moving, others={"weight_decay": 0.0})
+    groups = split(params, weights=moving, others={"weight_decay": 0.0} if exclude_from_decay else moving)
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
     return _clipping(optimizer, clip_grad_norm)
 

@@ -50,7 +50,33 @@ def test_choice_fits(group: str, choice: str) -> None:
 @pytest.mark.parametrize(("method", "zero"), [("byol", True), ("moco_v3", True), ("moco_v2", False), ("swav", False)])
 def test_networks_start_as_the_authors(method: str, zero: bool) -> None:
     assert compose(f"method={method}", "backbone=resnet50").backbone.zero_init_residual is zero
-    build.check(compose(f"method={method}", "backbone=vit_tiny"))
+    if method != "moco_v3":
+        build.check(compose(f"method={method}", "backbone=vit_tiny"))
+
+
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        (["method=moco_v3", "backbone=vit_small"], "with backbone=vit_small type method=moco_v3_vit"),
+        (["method=moco_v3_vit", "backbone=resnet50"], "with backbone=resnet50 type method=moco_v3"),
+        (["method=moco_v3_vit", "backbone=timm"], "with backbone=timm type method=moco_v3"),
+    ],
+)
+def test_moco_v3_has_two_recipes(words: list[str], instead: str) -> None:
+    with pytest.raises(UserError, match=f"^method=moco_v3.* is a recipe for .*: {instead}$"):
+        build.check(compose(*words))
+
+
+def test_every_constant_of_moco_v3_with_a_vit() -> None:
+    """facebookresearch/moco-v3: CONFIG.md (ViT-Small), main_moco.py, moco/builder.py."""
+    for words, name in (([], "vit_small"), (["backbone=vit_tiny"], "vit_tiny")):
+        cfg = compose("method=moco_v3_vit", "epochs=300", "batch_size=4096", *words)
+        build.check(cfg)
+        backbone, optimizer, method = cfg.backbone, cfg.optimizer, cfg.method
+        assert (backbone.name, backbone.positions, backbone.frozen_patches) == (name, "sincos", True)
+        assert (optimizer.weight_decay, optimizer.exclude_from_decay, cfg.schedule.warmup_epochs) == (0.1, False, 40)
+        assert (method.temperature, method.momentum, method.dim, method.hidden_dim) == (0.2, 0.99, 256, 4096)
+        assert (method.projector_layers, method.predictor_norm, cfg.augmentation.crop_scale[0]) == (3, True, 0.08)
 
 
 def test_dino_decays_no_biases() -> None:
@@ -67,6 +93,8 @@ def test_dino_decays_no_biases() -> None:
         ("moco_v1", 256, 0.03),  # facebookresearch/moco, main_moco.py --lr, --batch-size
         ("moco_v2", 256, 0.03),
         ("moco_v3", 4096, 4.8),  # facebookresearch/moco-v3, CONFIG.md (--lr=.3), main_moco.py 190
+        ("moco_v3_vit", 1024, 6e-4),  # CONFIG.md (ViT-Small, --lr=1.5e-4)
+        ("moco_v3_vit", 4096, 2.4e-3),
         ("simclr", 4096, 4.8),  # arXiv:2002.05709, section 2.2; google-research/simclr, README
         ("byol", 4096, 3.2),  # deepmind-research, byol/configs/byol.py (1000 epochs), utils/schedules.py 34
         ("swav", 256, 0.6),  # facebookresearch/swav, scripts/swav_200ep_bs256_pretrain.sh

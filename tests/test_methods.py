@@ -15,6 +15,7 @@ from ssl_bench.methods import splits
 from ssl_bench.methods.base import momentum_copy
 from ssl_bench.methods.layers import Queue, SplitBatchNorm, SyncBatchNorm, split_batch_norm_, sync_batch_norm_
 from ssl_bench.methods.moco import MoCo
+from ssl_bench.methods.moco_v3 import MoCoV3
 from ssl_bench.probe import LinearProbe
 from ssl_bench.schedule import Constant, Cosine, Schedule, Step
 
@@ -209,6 +210,60 @@ def test_backbones_are_torchvisions() -> None:
         assert make().dim == dim
         narrow = make(stem="small", width=16)
         assert narrow(torch.zeros(2, 3, 32, 32)).shape == (2, narrow.dim) == (2, dim // 4)
+
+
+@pytest.mark.parametrize("patch_size", [16, 8])
+def test_vit_of_moco_v3(patch_size: int) -> None:
+    """facebookresearch/moco-v3, vits.py: positions, initialisation, what is frozen."""
+    torch.manual_seed(0)
+    network = backbones.vit_tiny(32, patch_size, positions="sincos", frozen_patches=True, init="moco_v3")
+    side, quarter, positions = 32 // patch_size, 192 // 4, network.encoder.pos_embedding[0]
+    assert positions[0].eq(0).all()
+    for row in range(side):
+        for column in range(side):
+            for i in range(quarter):
+                wave = 10000 ** (i / quarter)
+                expected = [wavy(place / wave) for place in (row, column) for wavy in (math.sin, math.cos)]
+                assert positions[1 + row * side + column, i::quarter].tolist() == pytest.approx(expected, abs=1e-6)
+    frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
+    assert frozen == {"encoder.pos_embedding", "conv_proj.weight", "conv_proj.bias"}
+    block = network.encoder.layers[0]
+    bounds = {
+        block.self_attention.in_proj_weight: 6 / (192 + 192),  # query, key and value each
+        block.self_attention.out_proj.weight: 6 / (192 + 192),
+        block.mlp[0].weight: 6 / (192 + 768),
+        network.conv_proj.weight: 6 / (3 * patch_size**2 + 192),
+    }
+    for weight, square in bounds.items():
+        assert 0.98 * square**0.5 < weight.abs().max() <= square**0.5
+        assert weight.std().item() == pytest.approx((square / 3) ** 0.5, rel=0.02)
+    assert not any(p.any() for name, p in network.named_parameters() if name.endswith("bias"))
+    assert network(torch.rand(2, 3, 48, 48)).shape == (2, 192)  # of another size, too
+    assert backbones.vit_tiny(32, patch_size).load_state_dict(network.state_dict())  # as an evaluation has it
+
+
+def test_heads_of_moco_v3_with_a_vit() -> None:
+    """facebookresearch/moco-v3, moco/builder.py 36-52, 112-122: no biases, the last batch norm without weights."""
+    backbone = nn.Flatten()
+    backbone.dim = 12
+    method = MoCoV3(backbone, dim=8, hidden_dim=16, projector_layers=3, predictor_norm=True)
+    names = [f"projector.{i}" for i in (0, 1, 1, 3, 4, 4, 6)] + [f"predictor.{i}" for i in (0, 1, 1, 3)]
+    shapes = [(16, 12), (16,), (16,), (16, 16), (16,), (16,), (8, 16), (16, 8), (16,), (16,), (8, 16)]
+    trained = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
+    assert [(name.rpartition(".")[0], tuple(p.shape)) for name, p in trained] == list(zip(names, shapes, strict=True))
+    assert type(method.projector[-1]) is type(method.predictor[-1]) is nn.BatchNorm1d
+    kinds = [nn.Linear, nn.BatchNorm1d, nn.ReLU] * 3
+    assert [type(layer) for layer in method.projector] == kinds[:-1]
+
+
+def test_moco_v3_says_where_it_is_the_recipe_for_resnets(caplog: pytest.LogCaptureFixture) -> None:
+    MoCoV3(backbones.resnet18(width=8), 8, 8)
+    MoCoV3(backbones.vit_tiny(16), 8, 8, projector_layers=3)
+    assert not caplog.records
+    network = pytest.importorskip("timm").create_model("test_vit", num_classes=0)
+    network.dim = network.num_features
+    MoCoV3(network, 8, 8)
+    assert "for ViTs they have method=moco_v3_vit" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])

@@ -1,5 +1,6 @@
 """MoCo v3 (Chen, Xie and He, arXiv:2104.02057)."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,8 @@ from ssl_bench import distributed
 from ssl_bench.fields import Fraction
 from ssl_bench.methods import layers
 from ssl_bench.methods.base import Method, Output, ema_, health_of, momentum_copy, rising
+
+log = logging.getLogger(__name__)
 
 
 @layers.full_precision
@@ -26,6 +29,7 @@ class MoCoV3(Method):
     """MoCo without a queue: the keys are the batch's own, encoded by a slow copy; queries pass a predictor as well.
 
     The heads are those of the authors' ResNet: projector Linear-BN-ReLU-Linear-BN, predictor Linear-BN-ReLU-Linear.
+    For ViTs they have projector_layers=3, and predictor_norm: batch norm after the predictor's last layer, too.
     momentum: of the key encoder; it rises to 1 along a cosine.
     """
 
@@ -36,11 +40,17 @@ class MoCoV3(Method):
         hidden_dim: PositiveInt = 4096,
         momentum: Fraction = 0.99,
         temperature: PositiveFloat = 1.0,
+        projector_layers: PositiveInt = 2,
+        predictor_norm: bool = False,
     ) -> None:
         super().__init__(backbone)
         self.momentum, self.temperature = momentum, temperature
-        self.projector = layers.mlp(backbone.dim, hidden_dim, dim, norm=True, final_norm="plain")
-        self.predictor = layers.mlp(dim, hidden_dim, dim, norm=True, final_bias=False)
+        hidden = (hidden_dim,) * (projector_layers - 1)
+        self.projector = layers.mlp(backbone.dim, *hidden, dim, norm=True, final_norm="plain")
+        final_norm = "plain" if predictor_norm else None
+        self.predictor = layers.mlp(dim, hidden_dim, dim, norm=True, final_norm=final_norm, final_bias=False)
+        if projector_layers == 2 and any("Attention" in type(module).__name__ for module in backbone.modules()):
+            log.warning("method=moco_v3 is the authors' recipe for ResNets; for ViTs they have method=moco_v3_vit")
         self.key_backbone = momentum_copy(self.backbone)
         self.key_projector = momentum_copy(self.projector)
 
