@@ -32,7 +32,7 @@ import ssl_bench.train  # noqa: F401 - registers the resolvers of the configurat
 from ssl_bench import build, memory
 from ssl_bench.augment.draws import keys
 from ssl_bench.augment.views import Views
-from ssl_bench.data.formats import decode
+from ssl_bench.data.pictures import decode
 from ssl_bench.precision import AUTOCAST, prepare
 from ssl_bench.stages.pretrain import pretrain
 from ssl_bench.stages.training import open_source

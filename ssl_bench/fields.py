@@ -18,3 +18,5 @@ Interpolation = Literal["bilinear", "bicubic"]
 Resize = Annotated[float, Field(ge=1)]  # of a test view, times its size, before the centre is cut out
 Epochs = Annotated[NonNegativeFloat, InEpochs()]  # of a warm-up, of what stays frozen, of what begins later
 WholeEpochs = Annotated[NonNegativeInt, InEpochs(or_at_the_end=True)]  # as many, counted
+BitDepth = Annotated[int, Field(ge=8, le=16)]  # of values in files that hold 16
+ValueRange = Annotated[list[float], Field(min_length=2, max_length=2)]  # what is black, and what is white

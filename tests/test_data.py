@@ -16,7 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
-from ssl_bench.data import formats, store, synthetic
+from ssl_bench.data import pictures, store, synthetic
 from ssl_bench.data.formats import CIFAR, DL21, STL10, Digits, Folder, Synthetic
 from ssl_bench.data.pool import run_chunks
 from ssl_bench.errors import UserError
@@ -308,7 +308,7 @@ def is_worker(stat):
 
 def decoded(tmp_path, image, name="x.png", size=8, **options):
     image.save(tmp_path / name, **options)
-    return formats.decode(str(tmp_path / name), size)
+    return pictures.decode(str(tmp_path / name), size)
 
 
 def test_decode_modes(tmp_path):

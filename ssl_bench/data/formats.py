@@ -1,7 +1,6 @@
 """Where images come from: one class a layout on disk (or none). A class lists its images; `store` decodes them.
 
-Images on disk become RGB, upright (EXIF orientation), and image_size x image_size: the centre square, resized with
-PIL's antialiased bilinear filter. 16-bit and float greyscale keep their range, transparency is laid on white.
+`pictures` says what becomes of an image file.
 """
 
 import csv
@@ -13,18 +12,20 @@ import re
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from ssl_bench.data import synthetic
+from ssl_bench.data import pictures, synthetic
+from ssl_bench.data.pictures import Noticed, Values
 from ssl_bench.data.store import OnError, Split, Store, has_room, open_store
 from ssl_bench.errors import UserError
+from ssl_bench.fields import BitDepth, ValueRange
 
-VERSION = 1  # of the decoding: raise it when pixels change, so that packed stores are made anew
+VERSION = 2  # of the decoding: raise it when pixels change, so that packed stores are made anew
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
 
 
@@ -38,6 +39,7 @@ class Dataset(ABC):
     class_names: Sequence[str] = ()  # where the classes have names, in the order of their numbers
     root = "."  # where index files are looked for
     extra: Sequence[str] = ()  # an index file and its label file
+    values = Values()  # what the values of its image files mean
 
     def __init__(
         self, image_size: int, on_error: OnError = "raise", cache: str | None = None, workers: int | None = None
@@ -85,12 +87,15 @@ class Dataset(ABC):
                 raise UserError(f"{name} names image {found[-1].max()} of {length:,}; does it belong to this data set?")
         return np.unique(np.concatenate(found))
 
+    def _decoder(self, paths) -> "_Decoder":
+        return _Decoder(paths, self.image_size, self.values)
+
     def _split(self, name, images, digests, labels, read, where) -> Split:
         """A Split of the image set `images` ("unlabeled", "train", ...), whose sources have these digests."""
         kind = f"{type(self).__name__.lower()}-{images}"
-        store_name = f"{kind}-{_digest(VERSION, self.image_size, digests.files)[:16]}"
+        store_name = f"{kind}-{_digest(VERSION, self.image_size, self.values, digests.files)[:16]}"
         fingerprint = _digest(
-            kind, VERSION, self.image_size, digests.content, b"" if labels is None else labels.tobytes()
+            kind, VERSION, self.image_size, self.values, digests.content, b"" if labels is None else labels.tobytes()
         )
         length = len(read)
         if length == 0:
@@ -116,47 +121,6 @@ def _digest(*parts) -> str:
         data = part if isinstance(part, bytes) else str(part).encode()
         result.update(len(data).to_bytes(8, "little") + data)
     return result.hexdigest()
-
-
-# --- pixels -----------------------------------------------------------------------------------------------------------
-
-
-def decode(path: str, image_size: int) -> np.ndarray:
-    """The image file as uint8 (image_size, image_size, 3); the module's docstring says how."""
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as image:
-        image.draft(None, (2 * image_size, 2 * image_size))  # a large JPEG is decoded at a fraction of its size
-        image = _to_rgb(ImageOps.exif_transpose(image))
-    return _centre_square(image, image_size)
-
-
-def _to_rgb(image):
-    from PIL import Image
-
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):  # no agreed range: stretch what is there
-        values = np.asarray(image, np.float64)
-        low, high = values.min(), values.max()
-        return Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _centre_square(image, size: int) -> np.ndarray:
-    from PIL import Image
-
-    width, height = image.size
-    if (width, height) != (size, size):
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
-    return np.array(image)  # writable, as torch wants it
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -217,16 +181,21 @@ class _Joined:
 
 @dataclass(frozen=True)
 class _Decoder:
-    """The `read` of image files."""
+    """The `read` of image files, which notes what a person may not expect of them."""
 
     paths: _Paths | _Numbered | _Joined
     image_size: int
+    values: Values
+    noticed: Noticed = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __call__(self, index: int) -> np.ndarray:
-        return decode(self.paths(index), self.image_size)
+        kinds: list[str] = []
+        image = pictures.decode(self.paths(index), self.image_size, self.values, kinds)
+        pictures.note(self.noticed, kinds, index)
+        return image
 
 
 @dataclass(frozen=True)
@@ -276,6 +245,18 @@ def _records(paths: list[Path], record: int, image_size: int, order: tuple[int, 
 # --- the data sets ----------------------------------------------------------------------------------------------------
 
 
+def _values(bit_depth: int | None, value_range: list[float] | None) -> Values:
+    if value_range is None:
+        return Values(bit_depth)
+    low, high = value_range
+    given = f"data.value_range=[{low:g},{high:g}]"
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise UserError(f"{given}: type what is black and what is white, the lower first: data.value_range=[0,4095]")
+    if bit_depth is not None:
+        raise UserError(f"data.bit_depth={bit_depth} and {given} both say what 16 bits mean: give one of the two")
+    return Values(None, (float(low), float(high)))
+
+
 class DL21(Dataset):
     """Numbered PNG files: ROOT/unlabeled/{i}.png, and ROOT/train, ROOT/val with ROOT/{split}_label_tensor.pt (int64).
 
@@ -288,12 +269,14 @@ class DL21(Dataset):
         root: str,
         image_size: PositiveInt = 96,
         extra_labels: str | list[str] | None = None,
+        bit_depth: BitDepth | None = None,
+        value_range: ValueRange | None = None,
         on_error: OnError = "raise",
         cache: str | None = None,
         workers: PositiveInt | None = None,
     ):
         super().__init__(image_size, on_error, cache, workers)
-        self.root = root
+        self.root, self.values = root, _values(bit_depth, value_range)
         self.extra = extra_labels.split(",") if isinstance(extra_labels, str) else list(extra_labels or [])
         if len(self.extra) not in (0, 2):
             raise UserError(
@@ -316,7 +299,7 @@ class DL21(Dataset):
         folder = "unlabeled" if name == "pretrain" else name
         paths, stats = _list_numbered(_folder(self.root, folder))
         if name == "pretrain":
-            return self._split(name, folder, _digests(stats), None, _Decoder(paths, self.image_size), paths)
+            return self._split(name, folder, _digests(stats), None, self._decoder(paths), paths)
         if name == "val":
             labels = _load_labels(_folder(self.root) / "val_label_tensor.pt")
             if labels.max(initial=0) >= (self.num_classes or math.inf):
@@ -344,7 +327,7 @@ class DL21(Dataset):
             stats = np.concatenate([stats, _stat_chosen(unlabeled, chosen, self.extra[0])])
             paths = _Joined(paths, unlabeled, chosen)
             labels = np.concatenate(self._train_labels)
-        return self._split(name, folder, _digests(stats), labels, _Decoder(paths, self.image_size), paths)
+        return self._split(name, folder, _digests(stats), labels, self._decoder(paths), paths)
 
 
 def _list_numbered(folder: Path) -> tuple[_Numbered, np.ndarray]:
@@ -427,12 +410,14 @@ class Folder(Dataset):
         self,
         root: str,
         image_size: PositiveInt = 96,
+        bit_depth: BitDepth | None = None,
+        value_range: ValueRange | None = None,
         on_error: OnError = "raise",
         cache: str | None = None,
         workers: PositiveInt | None = None,
     ):
         super().__init__(image_size, on_error, cache, workers)
-        self.root = root
+        self.root, self.values = root, _values(bit_depth, value_range)
 
     @functools.cached_property
     def class_names(self) -> list[str]:
@@ -461,7 +446,7 @@ class Folder(Dataset):
                     "labelled data lie in train/<class>/ and val/<class>/"
                 )
             paths, digests, _ = _list_tree(root)
-            return self._split(name, "all", digests, None, _Decoder(paths, self.image_size), paths)
+            return self._split(name, "all", digests, None, self._decoder(paths), paths)
         folder = "val" if name == "val" else "train"
         if unknown := sorted(set(_subfolders(root / folder)) - set(self.class_names)):
             raise UserError(f"val/ has the class {unknown[0]!r}, which train/ lacks; both need the same class folders")
@@ -472,7 +457,7 @@ class Folder(Dataset):
             raise UserError(f"no images in {root / folder / empty[0]}; fill or remove that class folder")
         labels = np.repeat([self.class_names.index(name) for name in counts], list(counts.values())).astype(np.int64)
         labels = None if name == "pretrain" else labels
-        return self._split(name, folder, digests, labels, _Decoder(paths, self.image_size), paths)
+        return self._split(name, folder, digests, labels, self._decoder(paths), paths)
 
 
 class Images(Folder):
@@ -482,7 +467,7 @@ class Images(Folder):
 
     def _list(self, name: str) -> Split:
         paths, digests, _ = _list_tree(Path(self.root).expanduser(), key="stage.images")
-        return self._split(name, "all", digests, None, _Decoder(paths, self.image_size), paths)
+        return self._split(name, "all", digests, None, self._decoder(paths), paths)
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -672,7 +657,7 @@ class _DigitReader:
     def __call__(self, index: int) -> np.ndarray:
         from PIL import Image
 
-        return _centre_square(Image.fromarray(self.images[index]).convert("RGB"), self.image_size)
+        return pictures.centre_square(Image.fromarray(self.images[index]).convert("RGB"), self.image_size)
 
 
 class Synthetic(Dataset):

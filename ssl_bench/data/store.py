@@ -2,7 +2,7 @@
 
     <cache>/<split.store_name>/images.npy    uint8 (N, H, W, 3)
                                indices.npy   int64 (N,)  index in the split of each row
-                               meta.json     what was left out
+                               meta.json     what was left out, and what was noticed
 
 Labels stay with the split: two splits with the same pixels (pretrain and train of a labelled set) share one store.
 """
@@ -20,6 +20,8 @@ from typing import Literal
 
 import numpy as np
 
+from ssl_bench.data import pictures
+from ssl_bench.data.pictures import Noticed
 from ssl_bench.data.pool import run_chunks
 from ssl_bench.errors import UserError
 
@@ -82,13 +84,14 @@ def open_store(
                     _pack(split, image_size, directory, workers, on_error)
         except OSError as error:
             raise UserError(f"cannot pack '{split.name}' into {root} ({error}); data.cache= sets the folder") from error
-    store, skipped = _load(split, image_size, directory)
+    store, skipped, noticed = _load(split, image_size, directory)
     if skipped and on_error == "raise":
         raise UserError(cannot_decode(split, skipped))
     if skipped:
         log.warning(
             "'%s': %d of %d images are left out: %s", split.name, len(skipped), split.length, _names(split, skipped, 10)
         )
+    pictures.tell(noticed, split.name, split.where, set())
     return store
 
 
@@ -158,10 +161,12 @@ def _pack(split: Split, image_size: int, directory: Path, workers: int | None, o
             file.truncate(header + math.prod(shape))
         task = _Decode(split.read, str(partial / "images.npy"), header, shape[1:])
         skipped: dict[int, str] = {}
+        noticed: Noticed = {}
         results = run_chunks(task, split.length, workers, f"packing {split.name}")
         try:
-            for _, _, bad in results:
+            for _, _, (bad, more) in results:
                 skipped |= bad
+                pictures.merge(noticed, more)
                 if bad and on_error == "raise":
                     raise UserError(cannot_decode(split, skipped))
         finally:
@@ -173,7 +178,8 @@ def _pack(split: Split, image_size: int, directory: Path, workers: int | None, o
         keep = np.setdiff1d(np.arange(split.length), list(skipped)) if skipped else np.arange(split.length)
         _keep_rows(partial / "images.npy", keep)
         np.save(partial / "indices.npy", keep)
-        meta = {"split": split.name, "skipped": {str(index): skipped[index] for index in sorted(skipped)}}
+        reasons = {str(index): skipped[index] for index in sorted(skipped)}
+        meta = {"split": split.name, "skipped": reasons, "noticed": noticed}
         (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         for path in partial.iterdir():  # a crash of the machine must not leave a complete folder with incomplete files
             with open(path, "rb") as file:
@@ -198,16 +204,27 @@ def try_read(read: Callable[[int], np.ndarray], index: int) -> np.ndarray | str:
         return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def take_noticed(read: Callable[[int], np.ndarray]) -> Noticed:
+    """What `read` has noted since it was asked last, if it notes anything."""
+    noticed = getattr(read, "noticed", {})
+    taken = dict(noticed)
+    noticed.clear()
+    return taken
+
+
 @dataclass(frozen=True)
 class _Decode:
-    """Decode a chunk and write its rows in their place; return {index: reason} of the images that can't be decoded."""
+    """Decode a chunk and write its rows in their place.
+
+    Returns {index: reason} of the images that can't be decoded, and what `read` noticed of the others.
+    """
 
     read: Callable[[int], np.ndarray]
     path: str
     offset: int  # of row 0 in the file
     shape: tuple[int, int, int]  # of an image
 
-    def __call__(self, start: int, stop: int) -> dict[int, str]:
+    def __call__(self, start: int, stop: int) -> tuple[dict[int, str], Noticed]:
         rows = np.zeros((stop - start, *self.shape), np.uint8)
         bad = {}
         for index in range(start, stop):
@@ -223,7 +240,7 @@ class _Decode:
             while data:  # a write may be short
                 written = os.pwrite(file.fileno(), data, position)
                 position, data = position + written, data[written:]
-        return bad
+        return bad, take_noticed(self.read)
 
 
 def _write_header(file, shape: tuple[int, ...]) -> int:
@@ -248,19 +265,20 @@ def _keep_rows(path: Path, keep: np.ndarray) -> None:
         file.truncate(offset + len(keep) * row)
 
 
-def _load(split: Split, image_size: int, directory: Path) -> tuple[Store, dict[int, str]]:
+def _load(split: Split, image_size: int, directory: Path) -> tuple[Store, dict[int, str], Noticed]:
     try:
         images = np.load(directory / "images.npy", mmap_mode="r")
         indices = np.load(directory / "indices.npy")
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         skipped = {int(index): why for index, why in meta["skipped"].items()}
+        noticed = {kind: (count, first) for kind, (count, first) in meta["noticed"].items()}
         if images.shape != (len(indices), image_size, image_size, 3) or len(indices) + len(skipped) != split.length:
             raise ValueError(f"{images.shape} does not fit")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"the packed images in {directory} are damaged ({error}); delete that folder to pack them again"
         ) from error
-    return Store(images, split.labels_of(indices), indices, directory), skipped
+    return Store(images, split.labels_of(indices), indices, directory), skipped, noticed
 
 
 def _names(split: Split, bad: dict[int, str], most: int) -> str:

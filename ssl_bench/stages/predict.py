@@ -14,11 +14,11 @@ from ssl_bench.data.formats import Images
 from ssl_bench.data.pool import Progress
 from ssl_bench.data.store import Split
 from ssl_bench.errors import UserError
-from ssl_bench.fields import Resize
+from ssl_bench.fields import BitDepth, Resize, ValueRange
 from ssl_bench.precision import autocast
 from ssl_bench.run import Run
 from ssl_bench.stages import IMAGES, RUN
-from ssl_bench.stages.evaluation import check_directory, log_result, open_pretrained
+from ssl_bench.stages.evaluation import Pretrained, check_directory, log_result, open_pretrained
 from ssl_bench.stages.training import check_size, on_device, open_source
 
 BLOCK = 4096  # images between two saves
@@ -46,12 +46,14 @@ def predict(
     features: bool = True,
     image_size: PositiveInt | None = None,
     test_resize: Resize | None = None,
+    bit_depth: BitDepth | None = None,
+    value_range: ValueRange | None = None,
 ) -> dict[str, float]:
     """Write images.csv, a row for each image below the folder `images`, and features.npy, float32 (rows, dim).
 
     A row is the path below the folder and, where `cfg.pretrained` has a classifier, the likeliest label, its
     probability and, where its classes have names, that. Images are shown as its run showed test images, unless
-    image_size (pixels) or test_resize say so.
+    image_size (pixels) or test_resize say so; likewise what values of more than 8 bits mean.
     Returns the number of images.
     """
     check_directory(cfg)
@@ -68,7 +70,7 @@ def predict(
         )
     packed, view = pretrained.view(image_size, test_resize)
     check_size("stage.image_size", view.image_size, pretrained.backbone, pretrained.network.get("name"))
-    data = open_images(cfg, packed)
+    data = open_images(cfg, pretrained, packed)
     split = data.split("pretrain")
     source = open_source(cfg, run, data, "pretrain")
     backbone, view = on_device(pretrained.backbone, run), view.to(run.device)
@@ -122,15 +124,20 @@ def predict(
     return {"images": total}
 
 
-def open_images(cfg: DictConfig, image_size: int) -> Images:
+def open_images(cfg: DictConfig, pretrained: Pretrained, image_size: int) -> Images:
     root = Path(cfg.stage.images).expanduser()
-    return Images(str(root), image_size, cfg.data.on_error, cfg.data.cache, cfg.data.workers)
+    given = {key: cfg.stage[key] for key in ("bit_depth", "value_range") if cfg.stage[key] is not None}
+    known = pretrained.config.get("data", {})
+    values = given or {key: known[key] for key in ("bit_depth", "value_range") if known.get(key) is not None}
+    data = cfg.data
+    return Images(str(root), image_size, **values, on_error=data.on_error, cache=data.cache, workers=data.workers)
 
 
 def find_split(cfg: DictConfig, name: str) -> Split:
     """Of the images that the stage looks at, which aren't those of `data`."""
-    packed, _ = open_pretrained(cfg).view(cfg.stage.image_size, cfg.stage.test_resize)
-    return open_images(cfg, packed).split(name)
+    pretrained = open_pretrained(cfg)
+    packed, _ = pretrained.view(cfg.stage.image_size, cfg.stage.test_resize)
+    return open_images(cfg, pretrained, packed).split(name)
 
 
 predict.single_process = True

@@ -1,0 +1,205 @@
+"""Image files as RGB of 8 bits: what is shown of what a file holds, and what is noticed that a person may not expect.
+
+Pictures become upright (EXIF orientation) and image_size x image_size: the centre square, resized with PIL's
+antialiased bilinear filter; transparency is laid on white; of several frames or pages the first is shown. Colours are
+those stored: colour profiles aren't applied. Of colours of 16 bits PIL gives the upper 8.
+
+Values of more than 8 bits, which only grey pictures keep in PIL:
+
+- integers of 16 bits: from 0 to what the file says that it holds (as a TIFF of 12 bits does), else to 65,535, or to
+  what `bit_depth` says;
+- integers of 32 bits, signed ones and floats have no agreed range: each picture is stretched from its lowest to its
+  highest value. A value that stands alone, so far outside that the others would share less than a tenth of the range,
+  doesn't count, and pixels that are no finite number or the "no data" of a GeoTIFF are shown as the lowest;
+- `value_range` (low, high) says for all of these what is black and what is white.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import NamedTuple
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+TENTH = 255 // 10  # levels: what uses less of the 255 between black and white shows nothing
+SAMPLE = 65_536  # pixels that percentiles are taken of
+LONERS = 16  # values at each end that may stand alone
+GDAL_NODATA = 42113  # of TIFF: a text with the value of pixels that nobody measured
+PHOTOMETRIC = 262
+UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Image.Transpose
+
+Noticed = dict[str, tuple[int, int]]  # of each kind of note: how many pictures, and the index of the first
+
+KINDS = {
+    "dim": "{count} of {total} pictures use less than a tenth of the range from black to white: label masks, or values "
+    "of fewer bits? Rewrite such; the first is {first}",
+    "wide_dim": "{count} of {total} pictures of 16 bits use less than a tenth of their range: say how many bits their "
+    "values have (data.bit_depth=12), or what is black and white (data.value_range=[low,high]); the first is {first}",
+    "outliers": "{count} pictures hold values far outside of all others, which don't set their range "
+    "(data.value_range=[low,high] does, for all pictures alike); the first is {first}",
+    "not_finite": "{count} pictures have pixels without a value, shown as their lowest; the first is {first}",
+    "exif": "{count} pictures have EXIF data that can't be read, and are shown as stored; the first is {first}",
+    "frames": "{count} files hold several frames or pages, of which one is shown; the first is {first}",
+}
+SHARES = {"dim": "all", "wide_dim": "wide"}  # told where most of these are so
+
+
+class Values(NamedTuple):
+    """What values of more than 8 bits mean; the module's docstring says how."""
+
+    bit_depth: int | None = None
+    value_range: tuple[float, float] | None = None
+
+
+AS_STORED = Values()
+
+
+def note(noticed: Noticed, kinds: Iterable[str], index: int) -> None:
+    for kind in kinds:
+        count, first = noticed.get(kind, (0, index))
+        noticed[kind] = count + 1, min(first, index)
+
+
+def merge(noticed: Noticed, more: Noticed) -> None:
+    for kind, (count, first) in more.items():
+        before, earlier = noticed.get(kind, (0, first))
+        noticed[kind] = before + count, min(earlier, first)
+
+
+def tell(noticed: Noticed, name: str, where: Callable[[int], str], told: set[str]) -> None:
+    """A line in the log for each kind that isn't in `told` yet. name: of the split."""
+    for kind in [kind for kind in KINDS if kind in noticed and kind not in told]:
+        (count, first), (total, _) = noticed[kind], noticed[SHARES.get(kind, kind)]
+        if kind not in SHARES or 2 * count > total:
+            text = KINDS[kind].format(count=f"{count:,}", total=f"{total:,}", first=where(first))
+            log.warning("'%s': %s", name, text)
+            told.add(kind)
+
+
+def decode(path: str, image_size: int, values: Values = AS_STORED, kinds: list[str] | None = None) -> np.ndarray:
+    """The image file as uint8 (image_size, image_size, 3). kinds: what is noticed about it is added there.
+
+    Raises what PIL raises for a file that isn't whole, and ValueError for values that `values` can't mean.
+    """
+    from PIL import Image
+
+    kinds = [] if kinds is None else kinds
+    with warnings.catch_warnings(), Image.open(path) as file:
+        warnings.simplefilter("ignore")  # of PIL: a hundred megapixels, odd tags
+        file.draft(None, (2 * image_size, 2 * image_size))  # a large JPEG is decoded at a fraction of its size
+        wide_colour = _is_wide_colour(file)
+        stated = file.format == "PPM" and file.tile[0][0] != "raw"  # PIL has made 0 to 65,535 of what the file states
+        file.load()
+        image = _to_rgb(_upright(file, kinds), file, AS_STORED if stated else values, wide_colour, kinds)
+        square = centre_square(image, image_size)
+        kinds.append("all")
+        if int(square.max()) - int(square.min()) <= TENTH:
+            kinds.append("wide_dim" if "wide" in kinds else "dim")
+        if file.format != "MPO":  # a telephone's: the others are the same picture, or its depth
+            with suppress(Exception):  # the next frame may be damaged
+                kinds.extend(["frames"] * getattr(file, "is_animated", False))
+    return square
+
+
+def _is_wide_colour(file) -> bool:
+    return not file.mode.startswith("I") and any(";16" in str(tile[3]) for tile in file.tile)
+
+
+def _upright(image, kinds: list[str]):
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+    except Exception:  # PIL raises many kinds for a block that isn't EXIF
+        kinds.append("exif")
+        return image
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def _to_rgb(image, file, values: Values, wide_colour: bool, kinds: list[str]):
+    """`image`: `file`, upright."""
+    from PIL import Image
+
+    if wide_colour:
+        kinds.append("wide")
+        if values != AS_STORED:
+            raise ValueError(
+                "a picture of 16 bits a colour, of which PIL gives the upper 8, so that data.bit_depth= and "
+                "data.value_range= can't hold: rewrite it with 8 bits"
+            )
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16") or (image.mode == "I" and file.format in ("PNG", "PPM")):
+        kinds.append("wide")
+        return Image.fromarray(_from_16_bits(np.asarray(image), file, values)).convert("RGB")
+    if image.mode in ("I", "F"):
+        return Image.fromarray(_stretched(np.asarray(image), file, values, kinds)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_16_bits(pixels: np.ndarray, file, values: Values) -> np.ndarray:
+    tags = getattr(file, "tag_v2", {})
+    if values.value_range is not None:
+        levels = _between(pixels, *values.value_range)
+    else:
+        depth = values.bit_depth or min(tags.get(258, (16,))[0], 16)
+        white = 2**depth - 1
+        if (highest := int(pixels.max())) > white:
+            raise ValueError(f"it has the value {highest:,}, and data.bit_depth={depth} ends at {white:,}")
+        levels = ((pixels.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
+    return 255 - levels if tags.get(PHOTOMETRIC) == 0 else levels  # a TIFF may say that 0 is white
+
+
+def _stretched(pixels: np.ndarray, file, values: Values, kinds: list[str]) -> np.ndarray:
+    pixels = pixels.astype(np.float64)
+    known = np.isfinite(pixels)
+    with suppress(ValueError):
+        known &= pixels != float(str(getattr(file, "tag_v2", {}).get(GDAL_NODATA, "nan")).strip("\0 "))
+    if not known.all():
+        kinds.append("not_finite")
+        if not known.any():
+            raise ValueError("no pixel has a finite value")
+    whole = pixels[known]
+    low, high = values.value_range or _own_range(whole)
+    if values.value_range is None and (low, high) != (whole.min(), whole.max()):
+        kinds.append("outliers")
+    return _between(np.where(known, pixels, low), low, high)
+
+
+def _between(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
+    return (np.clip((pixels - low) * (255 / max(high - low, 1e-12)), 0, 255)).astype(np.uint8)
+
+
+def _own_range(values: np.ndarray) -> tuple[float, float]:
+    """Lowest and highest of the values (n,), but for those that stand alone far outside of what most of them span."""
+    some = values[:: -(-len(values) // SAMPLE)]
+    for _ in range(LONERS):
+        before = len(values)
+        for end, sign in ((values.min(), 1), (values.max(), -1)):
+            rest = values[values != end]
+            if len(rest) == 0:
+                break
+            few = some[some != end]
+            span = float(np.subtract(*np.percentile(few, (99, 1)))) if len(few) else 0.0
+            span = span or float(rest.max() - rest.min())
+            gap = sign * ((rest.min() if sign > 0 else rest.max()) - end)
+            if span and gap > 9 * span:  # the rest would share less than a tenth of the range
+                values, some = rest, few
+        if len(values) == before:
+            break
+    return float(values.min()), float(values.max())
+
+
+def centre_square(image, size: int) -> np.ndarray:
+    from PIL import Image
+
+    width, height = image.size
+    if (width, height) != (size, size):
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    return np.array(image)  # writable, as torch wants it
