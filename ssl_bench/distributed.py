@@ -3,6 +3,7 @@
 import inspect
 import os
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,6 +12,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from ssl_bench.errors import Abandoned, UserError
+
+# What the backends say when a process at the other end is gone.
+GONE = re.compile(r"(closed|reset) by peer|Broken pipe|remote process exited|ncclRemoteError|unhandled system error")
 
 
 class World(NamedTuple):
@@ -44,24 +50,62 @@ def first_node(nodes: str) -> str:
     return re.sub(r"\[(\d+)[^]]*\]", r"\1", first)
 
 
+def find_rank_0() -> None:
+    """Set MASTER_ADDR and MASTER_PORT where nobody has."""
+    if "MASTER_ADDR" in os.environ:
+        return
+    if "SLURM_STEP_NODELIST" not in os.environ:
+        raise UserError("RANK and WORLD_SIZE are set, and MASTER_ADDR isn't: start it by torchrun, or unset them")
+    os.environ["MASTER_ADDR"] = first_node(os.environ["SLURM_STEP_NODELIST"])
+    # Below 32768, from where on the system gives ports to anyone.
+    os.environ["MASTER_PORT"] = str(20000 + int(os.environ["SLURM_JOB_ID"]) % 12000)
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the world of `launched()` for the time of the context."""
+    """Join the world of `launched()` for the time of the context.
+
+    UserError where its processes don't meet within $SSL_BENCH_RENDEZVOUS seconds (300), Abandoned where one leaves.
+    """
     world = launched()
     if world is None or dist.is_initialized():
         yield
         return
-    if "MASTER_ADDR" not in os.environ:  # started by Slurm: rank 0 is on the first node
-        os.environ["MASTER_ADDR"] = first_node(os.environ["SLURM_STEP_NODELIST"])
-        # Below 32768, from where on the system gives ports to anyone.
-        os.environ["MASTER_PORT"] = str(20000 + int(os.environ["SLURM_JOB_ID"]) % 12000)
+    find_rank_0()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    patience = timedelta(seconds=float(os.environ.get("SSL_BENCH_RENDEZVOUS", 300)))
+    try:
+        store, *_ = next(dist.rendezvous("env://", world.rank, world.size, timeout=patience))
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=patience)
+    except RuntimeError as error:
+        raise UserError(_not_met(world, patience, error)) from None
     # Rank 0 may pack a large dataset while the others wait at the first collective.
-    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timedelta(hours=2))
+    store.set_timeout(packing := timedelta(hours=2))
+    (getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout)(packing)  # its name since torch 2.14
     try:
         yield
+    except RuntimeError as error:
+        if GONE.search(str(error)):
+            raise Abandoned(
+                f"another of the {world.size} processes has ended, and says why, if it could; the same command "
+                "continues from the last state saved"
+            ) from None
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _not_met(world: World, patience: timedelta, error: RuntimeError) -> str:
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    reason = str(error).splitlines()[0].rstrip(".")
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError:
+        reason = f"{address} is no name that {socket.gethostname()} knows: set MASTER_ADDR to one, or to an address"
+    return (
+        f"process {world.rank} of {world.size} didn't meet the others at {address}:{port} within "
+        f"{patience.total_seconds():g} s ($SSL_BENCH_RENDEZVOUS): {reason}"
+    )
 
 
 def rank() -> int:

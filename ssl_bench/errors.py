@@ -13,6 +13,10 @@ class UserError(ValueError):
     """
 
 
+class Abandoned(UserError):
+    """Another process of the run has ended; it knows why."""
+
+
 @contextmanager
 def writable(key: str, place: str | Path) -> Iterator[None]:
     """UserError for what the system says while `place` is written, which `key` of the configuration names."""

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ssl_bench import build
 from ssl_bench.data.pool import default_workers
-from ssl_bench.errors import Interrupted, UserError
+from ssl_bench.errors import Abandoned, Interrupted, UserError
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +142,11 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
             for message in sorted(Path(folder).glob("*.json")):
                 raise UserError(json.loads(message.read_text(encoding="utf-8"))) from None
             status = max(failure.exitcode for failure in error.failures.values())
+            if killed := [-failure.exitcode for failure in error.failures.values() if failure.exitcode < 0]:
+                raise UserError(
+                    f"one of the {cfg.devices} processes was ended by {signal.Signals(killed[0]).name}, often for want "
+                    "of memory; the same command continues from the last state saved"
+                ) from None
             if status - 128 in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
                 raise Interrupted(status - 128) from None
             raise RuntimeError(f"a process failed: {error.format_msg()}") from None
@@ -158,6 +163,8 @@ def _rank(config: str, folder: str) -> dict[str, float]:
     set_up_logging(quiet=rank > 0)
     try:
         return _run(build.literal(json.loads(config)))
+    except Abandoned:
+        raise SystemExit(2) from None  # the other one is told of
     except UserError as error:
         # Told by file: of a child's exception the launcher passes on only text meant for developers.
         Path(folder, f"{rank}.json").write_text(json.dumps(str(error)), encoding="utf-8")

@@ -9,13 +9,14 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
 
 from ssl_bench import build, sweep
-from ssl_bench.errors import Interrupted, UserError
+from ssl_bench.errors import Abandoned, Interrupted, UserError
 from ssl_bench.launch import launch, set_up_logging
 
 
@@ -42,6 +43,8 @@ def attempt(member: sweep.Member, rank: int = 0) -> None:
         build.check(cfg)  # a file's, and by the code of today
         launch(cfg)
     except Exception as error:
+        if isinstance(error, Abandoned):
+            time.sleep(1)  # until the other one has said why
         member.fail(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}", rank)
         raise
 

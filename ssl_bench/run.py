@@ -181,10 +181,15 @@ class Run:
         interval = self._config[f"{what}_every"]
         return bool(interval) and step % interval == 0
 
+    @property
+    def signalled(self) -> bool:
+        """Did a signal arrive on this rank? Where the others aren't there to be asked."""
+        return self._signum != 0
+
     def stopping(self, step: int) -> bool:
         """Did a signal arrive, on any rank? Several ranks ask each other every few steps."""
         if distributed.world_size() == 1 or step % 10 == 0:
-            return distributed.any_rank(self._signum != 0)
+            return distributed.any_rank(self.signalled)
         return False
 
     def restore(self, **state: object) -> int:

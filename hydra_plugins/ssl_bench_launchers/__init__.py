@@ -57,6 +57,7 @@ class _SweepLauncher(Launcher):
         from ssl_bench import shell, sweep
         from ssl_bench.errors import UserError
 
+        _refuse_processes()
         folder = Path(self.config.hydra.sweep.dir)
         conf = self._freeze_files(folder.absolute() / ".members")
         known = sweep.by_key(sweep.members(folder.absolute()))
@@ -236,6 +237,21 @@ class _SweepLauncher(Launcher):
                     )
             returns.append(done)
         return returns
+
+
+def _refuse_processes() -> None:
+    """UserError for a sweep in several processes: each would compose, claim and run the members that all share."""
+    from ssl_bench.errors import UserError
+
+    if not {"RANK", "SLURM_STEP_NUM_TASKS"} & os.environ.keys():
+        return
+    from ssl_bench import distributed  # imports torch
+
+    if (world := distributed.launched()) and world.size > 1:
+        raise UserError(
+            f"a sweep in the {world.size} processes of torchrun or srun: start it once, without these; each member "
+            "then has devices=2 or more, or with launcher=slurm hydra.launcher.tasks_per_node=2, processes of its own"
+        )
 
 
 def _refuse_free(job_overrides: Sequence[Sequence[str]], members: Sequence["Member"]) -> None:

@@ -11,14 +11,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import NonNegativeInt
 
-from ssl_bench import build, identity, interop, report, typed
+from ssl_bench import build, distributed, identity, interop, report, typed
 from ssl_bench.augment.draws import keys
 from ssl_bench.augment.views import EvalView
-from ssl_bench.engine import extract
 from ssl_bench.errors import UserError
 from ssl_bench.launch import launch
 from ssl_bench.run import Run
 from ssl_bench.stages import EVERY, PRETRAINING, RECIPE
+from ssl_bench.stages.cached import extract_all
 from ssl_bench.stages.pretrain import picture
 from ssl_bench.stages.training import normalization, on_device, open_source
 from ssl_bench.tracking import MetricsFile
@@ -60,13 +60,15 @@ def pipeline(
                 results.setdefault(name, []).append(top1)
         if name in results:
             log.info("%s: top-1 %s", name, ", ".join(f"{value:.1f}" for value in results[name]))
-    if run.is_main and results:
-        print(f"\n{report.table(results, 'top-1')}")
+    if distributed.any_rank(bool(results)):  # some stages tell them to rank 0 alone
+        if run.is_main:
+            print(f"\n{report.table(results, 'top-1')}")
         picture = run.directory / "overview.png"
         try:
             draw(cfg, run, evaluations, results, picture)
-            run.log_image(0, "overview", picture)
-            print(f"\npicture: {picture}")
+            if run.is_main:
+                run.log_image(0, "overview", picture)
+                print(f"\npicture: {picture}")
         except Exception as error:  # whatever it is, it must not cost the result
             log.warning("no picture: %s: %s", type(error).__name__, error)
     top1 = {f"{name} top-1": report.mean_std(values)[0] for name, values in results.items()}
@@ -118,18 +120,23 @@ def _with(cfg: DictConfig, **nodes: object) -> DictConfig:
 def draw(
     cfg: DictConfig, run: Run, evaluations: dict[str, list[DictConfig]], results: dict[str, list[float]], path: Path
 ) -> None:
-    """overview.png: curves, accuracies, augmented views, and a map of the pretrained features of the test split."""
+    """overview.png: curves, accuracies, augmented views, and a map of the pretrained features of the test split.
+
+    All processes compute the features; rank 0 draws.
+    """
     data = build.construct(cfg.data)
     train_images, test = (open_source(cfg, run, data, split) for split in ("pretrain", "val"))
     views = build.construct(cfg.augmentation).to(run.device)
-    images, _, indices = next(train_images.epoch_pass())
-    shown = picture(views, images[:8], keys(cfg.seed, 0, indices[:8]))
     backbone = build.construct(cfg.backbone)
     interop.load_backbone(backbone, f"{cfg.dir}/pretrain")
-    test_view = EvalView(views.image_size, 1.0, *normalization(cfg))
-    features, labels = extract(on_device(backbone, run).eval(), test.epoch_pass(), test_view.to(run.device))
+    test_view = EvalView(views.image_size, 1.0, *normalization(cfg)).to(run.device)
+    features = extract_all(cfg, run, on_device(backbone, run).eval(), test, lambda images, _: test_view(images))
+    if not run.is_main:
+        return
+    images, _, indices = next(train_images.epoch_pass())
+    shown = picture(views, images[:8], keys(cfg.seed, 0, indices[:8]))
     curves = {"pretraining": MetricsFile.read(run.directory / "pretrain" / "metrics.jsonl")}
     for name in results:
         curves[name] = MetricsFile.read(Path(evaluations[name][0].dir) / "metrics.jsonl")
     title = f"{cfg.method.name}, {cfg.backbone.name}, {cfg.data.name}"
-    report.overview(path, title, curves, shown.cpu(), features.numpy(), labels.numpy(), results)
+    report.overview(path, title, curves, shown.cpu(), features.numpy(), test.labels[test.rows], results)

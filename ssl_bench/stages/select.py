@@ -172,7 +172,7 @@ def take(order: Iterable[int], budget: int, run: Run) -> list[int]:
     chosen = []
     for row in run.progress(islice(order, budget), 0, budget):
         chosen.append(row)
-        if run.stopping(1):  # at no multiple of 10 are other processes asked, which aren't here any more
+        if run.signalled:
             run.interrupt()
     return chosen
 
