@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import yaml
 from conftest import TINY_PRETRAIN, Command
 from torch import Tensor, nn
 
@@ -173,6 +174,7 @@ def test_torchrun_is_joined(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("step 10/10") == 1  # one rank speaks
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 2
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["devices"] == 2  # it may change the result
 
 
 @pytest.mark.slow
