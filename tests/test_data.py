@@ -16,7 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
-from ssl_bench.data import pictures, store, synthetic
+from ssl_bench.data import formats, pictures, store, synthetic
 from ssl_bench.data.formats import CIFAR, DL21, STL10, Digits, Folder, Synthetic
 from ssl_bench.data.pool import run_chunks
 from ssl_bench.errors import UserError
@@ -383,11 +383,99 @@ def test_folder_labelled(tmp_path, cache):
     fails("no images in .*train/empty", Folder(str(tmp_path / "f")).split, "train")
 
 
-@pytest.mark.parametrize("other", ["val", "valid", "test"])
-def test_folder_with_test_images_that_would_be_trained_on(tmp_path, other):
-    for name in ("train/a/1.png", "train/b/2.png", f"{other}/3.png"):
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [
+        ("train/a", "val"),
+        ("train", "val"),
+        ("Train", "Val"),
+        ("TRAIN/a", "valid"),
+        ("images/train", "images/val"),
+        ("train2017", "val2017"),
+        ("train_images/a", "test-set/b"),
+        ("cat/training", "dog/Test"),
+        ("a/train", "b/c/validation/d"),
+    ],
+)
+def test_folder_with_test_images_that_would_be_trained_on(tmp_path, train, held_out):
+    for name in (f"{train}/1.png", f"{train}/2.png", f"{held_out}/3.png"):
         save(tmp_path / name, np.zeros((8, 8, 3), np.uint8))
-    fails(f"{other}/ would be trained on: sort it into val/<class>/", Folder(str(tmp_path), 8).split, "pretrain")
+    fails(
+        "whose 1 images would be trained on: type data.root=.*, or sort both",
+        Folder(str(tmp_path), 8).split,
+        "pretrain",
+    )
+    assert formats.Images(str(tmp_path), 8).split("pretrain").length == 3
+    part = train.split("/")[: 1 + ("images" in train.split("/")[0] or train.startswith(("cat", "a/")))]
+    assert Folder(str(tmp_path.joinpath(*part)), 8).split("pretrain").length == 2  # as the message says
+
+
+def test_folder_names_that_are_no_splits(tmp_path, caplog):
+    for name in ("bullet_train/1.png", "test_tube/2.png", "trainer/3.png", "validated by me/4.png"):
+        save(tmp_path / name, np.zeros((8, 8, 3), np.uint8))
+    assert Folder(str(tmp_path), 8).split("pretrain").length == 4
+    assert not caplog.records
+    save(tmp_path / "x/test/1.png", np.zeros((8, 8, 3), np.uint8))
+    assert Folder(str(tmp_path), 8).split("pretrain").length == 5  # no training folder beside it: said
+    assert "1 images are in folders like x/test/ and are trained on, too" in caplog.text
+
+
+def test_folder_labelled_in_upper_case_with_a_class_called_test(tmp_path):
+    for name in ("Train/test/1.png", "Train/train/2.png", "VAL/test/3.png", "VAL/train/4.png"):
+        save(tmp_path / name, np.zeros((8, 8, 3), np.uint8))
+    data = Folder(str(tmp_path), 8)
+    assert data.class_names == ["test", "train"]
+    assert data.split("train").labels.tolist() == data.split("val").labels.tolist() == [0, 1]
+    assert data.split("pretrain").length == 2
+
+
+SERVICE = [
+    "@eaDir",
+    "__MACOSX",
+    ".ipynb_checkpoints",
+    "lost+found",
+    "#recycle",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+]
+
+
+def test_service_folders_are_no_classes_and_hold_no_images(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for part in ("train", "val"):
+        for name in ["a", "b", *SERVICE]:
+            save(tmp_path / part / name / "1.png", np.zeros((8, 8, 3), np.uint8))
+        for name in ("a/._1.png", "a/Thumbs.db", "a/@eaDir/1.png", ".DS_Store"):
+            (tmp_path / part / name).parent.mkdir(exist_ok=True)
+            (tmp_path / part / name).write_bytes(b"?")
+    data = Folder(str(tmp_path), 8)
+    assert data.class_names == ["a", "b"]
+    assert data.split("train").labels.tolist() == [0, 1]
+    (line,) = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    assert "hidden or service files (11, " in line
+
+
+def test_what_pillow_reads_is_read_and_the_rest_is_counted(tmp_path, caplog):
+    from PIL import features
+
+    caplog.set_level("INFO")
+    names = ["x.PGM", "x.jfif", "x.jp2", "x.tga", *(["x.avif"] if features.check("avif") else [])]
+    for name in names:
+        Image.fromarray(np.zeros((8, 8), np.uint8)).convert("L" if "PGM" in name else "RGB").save(tmp_path / name)
+    for name in ("a.heic", "b.heic", "notes.txt", "README", "data.h5", "film.mpg", "page.eps"):
+        (tmp_path / name).write_bytes(b"?")
+    os.mkfifo(tmp_path / "pipe.png")
+    split = Folder(str(tmp_path), 8).split("pretrain")
+    assert [Path(split.where(i)).name for i in range(split.length)] == sorted(names)
+    assert split.read(0).shape == (8, 8, 3)
+    for said in (
+        ".heic (2, a.heic for one)",
+        ".txt (1, ",
+        "no extension (1, README",
+        ".h5 (1",
+        "pipes and devices (1, pipe.png",
+    ):
+        assert said in caplog.text
 
 
 def test_folder_unlabelled(tmp_path, cache):
@@ -407,7 +495,9 @@ def test_folder_unlabelled(tmp_path, cache):
     fails("cannot decode .*gone.png .a link to nowhere", Folder(str(root), 8, cache=str(cache)).open, "pretrain")
     assert len(Folder(str(root), 8, cache=str(cache), on_error="skip").open("pretrain").images) == 3
     (tmp_path / "empty").mkdir()
-    fails("no images under .*empty; known extensions", Folder(str(tmp_path / "empty")).split, "pretrain")
+    fails(
+        "no images under .*empty; data.root= sets .*known extensions", Folder(str(tmp_path / "empty")).split, "pretrain"
+    )
     fails("no folder .*typo; data.root= sets", Folder(str(tmp_path / "typo")).split, "pretrain")
 
 

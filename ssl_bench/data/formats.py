@@ -6,9 +6,11 @@
 import csv
 import functools
 import hashlib
+import logging
 import math
 import os
 import re
+import stat
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
@@ -25,8 +27,15 @@ from ssl_bench.data.store import OnError, Split, Store, has_room, open_store
 from ssl_bench.errors import UserError
 from ssl_bench.fields import BitDepth, ValueRange
 
+log = logging.getLogger(__name__)
+
 VERSION = 2  # of the decoding: raise it when pixels change, so that packed stores are made anew
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
+
+# What file servers, file managers and notebooks leave in folders; whatever begins with a dot is passed over, too.
+SERVICE = {"@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx", "__pycache__"}
+SERVICE |= {"lost+found", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
+TRAIN = {"train", "training"}
+HELD_OUT = {"val", "valid", "validation", "test", "testing", "eval", "dev", "holdout"}
 
 
 class Dataset(ABC):
@@ -332,12 +341,22 @@ class DL21(Dataset):
 
 def _list_numbered(folder: Path) -> tuple[_Numbered, np.ndarray]:
     """The files 0.png ... of a folder, and int64 (n, 3): number, size, mtime in ns."""
-    number = re.compile(r"(0|[1-9]\d{0,17})\.png").fullmatch
+    number, passed = re.compile(r"(0|[1-9]\d{0,17})\.png").fullmatch, _Passed()
+
+    def numbered(entries: Iterator[os.DirEntry]) -> Iterator[tuple[int, os.stat_result]]:
+        for entry in entries:
+            if match := number(entry.name):
+                yield int(match[1]), entry.stat()
+            else:
+                hidden = _is_service(entry.name)
+                passed.add("hidden or service files" if hidden else "names other than NUMBER.png", entry.name)
+
     with os.scandir(folder) as entries:
-        rows = ((int(match[1]), entry.stat()) for entry in entries if (match := number(entry.name)))
+        rows = numbered(entries)
         flat = np.fromiter(
             (value for i, status in rows for value in (i, status.st_size, status.st_mtime_ns)), dtype=np.int64
         )
+    passed.tell(folder)
     stats = flat.reshape(-1, 3)
     stats = stats[np.argsort(stats[:, 0])]
     wrong = np.flatnonzero(stats[:, 0] != np.arange(len(stats)))
@@ -402,8 +421,9 @@ def _load_labels(path: Path) -> np.ndarray:
 
 
 class Folder(Dataset):
-    """Any tree of images. With class folders ROOT/train/<class> and ROOT/val/<class> it is labelled, the classes in
-    sorted order, and "pretrain" is train without its labels; otherwise all images under ROOT are "pretrain".
+    """Any tree of images. With class folders ROOT/train/<class> and ROOT/val/<class> (in upper case, too) it is
+    labelled, the classes in sorted order, and "pretrain" is train without its labels; otherwise all images under ROOT
+    are "pretrain". Refused where folders at any depth are called after a training and a held-out split.
     """
 
     def __init__(
@@ -422,20 +442,20 @@ class Folder(Dataset):
     @functools.cached_property
     def class_names(self) -> list[str]:
         """Empty when unlabelled."""
-        root = _folder(self.root)
-        names = _subfolders(root / "train")
-        if not names or _subfolders(root / "val"):
-            return names
-        if others := [name for name in ("val", "valid", "validation", "test") if (root / name).is_dir()]:
-            raise UserError(
-                f"{root / 'train'} has class folders and {root / 'val'} has none, so that {others[0]}/ would be "
-                f"trained on: sort it into val/<class>/, or type data.root={root / 'train'}"
-            )
-        return []
+        names = _subfolders(self._part("train"))
+        return names if _subfolders(self._part("val")) else []
 
     @property
     def num_classes(self) -> int | None:
         return len(self.class_names) or None
+
+    def _part(self, name: str) -> Path:
+        """ROOT/train or ROOT/val, as it is written there."""
+        root = _folder(self.root)
+        found = [folder for folder in _subfolders(root) if folder.casefold() == name]
+        if len(found) > 1:
+            raise UserError(f"{root} has {found[0]}/ and {found[1]}/: leave one of the two there")
+        return root / (found[0] if found else name)
 
     def _list(self, name: str) -> Split:
         root = _folder(self.root)
@@ -445,19 +465,21 @@ class Folder(Dataset):
                     f"{root} has no labels, so no split '{name}', only 'pretrain'; "
                     "labelled data lie in train/<class>/ and val/<class>/"
                 )
-            paths, digests, _ = _list_tree(root)
+            paths, digests, _ = _list_tree(root, guarded=0)
             return self._split(name, "all", digests, None, self._decoder(paths), paths)
-        folder = "val" if name == "val" else "train"
-        if unknown := sorted(set(_subfolders(root / folder)) - set(self.class_names)):
+        folder = self._part("val" if name == "val" else "train")
+        if unknown := sorted(set(_subfolders(folder)) - set(self.class_names)):
             raise UserError(f"val/ has the class {unknown[0]!r}, which train/ lacks; both need the same class folders")
-        paths, digests, counts = _list_tree(root / folder)
+        # a class may be called "test"
+        paths, digests, counts = _list_tree(folder, guarded=None if name == "val" else 1)
         if counts.pop("", 0):
-            raise UserError(f"{root / folder} has images outside the class folders; move them into one or away")
-        if folder == "train" and (empty := [name for name in self.class_names if not counts.get(name)]):
-            raise UserError(f"no images in {root / folder / empty[0]}; fill or remove that class folder")
+            raise UserError(f"{folder} has images outside the class folders; move them into one or away")
+        if name != "val" and (empty := [name for name in self.class_names if not counts.get(name)]):
+            raise UserError(f"no images in {folder / empty[0]}; fill or remove that class folder")
         labels = np.repeat([self.class_names.index(name) for name in counts], list(counts.values())).astype(np.int64)
         labels = None if name == "pretrain" else labels
-        return self._split(name, folder, digests, labels, self._decoder(paths), paths)
+        images = "val" if name == "val" else "train"
+        return self._split(name, images, digests, labels, self._decoder(paths), paths)
 
 
 class Images(Folder):
@@ -470,18 +492,85 @@ class Images(Folder):
         return self._split(name, "all", digests, None, self._decoder(paths), paths)
 
 
+def _is_service(name: str) -> bool:
+    return name.startswith(".") or name.casefold() in SERVICE
+
+
 def _subfolders(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(entry.name for entry in entries if not _is_service(entry.name) and entry.is_dir())
 
 
-def _list_tree(root: Path, key: str = "data.root") -> tuple[_Paths, _Digests, dict[str, int]]:
-    """The image files under root in sorted order, their digests, and how many lie in each folder of its first level."""
+class _Passed:
+    """What a listing leaves out, by its kind: how many, and the first."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, tuple[int, str]] = {}
+
+    def add(self, kind: str, name: str) -> None:
+        count, first = self.kinds.get(kind, (0, name))
+        self.kinds[kind] = count + 1, min(first, name)
+
+    def tell(self, root: Path) -> None:
+        """One line."""
+        if self.kinds:
+            most = sorted(self.kinds.items(), key=lambda item: (-item[1][0], item[0]))
+            shown = ", ".join(f"{kind} ({count:,}, {first} for one)" for kind, (count, first) in most[:12])
+            more = f", and {len(most) - 12} kinds more" if len(most) > 12 else ""
+            log.info("passed over in %s: %s%s", root, shown, more)
+
+
+class _Guard:
+    """Of an unlabelled tree: are folders called after splits, so that test images would be trained on?"""
+
+    def __init__(self, root: Path, depth: int):
+        """depth: of the first folders that aren't classes."""
+        self.root, self.depth = root, depth
+        self.train = self.held_out = ""  # the first folder of each
+        self.count = 0  # images in held-out ones
+
+    def see(self, name: str) -> None:
+        parts = name.split("/")[:-1]
+        for depth in range(self.depth, len(parts)):
+            means = _split_of(parts[depth])
+            if means in TRAIN:
+                self.train = self.train or "/".join(parts[: depth + 1])
+            elif means in HELD_OUT:
+                self.held_out = self.held_out or "/".join(parts[: depth + 1])
+                self.count += 1
+                return
+
+    def check(self) -> None:
+        if self.held_out and self.train:
+            raise UserError(
+                f"{self.root} has {self.train}/ and {self.held_out}/, whose {self.count:,} images would be trained on: "
+                f"type data.root={self.root / self.train}, or sort both into train/<class>/ and val/<class>/"
+            )
+        if self.held_out:
+            log.warning("%s images are in folders like %s/ and are trained on, too", f"{self.count:,}", self.held_out)
+
+
+@functools.cache
+def _split_of(folder: str) -> str:
+    """The one word of a folder's name, but for what says nothing: train2017 and train_images are "train"."""
+    words = [word for word in re.split(r"[\W\d_]+", folder.casefold()) if word]
+    words = [word for word in words if word not in ("set", "data", "image", "images", "img", "imgs", "split")]
+    return words[0].removesuffix("set") if len(words) == 1 else ""
+
+
+def _list_tree(
+    root: Path, key: str = "data.root", guarded: int | None = None
+) -> tuple[_Paths, _Digests, dict[str, int]]:
+    """The image files under root in sorted order, their digests, and how many lie in each folder of its first level.
+
+    guarded: from this depth on, UserError for folders that are called after a training and a held-out split.
+    """
     text, ends, counts = bytearray(), array("q", [0]), {}
     files, content = hashlib.sha256(), hashlib.sha256()
-    for name, size, mtime in _walk(root, "", frozenset()):
+    passed, guard = _Passed(), None if guarded is None else _Guard(root, guarded)
+    for name, size, mtime in _walk(root, "", frozenset(), passed):
         encoded = os.fsencode(name)
         text += encoded
         ends.append(len(text))
@@ -489,30 +578,47 @@ def _list_tree(root: Path, key: str = "data.root") -> tuple[_Paths, _Digests, di
         content.update(encoded + f"\0{size}\n".encode())
         first = name.split("/", 1)[0] if "/" in name else ""
         counts[first] = counts.get(first, 0) + 1
+        if guard is not None:
+            guard.see(name)
+    if guard is not None:
+        guard.check()
+    passed.tell(root)
     if not text:
-        raise UserError(f"no images under {root}; known extensions are {' '.join(EXTENSIONS)}; {key}= sets the folder")
+        known = " ".join(sorted(pictures.extensions()))
+        raise UserError(f"no images under {root}; {key}= sets the folder; known extensions are {known}")
     return _Paths(root, bytes(text), ends), _Digests(files.hexdigest(), content.hexdigest()), counts
 
 
-def _walk(root: Path, below: str, above: frozenset) -> Iterator[tuple[str, int, int]]:
+def _walk(root: Path, below: str, above: frozenset, passed: _Passed) -> Iterator[tuple[str, int, int]]:
     """(path relative to root, size, mtime in ns), sorted folder by folder; follows links, but not in circles."""
     folder = os.path.join(root, below)
     status = os.stat(folder)
     identity = (status.st_dev, status.st_ino)
     if identity in above:
         return
+    found = []
     with os.scandir(folder) as entries:
-        found = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
-    for name, is_folder in found:
+        for entry in entries:
+            if _is_service(entry.name):  # may not even be read
+                passed.add("hidden or service files", below + entry.name)
+            else:
+                found.append((entry.name, entry.is_dir()))
+    for name, is_folder in sorted(found):
+        extension = os.path.splitext(name)[1].lower()
         if is_folder:
-            yield from _walk(root, f"{below}{name}/", above | {identity})
-        elif name.lower().endswith(EXTENSIONS):
+            yield from _walk(root, f"{below}{name}/", above | {identity}, passed)
+        elif extension not in pictures.extensions():
+            passed.add(extension or "no extension", below + name)
+        else:
             path = os.path.join(folder, name)
             try:
                 status = os.stat(path)
             except OSError:  # a link to nowhere is told with what can't be decoded
                 status = os.lstat(path)
-            yield below + name, status.st_size, status.st_mtime_ns
+            if stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode):
+                yield below + name, status.st_size, status.st_mtime_ns
+            else:  # reading a pipe would never end
+                passed.add("pipes and devices", below + name)
 
 
 class STL10(Dataset):

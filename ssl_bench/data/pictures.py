@@ -14,6 +14,7 @@ Values of more than 8 bits, which only grey pictures keep in PIL:
 - `value_range` (low, high) says for all of these what is black and what is white.
 """
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterable
@@ -45,6 +46,23 @@ KINDS = {
     "frames": "{count} files hold several frames or pages, of which one is shown; the first is {first}",
 }
 SHARES = {"dim": "all", "wide_dim": "wide"}  # told where most of these are so
+
+
+# Formats that PIL only names, hands to another program, or takes for films.
+NO_PICTURES = {"BUFR", "GRIB", "HDF5", "WMF", "EPS", "MPEG", "IPTC"}
+CODECS = {"AVIF": "avif", "WEBP": "webp", "JPEG2000": "jpg_2000"}  # that a build of PIL may lack
+
+
+@functools.cache
+def extensions() -> frozenset[str]:
+    """Of the files that this PIL reads, in lower case."""
+    from PIL import Image, features
+
+    return frozenset(
+        extension
+        for extension, kind in Image.registered_extensions().items()
+        if kind in Image.OPEN.keys() - NO_PICTURES and (kind not in CODECS or features.check(CODECS[kind]))
+    )
 
 
 class Values(NamedTuple):
