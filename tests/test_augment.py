@@ -1,5 +1,6 @@
 """Augmentation: the draws, each op against torchvision for the same parameters, and the views."""
 
+import colorsys
 import inspect
 import itertools
 from collections import Counter
@@ -29,6 +30,7 @@ from ssl_bench.errors import UserError
 OPS = [
     ops.RandomResizedCrop(16, flip_p=0.5),
     ops.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
+    ops.ByolJitter(0.4, 0.4, 0.2, 0.1, p=0.8),
     ops.RandomGrayscale(0.5),
     ops.GaussianBlur(16),
     ops.Solarize(0.5),
@@ -178,6 +180,41 @@ def test_jitter_equals_torchvision_in_every_order():
     for i, image in enumerate(images):
         expected = jitter_expected(image, [*factors[i].tolist(), hue[i].item()], orders[order[i]])
         assert_equals(ours[i], expected, mean=1e-6, largest=2e-5)
+
+
+def byol_expected(image: np.ndarray, brightness: float, contrast: float, saturation: float, hue: float, order):
+    """deepmind-research, byol/utils/augmentations.py 239-289 and 313-342, pixel by pixel by Python's colorsys."""
+    for kind in order:
+        if kind == 0:
+            image = image + (brightness - 1)
+        elif kind == 1:
+            mean = image.mean((1, 2), keepdims=True)
+            image = contrast * (image - mean) + mean
+        else:
+            pixels = []
+            for pixel in image.reshape(3, -1).T:
+                h, s, v = colorsys.rgb_to_hsv(*pixel)
+                h, s = ((h + hue) % 1.0, s) if kind == 3 else (h, min(max(s * saturation, 0.0), 1.0))
+                pixels.append(colorsys.hsv_to_rgb(h, s, v))
+            image = np.array(pixels).T.reshape(image.shape)
+        image = image.clip(0, 1)
+    return image
+
+
+def test_jitter_equals_byols_in_every_order():
+    """For the same draws, in float64: largest difference below 1e-9, of all 24 orders, clipping factors, all hues."""
+    jitter = ops.ByolJitter(0.9, 0.9, 0.9, 0.5)
+    orders = list(itertools.permutations(range(4)))
+    images = image_batch(5 * len(orders), 6, 5).double()
+    factors, hue, _ = (values.double() for values in sample(jitter, len(images)))
+    order = torch.arange(len(orders)).repeat_interleave(5)
+    ours = jitter.apply(images, factors, hue, order)
+    for i, image in enumerate(images.numpy()):
+        expected = byol_expected(image, *factors[i].tolist(), hue[i].item(), orders[order[i]])
+        assert np.abs(ours[i].numpy() - expected).max() < 1e-9
+    u = draw(20_000, 6)  # what is added: U(-x, x), of any strength
+    added = ops.ByolJitter(brightness=1.6).sample(u)[0][:, 0] - 1
+    assert stats.kstest(added.double().numpy(), "uniform", (-1.6, 3.2)).pvalue > 1e-4
 
 
 @pytest.mark.parametrize(

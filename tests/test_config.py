@@ -54,6 +54,12 @@ def test_networks_start_as_the_authors(method: str, zero: bool) -> None:
         build.check(compose(f"method={method}", "backbone=vit_tiny"))
 
 
+def test_byols_colours_are_byols_alone() -> None:
+    """The others' code has torchvision's."""
+    methods = [path.stem for path in (CONF / "method").glob("*.yaml")]
+    assert [name for name in methods if compose(f"method={name}").augmentation.jitter] == ["byol"]
+
+
 @pytest.mark.parametrize(
     ("words", "instead"),
     [

@@ -164,6 +164,8 @@ class ColorJitter(Op):
     Factors are U(max(0, 1 - x), 1 + x), the hue shift U(-hue, hue). A strength of zero takes its operation out.
     """
 
+    least = 0.0  # factor
+
     def __init__(
         self, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0, p: float = 1.0
     ):
@@ -190,7 +192,7 @@ class ColorJitter(Op):
     def sample(self, u: Tensor) -> tuple[Tensor, ...]:
         """Factors (B, 3): brightness, contrast, saturation; hue shift (B,) in turns; order (B,), a row of `stages`."""
         applied = u[:, :1] < self.p
-        lows = [max(0.0, 1 - strength) for strength in self.strengths]
+        lows = [max(self.least, 1 - strength) for strength in self.strengths]
         factors = [_between(u[:, 1 + i], lows[i], 1 + strength) for i, strength in enumerate(self.strengths)]
         factors = torch.stack(factors, 1).where(applied, 1.0)
         hue = _between(u[:, 4], -self.hue, self.hue) * applied[:, 0]
@@ -216,23 +218,50 @@ class ColorJitter(Op):
         """The hue comes after first_turn to last_turn of the blends: stages that no image has are left out."""
         kinds = self.stages[order]  # (B, stages)
         factors = torch.cat([factors, torch.ones_like(factors[:, :1])], 1).gather(1, kinds)
-        weights = torch.stack([factors, (1 - factors) * (kinds == 1), (1 - factors) * (kinds == 2)], 2).to(images.dtype)
-        stages = weights[..., None, None, None].unbind(1)
+        stages = self._weights(factors, kinds).to(images.dtype)[..., None, None, None].unbind(1)
         before, after = stages[: self.num_before][:last_turn], stages[self.num_before :][first_turn:]
         for stage in before:
-            images = _blend(images, *stage.unbind(1))
+            images = self._blend(images, *stage.unbind(1))
         if self.hue > 0:
             images = _shift_hue(images, hue)
         for stage in after:
-            images = _blend(images, *stage.unbind(1))
+            images = self._blend(images, *stage.unbind(1))
         return images
 
+    @staticmethod
+    def _weights(factors: Tensor, kinds: Tensor) -> Tensor:
+        """Factors and kinds (B, stages) -> what `_blend` takes, (B, stages, 3)."""
+        return torch.stack([factors, (1 - factors) * (kinds == 1), (1 - factors) * (kinds == 2)], 2)
 
-def _blend(images: Tensor, factor: Tensor, mean_weight: Tensor, grey_weight: Tensor) -> Tensor:
-    """clamp(factor * image + mean_weight * mean(grey) + grey_weight * grey): brightness, contrast or saturation."""
-    grey = _grey(images)
-    mean = grey.mean((1, 2, 3), keepdim=True)
-    return torch.addcmul(grey.mul_(grey_weight).add_(mean * mean_weight), images, factor).clamp_(0, 1)
+    @staticmethod
+    def _blend(images: Tensor, factor: Tensor, mean_weight: Tensor, grey_weight: Tensor) -> Tensor:
+        """clamp(factor * image + mean_weight * mean(grey) + grey_weight * grey): brightness, contrast or saturation."""
+        grey = _grey(images)
+        mean = grey.mean((1, 2, 3), keepdim=True)
+        return torch.addcmul(grey.mul_(grey_weight).add_(mean * mean_weight), images, factor).clamp_(0, 1)
+
+
+class ByolJitter(ColorJitter):
+    """That of BYOL's authors (deepmind-research, byol/utils/augmentations.py 239-282): brightness is added, its factor
+    less 1; contrast is about each channel's mean; saturation is HSV's."""
+
+    least = -math.inf
+
+    @staticmethod
+    def _weights(factors: Tensor, kinds: Tensor) -> Tensor:
+        ones = torch.ones_like(factors)
+        weights = [factors.where(kinds == kind, ones) for kind in range(3)]
+        return torch.stack([weights[0] - 1, *weights[1:]], 2)
+
+    @staticmethod
+    def _blend(images: Tensor, added: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
+        """One of the three; the others have 0, 1 and 1."""
+        means = images.mean((2, 3), keepdim=True)
+        images = torch.addcmul(means * (1 - contrast) + added, images, contrast).clamp_(0, 1)
+        high, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
+        # a saturation of at most 1, where the lowest channel is 0
+        factor = torch.minimum(saturation, high / (high - low).clamp(min=TINY))
+        return torch.addcmul(high * (1 - factor), images, factor)
 
 
 def _shift_hue(images: Tensor, turns: Tensor) -> Tensor:

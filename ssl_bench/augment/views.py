@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from threading import Barrier
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ssl_bench.augment.draws import uniforms
 from ssl_bench.augment.ops import (
+    ByolJitter,
     ColorJitter,
     GaussianBlur,
     Normalize,
@@ -90,10 +91,10 @@ class Views(nn.Module):
     """uint8 images (B, 3, H, W), keys (B,) -> `num_views` normalised float32 (B, 3, image_size, image_size), and after
     them `num_small_views` of (B, 3, small_size, small_size) (multi-crop, SwAV, arXiv:2006.09882, section 3.2).
 
-    See `View`; `grayscale_first` puts the grayscale before the jitter. A probability or strength of zero takes its
-    operation out. blur_p, solarize_p: of all views, or of each of the full-size views and then of the small ones
-    together. mean and std of None are ImageNet's, too. Views have the memory format of the images. The same keys (see
-    `draws.keys`) give the same views.
+    See `View`; `jitter` is torchvision's, or "byol" (`ops.ByolJitter`); `grayscale_first` puts the grayscale before it.
+    A probability or strength of zero takes its operation out. blur_p, solarize_p: of all views, or of each of the
+    full-size views and then of the small ones together. mean and std of None are ImageNet's, too. Views have the memory
+    format of the images. The same keys (see `draws.keys`) give the same views.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Views(nn.Module):
         saturation: NonNegativeFloat = 0.4,
         hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1,
         jitter_p: Fraction = 0.8,
+        jitter: Literal["byol"] | None = None,
         grayscale_p: Fraction = 0.2,
         grayscale_first: bool = False,
         blur_p: Fraction | tuple[Fraction, ...] = 0.5,
@@ -133,7 +135,8 @@ class Views(nn.Module):
         def view(size: int, scale: tuple[float, float], blur: float, solarize: float) -> View:
             colour: list[nn.Module] = []
             if jitter_p > 0 and max(brightness, contrast, saturation, hue) > 0:
-                colour.append(ColorJitter(brightness, contrast, saturation, hue, jitter_p))
+                kind = ByolJitter if jitter == "byol" else ColorJitter
+                colour.append(kind(brightness, contrast, saturation, hue, jitter_p))
             if grayscale_p > 0:
                 colour.insert(0 if grayscale_first else len(colour), RandomGrayscale(grayscale_p))
             if blur > 0:
