@@ -111,7 +111,7 @@ def test_too_many_blocks() -> None:
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 
-@given(counts=st.lists(st.integers(1, 60), min_size=1, max_size=6), fraction=st.floats(0.3, 1), seed=st.integers(0, 3))
+@given(counts=st.lists(st.integers(1, 60), min_size=2, max_size=6), fraction=st.floats(0.3, 1), seed=st.integers(0, 3))
 @settings(deadline=None)
 def test_a_fraction_is_of_each_class(counts: list[int], fraction: float, seed: int) -> None:
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))

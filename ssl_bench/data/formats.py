@@ -103,13 +103,12 @@ class Dataset(ABC):
         """A Split of the image set `images` ("unlabeled", "train", ...), whose sources have these digests."""
         kind = f"{type(self).__name__.lower()}-{images}"
         store_name = f"{kind}-{_digest(VERSION, self.image_size, self.values, digests.files)[:16]}"
-        fingerprint = _digest(
-            kind, VERSION, self.image_size, self.values, digests.content, b"" if labels is None else labels.tobytes()
-        )
+        facts = digests.content, b"" if labels is None else labels.tobytes()
+        fingerprint = _digest(kind, VERSION, self.image_size, self.values, *facts)
         length = len(read)
         if length == 0:
             raise UserError(f"split '{name}' of {type(self).__name__} holds no images")
-        return Split(name, length, labels, store_name, fingerprint, read, where)
+        return Split(name, length, labels, store_name, fingerprint, _digest(kind, *facts), read, where)
 
 
 class _Digests(NamedTuple):

@@ -40,6 +40,7 @@ class Split:
     labels: np.ndarray | None  # int64 (length,); None when unlabelled
     store_name: str  # a file name with a digest of all that decides the pixels: sources, image size
     fingerprint: str  # hex digest by names and sizes of the files, and the labels: a copy has the same
+    origin: str  # the same, whatever size the images are packed at
     read: Callable[[int], np.ndarray]  # index -> uint8 (image_size, image_size, 3); picklable, for worker processes
     where: Callable[[int], str]  # index -> the path or name to show a person
 

@@ -71,6 +71,12 @@ def check_unused(options: GridOptions) -> None:
             raise UserError(f"stage.{key}={shown} would be ignored: it is for stage.features=cached; add that")
 
 
+def check_holdout(holdout: float, exam: bool) -> None:
+    """UserError for a share that is held out of nothing."""
+    if not exam and holdout != GridOptions().holdout:
+        raise UserError(f"stage.holdout={holdout:g} would be ignored: one cell leaves nothing to choose; leave it out")
+
+
 def train_grid(
     cfg: DictConfig,
     run: Run,
@@ -87,13 +93,15 @@ def train_grid(
     One head of a pair (see LinearGrid) learns without the held-out images, and is examined on their test views. The
     pair with most right answers is chosen; a small exam has ties, which the lower cross-entropy decides. Its other
     head, which learnt from all images, is measured on val, once, at the end: nothing else depends on the val split.
+    No exam where nothing is held out, and one cell is all there is.
     Both in one `fit`: the exam's heads cost little, and a restart has one checkpoint to continue from.
 
     copies=0 trains on features of test views, which cost one pass; k on those of the augmented views that the first k
     epochs of the official protocol draw, in turn: with k=epochs this is that protocol.
 
-    Returns what `evaluate` does and holdout_top1 (percent), lr (as in stage.lrs: before scaling), weight_decay. Writes
-    grid.csv. The features stay in memory, on every process: 25,600 images x 2048 are 0.2 GB a copy.
+    Returns what `evaluate` does and, of an exam, holdout_top1 (percent), lr (as in stage.lrs: before scaling),
+    weight_decay. Writes grid.csv of the exam. The features stay in memory, on every process: 25,600 images x 2048 are
+    0.2 GB a copy.
     """
     labels = torch.from_numpy(source.labels[source.rows])
     backbone, cells = grid.train().backbone, options.cells
@@ -123,15 +131,18 @@ def train_grid(
     exam = list(zip(clean[held][rank::world].split(CHUNK), labels[held][rank::world].split(CHUNK), strict=True))
 
     def measure() -> dict[str, float]:
-        scores = sum(grid.score(x.to(run.device), y.to(run.device)).cpu().double() for x, y in exam)
-        right, loss = (distributed.total(scores) / held.sum()).T.tolist()
-        best = max(range(len(cells)), key=lambda cell: (right[cell], -loss[cell]))
+        best, line = 0, {}
+        if held.any():
+            scores = sum(grid.score(x.to(run.device), y.to(run.device)).cpu().double() for x, y in exam)
+            right, loss = (distributed.total(scores) / held.sum()).T.tolist()
+            best = max(range(len(cells)), key=lambda cell: (right[cell], -loss[cell]))
+            line["holdout_top1"] = 100 * right[best]
+            if grid.finished and run.is_main:
+                report(run, options, right, loss, best, int(held.sum()))
         grid.choose(best)
         mine, accuracy = distributed.mean(grid.seen)[:, best].tolist()
-        line = {"holdout_top1": 100 * right[best], "loss": mine, "accuracy": accuracy}
+        line |= {"loss": mine, "accuracy": accuracy}
         if grid.finished:
-            if run.is_main:
-                report(run, options, right, loss, best, int(held.sum()))
             lr, decay = cells[best]
             line |= {"lr": lr, "weight_decay": decay, **evaluate(grid, test.epoch_pass(), test_view)}
         return line

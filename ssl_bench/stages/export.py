@@ -23,6 +23,7 @@ from ssl_bench.report import plain
 from ssl_bench.results import Ran
 from ssl_bench.run import Run
 from ssl_bench.shell import override
+from ssl_bench.stages import labels
 from ssl_bench.stages.evaluation import Pretrained, open_pretrained
 from ssl_bench.stages.training import check_size
 
@@ -119,6 +120,7 @@ def write_weights(state: interop.State, pretrained: Pretrained, folder: Path) ->
             "backbone": pretrained.network,
             "stage": config.get("stage"),
             "classes": pretrained.classes,
+            "labels": labels.seen_by(str(pretrained.path)).said(),
         }
         metadata["ssl_bench"] = json.dumps(kept)
     metadata[interop.DIGEST] = interop.digest(state, metadata.get("ssl_bench", ""))

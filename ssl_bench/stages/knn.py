@@ -19,8 +19,9 @@ from ssl_bench.evaluators import QUERIES, nearest, vote
 from ssl_bench.fields import Resize, Share
 from ssl_bench.run import Run
 from ssl_bench.stages import IMAGES, LOOK, RUN
-from ssl_bench.stages.cached import extract_all, hold_out
+from ssl_bench.stages.cached import check_holdout, extract_all, hold_out
 from ssl_bench.stages.evaluation import check_directory, few_labels, load_pretrained, log_result
+from ssl_bench.stages.labels import check_unseen
 from ssl_bench.stages.training import check_sizes, normalization, on_device, open_source
 
 log = logging.getLogger(__name__)
@@ -49,12 +50,14 @@ def knn(
     holdout_top1 (percent), and writes grid.csv. One k and one temperature need no exam. See `evaluators.weighted_knn`.
     """
     check_directory(cfg)
+    check_holdout(holdout, exam := chooses(cfg.stage))
     data = build.construct(cfg.data)
     split = data.split("train")
     data.split("val")
     subset = few_labels(split.labels, labels_per_class, label_fraction, cfg.seed)
     labels = split.labels if subset is None else split.labels[subset]
-    exam = len(k) * len(temperatures) > 1
+    if exam:
+        check_unseen(cfg, split, *CHOICE)
     room = len(labels) - hold_out(labels, holdout, cfg.seed, *CHOICE).sum() if exam else len(labels)
     cells = list(product([number for number in k if number <= room], temperatures))
     if not cells:
@@ -86,6 +89,14 @@ def knn(
     result |= {"k": best[0], "temperature": best[1], "val_top1": top1, "val_top5": top5}
     log_result(run, result)
     return result
+
+
+def chooses(stage: DictConfig) -> bool:
+    """Does this stage choose by held-out labels?"""
+    return len(stage.k) * len(stage.temperatures) > 1
+
+
+knn.chooses, knn.choice = chooses, CHOICE
 
 
 def accuracy(

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -14,8 +15,8 @@ from ssl_bench.fields import Resize, Share, WholeEpochs
 from ssl_bench.methods import layers
 from ssl_bench.probe import LinearGrid, LinearProbe
 from ssl_bench.run import Run
-from ssl_bench.stages import TRAINING
-from ssl_bench.stages.cached import GridOptions, check_options, check_unused, hold_out, train_grid
+from ssl_bench.stages import TRAINING, labels
+from ssl_bench.stages.cached import GridOptions, check_holdout, check_options, check_unused, hold_out, train_grid
 from ssl_bench.stages.evaluation import digest, few_labels, load_pretrained
 from ssl_bench.stages.training import (
     check_batch,
@@ -29,6 +30,10 @@ from ssl_bench.stages.training import (
 )
 
 DEFAULT = GridOptions()
+CHOICE = (
+    "stage.features=cached",
+    "stage.features=official, or leave nothing to choose: stage.lrs=[0.3] stage.weight_decays=[0]",
+)
 
 
 READS = (*TRAINING, "pretrained")
@@ -54,8 +59,10 @@ def lincls(
     cached: it sees each image once, and a grid of classifiers learns from its features; see `cached.train_grid`.
     """
     options = GridOptions(copies, lrs, weight_decays, holdout)
+    exam = chooses(cfg.stage)
     if features == "cached":
         check_options(cfg, options)
+        check_holdout(holdout, exam)
     else:
         check_unused(options)
     data = build.construct(cfg.data)
@@ -63,8 +70,10 @@ def lincls(
     data.split("val")
     subset = few_labels(split.labels, labels_per_class, label_fraction, cfg.seed)
     check_batch(cfg, split.length if subset is None else len(subset))
-    if features == "cached":  # said now, and not after the images are packed
+    if exam:  # said now, and not after the images are packed
+        labels.check_unseen(cfg, split, *CHOICE)
         hold_out(split.labels if subset is None else split.labels[subset], holdout, cfg.seed)
+    labels.seen_by(cfg.pretrained).record(run)  # of the backbone, which this stage leaves as it is
     backbone = load_pretrained(cfg)
     check_sizes(cfg, backbone)
     if normalize and features == "official":
@@ -76,7 +85,8 @@ def lincls(
 
     before = digest(backbone)
     if features == "cached":
-        held = torch.from_numpy(hold_out(source.labels[source.rows], holdout, cfg.seed))
+        targets = source.labels[source.rows]
+        held = torch.from_numpy(hold_out(targets, holdout, cfg.seed) if exam else np.zeros(len(targets), bool))
         kept = 1 - held.double().mean().item()
         grid = on_device(LinearGrid(backbone, data.num_classes, len(options.cells), kept, normalize), run)
         result = train_grid(cfg, run, grid, options, held, source, test, views, test_view)
@@ -88,3 +98,11 @@ def lincls(
         result = train(cfg, run, probe, source, views, lambda: evaluate(probe, test.epoch_pass(), test_view))
     assert digest(backbone) == before, "the frozen backbone changed"
     return result
+
+
+def chooses(stage: DictConfig) -> bool:
+    """Does this stage choose by held-out labels?"""
+    return stage.features == "cached" and len(stage.lrs) * len(stage.weight_decays) > 1
+
+
+lincls.chooses, lincls.choice = chooses, CHOICE

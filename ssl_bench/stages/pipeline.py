@@ -17,7 +17,7 @@ from ssl_bench.augment.views import EvalView
 from ssl_bench.errors import UserError
 from ssl_bench.launch import launch
 from ssl_bench.run import Run
-from ssl_bench.stages import EVERY, PRETRAINING, RECIPE
+from ssl_bench.stages import EVERY, PRETRAINING, RECIPE, labels
 from ssl_bench.stages.cached import extract_all
 from ssl_bench.stages.pretrain import picture
 from ssl_bench.stages.training import normalization, on_device, open_source
@@ -28,7 +28,10 @@ log = logging.getLogger(__name__)
 # What an evaluation shares with the pretraining it follows, unless its own overrides say otherwise.
 SHARED = ("data", "backbone", "tracking", "device", "devices", "precision", "zero_init_residual")
 READS = PRETRAINING
-IDLE = {"method.name=random": (*RECIPE[1:], *EVERY)}  # its pictures show the augmentation
+IDLE = {
+    "method.name=random": (*RECIPE[1:], *EVERY),  # its pictures show the augmentation
+    "method.name=supervised": ("eval_every",),
+}
 
 
 def pipeline(
@@ -50,6 +53,9 @@ def pipeline(
         if name := member.tracking.get("name"):  # theirs, too, and each has one
             member.tracking.name = f"{name} {os.path.relpath(member.dir, cfg.dir)}"
         build.check(member)  # all of it, before any of it takes time
+    if labels.learns_labels(cfg.method):
+        for member in chain(*evaluations.values()):
+            check_choice(member, pretraining)
     launch(pretraining)
     results: dict[str, list[float]] = {}
     for name, members in evaluations.items():
@@ -76,6 +82,15 @@ def pipeline(
 
 
 pipeline.single_process = True  # its members start their own
+
+
+def check_choice(member: DictConfig, pretraining: DictConfig) -> None:
+    """UserError for an evaluation that would choose by labels which the pretraining has learnt from."""
+    stage = build.locate(member.stage._target_, "stage")
+    on = member.pretrained is not None and identity.real(member.pretrained) == identity.real(pretraining.dir)
+    chooses = on and member.data.name == pretraining.data.name and hasattr(stage, "chooses")
+    if chooses and stage.chooses(member.stage):
+        raise UserError(labels.refusal(member, *stage.choice))
 
 
 def cost(lines: list[dict[str, float]]) -> dict[str, float]:

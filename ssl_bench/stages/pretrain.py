@@ -20,7 +20,7 @@ from ssl_bench.methods import layers
 from ssl_bench.methods.base import Method
 from ssl_bench.run import Run
 from ssl_bench.seeding import fold
-from ssl_bench.stages import EVERY, IMAGES, PRETRAINING, RECIPE
+from ssl_bench.stages import EVERY, IMAGES, PRETRAINING, RECIPE, labels
 from ssl_bench.stages.cached import extract_all, hold_out
 from ssl_bench.stages.evaluation import check_classes
 from ssl_bench.stages.training import (
@@ -43,6 +43,7 @@ IDLE = {
     "method.name=random": (*RECIPE, *EVERY, *IMAGES, "stage.online_images"),
     "eval_every=0": ("stage.online_images",),
     "stage.online_images=0": ("eval_every",),
+    "method.name=supervised": ("eval_every", "stage.online_images"),  # learns from all labels that could judge it
 }
 
 
@@ -71,12 +72,17 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
             )
         layers.sync_batch_norm_(model, run.device, cfg.compile)
     model = on_device(model, run)
+    learnt = [labels.data_set(cfg, data.split("train"))] if labels.learns_labels(cfg.method) else []
+    labels.Labels(tuple(learnt)).record(run)
     if not model.learns:
         run.save(0, model=model)
         return {}
     views = make_views(cfg, run, model)
     source = open_source(cfg, run, data, model.split)
-    evaluate = online(cfg, run, data, model, views, online_images) if cfg.eval_every and online_images else None
+    judged = cfg.eval_every and online_images and not learnt
+    if learnt:
+        log.info("method=%s learns from all labels of the train split: none are left to judge by", cfg.method.name)
+    evaluate = online(cfg, run, data, model, views, online_images) if judged else None
     if run.is_main:
         show_views(cfg, run, source, views)
     return train(cfg, run, model, source, views, evaluate)
@@ -109,13 +115,13 @@ def online(
     if source is None:
         log.info("no labelled images to judge the features by while they are learnt")
         return None
-    labels = source.labels[source.rows]
-    asked = torch.from_numpy(hold_out(labels, 0.2, cfg.seed))
+    targets = source.labels[source.rows]
+    asked = torch.from_numpy(hold_out(targets, 0.2, cfg.seed))
     test_view = EvalView(views.image_size, 1.0, *normalization(cfg)).to(run.device)
 
     def evaluate() -> dict[str, float]:
         features = extract_all(cfg, run, model.backbone.eval(), source, lambda images, indices: test_view(images))
-        return knn_and_ridge(features, torch.from_numpy(labels), asked)
+        return knn_and_ridge(features, torch.from_numpy(targets), asked)
 
     return evaluate
 
@@ -123,14 +129,14 @@ def online(
 def judges(cfg: DictConfig, run: Run, data: Dataset, num_images: int) -> Source | None:
     """At most so many images of the train split, of two classes or more and two of each or more; None without them."""
     try:
-        labels = data.split("train").labels
+        known = data.split("train").labels
     except UserError:
-        labels = None
-    if labels is None:
+        known = None
+    if known is None:
         return None
     rng = np.random.default_rng(fold(cfg.seed, "online"))
-    chosen = np.sort(rng.permutation(len(labels))[:num_images])
-    chosen = chosen[paired(labels[chosen])]
+    chosen = np.sort(rng.permutation(len(known))[:num_images])
+    chosen = chosen[paired(known[chosen])]
     if not len(chosen):
         return None
     source = open_source(cfg, run, data, "train", chosen)
@@ -138,9 +144,9 @@ def judges(cfg: DictConfig, run: Run, data: Dataset, num_images: int) -> Source 
     return source if len(source.rows) else None
 
 
-def paired(labels: np.ndarray) -> np.ndarray:
+def paired(targets: np.ndarray) -> np.ndarray:
     """Mask of the images whose class has another one, to learn from and to ask for; none where that is one class."""
-    _, of, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    _, of, counts = np.unique(targets, return_inverse=True, return_counts=True)
     return (counts > 1)[of] & ((counts > 1).sum() > 1)
 
 

@@ -1,0 +1,93 @@
+"""Which labels a network's weights have learnt from: held out, these say nothing of it, and choose nothing.
+
+A run that leaves a backbone writes labels.json: {"seen": [a data set, ...], "known": bool}, its own data set and what
+the weights that it began with had seen. stage=export hands that on. known is false where it began with a file that
+doesn't say, as weights from elsewhere don't.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig
+
+from ssl_bench import build, files, identity, interop
+from ssl_bench.data.store import Split
+from ssl_bench.errors import UserError
+from ssl_bench.run import Run
+
+log = logging.getLogger(__name__)
+
+FILE = "labels.json"
+
+
+class Labels(NamedTuple):
+    seen: tuple[dict[str, Any], ...] = ()  # see `data_set`
+    known: bool = True
+
+    def said(self) -> dict[str, Any]:
+        """For an export: nothing of this machine."""
+        return {"seen": [{**one, "root": None} for one in self.seen], "known": self.known}
+
+    def record(self, run: Run) -> None:
+        if run.is_main:
+            files.write(run.directory / FILE, json.dumps(self._asdict(), indent=2) + "\n")
+
+
+def data_set(cfg: DictConfig, split: Split) -> dict[str, Any]:
+    """What tells whether labels are those of this split."""
+    root = cfg.data.get("root")
+    extra = [str(name) for name in cfg.data.get("extra_labels") or ()]
+    return {"data": cfg.data.name, "images": split.origin, "root": root and identity.real(root), "extra": extra}
+
+
+def seen_by(pretrained: str | None) -> Labels:
+    """What these weights have learnt from; nothing where they are as initialised."""
+    if pretrained is None:
+        return Labels()
+    path = interop.find(pretrained)
+    place = (files.run_of(path) or Path()) / FILE
+    content = files.parse(place, json.loads) if place.is_file() else (interop.recipe(path) or {}).get("labels")
+    if content is None:
+        return Labels(known=False)
+    try:
+        return Labels(tuple(dict(one) for one in content["seen"]), content["known"] is True)
+    except (TypeError, ValueError, KeyError):
+        raise UserError(f"{path}: it doesn't say in our words which labels it has learnt from; make it again") from None
+
+
+def learns_labels(method: DictConfig) -> bool:
+    """Does this method learn from labels, which the train split alone has?"""
+    return build.locate(method._target_, "method").split == "train" or build.takes(method, "num_classes")
+
+
+def check_unseen(cfg: DictConfig, split: Split, chooser: str, instead: str) -> None:
+    """UserError where the weights have learnt from the labels of the train split, of which `chooser` holds some out.
+
+    A line in the log where that isn't known. instead: what to type.
+    """
+    labels, ours = seen_by(cfg.pretrained), data_set(cfg, split)
+    if any(_same(one, ours) for one in labels.seen):
+        raise UserError(refusal(cfg, chooser, instead))
+    if not labels.known:
+        log.info(
+            "nothing is known of the labels that %s has learnt from: if they are those of data=%s, a choice by some of "
+            "them is worth nothing",
+            *(cfg.pretrained, cfg.data.name),
+        )
+
+
+def refusal(cfg: DictConfig, chooser: str, instead: str) -> str:
+    return (
+        f"pretrained={cfg.pretrained} has learnt from the labels of data={cfg.data.name}, so that {chooser} can't "
+        f"choose by holding some out: type {instead}"
+    )
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Have they labels in common? The same images, whatever their size; or the same folder, or with other labels."""
+    if one.get("images") == other["images"]:
+        return True
+    placed = one.get("root") is not None and one.get("root") == other["root"]
+    return one.get("data") == other["data"] and (placed or one.get("extra") != other["extra"])
