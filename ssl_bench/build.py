@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import yaml
 from hydra.core.global_hydra import GlobalHydra
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from ssl_bench import signatures, typed
 from ssl_bench.errors import UserError
-from ssl_bench.fields import InEpochs
+from ssl_bench.fields import InEpochs, Place, is_path
 
 if TYPE_CHECKING:
     import torch
@@ -44,11 +44,11 @@ class Root(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     seed: NonNegativeInt
-    dir: Annotated[str, Field(min_length=1)] | None
+    dir: Annotated[Place, Field(min_length=1)] | None
     epochs: PositiveInt
     batch_size: PositiveInt
-    pretrained: str | None
-    runs: str | list[str] | None
+    pretrained: Place | None
+    runs: Place | list[Place] | None
     sweep: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     metric: str | None
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
@@ -107,6 +107,24 @@ def _other_recipe(nodes: Mapping[str, dict[str, Any]]) -> str | None:
     if method == "moco_v3_vit" and not vit:
         return f"method=moco_v3_vit is a recipe for vit_tiny, vit_small: with backbone={backbone} type method=moco_v3"
     return None
+
+
+def at_home(cfg: DictConfig) -> DictConfig:
+    """A copy in which ~ is home, at the beginning of whatever the schema says is a path. Not resolved."""
+    made, plain = cfg.copy(), OmegaConf.to_container(cfg)
+    places = {
+        name: plain.get(name) for name, hint in get_type_hints(Root, include_extras=True).items() if is_path(hint)
+    }
+    for group, supplied in SUPPLIED.items():
+        node = plain.get(group) or {}
+        parameters = signatures.parameters(node["_target_"], supplied) if "_target_" in node else {}
+        places |= {f"{group}.{name}": node.get(name) for name, (hint, _) in parameters.items() if is_path(hint)}
+    for key, value in places.items():
+        if isinstance(value, str) and value.startswith("~"):
+            OmegaConf.update(made, key, os.path.expanduser(value))
+        elif isinstance(value, list):
+            OmegaConf.update(made, key, [os.path.expanduser(path) for path in value])
+    return made
 
 
 def construct(node: Mapping, **supplied: Any) -> Any:

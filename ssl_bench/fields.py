@@ -1,6 +1,6 @@
 """Annotated types for constructors. A constructor's signature is the schema of its YAML node (see `build.check`)."""
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
@@ -9,6 +9,15 @@ class InEpochs(NamedTuple):
     """Marks a setting that is a time in epochs: `build.check` wants it in the course of `epochs`."""
 
     or_at_the_end: bool = False
+
+
+class IsPath(NamedTuple):
+    """Marks a setting that is a path: ~ at its beginning is home (`build.at_home`)."""
+
+
+def is_path(annotation: Any) -> bool:
+    """Is it a path, or may it be one, or a list of them?"""
+    return IsPath() in getattr(annotation, "__metadata__", ()) or any(map(is_path, get_args(annotation)))
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]  # a probability, a ratio, a momentum
@@ -20,3 +29,4 @@ Epochs = Annotated[NonNegativeFloat, InEpochs()]  # of a warm-up, of what stays 
 WholeEpochs = Annotated[NonNegativeInt, InEpochs(or_at_the_end=True)]  # as many, counted
 BitDepth = Annotated[int, Field(ge=8, le=16)]  # of values in files that hold 16
 ValueRange = Annotated[list[float], Field(min_length=2, max_length=2)]  # what is black, and what is white
+Place = Annotated[str, IsPath()]

@@ -19,7 +19,7 @@ UNLISTED = (SUMS, "log.txt")  # of a run's own files: these go on
 
 def places(given: str | Sequence[str] | None) -> list[Path]:
     """The paths of a setting like `runs`: one, or a list of them."""
-    return [Path(path).expanduser() for path in ([given] if isinstance(given, str) else given or ())]
+    return [Path(path) for path in ([given] if isinstance(given, str) else given or ())]
 
 
 def run_of(path: Path) -> Path | None:
@@ -45,6 +45,11 @@ def weights_of(source: Path) -> Path | None:
     return source if source.is_file() else None
 
 
+def _open(path: Path, mode: str) -> IO:
+    """A name of a file that isn't UTF-8 is shown by its bytes, as \\udcff; it ends nothing."""
+    return open(path, mode) if "b" in mode else open(path, mode, encoding="utf-8", errors="backslashreplace")
+
+
 @contextmanager
 def replacing(path: Path, partial: Path, mode: str) -> Iterator[IO]:
     """Replace the file at once: nobody reads half of it, and a kill leaves the old one or the new one.
@@ -52,7 +57,7 @@ def replacing(path: Path, partial: Path, mode: str) -> Iterator[IO]:
     partial: where it is written until it is whole; a failure, like a full disk, leaves nothing there.
     """
     try:
-        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with _open(partial, mode) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do

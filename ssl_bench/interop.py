@@ -75,7 +75,7 @@ def _backbone_of(source: str, path: Path) -> str:
 
 def find(source: str) -> Path:
     """The file that `pretrained=source` means."""
-    path = Path(source).expanduser()
+    path = Path(source)
     if file := files.weights_of(path):
         return file
     if path.is_dir():

@@ -1,10 +1,12 @@
 """One stage, in as many processes as it wants."""
 
+import io
 import json
 import logging
 import os
 import shutil
 import signal
+import sys
 import sysconfig
 import tempfile
 import uuid
@@ -26,7 +28,7 @@ def launch(cfg: DictConfig) -> dict[str, float]:
 
     if cfg.compile:
         check_compiler()
-    cfg = _settled(cfg)
+    cfg = _settled(build.at_home(cfg))
     single = getattr(build.locate(cfg.stage._target_, "stage"), "single_process", False)
     if cfg.devices > 1 and distributed.launched() is None and not single:
         return _spawn(cfg)
@@ -40,7 +42,7 @@ def _settled(cfg: DictConfig) -> DictConfig:
     from ssl_bench.augment.views import IMAGENET_MEAN, IMAGENET_STD
 
     source, decided = cfg.pretrained, {}
-    if source is not None and Path(source).expanduser().is_dir():
+    if source is not None and Path(source).is_dir():
         decided["pretrained"] = source = str(interop.find(source))
     look = OmegaConf.to_container(cfg.augmentation, resolve=True) if cfg.get("augmentation") else {}
     if unsaid := [key for key in ("mean", "std") if key in look and look[key] is None]:
@@ -174,7 +176,13 @@ def _rank(config: str, folder: str) -> dict[str, float]:
 
 
 def set_up_logging(quiet: bool = False) -> None:
-    """Log lines of ours to stderr, above a progress bar where there is one. quiet: warnings only."""
+    """Log lines of ours to stderr, above a progress bar where there is one. quiet: warnings only.
+
+    A terminal that lacks a character, as "±" in ASCII, is shown its number.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     handler = _Console()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     handler.setLevel(logging.WARNING if quiet else logging.INFO)

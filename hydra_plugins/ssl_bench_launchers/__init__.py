@@ -168,7 +168,7 @@ class _SweepLauncher(Launcher):
         own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
         if not self._is_grid:  # the members of a grid are checked before any starts
             build.check(own)
-        config = OmegaConf.to_container(own, resolve=True)
+        config = OmegaConf.to_container(build.at_home(own), resolve=True)
         if config["dir"] is None:
             raise UserError(f"stage={config['stage']['name']} leaves nothing behind: it can't be part of a sweep")
         own_name = name(overrides)

@@ -25,7 +25,7 @@ from ssl_bench.data import pictures, synthetic
 from ssl_bench.data.pictures import Noticed, Values
 from ssl_bench.data.store import OnError, Split, Store, has_room, open_store
 from ssl_bench.errors import UserError
-from ssl_bench.fields import BitDepth, ValueRange
+from ssl_bench.fields import BitDepth, Place, ValueRange
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Dataset(ABC):
     values = Values()  # what the values of its image files mean
 
     def __init__(
-        self, image_size: int, on_error: OnError = "raise", cache: str | None = None, workers: int | None = None
+        self, image_size: int, on_error: OnError = "raise", cache: Place | None = None, workers: int | None = None
     ):
         self.image_size, self.on_error, self.cache, self.workers = image_size, on_error, cache, workers
         self._splits: dict[str, Split] = {}
@@ -135,7 +135,7 @@ def _digest(*parts) -> str:
 
 
 def _folder(root: str, *parts: str) -> Path:
-    path = Path(root, *parts).expanduser()
+    path = Path(root, *parts)
     if not path.is_dir():
         raise UserError(f"no folder {path}; data.root= sets where the data set is (now {root})")
     return path
@@ -274,13 +274,13 @@ class DL21(Dataset):
 
     def __init__(
         self,
-        root: str,
+        root: Place,
         image_size: PositiveInt = 96,
-        extra_labels: str | list[str] | None = None,
+        extra_labels: Place | list[Place] | None = None,
         bit_depth: BitDepth | None = None,
         value_range: ValueRange | None = None,
         on_error: OnError = "raise",
-        cache: str | None = None,
+        cache: Place | None = None,
         workers: PositiveInt | None = None,
     ):
         super().__init__(image_size, on_error, cache, workers)
@@ -294,7 +294,7 @@ class DL21(Dataset):
 
     @functools.cached_property
     def num_classes(self) -> int | None:
-        if not Path(self.root, "train_label_tensor.pt").expanduser().exists():
+        if not Path(self.root, "train_label_tensor.pt").exists():
             return None
         return int(max(labels.max(initial=0) for labels in self._train_labels)) + 1
 
@@ -427,12 +427,12 @@ class Folder(Dataset):
 
     def __init__(
         self,
-        root: str,
+        root: Place,
         image_size: PositiveInt = 96,
         bit_depth: BitDepth | None = None,
         value_range: ValueRange | None = None,
         on_error: OnError = "raise",
-        cache: str | None = None,
+        cache: Place | None = None,
         workers: PositiveInt | None = None,
     ):
         super().__init__(image_size, on_error, cache, workers)
@@ -487,7 +487,7 @@ class Images(Folder):
     class_names = ()
 
     def _list(self, name: str) -> Split:
-        paths, digests, _ = _list_tree(Path(self.root).expanduser(), key="stage.images")
+        paths, digests, _ = _list_tree(Path(self.root), key="stage.images")
         return self._split(name, "all", digests, None, self._decoder(paths), paths)
 
 
@@ -629,10 +629,10 @@ class STL10(Dataset):
 
     def __init__(
         self,
-        root: str,
+        root: Place,
         image_size: Literal[96] = 96,
         on_error: OnError = "raise",
-        cache: str | None = None,
+        cache: Place | None = None,
         workers: PositiveInt | None = None,
     ):
         super().__init__(image_size, on_error, cache, workers)
@@ -670,11 +670,11 @@ class CIFAR(Dataset):
 
     def __init__(
         self,
-        root: str,
+        root: Place,
         num_classes: Literal[10, 100],
         image_size: Literal[32] = 32,
         on_error: OnError = "raise",
-        cache: str | None = None,
+        cache: Place | None = None,
         workers: PositiveInt | None = None,
     ):
         super().__init__(image_size, on_error, cache, workers)
@@ -733,7 +733,7 @@ class Digits(Dataset):
         self,
         image_size: PositiveInt = 32,
         on_error: OnError = "raise",
-        cache: str | None = None,
+        cache: Place | None = None,
         workers: PositiveInt | None = None,
     ):
         super().__init__(image_size, on_error, cache, workers)
@@ -777,7 +777,7 @@ class Synthetic(Dataset):
         seed: NonNegativeInt,
         image_size: PositiveInt = 96,
         on_error: OnError = "raise",
-        cache: str | None = None,
+        cache: Place | None = None,
         workers: PositiveInt | None = None,
     ):
         super().__init__(image_size, on_error, cache, workers)

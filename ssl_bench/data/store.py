@@ -133,7 +133,7 @@ def has_room(split: Split, image_size: int, cache: str | Path | None = None) -> 
 
 
 def _root(cache: str | Path | None) -> Path:
-    return Path(cache).expanduser() if cache else cache_folder("stores")
+    return Path(cache) if cache else cache_folder("stores")
 
 
 def _need(split: Split, image_size: int) -> int:

@@ -194,7 +194,7 @@ def write_dl21(
     """
     import torch
 
-    root = Path(root).expanduser()
+    root = Path(root)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root} is not empty; name a new folder, or empty this one")
     if num_request > num_unlabeled:

@@ -7,12 +7,13 @@ from omegaconf import DictConfig
 from ssl_bench import dashboard as panels
 from ssl_bench import files, tracking
 from ssl_bench.errors import UserError, writable
+from ssl_bench.fields import Place
 from ssl_bench.run import Run
 
 READS = ("tracking",)
 
 
-def dashboard(cfg: DictConfig, run: Run, out: str = "dashboard.json") -> dict[str, float]:
+def dashboard(cfg: DictConfig, run: Run, out: Place = "dashboard.json") -> dict[str, float]:
     """A saved view in the project of `tracking`, if logged in; else `out`, which says what it will be. Counts panels.
 
     UserError without the extra, where W&B can't be reached, and where `out` can't be written.
@@ -26,7 +27,7 @@ def dashboard(cfg: DictConfig, run: Run, out: str = "dashboard.json") -> dict[st
         print(f"dashboard: {tracking.save_workspace(made)}")
     else:
         with writable("stage.out", out):
-            files.write(Path(out).expanduser(), panels.to_json(made))
+            files.write(Path(out), panels.to_json(made))
         print(f"W&B is {mode} here: the dashboard is in {out}; online, after `wandb login`, the same command makes it")
     return {"panels": sum(len(section.panels) for section in made.sections)}
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from ssl_bench import __version__, files, interop, results
 from ssl_bench.errors import UserError, writable
+from ssl_bench.fields import Place
 from ssl_bench.report import plain
 from ssl_bench.results import Ran
 from ssl_bench.run import Run
@@ -39,7 +40,7 @@ READS = ("pretrained", "runs", "backbone")
 
 
 def export(
-    cfg: DictConfig, run: Run, out: str, image_size: PositiveInt | None = None, onnx: bool = True
+    cfg: DictConfig, run: Run, out: Place, image_size: PositiveInt | None = None, onnx: bool = True
 ) -> dict[str, float]:
     """Write the folder `out`: the backbone and, where the file has one, its classifier as fc.weight and fc.bias.
 
@@ -50,7 +51,7 @@ def export(
     """
     if not run.is_main:
         return {}
-    folder = Path(out).expanduser()
+    folder = Path(out)
     if folder.exists() and not (folder / files.SUMS).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"stage.out={out}: is there already, and is no export; name a new folder")
     with writable("stage.out", out):
@@ -83,7 +84,7 @@ def export(
         write_weights(state, pretrained, partial)
         failure = try_onnx(pretrained, size, partial / "model.onnx") if onnx else ""
         text = card(folder.name, pretrained, measured, image_size, failure)
-        (partial / "README.md").write_text(text, encoding="utf-8")
+        (partial / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
         names = sorted(file.name for file in partial.iterdir())
         files.seal(partial, files.sums_of(partial, names))
         replace(folder, partial)

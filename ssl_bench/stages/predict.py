@@ -14,7 +14,7 @@ from ssl_bench.data.formats import Images
 from ssl_bench.data.pool import Progress
 from ssl_bench.data.store import Split
 from ssl_bench.errors import UserError
-from ssl_bench.fields import BitDepth, Resize, ValueRange
+from ssl_bench.fields import BitDepth, Place, Resize, ValueRange
 from ssl_bench.precision import autocast
 from ssl_bench.run import Run
 from ssl_bench.stages import IMAGES, RUN
@@ -42,7 +42,7 @@ READS = (*RUN, *IMAGES, "data.on_error", "data.cache", "data.workers", "backbone
 def predict(
     cfg: DictConfig,
     run: Run,
-    images: str,
+    images: Place,
     features: bool = True,
     image_size: PositiveInt | None = None,
     test_resize: Resize | None = None,
@@ -59,7 +59,7 @@ def predict(
     check_directory(cfg)
     if distributed.world_size() > 1:
         raise UserError("stage=predict writes one row after the other: start it without torchrun or srun")
-    root = Path(images).expanduser()
+    root = Path(images)
     if not root.is_dir():
         raise UserError(f"stage.images={images}: no such folder")
     pretrained = open_pretrained(cfg)
@@ -125,12 +125,12 @@ def predict(
 
 
 def open_images(cfg: DictConfig, pretrained: Pretrained, image_size: int) -> Images:
-    root = Path(cfg.stage.images).expanduser()
+    root = Path(cfg.stage.images)
     given = {key: cfg.stage[key] for key in ("bit_depth", "value_range") if cfg.stage[key] is not None}
     known = pretrained.config.get("data", {})
     values = given or {key: known[key] for key in ("bit_depth", "value_range") if known.get(key) is not None}
-    data = cfg.data
-    return Images(str(root), image_size, **values, on_error=data.on_error, cache=data.cache, workers=data.workers)
+    kept = {"on_error": cfg.data.on_error, "cache": cfg.data.cache, "workers": cfg.data.workers}
+    return Images(str(root), image_size, **values, **kept)
 
 
 def find_split(cfg: DictConfig, name: str) -> Split:

@@ -12,6 +12,7 @@ from ssl_bench.data.formats import Dataset
 from ssl_bench.data.source import Source
 from ssl_bench.engine import extract
 from ssl_bench.errors import UserError, writable
+from ssl_bench.fields import Place
 from ssl_bench.probe import restored
 from ssl_bench.report import markdown
 from ssl_bench.results import Board, Group, Ran
@@ -29,7 +30,7 @@ READS = ("runs", "metric", "data.name", "data.root", "data.cache", "data.workers
 
 
 def report(
-    cfg: DictConfig, run: Run, out: str | None = None, details: NonNegativeInt = 3, readme: str | None = None
+    cfg: DictConfig, run: Run, out: Place | None = None, details: NonNegativeInt = 3, readme: Place | None = None
 ) -> dict[str, float]:
     """Write report.html, results.md and results.json of the runs at or below `cfg.runs`; fill the tables of `readme`.
 

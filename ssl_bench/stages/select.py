@@ -21,7 +21,7 @@ from ssl_bench.augment.views import EvalView
 from ssl_bench.data.source import Source
 from ssl_bench.data.store import Split
 from ssl_bench.errors import UserError
-from ssl_bench.fields import Resize
+from ssl_bench.fields import Place, Resize
 from ssl_bench.probe import restored
 from ssl_bench.run import Run
 from ssl_bench.seeding import fold
@@ -44,13 +44,13 @@ def select(
     run: Run,
     strategy: Literal["random", "kmeans_plusplus", "k_center", "typiclust", "margin"] = "typiclust",
     budget: PositiveInt = 12_800,
-    requested: str | list[str] | None = None,
+    requested: Place | list[Place] | None = None,
     cover_train: bool = True,
     dim: NonNegativeInt = 128,
     max_clusters: PositiveInt | None = None,
     test_resize: Resize = 256 / 224,
-    features: str | None = None,
-    out: str | None = None,
+    features: Place | None = None,
+    out: Place | None = None,
 ) -> dict[str, float]:
     """Choose `budget` images of the "pretrain" split by a strategy of `selection`.
 
@@ -62,7 +62,7 @@ def select(
     needed, the mean distance of an unlabelled image to the nearest that is covered or chosen (of unit vectors: 0 to 2).
     """
     check_directory(cfg)
-    if out is not None and not os.access(Path(out).expanduser(), os.W_OK):
+    if out is not None and not os.access(Path(out), os.W_OK):
         raise UserError(f"stage.out={out}: not a folder that can be written; leave it out for the run directory")
     if max_clusters is not None and strategy != "typiclust":
         raise UserError(f"stage.max_clusters={max_clusters} would be ignored: it is for stage.strategy=typiclust")
@@ -91,7 +91,7 @@ def select(
         chosen, result = take(order, budget, run), {"num_covered": len(known)}
     else:
         on_device(backbone, run).eval()
-        folder = run.directory / "features" if features is None else Path(features).expanduser()
+        folder = run.directory / "features" if features is None else Path(features)
         mine = compute(cfg, run, backbone, source, split, test_resize, folder)
         theirs = mine[:0]
         if others:
@@ -184,7 +184,7 @@ def write(run: Run, split: Split, chosen: np.ndarray, root: str, named: list[str
     files.write(run.directory / "chosen.csv", table.getvalue())
     contact_sheet(split, chosen, run.directory / "chosen.png")
     run.log_image(1, "chosen", run.directory / "chosen.png")
-    folders = [Path(folder).expanduser() for folder in (root, out) if folder]
+    folders = [Path(folder) for folder in (root, out) if folder]
     taken = [path.name for folder in folders for path in folder.glob("request_*.csv")]
     if others := sorted(set(taken) - {Path(name).name for name in named}):
         log.warning("images of %s may be among the chosen: stage.requested= doesn't name it", ", ".join(others))

@@ -5,12 +5,13 @@ from pydantic import NonNegativeInt
 
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import UserError
+from ssl_bench.fields import Place
 from ssl_bench.run import Run
 
 READS = ("data",)
 
 
-def synthesize(cfg: DictConfig, run: Run, out: str, num_request: NonNegativeInt = 0) -> dict[str, float]:
+def synthesize(cfg: DictConfig, run: Run, out: Place, num_request: NonNegativeInt = 0) -> dict[str, float]:
     """out: a new folder. num_request: labels in request_00.csv and label_00.pt, of images in unlabeled/."""
     data = cfg.data
     if data.name != "synthetic":

@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 
 from ssl_bench import files, identity, report, results
 from ssl_bench.errors import UserError
+from ssl_bench.fields import Place
 from ssl_bench.results import Ran
 from ssl_bench.run import Run
 from ssl_bench.zoo import WEIGHTS, place
@@ -13,7 +14,7 @@ from ssl_bench.zoo import WEIGHTS, place
 READS = ("runs",)
 
 
-def zoo(cfg: DictConfig, run: Run, verify: str | None = None) -> dict[str, float]:
+def zoo(cfg: DictConfig, run: Run, verify: Place | None = None) -> dict[str, float]:
     """Show the published weights, and the finished runs at or below `cfg.runs` with what was measured of them.
 
     verify: a file, in place of that: which weights it holds; UserError where they are none of these, nor as SHA256SUMS
@@ -24,7 +25,7 @@ def zoo(cfg: DictConfig, run: Run, verify: str | None = None) -> dict[str, float
     runs = results.find(files.places(cfg.runs))
     own = [ran for ran in runs if ran.summary is not None and ran.weights]
     if verify is not None:
-        print(identify(Path(verify).expanduser(), own))
+        print(identify(Path(verify), own))
         return {"verified": 1}
     published = [
         [name, weights.backbone, weights.note, f"md5 {weights.md5}", "yes" if place(name).is_file() else "no"]
