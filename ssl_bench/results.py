@@ -3,7 +3,8 @@
 A results file (`save`, `load`) keeps such rows, so that a table can be made again where the runs are gone (`fill`):
 {"rows": [{"stage": "lincls", "name": "moco_v2", "values": {"val_top1": [46.9, 46.8, 47.1], "hours": [...]}}]}, a value
 a seed; a row may also have "metric", which it is judged by, "n" and "members", how many seeds are finished and how many
-there should be, and "pretrainings", how many its runs stand on. Other keys of the file are remarks.
+there should be, "pretrainings", how many its runs stand on, and "runs", what these are (`evidence`). Other keys of the
+file are remarks.
 """
 
 import csv
@@ -588,6 +589,27 @@ def _values(key: str, members: Sequence[sweep.Member]) -> str:
 
 def save(path: Path, rows: Sequence[dict], **remarks: Any) -> None:
     files.write(path, json.dumps({**remarks, "rows": rows}, indent=1) + "\n")
+
+
+def evidence(ran: Ran) -> dict[str, Any]:
+    """What tells a finished run from any other, for the row of a results file: stage=verify looks for it."""
+    sums = files.listed(ran.directory)
+    weights = next((sums[name] for name in sums if name.startswith("checkpoints/")), "")
+    return {
+        "run": str(ran.directory),
+        "key": ran.identity.key,
+        "seed": ran.seed,
+        "summary": sums.get("summary.json", ""),
+        "weights": weights,
+        "stands_on": ran.stands_on,
+        "images": {split: facts["fingerprint"] for split, facts in ran.inputs.items()},
+        "git_commit": ran.environment.get("git_commit", ""),
+    }
+
+
+def remarks(path: Path) -> dict[str, Any]:
+    """What a results file says besides its rows."""
+    return {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key != "rows"}
 
 
 def load(path: Path) -> list[dict]:

@@ -1,6 +1,8 @@
 """Numbers that can be checked: a finished run is known by its files' digests, and stage=verify asks for them all."""
 
+import json
 import random
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -91,3 +93,101 @@ def test_a_run_of_before_is_read(place: Path) -> None:
     path = place / "moco" / "seed0" / "environment.json"
     path.write_text(path.read_text().replace('"world_size": 1', '"world_size": 1.0'))  # nobody could know
     assert {one.stage for one in results.find([place])} == {"pretrain", "lincls"}
+
+
+# -- stage=verify ------------------------------------------------------------------------------------------------------
+
+
+def verified(capsys: pytest.CaptureFixture, *words: str) -> tuple[dict, str]:
+    """(counts, or the line about what differs; what was printed)."""
+    capsys.readouterr()
+    try:
+        counts = launch(compose("stage=verify", *TINY[:2], *words))
+    except UserError as error:
+        counts = str(error)
+    return counts, capsys.readouterr().out
+
+
+def test_a_run_is_whole_with_all_that_it_stands_on(place: Path, capsys: pytest.CaptureFixture) -> None:
+    """Moved, too: what it stands on is found by content."""
+    counts, said = verified(capsys, f"runs={place}")
+    assert counts["differs"] == 0, said
+    assert re.search(r"whole .*lincls/seed0: \d+ files, as SHA256SUMS says", said)
+    assert re.search(r"whole .*pretrained=.*: sha256 \w{16}\.\.\., now .*step0000000010\.pt", said)
+    assert re.search(r"whole .*images of 'val': 500, fingerprint", said)
+    assert re.search(r"whole .*step0000000010\.pt: step 10 of this configuration", said)
+
+
+def test_what_differs_is_named_and_the_command_fails(place: Path, capsys: pytest.CaptureFixture) -> None:
+    checkpoint = files.complete(place / "moco" / "seed0")[0]
+    whole = checkpoint.read_bytes()
+    for spoil, says in (
+        (lambda: flip(checkpoint), r"step0000000010\.pt: its sha256 is"),
+        (lambda: flip(place / "lincls/seed0/summary.json"), r"summary\.json: its sha256 is"),
+    ):
+        spoil()
+        words = [f"runs={place}" if "step" in says else f"stage.what={place}"]
+        counts, _ = verified(capsys, *words)
+        assert re.search(rf"\d+ of \d+ differ: .*{says}", counts), counts
+        assert "\n" not in counts
+        checkpoint.write_bytes(whole)
+
+
+def test_a_run_does_it_again(place: Path, capsys: pytest.CaptureFixture) -> None:
+    """To the last digit on the same CPU; what was changed since isn't what comes out."""
+    run = place / "lincls" / "seed0"
+    counts, said = verified(capsys, f"stage.what={run}", f"runs={place}", "stage.rerun=true")
+    assert counts["differs"] == 0
+    assert re.search(r"whole .*again: the same to the last digit: .*val_top1", said)
+    counts, said = verified(capsys, f"stage.what={run}", f"runs={place}", "stage.rerun=true", "stage.max_minutes=1e-9")
+    assert "it took 0 minutes: type stage.max_minutes=" in said
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"val_top1": summary["val_top1"] + 20}))
+    (run / "SHA256SUMS").unlink()  # somebody who knows how
+    counts, said = verified(capsys, f"stage.what={run}", f"runs={place}", "stage.rerun=true")
+    assert re.search(r"1 of \d+ differ: .*again: val_top1 [\d.]+, was [\d.]+", counts)
+
+
+def test_a_table_and_the_runs_it_was_made_of(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    launch(compose("stage=report", f"runs={place}", "stage.details=0", f"stage.out={tmp_path}/out"))
+    table = tmp_path / "out" / "results.json"
+    counts, said = verified(capsys, f"stage.what={table}", f"runs={place}")
+    assert counts["differs"] == 0
+    assert len(re.findall(r"whole .*row .*: the same from its runs, n = 1", said)) == 2
+    counts, said = verified(capsys, f"stage.what={table}")
+    assert len(re.findall(r"missing .*row .*: 1 of its 1 runs are not among runs=", said)) == 2
+    content = json.loads(table.read_text())
+    content["rows"][0]["values"]["val_top1"][0] += 1
+    table.write_text(json.dumps(content))
+    counts, said = verified(capsys, f"stage.what={table}", f"runs={place}")
+    assert re.fullmatch(r"1 of \d+ differ: .*: row .* of lincls: val_top1 [\d.]+, from its runs [\d.]+", counts)
+
+
+def test_an_export(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = place / "lincls" / "seed0"
+    launch(compose("stage=export", f"pretrained={run}", f"stage.out={tmp_path}/out", "stage.onnx=false"))
+    assert verified(capsys, f"stage.what={tmp_path}/out")[0] == {"whole": 3, "missing": 0, "differs": 0}
+    flip(tmp_path / "out" / "README.md")
+    assert "README.md" in verified(capsys, f"stage.what={tmp_path}/out")[0]
+
+
+def test_the_readmes_tables(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Each is what its results file gives, to the last digit."""
+    root = Path(__file__).parents[1]
+    counts, said = verified(capsys, f"stage.what={root}/README.md")
+    assert counts["differs"] == 0, said
+    assert counts["whole"] >= 3
+    shutil.copytree(root / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
+    text = (root / "README.md").read_text()
+    value = re.search(r"\| moco_v2 +\| +(\d\d\.\d) ±", text)[1]
+    (tmp_path / "README.md").write_text(text.replace(value, "99.9", 1))
+    counts, said = verified(capsys, f"stage.what={tmp_path}/README.md")
+    assert re.match(r"1 of \d+ differ: .*README.md: table of benchmarks/results/quickstart.json: not what the", counts)
+
+
+@pytest.mark.parametrize("what", [None, "nowhere", "empty", "a.txt"])
+def test_what_cannot_be_verified(tmp_path: Path, capsys: pytest.CaptureFixture, what: str | None) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.txt").touch()
+    said, _ = verified(capsys, *([f"stage.what={tmp_path}/{what}"] if what else []))
+    assert said.startswith("stage.what=")

@@ -65,7 +65,13 @@ def write(cfg: DictConfig, run: Run, paths: list[Path], folder: Path, details: i
         notes = remarks(runs, len(candidates), details)
         files.write(folder / "report.html", page.render(title, runs, boards, shown, view_pictures(boards), notes))
         files.write(folder / "results.md", write_markdown(title, boards, runs))
-        rows = [row for board in boards if board.has_results for row in board.rows if row["n"]]
+        rows = [
+            row | {"runs": [results.evidence(ran) for ran in group.finished]}
+            for board in boards
+            if board.has_results
+            for group, row in zip(board.groups, board.rows, strict=True)
+            if row["n"]
+        ]
         newest = max((ran.environment for ran in runs), key=lambda environment: environment.get("started") or "")
         results.save(
             folder / "results.json",
