@@ -20,7 +20,7 @@ from ssl_bench.probe import IGNORED, LinearGrid, LinearProbe
 # Of each optimizer, the options that are about single parameters.
 OPTIONS = {
     "sgd": {"exclude_from_decay": [False, True], "clip_grad_norm": [None, 0.1]},
-    "adamw": {"final_weight_decay": [None, 0.4], "clip_grad_norm": [None, 0.1]},
+    "adamw": {"exclude_from_decay": [False, True], "final_weight_decay": [None, 0.4], "clip_grad_norm": [None, 0.1]},
     "lars": {
         "base_lr_biases": [None, 0.05],
         "exclude_from_decay": [False, True],
@@ -49,7 +49,7 @@ def stepped(name: str, options: dict, own: dict, weight: Tensor, gradient: Tenso
         lr = options["base_lr_biases"]
     if (end := options.get("final_weight_decay")) is not None:
         decay = end + (decay - end) * (1 + math.cos(math.pi * EPOCH / EPOCHS)) / 2
-    if bias and (name == "adamw" or options.get("exclude_from_decay")):
+    if bias and options["exclude_from_decay"]:
         decay = 0.0
     lr *= 1.0 if own.get("constant_lr") else FACTOR
     if longest := options.get("clip_grad_norm"):
