@@ -557,13 +557,14 @@ def test_cifar(tmp_path, cache, num_classes):
 
 
 def test_digits(cache):
+    from sklearn.datasets import load_digits
+
     data = Digits(32, cache=str(cache), workers=1)
     train, val = data.open("train"), data.open("val")
     assert (len(train.images), len(val.images)) == (1297, 500)
+    assert np.array_equal(np.concatenate([train.labels, val.labels]), load_digits().target)  # none is in both
     assert train.images.shape[1:] == (32, 32, 3)
     assert np.bincount(val.labels).min() > 40
-    from sklearn.datasets import load_digits
-
     small = Image.fromarray(train.images[7]).convert("L").resize((8, 8), Image.Resampling.BOX)
     assert np.corrcoef(np.asarray(small).ravel(), load_digits().images[7].ravel())[0, 1] > 0.97
     assert data.open("pretrain").labels.max() == -1

@@ -18,6 +18,7 @@ from test_config import compose
 from ssl_bench import build, report, results, sweep
 from ssl_bench.checkpoint import Checkpoint
 from ssl_bench.errors import UserError
+from ssl_bench.interop import DIGEST, digest
 from ssl_bench.launch import launch
 from ssl_bench.probe import LinearProbe
 
@@ -90,7 +91,8 @@ def spoil_export(plant: Callable[[dict], None]) -> None:
         metadata = file.metadata()
     config = json.loads(metadata["ssl_bench"])
     plant(config)
-    save_file(load_file(path), path, metadata | {"ssl_bench": json.dumps(config)})
+    state, text = load_file(path), json.dumps(config)
+    save_file(state, path, metadata | {"ssl_bench": text, DIGEST: digest(state, text)})  # as whoever wrote it would
     Path("export/SHA256SUMS").unlink()
 
 

@@ -103,6 +103,19 @@ def test_where_the_code_lies_is_no_part_of_it_unless_it_is_another_code() -> Non
     assert "_target_" not in " ".join(before.own)
 
 
+OTHERWISE = ["seed=1", "epochs=7", "batch_size=128", "precision=bf16", "compile=true", "zero_init_residual=true"]
+OTHERWISE += ["method.temperature=0.3", "optimizer.base_lr=0.1", "schedule.warmup_epochs=1", "augmentation.hue=0.2"]
+OTHERWISE += ["backbone.width=32", "data.image_size=64", "data.on_error=skip", "stage.online_images=7"]
+
+
+@pytest.mark.parametrize("word", OTHERWISE)
+def test_what_is_computed_otherwise_is_another_run(word: str) -> None:
+    before, now = of("stage=pretrain", "dir=x"), of("stage=pretrain", "dir=x", word)
+    assert before.key != now.key
+    assert f"{word.partition('=')[0]} was " in changes(before, now)
+    assert (before.group == now.group) is (word == "seed=1")
+
+
 def test_a_new_key_that_is_null_leaves_older_runs_what_they_were() -> None:
     now = of("stage=pretrain", "dir=x")
     before = Identity({key: value for key, value in now.config.items() if key != "pretrained"})

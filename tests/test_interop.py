@@ -13,7 +13,7 @@ from threading import Thread
 import pytest
 import torch
 from conftest import TINY, Command
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision import models
@@ -170,6 +170,10 @@ KEYS = list(BACKBONE.state_dict())
     added=st.sets(st.sampled_from(["layer5.conv.weight", "queue"]), max_size=2),
     reshaped=st.sets(st.sampled_from([key for key in KEYS if key.endswith("weight")]), max_size=3),
 )
+@example(dropped=set(), added=set(), reshaped=set())
+@example(dropped=set(KEYS[:1]), added=set(), reshaped=set())
+@example(dropped=set(), added={"queue"}, reshaped=set())
+@example(dropped=set(), added=set(), reshaped=set(KEYS[:1]))
 @settings(max_examples=25, deadline=None)
 def test_all_or_nothing(
     tmp_path_factory: pytest.TempPathFactory, dropped: set[str], added: set[str], reshaped: set[str]
