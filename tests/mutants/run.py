@@ -142,6 +142,7 @@ def _end(job: Job, pid: int, seconds: float, code: int) -> Outcome:
 
 def _work(job: Job) -> NoReturn:
     """In the new process: pytest, with the copy in the place of the installed program."""
+    import hypothesis
     import pytest
 
     os.setsid()
@@ -167,6 +168,9 @@ def _work(job: Job) -> NoReturn:
             if report.failed:
                 self.names.append(f"{report.nodeid} (import)")
 
+    # what fails is not made smaller; the examples are the same in each run
+    hypothesis.settings.register_profile("mutants", phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
+    hypothesis.settings.load_profile("mutants")
     seen, options = Failures(), ["-q", "-m", "not slow", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
     options += ["-x"] if job.seconds == SECONDS else []
     status = int(pytest.main([*options, f"--basetemp={job.tree}/tmp/pytest", *job.tests], plugins=[seen]))
@@ -198,7 +202,7 @@ def alarms(base: Path, tests: Iterable[str], at_once: int) -> tuple[list[str], f
             if not (place := base / compiled.relative_to(outcome.job.tree)).exists():
                 place.parent.mkdir(exist_ok=True)
                 shutil.copy2(compiled, place)
-        shutil.rmtree(outcome.job.tree)
+        shutil.rmtree(outcome.job.tree, ignore_errors=True)
     return found, time.monotonic() - began
 
 
@@ -222,7 +226,7 @@ def hunt(base: Path, mutants: Sequence[Mutant], at_once: int, keep: bool) -> Ite
             print((outcome.job.tree / "output.txt").read_text())
         row = {"name": mutant.name, "kind": mutant.kind, "file": mutant.file, "caught": bool(by), "by": by}
         print(f"{outcome.seconds:6.1f} s  {mutant.name}: {by or 'ESCAPED'}", flush=True)
-        shutil.rmtree(outcome.job.tree)
+        shutil.rmtree(outcome.job.tree, ignore_errors=True)
         yield row | {"seconds": round(outcome.seconds, 1)}
 
 
