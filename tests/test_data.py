@@ -199,11 +199,49 @@ def test_a_damaged_store_and_a_full_disk_are_told(dl21, cache, monkeypatch):
     data = DL21(str(dl21), 16, cache=str(cache), workers=1)
     directory = data.open("val").directory
     os.truncate(directory / "images.npy", 500)
-    fails(f"{directory} are damaged .*; delete that folder", data.open, "val")
+    assert data.open("val").images.shape == (9, 16, 16, 3)  # packed again
     monkeypatch.setattr(store.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     fails(r"needs 0\.0 GB and .* has 0\.0 GB free; set data.cache=", data.open, "train")
     (cache.parent / "file").write_text("")
     fails("data.cache= sets the folder", DL21(str(dl21), 16, cache=str(cache.parent / "file")).open, "train")
+
+
+@pytest.mark.parametrize("name", ["images.npy", "indices.npy", "digests.npy", "meta.json"])
+@pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
+def test_a_flipped_bit_of_a_store_is_named_and_packed_again(cache, caplog, name, where):
+    data = Synthetic(600, 1, 1, 3, 0, image_size=16, cache=str(cache), workers=2)
+    good = data.open("pretrain")
+    images = np.array(good.images)
+    path = good.directory / name
+    content = bytearray(path.read_bytes())
+    content[int(where * (len(content) - 1))] ^= 4
+    path.write_bytes(content)
+    if name == "images.npy" and where:
+        data.open("pretrain")
+        assert "damaged" not in caplog.text  # verified a moment ago
+    os.utime(good.directory / "verified", (0, 0))
+    again = data.open("pretrain")
+    assert f"the packed images in {good.directory} are damaged: " in caplog.text
+    if (name, where) == ("images.npy", 1.0):
+        assert "rows 512 to 599 of images.npy differ from their digest" in caplog.text
+    np.testing.assert_array_equal(again.images, images)
+    assert store.damage(good.directory) == ""
+
+
+def test_a_damaged_store_whose_images_are_gone_is_told(dl21, cache):
+    data = DL21(str(dl21), 16, cache=str(cache), workers=1)
+    directory = data.open("val").directory
+    os.truncate(directory / "images.npy", 500)
+    os.utime(directory / "verified", (0, 0))
+    for path in (dl21 / "val").iterdir():
+        path.unlink()
+    fails("cannot read an image .*; did the data change meanwhile", data.open, "val")
+
+
+def test_digests_hold_where_images_were_left_out(dl21, cache):
+    truncate(dl21 / "train" / "0.png")
+    opened = DL21(str(dl21), 16, cache=str(cache), workers=1, on_error="skip").open("train")
+    assert store.damage(opened.directory) == ""
 
 
 PACK = """

@@ -2,7 +2,8 @@
 
     <cache>/<split.store_name>/images.npy    uint8 (N, H, W, 3)
                                indices.npy   int64 (N,)  index in the split of each row
-                               meta.json     what was left out, and what was noticed
+                               digests.npy   uint64: xxh3_64 of each BLOCK rows
+                               meta.json     what was left out, what was noticed, digests of the files beside it
 
 Labels stay with the split: two splits with the same pixels (pretrain and train of a labelled set) share one store.
 """
@@ -13,22 +14,27 @@ import logging
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import xxhash
 
 from ssl_bench.data import pictures
 from ssl_bench.data.pictures import Noticed
-from ssl_bench.data.pool import run_chunks
+from ssl_bench.data.pool import CHUNK, LOG_SECONDS, default_workers, run_chunks
 from ssl_bench.errors import UserError
 
 log = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip"]
-BLOCK = 256  # rows moved at once when gaps are closed
+BLOCK = CHUNK  # rows of a digest, and moved at once when gaps are closed
+LATELY = 600  # seconds for which a store that was verified is taken as whole
 
 
 @dataclass(frozen=True)
@@ -68,24 +74,31 @@ def open_store(
     cache: str | Path | None = None,
     workers: int | None = None,
     on_error: OnError = "raise",
+    verify: bool = True,
 ) -> Store:
     """The packed images of a split, packed now if they aren't yet. Processes that ask together pack once.
+
+    verify: read all of it and compare it with its digests, unless some process did so in the last LATELY seconds, as
+    another rank or member of a sweep; what is damaged is named and packed again.
 
     Raises UserError for an image that can't be decoded (unless on_error="skip": it is left out and logged), a file that
     can't be read, a full disk.
     """
     root = _root(cache)
     directory = root / split.store_name
-    if not directory.is_dir():
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(root)
-            with _lock(directory, wait=True):
-                if not directory.is_dir():
-                    _pack(split, image_size, directory, workers, on_error)
-        except OSError as error:
-            raise UserError(f"cannot pack '{split.name}' into {root} ({error}); data.cache= sets the folder") from error
-    store, skipped, noticed = _load(split, image_size, directory)
+    try:
+        if not directory.is_dir() or (verify and not _lately(directory)):
+            _ensure(split, image_size, directory, workers, on_error)
+        loaded = _load(split, image_size, directory)
+        if loaded is None and verify:  # damaged since it was verified
+            (directory / "verified").unlink(missing_ok=True)
+            _ensure(split, image_size, directory, workers, on_error)
+            loaded = _load(split, image_size, directory)
+    except OSError as error:
+        raise UserError(f"cannot pack '{split.name}' into {root} ({error}); data.cache= sets the folder") from error
+    if loaded is None:
+        raise UserError(f"the packed images in {directory} are damaged; delete that folder to pack them again")
+    store, skipped, noticed = loaded
     if skipped and on_error == "raise":
         raise UserError(cannot_decode(split, skipped))
     if skipped:
@@ -94,6 +107,86 @@ def open_store(
         )
     pictures.tell(noticed, split.name, split.where, set())
     return store
+
+
+def _ensure(split: Split, image_size: int, directory: Path, workers: int | None, on_error: OnError) -> None:
+    """The store is there and whole."""
+    root = directory.parent
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(root)
+        lock = _lock(directory, wait=True)
+    except OSError:
+        if not directory.is_dir():
+            raise
+        lock = None  # somebody else's, to be read only
+    with lock or nullcontext():
+        if directory.is_dir():
+            if _lately(directory):  # another process was faster
+                return
+            if why := damage(directory):
+                log.warning("the packed images in %s are damaged: %s; packing '%s' again", directory, why, split.name)
+                if lock is None:
+                    raise UserError(
+                        f"the packed images in {directory} are damaged ({why}), and that folder can't be written: "
+                        "have it deleted, or set data.cache="
+                    )
+                shutil.rmtree(directory)
+        if not directory.is_dir():
+            _pack(split, image_size, directory, workers, on_error)
+        with suppress(OSError):
+            (directory / "verified").touch()
+
+
+def _lately(directory: Path) -> bool:
+    try:
+        return 0 <= time.time() - (directory / "verified").stat().st_mtime < LATELY
+    except OSError:
+        return False
+
+
+def damage(directory: Path) -> str:
+    """What of a store differs from its digests, in words; "" where nothing does. Reads all of it, in threads."""
+    try:
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        if meta.pop("digest") != _digest_of(meta):
+            return "meta.json differs from its digest"
+        for name in ("indices.npy", "digests.npy"):
+            if xxhash.xxh3_64_hexdigest((directory / name).read_bytes()) != meta["digests"][name]:
+                return f"{name} differs from its digest"
+        images, digests = np.load(directory / "images.npy", mmap_mode="r"), np.load(directory / "digests.npy")
+        if len(digests) != -(-len(images) // BLOCK):
+            return "images.npy has another length than its digests"
+        began = logged = time.monotonic()
+        wrong = []
+        with ThreadPoolExecutor(
+            min(8, default_workers())
+        ) as threads:  # xxhash and the disk leave the interpreter alone
+            for block, found in enumerate(threads.map(lambda i: _digest_rows(images, i), range(len(digests)))):
+                if found != digests[block]:
+                    wrong.append(block)
+                if (now := time.monotonic()) - logged > LOG_SECONDS:
+                    logged, done = now, block / len(digests)
+                    log.info(
+                        "verifying %s: %.0f %%, %.0f s left", directory, 100 * done, (now - began) / done - now + began
+                    )
+        if wrong:
+            first = wrong[0] * BLOCK
+            rows = f"rows {first:,} to {min(first + BLOCK, len(images)) - 1:,}"
+            return f"{rows} of images.npy differ from their digest" + (
+                f", and {len(wrong) - 1} blocks more" * (len(wrong) > 1)
+            )
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _digest_rows(images: np.ndarray, block: int) -> int:
+    return xxhash.xxh3_64_intdigest(images[block * BLOCK : (block + 1) * BLOCK].data)
+
+
+def _digest_of(meta: dict) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(meta, sort_keys=True).encode())
 
 
 def _lock(directory: Path, wait: bool):
@@ -163,9 +256,11 @@ def _pack(split: Split, image_size: int, directory: Path, workers: int | None, o
         task = _Decode(split.read, str(partial / "images.npy"), header, shape[1:])
         skipped: dict[int, str] = {}
         noticed: Noticed = {}
+        digests = np.zeros(-(-split.length // BLOCK), np.uint64)
         results = run_chunks(task, split.length, workers, f"packing {split.name}")
         try:
-            for _, _, (bad, more) in results:
+            for start, _, (bad, more, digest) in results:
+                digests[start // BLOCK] = digest
                 skipped |= bad
                 pictures.merge(noticed, more)
                 if bad and on_error == "raise":
@@ -179,8 +274,17 @@ def _pack(split: Split, image_size: int, directory: Path, workers: int | None, o
         keep = np.setdiff1d(np.arange(split.length), list(skipped)) if skipped else np.arange(split.length)
         _keep_rows(partial / "images.npy", keep)
         np.save(partial / "indices.npy", keep)
+        if skipped:  # rows have moved
+            images = np.load(partial / "images.npy", mmap_mode="r")
+            digests = np.array([_digest_rows(images, i) for i in range(-(-len(images) // BLOCK))], np.uint64)
+        np.save(partial / "digests.npy", digests)
         reasons = {str(index): skipped[index] for index in sorted(skipped)}
         meta = {"split": split.name, "skipped": reasons, "noticed": noticed}
+        files = {
+            name: xxhash.xxh3_64_hexdigest((partial / name).read_bytes()) for name in ("indices.npy", "digests.npy")
+        }
+        meta |= {"digests": files}
+        meta |= {"digest": _digest_of(json.loads(json.dumps(meta)))}
         (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         for path in partial.iterdir():  # a crash of the machine must not leave a complete folder with incomplete files
             with open(path, "rb") as file:
@@ -217,7 +321,8 @@ def take_noticed(read: Callable[[int], np.ndarray]) -> Noticed:
 class _Decode:
     """Decode a chunk and write its rows in their place.
 
-    Returns {index: reason} of the images that can't be decoded, and what `read` noticed of the others.
+    Returns {index: reason} of the images that can't be decoded, what `read` noticed of the others, and the digest
+    of the rows.
     """
 
     read: Callable[[int], np.ndarray]
@@ -225,7 +330,7 @@ class _Decode:
     offset: int  # of row 0 in the file
     shape: tuple[int, int, int]  # of an image
 
-    def __call__(self, start: int, stop: int) -> tuple[dict[int, str], Noticed]:
+    def __call__(self, start: int, stop: int) -> tuple[dict[int, str], Noticed, int]:
         rows = np.zeros((stop - start, *self.shape), np.uint8)
         bad = {}
         for index in range(start, stop):
@@ -241,7 +346,7 @@ class _Decode:
             while data:  # a write may be short
                 written = os.pwrite(file.fileno(), data, position)
                 position, data = position + written, data[written:]
-        return bad, take_noticed(self.read)
+        return bad, take_noticed(self.read), xxhash.xxh3_64_intdigest(rows.data)
 
 
 def _write_header(file, shape: tuple[int, ...]) -> int:
@@ -266,19 +371,18 @@ def _keep_rows(path: Path, keep: np.ndarray) -> None:
         file.truncate(offset + len(keep) * row)
 
 
-def _load(split: Split, image_size: int, directory: Path) -> tuple[Store, dict[int, str], Noticed]:
+def _load(split: Split, image_size: int, directory: Path) -> tuple[Store, dict[int, str], Noticed] | None:
+    """None where the files don't fit each other."""
     try:
         images = np.load(directory / "images.npy", mmap_mode="r")
         indices = np.load(directory / "indices.npy")
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         skipped = {int(index): why for index, why in meta["skipped"].items()}
         noticed = {kind: (count, first) for kind, (count, first) in meta["noticed"].items()}
-        if images.shape != (len(indices), image_size, image_size, 3) or len(indices) + len(skipped) != split.length:
-            raise ValueError(f"{images.shape} does not fit")
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"the packed images in {directory} are damaged ({error}); delete that folder to pack them again"
-        ) from error
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+    if images.shape != (len(indices), image_size, image_size, 3) or len(indices) + len(skipped) != split.length:
+        return None
     return Store(images, split.labels_of(indices), indices, directory), skipped, noticed
 
 
