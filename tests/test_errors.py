@@ -210,6 +210,12 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         build.pick_device("auto", 2)
 
 
+def test_a_metric_of_val_is_none_of_pretraining(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="metric=val_top1: stage=pretrain never looks at val: type metric=knn_top1 or"):
+        launch(compose(*TINY_PRETRAIN, "device=cpu", "metric=val_top1", f"dir={tmp_path / 'run'}"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_full_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = "GPU 0 has a total capacity of 15.77 GiB of which 1.10 GiB is free"
 

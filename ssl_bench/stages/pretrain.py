@@ -52,6 +52,11 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
 
     online_images: so many labelled images show every `eval_every` epochs what is learnt; see `online`.
     """
+    if str(cfg.metric).startswith("val_"):
+        raise UserError(
+            f"metric={cfg.metric}: stage=pretrain never looks at val: type metric=knn_top1 or metric=probe_top1, which "
+            "held-out training images give, or metric=loss"
+        )
     data = build.construct(cfg.data)
     given = {}
     if build.takes(cfg.method, "num_classes"):
