@@ -55,10 +55,12 @@ def put_on_gpu(module: nn.Module) -> None:
 
 def step(name: str) -> list[str]:
     """Two steps of a method with its own augmentation and optimizer; the copies between devices in the second."""
-    overrides = ["stage=pretrain", "data=digits", f"method={name}", "backbone.width=8", f"batch_size={BATCH}"]
+    overrides = ["stage=pretrain", "data=digits", f"method={name}", f"batch_size={BATCH}"]
+    overrides += ["backbone=vit_tiny" if "vit" in name else "backbone.width=8"]
     overrides += [f"augmentation.image_size={PIXELS}"]
     cfg = compose(*overrides)
-    given = {"num_classes": 10} if build.takes(cfg.method, "num_classes") else {}
+    known = {"num_classes": 10, "batch_size": BATCH}
+    given = {key: value for key, value in known.items() if build.takes(cfg.method, key)}
     model = build.construct(cfg.method, backbone=build.construct(cfg.backbone), **given).train()
     views = build.construct(cfg.augmentation)
     with FakeTensorMode():
