@@ -32,6 +32,8 @@ from ssl_bench.tracking import MetricsFile, Tracker
 
 log = logging.getLogger(__name__)
 
+STALLED = 10  # seconds that a step that is to be the last may wait for its images
+
 
 class Run:
     """`directory=None` is a stage that leaves nothing behind: no files, no tracker.
@@ -215,6 +217,11 @@ class Run:
             yield
         finally:
             self._at_once = False
+
+    def waiting(self, seconds: float) -> None:
+        """For a step whose images don't come: a signal is honoured after some time without them."""
+        if self._signum and seconds > STALLED:
+            self.interrupt()
 
     def interrupt(self, step: int | None = None) -> None:
         raise Interrupted(self._signum or signal.SIGTERM, step)

@@ -1,8 +1,10 @@
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import slow_reader
 import torch
 from conftest import TINY_PRETRAIN
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from PIL import Image
 
 from ssl_bench.data.formats import Folder
 from ssl_bench.data.source import HostSource, ResidentSource, StreamedSource, permutation
-from ssl_bench.errors import UserError
+from ssl_bench.errors import Interrupted, UserError
 
 
 def make(num_images, batch_size, seed=0, **options):
@@ -172,7 +174,7 @@ def test_an_image_that_cannot_be_streamed_is_named(folder, damage):
     path.write_bytes(path.read_bytes()[:60])
     if damage == "gone":
         path.unlink()
-    with pytest.raises(UserError, match=f"^cannot decode [^\n]*{path.name}[^\n]*$"):
+    with pytest.raises(UserError, match=f"^cannot (decode|read) [^\n]*{path.name}[^\n]*$"):
         list(StreamedSource(split, 5, 0, workers=2).stream(0, 2))
 
 
@@ -188,6 +190,31 @@ def test_streaming_skips_to_the_next_image(folder, caplog):
             assert np.array_equal(image.permute(1, 2, 0), split.read(int(index)))
             assert label == split.labels[index]
     assert len([record for record in caplog.records if "skipped for the next image" in record.message]) == 2
+
+
+def test_streaming_ends_when_nothing_comes(folder, monkeypatch):
+    split = Folder(str(folder), image_size=8).split("train")
+    for kill, said in ((True, "a data worker ended with status -9"), (False, "no image was decoded for .*png")):
+        source = StreamedSource(replace(split, read=slow_reader.Slow(split.read, kill)), 5, 0, workers=1)
+        batches = source.epoch_pass()
+        next(batches)
+        monkeypatch.setattr("ssl_bench.data.source.PATIENCE", 600 if kill else 1)
+        with pytest.raises(UserError, match=said):
+            next(batches)
+
+
+def test_a_signal_is_honoured_while_streaming_waits(folder):
+    split = Folder(str(folder), image_size=8).split("train")
+    source = StreamedSource(replace(split, read=slow_reader.Slow(split.read, False)), 5, 0, workers=1)
+
+    def stop(seconds):
+        raise Interrupted(15)
+
+    source.waiting = stop
+    batches = source.epoch_pass()
+    next(batches)
+    with pytest.raises(Interrupted):
+        next(batches)
 
 
 @pytest.mark.slow

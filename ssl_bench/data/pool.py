@@ -42,9 +42,26 @@ def run_chunks(
     """
     chunks = [(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
     count = min(workers or default_workers(), len(chunks))
-    processes: dict[Connection, subprocess.Popen] = {}
     doing: dict[Connection, tuple[int, int]] = {}
-    with tempfile.TemporaryFile() as shared, Progress(total, title) as progress:
+    with started(task, count) as processes, Progress(total, title) as progress:
+        waiting = iter(chunks)
+        for connection in processes:
+            send(connection, next(waiting), doing)
+        while doing:
+            for connection in wait(list(doing)):
+                chunk = doing.pop(connection)
+                result = receive(connection, processes[connection])
+                if (following := next(waiting, None)) is not None:
+                    send(connection, following, doing)
+                progress.add(chunk[1] - chunk[0])
+                yield *chunk, result
+
+
+@contextlib.contextmanager
+def started(task: Callable, count: int) -> Iterator[dict[Connection, subprocess.Popen]]:
+    """Workers that have the task, which `send` gives its arguments; ended with the context."""
+    processes: dict[Connection, subprocess.Popen] = {}
+    with tempfile.TemporaryFile() as shared:
         buffers = []
         job = pickle.dumps(task, protocol=5, buffer_callback=buffers.append)
         sizes = [shared.write(buffer.raw()) for buffer in buffers]
@@ -53,18 +70,9 @@ def run_chunks(
             for _ in range(count):
                 connection, process = _start(shared.fileno())
                 processes[connection] = process
-                connection.send((job, sizes))
-            waiting = iter(chunks)
-            for connection in processes:
-                _send(connection, next(waiting), doing)
-            while doing:
-                for connection in wait(list(doing)):
-                    chunk = doing.pop(connection)
-                    result = _receive(connection, processes[connection])
-                    if (following := next(waiting, None)) is not None:
-                        _send(connection, following, doing)
-                    progress.add(chunk[1] - chunk[0])
-                    yield *chunk, result
+                with contextlib.suppress(BrokenPipeError):  # noticed by the receiver
+                    connection.send((job, sizes))
+            yield processes
         finally:
             for connection, process in processes.items():
                 connection.close()
@@ -86,13 +94,13 @@ def _start(shared: int) -> tuple[Connection, subprocess.Popen]:
     return ours, process
 
 
-def _send(connection: Connection, chunk: tuple[int, int], doing: dict[Connection, tuple[int, int]]) -> None:
+def send(connection: Connection, chunk: tuple, doing: dict[Connection, tuple]) -> None:
     doing[connection] = chunk
     with contextlib.suppress(BrokenPipeError):  # a dead worker is noticed, with its exit status, by the receiver
         connection.send(chunk)
 
 
-def _receive(connection: Connection, process: subprocess.Popen) -> Any:
+def receive(connection: Connection, process: subprocess.Popen) -> Any:
     try:
         result = connection.recv()
     except (EOFError, ConnectionResetError):

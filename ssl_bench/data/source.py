@@ -1,25 +1,27 @@
 """Batches of uint8 images on the device, in an order that follows from (seed, epoch). Where they wait is a choice."""
 
 import logging
-import signal
 import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import count, islice
+from multiprocessing.connection import Connection, wait
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_bench.data.pool import default_workers
-from ssl_bench.data.store import OnError, Split, cannot_decode, try_read
+from ssl_bench.data import pictures
+from ssl_bench.data.pool import default_workers, receive, send, started
+from ssl_bench.data.store import DecodeRows, OnError, Split, cannot_decode
 from ssl_bench.errors import UserError
 from ssl_bench.seeding import fold
 
 log = logging.getLogger(__name__)
 
+PATIENCE = 600  # seconds without an image after which streaming gives up
 AHEAD = 2  # batches prepared before they are asked for
 BLOCK = 4096  # images sent to the device at once when all of them go there
 
@@ -191,31 +193,61 @@ class StreamedSource(Source):
         indices = np.arange(split.length)
         super().__init__(split.labels_of(indices), indices, *args, **kwargs)
         self.split, self.workers, self.on_error = split, workers or default_workers(), on_error
+        self.waiting: Callable[[float], None] = lambda seconds: None  # called now and then while nothing comes
         self._told: set[int] = set()
+        self._noticed: pictures.Noticed = {}
+        self._kinds: set[str] = set()
 
     def _batches(self, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
-        from torch.utils.data import DataLoader
+        wanted = enumerate(rows for _, rows in wanted)
+        first = list(islice(wanted, self.workers))  # a batch each: results wait in the pipes, not in shared memory
+        task = DecodeRows(self.split.read, self.split.length, self.on_error)
+        doing: dict[Connection, tuple] = {}
+        number: dict[Connection, int] = {}  # of the batch that it decodes
+        done: dict[int, tuple] = {}
 
-        loader = DataLoader(
-            _Decoded(self.split, self.on_error),
-            batch_sampler=(rows.tolist() for _, rows in wanted),
-            num_workers=self.workers,
-            collate_fn=_collate,
-            worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # its own: a draw from torch's would move the step's
-            pin_memory=self.device.type == "cuda",
-        )
-        batches = iter(loader)
-        while (batch := self._waited(lambda: next(batches, None))) is not None:
-            images, rows, bad = batch
-            if len(images) < len(rows):
-                raise UserError(cannot_decode(self.split, bad))
-            for index in bad.keys() - self._told:
-                log.warning("skipped for the next image: %s (%s)", self.split.where(index), bad[index])
-            self._told |= bad.keys()
-            batch = images, torch.from_numpy(self.labels[rows.numpy()]), rows
-            images, labels, rows = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-            yield images.permute(0, 3, 1, 2), labels, rows
+        def give(connection: Connection, order: int, rows: np.ndarray) -> None:
+            number[connection] = order
+            send(connection, tuple(rows.tolist()), doing)
+
+        with started(task, len(first)) as processes:
+            for connection, (order, rows) in zip(processes, first, strict=True):
+                give(connection, order, rows)
+
+            def get(order: int) -> tuple:
+                began = time.monotonic()
+                while order not in done:
+                    ready = wait(list(doing), timeout=1)
+                    for connection in ready:
+                        del doing[connection]
+                        done[number[connection]] = receive(connection, processes[connection])
+                        if (following := next(wanted, None)) is not None:
+                            give(connection, *following)
+                    if not ready:
+                        seconds = time.monotonic() - began
+                        self.waiting(seconds)
+                        if seconds > PATIENCE:
+                            raise UserError(
+                                f"no image was decoded for {seconds:.0f} s, in a batch with "
+                                f"{self.split.where(next(iter(doing.values()))[0])}; is the disk, or its server, there?"
+                            )
+                return done.pop(order)
+
+            for order in count():
+                if order not in done and order not in {number[connection] for connection in doing}:
+                    return
+                images, rows, bad, noticed = self._waited(lambda order=order: get(order))
+                if images is None:
+                    raise UserError(cannot_decode(self.split, bad))
+                for index in bad.keys() - self._told:
+                    log.warning("skipped for the next image: %s (%s)", self.split.where(index), bad[index])
+                self._told |= bad.keys()
+                pictures.merge(self._noticed, noticed)
+                pictures.tell(self._noticed, self.split.name, self.split.where, self._kinds)
+                at = np.array(rows)
+                batch = torch.from_numpy(images), torch.from_numpy(self.labels[at]), torch.from_numpy(at)
+                images, labels, rows = (_sent(tensor, self.device) for tensor in batch)
+                yield images.permute(0, 3, 1, 2), labels, rows
 
 
 class FeatureSource(Source):
@@ -242,37 +274,3 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and not tensor.is_cuda:
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
-
-
-class _Decoded(torch.utils.data.Dataset):
-    """index -> (uint8 (S, S, 3) or None, its index, {index: why it can't be decoded}), in a worker process."""
-
-    def __init__(self, split: Split, on_error: OnError):
-        self.split, self.on_error = split, on_error
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray | None, int, dict[int, str]]:
-        bad: dict[int, str] = {}
-        tries = self.split.length if self.on_error == "skip" else 1
-        for candidate in range(index, index + tries):
-            candidate %= self.split.length
-            try:
-                image = try_read(self.split.read, candidate)
-            except UserError as error:  # the loader would raise it with a traceback in it
-                return None, index, {candidate: str(error)}
-            if not isinstance(image, str):
-                return image, candidate, bad
-            bad[candidate] = image
-        return None, index, bad
-
-
-def _collate(items: list[tuple[np.ndarray | None, int, dict[int, str]]]) -> tuple[Tensor, Tensor, dict[int, str]]:
-    images, rows, bad = zip(*items, strict=True)
-    images = [torch.from_numpy(image) for image in images if image is not None]
-    bad = {index: why for part in bad for index, why in part.items()}
-    return torch.stack(images) if images else torch.empty(0), torch.tensor(rows), bad
-
-
-def _ignore_signals(_: int) -> None:
-    # Sent to the whole group, they are for the parent, which finishes its step, and then ends its workers.
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
-        signal.signal(signum, signal.SIG_IGN)

@@ -318,6 +318,32 @@ def take_noticed(read: Callable[[int], np.ndarray]) -> Noticed:
 
 
 @dataclass(frozen=True)
+class DecodeRows:
+    """Images of these indices, for streaming: (pixels (n, H, W, 3) or None, indices, {index: reason}, noticed).
+
+    on_error="skip": in the place of one that can't be decoded comes the next that can.
+    """
+
+    read: Callable[[int], np.ndarray]
+    length: int
+    on_error: OnError
+
+    def __call__(self, *wanted: int) -> tuple[np.ndarray | None, list[int], dict[int, str], Noticed]:
+        images, rows, bad = [], [], {}
+        for index in wanted:
+            for candidate in range(index, index + (self.length if self.on_error == "skip" else 1)):
+                image = try_read(self.read, candidate % self.length)
+                if not isinstance(image, str):
+                    break
+                bad[candidate % self.length] = image
+            else:
+                return None, [], bad, {}
+            images.append(image)
+            rows.append(candidate % self.length)
+        return np.stack(images), rows, bad, take_noticed(self.read)
+
+
+@dataclass(frozen=True)
 class _Decode:
     """Decode a chunk and write its rows in their place.
 

@@ -90,7 +90,9 @@ def open_source(cfg: DictConfig, run: Run, data: Dataset, split: str, subset: np
                 "and it would count twice: type source=host (and data.cache= for another disk), or remove the bad ones"
             )
         log.info("%s: %s images, decoded as they are needed", split, f"{data.split(split).length:,}")
-        return StreamedSource(data.split(split), *share, workers=data.workers, on_error=data.on_error)
+        streamed = StreamedSource(data.split(split), *share, workers=data.workers, on_error=data.on_error)
+        streamed.waiting = run.waiting
+        return streamed
     with run.ends_at_once():
         store = data.open(split)
     if kind == "auto":
