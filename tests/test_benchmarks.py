@@ -91,3 +91,15 @@ def test_a_long_tail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert labels["train"].tolist() == [9]
     assert labels["val"].bincount().tolist() == [subject.num_val // 10] * 10
     assert len(list((root / "unlabeled").iterdir())) == len(labels["unlabeled"])
+
+
+def test_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = imported("digests", monkeypatch)
+    monkeypatch.setattr(module, "TIMES", 1)
+    sizes = ["--checkpoint-gb", "0.001", "--store-gb", "0.001"]
+    monkeypatch.setattr(sys, "argv", ["", *sizes, "--folder", str(tmp_path), "--out", str(tmp_path / "out")])
+    module.main()
+    found = json.loads((tmp_path / "out").read_text())
+    for part in ("checkpoint", "store"):
+        assert found[part]["seconds without"].keys() <= found[part]["seconds"].keys()
+        assert not (tmp_path / part).exists()

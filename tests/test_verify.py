@@ -115,6 +115,7 @@ def test_a_run_is_whole_with_all_that_it_stands_on(place: Path, capsys: pytest.C
     assert re.search(r"whole .*lincls/seed0: \d+ files, as SHA256SUMS says", said)
     assert re.search(r"whole .*pretrained=.*: sha256 \w{16}\.\.\., now .*step0000000010\.pt", said)
     assert re.search(r"whole .*images of 'val': 500, fingerprint", said)
+    assert re.search(r"whole .*images of 'val', packed in ", said)
     assert re.search(r"whole .*step0000000010\.pt: step 10 of this configuration", said)
 
 

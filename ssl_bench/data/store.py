@@ -84,8 +84,7 @@ def open_store(
     Raises UserError for an image that can't be decoded (unless on_error="skip": it is left out and logged), a file that
     can't be read, a full disk.
     """
-    root = _root(cache)
-    directory = root / split.store_name
+    directory = place(split, cache)
     try:
         if not directory.is_dir() or (verify and not _lately(directory)):
             _ensure(split, image_size, directory, workers, on_error)
@@ -95,7 +94,9 @@ def open_store(
             _ensure(split, image_size, directory, workers, on_error)
             loaded = _load(split, image_size, directory)
     except OSError as error:
-        raise UserError(f"cannot pack '{split.name}' into {root} ({error}); data.cache= sets the folder") from error
+        raise UserError(
+            f"cannot pack '{split.name}' into {directory.parent} ({error}); data.cache= sets the folder"
+        ) from error
     if loaded is None:
         raise UserError(f"the packed images in {directory} are damaged; delete that folder to pack them again")
     store, skipped, noticed = loaded
@@ -223,6 +224,11 @@ def has_room(split: Split, image_size: int, cache: str | Path | None = None) -> 
     """Is the split packed, or is there room to pack it?"""
     root = _root(cache)
     return (root / split.store_name).is_dir() or _need(split, image_size) < _free(root)
+
+
+def place(split: Split, cache: str | Path | None = None) -> Path:
+    """The folder of its packed images, whether they are there or not."""
+    return _root(cache) / split.store_name
 
 
 def _root(cache: str | Path | None) -> Path:

@@ -12,6 +12,7 @@ from pydantic import PositiveFloat
 
 import ssl_bench
 from ssl_bench import build, checkpoint, files, identity, interop, results
+from ssl_bench.data import store
 from ssl_bench.errors import UserError
 from ssl_bench.identity import Identity
 from ssl_bench.launch import launch
@@ -181,14 +182,17 @@ def _data(cfg: DictConfig, ran: Ran) -> Iterator[Finding]:
     for split, facts in ran.inputs.items():
         what = f"{ran.directory}: images of '{split}'"
         try:
-            now = open_data(cfg, ran).split(split).fingerprint
+            images = open_data(cfg, ran).split(split)
         except (ValueError, OSError) as error:
             yield Finding(what, "missing", f"{error}; data= and data.root= say where they are")
             continue
-        if now == facts["fingerprint"]:
+        if (now := images.fingerprint) == facts["fingerprint"]:
             yield Finding(what, "whole", f"{facts['images']:,}, fingerprint {now[:16]}")
         else:
             yield Finding(what, "differs", f"fingerprint {now[:16]}, was {facts['fingerprint'][:16]}")
+        if (packed := store.place(images, cfg.data.cache)).is_dir():
+            said = store.damage(packed)
+            yield Finding(f"{what}, packed in {packed}", "differs" if said else "whole", said)
 
 
 def _same_code(then: dict[str, Any]) -> bool:
