@@ -21,6 +21,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import RandomResizedCrop as TorchvisionCrop
 from torchvision.transforms.v2 import functional as tv
 
+from ssl_bench import build
 from ssl_bench.augment import ops
 from ssl_bench.augment import views as views_module
 from ssl_bench.augment.draws import GOLDEN, _mix, _signed, keys, uniforms
@@ -215,6 +216,16 @@ def test_jitter_equals_byols_in_every_order():
     u = draw(20_000, 6)  # what is added: U(-x, x), of any strength
     added = ops.ByolJitter(brightness=1.6).sample(u)[0][:, 0] - 1
     assert stats.kstest(added.double().numpy(), "uniform", (-1.6, 3.2)).pvalue > 1e-4
+
+
+@pytest.mark.parametrize(("name", "adds"), [("byol", True), ("simclr", False), ("barlow_twins", False)])
+def test_brightness_is_added_in_byols_recipe_alone(name, adds):
+    """Nothing times a factor stays nothing."""
+    cfg = compose(f"method={name}", "augmentation.solarize_p=0")
+    black = torch.zeros(20, 3, 16, 16, dtype=torch.uint8)
+    views = build.construct(cfg.augmentation)
+    brightest = max(views.denormalize(view).max() for view in views(black, keys(0, 0, torch.arange(20))))
+    assert bool(brightest > 0) is adds
 
 
 @pytest.mark.parametrize(
