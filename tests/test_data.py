@@ -149,6 +149,30 @@ def test_the_store_is_reused_and_made_anew_when_a_file_changes(dl21, cache):
     assert DL21(str(dl21), 32).split("train").store_name != after.split("train").store_name
 
 
+def test_what_is_not_decoded_keeps_its_fingerprint(tmp_path, monkeypatch):
+    """Those of before the decoding had a number of its own: runs that began then go on."""
+    (tmp_path / "test_batch.bin").write_bytes(bytes(2 * 3073))
+    (tmp_path / "test_X.bin").write_bytes(bytes(2 * 27648))
+    (tmp_path / "test_y.bin").write_bytes(bytes([1, 2]))
+
+    def fingerprints():
+        made = Digits(), Synthetic(4, 4, 4, 2, 0, image_size=16), CIFAR(str(tmp_path), 10), STL10(str(tmp_path))
+        return [data.split("val").fingerprint for data in made]
+
+    assert fingerprints() == [
+        "0184493c7a90100214059e38e4574d43394defbe26f558f8e4d67a96944f4a24",
+        "1307afe5bd686cd21b00ff9c9776a8e7186c2ff0ab813125b3cd6a97887d24eb",
+        "301b786f02bd2d4d889a70ff8eac2dbc24172f52101275e2e4471298fb5fcc1a",
+        "fcc44e16f1591bd671bd1cec8c181ac387ab6ac5e6e8ae13eeb857a12e154cf9",
+    ]
+    save(tmp_path / "images" / "0.png", np.zeros((16, 16, 3), np.uint8))
+    decoded = Folder(str(tmp_path / "images")).split("pretrain")
+    monkeypatch.setattr(formats, "VERSION", formats.VERSION + 1)
+    again = Folder(str(tmp_path / "images")).split("pretrain")
+    assert (decoded.fingerprint != again.fingerprint, decoded.store_name != again.store_name) == (True, True)
+    assert fingerprints()[0].startswith("0184493c")
+
+
 def test_labels_are_in_the_fingerprint_and_not_in_the_store(dl21):
     before = DL21(str(dl21), 16).split("train")
     (dl21 / "train_label_tensor.pt").unlink()

@@ -23,13 +23,13 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from ssl_bench.data import pictures, synthetic
 from ssl_bench.data.pictures import Noticed, Values
-from ssl_bench.data.store import OnError, Split, Store, has_room, open_store
+from ssl_bench.data.store import LAYOUT, OnError, Split, Store, has_room, open_store
 from ssl_bench.errors import UserError
 from ssl_bench.fields import BitDepth, Place, ValueRange
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of the decoding: raise it when pixels change, so that packed stores are made anew
+VERSION = 2  # of the decoding of image files: raise it when pixels change, so that packed stores are made anew
 
 # What file servers, file managers and notebooks leave in folders; whatever begins with a dot is passed over, too.
 SERVICE = {"@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx", "__pycache__"}
@@ -102,9 +102,11 @@ class Dataset(ABC):
     def _split(self, name, images, digests, labels, read, where) -> Split:
         """A Split of the image set `images` ("unlabeled", "train", ...), whose sources have these digests."""
         kind = f"{type(self).__name__.lower()}-{images}"
-        store_name = f"{kind}-{_digest(VERSION, self.image_size, self.values, digests.files)[:16]}"
+        # What isn't decoded has the number that all had first: runs of it go on, whatever becomes of the decoding.
+        pixels = (VERSION, self.image_size, self.values) if isinstance(read, _Decoder) else (1, self.image_size)
+        store_name = f"{kind}-{_digest(LAYOUT, *pixels, digests.files)[:16]}"
         facts = digests.content, b"" if labels is None else labels.tobytes()
-        fingerprint = _digest(kind, VERSION, self.image_size, self.values, *facts)
+        fingerprint = _digest(kind, *pixels, *facts)
         length = len(read)
         if length == 0:
             raise UserError(f"split '{name}' of {type(self).__name__} holds no images")

@@ -33,6 +33,7 @@ from ssl_bench.errors import UserError
 log = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip"]
+LAYOUT = 2  # of the files of a store, part of its name: since 2 it has digests
 BLOCK = CHUNK  # rows of a digest, and moved at once when gaps are closed
 LATELY = 600  # seconds for which a store that was verified is taken as whole
 
