@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,6 +26,14 @@ log = logging.getLogger(__name__)
 BLOCK = 16_384  # images whose features are written together: what a kill can cost, and what is in memory
 
 
+def new_array(path: Path, dtype: type[np.floating], shape: tuple[int, ...]) -> np.memmap:
+    """An .npy file to be filled, whose room is taken now: a page that finds none later ends the process (SIGBUS)."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    with open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
 def stored_features(
     cfg: DictConfig, run: Run, backbone: nn.Module, source: Source, view: Callable[[Tensor], Tensor], path: Path
 ) -> np.ndarray:
@@ -40,7 +49,7 @@ def stored_features(
         done = json.loads(progress.read_text(encoding="utf-8"))["images"] if there else 0
         start = done = int(distributed.broadcast(torch.tensor(done)))
         if run.is_main and not done:
-            np.lib.format.open_memmap(path, "w+", np.float16, (len(rows), backbone.dim)).flush()
+            new_array(path, np.float16, (len(rows), backbone.dim)).flush()
         began = time.monotonic()
         while done < len(rows):
             source.rows = rows[done : done + BLOCK]

@@ -19,6 +19,7 @@ from ssl_bench.precision import autocast
 from ssl_bench.run import Run
 from ssl_bench.stages import IMAGES, RUN
 from ssl_bench.stages.evaluation import Pretrained, check_directory, log_result, open_pretrained
+from ssl_bench.stages.features import new_array
 from ssl_bench.stages.training import check_size, on_device, open_source
 
 BLOCK = 4096  # images between two saves
@@ -83,8 +84,7 @@ def predict(
     source.rows = source.rows[done:]
     path, array = run.directory / "features.npy", None
     if features:
-        mode = {"mode": "r+"} if done else {"mode": "w+", "dtype": np.float32, "shape": (total, backbone.dim)}
-        array = np.lib.format.open_memmap(path, **mode)
+        array = np.load(path, mmap_mode="r+") if done else new_array(path, np.float32, (total, backbone.dim))
     with (
         open(
             run.directory / "images.csv", "r+" if done else "w", newline="", encoding="utf-8", errors="surrogateescape"
