@@ -121,6 +121,9 @@ class Run:
             directory.mkdir(parents=True, exist_ok=True)
             held = self._acquire(directory)
             self._check_same(directory)
+            if not files.has_state(directory):  # of another configuration, perhaps, that saved nothing
+                for name in (files.WEIGHTS, identity.ORIGIN, "inputs.json"):
+                    (directory / name).unlink(missing_ok=True)
             if not (directory / "summary.json").exists():  # else the files say what ran
                 (directory / files.SUMS).unlink(missing_ok=True)
                 self._write_config(directory)
@@ -258,7 +261,8 @@ class Run:
                     f"dir={self.directory} holds a run of other images: split '{split}' had "
                     f"{known[split]['images']:,}, has {images:,} now, not the same. Choose another dir=, or delete it"
                 )
-            files.write(path, json.dumps(known | {split: now}, indent=2) + "\n")
+            if known.get(split) != now:
+                files.write(path, json.dumps(known | {split: now}, indent=2) + "\n")
 
     def check_data(self, split: Callable[[str], Split] | None = None) -> None:
         """UserError unless the images of a finished run are those that it would use now.
@@ -272,14 +276,14 @@ class Run:
         if split is None and ran.get("root") == now.get("root"):
             return
         split = split or construct(now).split
-        sums = files.listed(self.directory)
         for name in files.parse(known, json.loads):
             found = split(name)
-            (self.directory / files.SUMS).unlink(missing_ok=True)
             self.uses(name, found.fingerprint, found.length)
+        sums = files.listed(self.directory)
+        (self.directory / files.SUMS).unlink(missing_ok=True)  # which is of the former config.yaml
         self._write_config(self.directory)
         if sums:
-            files.seal(self.directory, sums | files.sums_of(self.directory, ["config.yaml", "inputs.json"]))
+            files.seal(self.directory, sums | files.sums_of(self.directory, ["config.yaml"]))
 
     def last_line(self) -> dict[str, float]:
         """The newest log line, on rank 0."""

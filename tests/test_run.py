@@ -3,13 +3,16 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
+from ssl_bench import files, identity
 from ssl_bench.errors import UserError
 from ssl_bench.run import Run, shown
 from ssl_bench.sweep import locked
@@ -86,6 +89,42 @@ def test_weights_matter_once_something_is_computed(tmp_path: Path) -> None:
     (tmp_path / "weights").write_text("third")
     with pytest.raises(UserError, match="weights holds other weights now"):
         on_weights().__enter__()
+
+
+def test_nothing_is_left_of_a_configuration_that_saved_nothing(tmp_path: Path) -> None:
+    """Or the next one there would stand on weights and images that it has never seen."""
+    (tmp_path / "weights").write_text("first")
+    config = {"dir": str(tmp_path / "run"), "seed": 0, "pretrained": str(tmp_path / "weights")}
+    with Run(config, torch.device("cpu"), NoTracker) as first:
+        first.uses("train", "a", 40)
+    with run(tmp_path / "run", seed=0) as second:
+        second.uses("pretrain", "b", 41)
+        second.finish({"loss": 1.0})
+    left = identity.left_by(second._config, tmp_path / "run")
+    assert (left.weights, left.images) == ("", {"pretrain": "b"})
+
+
+def test_a_wrong_folder_of_images_costs_a_finished_run_nothing(tmp_path: Path) -> None:
+    """Its digests neither: that the images are others is found before anything is written."""
+    config = {"dir": str(tmp_path / "run"), "seed": 0, "data": {"root": "here"}}
+    with Run(config, torch.device("cpu"), NoTracker) as first:
+        for split, images in (("train", 40), ("val", 10)):
+            first.uses(split, "a", images)
+        first.finish({"loss": 1.0})
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+    def split_of(fingerprint: str) -> Callable[[str], SimpleNamespace]:
+        return lambda name: SimpleNamespace(fingerprint=fingerprint, length=40 if name == "train" else 10)
+
+    moved = config | {"data": {"root": "there"}}
+    with Run(moved, torch.device("cpu"), NoTracker) as again:
+        with pytest.raises(UserError, match="holds a run of other images: split 'train'"):
+            again.check_data(split_of("b"))
+        assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+        again.check_data(split_of("a"))
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["root"] == "there"
+    for name in files.listed(tmp_path / "run"):
+        files.check(tmp_path / "run" / name)
 
 
 def test_shares_are_percent_on_the_console_as_in_tables() -> None:
