@@ -84,19 +84,21 @@ def parse(path: Path, parser: Callable[[str], Any]) -> dict:
     return content
 
 
-def digest(path: Path, algorithm: str = "sha256") -> str:
+@cache
+def _digest(path: Path, algorithm: str, state: tuple[int, ...]) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-@cache
-def _sha256(path: Path, changed: int) -> str:
-    return digest(path)
-
-
-def sha256(path: Path) -> str:
+def digest(path: Path, algorithm: str = "sha256") -> str:
     """Of a file, which may be large: read once, unless it changes."""
-    return _sha256(path.resolve(), path.stat().st_mtime_ns)
+    return _digest(path.resolve(), algorithm, state(path))
+
+
+def state(path: Path) -> tuple[int, ...]:
+    """What is another one when a file has changed."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def listed(folder: Path) -> dict[str, str]:
@@ -113,7 +115,7 @@ def check(path: Path) -> Path | None:
     """
     for folder in (path.parent, path.parent.parent):
         said = listed(folder).get(path.relative_to(folder).as_posix()) if path.is_file() else None
-        if said and said != (found := sha256(path)):
+        if said and said != (found := digest(path)):
             raise UserError(
                 f"{path}: its sha256 is {found[:8]}..., not {said[:8]}... as {folder / SUMS} says: a broken or another "
                 "file; put back the one that was written"
@@ -124,7 +126,7 @@ def check(path: Path) -> Path | None:
 
 
 def sums_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    return {name: sha256(folder / name) for name in names}
+    return {name: digest(folder / name) for name in names}
 
 
 def seal(folder: Path, sums: Mapping[str, str]) -> None:

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import yaml
 
 from ssl_bench import files
-from ssl_bench.files import sha256 as digest
 from ssl_bench.methods import splits
 
 # A run may continue when these differ: they don't change what it computes, only where, how fast, and what is shown.
@@ -257,7 +256,8 @@ def remember(weights: Path, directory: Path) -> None:
     last = [files.step_of(path) for path in files.complete(run)[:1]]
     made = with_origin(_parsed(run / "config.yaml", yaml.safe_load), run)
     step = older(weights, (run / "summary.json").is_file(), last)
-    files.write(known, json.dumps({"weights": digest(weights), "step": step, "run": asdict(made)}, indent=1) + "\n")
+    said = {"weights": files.digest(weights), "step": step, "run": asdict(made)}
+    files.write(known, json.dumps(said, indent=1) + "\n")
 
 
 def _restored(saved: Mapping[str, Any]) -> Identity:
@@ -341,7 +341,7 @@ def _inside(path: str, base: str, mark: str = "") -> str:
 
 
 def _unquoted(value: str) -> str:
-    """Of an override, as `train.quote` has it."""
+    """Of an override, as `shell.quote` has it."""
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
         return re.sub(rf"(\\*)\\{value[0]}", lambda found: found[1][: len(found[1]) // 2] + value[0], value[1:-1])
     return value

@@ -8,6 +8,7 @@ converter read; and by stage=export the backbone's own names, which for a ResNet
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,6 +118,12 @@ def _safetensors(path: Path) -> tuple[State, dict[str, str]]:
     return state, metadata
 
 
+@cache
+def _metadata(path: Path, state: tuple[int, ...]) -> dict[str, str]:
+    """Asked for several times by one command; all of the file is read to compare it."""
+    return _safetensors(path)[1]
+
+
 def digest(state: State, text: str = "") -> str:
     """xxh3_128 of tensors, as they are on the CPU, with their names, and of a text: changed by a flipped bit of any."""
     whole = xxhash.xxh3_128(text.encode())
@@ -130,7 +137,7 @@ def recipe(path: Path) -> dict | None:
     """The configuration of the run that made the file: from the run's directory, or from a file of stage=export."""
     if path.suffix == ".safetensors":
         files.check(path)
-        text = _safetensors(path)[1].get("ssl_bench")
+        text = _metadata(path, files.state(path)).get("ssl_bench")
         return build.read_back(path, text, json.loads) if text else None
     run = files.run_of(path)
     if not (run and (run / "config.yaml").is_file()):

@@ -158,7 +158,7 @@ class Ran:
     def digest_of(self, name: str) -> str:
         """Of the checkpoint of this name; "" where it has none."""
         path = self.directory / "checkpoints" / name
-        return identity.digest(path) if path.is_file() else ""
+        return files.digest(path) if path.is_file() else ""
 
     @cached_property
     def stands_on(self) -> str:
@@ -281,7 +281,7 @@ def measured(runs: Iterable[Ran], weights: Path) -> list[Ran]:
 
     def same(ran: Ran) -> bool:
         if ran.stands_on:
-            return ran.stands_on == identity.digest(weights)
+            return ran.stands_on == files.digest(weights)
         return Path(ran.config["pretrained"]).resolve() == weights.resolve()
 
     return [ran for ran in runs if "val_top1" in (ran.summary or {}) and ran.config.get("pretrained") and same(ran)]

@@ -161,7 +161,7 @@ class Run:
     @cached_property
     def _weights(self) -> str:
         """The sha256 of what it stands on; "" for nothing."""
-        return identity.digest(Path(self._config["pretrained"])) if self._config.get("pretrained") else ""
+        return files.digest(Path(self._config["pretrained"])) if self._config.get("pretrained") else ""
 
     def _discard(self, directory: Path) -> None:
         """A mistake found before the first step leaves no run behind, which reports would stumble over."""

@@ -127,7 +127,7 @@ class Member:
         """Did it stand on other weights than `pretrained` means now?"""
         known, source = identity.recorded(self.directory), self.config.get("pretrained")
         weights = files.weights_of(Path(self.cwd, Path(source).expanduser())) if known and source else None
-        return weights is not None and identity.digest(weights) != known
+        return weights is not None and files.digest(weights) != known
 
     def _changes(self, ran: dict) -> str:
         """But for what the weights decided when it was launched: there is the very file, and how images looked."""
@@ -274,9 +274,7 @@ def twin(config: Mapping, members: Mapping[str, Sequence[Member]]) -> Member | N
         if Identity(member.config).stands_on == asked.stands_on:
             return member
     weights = alike and files.weights_of(Path(asked.config["pretrained"] or "").expanduser())  # which may have moved
-    return next(
-        (one for one in alike if weights and identity.recorded(one.directory) == identity.digest(weights)), None
-    )
+    return next((one for one in alike if weights and identity.recorded(one.directory) == files.digest(weights)), None)
 
 
 def by_key(members: Iterable[Member]) -> dict[str, list[Member]]:

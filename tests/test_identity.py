@@ -13,7 +13,7 @@ from made_runs import checkpoint, classified, classified_from, pretrained
 from omegaconf import OmegaConf
 from test_config import compose
 
-from ssl_bench import identity, results, sweep
+from ssl_bench import files, identity, results, sweep
 from ssl_bench.errors import UserError
 from ssl_bench.identity import Identity, changes
 from ssl_bench.run import Run
@@ -260,7 +260,7 @@ def test_a_twin_of_a_sweep_is_known_by_what_it_computes(tmp_path: Path, monkeypa
     shutil.copytree("runs/p", "other")
     assert sweep.twin(config("other"), known) is None  # it hasn't begun: nothing is known of its weights
     one.directory.mkdir(parents=True)
-    (one.directory / "pretrained.sha256").write_text(identity.digest(made / "checkpoints" / "step0000000080.pt"))
+    (one.directory / "pretrained.sha256").write_text(files.digest(made / "checkpoints" / "step0000000080.pt"))
     assert sweep.twin(config("other"), known) is one
     assert not one.stale
     checkpoint(results.Ran.read(made), 120, b"it went on")

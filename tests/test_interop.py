@@ -11,10 +11,12 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import TINY, Command
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import models
 
@@ -374,3 +376,33 @@ def test_a_damaged_newest_state_is_refused_with_the_one_before(tmp_path: Path) -
     assert str(caught.value).startswith(f"{newest}: damaged")
     assert str(caught.value).endswith(f"the state before it, of step 10, is pretrained={older}")
     load_backbone(tiny().backbone, str(older))
+
+
+def test_large_files_are_read_once_for_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command asks an export for its recipe, mean and std, classes and labels, and a zoo name for its file."""
+    state = {"a": torch.zeros(2)}
+    metadata = {"ssl_bench": '{"augmentation": {"mean": [1, 1, 1]}}'}
+    metadata[interop.DIGEST] = interop.digest(state, metadata["ssl_bench"])
+    save_file(state, path := tmp_path / "model.safetensors", metadata)
+    monkeypatch.setenv("SSL_BENCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(zoo, "WEIGHTS", {"one": zoo.Weights("x/one.pth", "c4ca4238", "resnet18", "")})
+    zoo.place("one").parent.mkdir()
+    zoo.place("one").write_text("1")
+    read: list[Path] = []
+    load, file_digest = safetensors.torch.load_file, hashlib.file_digest
+    monkeypatch.setattr(safetensors.torch, "load_file", lambda path: read.append(path) or load(path))
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, *how: read.append(Path(file.name)) or file_digest(file, *how)
+    )
+    for _ in range(3):
+        assert interop.look(path) == {"mean": [1, 1, 1]}
+        assert interop.find("one") == zoo.place("one")
+    assert sorted(read) == [path, zoo.place("one")]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        interop.look(path)
+    zoo.place("one").write_text("2")
+    with pytest.raises(UserError, match="its md5 is c81e728d"):
+        interop.find("one")

@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -111,7 +113,12 @@ def test_weights_are_known_by_their_content(tmp_path: Path) -> None:
 
 def test_large_files_are_read_when_needed_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
-    monkeypatch.setattr("ssl_bench.files.digest", lambda path: read.append(path) or path.read_text())
+
+    def told(file: BinaryIO, algorithm: str) -> SimpleNamespace:
+        read.append(Path(file.name))
+        return SimpleNamespace(hexdigest=lambda: file.read().decode())
+
+    monkeypatch.setattr("hashlib.file_digest", told)
     made = [checkpoint(pretrained(tmp_path / f"p{seed}", f"seed={seed}"), 80, b"%d" % seed) for seed in (0, 1)]
     results.find([tmp_path])
     classified(tmp_path / "without", 50.0, f"pretrained={made[0]}")

@@ -164,7 +164,7 @@ def _below(ran: Ran, known: Sequence[Ran]) -> Iterator[Finding]:
     elif path := _weights(ran, known):
         yield Finding(what, "whole", f"sha256 {ran.stands_on[:16]}..., now {path}")
     elif Path(source).is_file():
-        now = identity.digest(Path(source))
+        now = files.digest(Path(source))
         yield Finding(what, "differs", f"its sha256 is {now[:8]}..., not {ran.stands_on[:8]}..., of when it began")
     else:
         yield Finding(what, "missing", f"sha256 {ran.stands_on[:16]}...; runs= says where it may be")
@@ -174,7 +174,7 @@ def _weights(ran: Ran, known: Sequence[Ran]) -> Path | None:
     """The file that it stands on, wherever that is."""
     source = Path(ran.config["pretrained"])
     likely = [source, *(one.directory / "checkpoints" / source.name for one in known)]
-    return next((path for path in likely if path.is_file() and identity.digest(path) == ran.stands_on), None)
+    return next((path for path in likely if path.is_file() and files.digest(path) == ran.stands_on), None)
 
 
 def _data(cfg: DictConfig, ran: Ran) -> Iterator[Finding]:

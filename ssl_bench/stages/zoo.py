@@ -4,7 +4,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ssl_bench import files, identity, report, results
+from ssl_bench import files, report, results
 from ssl_bench.errors import UserError
 from ssl_bench.fields import Place
 from ssl_bench.results import Ran
@@ -34,7 +34,7 @@ def zoo(cfg: DictConfig, run: Run, verify: Place | None = None) -> dict[str, flo
     print(report.markdown(["pretrained=", "backbone", "ImageNet", "hash", "downloaded"], published))
     if own:
         rows = [
-            [str(ran.directory), recipe(ran), numbers(ran, runs), f"sha256 {identity.digest(ran.weights)[:8]}"]
+            [str(ran.directory), recipe(ran), numbers(ran, runs), f"sha256 {files.digest(ran.weights)[:8]}"]
             for ran in own
         ]
         print("\n" + report.markdown(["pretrained=", "recipe", "top-1 (%)", "hash"], rows))
@@ -58,7 +58,7 @@ def identify(path: Path, own: list[Ran]) -> str:
                 f"{path}: its md5 is {md5[:8]}..., not {weights.md5}, which {name} has: a broken or another file"
             )
     for ran in own:
-        if identity.digest(ran.weights) == sha256:
+        if files.digest(ran.weights) == sha256:
             return f"{path}: {ran.weights}, {recipe(ran)}"
     raise UserError(
         f"{path}: none of the known weights (md5 {md5[:8]}..., sha256 {sha256[:8]}...); runs=DIR compares it with your "
