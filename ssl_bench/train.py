@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from itertools import islice
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
@@ -103,18 +105,29 @@ class Check(Callback):
             fail(UserError("hydra/launcher is for sweeps, and would be ignored here: add -m, or choose a launcher="))
 
     def on_multirun_start(self, config: DictConfig, config_name: str | None = None, **_: Any) -> None:
+        try:
+            self._check_sweep(config, config_name)
+        except Exception as error:
+            if isinstance(error, UserError | HydraException | OmegaConfBaseException):
+                fail(error)
+            traceback.print_exc()  # Hydra would only warn of it, and start members that nobody has checked
+            sys.exit(1)
+
+    def _check_sweep(self, config: DictConfig, config_name: str | None) -> None:
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
         if not config.hydra.sweeper._target_.endswith("BasicSweeper"):  # its members are not known beforehand
             own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
             if lines := typed.in_vain(OmegaConf.to_container(own), _typed(config.hydra.overrides.task)):
-                fail(UserError("\n".join(lines.values())))
+                raise UserError("\n".join(lines.values()))
             return
         params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
         task = _typed(config.hydra.overrides.task)
-        overrides = OverridesParser.create().parse_overrides([*params, *task])
+        overrides = _parsed([*params, *task])
         if searched := [override.input_line for override in overrides if override.is_interval_sweep()]:
-            fail(UserError(f"{searched[0]}: {SEARCH}"))
+            raise UserError(f"{searched[0]}: {SEARCH}")
+        if empty := [override.input_line for override in overrides if _first(override) is None]:
+            raise UserError(f"{empty[0]}: there is no such value, and so no member of the sweep")
         problems, composed, quoted = [], [], typed.quoted([*params, *task])
         (members,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
         if len(members) > 20:
@@ -223,19 +236,31 @@ def _message(error: Exception) -> str:
     return ": ".join([text.splitlines()[0], *str(error.__cause__ or "").splitlines()[:1]])
 
 
+def _parsed(words: list[str]) -> list[Override]:
+    """With the choices of this configuration, which a glob() looks among."""
+    return OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(words)
+
+
+def _first(override: Override) -> str | None:
+    """The first of the values that it gives, one by one; None where there is none."""
+    if not override.is_discrete_sweep():
+        return override.input_line
+    return next(iter(override.sweep_string_iterator()), None)
+
+
 def _several(key: str, value: str) -> str:
     """Of several values where one is wanted. First of another mistake: with that Hydra sees no sweep."""
     args = get_args_parser().parse_args()
     words = []
     if args.config_dir:
         words.append(f"hydra.searchpath=[{quote(f'file://{os.path.abspath(args.config_dir)}')}]")
-    for override in OverridesParser.create().parse_overrides(args.overrides):
-        if not override.is_sweep_override():
-            words.append(override.input_line)
-        elif override.is_discrete_sweep():
-            words.append(f"{override.get_key_element()}={next(override.sweep_string_iterator())}")
     try:
         with hydra.initialize_config_module("ssl_bench.conf", version_base="1.3"):
+            for override in _parsed(args.overrides):
+                if not override.is_sweep_override():
+                    words.append(override.input_line)
+                elif override.is_discrete_sweep() and (first := _first(override)) is not None:
+                    words.append(f"{override.get_key_element()}={first}")
             hydra.compose("config", words)
     except (HydraException, OmegaConfBaseException) as other:
         return _message(other)

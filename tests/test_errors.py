@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -77,6 +78,12 @@ CONFIGURATION = {
     "interval in a sweep": (
         ["-m", "method.temperature=interval(0.05,0.5)"],
         ["method.temperature=interval(0.05,0.5): an interval is for a search: add -m hydra/sweeper=optuna"],
+    ),
+    "glob": (["method=glob(*)"], ["method=glob(*): several values are for a sweep: add -m"]),
+    "no value in a range": (["seed=range(0,0)"], ["seed=range(0,0): several values are for a sweep: add -m"]),
+    "no value in a sweep": (
+        ["-m", "pretrained=glob(*)", "stage=lincls"],
+        ["pretrained=glob(*): there is no such value, and so no member of the sweep"],
     ),
     "choice": (
         ["method=moco_v9"],
@@ -263,6 +270,16 @@ def test_a_mistyped_key_in_a_sweep(ssl_bench: Command, tmp_path: Path) -> None:
             f"method.temprature={value} batch_size=128: method.temprature: no such key; did you mean "
         )
     assert files(tmp_path) == set()
+
+
+def test_a_check_that_fails_starts_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Hydra only warns of what a callback raises."""
+    for error, status in ((ZeroDivisionError("x"), 1), (HydraException("x"), 2), (UserError("x"), 2)):
+        monkeypatch.setattr(train.Check, "_check_sweep", Mock(side_effect=error))
+        with pytest.raises(SystemExit) as stop:
+            train.Check().on_multirun_start(OmegaConf.create({}))
+        assert stop.value.code == status
+        assert ("ssl-bench: x\n" if status == 2 else "ZeroDivisionError: x") in capsys.readouterr().err
 
 
 def test_a_mistyped_key_in_a_launcher_of_ones_own(ssl_bench: Command, tmp_path: Path) -> None:
