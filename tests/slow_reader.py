@@ -16,3 +16,14 @@ class Slow:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60 * (index >= 5))
         return self.read(index)
+
+
+class Stuck:
+    """A decoder that doesn't get on with one image, and with all others does."""
+
+    def __init__(self, read, index):
+        self.read, self.index = read, index
+
+    def __call__(self, index):
+        time.sleep(60 * (index == self.index))
+        return self.read(index)

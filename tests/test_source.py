@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ssl_bench.data.formats import Folder
+from ssl_bench.data.pool import send
 from ssl_bench.data.source import HostSource, ResidentSource, StreamedSource, permutation
 from ssl_bench.errors import Interrupted, UserError
 
@@ -201,6 +202,28 @@ def test_streaming_ends_when_nothing_comes(folder, monkeypatch):
         monkeypatch.setattr("ssl_bench.data.source.PATIENCE", 600 if kill else 1)
         with pytest.raises(UserError, match=said):
             next(batches)
+
+
+def test_batches_that_overtake_a_slow_one_are_few(folder, monkeypatch):
+    """And it is waited for no longer, nor deaf to a signal, because of them."""
+    sent, waited = [], []
+
+    def counted(connection, chunk, doing):
+        sent.append(chunk)
+        send(connection, chunk, doing)
+
+    monkeypatch.setattr("ssl_bench.data.source.send", counted)
+    split = Folder(str(folder), image_size=8).split("train")
+    slow = int(permutation(0, 0, 10)[2])
+    source = StreamedSource(replace(split, read=slow_reader.Stuck(split.read, slow)), 1, 0, workers=3)
+    source.waiting = waited.append
+    batches = source.stream(0, 10**6)
+    next(batches), next(batches)
+    monkeypatch.setattr("ssl_bench.data.source.PATIENCE", 1)
+    with pytest.raises(UserError, match=f"no image was decoded for .*{Path(split.where(slow)).name}"):
+        next(batches)
+    assert len(sent) <= 2 + 2 * 3
+    assert waited
 
 
 def test_a_signal_is_honoured_while_streaming_waits(folder):

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count, islice
+from itertools import chain, count, islice
 from multiprocessing.connection import Connection, wait
 
 import numpy as np
@@ -200,41 +200,49 @@ class StreamedSource(Source):
 
     def _batches(self, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
         wanted = enumerate(rows for _, rows in wanted)
-        first = list(islice(wanted, self.workers))  # a batch each: results wait in the pipes, not in shared memory
+        first = list(islice(wanted, self.workers))
+        wanted = chain(first, wanted)
         task = DecodeRows(self.split.read, self.split.length, self.on_error)
         doing: dict[Connection, tuple] = {}
-        number: dict[Connection, int] = {}  # of the batch that it decodes
+        number: dict[Connection, int] = {}  # of the batch that it decodes, or has decoded last
         done: dict[int, tuple] = {}
 
-        def give(connection: Connection, order: int, rows: np.ndarray) -> None:
-            number[connection] = order
-            send(connection, tuple(rows.tolist()), doing)
-
         with started(task, len(first)) as processes:
-            for connection, (order, rows) in zip(processes, first, strict=True):
-                give(connection, order, rows)
+            idle = list(processes)
+
+            def hand_out() -> None:
+                """A batch to each worker that has none. Results wait in the pipes, not in shared memory; of those that
+                overtake a slow one, so many at most wait in memory."""
+                while idle and len(doing) + len(done) < AHEAD * len(processes):
+                    if (following := next(wanted, None)) is None:
+                        return
+                    connection = idle.pop()
+                    number[connection], rows = following
+                    send(connection, tuple(rows.tolist()), doing)
 
             def get(order: int) -> tuple:
-                began = time.monotonic()
-                while order not in done:
-                    ready = wait(list(doing), timeout=1)
-                    for connection in ready:
+                newest = time.monotonic()
+                while True:
+                    for connection in wait(list(doing), timeout=0 if order in done else 1):
                         del doing[connection]
                         done[number[connection]] = receive(connection, processes[connection])
-                        if (following := next(wanted, None)) is not None:
-                            give(connection, *following)
-                    if not ready:
-                        seconds = time.monotonic() - began
-                        self.waiting(seconds)
-                        if seconds > PATIENCE:
-                            raise UserError(
-                                f"no image was decoded for {seconds:.0f} s, in a batch with "
-                                f"{self.split.where(next(iter(doing.values()))[0])}; is the disk, or its server, there?"
-                            )
-                return done.pop(order)
+                        idle.append(connection)
+                        newest = time.monotonic()
+                    result = done.pop(order, None)
+                    hand_out()
+                    if result is not None:
+                        return result
+                    self.waiting(seconds := time.monotonic() - newest)
+                    if seconds > PATIENCE:
+                        rows = next(rows for connection, rows in doing.items() if number[connection] == order)
+                        raise UserError(
+                            f"no image was decoded for {seconds:.0f} s, in a batch with {self.split.where(rows[0])}; "
+                            "is the disk, or its server, there?"
+                        )
 
+            hand_out()
             for order in count():
-                if order not in done and order not in {number[connection] for connection in doing}:
+                if not doing and not done:
                     return
                 images, rows, bad, noticed = self._waited(lambda order=order: get(order))
                 if images is None:
