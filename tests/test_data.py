@@ -18,7 +18,7 @@ from PIL import Image
 
 from ssl_bench.data import formats, pictures, store, synthetic
 from ssl_bench.data.formats import CIFAR, DL21, STL10, Digits, Folder, Synthetic
-from ssl_bench.data.pool import run_chunks
+from ssl_bench.data.pool import receive, run_chunks, send, started
 from ssl_bench.errors import UserError
 
 CONF = Path(__file__).parents[1] / "conf" / "data"
@@ -252,6 +252,18 @@ def test_a_flipped_bit_of_a_store_is_named_and_packed_again(cache, caplog, name,
     assert store.damage(good.directory) == ""
 
 
+def test_a_slow_verification_says_how_far_it_is(cache, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    directory = Synthetic(600, 30, 30, 2, 0, 16, cache=str(cache)).open("pretrain").directory
+    monkeypatch.setattr(store, "LOG_SECONDS", -1)
+    assert store.damage(directory) == ""
+    assert [record.message.split(": ")[1].split(",")[0] for record in caplog.records if "verifying" in record.msg] == [
+        "33 %",
+        "67 %",
+        "100 %",
+    ]
+
+
 def test_a_damaged_store_whose_images_are_gone_is_told(dl21, cache):
     data = DL21(str(dl21), 16, cache=str(cache), workers=1)
     directory = data.open("val").directory
@@ -347,6 +359,16 @@ def test_pool_tells_what_went_wrong():
     fails("ended with status -9 .*data.workers=1", lambda: list(run_chunks(pool_tasks.die_late, 600, workers=1)))
     with pytest.raises(RuntimeError, match=r"KeyError: 'wrong'"):
         list(run_chunks(pool_tasks.fail, 600, workers=1))
+
+
+def test_a_worker_killed_while_it_sends_is_told():
+    """A result is larger than what a pipe holds: most that are killed have sent a part of one."""
+    with started(np.zeros, 1) as processes:
+        ((connection, process),) = processes.items()
+        send(connection, (10**6,), {})
+        assert connection.poll(60)
+        process.kill()
+        fails("ended with status -9 .*data.workers=1", lambda: receive(connection, process))
 
 
 def test_pool_ends_its_workers_when_closed():

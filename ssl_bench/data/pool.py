@@ -103,7 +103,7 @@ def send(connection: Connection, chunk: tuple, doing: dict[Connection, tuple]) -
 def receive(connection: Connection, process: subprocess.Popen) -> Any:
     try:
         result = connection.recv()
-    except (EOFError, ConnectionResetError):
+    except (EOFError, OSError):  # also in the midst of a result
         raise UserError(
             f"a data worker ended with status {process.wait()} (-9 often means out of memory); "
             "try fewer with data.workers=1"

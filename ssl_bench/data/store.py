@@ -168,7 +168,7 @@ def damage(directory: Path) -> str:
                 if found != digests[block]:
                     wrong.append(block)
                 if (now := time.monotonic()) - logged > LOG_SECONDS:
-                    logged, done = now, block / len(digests)
+                    logged, done = now, (block + 1) / len(digests)
                     log.info(
                         "verifying %s: %.0f %%, %.0f s left", directory, 100 * done, (now - began) / done - now + began
                     )
