@@ -115,7 +115,7 @@ class LinearGrid(LinearProbe):
         loss = each.sum() + examined.sum() / self.kept
         right = (logits[:, :, 0].argmax(dim=2) == labels[:, :1]).float().mean(dim=0)
         self.seen = torch.stack([each.detach(), right])  # (2, cells), for a choice after this step
-        mine, accuracy = self.seen[:, self.chosen]
+        mine, accuracy = self.seen.index_select(1, self.chosen[None])[:, 0]  # the host doesn't wait to know which
         return {"loss": loss - loss.detach() + mine, "accuracy": accuracy}
 
     @torch.no_grad()

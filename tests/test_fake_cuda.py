@@ -16,8 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_bench import build
 from ssl_bench.augment.draws import keys
+from ssl_bench.backbones import Pixels
 from ssl_bench.methods.layers import Queue
 from ssl_bench.optim import LARS, clip_, freeze_, schedule_
+from ssl_bench.probe import LinearGrid
 
 BATCH, PIXELS = 8, 32
 
@@ -92,6 +94,18 @@ def step(name: str) -> list[str]:
 @pytest.mark.parametrize("name", LEARNING)
 def test_a_step_stays_on_the_gpu(name: str) -> None:
     assert step(name) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_a_step_of_many_classifiers_stays_on_the_gpu() -> None:
+    grid = LinearGrid(Pixels(1), 10, cells=3, kept=0.8, normalize=True).train()
+    with FakeTensorMode():
+        put_on_gpu(grid)
+        features, labels = torch.empty(BATCH, 3, device="cuda"), torch.zeros(BATCH, 2, dtype=torch.int64, device="cuda")
+        with Copies() as copies:
+            output = grid([features], labels)
+    assert copies.found == []
+    assert all(value.is_cuda for value in output.values())
 
 
 @pytest.mark.parametrize("mistake", ["waits", "mixes", "copies"])
