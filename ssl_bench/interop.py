@@ -90,11 +90,9 @@ def find(source: str) -> Path:
 
 def read(path: Path) -> object:
     """What is in the file; no code in it is run. UserError where it can't be read, or isn't what was written."""
-    files.check(path)
-    if path.suffix == ".safetensors":
-        return _safetensors(path)[0]
     try:
-        return checkpoint.read(path)
+        files.check(path)
+        return _safetensors(path)[0] if path.suffix == ".safetensors" else checkpoint.read(path)
     except UserError as error:
         run = files.run_of(path)
         older = [file for file in files.complete(run) if file.name < path.name] if run else []
