@@ -69,7 +69,7 @@ def check_compiler() -> None:
 def _run(cfg: DictConfig) -> dict[str, float]:
     import torch
 
-    from ssl_bench import distributed, interop, memory, precision
+    from ssl_bench import distributed, interop, memory, precision, results
     from ssl_bench.run import Run
 
     world = distributed.launched() or distributed.World(0, 0, 1, 1)
@@ -92,7 +92,7 @@ def _run(cfg: DictConfig) -> dict[str, float]:
         if run.summary is not None:
             split = getattr(build.locate(cfg.stage._target_, "stage"), "split", None)
             run.check_data(split and partial(split, cfg))
-            values = ", ".join(f"{key} {value:.4g}" for key, value in run.summary.items())
+            values = ", ".join(f"{key} {results.spoken(key, value)}" for key, value in run.summary.items())
             log.info("%s is finished already (%s); to run it again, delete it or choose another dir=", cfg.dir, values)
             return run.summary
         try:

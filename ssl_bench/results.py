@@ -99,6 +99,13 @@ def shown(metric: str, values: Sequence[float]) -> str:
     return f"{mean:{form}}" + ("" if math.isnan(std) else f" ± {std:{'.2g' if form.endswith('g') else form}}")
 
 
+def spoken(metric: str, value: float) -> str:
+    """One value as people read it beside others: shares are percent, as in tables."""
+    label, scale, _ = unit(metric)
+    value *= scale
+    return (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}") + " %" * label.endswith("(%)")
+
+
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 

@@ -242,7 +242,7 @@ class Run:
         if self.is_main:
             self.metrics.log(step, line)
             self.tracker.log(step, line)
-            values = "  ".join(f"{key} {shown(key, value)}" for key, value in line.items())
+            values = "  ".join(f"{key} {results.spoken(key, value)}" for key, value in line.items())
             left = (self._total - step) * (time.monotonic() - self._began) / max(step - self._start, 1)
             log.info("step %s/%s  %s  left %s", f"{step:,}", f"{self._total:,}", values, timedelta(seconds=round(left)))
 
@@ -345,10 +345,3 @@ def _log_to(path: Path) -> Iterator[None]:
         logging.getLogger("ssl_bench").removeHandler(handler)
         with suppress(OSError):
             handler.close()
-
-
-def shown(metric: str, value: float) -> str:
-    """As people read it beside others: shares are percent, as in tables."""
-    unit = results.unit(metric)
-    value *= unit.scale
-    return (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}") + " %" * unit.label.endswith("(%)")

@@ -248,7 +248,7 @@ def locked(path: Path) -> bool:
 
 def overview(members: Sequence[Member], states: Sequence[State], metric: str | None = None) -> str:
     """A line a member: state, step, the newest value of the metric, by default of its own."""
-    from ssl_bench import report  # imports numpy
+    from ssl_bench import report, results  # import numpy
 
     rows = []
     for member, state in zip(members, states, strict=True):
@@ -262,7 +262,7 @@ def overview(members: Sequence[Member], states: Sequence[State], metric: str | N
             step = f"{of}{done:,}/{round(done / epoch * epochs):,}"
         result = next((line for line in reversed(lines) if shown in line), {}) | (member.result() or {})
         if shown in result:
-            value = f"{shown} {result[shown]:.4g}"
+            value = f"{shown} {results.spoken(shown, result[shown])}"
         rows.append([member.name, state.name, step, value, " ".join(state.note.split())])
     return report.markdown(["member", "state", "step", "metric", ""], rows)
 

@@ -14,7 +14,8 @@ import yaml
 
 from ssl_bench import files, identity
 from ssl_bench.errors import UserError
-from ssl_bench.run import Run, shown
+from ssl_bench.results import spoken
+from ssl_bench.run import Run
 from ssl_bench.sweep import locked
 from ssl_bench.tracking import NoTracker
 
@@ -129,4 +130,4 @@ def test_a_wrong_folder_of_images_costs_a_finished_run_nothing(tmp_path: Path) -
 
 def test_shares_are_percent_on_the_console_as_in_tables() -> None:
     values = {"accuracy": 0.92, "knn_top1": 98.46, "data_wait": 0.031, "loss": 5.123, "images_per_second": 12345.6}
-    assert [shown(*item) for item in values.items()] == ["92 %", "98.46 %", "3.1 %", "5.123", "12,346"]
+    assert [spoken(*item) for item in values.items()] == ["92 %", "98.46 %", "3.1 %", "5.123", "12,346"]

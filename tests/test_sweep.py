@@ -83,6 +83,12 @@ def test_a_pipeline_shows_how_far_its_newest_part_is(tmp_path: Path) -> None:
         assert row[1:3] == ["stopped", f"{name}: 5/{5 * epochs}"]
 
 
+def test_shares_are_percent_as_in_tables(tmp_path: Path) -> None:
+    one = member(tmp_path / "sweep", {"accuracy": 0.92, "loss": 5.0}, "seed=0")
+    for metric, said in {"accuracy": "accuracy 92 %", "loss": "loss 5"}.items():
+        assert cells(sweep.overview([one], sweep.states([one]), metric))[1][3] == said
+
+
 def test_table(tmp_path: Path) -> None:
     """A value that is the default and one that was asked for are the same; who isn't finished is counted."""
     folder = tmp_path / "sweep"

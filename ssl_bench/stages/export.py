@@ -248,7 +248,9 @@ def about(pretrained: Pretrained) -> str:
     if (run := results.of(pretrained.path)) is None:
         return text + " The run had not finished."
     metric = config.get("metric")
-    return text + (f" It ended with {metric} {run.summary[metric]:.4g}." if metric in run.summary else "")
+    if metric not in run.summary:
+        return text
+    return text + f" It ended with {metric} {results.spoken(metric, run.summary[metric])}."
 
 
 def usage(pretrained: Pretrained) -> str:
