@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import yaml
 
 from ssl_bench import files
+from ssl_bench.errors import UserError
 from ssl_bench.methods import splits
 
 # A run may continue when these differ: they don't change what it computes, only where, how fast, and what is shown.
@@ -243,9 +244,12 @@ def with_origin(config: Mapping[str, Any], directory: Path) -> Identity:
     """As `left_by`, and what it stands on, as far as it was known when it began; see `remember`."""
     mine = left_by(config, directory)
     known = _parsed(directory / ORIGIN, json.loads)
-    if not known or known["weights"] != mine.weights:
+    if not known or known.get("weights") != mine.weights:
         return mine
-    return replace(mine, below=_restored(known["run"]), step=known["step"])
+    try:
+        return replace(mine, below=_restored(known["run"]), step=known["step"])
+    except (TypeError, KeyError, AttributeError, ValueError):
+        raise UserError(f"{directory / ORIGIN} is damaged: put it back, or delete it") from None
 
 
 def remember(weights: Path, directory: Path) -> None:
@@ -261,6 +265,8 @@ def remember(weights: Path, directory: Path) -> None:
 
 
 def _restored(saved: Mapping[str, Any]) -> Identity:
+    if not all(isinstance(saved["config"].get(group) or {}, dict) for group in ("stage", "method", "backbone", "data")):
+        raise TypeError
     return Identity(**{**saved, "below": saved["below"] and _restored(saved["below"])})
 
 

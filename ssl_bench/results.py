@@ -213,11 +213,17 @@ class Ran:
 
     @cached_property
     def identity(self) -> Identity:
-        """With that of what it stands on, wherever this lies by now."""
+        """With that of what it stands on, wherever this lies by now; gone, as it was known when this run began."""
+        if self.pretraining is None:
+            return identity.with_origin(self.config, self.directory)
         count = max(self.config.get("devices", 1), self.environment.get("world_size", 1))  # see identity.left_by
-        below = self.pretraining.identity if self.pretraining else None
         images = {split: facts["fingerprint"] for split, facts in self.inputs.items()}
-        return Identity(self.config, count, self.stands_on, below, self.older, images)
+        return Identity(self.config, count, self.stands_on, self.pretraining.identity, self.older, images)
+
+    @property
+    def source(self) -> str | None:
+        """The key of the run that it stands on; None where none is known."""
+        return self.identity.below and self.identity.below.key
 
     @property
     def name(self) -> str:
@@ -340,7 +346,7 @@ class Group:
         """
         shared: dict[Any, list[Ran]] = {}
         for ran in self.runs:
-            shared.setdefault(ran.pretraining.directory if ran.pretraining else ran, []).append(ran)
+            shared.setdefault(ran.source or ran, []).append(ran)
         return list(shared.values()) if len(shared) > 1 else [[ran] for ran in self.runs]
 
     def values(self, metric: str) -> list[float]:
@@ -359,7 +365,7 @@ class Group:
     @property
     def pretrainings(self) -> int:
         """How many different ones its finished runs stand on."""
-        return len({ran.pretraining.directory for ran in self.finished if ran.pretraining})
+        return len({ran.source for ran in self.finished if ran.source})
 
     def row(self, metric: str) -> dict:
         """Of a results file."""

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import BinaryIO
@@ -17,7 +18,7 @@ from omegaconf import OmegaConf
 from test_config import compose
 from test_sweep import member
 
-from ssl_bench import page, results, sweep
+from ssl_bench import identity, page, results, sweep
 from ssl_bench.errors import UserError
 from ssl_bench.stages import report
 
@@ -87,6 +88,33 @@ def test_a_folder_that_has_moved_keeps_its_pretrainings(tmp_path: Path) -> None:
     classified(tmp_path / "runs" / "there" / "l", 50.0, f"pretrained={tmp_path}/runs/there/p")
     shutil.move(tmp_path / "runs", tmp_path / "moved")
     assert names(boards(tmp_path / "moved")["lincls"]) == ["moco_v2"]
+
+
+def test_a_run_without_its_pretraining_is_what_it_was(tmp_path: Path) -> None:
+    """Two pretrainings, two classifiers of each; then only the classifiers are at hand, as on another machine."""
+    for seed, draw in product((0, 1), (0, 1)):
+        folder = tmp_path / "p" / str(seed)
+        if not draw:
+            checkpoint(pretrained(folder, f"seed={seed}"), 80, b"%d" % seed)
+        place = folder / "checkpoints" / "step0000000080.pt"
+        made = classified_from(tmp_path / f"l{seed}{draw}", 50.0 + 10 * seed + draw, place, f"seed={draw}")
+        identity.remember(place, made.directory)
+    before = boards(tmp_path)["lincls"].rows
+    (tmp_path / "p").rename(tmp_path.parent / f"{tmp_path.name}-elsewhere")
+    (now,) = boards(tmp_path)["lincls"].rows
+    assert (now["name"], now["n"], now["pretrainings"]) == ("moco_v2", 2, 2)
+    assert before == [{**now, "values": before[0]["values"]}]
+    assert now["values"]["val_top1"] == before[0]["values"]["val_top1"] == [50.5, 60.5]
+
+    known = json.loads((origin := tmp_path / "l00" / identity.ORIGIN).read_text())
+    for damaged in (
+        {**known, "run": 3},
+        {**known, "run": {}},
+        {**known, "run": {**known["run"], "config": {"data": 3}}},
+    ):
+        origin.write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match=r"origin.json is damaged: put it back, or delete it"):
+            boards(tmp_path)
 
 
 def test_weights_are_known_by_their_content(tmp_path: Path) -> None:
