@@ -251,7 +251,7 @@ def test_the_recipe_itself_and_what_is_in_the_grid_are_no_mistakes() -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["stage.copies=3"], "stage.copies=3 would be ignored: it is for stage.features=cached; add that"),
+        (["stage.copies=1"], "stage.copies=1 would be ignored: it is for stage.features=cached; add that"),
         (["stage.lrs=[0.1,1]"], "stage.lrs=[0.1,1] would be ignored: it is for stage.features=cached; add that"),
         (["stage.features=cached", "stage.labels_per_class=1", "batch_size=10"], "class 0 has only 1"),
         (["stage.features=cached", "stage.lrs=[]"], "stage.lrs=[]: tuple should have at least 1 item"),
