@@ -80,8 +80,12 @@ def parse(path: Path, parser: Callable[[str], Any]) -> dict:
     except Exception:  # yaml's and json's have no common kind
         content = None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: put it back, or delete it")
+        raise damaged(path)
     return content
+
+
+def damaged(path: Path) -> UserError:
+    return UserError(f"{path} is damaged: put it back, or delete it")
 
 
 @cache

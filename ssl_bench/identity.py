@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import yaml
 
 from ssl_bench import files
-from ssl_bench.errors import UserError
 from ssl_bench.methods import splits
 
 # A run may continue when these differ: they don't change what it computes, only where, how fast, and what is shown.
@@ -31,6 +30,7 @@ BELOW_ROOT = ("data.extra_labels", "stage.requested")  # lists of files, relativ
 OVERRIDES = ("stage.protocol", "stage.rows")  # of a pipeline: what its evaluations are started with
 PARTS = "devices x bn_splits"
 LOSS_OF = ("method", "augmentation", "batch_size", "data.name", PARTS)  # what the loss of a pretraining depends on
+ENVIRONMENT = {"world_size": int, "gpus": list, "cpu_threads": int, "git_commit": str, "started": str}
 ORIGIN = "origin.json"  # in the directory of a run: the run that made what it stands on
 T = TypeVar("T")
 
@@ -76,7 +76,7 @@ class Identity:
         if key in PATHS or key == KEPT_IN.get(self.stage):
             return value and self._place(value)
         if key in BELOW_ROOT and value:
-            root = (self.config.get("data") or {}).get("root") or "."
+            root = node(self.config, "data").get("root") or "."
             names = [value] if isinstance(value, str) else value
             return [_inside(os.path.join(root, os.path.expanduser(name)), root) for name in names]
         if key.startswith(OVERRIDES) and isinstance(value, list):
@@ -149,43 +149,47 @@ class Identity:
 
     @property
     def stage(self) -> str:
-        return (self.config.get("stage") or {}).get("name", "")
+        return node(self.config, "stage").get("name", "")
 
     @property
     def name(self) -> str:
         """The method, for an evaluation that of the pretraining."""
-        if method := self.config.get("method"):
+        if method := node(self.config, "method"):
             return method.get("name") or str(method.get("_target_")).rpartition(".")[2]
         if self.below:
             return self.below.name + (f" at step {self.step:,}" if self.step is not None else "")
         if self.config.get("pretrained"):
             return Path(self.config["pretrained"]).name.partition(".")[0]
-        return "raw pixels" if (self.config.get("backbone") or {}).get("name") == "pixels" else "random init"
+        return "raw pixels" if node(self.config, "backbone").get("name") == "pixels" else "random init"
 
     @property
     def title(self) -> str:
         """For dashboards: moco_v2-resnet18-digits; on top of it moco_v2-resnet18-digits-knn-10-labels-a-class."""
-        backbone, data = ((self.config.get(group) or {}).get("name", "") for group in ("backbone", "data"))
-        words = [self.below.title] if self.below else [self.name, backbone, data]
-        if self.below and data != self.below.data:
-            words.append(data)
+        words = [self.below.title] if self.below else [self.name, node(self.config, "backbone").get("name"), self.data]
+        if self.below and self.data != self.below.data:
+            words.append(self.data)
         if not self.config.get("method") or self.stage not in ("pretrain", ""):
-            cached = "cached" if (self.config.get("stage") or {}).get("features") == "cached" else ""
+            cached = "cached" if node(self.config, "stage").get("features") == "cached" else ""
             step = "" if self.step is None else f"at step {self.step}"
             words += [step, self.stage, cached, self.labels]
-        return slug("-".join(filter(None, words)))
+        return slug("-".join(map(str, filter(None, words))))
 
     @property
     def data(self) -> str:
-        return (self.config.get("data") or {}).get("name", "")
+        return node(self.config, "data").get("name", "")
 
     @property
     def labels(self) -> str:
         """Which part of the labels it was given; "" for all."""
-        stage = self.config.get("stage") or {}
+        stage = node(self.config, "stage")
         if stage.get("labels_per_class"):
             return f"{stage['labels_per_class']} labels a class"
         return f"{100 * stage['label_fraction']:g} % of the labels" if stage.get("label_fraction") else ""
+
+
+def node(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A node of a configuration that may have come from elsewhere; empty where there is none."""
+    return found if isinstance(found := config.get(name), Mapping) else {}
 
 
 def grouped(things: Iterable[T], of: Callable[[T], Identity]) -> list[list[T]]:
@@ -227,29 +231,66 @@ def other_losses(several: Iterable[Identity]) -> list[str]:
 
 def left_by(config: Mapping[str, Any], directory: Path) -> Identity:
     """Of the run that left this configuration in this directory."""
-    images = {split: facts["fingerprint"] for split, facts in _parsed(directory / "inputs.json", json.loads).items()}
+    return known_by(config, environment(directory), inputs(directory), recorded(directory))
+
+
+def known_by(
+    config: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    inputs: Mapping[str, Mapping[str, Any]],
+    weights: str,
+    below: Identity | None = None,
+    step: int | None = None,
+) -> Identity:
+    """By what lies in a run's directory, and where it is known, what it stands on."""
     # Before torchrun's and srun's number was in config.yaml, environment.json alone had it.
-    count = max(config.get("devices", 1), _parsed(directory / "environment.json", json.loads).get("world_size", 1))
-    return Identity(config, count, recorded(directory), images=images)
+    counts = (config.get("devices"), environment.get("world_size"))
+    count = max((count for count in counts if isinstance(count, int)), default=1)
+    images = {split: facts["fingerprint"] for split, facts in inputs.items()}
+    return Identity(config, count, weights, below, step, images)
+
+
+def inputs(directory: Path) -> dict[str, dict[str, Any]]:
+    """The images that a run has opened: {split: {"fingerprint": hex digits, "images": how many}}. UserError."""
+    known = _parsed(path := directory / "inputs.json", json.loads)
+    if not all(_has(facts, {"fingerprint": str, "images": int}) for facts in known.values()):
+        raise files.damaged(path)
+    return known
+
+
+def environment(directory: Path) -> dict[str, Any]:
+    """What a run began with besides its configuration (`run.environment`), as far as that is known. UserError."""
+    known = _parsed(path := directory / "environment.json", json.loads)
+    told = {key: kind for key, kind in ENVIRONMENT.items() if key in known}
+    if not _has(known, told):
+        raise files.damaged(path)
+    return known
+
+
+def _has(node: Any, kinds: Mapping[str, Any]) -> bool:
+    return isinstance(node, dict) and all(isinstance(node.get(key), kind) for key, kind in kinds.items())
 
 
 def recorded(directory: Path) -> str:
     """The sha256 of what a run stands on, as it began; "" where that isn't known."""
     known = directory / files.WEIGHTS
     files.check(known)
-    return known.read_text(encoding="utf-8").strip() if known.is_file() else ""
+    return known.read_text(encoding="utf-8", errors="replace").strip() if known.is_file() else ""
 
 
 def with_origin(config: Mapping[str, Any], directory: Path) -> Identity:
     """As `left_by`, and what it stands on, as far as it was known when it began; see `remember`."""
     mine = left_by(config, directory)
-    known = _parsed(directory / ORIGIN, json.loads)
+    known = _parsed(path := directory / ORIGIN, json.loads)
     if not known or known.get("weights") != mine.weights:
         return mine
     try:
-        return replace(mine, below=_restored(known["run"]), step=known["step"])
-    except (TypeError, KeyError, AttributeError, ValueError):
-        raise UserError(f"{directory / ORIGIN} is damaged: put it back, or delete it") from None
+        below = _restored(known["run"])
+    except (KeyError, TypeError):
+        below = None
+    if below is None or not _has(known, {"step": int | None}):
+        raise files.damaged(path)
+    return replace(mine, below=below, step=known["step"])
 
 
 def remember(weights: Path, directory: Path) -> None:
@@ -265,7 +306,9 @@ def remember(weights: Path, directory: Path) -> None:
 
 
 def _restored(saved: Mapping[str, Any]) -> Identity:
-    if not all(isinstance(saved["config"].get(group) or {}, dict) for group in ("stage", "method", "backbone", "data")):
+    """KeyError, TypeError."""
+    whole = {"config": dict, "images": dict, "weights": str, "step": int | None, "processes": int | None}
+    if not _has(saved, whole):
         raise TypeError
     return Identity(**{**saved, "below": saved["below"] and _restored(saved["below"])})
 
@@ -310,7 +353,7 @@ def _by_process(flat: dict[str, Any], config: Mapping[str, Any], count: int) -> 
     aren't ours, bn_splits=null may find nothing that it can split. Mixup and the dropping of activations draw in each
     process.
     """
-    stage, method, backbone = (config.get(key) or {} for key in ("stage", "method", "backbone"))
+    stage, method, backbone = (node(config, key) for key in ("stage", "method", "backbone"))
     trains = bool(method) or stage.get("name") == "finetune"
     parts = splits.resolve(flat.get("method.bn_splits", 1), count, config.get("batch_size"))
     if trains and (parts > 1 or not config.get("sync_batch_norm", True)):

@@ -125,16 +125,11 @@ class Ran:
 
     @classmethod
     def read(cls, directory: Path) -> "Ran":
-        def load(name: str) -> dict | None:
-            path = directory / name
-            try:
-                return files.parse(path, json.loads) if path.is_file() else None
-            except UserError as error:
-                raise UserError(f"{error}, or leave this run out of runs=") from None
-
         try:
             for name in READ:
                 files.check(directory / name)
+            summary = files.parse(done, json.loads) if (done := directory / "summary.json").is_file() else None
+            environment, inputs = identity.environment(directory), identity.inputs(directory)
         except UserError as error:
             raise UserError(f"{error}, or leave this run out of runs=") from None
         path = directory / "config.yaml"
@@ -142,12 +137,10 @@ class Ran:
         known = config | {"stage": (config.get("stage") or {}).get("name")}
         if not all(isinstance(known.get(key), kind) for key, kind in NEEDED.items()):
             raise UserError(f"{path}: no configuration of a run; leave it out of runs=")
-        summary = load("summary.json")
         words = {True: "finished", False: "running" if sweep.locked(directory / ".lock") else "stopped"}
         lines = MetricsFile.read(directory / "metrics.jsonl")
         state = sweep.State(words[summary is not None])
-        inputs = load("inputs.json") or {}
-        return cls(directory, config, lines, summary, load("environment.json") or {}, state, inputs=inputs)
+        return cls(directory, config, lines, summary, environment, state, inputs=inputs)
 
     @property
     def stage(self) -> str:
@@ -216,9 +209,8 @@ class Ran:
         """With that of what it stands on, wherever this lies by now; gone, as it was known when this run began."""
         if self.pretraining is None:
             return identity.with_origin(self.config, self.directory)
-        count = max(self.config.get("devices", 1), self.environment.get("world_size", 1))  # see identity.left_by
-        images = {split: facts["fingerprint"] for split, facts in self.inputs.items()}
-        return Identity(self.config, count, self.stands_on, self.pretraining.identity, self.older, images)
+        below = self.pretraining.identity
+        return identity.known_by(self.config, self.environment, self.inputs, self.stands_on, below, self.older)
 
     @property
     def source(self) -> str | None:

@@ -253,8 +253,7 @@ class Run:
     def uses(self, split: str, fingerprint: str, images: int) -> None:
         """Remember the data, for the lineage of the result. UserError where the run began with other images."""
         if self.is_main and self.directory is not None:
-            path = self.directory / "inputs.json"
-            known = files.parse(path, json.loads) if path.exists() else {}
+            known = identity.inputs(self.directory)
             now = {"fingerprint": fingerprint, "images": images}
             if files.has_state(self.directory) and known.get(split, now) != now:
                 raise UserError(
@@ -262,21 +261,20 @@ class Run:
                     f"{known[split]['images']:,}, has {images:,} now, not the same. Choose another dir=, or delete it"
                 )
             if known.get(split) != now:
-                files.write(path, json.dumps(known | {split: now}, indent=2) + "\n")
+                files.write(self.directory / "inputs.json", json.dumps(known | {split: now}, indent=2) + "\n")
 
     def check_data(self, split: Callable[[str], Split] | None = None) -> None:
         """UserError unless the images of a finished run are those that it would use now.
 
         split: where they are by its name; None: below `data.root`, looked at where that isn't the one it was.
         """
-        known = self.directory / "inputs.json"
-        if not self.is_main or not known.exists():
+        if not self.is_main or not (known := identity.inputs(self.directory)):
             return
         ran, now = files.parse(self.directory / "config.yaml", yaml.safe_load)["data"], self._config["data"]
         if split is None and ran.get("root") == now.get("root"):
             return
         split = split or construct(now).split
-        for name in files.parse(known, json.loads):
+        for name in known:
             found = split(name)
             self.uses(name, found.fingerprint, found.length)
         sums = files.listed(self.directory)

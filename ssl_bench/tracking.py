@@ -297,8 +297,7 @@ class WandbTracker:
 
     def _log_lineage(self, run: Any, summary: Mapping[str, float]) -> None:
         """Small artifacts that stand for data, weights and result. W&B sees by their content which are the same."""
-        inputs = self.directory / "inputs.json"
-        for split, facts in (json.loads(inputs.read_text(encoding="utf-8")) if inputs.is_file() else {}).items():
+        for split, facts in identity.inputs(self.directory).items():
             name = f"data-{identity.slug(self._what.data or 'data')}-{split}"
             _use(run, _artifact(name, "dataset", facts["fingerprint"], facts))
         if pretrained := self._what.config.get("pretrained"):
@@ -373,15 +372,14 @@ def _name(what: Identity) -> str:
 def _tags(what: Identity, more: Sequence[str]) -> list[str]:
     """What it is, and those that were asked for: each once, and as long as W&B takes them."""
     origin = what.origin()
-    backbone = (what.config.get("backbone") or {}).get("name", "")
+    backbone = identity.node(what.config, "backbone").get("name", "")
     own = (what.stage, origin.name if origin.config.get("method") else "", backbone, what.data)
     return list(dict.fromkeys([*(word[:TAG_LENGTH] for word in own if word), *more]))
 
 
 def _commit(directory: Path) -> str | None:
     """Of the code that the run began with."""
-    known = directory / "environment.json"
-    return (files.parse(known, json.loads).get("git_commit") or None) if known.is_file() else None
+    return identity.environment(directory).get("git_commit") or None
 
 
 def _line(error: Exception) -> str:

@@ -15,6 +15,8 @@ from ssl_bench.launch import launch
 
 CONFIG = yaml.safe_dump(OmegaConf.to_container(compose("dir=x"), resolve=True))
 LINE = json.dumps({"step": 1, "epoch": 1.0, "loss": 1.0}) + "\n"
+MADE = {"config": {"seed": 0}, "images": {}, "weights": "", "step": None, "processes": 1, "below": None}
+DONE = {"config.yaml": CONFIG, "metrics.jsonl": LINE, "summary.json": '{"loss": 1.0}'}
 # What lies in the folder: {name: content}
 FOLDERS = {
     "config alone": {"config.yaml": CONFIG},
@@ -29,6 +31,14 @@ FOLDERS = {
     "a list for a summary": {"config.yaml": CONFIG, "metrics.jsonl": LINE, "summary.json": "[1]"},
     "texts for metrics": {"config.yaml": CONFIG, "metrics.jsonl": '{"step": "a", "epoch": null}\n'},
     "lines without an epoch": {"config.yaml": CONFIG, "metrics.jsonl": '{"step": 1}\n', "summary.json": '{"loss": 1}'},
+    "texts for images": {**DONE, "inputs.json": '{"train": "x"}'},
+    "images without a fingerprint": {**DONE, "inputs.json": '{"train": {}, "pretrain": {"fingerprint": 1}}'},
+    "texts for processes": {**DONE, "environment.json": '{"world_size": "two", "gpus": 1, "cpu_threads": []}'},
+    "half an origin": {**DONE, "origin.json": '{"weights": ""}'},
+    "another origin": {**DONE, "origin.json": '{"weights": "", "step": "x", "run": {"config": 1}}'},
+    "an origin at step x": {**DONE, "origin.json": json.dumps({"weights": "", "step": "x", "run": MADE})},
+    "an origin without a run": {**DONE, "origin.json": '{"weights": "", "step": "x", "run": {"a": 1}}'},
+    "texts for groups": {**DONE, "config.yaml": "stage: a\nmethod: b\ndata: c\nbackbone: d\naugmentation: e\n"},
     "empty": {"config.yaml": "", "metrics.jsonl": "", "summary.json": ""},
     "bytes": {"config.yaml": "\udcff", "metrics.jsonl": "\udcff\n", "summary.json": "\udcff"},
 }

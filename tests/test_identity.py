@@ -238,7 +238,7 @@ def test_other_images_are_another_experiment(tmp_path: Path) -> None:
     """data.root is in no identity: two folders of images are told by their fingerprints, where these are known."""
     for seed, images in enumerate(("a", "a", "b", None), start=1):
         pretrained(tmp_path / f"p{seed}", f"seed={seed}", loss=float(seed))
-        facts = {} if images is None else {"pretrain": {"fingerprint": images}}
+        facts = {} if images is None else {"pretrain": {"fingerprint": images, "images": 1}}
         (tmp_path / f"p{seed}" / "inputs.json").write_text(json.dumps(facts))
     (board,) = results.boards(results.find([tmp_path]))
     assert [group.values("loss") for group in board.groups] == [[1.0, 2.0, 4.0], [3.0]]

@@ -190,7 +190,7 @@ def test_a_seed_counts_once(tmp_path: Path) -> None:
     }.items():
         classified(tmp_path / place, top1, f"seed={seed}")
         (tmp_path / place / "environment.json").write_text(json.dumps({"started": started}))
-        (tmp_path / place / "inputs.json").write_text(json.dumps({"train": {"fingerprint": images}}))
+        (tmp_path / place / "inputs.json").write_text(json.dumps({"train": {"fingerprint": images, "images": 1}}))
     board = boards(tmp_path)["lincls"]
     assert [(group.name, sorted(group.values("val_top1"))) for group in board.groups] == [
         ("random init images of train=a", [60.0, 80.0]),

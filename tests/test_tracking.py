@@ -431,7 +431,7 @@ def test_what_is_let_through_wandb_takes(name: str, tags: list[str]) -> None:
     import wandb
 
     node = {"_target_": "ssl_bench.tracking.WandbTracker", "project": name, "tags": tags}
-    if not build._problems(build._schema(node["_target_"], "tracking", ("directory", "config")), node, ""):
+    if not build._problems(build._schema(node["_target_"], "tracking", ("directory", "config")), node, "", {}):
         wandb.Settings(project=name, run_tags=tags)
 
 
