@@ -87,7 +87,7 @@ def unit(metric: str) -> Unit:
     if metric.startswith(PRETRAINING):
         own = unit(metric.removeprefix(PRETRAINING))
         return own._replace(label=f"pretraining {own.label}")
-    return UNITS.get(metric) or Unit(metric.replace("_", " "), form=".1f" if re.search(r"top\d$", metric) else ".4g")
+    return UNITS.get(metric) or Unit(metric.replace("_", " "), form=".1f" if re.search(r"top-?\d$", metric) else ".4g")
 
 
 def shown(metric: str, values: Sequence[float]) -> str:

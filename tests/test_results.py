@@ -276,6 +276,11 @@ def spreads(text: str) -> set[str]:
     return set(re.findall(r"\d+\.\d ± \d+\.\d", text))
 
 
+@pytest.mark.parametrize("metric", ["val_top1", "probe_top1", "top5", "pretrained top-1"])
+def test_every_accuracy_has_one_decimal_beside_its_deviation(metric: str) -> None:
+    assert results.shown(metric, [78.84, 74.46]) == "76.7 ± 3.1"
+
+
 def test_every_place_has_one_mean_and_one_deviation(tmp_path: Path) -> None:
     """Two pretrainings of which the classifiers differ much less than the two: a sweep's table, a report's text,
     leaderboard, dots, curves, accuracies on a class."""
