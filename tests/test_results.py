@@ -107,12 +107,8 @@ def test_a_run_without_its_pretraining_is_what_it_was(tmp_path: Path) -> None:
     assert now["values"]["val_top1"] == before[0]["values"]["val_top1"] == [50.5, 60.5]
 
     known = json.loads((origin := tmp_path / "l00" / identity.ORIGIN).read_text())
-    for damaged in (
-        {**known, "run": 3},
-        {**known, "run": {}},
-        {**known, "run": {**known["run"], "config": {"data": 3}}},
-    ):
-        origin.write_text(json.dumps(damaged))
+    for damaged in (3, {}):
+        origin.write_text(json.dumps({**known, "run": damaged}))
         with pytest.raises(UserError, match=r"origin.json is damaged: put it back, or delete it"):
             boards(tmp_path)
 
