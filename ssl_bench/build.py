@@ -4,7 +4,6 @@ import difflib
 import logging
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -17,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, create_model
 
-from ssl_bench import signatures, typed
+from ssl_bench import shell, signatures, typed
 from ssl_bench.errors import UserError
 from ssl_bench.fields import InEpochs, Place, is_path
 
@@ -382,7 +381,7 @@ def _problem(key: str, detail: Mapping, schema: type[BaseModel], prefix: str, qu
         given = detail["input"]
         if isinstance(given, list):  # of a text in brackets
             given = f"[{','.join(map(str, given))}]"
-        as_text = shlex.quote(f"{key}={quoted.get(key, typed.quote(str(given)))}")
+        as_text = shell.quoted(f"{key}={quoted.get(key, typed.quote(str(given)))}")
         return f"{key}={given}: should be a text; quote it: {as_text}"
     said = detail["msg"].removeprefix("Value error, ")
     message = said if detail["type"] == "value_error" else said[0].lower() + said[1:]

@@ -20,7 +20,13 @@ def quote(value: str) -> str:
     if re.fullmatch(r"[\w./-]+", value, re.ASCII):
         return value
     value = re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", value)  # else an interpolation, in quotes, too
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value) + "'"
+    return in_quotes(value, "'")
+
+
+def in_quotes(value: str, mark: str) -> str:
+    """As Hydra's grammar has it: these quotes in the value and what precedes them are escaped, and nothing else."""
+    inside = re.sub(rf"(\\*)({mark}|\Z)", lambda found: 2 * found[1] + (f"\\{mark}" if found[2] else ""), value)
+    return mark + inside + mark
 
 
 def override(key: str, value: object) -> str:

@@ -126,7 +126,7 @@ class Member:
     def stale(self) -> bool:
         """Did it stand on other weights than `pretrained` means now?"""
         known, source = identity.recorded(self.directory), self.config.get("pretrained")
-        weights = files.weights_of(Path(self.cwd, Path(source).expanduser())) if known and source else None
+        weights = files.weights_of(Path(self.cwd, source)) if known and source else None
         return weights is not None and files.digest(weights) != known
 
     def _changes(self, ran: dict) -> str:
@@ -273,7 +273,8 @@ def twin(config: Mapping, members: Mapping[str, Sequence[Member]]) -> Member | N
     for member in alike:
         if Identity(member.config).stands_on == asked.stands_on:
             return member
-    weights = alike and files.weights_of(Path(asked.config["pretrained"] or "").expanduser())  # which may have moved
+    source = config.get("pretrained")
+    weights = files.weights_of(Path(source)) if alike and source else None  # which may have moved
     return next((one for one in alike if weights and identity.recorded(one.directory) == files.digest(weights)), None)
 
 

@@ -4,7 +4,6 @@ import errno
 import logging
 import os
 import re
-import shlex
 import sys
 import traceback
 from itertools import islice
@@ -220,7 +219,7 @@ def _message(error: Exception) -> str:
         return text
     if isinstance(error, OverrideParseException):
         key, mark, value = str(error.override).partition("=")
-        as_text = shlex.quote(f"{key}={typed.quote(value)}") if mark else "'KEY=\"VALUE\"'"
+        as_text = quoted(f"{key}={typed.quote(value)}") if mark else "'KEY=\"VALUE\"'"
         return f"{error.override}: not KEY=VALUE; put quotes around a VALUE with special characters: type {as_text}"
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")

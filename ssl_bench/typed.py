@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_bench import signatures
+from ssl_bench.shell import in_quotes
 
 ALWAYS = ("stage", "experiment", "settings", "launcher", "hydra")  # how a configuration is made, and where it runs
 
@@ -24,8 +25,8 @@ def key_of(override: str) -> str:
 
 
 def quote(text: str) -> str:
-    """As an override has a text that looks like something else; only a quote and what precedes it are escaped."""
-    return '"' + re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), text) + '"'
+    """As an override has a text that looks like something else; an interpolation in it stays one."""
+    return in_quotes(text, '"')
 
 
 def quoted(overrides: Iterable[str]) -> dict[str, str]:

@@ -263,6 +263,10 @@ def test_a_twin_of_a_sweep_is_known_by_what_it_computes(tmp_path: Path, monkeypa
     (one.directory / "pretrained.sha256").write_text(files.digest(made / "checkpoints" / "step0000000080.pt"))
     assert sweep.twin(config("other"), known) is one
     assert not one.stale
+    monkeypatch.chdir(made)
+    without = config("runs/p") | {"pretrained": None}  # stands on nothing, wherever it is started
+    assert sweep.twin(without, known) is None
+    monkeypatch.chdir(tmp_path)
     checkpoint(results.Ran.read(made), 120, b"it went on")
     assert one.stale  # or the sweep would answer with what an older checkpoint came to
     assert sweep.twin(config("other"), known) is one
