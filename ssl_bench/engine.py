@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ssl_bench import distributed, memory
 from ssl_bench.augment.draws import keys
 from ssl_bench.data.source import Source
+from ssl_bench.errors import Interrupted
 from ssl_bench.evaluators import collapse, health
 from ssl_bench.methods.base import Method
 from ssl_bench.optim import clip_, freeze_, schedule_
@@ -46,7 +47,27 @@ def fit(
     model.train()
     since, clock, waited = start, time.perf_counter(), 0.0  # of the last log line
     diverged, warned = torch.zeros((), dtype=torch.int64, device=run.device), False
-    for step, images, labels, indices in run.progress(source.stream(start, total), start, total):
+
+    def check(done: int, saving: bool) -> None:
+        # When saving not the loss alone: its gradient may have spoilt the weights, and good checkpoints are few.
+        saved = model.state_dict().values() if saving else ()
+        finite = torch.stack([diverged == 0, *(value.isfinite().all() for value in saved)]).all()
+        if not finite or scaler.get_scale() < 1:  # it halves with each step that it skips, from 65,536
+            run.diverge(int(diverged) or done)
+
+    def batches() -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        done = start
+        try:
+            for batch in source.stream(start, total):
+                yield batch
+                done = batch[0] + 1
+        except Interrupted:  # while images didn't come: between two steps, of which the first is whole
+            if done > start:
+                check(done, saving=True)
+                run.save(done, **state)
+            run.interrupt(done)
+
+    for step, images, labels, indices in run.progress(batches(), start, total):
         epoch, done, last, at = step // per_epoch, step + 1, step + 1 == total, step / per_epoch
         # All of what varies is a function of the step: nothing of it is saved, and a restart repeats it exactly.
         seed_torch(fold(seed, "step", step, distributed.rank()), run.device)
@@ -74,11 +95,7 @@ def fit(
         stop, logging_now = run.stopping(done), run.every("log", done) or last
         saving = run.every("save", done) or last or stop
         if logging_now or saving:  # the host sync
-            # When saving not the loss alone: its gradient may have spoilt the weights, and good checkpoints are few.
-            saved = model.state_dict().values() if saving else ()
-            finite = torch.stack([diverged == 0, *(value.isfinite().all() for value in saved)]).all()
-            if not finite or scaler.get_scale() < 1:  # it halves with each step that it skips, from 65,536
-                run.diverge(int(diverged) or done)
+            check(done, saving)
         line: dict[str, float] = {}
         if logging_now:
             line = {name: distributed.mean(value.detach()).item() for name, value in output.items()}

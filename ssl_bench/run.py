@@ -222,7 +222,11 @@ class Run:
             self._at_once = False
 
     def waiting(self, seconds: float) -> None:
-        """For a step whose images don't come: a signal is honoured after some time without them."""
+        """For a step whose images don't come: a signal is honoured after some time without them.
+
+        Each process sees to itself, since those that wait for it in a collective can't be asked: rank 0 saves if it is
+        one that has no images; if it has, it ends with the group, and the steps since its last save are repeated.
+        """
         if self._signum and seconds > STALLED:
             self.interrupt()
 

@@ -230,20 +230,24 @@ def test_a_damaged_store_and_a_full_disk_are_told(dl21, cache, monkeypatch):
     fails("data.cache= sets the folder", DL21(str(dl21), 16, cache=str(cache.parent / "file")).open, "train")
 
 
-@pytest.mark.parametrize("name", ["images.npy", "indices.npy", "digests.npy", "meta.json"])
-@pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
-def test_a_flipped_bit_of_a_store_is_named_and_packed_again(cache, caplog, name, where):
+@pytest.mark.parametrize(
+    ("name", "where", "decay"),
+    [(name, where, False) for name in store.FILES for where in (0.0, 0.5, 1.0)] + [("images.npy", 0.5, True)],
+)
+def test_a_flipped_bit_of_a_store_is_named_and_packed_again(cache, caplog, name, where, decay):
     data = Synthetic(600, 1, 1, 3, 0, image_size=16, cache=str(cache), workers=2)
     good = data.open("pretrain")
     images = np.array(good.images)
     path = good.directory / name
     content = bytearray(path.read_bytes())
     content[int(where * (len(content) - 1))] ^= 4
+    written = path.stat().st_mtime_ns
     path.write_bytes(content)
-    if name == "images.npy" and where:
+    if decay:  # as of a disk, which tells nobody
+        os.utime(path, ns=(written, written))
         data.open("pretrain")
         assert "damaged" not in caplog.text  # verified a moment ago
-    os.utime(good.directory / "verified", (0, 0))
+        os.utime(good.directory / "verified", (0, 0))
     again = data.open("pretrain")
     assert f"the packed images in {good.directory} are damaged: " in caplog.text
     if (name, where) == ("images.npy", 1.0):
@@ -268,10 +272,31 @@ def test_a_damaged_store_whose_images_are_gone_is_told(dl21, cache):
     data = DL21(str(dl21), 16, cache=str(cache), workers=1)
     directory = data.open("val").directory
     os.truncate(directory / "images.npy", 500)
-    os.utime(directory / "verified", (0, 0))
     for path in (dl21 / "val").iterdir():
         path.unlink()
     fails("cannot read an image .*; did the data change meanwhile", data.open, "val")
+
+
+def test_a_damaged_store_that_is_there_to_be_read_only_is_told(dl21, cache):
+    """One line. Whole, it is used, though nobody can note that it was verified."""
+    directory = DL21(str(dl21), 16, cache=str(cache), workers=1).open("val").directory
+    os.utime(directory / "verified", (0, 0))
+    code = "import sys; from ssl_bench.data.formats import DL21\n"
+    code += "print(len(DL21(sys.argv[1], 16, cache=sys.argv[2], workers=1).open('val').images))"
+    mount = f"mount --bind {cache} {cache} && mount -o remount,ro,bind {cache}"
+    inside = ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh"]
+    if os.geteuid() != 0 or subprocess.run([*inside, "true"], capture_output=True).returncode:
+        pytest.skip("can't mount here")
+    command = [*inside, sys.executable, "-c", code, str(dl21), str(cache)]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.stdout == "9\n", found.stderr
+    content = bytearray((directory / "images.npy").read_bytes())
+    content[-1] ^= 1
+    (directory / "images.npy").write_bytes(content)
+    found = subprocess.run(command, capture_output=True, text=True)
+    said = found.stderr.splitlines()[-1]
+    assert f"UserError: the packed images in {directory} are damaged (rows 0 to 8 of images.npy differ" in said
+    assert said.endswith("and that folder can't be written: have it deleted, or set data.cache=")
 
 
 def test_digests_hold_where_images_were_left_out(dl21, cache):
@@ -365,7 +390,7 @@ def test_a_worker_killed_while_it_sends_is_told():
     """A result is larger than what a pipe holds: most that are killed have sent a part of one."""
     with started(np.zeros, 1) as processes:
         ((connection, process),) = processes.items()
-        send(connection, (10**6,), {})
+        send(connection, (10**6,))
         assert connection.poll(60)
         process.kill()
         fails("ended with status -9 .*data.workers=1", lambda: receive(connection, process))

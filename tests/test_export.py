@@ -389,6 +389,32 @@ def test_rows_belong_to_their_images(place: Path, tmp_path: Path) -> None:
     assert not np.allclose(array[0], array[3], atol=1e-2)
 
 
+def test_values_of_more_than_8_bits_mean_what_the_command_says_or_else_the_run(place: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    ramp = np.arange(576, dtype=np.int32).reshape(24, 24) % 256
+    Image.fromarray(ramp.astype(np.uint8)).save(photos / "8.png")
+    Image.fromarray(np.round(ramp * 4095 / 255).astype(np.uint16)).save(photos / "12.png")
+    own = ["data=dl21", f"data.root={place}/data", *SMALL, "data.bit_depth=12", "epochs=1", "batch_size=10"]
+    launch(compose(*own, "method.queue_size=20", f"dir={tmp_path}/of_12_bits"))
+    plain, of_12_bits = f"pretrained={place}/moco", f"pretrained={tmp_path}/of_12_bits"
+    for number, (source, *said, right) in enumerate(
+        [
+            (plain, "stage.bit_depth=12", True),
+            (plain, "stage.value_range=[0,4095]", True),
+            (plain, False),
+            (of_12_bits, True),
+            (of_12_bits, "stage.value_range=[0,65535]", False),
+        ]
+    ):
+        run = tmp_path / str(number)
+        launch(compose("stage=predict", source, *said, f"stage.images={photos}", f"dir={run}"))
+        rows, (twelve, eight) = look(run)
+        assert [row["image"] for row in rows] == ["12.png", "8.png"]
+        apart = np.linalg.norm(twelve - eight) / np.linalg.norm(eight)
+        assert apart < 0.05 if right else apart > 0.2, (source, said, apart)
+
+
 def test_a_repeated_command_goes_on_after_the_last_row(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

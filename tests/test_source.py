@@ -208,11 +208,11 @@ def test_batches_that_overtake_a_slow_one_are_few(folder, monkeypatch):
     """And it is waited for no longer, nor deaf to a signal, because of them."""
     sent, waited = [], []
 
-    def counted(connection, chunk, doing):
+    def counted(connection, chunk):
         sent.append(chunk)
-        send(connection, chunk, doing)
+        send(connection, chunk)
 
-    monkeypatch.setattr("ssl_bench.data.source.send", counted)
+    monkeypatch.setattr("ssl_bench.data.pool.send", counted)
     split = Folder(str(folder), image_size=8).split("train")
     slow = int(permutation(0, 0, 10)[2])
     source = StreamedSource(replace(split, read=slow_reader.Stuck(split.read, slow)), 1, 0, workers=3)
@@ -233,9 +233,9 @@ def test_a_signal_is_honoured_while_streaming_waits(folder):
     def stop(seconds):
         raise Interrupted(15)
 
-    source.waiting = stop
     batches = source.epoch_pass()
     next(batches)
+    source.waiting = stop
     with pytest.raises(Interrupted):
         next(batches)
 

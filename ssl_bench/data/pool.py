@@ -15,7 +15,11 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle, islice
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
@@ -24,6 +28,7 @@ from ssl_bench.errors import UserError
 log = logging.getLogger(__name__)
 
 CHUNK = 256  # images: a few MB of pixels in a worker, and thousands of chunks to balance
+AHEAD = 2  # chunks of a worker that may be done before they are asked for
 LOG_SECONDS = 10
 
 
@@ -46,15 +51,52 @@ def run_chunks(
     with started(task, count) as processes, Progress(total, title) as progress:
         waiting = iter(chunks)
         for connection in processes:
-            send(connection, next(waiting), doing)
+            doing[connection] = next(waiting)
+            send(connection, doing[connection])
         while doing:
             for connection in wait(list(doing)):
                 chunk = doing.pop(connection)
                 result = receive(connection, processes[connection])
                 if (following := next(waiting, None)) is not None:
-                    send(connection, following, doing)
+                    doing[connection] = following
+                    send(connection, following)
                 progress.add(chunk[1] - chunk[0])
                 yield *chunk, result
+
+
+def run_in_order(
+    task: Callable, chunks: Iterable[tuple], workers: int, waiting: Callable[[float, tuple], None]
+) -> Iterator[Any]:
+    """Yield task(*chunk) for each of these, in their order.
+
+    The workers take turns, and each has done AHEAD chunks at most when one is asked for: where one is slow, the others
+    wait. `waiting`: called about once a second with the seconds for which nothing came, and the chunk that doesn't
+    come; it may raise. For the rest see `run_chunks`.
+    """
+    chunks = iter(chunks)
+    first = list(islice(chunks, AHEAD * workers))
+    doing: deque[tuple[Connection, tuple, Future]] = deque()
+    with started(task, min(workers, len(first))) as processes, ThreadPoolExecutor(1, "source") as thread:
+
+        def ask(connection: Connection, chunk: tuple) -> None:
+            send(connection, chunk)
+            doing.append((connection, chunk, thread.submit(receive, connection, processes[connection])))
+
+        try:
+            for connection, chunk in zip(cycle(processes), first):
+                ask(connection, chunk)
+            while doing:
+                connection, chunk, result = doing.popleft()
+                began = time.monotonic()
+                while not futures.wait([result], timeout=1).done:
+                    waiting(time.monotonic() - began, chunk)
+                for following in islice(chunks, 1):
+                    ask(connection, following)
+                yield result.result()
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)
+            for process in processes.values():  # which ends the thread's reading
+                process.kill()
 
 
 @contextlib.contextmanager
@@ -94,8 +136,7 @@ def _start(shared: int) -> tuple[Connection, subprocess.Popen]:
     return ours, process
 
 
-def send(connection: Connection, chunk: tuple, doing: dict[Connection, tuple]) -> None:
-    doing[connection] = chunk
+def send(connection: Connection, chunk: tuple) -> None:
     with contextlib.suppress(BrokenPipeError):  # a dead worker is noticed, with its exit status, by the receiver
         connection.send(chunk)
 

@@ -6,15 +6,15 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, count, islice
-from multiprocessing.connection import Connection, wait
+from contextlib import closing
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ssl_bench.data import pictures
-from ssl_bench.data.pool import default_workers, receive, send, started
+from ssl_bench.data.pool import default_workers, run_in_order
 from ssl_bench.data.store import DecodeRows, OnError, Split, cannot_decode
 from ssl_bench.errors import UserError
 from ssl_bench.seeding import fold
@@ -199,52 +199,11 @@ class StreamedSource(Source):
         self._kinds: set[str] = set()
 
     def _batches(self, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
-        wanted = enumerate(rows for _, rows in wanted)
-        first = list(islice(wanted, self.workers))
-        wanted = chain(first, wanted)
         task = DecodeRows(self.split.read, self.split.length, self.on_error)
-        doing: dict[Connection, tuple] = {}
-        number: dict[Connection, int] = {}  # of the batch that it decodes, or has decoded last
-        done: dict[int, tuple] = {}
-
-        with started(task, len(first)) as processes:
-            idle = list(processes)
-
-            def hand_out() -> None:
-                """A batch to each worker that has none. Results wait in the pipes, not in shared memory; of those that
-                overtake a slow one, so many at most wait in memory."""
-                while idle and len(doing) + len(done) < AHEAD * len(processes):
-                    if (following := next(wanted, None)) is None:
-                        return
-                    connection = idle.pop()
-                    number[connection], rows = following
-                    send(connection, tuple(rows.tolist()), doing)
-
-            def get(order: int) -> tuple:
-                newest = time.monotonic()
-                while True:
-                    for connection in wait(list(doing), timeout=0 if order in done else 1):
-                        del doing[connection]
-                        done[number[connection]] = receive(connection, processes[connection])
-                        idle.append(connection)
-                        newest = time.monotonic()
-                    result = done.pop(order, None)
-                    hand_out()
-                    if result is not None:
-                        return result
-                    self.waiting(seconds := time.monotonic() - newest)
-                    if seconds > PATIENCE:
-                        rows = next(rows for connection, rows in doing.items() if number[connection] == order)
-                        raise UserError(
-                            f"no image was decoded for {seconds:.0f} s, in a batch with {self.split.where(rows[0])}; "
-                            "is the disk, or its server, there?"
-                        )
-
-            hand_out()
-            for order in count():
-                if not doing and not done:
-                    return
-                images, rows, bad, noticed = self._waited(lambda order=order: get(order))
+        decoded = run_in_order(task, ((rows,) for _, rows in wanted), self.workers, self._nothing_came)
+        with closing(decoded):
+            while (found := self._waited(lambda: next(decoded, None))) is not None:
+                images, rows, bad, noticed = found
                 if images is None:
                     raise UserError(cannot_decode(self.split, bad))
                 for index in bad.keys() - self._told:
@@ -252,10 +211,17 @@ class StreamedSource(Source):
                 self._told |= bad.keys()
                 pictures.merge(self._noticed, noticed)
                 pictures.tell(self._noticed, self.split.name, self.split.where, self._kinds)
-                at = np.array(rows)
-                batch = torch.from_numpy(images), torch.from_numpy(self.labels[at]), torch.from_numpy(at)
+                batch = torch.from_numpy(images), torch.from_numpy(self.labels[rows]), torch.from_numpy(rows)
                 images, labels, rows = (_sent(tensor, self.device) for tensor in batch)
                 yield images.permute(0, 3, 1, 2), labels, rows
+
+    def _nothing_came(self, seconds: float, chunk: tuple[np.ndarray]) -> None:
+        self.waiting(seconds)
+        if seconds > PATIENCE:
+            raise UserError(
+                f"no image was decoded for {seconds:.0f} s, in a batch with {self.split.where(int(chunk[0][0]))}; is "
+                "the disk, or its server, there?"
+            )
 
 
 class FeatureSource(Source):

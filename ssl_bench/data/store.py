@@ -4,6 +4,7 @@
                                indices.npy   int64 (N,)  index in the split of each row
                                digests.npy   uint64: xxh3_64 of each BLOCK rows
                                meta.json     what was left out, what was noticed, digests of the files beside it
+                               verified      when that was last compared, and the files' sizes and times then
 
 Labels stay with the split: two splits with the same pixels (pretrain and train of a labelled set) share one store.
 """
@@ -25,6 +26,7 @@ from typing import Literal
 import numpy as np
 import xxhash
 
+from ssl_bench import files
 from ssl_bench.data import pictures
 from ssl_bench.data.pictures import Noticed
 from ssl_bench.data.pool import CHUNK, LOG_SECONDS, default_workers, run_chunks
@@ -36,6 +38,8 @@ OnError = Literal["raise", "skip"]
 LAYOUT = 2  # of the files of a store, part of its name: since 2 it has digests
 BLOCK = CHUNK  # rows of a digest, and moved at once when gaps are closed
 LATELY = 600  # seconds for which a store that was verified is taken as whole
+FILES = ("images.npy", "indices.npy", "digests.npy", "meta.json")
+VERIFIED = "verified"  # FILES as they were then
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ def open_store(
     """The packed images of a split, packed now if they aren't yet. Processes that ask together pack once.
 
     verify: read all of it and compare it with its digests, unless some process did so in the last LATELY seconds, as
-    another rank or member of a sweep; what is damaged is named and packed again.
+    another rank or member of a sweep, and no file of it was written since; what is damaged is named and packed again.
+    What a disk loses within these seconds, without a write, shows when it is verified next.
 
     Raises UserError for an image that can't be decoded (unless on_error="skip": it is left out and logged), a file that
     can't be read, a full disk.
@@ -90,10 +95,6 @@ def open_store(
         if not directory.is_dir() or (verify and not _lately(directory)):
             _ensure(split, image_size, directory, workers, on_error)
         loaded = _load(split, image_size, directory)
-        if loaded is None and verify:  # damaged since it was verified
-            (directory / "verified").unlink(missing_ok=True)
-            _ensure(split, image_size, directory, workers, on_error)
-            loaded = _load(split, image_size, directory)
     except OSError as error:
         raise UserError(
             f"cannot pack '{split.name}' into {directory.parent} ({error}); data.cache= sets the folder"
@@ -126,6 +127,7 @@ def _ensure(split: Split, image_size: int, directory: Path, workers: int | None,
         if directory.is_dir():
             if _lately(directory):  # another process was faster
                 return
+            stamps = _stamps(directory)  # of before: what is written while it is read isn't verified
             if why := damage(directory):
                 log.warning("the packed images in %s are damaged: %s; packing '%s' again", directory, why, split.name)
                 if lock is None:
@@ -136,15 +138,25 @@ def _ensure(split: Split, image_size: int, directory: Path, workers: int | None,
                 shutil.rmtree(directory)
         if not directory.is_dir():
             _pack(split, image_size, directory, workers, on_error)
+            stamps = _stamps(directory)
         with suppress(OSError):
-            (directory / "verified").touch()
+            files.write(directory / VERIFIED, json.dumps(stamps))
 
 
 def _lately(directory: Path) -> bool:
+    """Was it verified in the last seconds, as it is now?"""
+    stamp = directory / VERIFIED
     try:
-        return 0 <= time.time() - (directory / "verified").stat().st_mtime < LATELY
-    except OSError:
+        fresh = 0 <= time.time() - stamp.stat().st_mtime < LATELY
+        return fresh and json.loads(stamp.read_text(encoding="utf-8")) == _stamps(directory)
+    except (OSError, ValueError):
         return False
+
+
+def _stamps(directory: Path) -> dict[str, list[int]]:
+    """Size and time of the last write (ns) of each file that the digests are of."""
+    known = {name: (directory / name).stat() for name in FILES if (directory / name).exists()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in known.items()}
 
 
 def damage(directory: Path) -> str:
@@ -287,10 +299,10 @@ def _pack(split: Split, image_size: int, directory: Path, workers: int | None, o
         np.save(partial / "digests.npy", digests)
         reasons = {str(index): skipped[index] for index in sorted(skipped)}
         meta = {"split": split.name, "skipped": reasons, "noticed": noticed}
-        files = {
+        sums = {
             name: xxhash.xxh3_64_hexdigest((partial / name).read_bytes()) for name in ("indices.npy", "digests.npy")
         }
-        meta |= {"digests": files}
+        meta |= {"digests": sums}
         meta |= {"digest": _digest_of(json.loads(json.dumps(meta)))}
         (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         for path in partial.iterdir():  # a crash of the machine must not leave a complete folder with incomplete files
@@ -335,19 +347,19 @@ class DecodeRows:
     length: int
     on_error: OnError
 
-    def __call__(self, *wanted: int) -> tuple[np.ndarray | None, list[int], dict[int, str], Noticed]:
+    def __call__(self, wanted: np.ndarray) -> tuple[np.ndarray | None, np.ndarray, dict[int, str], Noticed]:
         images, rows, bad = [], [], {}
-        for index in wanted:
+        for index in wanted.tolist():
             for candidate in range(index, index + (self.length if self.on_error == "skip" else 1)):
                 image = try_read(self.read, candidate % self.length)
                 if not isinstance(image, str):
                     break
                 bad[candidate % self.length] = image
             else:
-                return None, [], bad, {}
+                return None, wanted, bad, {}
             images.append(image)
             rows.append(candidate % self.length)
-        return np.stack(images), rows, bad, take_noticed(self.read)
+        return np.stack(images), np.array(rows), bad, take_noticed(self.read)
 
 
 @dataclass(frozen=True)

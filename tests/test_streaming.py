@@ -1,0 +1,116 @@
+"""Commands that stream, where something is wrong: little shared memory, a killed worker, images that don't come."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_PRETRAIN, Command
+from test_resume import assert_identical, final
+
+from ssl_bench.data.source import permutation
+
+pytestmark = pytest.mark.slow
+
+STREAMED = [*TINY_PRETRAIN, "source=streamed", "data.workers=2", "eval_every=0"]
+IMAGES = 1297  # of digits, to learn from
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "ssl_bench.train", *words]
+    return subprocess.Popen(
+        command, cwd=folder, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+def wait_for_lines(process: subprocess.Popen, metrics: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= count):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    ends = final(one), final(other)
+    for state, _ in ends:
+        state.pop("run")
+    assert_identical(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts")
+def test_shared_memory_is_not_needed(ssl_bench: Command, tmp_path: Path) -> None:
+    """A container has 64 MB of it; here 1 MB, less than a batch."""
+    words = ["augmentation.image_size=16", "data.image_size=64", "epochs=1"]  # 1.5 MB a batch
+    ssl_bench(*TINY_PRETRAIN, "eval_every=0", *words, "source=host", "dir=host", check=True)
+    inside = ["sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh"]
+    command = [sys.executable, "-m", "ssl_bench.train", *STREAMED, *words, "dir=streamed"]
+    unshared = ["unshare", "--mount", *inside]
+    if subprocess.run([*unshared, "true"], capture_output=True).returncode:
+        pytest.skip("can't mount here")
+    result = subprocess.run([*unshared, *command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert_same_end(tmp_path / "host", tmp_path / "streamed")
+
+
+STALLING = """
+import os, time
+from dataclasses import replace
+from ssl_bench.data.formats import Digits
+
+
+class Stalling:
+    def __init__(self, read, index):
+        self.read, self.index = read, index
+
+    def __call__(self, index):
+        while index == self.index and os.path.exists("stall"):
+            time.sleep(0.1)
+        return self.read(index)
+
+
+class Mine(Digits):
+    def split(self, name):
+        found = super().split(name)
+        return replace(found, read=Stalling(found.read, INDEX))
+"""
+
+
+@pytest.mark.parametrize(("devices", "rank"), [(1, 0), (2, 0), (2, 1)])
+def test_stopped_while_no_images_come(ssl_bench: Command, tmp_path: Path, devices: int, rank: int) -> None:
+    """It ends all the same. One process, or the first of several, has saved the last step that was whole; where it is
+    another one whose images don't come, the first is within a step, and those since the last save are repeated."""
+    index = int(permutation(0, 0, IMAGES)[4 * 128 + rank * 64 + 5])  # of the fifth step
+    (tmp_path / "mine.py").write_text(STALLING.replace("INDEX", str(index)))
+    words = ["data._target_=mine.Mine", f"devices={devices}", "save_every=3", "epochs=1"]
+    ssl_bench(*TINY_PRETRAIN, "eval_every=0", *words, "source=host", "dir=whole", check=True)
+    (tmp_path / "stall").touch()
+    process = start(tmp_path, *STREAMED, *words, "dir=stopped")
+    wait_for_lines(process, tmp_path / "stopped" / "metrics.jsonl", 4)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("ssl-bench: stopped by SIGTERM")
+    saved = max((tmp_path / "stopped" / "checkpoints").glob("step*.pt"))
+    assert torch.load(saved, weights_only=True)["step"] == (4 if rank == 0 else 3)
+    (tmp_path / "stall").unlink()
+    ssl_bench(*STREAMED, *words, "dir=stopped", check=True)
+    assert_same_end(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_killed_worker_is_told(tmp_path: Path) -> None:
+    process = start(tmp_path, *STREAMED, "epochs=50", "dir=run")
+    wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 2)
+    children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "ssl_bench.data.pool"], capture_output=True)
+    os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2, said
+    assert "Traceback" not in said
+    assert re.search(r"\nssl-bench: a data worker ended with status -9 [^\n]*\n$", said)
