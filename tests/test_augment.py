@@ -298,6 +298,7 @@ def test_normalize_equals_torchvision():
 def test_op_is_pure_and_per_sample(op):
     """Inputs stay as they are, an image's result doesn't depend on its neighbours, other dtypes and layouts work."""
     images = image_batch(10)
+    images[0] = 0
     before = images.clone()
     params = sample(op, 10)
     whole = op.apply(images, *params)
@@ -308,9 +309,10 @@ def test_op_is_pure_and_per_sample(op):
     assert double.dtype == torch.float64
     torch.testing.assert_close(double, whole.double(), rtol=0, atol=2e-5)
     # 0.1 is far above bfloat16's error on all ops but solarize, whose threshold turns a rounding into a jump.
-    half = op.apply(images.bfloat16(), *params)
-    assert half.dtype == torch.bfloat16
-    assert (half.float() - whole).abs().mean() < 0.01
+    for dtype in (torch.bfloat16, torch.float16):
+        half = op.apply(images.to(dtype), *params)
+        assert half.dtype == dtype
+        assert (half.float() - whole).abs().mean() < 0.01
     channels_last = op.apply(images.contiguous(memory_format=torch.channels_last), *params)
     torch.testing.assert_close(channels_last, whole, rtol=0, atol=1e-6)
 

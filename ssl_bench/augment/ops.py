@@ -260,7 +260,8 @@ class ByolJitter(ColorJitter):
         images = torch.addcmul(means * (1 - contrast) + added, images, contrast).clamp_(0, 1)
         high, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
         # a saturation of at most 1, where the lowest channel is 0
-        factor = torch.minimum(saturation, high / (high - low).clamp(min=TINY))
+        spread = (high - low).clamp(min=torch.finfo(images.dtype).tiny)  # TINY is 0 in float16
+        factor = torch.minimum(saturation, high / spread)
         return torch.addcmul(high * (1 - factor), images, factor)
 
 
