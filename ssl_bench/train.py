@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import traceback
+from contextlib import suppress
 from itertools import islice
 from typing import Any, NoReturn
 
@@ -219,7 +220,7 @@ def _message(error: Exception) -> str:
         return text
     if isinstance(error, OverrideParseException):
         key, mark, value = str(error.override).partition("=")
-        as_text = quoted(f"{key}={typed.quote(value)}") if mark else "'KEY=\"VALUE\"'"
+        as_text = quoted(_as_texts(key, value)) if mark else "'KEY=\"VALUE\"'"
         return f"{error.override}: not KEY=VALUE; put quotes around a VALUE with special characters: type {as_text}"
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
@@ -233,6 +234,16 @@ def _message(error: Exception) -> str:
     if file and isinstance(cause, OmegaConfBaseException):
         return f"{file}{cause.full_key}: {str(cause).splitlines()[0]}"
     return ": ".join([text.splitlines()[0], *str(error.__cause__ or "").splitlines()[:1]])
+
+
+def _as_texts(key: str, value: str) -> str:
+    """An override of a value that Hydra can't read: of a list with each entry as a text, where that is readable."""
+    if value.startswith("[") and value.endswith("]"):
+        entries = re.findall(r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|\[[^][]*\]|[^,])+""", value[1:-1])
+        texts = [entry if entry[0] in "\"'" else typed.quote(entry) for entry in map(str.strip, entries) if entry]
+        with suppress(HydraException):
+            return OverridesParser.create().parse_override(f"{key}=[{','.join(texts)}]").input_line
+    return f"{key}={typed.quote(value)}"
 
 
 def _parsed(words: list[str]) -> list[Override]:

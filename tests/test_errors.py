@@ -151,6 +151,7 @@ ADVICE = re.compile(r"(?:did you mean|[Tt]ype|quote it:|like|or) ((?:'[^']*'|\"[
         "stage=lincls stage.features=cached stage.copies=200", "data.cache=1_000", 'dir="it\'s [1]"', "tracking=wand",
         "method=swav epochs=1 method.queue_length=0", "stage=predic stage.images=x", "optimizer=sdg", 
         "--precision bf16", "--epochs=20", "--method.dim 64", "--compile",
+        "stage=pipeline stage.rows.pretrained=[stage=knn,stage.k=[9]]", "stage=pipeline stage.protocol=[batch_size=3]",
     ],
 )  # fmt: skip
 def test_what_is_advised_works_when_it_is_typed(mistake: str) -> None:
@@ -164,13 +165,12 @@ def test_what_is_advised_works_when_it_is_typed(mistake: str) -> None:
         return ""
 
     words = shlex.split(mistake) if '"' not in mistake else [mistake.replace('"', "")]
-    stages = [word for word in words if word.startswith("stage")]
     advised = [word for advice in ADVICE.findall(said(words)) for word in shlex.split(advice) if "=" in word]
     assert advised, said(words)
     for advice in advised:
         rest = [word for word in words if typed.key_of(word).lstrip("-") != typed.key_of(advice) and "=" in word]
         rest = [word for word in rest if not word.startswith("--")]
-        known = said([*dict.fromkeys([*stages * (typed.key_of(advice) != "stage"), *rest]), advice])
+        known = said([*rest, advice])
         assert typed.key_of(advice) not in known, known
 
 
