@@ -1,11 +1,10 @@
 """Names that aren't UTF-8, terminals that are ASCII, and ~."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from test_config import CHOICES, compose
 from test_hand_made import SMALL
 from test_typed import plain
 
-from ssl_bench import build, files, signatures
+from ssl_bench import build, files, identity, signatures
 from ssl_bench.fields import is_path
 from ssl_bench.launch import launch
 from ssl_bench.train import HOME
@@ -69,8 +68,9 @@ PLACES = {  # every setting that is a path, with what its stage needs besides
     "dir": "", "pretrained": "stage=lincls", "runs": "stage=report", "data.root": "data=dl21", "data.cache": "",
     "data.extra_labels": "data=dl21 data.root=/x", "stage.out": "stage=select", "stage.features": "stage=select",
     "stage.requested": "stage=select", "stage.images": "stage=predict", "stage.verify": "stage=zoo",
-    "stage.readme": "stage=report",
+    "stage.readme": "stage=report", "stage.what": "stage=verify",
 }  # fmt: skip
+TEXTS = {"backbone.model", "backbone.options", "stage.protocol", "stage.rows"}  # and what W&B is told
 OUT = ["stage=export", "stage=report", "stage=dashboard", "stage=synthesize"]
 
 
@@ -81,13 +81,17 @@ def test_home(key: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert OmegaConf.select(build.at_home(cfg), key) == "/home/me/x y"
     assert OmegaConf.select(cfg, key) == "~/x y"
     assert HOME.sub(r'\1="\2"', f"{key}=~/x") == f'{key}="~/x"'  # Hydra's grammar has no ~
-    if key in ("runs", "data.extra_labels", "stage.requested"):
+    if key in ("runs", "data.extra_labels", "stage.requested", "stage.what"):
         cfg = compose(*words.split(), f'{key}=["~/x","y/~"]')
         assert OmegaConf.select(build.at_home(cfg), key) == ["/home/me/x", "y/~"]
 
 
 def test_every_setting_that_is_a_path_is_marked() -> None:
-    """By their names: what isn't listed here is no path."""
+    """A new one that is a text is listed here, or marked."""
+
+    def is_text(hint: object) -> bool:
+        return hint is str or any(map(is_text, get_args(hint)))
+
     found = {name for name, hint in get_type_hints(build.Root, include_extras=True).items() if is_path(hint)}
     texts = set()
     for group, choice in CHOICES:
@@ -95,9 +99,19 @@ def test_every_setting_that_is_a_path_is_marked() -> None:
             continue
         node = plain(f"{group}={choice}")[group]
         for name, (hint, _) in signatures.parameters(node["_target_"], build.SUPPLIED[group]).items():
-            (found if is_path(hint) else texts).add(f"{group}.{name}")
+            if is_path(hint):
+                found.add(f"{group}.{name}")
+            elif is_text(hint):
+                texts.add(f"{group}.{name}")
     assert found == set(PLACES)
-    assert not [name for name in texts if re.search(r"\.(root|cache|out|path|folder|file|images)$", name)]
+    assert {name for name in texts if not name.startswith("tracking.")} == TEXTS
+
+
+def test_no_path_is_part_of_what_a_run_is() -> None:
+    """Of stages that leave a run; these leave none."""
+    without = {"stage.verify", "stage.readme", "stage.what"}
+    known = {*identity.PATHS, *identity.BELOW_ROOT, *identity.KEPT_IN.values(), *without}
+    assert not [key for key in PLACES if key not in known and not identity.is_free(key)]
 
 
 def test_what_a_run_writes_stands_in_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import ssl_bench
 from ssl_bench import build, checkpoint, files, identity, interop, results
 from ssl_bench.data import store
 from ssl_bench.errors import UserError
+from ssl_bench.fields import Place
 from ssl_bench.identity import Identity
 from ssl_bench.launch import launch
 from ssl_bench.report import plain
@@ -37,7 +38,7 @@ class Finding(NamedTuple):
 def verify(
     cfg: DictConfig,
     run: Run,
-    what: str | list[str] | None = None,
+    what: Place | list[Place] | None = None,
     rerun: bool = False,
     max_minutes: PositiveFloat = 10,
 ) -> dict[str, float]:
