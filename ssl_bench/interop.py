@@ -161,7 +161,10 @@ def class_names(path: Path) -> list[str]:
     """Of the outputs of the classifier in the file, in their order; nothing where the classes have no names."""
     run = files.run_of(path)
     known = files.parse(run / CLASSES, json.loads) if run and (run / CLASSES).is_file() else recipe(path) or {}
-    return list(known.get("classes", ()))
+    names = known.get("classes", [])
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(f"{path}: the names of its classes are {str(names)[:40]}, no list of texts: mend it")
+    return names
 
 
 def load_classifier(source: str) -> nn.Linear | None:

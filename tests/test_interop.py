@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import socket
 from collections import Counter
 from collections.abc import Iterator
@@ -406,3 +407,14 @@ def test_large_files_are_read_once_for_what_they_say(tmp_path: Path, monkeypatch
     zoo.place("one").write_text("2")
     with pytest.raises(UserError, match="its md5 is c81e728d"):
         interop.find("one")
+
+
+@pytest.mark.parametrize("names", [5, "cat", {"a": 1}, [1, 2], None])
+def test_names_of_classes_that_are_none(tmp_path: Path, names: object) -> None:
+    """Of a file from elsewhere, and of a run's directory."""
+    save_file({"a": torch.zeros(2)}, path := tmp_path / "m.safetensors", {"ssl_bench": json.dumps({"classes": names})})
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": names}))
+    for file in (path, tmp_path / "checkpoints" / "step0000000001.pt"):
+        with pytest.raises(UserError, match="no list of texts"):
+            interop.class_names(file)
