@@ -132,7 +132,14 @@ def digest(state: State, text: str = "") -> str:
 
 
 def recipe(path: Path) -> dict | None:
-    """The configuration of the run that made the file: from the run's directory, or from a file of stage=export."""
+    """The configuration of the run that made the file: from the run's directory, or from a file of stage=export.
+
+    The state dict of an export holds tensors alone; the file beside it, of the same list of digests, has the rest.
+    """
+    beside = path.with_suffix(".safetensors")
+    if path.suffix == ".pth" and {path.name, beside.name} <= files.listed(path.parent).keys() and beside.is_file():
+        files.check(path)
+        return recipe(beside)
     if path.suffix == ".safetensors":
         files.check(path)
         text = _metadata(path, files.state(path)).get("ssl_bench")

@@ -68,12 +68,13 @@ def export(source: Path, out: Path, *overrides: str) -> Path:
 def test_what_was_written_is_read_with_equal_features(place: Path, tmp_path: Path) -> None:
     out = export(place / "moco", tmp_path / "out")
     original = backbones.resnet18(stem="small", width=8)
-    load_backbone(original, str(place / "moco"))
+    loaded_from = load_backbone(original, str(place / "moco")).source
     for source in (out, out / "model.safetensors", out / "model.pth"):
         again = backbones.resnet18(stem="small", width=8)
         loaded = load_backbone(again, str(source))
         assert same(again, original)
         assert torch.equal(features(again), features(original))
+        assert interop.look(loaded.source) == interop.look(loaded_from) != {}
         assert (loaded.layout, loaded.left_out) == ("torchvision", [])
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert (out / "model.safetensors").stat().st_mode == (out / "model.pth").stat().st_mode

@@ -50,7 +50,7 @@ def on(place: Path, weights: str, *more: str, data: str = "data") -> list[str]:
     return [*SMALL, "data=dl21", f"data.root={place}/{data}", f"pretrained={place}/{weights}", *more]
 
 
-LEARNT = ["supervised", "tuned", "probed", "tuned_again", "exported_supervised"]
+LEARNT = ["supervised", "tuned", "probed", "tuned_again", "exported_supervised", "exported_supervised/model.pth"]
 
 
 @pytest.mark.parametrize("weights", LEARNT)
