@@ -1,7 +1,8 @@
 """The loops: what a step is a function of, what a measurement counts."""
 
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ssl_bench.augment.draws import keys
 from ssl_bench.data.source import HostSource
 from ssl_bench.engine import evaluate, fit
-from ssl_bench.errors import UserError
+from ssl_bench.errors import Interrupted, UserError
 from ssl_bench.evaluators import knn_and_ridge
 from ssl_bench.methods.base import Method
 from ssl_bench.run import Run
@@ -75,6 +76,30 @@ def train(
     with Run(config | {"stage": {"name": "noted"}}, torch.device("cpu"), NoTracker) as run:
         fit(method, optimizer, schedule, source, views, run, epochs=EPOCHS, seed=seed, **options)
     return method, given
+
+
+def test_stopped_while_no_images_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state of the last whole step is saved, and it goes on from there as if nothing had been."""
+    whole, _ = train(tmp_path / "whole")
+    stream = HostSource.stream
+
+    def ends(self: HostSource, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        for batch in stream(self, start, stop):
+            if batch[0] == 4:
+                raise Interrupted(signal.SIGTERM)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HostSource, "stream", ends)
+        for _ in range(2):  # the second time before its first step
+            with pytest.raises(Interrupted, match="stopped by SIGTERM after step 4"):
+                train(tmp_path / "run")
+    rest, _ = train(tmp_path / "run")
+    assert torch.equal(rest.weight, whole.weight)
+    assert rest.drawn == whole.drawn[4:]
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "run")]
+    losses = [[json.loads(line)["loss"] for line in each] for each in lines]
+    assert losses[0] == losses[1]
 
 
 def test_a_step_is_a_function_of_seed_and_step(tmp_path: Path) -> None:
