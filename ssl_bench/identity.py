@@ -30,7 +30,8 @@ BELOW_ROOT = ("data.extra_labels", "stage.requested")  # lists of files, relativ
 OVERRIDES = ("stage.protocol", "stage.rows")  # of a pipeline: what its evaluations are started with
 PARTS = "devices x bn_splits"
 LOSS_OF = ("method", "augmentation", "batch_size", "data.name", PARTS)  # what the loss of a pretraining depends on
-ENVIRONMENT = {"world_size": int, "gpus": list, "cpu_threads": int, "git_commit": str, "started": str}
+NUMBER = int | float
+ENVIRONMENT = {"world_size": NUMBER, "gpus": list, "cpu_threads": NUMBER, "git_commit": str, "started": str}
 ORIGIN = "origin.json"  # in the directory of a run: the run that made what it stands on
 T = TypeVar("T")
 
@@ -245,7 +246,7 @@ def known_by(
     """By what lies in a run's directory, and where it is known, what it stands on."""
     # Before torchrun's and srun's number was in config.yaml, environment.json alone had it.
     counts = (config.get("devices"), environment.get("world_size"))
-    count = max((count for count in counts if isinstance(count, int)), default=1)
+    count = max((int(count) for count in counts if isinstance(count, NUMBER)), default=1)
     images = {split: facts["fingerprint"] for split, facts in inputs.items()}
     return Identity(config, count, weights, below, step, images)
 
