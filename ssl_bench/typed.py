@@ -42,12 +42,14 @@ def quoted(overrides: Iterable[str]) -> dict[str, str]:
 def in_vain(config: Mapping, overrides: Iterable[str]) -> dict[str, str]:
     """{override: a line about it} of those that the stage of this configuration doesn't read.
 
-    config: plain, not resolved. KEY=null asks for nothing, and is left alone.
+    config: plain, not resolved. What asks for nothing is left alone: KEY=null, and what makes others idle, as
+    eval_every=0 does.
     """
     lines = {}
     for override in overrides:
         key = key_of(override)
-        if not override.endswith("=null") and (why := _ignored_by(config, key)):
+        asks = not override.endswith("=null") and override not in _off(config)
+        if asks and (why := _ignored_by(config, key)):
             readers = [] if " with " in why else _readers(key)
             instead = f"it is for {', '.join(readers)}" if readers else "leave it out"
             lines[override] = f"{override} would be ignored: {why} doesn't read {key}; {instead}"
@@ -96,6 +98,13 @@ def _ignored_by(config: Mapping, key: str) -> str:
             if str(_select(config, where)) == value and covers(idle, key):
                 return f"stage={stage['name']} with {where.removesuffix('.name')}={value}"
     return ""
+
+
+def _off(config: Mapping) -> set[str]:
+    """The conditions under which keys are idle that no choice of a group is."""
+    targets = [node["_target_"] for node in config.values() if isinstance(node, Mapping) and "_target_" in node]
+    conditions = {condition for path in targets for condition in signatures.constant(path, "IDLE") or {}}
+    return {condition for condition in conditions if not condition.partition("=")[0].endswith(".name")}
 
 
 def _stands_in(nodes: Mapping[str, Mapping], declared: Sequence[str], key: str) -> bool:

@@ -78,6 +78,14 @@ def test_what_another_key_makes_idle(choices: list[str], idle: list[str]) -> Non
     assert not typed.in_vain(plain(choices[0]), ["seed=3", *(["method.momentum=0.9"] if "pre" in choices[0] else [])])
 
 
+def test_what_is_switched_off_twice_is_off() -> None:
+    """Neither makes a mistake of the other, nor of a method without judges."""
+    off = ["eval_every=0", "stage.online_images=0"]
+    assert not typed.in_vain(plain("stage=pretrain", *off), off)
+    assert not typed.in_vain(plain("stage=pretrain", "method=supervised"), off)
+    assert [*typed.in_vain(plain("stage=pretrain", "method=supervised"), ["eval_every=1"])] == ["eval_every=1"]
+
+
 def test_every_method_that_learns_nothing_is_named() -> None:
     for group, choice in CHOICES:
         if group == "method" and not build.locate(plain(f"method={choice}")["method"]["_target_"], group).learns:
