@@ -476,5 +476,6 @@ def test_the_tables_of_the_readme_are_made_from_the_committed_results() -> None:
 
 def test_every_committed_results_file_is_one() -> None:
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
-        if "stage" in str(json.loads(path.read_text()).get("rows")):
+        rows = json.loads(path.read_text()).get("rows") or []
+        if any("stage" in row for row in rows if isinstance(row, dict)):  # other tables may speak of stages
             assert results.load(path)
