@@ -784,7 +784,8 @@ def one(root: Path, name: str) -> dict[str, Any]:
     if row["verdict"] == "holds":
         shutil.rmtree(place.folder, ignore_errors=True)
     for text in ("said", "verdict"):
-        row[text] = " ".join(row[text].replace(str(root), "DIR").split())[:300]
+        said = re.sub(rf"\b{re.escape(socket.gethostname())}\b", "HOST", row[text].replace(str(root), "DIR"))
+        row[text] = " ".join(said.split())[:300]
     row["seconds"] = round(time.monotonic() - began, 1)
     print(f"{name}: {row['verdict']}  ({row['seconds']} s)  {row['said'][:120]}", flush=True)
     return row
