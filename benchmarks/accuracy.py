@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 
 from ssl_bench.augment.ops import ColorJitter, GaussianBlur, RandomGrayscale
 from ssl_bench.augment.views import Views
-from ssl_bench.build import slug
+from ssl_bench.identity import slug
 from ssl_bench.report import mean_std, table
 
 COUNTS = {"num_unlabeled": 8000, "num_train": 2000, "num_val": 2000}

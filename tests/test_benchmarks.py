@@ -56,7 +56,14 @@ def test_quick(tmp_path: Path) -> None:
 def test_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = imported("accuracy", monkeypatch)
     monkeypatch.setattr(module, "COUNTS", {"num_unlabeled": 100, "num_train": 200, "num_val": 40})
-    small = ["epochs=1", "stage.seeds=[0]", "method.queue_size=64", "batch_size=20", "backbone.width=8"]
+    small = [
+        "epochs=1",
+        "schedule.warmup_epochs=0",
+        "stage.seeds=[0]",
+        "method.queue_size=64",
+        "batch_size=20",
+        "backbone.width=8",
+    ]
     monkeypatch.setattr(module, "COMMON", ["experiment=synthetic_dl21", *small])
     monkeypatch.setattr(sys, "argv", ["", "--folder", str(tmp_path), "--seeds", "0", "--out", str(tmp_path / "out")])
     module.main()
