@@ -70,7 +70,8 @@ def test_what_the_backbone_was_trained_with(
     assert "augmentation.mean=[0.5,0.4,0.3], as it was trained with" in caplog.text
     assert cfg.augmentation.mean is None  # nothing changes a configuration
     assert launch(cfg)  # the same run
-    assert re.search(r"finished already \(.*top1 [\d.]+ %[,)]", caplog.text)  # in the words of its log
+    said = r"mean_distance [\d.]+" if name == "select" else r"top1 [\d.]+ %"
+    assert re.search(rf"finished already \(.*{said}[,)]", caplog.text)  # in the words of its log
 
 
 def test_at_any_depth(data: list[str], pretrained: Path, tmp_path: Path) -> None:
