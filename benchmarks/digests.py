@@ -64,7 +64,7 @@ def of_checkpoint(folder: Path, gigabytes: float) -> dict[str, object]:
     run = Checkpoint(folder / "run", "run", keep=1)
 
     def sealed() -> None:
-        files._sha256.cache_clear()
+        files._digest.cache_clear()
         files.sums_of(run.directory, [file.relative_to(run.directory).as_posix()])
 
     torch.serialization.set_crc32_options(False)
