@@ -350,7 +350,8 @@ def _place(detail: Mapping, values: Any) -> Iterator[str | int]:
         in_list = isinstance(values, list) and isinstance(part, int)
         if in_list or (isinstance(values, dict) and (part in values or detail["type"] == "missing")):
             yield part
-            values = values[part] if in_list or part in values else None
+            there = part < len(values) if in_list else part in values
+            values = values[part] if there else None
 
 
 def _too_late(schema: type[BaseModel], node: dict, group: str, config: Mapping) -> list[str]:

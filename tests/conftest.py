@@ -1,5 +1,6 @@
 """What the tests share: a private image cache, and the command as a user types it."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -32,6 +33,15 @@ def _no_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
             patch.setenv("CUDA_VISIBLE_DEVICES", "")  # of the commands
             patch.setattr("torch.cuda.is_available", lambda: False)  # of what runs here
         yield
+
+
+@pytest.fixture(autouse=True)
+def _log_handlers() -> Iterator[None]:
+    """A command that runs here sets up its log, on a stream that ends with its test."""
+    logger = logging.getLogger("ssl_bench")
+    before = logger.handlers, logger.propagate, logger.level
+    yield
+    logger.handlers, logger.propagate, logger.level = before
 
 
 Command = Callable[..., subprocess.CompletedProcess]
