@@ -344,7 +344,7 @@ def test_a_zoo_name_without_a_network(ssl_bench: Command, tmp_path: Path, monkey
         (["method.momentum=1.1"], "method.momentum=1.1: input should be less than or equal to 1"),
         (["method.mlp=2"], "method.mlp=2: input should be a valid boolean"),
         (["augmentation.mean=[0.5,0.5]"], "augmentation.mean.2 needs a value"),
-        (["optimizer.scaling=cubic"], "optimizer.scaling=cubic: input should be 'linear', 'sqrt', 'three_quarters' or 'none'"),
+        (["optimizer.scaling=cubic"], "scaling=cubic: input should be 'linear', 'sqrt', 'three_quarters' or 'none'"),
         (["data.on_error=ignore"], "data.on_error=ignore: input should be 'raise' or 'skip'"),
         (["data=cifar10", "data.root=x", "data.image_size=64"], "data.image_size=64: input should be 32"),
         (["data=stl10"], "data.root needs a value: type data.root=..."),
