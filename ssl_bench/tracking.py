@@ -457,7 +457,10 @@ def choose_mode(mode: str) -> str:
     import wandb
 
     wandb.finish()  # a run left open blocks login()
-    wandb.setup(wandb.Settings(silent=True))  # or login() reports on stderr, and asks the server who the user is
+    silent = wandb.Settings(silent=True)  # or login() reports on stderr, and asks the server who the user is
+    if wandb.setup(silent).settings.mode != "online":  # an earlier run of this process: login() would pass
+        wandb.teardown()
+        wandb.setup(silent)
     try:
         logged_in = wandb.login(prompt=False, verify=False)
     except wandb.errors.AuthenticationError as error:

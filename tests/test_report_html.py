@@ -12,7 +12,7 @@ from conftest import TINY, TINY_PRETRAIN
 from made_runs import classified, pretrained
 from test_config import compose
 
-from ssl_bench import page, results
+from ssl_bench import files, page, results
 from ssl_bench.errors import UserError
 from ssl_bench.launch import launch
 
@@ -333,6 +333,7 @@ def test_a_run_without_its_images_keeps_its_place(browser, runs: Path, tmp_path:
             "_target_: ssl_bench.data.formats.Digits", "_target_: ssl_bench.data.formats.Folder"
         )
         file.write_text(text.replace("  name: digits\n", f"  name: folder\n  root: {tmp_path}/gone\n"))
+        files.seal(file.parent, files.sums_of(file.parent, files.own(file.parent)))
     launch(compose("stage=report", f"runs={tmp_path}"))
     show(browser, tmp_path)
     (note,) = texts(browser, ".note li")
@@ -383,6 +384,7 @@ def test_other_images_than_the_run_saw_are_noticed(runs: Path, tmp_path: Path) -
     shutil.copytree(runs / "moco" / "seed0", tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary | {"val_top1": summary["val_top1"] + 1}))
+    files.seal(tmp_path / "run", files.sums_of(tmp_path / "run", files.own(tmp_path / "run")))
     launch(compose("stage=report", f"runs={tmp_path}/run"))
     assert "are these other images?" in (tmp_path / "run" / "report.html").read_text()
 

@@ -317,7 +317,7 @@ def test_only_what_is_missing_is_done_again(ssl_bench: Command, tmp_path: Path) 
     assert "Error executing job" not in again.stderr  # Hydra's, with every override
     status = ssl_bench("stage=status", "runs=runs/sweeps/pretrain", check=True).stdout
     assert re.search(r"\| failed +\| +\| +\| batch_size=2000 is larger", status)
-    assert re.search(r"\| finished \| 10/10 +\| loss ", status)
+    assert re.search(r"\| finished \| 10/10 +\| probe_top1 [\d.]+ % ", status)
     assert (tmp_path / "runs/sweeps/pretrain/table.md").read_text() in status
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_runs import checkpoint, pretrained
@@ -102,6 +103,9 @@ def no_login(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home/.config"))
     monkeypatch.setenv("NETRC", str(tmp_path / "home/netrc"))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "home/cache"))
+    yield
+    wandb.finish()
+    wandb.teardown()  # W&B keeps mode and key for the process
 
 
 CONFIG = {
@@ -309,6 +313,15 @@ def test_login_mistakes_are_one_line(run_dir, monkeypatch, mode, environment, me
     with pytest.raises(UserError, match=message) as caught:
         WandbTracker(mode=mode, directory=run_dir, config={})
     assert "\n" not in str(caught.value)
+
+
+def test_an_earlier_run_offline_does_not_answer_for_the_login(run_dir, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    WandbTracker(directory=run_dir, config={}).close("finished", {})
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    with pytest.raises(UserError, match="WANDB_API_KEY invalid"):
+        WandbTracker(directory=run_dir, config={})
 
 
 def test_what_was_offline_says_how_to_send_it(run_dir, caplog):
