@@ -21,6 +21,7 @@ quicktest: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
+	$(RUN)mypy
 
 # does the suite notice? small faults, one after the other, in a copy of the program: benchmarks/results/mutants.md
 mutants: $(VENV)/.installed-test
