@@ -7,7 +7,7 @@ RUN = $(VENV)/bin/
 # a worker for each core: most tests wait for a command that uses one; a worker needs about 1 GB
 PYTEST = $(RUN)python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: quickstart test quicktest lint mutants bench
+.PHONY: quickstart test quicktest lint lock mutants bench
 
 quickstart: $(VENV)/.installed
 	$(RUN)ssl-bench experiment=quickstart
@@ -22,6 +22,13 @@ lint: $(VENV)/.installed-test
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
 	$(RUN)mypy
+
+# the newest versions of everything that is needed to run, on any platform: requirements.lock, which Dockerfile installs
+lock: $(VENV)/bin/python
+	$(RUN)python -m pip install --quiet uv
+	$(RUN)uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate \
+		--extra search --extra timm --extra onnx --extra dashboard \
+		--custom-compile-command "make lock" --output-file requirements.lock setup.cfg
 
 # does the suite notice? small faults, one after the other, in a copy of the program: benchmarks/results/mutants.md
 mutants: $(VENV)/.installed-test
