@@ -21,8 +21,9 @@ from torchvision.transforms import v2
 
 from ssl_bench.augment.ops import ColorJitter, GaussianBlur, RandomGrayscale
 from ssl_bench.augment.views import Views
-from ssl_bench.identity import slug
-from ssl_bench.report import mean_std, table
+from ssl_bench.report.figure import table
+from ssl_bench.runs.identity import slug
+from ssl_bench.runs.units import mean_std
 
 COUNTS = {"num_unlabeled": 8000, "num_train": 2000, "num_val": 2000}
 COMMON = ("experiment=synthetic_dl21", "epochs=20", "stage.seeds=[0]")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ssl_bench.data.pool import default_workers
 from ssl_bench.data.synthetic import write_dl21
-from ssl_bench.run import environment
+from ssl_bench.runs.run import environment
 
 
 @contextmanager

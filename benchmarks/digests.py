@@ -23,9 +23,10 @@ import torch
 from common import folder_for, machine
 from torch import nn
 
-from ssl_bench import checkpoint, files
-from ssl_bench.checkpoint import Checkpoint
+from ssl_bench import files
 from ssl_bench.data.store import Split, open_store
+from ssl_bench.runs import checkpoint, layout
+from ssl_bench.runs.checkpoint import Checkpoint
 
 TIMES = 3
 SIZE = 96  # pixels of an image of the store
@@ -71,7 +72,7 @@ def of_checkpoint(folder: Path, gigabytes: float) -> dict[str, object]:
     without = {"save": seconds(lambda: run.save(1, **state))}
     torch.serialization.set_crc32_options(True)
     found = {"save": seconds(lambda: run.save(1, **state))}
-    (file,) = files.complete(run.directory)
+    (file,) = layout.complete(run.directory)
     for name, before in (("restore, warm", lambda: None), ("restore, cold", lambda: forget(file))):
         found[name] = seconds(lambda: run.restore(**state), before)
         with mock.patch.object(checkpoint, "verify"):

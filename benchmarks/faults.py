@@ -576,7 +576,7 @@ def hostile_checkpoint(place: Place) -> Result:
 def hostile_config(place: Place) -> Result:
     shutil.copytree(place.pretrained, place.run)
     text = (place.run / "config.yaml").read_text()
-    swapped = re.sub(r"_target_: ssl_bench.backbones\S+", "_target_: os.system\n  command: touch hostile", text)
+    swapped = re.sub(r"_target_: ssl_bench.backbones.resnet\S+", "_target_: os.system\n  command: touch hostile", text)
     (place.run / "config.yaml").write_text(swapped)
     (place.run / "SHA256SUMS").unlink(missing_ok=True)
     return hostile(place, "stage=report", f"runs={place.run}", f"stage.out={place.folder}/report")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from common import machine, workplace
 
-from ssl_bench.report import mean_std
+from ssl_bench.runs.units import mean_std
 
 COUNTS = {"num_unlabeled": 5000, "num_train": 2000, "num_val": 2000}
 NETWORK = ("backbone=resnet18", "backbone.width=32")

@@ -29,13 +29,15 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 import ssl_bench.train  # noqa: F401 - registers the resolvers of the configuration
-from ssl_bench import build, memory
 from ssl_bench.augment.draws import keys
 from ssl_bench.augment.views import Views
+from ssl_bench.config import build
 from ssl_bench.data.pictures import decode
-from ssl_bench.precision import AUTOCAST, prepare
+from ssl_bench.runtime import memory
+from ssl_bench.runtime.device import pick_device
+from ssl_bench.runtime.precision import AUTOCAST, prepare
+from ssl_bench.stages._training import open_source
 from ssl_bench.stages.pretrain import pretrain
-from ssl_bench.stages.training import open_source
 
 # In the order of a step. What a mark ends is named after it.
 WAIT, AUGMENT, QUERY, EMA, KEY, QUEUE, BACKWARD, SGD, REST = PARTS = (
@@ -249,7 +251,7 @@ def main() -> None:
         cfg = compose("config", args.overrides)
     build.check(cfg)
     apart = OmegaConf.merge(cfg, {"compile": False})
-    device = build.pick_device(cfg.device, 0)
+    device = pick_device(cfg.device, 0)
     prepare(cfg.precision, device)  # as the program does
     if device.type == "cpu":
         memory.keep_freed()

@@ -33,11 +33,12 @@ from memory import private_bytes
 from PIL import Image
 from torch import nn
 
-from ssl_bench import selection
-from ssl_bench.data.formats import Digits
+from ssl_bench.data.formats.digits import Digits
 from ssl_bench.data.synthetic import SHAPES, render
-from ssl_bench.launch import launch, set_up_logging
-from ssl_bench.report import markdown, mean_std
+from ssl_bench.evaluate import selection
+from ssl_bench.launch.process import launch, set_up_logging
+from ssl_bench.report.tables import markdown
+from ssl_bench.runs.units import mean_std
 from ssl_bench.stages.select import margins
 
 RESULTS = Path(__file__).parent / "results"

@@ -36,7 +36,7 @@ from memory import OVERRIDES as SMALL
 from memory import private_bytes
 from speed_report import plot, tables
 
-from ssl_bench.data.formats import DL21
+from ssl_bench.data.formats.dl21 import DL21
 from ssl_bench.data.pool import default_workers
 from ssl_bench.data.synthetic import write_dl21
 

@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from ssl_bench.report import markdown
+from ssl_bench.report.tables import markdown
 
 COLOURS = {"plain": "#9aa5b1", "lightly": "#5b7fa6", "ours": "#d1495b"}
 

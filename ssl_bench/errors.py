@@ -1,5 +1,7 @@
 """The exceptions that are no bugs."""
 
+import difflib
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,3 +35,12 @@ class Interrupted(BaseException):
         after = "" if step is None else f" after step {step:,}"
         super().__init__(f"stopped by {signal.Signals(signum).name}{after}")
         self.signum = signum
+
+
+def unknown(what: str, got: str, valid: list[str]) -> str:
+    """One line about a key or choice that isn't there."""
+    head = re.match(r"(.*[.=])?", got)[0]
+    shared = head if all(name.startswith(head) for name in valid) else ""  # what all have in common makes none alike
+    close = difflib.get_close_matches(got.removeprefix(shared), [name.removeprefix(shared) for name in valid], n=1)
+    hint = f"did you mean {shared}{close[0]}? " if close else ""
+    return f"{got}: no such {what}; {hint}Valid: {', '.join(sorted(valid))}"

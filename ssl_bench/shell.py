@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Iterable
 
 # $NAME, ${NAME} and ${NAME:-DEFAULT}; neither $(COMMAND) nor $1
 VARIABLE = re.compile(r"(\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*(?::-[\w./-]*)?\}))", re.ASCII)
@@ -32,3 +33,8 @@ def in_quotes(value: str, mark: str) -> str:
 def override(key: str, value: object) -> str:
     """KEY=VALUE to be typed: quoted for Hydra, then for the shell."""
     return quoted(f"{key}={quote(str(value))}")
+
+
+def listed(values: Iterable[float]) -> str:
+    """As one types it."""
+    return f"[{','.join(f'{value:g}' for value in values)}]"

@@ -6,7 +6,6 @@ import os
 import re
 import sys
 import traceback
-from contextlib import suppress
 from itertools import islice
 from typing import Any, NoReturn
 
@@ -14,39 +13,25 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
-from ssl_bench import __version__, build, identity, sweep, typed
+from ssl_bench import __version__
+from ssl_bench.config import build, messages, typed
 from ssl_bench.errors import Interrupted, UserError
-from ssl_bench.launch import launch, set_up_logging
-from ssl_bench.shell import quote, quoted
+from ssl_bench.launch import resolvers
+from ssl_bench.launch.process import launch, set_up_logging
 
 log = logging.getLogger("ssl_bench.train")  # also as __main__
 
-SEARCH = "an interval is for a search: add -m hydra/sweeper=optuna (pip install hydra-optuna-sweeper)"
 # Options of Hydra that are followed by a value. Not --info, whose value may be left out: it stays where it is.
 VALUED = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
 HOME = re.compile(r"^([\w.+]+)=(~[\w./~-]*)$")  # as a shell leaves it, and Hydra doesn't take it
 LIST = re.compile(r"^(data\.extra_labels|runs)=([^\[].*,.*)$")  # a comma here makes a list, not a sweep
-
-
-def run_dir(default: str) -> str:
-    """Resolver of `dir`: the stage's own directory, or for a member of a sweep one named after its overrides."""
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
-        return default
-    return os.path.join(HydraConfig.get().sweep.dir, sweep.name(HydraConfig.get().overrides.task))
-
-
-def judge(eval_every: int, online_images: int) -> str | None:
-    """Resolver: what ranks pretrainings, where there is something that can."""
-    return "probe_top1" if eval_every and online_images else None
 
 
 def register_launchers() -> None:
@@ -59,10 +44,7 @@ def register_launchers() -> None:
 
 
 register_launchers()
-OmegaConf.register_new_resolver("slug", identity.place_slug, replace=True)
-OmegaConf.register_new_resolver("quote", quote, replace=True)
-OmegaConf.register_new_resolver("judge", judge, replace=True)
-OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
+resolvers.register()
 
 
 @hydra.main(version_base="1.3", config_path="pkg://ssl_bench.conf", config_name="config")
@@ -93,7 +75,7 @@ def refuse_in_vain(cfg: DictConfig, overrides: list[str]) -> None:
 
 
 def fail(error: Exception) -> NoReturn:
-    print(f"ssl-bench: {_message(error)}", file=sys.stderr)
+    print(f"ssl-bench: {messages.message(error)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -123,10 +105,10 @@ class Check(Callback):
             return
         params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
         task = _typed(config.hydra.overrides.task)
-        overrides = _parsed([*params, *task])
+        overrides = messages.parsed([*params, *task])
         if searched := [override.input_line for override in overrides if override.is_interval_sweep()]:
-            raise UserError(f"{searched[0]}: {SEARCH}")
-        if empty := [override.input_line for override in overrides if _first(override) is None]:
+            raise UserError(f"{searched[0]}: {messages.SEARCH}")
+        if empty := [override.input_line for override in overrides if messages.first_value(override) is None]:
             raise UserError(f"{empty[0]}: there is no such value, and so no member of the sweep")
         problems, composed, quoted = [], [], typed.quoted([*params, *task])
         (members,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
@@ -140,7 +122,7 @@ class Check(Callback):
                 build.check(cfg, quoted)
                 composed.append((OmegaConf.to_container(cfg), list(member)))
             except (UserError, HydraException, OmegaConfBaseException) as error:
-                problems.append(f"{' '.join(member)}: {_message(error)}")
+                problems.append(f"{' '.join(member)}: {messages.message(error)}")
         if not problems:
             problems = typed.swept_in_vain(composed)
         if problems:  # Hydra only warns of a callback's exceptions
@@ -211,84 +193,6 @@ def _options_first(words: list[str]) -> list[str]:
             options += [word, *islice(rest, word in VALUED)]
     shows = any(re.match(r"(--cfg|-c)(=|$)", word) for word in options)
     return [word for word in options if not (shows and word in ("-m", "--multirun"))] + overrides
-
-
-def _message(error: Exception) -> str:
-    """What Hydra says in paragraphs, in a line."""
-    text = str(error)
-    if isinstance(error, UserError):
-        return text
-    if isinstance(error, OverrideParseException):
-        key, mark, value = str(error.override).partition("=")
-        as_text = quoted(_as_texts(key, value)) if mark else "'KEY=\"VALUE\"'"
-        return f"{error.override}: not KEY=VALUE; put quotes around a VALUE with special characters: type {as_text}"
-    if isinstance(error, MissingConfigException) and error.options:
-        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        return build.unknown("choice", f"{group}={choice}", [f"{group}={option}" for option in error.options])
-    if several := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '([^=]+)=(.+?)'", text):
-        return _several(*several.groups())
-    composing = re.match(r"In '(.+)': .+ raised while composing config:", text)
-    file, cause = f"{composing[1]}.yaml: " if composing else "", error.__cause__ or error.__context__
-    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.parent_node is not None:
-        return file + _unknown_key(cause)
-    if file and isinstance(cause, OmegaConfBaseException):
-        return f"{file}{cause.full_key}: {str(cause).splitlines()[0]}"
-    return ": ".join([text.splitlines()[0], *str(error.__cause__ or "").splitlines()[:1]])
-
-
-def _as_texts(key: str, value: str) -> str:
-    """An override of a value that Hydra can't read: of a list with each entry as a text, where that is readable."""
-    if value.startswith("[") and value.endswith("]"):
-        entries = re.findall(r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|\[[^][]*\]|[^,])+""", value[1:-1])
-        texts = [entry if entry[0] in "\"'" else typed.quote(entry) for entry in map(str.strip, entries) if entry]
-        with suppress(HydraException):
-            return OverridesParser.create().parse_override(f"{key}=[{','.join(texts)}]").input_line
-    return f"{key}={typed.quote(value)}"
-
-
-def _parsed(words: list[str]) -> list[Override]:
-    """With the choices of this configuration, which a glob() looks among."""
-    return OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(words)
-
-
-def _first(override: Override) -> str | None:
-    """The first of the values that it gives, one by one; None where there is none."""
-    if not override.is_discrete_sweep():
-        return override.input_line
-    return next(iter(override.sweep_string_iterator()), None)
-
-
-def _several(key: str, value: str) -> str:
-    """Of several values where one is wanted. First of another mistake: with that Hydra sees no sweep."""
-    args = get_args_parser().parse_args()
-    words = []
-    if args.config_dir:
-        words.append(f"hydra.searchpath=[{quote(f'file://{os.path.abspath(args.config_dir)}')}]")
-    try:
-        with hydra.initialize_config_module("ssl_bench.conf", version_base="1.3"):
-            for override in _parsed(args.overrides):
-                if not override.is_sweep_override():
-                    words.append(override.input_line)
-                elif override.is_discrete_sweep() and (first := _first(override)) is not None:
-                    words.append(f"{override.get_key_element()}={first}")
-            hydra.compose("config", words)
-    except (HydraException, OmegaConfBaseException) as other:
-        return _message(other)
-    if args.cfg:
-        return f"{key}={value}: --cfg shows one configuration: give one value"
-    if value.startswith("interval("):
-        return f"{key}={value}: {SEARCH}"
-    one = quoted(f'{key}="{value}"')
-    return f"{key}={value}: several values are for a sweep: add -m; or quote one with a comma: {one}"
-
-
-def _unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
-    """One line about a key that isn't there, from the place where it was looked for."""
-    parent = error.full_key.rpartition(".")[0]
-    names = [str(name) for name in error.parent_node if not str(name).startswith("_")]
-    if not names:
-        return f"{error.full_key}: no such key; {parent} has none"
-    return build.unknown("key", error.full_key, [f"{parent}.{name}" if parent else name for name in names])
 
 
 if __name__ == "__main__":

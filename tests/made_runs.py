@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 from test_config import compose
 
 from ssl_bench import files
-from ssl_bench.results import Ran
+from ssl_bench.runs import layout
+from ssl_bench.runs.record import Ran
 
 
 def make_run(directory: Path, overrides: Iterable[str], lines: Iterable[dict], summary: dict | None) -> Ran:
@@ -49,5 +50,5 @@ def checkpoint(ran: Ran, step: int, content: bytes) -> Path:
 def classified_from(directory: Path, top1: float, weights: Path, *overrides: str, place: str | None = None) -> Ran:
     """As `classified`, of the content of this file, which the run was given as `place`."""
     ran = classified(directory, top1, f"pretrained={place or weights}", *overrides)
-    (directory / files.WEIGHTS).write_text(files.digest(weights))
+    (directory / layout.WEIGHTS).write_text(files.digest(weights))
     return Ran.read(ran.directory)

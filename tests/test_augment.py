@@ -21,11 +21,11 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import RandomResizedCrop as TorchvisionCrop
 from torchvision.transforms.v2 import functional as tv
 
-from ssl_bench import build
 from ssl_bench.augment import ops
 from ssl_bench.augment import views as views_module
 from ssl_bench.augment.draws import GOLDEN, _mix, _signed, keys, uniforms
 from ssl_bench.augment.views import EvalView, Views
+from ssl_bench.config import build
 from ssl_bench.errors import UserError
 
 OPS = [

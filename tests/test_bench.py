@@ -15,14 +15,16 @@ from test_resume import assert_identical
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ssl_bench import backbones, build, distributed
-from ssl_bench.checkpoint import complete
-from ssl_bench.evaluators import collapse, effective_rank, health
-from ssl_bench.launch import launch
+from ssl_bench.backbones.resnet import resnet18
+from ssl_bench.config import build
+from ssl_bench.evaluate.health import collapse, effective_rank, health
+from ssl_bench.launch.process import launch
 from ssl_bench.methods import layers
 from ssl_bench.methods.base import Method
-from ssl_bench.optim import clip_, freeze_, schedule_
-from ssl_bench.stages.training import compile_
+from ssl_bench.runs.checkpoint import complete
+from ssl_bench.runtime import distributed
+from ssl_bench.stages._training import compile_
+from ssl_bench.training.optim import clip_, freeze_, schedule_
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 LEARNING = [name for name in METHODS if name != "random"]
@@ -53,7 +55,7 @@ def overrides(name: str, *more: str) -> list[str]:
 
 
 def resnet() -> nn.Module:
-    return backbones.resnet18(stem="small", width=8)
+    return resnet18(stem="small", width=8)
 
 
 def make(name: str, backbone: Callable[[], nn.Module] = resnet) -> Method:

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ssl_bench.checkpoint import Checkpoint, complete, read
 from ssl_bench.errors import UserError
+from ssl_bench.runs.checkpoint import Checkpoint, complete, read
 
 Trained = tuple[nn.Module, torch.optim.Optimizer]
 

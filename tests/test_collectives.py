@@ -243,7 +243,7 @@ def test_processes_that_do_not_meet_say_so(tmp_path: Path, port: int, address: s
 def test_a_process_that_comes_late_is_waited_for_at_collectives(tmp_path: Path, port: int) -> None:
     """Meeting has a limit of seconds here; packing, which the others wait for, hasn't."""
     (tmp_path / "mine.py").write_text(
-        "import os, time\nfrom ssl_bench.data.formats import Digits\n\n\nclass Mine(Digits):\n"
+        "import os, time\nfrom ssl_bench.data.formats.folder import Digits\n\n\nclass Mine(Digits):\n"
         "    def open(self, split):\n        time.sleep(6 * (os.environ['RANK'] == '0'))\n"
         "        return super().open(split)\n"
     )

@@ -12,10 +12,10 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 import ssl_bench.train
-from ssl_bench import build, signatures, typed
+from ssl_bench.config import build, signatures, typed
+from ssl_bench.config.fields import InEpochs
 from ssl_bench.errors import UserError
-from ssl_bench.fields import InEpochs
-from ssl_bench.optim import scaled_lr
+from ssl_bench.training.optim import scaled_lr
 
 CONF = Path(ssl_bench.train.__file__).with_name("conf")
 GROUPS = (

@@ -14,9 +14,10 @@ from pydantic import TypeAdapter
 from test_config import compose
 from test_tracking import folders, history, kind, records
 
-from ssl_bench import dashboard, tracking
 from ssl_bench.errors import UserError
-from ssl_bench.launch import launch
+from ssl_bench.launch.process import launch
+from ssl_bench.report import dashboard
+from ssl_bench.runs import tracking
 
 ws = pytest.importorskip("wandb_workspaces.workspaces")
 AXES = {"epoch", "images_seen"}

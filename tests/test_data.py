@@ -16,8 +16,15 @@ import torch
 import yaml
 from PIL import Image
 
-from ssl_bench.data import formats, pictures, store, synthetic
-from ssl_bench.data.formats import CIFAR, DL21, STL10, Digits, Folder, Synthetic
+from ssl_bench.data import pictures, store, synthetic
+from ssl_bench.data.formats import folder
+from ssl_bench.data.formats.base import VERSION
+from ssl_bench.data.formats.cifar import CIFAR
+from ssl_bench.data.formats.digits import Digits
+from ssl_bench.data.formats.dl21 import DL21
+from ssl_bench.data.formats.folder import Folder, Images
+from ssl_bench.data.formats.stl10 import STL10
+from ssl_bench.data.formats.synthetic import Synthetic
 from ssl_bench.data.pool import receive, run_chunks, send, started
 from ssl_bench.errors import UserError
 
@@ -167,7 +174,7 @@ def test_what_is_not_decoded_keeps_its_fingerprint(tmp_path, monkeypatch):
     ]
     save(tmp_path / "images" / "0.png", np.zeros((16, 16, 3), np.uint8))
     decoded = Folder(str(tmp_path / "images")).split("pretrain")
-    monkeypatch.setattr(formats, "VERSION", formats.VERSION + 1)
+    monkeypatch.setattr(folder, "VERSION", VERSION + 1)
     again = Folder(str(tmp_path / "images")).split("pretrain")
     assert (decoded.fingerprint != again.fingerprint, decoded.store_name != again.store_name) == (True, True)
     assert fingerprints()[0].startswith("0184493c")
@@ -281,7 +288,7 @@ def test_a_damaged_store_that_is_there_to_be_read_only_is_told(dl21, cache):
     """One line. Whole, it is used, though nobody can note that it was verified."""
     directory = DL21(str(dl21), 16, cache=str(cache), workers=1).open("val").directory
     os.utime(directory / "verified", (0, 0))
-    code = "import sys; from ssl_bench.data.formats import DL21\n"
+    code = "import sys; from ssl_bench.data.formats.folder import DL21\n"
     code += "print(len(DL21(sys.argv[1], 16, cache=sys.argv[2], workers=1).open('val').images))"
     mount = f"mount --bind {cache} {cache} && mount -o remount,ro,bind {cache}"
     inside = ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh"]
@@ -514,7 +521,7 @@ def test_folder_with_test_images_that_would_be_trained_on(tmp_path, train, held_
         Folder(str(tmp_path), 8).split,
         "pretrain",
     )
-    assert formats.Images(str(tmp_path), 8).split("pretrain").length == 3
+    assert Images(str(tmp_path), 8).split("pretrain").length == 3
     part = train.split("/")[: 1 + ("images" in train.split("/")[0] or train.startswith(("cat", "a/")))]
     assert Folder(str(tmp_path.joinpath(*part)), 8).split("pretrain").length == 2  # as the message says
 
@@ -752,7 +759,7 @@ def test_readers_are_picklable(dl21):
 
 def test_importing_costs_no_more_than_torch():
     code = (
-        "import sys, torch, pydantic; import ssl_bench.data.formats, ssl_bench.data.source;"
+        "import sys, torch, pydantic; import ssl_bench.data.formats.folder, ssl_bench.data.source;"
         "print([m for m in ('torchvision', 'sklearn', 'PIL', 'matplotlib', 'wandb', 'scipy') if m in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

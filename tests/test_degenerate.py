@@ -8,7 +8,7 @@ from PIL import Image
 from test_config import compose
 
 from ssl_bench.errors import UserError
-from ssl_bench.launch import launch
+from ssl_bench.launch.process import launch
 
 NETWORK = ["data.image_size=16", "backbone.width=8", "backbone.stem=small", "data.workers=1", "device=cpu", "epochs=2"]
 PRETRAIN = ["stage=pretrain", "method.queue_size=8", "stage.online_images=0"]

@@ -17,10 +17,11 @@ import yaml
 from conftest import TINY_PRETRAIN, Command
 from torch import Tensor, nn
 
-from ssl_bench import backbones, distributed
+from ssl_bench.backbones import resnet
 from ssl_bench.data.source import HostSource
+from ssl_bench.evaluate.features import extract_all
 from ssl_bench.methods.moco import MoCo
-from ssl_bench.stages.cached import extract_all
+from ssl_bench.runtime import distributed
 
 STEPS, BATCH = 4, 8
 
@@ -60,7 +61,7 @@ def train(method: MoCo, rank: int, size: int) -> dict[str, Tensor]:
 
 def build(bn_splits: int) -> MoCo:
     torch.manual_seed(0)
-    return MoCo(backbones.resnet18(stem="small", width=8), 16, 20, momentum=0.9, mlp=True, bn_splits=bn_splits)
+    return MoCo(resnet.resnet18(stem="small", width=8), 16, 20, momentum=0.9, mlp=True, bn_splits=bn_splits)
 
 
 def frozen(rank: int, size: int) -> dict[str, Tensor]:
@@ -122,8 +123,8 @@ class Flat(nn.Flatten):
 def few(rank: int, size: int) -> dict[str, Tensor]:
     images, rows = np.arange(12, dtype=np.uint8).reshape(1, 2, 2, 3), np.arange(1)
     source = HostSource(images, rows, rows, size, 0, "cpu", rank, size)
-    cfg, run = SimpleNamespace(precision="fp32"), SimpleNamespace(device=torch.device("cpu"))
-    return {"features": extract_all(cfg, run, Flat(), source, lambda images, _: images.float())}
+    run = SimpleNamespace(device=torch.device("cpu"))
+    return {"features": extract_all("fp32", run, Flat(), source, lambda images, _: images.float())}
 
 
 def test_a_rank_without_images(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import torch
 from conftest import Command
 from PIL import Image
 
-from ssl_bench.backbones import resnet18
-from ssl_bench.data.formats import DL21
+from ssl_bench.backbones.resnet import resnet18
+from ssl_bench.data.formats.dl21 import DL21
 from ssl_bench.data.source import HostSource
 from ssl_bench.data.synthetic import render, write_dl21
 

@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 from test_config import CHOICES, compose
 
-from ssl_bench import build, typed
+from ssl_bench.config import build, typed
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 # `ssl-bench ...` in fenced blocks (not transcripts, which begin with $) and in running text

@@ -15,12 +15,15 @@ from made_runs import classified, pretrained
 from safetensors.torch import load_file
 from test_config import compose
 
-from ssl_bench import build, report, results, sweep
-from ssl_bench.checkpoint import Checkpoint
+import ssl_bench
+from ssl_bench.config import build
 from ssl_bench.errors import UserError
-from ssl_bench.interop import DIGEST, digest
-from ssl_bench.launch import launch
-from ssl_bench.probe import LinearProbe
+from ssl_bench.launch.process import launch
+from ssl_bench.methods.probe import LinearProbe
+from ssl_bench.report import tables
+from ssl_bench.runs import record, sweep
+from ssl_bench.runs.checkpoint import Checkpoint
+from ssl_bench.runs.weights import DIGEST, digest
 
 MINE = """
 import pathlib
@@ -52,7 +55,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Checkpoint(probed.directory, "run").save(1, model=LinearProbe(network.backbone, 10))
     launch(compose("stage=export", f"pretrained={probed.directory}", f"stage.out={whole}/export", "stage.onnx=false"))
     folder = runs / "sweeps" / "mine"
-    conf = str(Path(build.__file__).with_name("conf"))
+    conf = str(Path(ssl_bench.__file__).with_name("conf"))
     member = sweep.Member(folder / ".members" / "seed-0.json", ["seed=0"], moco.config, str(whole), conf)
     member.config["dir"] = str(member.directory.relative_to(whole))
     member.save()
@@ -170,7 +173,7 @@ def test_a_members_file_names_no_code_to_run(place: Path, group: str) -> None:
     spoil_member(plant)
     file = str(Path("runs/sweeps/mine/.members/seed-0.json").absolute())
     result = subprocess.run(
-        [sys.executable, "-m", "ssl_bench.member", file], cwd="/", capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "ssl_bench.launch.member", file], cwd="/", capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 1
     assert result.stderr.startswith(f"ssl-bench: {group}._target_=os.system is not ours, and this command doesn't name")
@@ -189,7 +192,7 @@ def test_a_members_rows_name_no_code_to_run(place: Path) -> None:
         config |= json.loads(json.dumps(build.OmegaConf.to_container(launched, resolve=True)))
 
     spoil_member(plant)
-    result = started("-m", "ssl_bench.member", "runs/sweeps/mine/.members/seed-0.json")
+    result = started("-m", "ssl_bench.launch.member", "runs/sweeps/mine/.members/seed-0.json")
     assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
     assert "stage._target_=os.system is not ours" in result.stderr
 
@@ -198,7 +201,7 @@ def test_a_members_rows_name_no_code_to_run(place: Path) -> None:
 def test_a_members_file_that_is_none(place: Path, content: str) -> None:
     file = Path("runs/sweeps/mine/.members/seed-0.json")
     file.write_text(content)
-    for read in (lambda: sweep.members(file.parents[1]), lambda: results.find([Path("runs")])):
+    for read in (lambda: sweep.members(file.parents[1]), lambda: record.find([Path("runs")])):
         with pytest.raises(UserError, match=r"seed-0\.json( is damaged|: not a member of a sweep)"):
             read()
 
@@ -206,8 +209,11 @@ def test_a_members_file_that_is_none(place: Path, content: str) -> None:
 def test_what_the_command_names_is_called(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its own configuration, and by the YAML of --config-dir, which isn't composed for it."""
     spoil_run("moco", lambda config: config["backbone"].update(_target_="mine.Net"))
-    Path("mine.py").write_text("from ssl_bench.backbones import resnet18\n\ndef Net(stem, width, zero_init_residual):\n"
-                               "    return resnet18(stem, width, zero_init_residual)\n")  # fmt: skip
+    Path("mine.py").write_text(
+        "from ssl_bench.backbones.resnet import resnet18\n\n"
+        "def Net(stem, width, zero_init_residual):\n"
+        "    return resnet18(stem, width, zero_init_residual)\n"
+    )
     Path("my_conf/backbone").mkdir(parents=True)
     Path("my_conf/backbone/mine.yaml").write_text("name: mine\n_target_: mine.Net\nstem: small\nwidth: 8\n")
     command = ["-m", "ssl_bench.train", "stage=export", "pretrained=runs/moco/seed0", "stage.onnx=false"]
@@ -239,8 +245,8 @@ def test_it_is_escaped_where_it_is_shown(place: Path) -> None:
     assert r"\<script>alert(1)\</script>\|a" in shown
     assert r"[x]\(javascript:y)" in shown
     readme = "<!-- results: results.json stage=pretrain -->\n<!-- end of results -->\n"
-    filled = results.fill(readme, Path("runs"))
-    assert results.fill(filled, Path("runs")) == filled
-    assert len(report.plain(name).splitlines()) == 1
+    filled = tables.fill(readme, Path("runs"))
+    assert tables.fill(filled, Path("runs")) == filled
+    assert len(tables.plain(name).splitlines()) == 1
     launch(compose("stage=export", "pretrained=runs/moco/seed0", "stage.onnx=false", "stage.out=card"))
     assert r"\<script>alert(1)\</script>" in Path("card/README.md").read_text()

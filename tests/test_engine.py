@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from ssl_bench.augment.draws import keys
 from ssl_bench.data.source import HostSource
-from ssl_bench.engine import evaluate, fit
 from ssl_bench.errors import Interrupted, UserError
-from ssl_bench.evaluators import knn_and_ridge
+from ssl_bench.evaluate.neighbours import knn_and_ridge
+from ssl_bench.evaluate.passes import evaluate
 from ssl_bench.methods.base import Method
-from ssl_bench.run import Run
-from ssl_bench.schedule import Cosine
-from ssl_bench.tracking import NoTracker
+from ssl_bench.runs.run import Run
+from ssl_bench.runs.tracking import NoTracker
+from ssl_bench.training.engine import fit
+from ssl_bench.training.schedule import Cosine
 
 EPOCHS, IMAGES, BATCH = 3, 13, 4  # three steps an epoch; an image is left out
 

@@ -23,13 +23,16 @@ from omegaconf.errors import OmegaConfBaseException
 from test_config import compose
 
 import ssl_bench
-from ssl_bench import backbones, build, train, typed
-from ssl_bench.checkpoint import complete
+from ssl_bench import train
+from ssl_bench.backbones import resnet
+from ssl_bench.config import build, typed
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import UserError
-from ssl_bench.interop import official_moco_state_dict
-from ssl_bench.launch import check_compiler, launch
+from ssl_bench.launch.process import launch
 from ssl_bench.methods.moco import MoCo
+from ssl_bench.runs.checkpoint import complete
+from ssl_bench.runs.weights import official_moco_state_dict
+from ssl_bench.runtime.device import check_compiler, pick_device
 
 SMALL = ["data.image_size=16", "backbone.width=8", "backbone.stem=small", "data.workers=1", "log_every=1", "epochs=1"]
 PRETRAIN = ["data=dl21", "data.root=dl21", "stage=pretrain", "method.queue_size=16", "batch_size=8", *SMALL]
@@ -211,10 +214,10 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     for gpus, rank, expected in [(4, 3, 3), (1, 5, 0)]:  # Slurm may show each process a GPU of its own
         monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
-        assert build.pick_device("auto", rank).index == expected
+        assert pick_device("auto", rank).index == expected
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(UserError, match="3 processes or more on this machine, and torch sees 2 GPUs"):
-        build.pick_device("auto", 2)
+        pick_device("auto", 2)
 
 
 def test_a_metric_of_val_is_none_of_pretraining(tmp_path: Path) -> None:
@@ -229,7 +232,7 @@ def test_full_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object, **kwargs: object) -> None:
         raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate 2.00 GiB. {free}. Process 7 has 14 GiB.")
 
-    monkeypatch.setattr("ssl_bench.stages.training.fit", full)
+    monkeypatch.setattr("ssl_bench.stages._training.fit", full)
     said = f"batch_size=128 doesn't fit: CUDA out of memory. Tried to allocate 2.00 GiB. {free}. Type a smaller"
     with pytest.raises(UserError, match=re.escape(said)):
         launch(compose(*TINY_PRETRAIN, "device=cpu", f"dir={tmp_path / 'run'}"))
@@ -449,7 +452,7 @@ def an_empty_file(data: Path) -> None:
 
 
 def resnet50(data: Path) -> None:
-    method = MoCo(backbones.resnet50(width=8), queue_size=16)
+    method = MoCo(resnet.resnet50(width=8), queue_size=16)
     torch.save({"arch": "resnet50", "state_dict": official_moco_state_dict(method)}, data.parent / "weights.pt")
 
 

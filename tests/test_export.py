@@ -21,16 +21,18 @@ from test_interop import features, images, same, tiny
 from torch import nn
 from torchvision import models
 
-from ssl_bench import backbones, build, interop, zoo
-from ssl_bench.checkpoint import Checkpoint
+from ssl_bench.backbones import resnet, vit
+from ssl_bench.config import build
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import UserError
 from ssl_bench.files import digest
-from ssl_bench.interop import load_backbone, load_classifier
-from ssl_bench.launch import launch
-from ssl_bench.probe import LinearProbe
+from ssl_bench.launch.process import launch
+from ssl_bench.methods.probe import LinearProbe
+from ssl_bench.runs import published, weights
+from ssl_bench.runs.checkpoint import Checkpoint
+from ssl_bench.runs.weights import load_backbone, load_classifier
 from ssl_bench.stages import predict
-from ssl_bench.stages.evaluation import open_pretrained
+from ssl_bench.stages._pretrained import open_pretrained
 from ssl_bench.stages.export import write_onnx
 
 SMALL = ["data.image_size=16", "backbone.width=8", "backbone.stem=small", "data.workers=1"]
@@ -67,14 +69,14 @@ def export(source: Path, out: Path, *overrides: str) -> Path:
 
 def test_what_was_written_is_read_with_equal_features(place: Path, tmp_path: Path) -> None:
     out = export(place / "moco", tmp_path / "out")
-    original = backbones.resnet18(stem="small", width=8)
+    original = resnet.resnet18(stem="small", width=8)
     loaded_from = load_backbone(original, str(place / "moco")).source
     for source in (out, out / "model.safetensors", out / "model.pth"):
-        again = backbones.resnet18(stem="small", width=8)
+        again = resnet.resnet18(stem="small", width=8)
         loaded = load_backbone(again, str(source))
         assert same(again, original)
         assert torch.equal(features(again), features(original))
-        assert interop.look(loaded.source) == interop.look(loaded_from) != {}
+        assert weights.look(loaded.source) == weights.look(loaded_from) != {}
         assert (loaded.layout, loaded.left_out) == ("torchvision", [])
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert (out / "model.safetensors").stat().st_mode == (out / "model.pth").stat().st_mode
@@ -84,7 +86,7 @@ def test_what_was_written_is_read_with_equal_features(place: Path, tmp_path: Pat
 @pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_torchvision_and_timm_read_it(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
-    probe = LinearProbe(getattr(backbones, name)(), 7).eval()
+    probe = LinearProbe(getattr(resnet, name)(), 7).eval()
     file = Checkpoint(tmp_path, "run").save(1, model=probe)
     out = export(file, tmp_path / "out", f"backbone={name}")
     networks = [getattr(models, name)(num_classes=7)]
@@ -102,10 +104,10 @@ def test_torchvision_and_timm_read_it(tmp_path: Path, name: str) -> None:
 
 def test_a_vit_is_read_by_its_own_names(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    probe = LinearProbe(backbones.vit_tiny(32), 5).eval()
+    probe = LinearProbe(vit.vit_tiny(32), 5).eval()
     out = export(Checkpoint(tmp_path, "run").save(1, model=probe), tmp_path / "out", "backbone=vit_tiny",
                  "backbone.image_size=32")  # fmt: skip
-    again = backbones.vit_tiny(32)
+    again = vit.vit_tiny(32)
     assert load_backbone(again, str(out)).layout == "plain"
     assert same(again, probe.backbone)
     code = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
@@ -118,9 +120,9 @@ def test_a_vit_is_read_by_its_own_names(tmp_path: Path) -> None:
 
 def test_standardised_features_are_folded_into_the_classifier(place: Path, tmp_path: Path) -> None:
     source = place / "lincls" / "seed0"
-    probe = LinearProbe(backbones.resnet18(stem="small", width=8), 4, normalize=True)
-    probe.load_state_dict(interop.read(interop.find(str(source)))["model"])
-    network = backbones.resnet18(stem="small", width=8)
+    probe = LinearProbe(resnet.resnet18(stem="small", width=8), 4, normalize=True)
+    probe.load_state_dict(weights.read(weights.find(str(source)))["model"])
+    network = resnet.resnet18(stem="small", width=8)
     network.fc = nn.Linear(network.dim, 4)
     network.load_state_dict(load_file(export(source, tmp_path / "out") / "model.safetensors"))
     torch.testing.assert_close(features(network), probe.eval().logits(images()), rtol=1e-4, atol=1e-5)
@@ -196,7 +198,7 @@ def test_what_onnx_cannot_express_costs_that_file_alone(
     assert "\n" not in said
     assert "There is no `model.onnx`: its export failed (Could not guard" in (out / "README.md").read_text()
     assert subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=out, capture_output=True).returncode == 0
-    load_backbone(backbones.resnet18(stem="small", width=8), str(out))
+    load_backbone(resnet.resnet18(stem="small", width=8), str(out))
 
 
 def test_the_card_has_the_recipe_and_the_numbers(place: Path, tmp_path: Path) -> None:
@@ -279,7 +281,7 @@ def test_mistakes(place: Path, tmp_path: Path, overrides: list[str], says: str) 
 def test_a_size_that_the_network_refuses(tmp_path: Path, stage: str, size: str) -> None:
     """As lincls and knn say it, typed or, of a file that says nothing, ImageNet's 224."""
     patch = 15 if "patch" in size else 16
-    torch.save(backbones.vit_tiny(2 * patch, patch).state_dict(), tmp_path / "x.pth")
+    torch.save(vit.vit_tiny(2 * patch, patch).state_dict(), tmp_path / "x.pth")
     words = [*f"stage={stage}".split(), f"pretrained={tmp_path}/x.pth", "backbone=vit_tiny", size]
     with pytest.raises(UserError) as caught:
         launch(compose(*words, f"backbone.image_size={2 * patch}", f"dir={tmp_path}/run"))
@@ -303,13 +305,13 @@ def test_a_flipped_bit_is_found_or_harmless(exported: Path, place: float, bit: i
     flipped[int(place * (length if header else len(whole)))] ^= 1 << bit
     path = exported.parent / "x.safetensors"
     path.write_bytes(flipped)
-    before = interop.read(exported / "model.safetensors")
+    before = weights.read(exported / "model.safetensors")
     said = ""
     try:
-        found, says = interop.read(path), interop.recipe(path)
+        found, says = weights.read(path), weights.recipe(path)
         assert found.keys() == before.keys()
         assert all(torch.equal(found[key], before[key]) for key in before)
-        assert says in (None, interop.recipe(exported / "model.safetensors"))  # it is as if it had none
+        assert says in (None, weights.recipe(exported / "model.safetensors"))  # it is as if it had none
     except UserError as error:
         said = str(error)
     assert not said or str(path) in said
@@ -468,7 +470,7 @@ def test_runs_are_listed_with_what_measured_them(place: Path, capsys: pytest.Cap
     shown = capsys.readouterr().out
     assert "| moco_v2_800ep | resnet50 | 71.1 top-1 | md5 a04e12f8 | no " in shown
     (row,) = [line for line in shown.splitlines() if "moco_v2, resnet18, dl21, 1 epochs, batch 10, seed 0" in line]
-    assert f"sha256 {digest(interop.find(str(place / 'moco')))[:8]}" in row
+    assert f"sha256 {digest(weights.find(str(place / 'moco')))[:8]}" in row
     parts = ("Linear classification of frozen features: ", " (2)", "classifier: ", "Fine-tuning, 5 labels a class: ")
     assert all(part in row for part in (*parts, str(place / "moco")))
 
@@ -476,7 +478,7 @@ def test_runs_are_listed_with_what_measured_them(place: Path, capsys: pytest.Cap
 def test_a_file_is_told(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = shutil.copy(interop.find(str(place / "moco")), tmp_path / "copy.pt")
+    file = shutil.copy(weights.find(str(place / "moco")), tmp_path / "copy.pt")
     with pytest.raises(UserError, match=r"none of the known weights .* runs=DIR compares it with your own"):
         launch(compose("stage=zoo", f"stage.verify={file}"))
     launch(compose("stage=zoo", f"stage.verify={file}", f"runs={place}"))
@@ -492,7 +494,9 @@ def test_a_file_is_told(
     ):
         launch(compose("stage=zoo", f"stage.verify={out}/model.pth"))
 
-    monkeypatch.setitem(zoo.WEIGHTS, "mine", zoo.Weights("x/copy.pt", digest(file, "md5")[:8], "resnet18", "a note"))
+    monkeypatch.setitem(
+        published.WEIGHTS, "mine", published.Weights("x/copy.pt", digest(file, "md5")[:8], "resnet18", "a note")
+    )
     launch(compose("stage=zoo", f"stage.verify={file}"))
     assert f"{file}: mine, resnet18, a note" in capsys.readouterr().out
     file.write_bytes(b"another")

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssl_bench import build
 from ssl_bench.augment.draws import keys
-from ssl_bench.backbones import Pixels
+from ssl_bench.backbones.pixels import Pixels
+from ssl_bench.config import build
 from ssl_bench.methods.layers import Queue
-from ssl_bench.optim import LARS, clip_, freeze_, schedule_
-from ssl_bench.probe import LinearGrid
+from ssl_bench.methods.probe import LinearGrid
+from ssl_bench.training.optim import LARS, clip_, freeze_, schedule_
 
 BATCH, PIXELS = 8, 32
 

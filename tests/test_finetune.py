@@ -16,12 +16,12 @@ from test_resume import assert_identical, final
 from torch import nn
 from torchvision.models import VisionTransformer, resnet18, resnet50
 
-from ssl_bench import backbones
+from ssl_bench.backbones import pixels, resnet
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import UserError
-from ssl_bench.finetune import FineTune, blocks, parameters
-from ssl_bench.launch import launch
-from ssl_bench.stages.evaluation import few_labels
+from ssl_bench.evaluate.labels import few_labels
+from ssl_bench.launch.process import launch
+from ssl_bench.methods.finetune import FineTune, blocks, parameters
 from ssl_bench.stages.finetune import rates
 
 SMALL = ["data.image_size=16", "backbone.width=8", "backbone.stem=small", "log_every=1"]
@@ -31,7 +31,7 @@ DIGITS += ["stage.labels_per_class=20"]
 
 def tiny(**options) -> FineTune:
     torch.manual_seed(0)
-    return FineTune(backbones.resnet18(stem="small", width=8), 4, **options).double()
+    return FineTune(resnet.resnet18(stem="small", width=8), 4, **options).double()
 
 
 # --- parts of a network -----------------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ VIT.heads = nn.Identity()
         (resnet18(), {"conv1.weight", "bn1.weight"}, 8),
         (resnet50(), {"conv1.weight", "bn1.weight"}, 16),
         (VIT, {"class_token", "encoder.pos_embedding", "conv_proj.weight"}, 3),
-        (backbones.Pixels(8), set(), 0),
+        (pixels.Pixels(8), set(), 0),
     ],
     ids=["resnet18", "resnet50", "vit", "pixels"],
 )

@@ -18,7 +18,7 @@ from ssl_bench.methods.simclr import SimCLR
 from ssl_bench.methods.simsiam import SimSiam
 from ssl_bench.methods.swav import SwAV, swapped_prediction_loss
 from ssl_bench.methods.vicreg import VICReg
-from ssl_bench.optim import freeze_
+from ssl_bench.training.optim import freeze_
 
 MAKE: dict[str, Callable[[nn.Module], Method]] = {
     "simclr": lambda network: SimCLR(network, 8, temperature=0.3),

@@ -9,9 +9,9 @@ import yaml
 from omegaconf import OmegaConf
 from test_config import compose
 
-from ssl_bench import build
+from ssl_bench.config import build
 from ssl_bench.errors import UserError
-from ssl_bench.launch import launch
+from ssl_bench.launch.process import launch
 
 CONFIG = yaml.safe_dump(OmegaConf.to_container(compose("dir=x"), resolve=True))
 LINE = json.dumps({"step": 1, "epoch": 1.0, "loss": 1.0}) + "\n"

@@ -13,11 +13,13 @@ from made_runs import checkpoint, classified, classified_from, pretrained
 from omegaconf import OmegaConf
 from test_config import compose
 
-from ssl_bench import files, identity, results, sweep
+from ssl_bench import files
 from ssl_bench.errors import UserError
-from ssl_bench.identity import Identity, changes
-from ssl_bench.run import Run
-from ssl_bench.tracking import NoTracker
+from ssl_bench.report import grouping
+from ssl_bench.runs import identity, record, sweep
+from ssl_bench.runs.identity import Identity, changes
+from ssl_bench.runs.run import Run
+from ssl_bench.runs.tracking import NoTracker
 from ssl_bench.train import quote
 
 
@@ -188,7 +190,7 @@ def test_one_tasks_and_two_tasks_runs_are_two_rows(tmp_path: Path) -> None:
     for seed, world in enumerate((1, 1, 2, 2), start=1):
         ran = pretrained(tmp_path / f"p{seed}", f"seed={seed}", "method.bn_splits=1", loss=float(seed))
         (ran.directory / "environment.json").write_text(json.dumps({"world_size": world}))
-    (board,) = results.boards(results.find([tmp_path]))
+    (board,) = grouping.boards(record.find([tmp_path]))
     assert [(group.name, group.values("loss")) for group in board.groups] == [
         ("moco_v2 devices x bn_splits=1", [1.0, 2.0]),
         ("moco_v2 devices x bn_splits=2", [3.0, 4.0]),
@@ -240,7 +242,7 @@ def test_other_images_are_another_experiment(tmp_path: Path) -> None:
         pretrained(tmp_path / f"p{seed}", f"seed={seed}", loss=float(seed))
         facts = {} if images is None else {"pretrain": {"fingerprint": images, "images": 1}}
         (tmp_path / f"p{seed}" / "inputs.json").write_text(json.dumps(facts))
-    (board,) = results.boards(results.find([tmp_path]))
+    (board,) = grouping.boards(record.find([tmp_path]))
     assert [group.values("loss") for group in board.groups] == [[1.0, 2.0, 4.0], [3.0]]
 
 
@@ -267,7 +269,7 @@ def test_a_twin_of_a_sweep_is_known_by_what_it_computes(tmp_path: Path, monkeypa
     without = config("runs/p") | {"pretrained": None}  # stands on nothing, wherever it is started
     assert sweep.twin(without, known) is None
     monkeypatch.chdir(tmp_path)
-    checkpoint(results.Ran.read(made), 120, b"it went on")
+    checkpoint(record.Ran.read(made), 120, b"it went on")
     assert one.stale  # or the sweep would answer with what an older checkpoint came to
     assert sweep.twin(config("other"), known) is one
 
@@ -279,5 +281,5 @@ def test_evaluations_of_a_file_that_was_copied_are_one_row(tmp_path: Path) -> No
     (tmp_path / "third.pth.tar").write_bytes(b"others")
     classified_from(tmp_path / "third", 40.0, tmp_path / "third.pth.tar")
     classified(tmp_path / "random", 30.0)
-    (board,) = results.boards(results.find([tmp_path]))
+    (board,) = grouping.boards(record.find([tmp_path]))
     assert [group.values("val_top1") for group in board.groups] == [[50.0, 51.0], [40.0], [30.0]]

@@ -21,17 +21,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import models
 
-from ssl_bench import backbones, interop, zoo
-from ssl_bench.checkpoint import Checkpoint
+from ssl_bench.backbones import resnet
 from ssl_bench.errors import UserError
-from ssl_bench.interop import load_backbone, load_official_moco, official_moco_state_dict
 from ssl_bench.methods.moco import MoCo
+from ssl_bench.runs import published, weights
+from ssl_bench.runs.checkpoint import Checkpoint
+from ssl_bench.runs.weights import load_backbone, load_official_moco, official_moco_state_dict
 
 
 def moco(arch: str = "resnet18", seed: int = 0, mlp: bool = True, queue_size: int = 16, **shape) -> MoCo:
     """A MoCo whose every tensor is its own: running statistics, key encoder and pointer too."""
     torch.manual_seed(seed)
-    method = MoCo(getattr(backbones, arch)(**shape), 8, queue_size, mlp=mlp)
+    method = MoCo(getattr(resnet, arch)(**shape), 8, queue_size, mlp=mlp)
     for value in method.state_dict().values():
         if value.is_floating_point():
             value.add_(0.01 * torch.randn_like(value))
@@ -90,7 +91,7 @@ def test_main_lincls_reads_what_we_write(tmp_path: Path, arch: str, mlp: bool) -
     back = moco(arch, seed=1, mlp=mlp)
     load_official_moco(back, content["state_dict"])
     assert same(back, method)
-    fresh = getattr(backbones, arch)()
+    fresh = getattr(resnet, arch)()
     load_backbone(fresh, str(tmp_path / "moco.pth.tar"))
     assert torch.equal(features(fresh), features(method.backbone))
 
@@ -156,7 +157,7 @@ def test_a_torchvision_file(tmp_path: Path, classifier: bool) -> None:
     network = models.resnet18()
     state = {key: value for key, value in network.state_dict().items() if classifier or not key.startswith("fc.")}
     torch.save(state, tmp_path / "resnet18.pth")
-    backbone = backbones.resnet18()
+    backbone = resnet.resnet18()
     loaded = load_backbone(backbone, str(tmp_path / "resnet18.pth"))
     assert loaded.layout == "torchvision"
     assert loaded.left_out == (["fc.weight", "fc.bias"] if classifier else [])
@@ -264,8 +265,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     md5 = hashlib.md5(file.read_bytes()).hexdigest()[:8]
     monkeypatch.setenv("SSL_BENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(zoo, "BASE_URL", server.url)
-    monkeypatch.setattr(zoo, "WEIGHTS", {"tiny": zoo.Weights("zoo/tiny.pth.tar", md5, "resnet18", "")})
+    monkeypatch.setattr(published, "BASE_URL", server.url)
+    monkeypatch.setattr(published, "WEIGHTS", {"tiny": published.Weights("zoo/tiny.pth.tar", md5, "resnet18", "")})
     thread = Thread(target=server.http.serve_forever, args=(0.02,))
     thread.start()
     yield server
@@ -291,11 +292,11 @@ def test_a_zoo_name_is_downloaded_once(server: Server, tmp_path: Path) -> None:
 
 def refused(tmp_path: Path) -> str:
     with pytest.raises(UserError) as caught:
-        interop.find("tiny")
+        weights.find("tiny")
     message = str(caught.value)
     assert str(tmp_path / "cache" / "zoo" / "tiny.pth.tar") in message  # where to put it
-    assert f"fetch {zoo.BASE_URL}zoo/tiny.pth.tar elsewhere" in message
-    assert f"begins with {zoo.WEIGHTS['tiny'].md5}" in message
+    assert f"fetch {published.BASE_URL}zoo/tiny.pth.tar elsewhere" in message
+    assert f"begins with {published.WEIGHTS['tiny'].md5}" in message
     assert "\n" not in message
     assert cached(tmp_path) == []
     return message
@@ -303,14 +304,14 @@ def refused(tmp_path: Path) -> str:
 
 def test_another_file_is_not_cached(server: Server, tmp_path: Path) -> None:
     write_official(tiny(seed=1), server.folder / "zoo" / "tiny.pth.tar")
-    assert f"not {zoo.WEIGHTS['tiny'].md5}" in refused(tmp_path)
+    assert f"not {published.WEIGHTS['tiny'].md5}" in refused(tmp_path)
 
 
 def test_a_broken_download_is_not_cached(server: Server, tmp_path: Path) -> None:
     server.cut = True
     refused(tmp_path)
     server.cut = False
-    assert interop.find("tiny").is_file()
+    assert weights.find("tiny").is_file()
 
 
 def test_a_file_that_is_gone(server: Server, tmp_path: Path) -> None:
@@ -321,14 +322,14 @@ def test_a_file_that_is_gone(server: Server, tmp_path: Path) -> None:
 def test_no_network(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as closed:  # bound, but nobody listens
         closed.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(zoo, "BASE_URL", f"http://127.0.0.1:{closed.getsockname()[1]}/")
+        monkeypatch.setattr(published, "BASE_URL", f"http://127.0.0.1:{closed.getsockname()[1]}/")
         assert "refused" in refused(tmp_path)
 
 
 def test_a_silent_network_does_not_hang(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
-        monkeypatch.setattr(zoo, "BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/")
-        monkeypatch.setattr(zoo, "TIMEOUT", 0.2)
+        monkeypatch.setattr(published, "BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        monkeypatch.setattr(published, "TIMEOUT", 0.2)
         assert "timed out" in refused(tmp_path)
 
 
@@ -337,16 +338,16 @@ def test_a_file_put_there_by_hand(server: Server, tmp_path: Path) -> None:
     place.parent.mkdir(parents=True)
     write_official(tiny(), place)
     place.write_bytes((server.folder / "zoo" / "tiny.pth.tar").read_bytes())
-    assert interop.find("tiny") == place
+    assert weights.find("tiny") == place
     place.write_bytes(b"something else")
     with pytest.raises(UserError, match="delete it and try again"):
-        interop.find("tiny")
+        weights.find("tiny")
     assert not server.requests
 
 
 def test_the_wrong_backbone_for_a_zoo_name(server: Server) -> None:
     with pytest.raises(UserError, match="Choose the backbone=resnet18 it was trained with"):
-        load_backbone(backbones.resnet34(), "tiny")
+        load_backbone(resnet.resnet34(), "tiny")
 
 
 # --- as a command -----------------------------------------------------------------------------------------------------
@@ -383,12 +384,12 @@ def test_large_files_are_read_once_for_what_they_say(tmp_path: Path, monkeypatch
     """A command asks an export for its recipe, mean and std, classes and labels, and a zoo name for its file."""
     state = {"a": torch.zeros(2)}
     metadata = {"ssl_bench": '{"augmentation": {"mean": [1, 1, 1]}}'}
-    metadata[interop.DIGEST] = interop.digest(state, metadata["ssl_bench"])
+    metadata[weights.DIGEST] = weights.digest(state, metadata["ssl_bench"])
     save_file(state, path := tmp_path / "model.safetensors", metadata)
     monkeypatch.setenv("SSL_BENCH_CACHE", str(tmp_path))
-    monkeypatch.setattr(zoo, "WEIGHTS", {"one": zoo.Weights("x/one.pth", "c4ca4238", "resnet18", "")})
-    zoo.place("one").parent.mkdir()
-    zoo.place("one").write_text("1")
+    monkeypatch.setattr(published, "WEIGHTS", {"one": published.Weights("x/one.pth", "c4ca4238", "resnet18", "")})
+    published.place("one").parent.mkdir()
+    published.place("one").write_text("1")
     read: list[Path] = []
     load, file_digest = safetensors.torch.load_file, hashlib.file_digest
     monkeypatch.setattr(safetensors.torch, "load_file", lambda path: read.append(path) or load(path))
@@ -396,17 +397,17 @@ def test_large_files_are_read_once_for_what_they_say(tmp_path: Path, monkeypatch
         hashlib, "file_digest", lambda file, *how: read.append(Path(file.name)) or file_digest(file, *how)
     )
     for _ in range(3):
-        assert interop.look(path) == {"mean": [1, 1, 1]}
-        assert interop.find("one") == zoo.place("one")
-    assert sorted(read) == [path, zoo.place("one")]
+        assert weights.look(path) == {"mean": [1, 1, 1]}
+        assert weights.find("one") == published.place("one")
+    assert sorted(read) == [path, published.place("one")]
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
-        interop.look(path)
-    zoo.place("one").write_text("2")
+        weights.look(path)
+    published.place("one").write_text("2")
     with pytest.raises(UserError, match="its md5 is c81e728d"):
-        interop.find("one")
+        weights.find("one")
 
 
 @pytest.mark.parametrize("names", [5, "cat", {"a": 1}, [1, 2], None])
@@ -417,4 +418,4 @@ def test_names_of_classes_that_are_none(tmp_path: Path, names: object) -> None:
     (tmp_path / "classes.json").write_text(json.dumps({"classes": names}))
     for file in (path, tmp_path / "checkpoints" / "step0000000001.pt"):
         with pytest.raises(UserError, match="no list of texts"):
-            interop.class_names(file)
+            weights.class_names(file)

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from test_config import compose
 from test_errors import complaint
 
-from ssl_bench import evaluators
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import Interrupted, UserError
-from ssl_bench.evaluators import nearest, weighted_knn
-from ssl_bench.launch import launch
-from ssl_bench.run import Run
+from ssl_bench.evaluate import neighbours
+from ssl_bench.evaluate.neighbours import nearest, weighted_knn
+from ssl_bench.launch.process import launch
+from ssl_bench.runs.run import Run
 
 DIGITS = ["stage=knn", "data=digits", "data.image_size=16", "backbone.width=8", "backbone.stem=small"]
 
@@ -40,8 +40,8 @@ def test_votes_are_the_definition_in_blocks_of_any_size(
     queries, bank = 3 * features(m, dim), 0.2 * features(n, dim, seed=1)
     labels = torch.arange(n) % 4
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluators, "QUERIES", blocks[0])
-        patch.setattr(evaluators, "BANK", blocks[1])
+        patch.setattr(neighbours, "QUERIES", blocks[0])
+        patch.setattr(neighbours, "BANK", blocks[1])
         scores = weighted_knn(queries, bank, labels, 4, k, temperature)
     similarities = torch.cosine_similarity(queries[:, None], bank[None], dim=2)
     for row, mine in zip(similarities, scores, strict=True):

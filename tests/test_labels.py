@@ -11,13 +11,13 @@ from test_config import CHOICES, NEEDED, compose
 from test_interop import tiny
 from test_lincls import state
 
-from ssl_bench import build
+from ssl_bench.config import build
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import UserError
-from ssl_bench.launch import launch
+from ssl_bench.launch.process import launch
 from ssl_bench.methods.base import Method
-from ssl_bench.stages import labels
-from ssl_bench.stages.labels import learns_labels, seen_by
+from ssl_bench.stages import _labels
+from ssl_bench.stages._labels import learns_labels, seen_by
 
 SMALL = ["data.image_size=16", "data.workers=1", "backbone.width=8", "backbone.stem=small", "batch_size=8"]
 SELF = ["stage=pretrain", "method=simsiam", "method.dim=8", "method.predictor_dim=8", "augmentation.flip_p=0"]
@@ -130,8 +130,8 @@ def test_where_nothing_is_known_it_is_said(place: Path, tmp_path: Path, caplog: 
     with pytest.raises(UserError, match="has learnt from the labels"):  # that much is
         launch(compose(*on(place, "x", "stage=knn", f"pretrained={tmp_path}/tuned", f"dir={tmp_path}/again")))
     launch(compose(*on(place, "x", *source, "stage=lincls", "epochs=1", f"dir={tmp_path}/probed")))
-    assert seen_by(str(tmp_path / "probed")) == labels.Labels(known=False)
-    assert seen_by(None) == labels.Labels()
+    assert seen_by(str(tmp_path / "probed")) == _labels.Labels(known=False)
+    assert seen_by(None) == _labels.Labels()
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_where_nothing_is_known_it_is_said(place: Path, tmp_path: Path, caplog: 
 )
 def test_a_damaged_file(place: Path, tmp_path: Path, text: str) -> None:
     run = shutil.copytree(place / "simsiam", tmp_path / "simsiam")
-    (run / labels.FILE).write_text(text)
+    (run / _labels.FILE).write_text(text)
     with pytest.raises(UserError, match="SHA256SUMS"):  # a finished run is sealed
         seen_by(str(run))
     (run / "SHA256SUMS").unlink()

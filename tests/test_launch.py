@@ -8,16 +8,16 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from test_config import compose
 from torch import nn
 
-from ssl_bench import interop
-from ssl_bench.checkpoint import Checkpoint
-from ssl_bench.launch import launch
-from ssl_bench.run import Run
+from ssl_bench.launch.process import launch
+from ssl_bench.runs import weights
+from ssl_bench.runs.checkpoint import Checkpoint
+from ssl_bench.runs.run import Run
 
 
 def late(cfg: DictConfig, run: Run) -> dict[str, str]:
     """The pretraining saves once more before its weights are loaded."""
     Checkpoint(Path("pretraining"), "run").save(2, model=nn.Linear(1, 1))
-    return {"loaded": str(interop.find(cfg.pretrained))}
+    return {"loaded": str(weights.find(cfg.pretrained))}
 
 
 def test_the_weights_noted_are_those_that_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

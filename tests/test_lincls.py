@@ -16,14 +16,15 @@ from test_errors import complaint
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tv
 
-from ssl_bench import build
+from ssl_bench.config import build
 from ssl_bench.data.source import FeatureSource
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import UserError
-from ssl_bench.launch import launch
-from ssl_bench.optim import clip_
-from ssl_bench.probe import IGNORED, LinearGrid, LinearProbe
-from ssl_bench.stages.cached import GridOptions, check_options, hold_out
+from ssl_bench.evaluate.labels import hold_out
+from ssl_bench.launch.process import launch
+from ssl_bench.methods.probe import IGNORED, LinearGrid, LinearProbe
+from ssl_bench.stages._lincls_grid import GridOptions, check_options
+from ssl_bench.training.optim import clip_
 
 # 1,297 digits, 10 steps an epoch
 DIGITS = ["stage=lincls", "data=digits", "data.image_size=16", "backbone.width=8", "backbone.stem=small"]

@@ -16,10 +16,10 @@ from test_interop import tiny
 
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import UserError
-from ssl_bench.identity import Identity
-from ssl_bench.launch import launch
+from ssl_bench.launch.process import launch
+from ssl_bench.runs.identity import Identity
+from ssl_bench.runs.sweep import Member
 from ssl_bench.stages.pipeline import evaluation
-from ssl_bench.sweep import Member
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_bench import memory
+from ssl_bench.runtime import memory
 
 
 @pytest.mark.parametrize("status", ["Name:\tpython\nVmRSS:\t100 kB\n", None])

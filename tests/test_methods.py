@@ -9,20 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ssl_bench import backbones
+from ssl_bench.backbones import pixels, resnet, vit
 from ssl_bench.errors import UserError
 from ssl_bench.methods import splits
 from ssl_bench.methods.base import momentum_copy
 from ssl_bench.methods.layers import Queue, SplitBatchNorm, SyncBatchNorm, split_batch_norm_, sync_batch_norm_
 from ssl_bench.methods.moco import MoCo
 from ssl_bench.methods.moco_v3 import MoCoV3
-from ssl_bench.probe import LinearProbe
-from ssl_bench.schedule import Constant, Cosine, Schedule, Step
+from ssl_bench.methods.probe import LinearProbe
+from ssl_bench.training.schedule import Constant, Cosine, Schedule, Step
 
 
 def tiny(**kwargs) -> MoCo:
     torch.manual_seed(0)
-    return MoCo(backbones.resnet18(stem="small", width=8), **{"dim": 16, "queue_size": 12} | kwargs)
+    return MoCo(resnet.resnet18(stem="small", width=8), **{"dim": 16, "queue_size": 12} | kwargs)
 
 
 def images(num: int, seed: int) -> torch.Tensor:
@@ -83,7 +83,7 @@ DROPS = {
 def dropping(name: str) -> nn.Module:
     if name != "ours":
         return pytest.importorskip("timm").create_model(name, num_classes=0, **DROPS[name])
-    network = backbones.vit_tiny(32, patch_size=8)
+    network = vit.vit_tiny(32, patch_size=8)
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.3
@@ -105,7 +105,7 @@ def test_a_momentum_network_is_not_random(name: str) -> None:
 
 
 def test_batch_norm_of_a_momentum_network_is_the_batchs() -> None:
-    network = backbones.resnet18(stem="small", width=8).train()
+    network = resnet.resnet18(stem="small", width=8).train()
     slow, batch = momentum_copy(network), images(6, 0)
     assert torch.equal(slow(batch), network(batch))
     assert not torch.equal(slow.bn1.running_mean, torch.zeros(8))
@@ -175,7 +175,7 @@ def test_batch_norm_is_shuffled_unless_told_otherwise(caplog: pytest.LogCaptureF
 
 
 def test_backbones_whose_batch_norm_is_no_plain_one(caplog: pytest.LogCaptureFixture) -> None:
-    assert MoCo(backbones.vit_tiny(16), 16, 12).bn_splits == 1
+    assert MoCo(vit.vit_tiny(16), 16, 12).bn_splits == 1
     assert not caplog.records  # nothing to shuffle
     flat = nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.BatchNorm1d(8))
     flat.dim = 8
@@ -201,12 +201,12 @@ def test_backbones_are_torchvisions() -> None:
     from torchvision import models
 
     torch.manual_seed(0)
-    ours = backbones.resnet18().state_dict()
+    ours = resnet.resnet18().state_dict()
     torch.manual_seed(0)
     theirs = models.resnet18().state_dict()
     assert list(ours) == [key for key in theirs if not key.startswith("fc.")]
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    for make, dim in ((backbones.resnet18, 512), (backbones.resnet50, 2048)):
+    for make, dim in ((resnet.resnet18, 512), (resnet.resnet50, 2048)):
         assert make().dim == dim
         narrow = make(stem="small", width=16)
         assert narrow(torch.zeros(2, 3, 32, 32)).shape == (2, narrow.dim) == (2, dim // 4)
@@ -216,7 +216,7 @@ def test_backbones_are_torchvisions() -> None:
 def test_vit_of_moco_v3(patch_size: int) -> None:
     """facebookresearch/moco-v3, vits.py: positions, initialisation, what is frozen."""
     torch.manual_seed(0)
-    network = backbones.vit_tiny(32, patch_size, positions="sincos", frozen_patches=True, init="moco_v3")
+    network = vit.vit_tiny(32, patch_size, positions="sincos", frozen_patches=True, init="moco_v3")
     side, quarter, positions = 32 // patch_size, 192 // 4, network.encoder.pos_embedding[0]
     assert positions[0].eq(0).all()
     for row in range(side):
@@ -239,7 +239,7 @@ def test_vit_of_moco_v3(patch_size: int) -> None:
         assert weight.std().item() == pytest.approx((square / 3) ** 0.5, rel=0.02)
     assert not any(p.any() for name, p in network.named_parameters() if name.endswith("bias"))
     assert network(torch.rand(2, 3, 48, 48)).shape == (2, 192)  # of another size, too
-    assert backbones.vit_tiny(32, patch_size).load_state_dict(network.state_dict())  # as an evaluation has it
+    assert vit.vit_tiny(32, patch_size).load_state_dict(network.state_dict())  # as an evaluation has it
 
 
 def test_heads_of_moco_v3_with_a_vit() -> None:
@@ -257,8 +257,8 @@ def test_heads_of_moco_v3_with_a_vit() -> None:
 
 
 def test_moco_v3_says_where_it_is_the_recipe_for_resnets(caplog: pytest.LogCaptureFixture) -> None:
-    MoCoV3(backbones.resnet18(width=8), 8, 8)
-    MoCoV3(backbones.vit_tiny(16), 8, 8, projector_layers=3)
+    MoCoV3(resnet.resnet18(width=8), 8, 8)
+    MoCoV3(vit.vit_tiny(16), 8, 8, projector_layers=3)
     assert not caplog.records
     network = pytest.importorskip("timm").create_model("test_vit", num_classes=0)
     network.dim = network.num_features
@@ -269,7 +269,7 @@ def test_moco_v3_says_where_it_is_the_recipe_for_resnets(caplog: pytest.LogCaptu
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_blocks_that_start_as_the_identity(name: str) -> None:
     for zero in (True, False):
-        network = getattr(backbones, name)(width=8, zero_init_residual=zero)
+        network = getattr(resnet, name)(width=8, zero_init_residual=zero)
         last = [(block.bn3 if name == "resnet50" else block.bn2).weight for block in network.layer2]
         assert all((weight == (0 if zero else 1)).all() for weight in last)
 
@@ -286,7 +286,7 @@ def test_a_batch_norm_that_does_more_is_refused() -> None:
 
 @pytest.mark.parametrize(("device", "compiled"), [("cpu", False), ("cuda", False), ("cuda", True)])
 def test_batch_norm_over_ranks_leaves_split_ones(device: str, compiled: bool) -> None:
-    network = backbones.resnet18(width=8)
+    network = resnet.resnet18(width=8)
     split_batch_norm_(network.layer1, 2)
     before = network.state_dict()
     sync_batch_norm_(network, torch.device(device), compiled)
@@ -296,13 +296,13 @@ def test_batch_norm_over_ranks_leaves_split_ones(device: str, compiled: bool) ->
 
 
 def test_probe_leaves_the_backbone_alone() -> None:
-    probe = LinearProbe(backbones.resnet18(stem="small", width=8), 10).train()
+    probe = LinearProbe(resnet.resnet18(stem="small", width=8), 10).train()
     before = {key: value.clone() for key, value in probe.backbone.state_dict().items()}
     probe([images(6, 0)], torch.arange(6))["loss"].backward()
     torch.optim.SGD([p for p in probe.parameters() if p.requires_grad], lr=1.0).step()
     assert all(torch.equal(before[key], value) for key, value in probe.backbone.state_dict().items())
     assert [name for name, p in probe.named_parameters() if p.requires_grad] == ["fc.weight", "fc.bias"]
-    assert 0.008 < LinearProbe(backbones.Pixels(32), 100).fc.weight.std() < 0.012
+    assert 0.008 < LinearProbe(pixels.Pixels(32), 100).fc.weight.std() < 0.012
 
 
 @given(epochs=st.integers(1, 300), warmup=st.floats(0, 20), at=st.floats(0, 1, exclude_max=True), coarse=st.booleans())

@@ -14,9 +14,11 @@ from test_config import CHOICES, compose
 from test_hand_made import SMALL
 from test_typed import plain
 
-from ssl_bench import build, files, identity, signatures
-from ssl_bench.fields import is_path
-from ssl_bench.launch import launch
+from ssl_bench import files
+from ssl_bench.config import build, signatures
+from ssl_bench.config.fields import is_path
+from ssl_bench.launch.process import launch
+from ssl_bench.runs import identity
 from ssl_bench.train import HOME
 
 LATIN = os.fsdecode(b"caf\xe9")  # as a disk of the nineties has it
@@ -53,7 +55,7 @@ def test_names_that_are_not_utf8(tmp_path: Path, capfd: pytest.CaptureFixture) -
 )
 def test_a_terminal_without_the_character(how: dict[str, str], tmp_path: Path) -> None:
     script = (
-        "import logging, sys; from ssl_bench.launch import set_up_logging; set_up_logging()\n"
+        "import logging, sys; from ssl_bench.launch.process import set_up_logging; set_up_logging()\n"
         "print('92.2 \\xb1 0.2'); print('\\xb1', file=sys.stderr)\n"
         "logging.getLogger('ssl_bench').warning('\\xb1 %s', '\\udce9')"
     )

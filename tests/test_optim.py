@@ -11,11 +11,11 @@ from test_config import compose
 from test_lincls import CACHED, Features, train
 from torch import Tensor, nn
 
-from ssl_bench import optim
 from ssl_bench.errors import UserError
-from ssl_bench.launch import launch
-from ssl_bench.optim import clip_, schedule_
-from ssl_bench.probe import IGNORED, LinearGrid, LinearProbe
+from ssl_bench.launch.process import launch
+from ssl_bench.methods.probe import IGNORED, LinearGrid, LinearProbe
+from ssl_bench.training import optim
+from ssl_bench.training.optim import clip_, schedule_
 
 # Of each optimizer, the options that are about single parameters.
 OPTIONS = {

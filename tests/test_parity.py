@@ -11,19 +11,19 @@ from inputs import U, official_weights
 from torch import Tensor, nn
 from torchvision import models
 
-from ssl_bench import backbones
-from ssl_bench.interop import load_official_moco, official_moco_state_dict
+from ssl_bench.backbones import resnet
 from ssl_bench.methods.barlow_twins import cross_correlation_loss
 from ssl_bench.methods.byol import regression_loss
 from ssl_bench.methods.dino import DINOLoss
 from ssl_bench.methods.moco import MoCo, info_nce_logits
 from ssl_bench.methods.moco_v3 import contrastive_loss
+from ssl_bench.methods.probe import LinearProbe
 from ssl_bench.methods.simclr import nt_xent
 from ssl_bench.methods.simsiam import negative_cosine
 from ssl_bench.methods.swav import sinkhorn, swapped_prediction_loss
 from ssl_bench.methods.vicreg import vicreg_loss
-from ssl_bench.optim import LARS
-from ssl_bench.probe import LinearProbe
+from ssl_bench.runs.weights import load_official_moco, official_moco_state_dict
+from ssl_bench.training.optim import LARS
 
 REFERENCE = np.load(Path(__file__).with_name("parity.npz"))
 
@@ -39,7 +39,7 @@ def close(actual: Tensor, name: str, rtol: float) -> None:
 
 @pytest.mark.parametrize(("case", "temperature", "mlp"), [("moco_v1", 0.07, False), ("moco_v2", 0.2, True)])
 def test_moco(case: str, temperature: float, mlp: bool) -> None:
-    method = MoCo(backbones.resnet18(), 32, 64, momentum=0.99, temperature=temperature, mlp=mlp, bn_splits=1).double()
+    method = MoCo(resnet.resnet18(), 32, 64, momentum=0.99, temperature=temperature, mlp=mlp, bn_splits=1).double()
     theirs = models.resnet18(num_classes=32)
     if mlp:
         theirs.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), theirs.fc)
@@ -79,7 +79,7 @@ def test_moco(case: str, temperature: float, mlp: bool) -> None:
 
 def test_lincls() -> None:
     theirs = models.resnet18(num_classes=10)
-    backbone = backbones.resnet18().double()
+    backbone = resnet.resnet18().double()
     weights = official_weights(theirs)
     backbone.load_state_dict({key: value for key, value in weights.items() if not key.startswith("fc.")})
     probe = LinearProbe(backbone, num_classes=10).double().train()

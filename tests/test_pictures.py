@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ssl_bench.data.formats import DL21, Folder
+from ssl_bench.data.formats.dl21 import DL21
+from ssl_bench.data.formats.folder import Folder
 from ssl_bench.data.pictures import AS_STORED, Values, decode
 from ssl_bench.errors import UserError
 

@@ -10,10 +10,10 @@ import torch
 from test_config import compose
 from test_resume import assert_identical
 
-from ssl_bench.checkpoint import complete
 from ssl_bench.errors import UserError
-from ssl_bench.launch import launch
-from ssl_bench.precision import prepare
+from ssl_bench.launch.process import launch
+from ssl_bench.runs.checkpoint import complete
+from ssl_bench.runtime.precision import prepare
 
 RUN = ["stage=pretrain", "precision=fp16", "device=cpu", "data=digits", "data.image_size=16", "backbone=resnet18"]
 RUN += ["backbone.width=4", "batch_size=256", "method=simsiam", "method.dim=16", "method.predictor_dim=8", "epochs=2"]

@@ -7,10 +7,10 @@ import pytest
 import torch
 from test_config import compose
 
-from ssl_bench import distributed
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import UserError
-from ssl_bench.launch import launch
+from ssl_bench.launch.process import launch
+from ssl_bench.runtime import distributed
 from ssl_bench.stages.pretrain import pretrain
 
 RUN = ["stage=pretrain", "data=dl21", "data.image_size=16", "data.workers=1", "backbone.width=8", "backbone.stem=small"]

@@ -8,33 +8,34 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssl_bench import report
+from ssl_bench.report import figure
+from ssl_bench.runs import units
 
 ROWS = {"raw pixels": [71.0, 73.0, 70.0], "random init": [60.0], "pretrained": [93.0, 95.0, 95.5]}
 
 
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=8))
 def test_mean_std_is_the_sample_std(values):
-    mean, std = report.mean_std(values)
+    mean, std = units.mean_std(values)
     assert mean == pytest.approx(np.mean(values), abs=1e-9)
     assert std == pytest.approx(np.std(values, ddof=1), abs=1e-6)
 
 
 def test_one_value_has_no_std():
-    mean, std = report.mean_std([0.5])
+    mean, std = units.mean_std([0.5])
     assert mean == 0.5
     assert math.isnan(std)
 
 
 def test_table():
-    assert report.table(ROWS, "top-1").splitlines() == [
+    assert figure.table(ROWS, "top-1").splitlines() == [
         "|             |      top-1 (%) |",
         "|-------------|---------------:|",
         "| pretrained  | 94.5 ± 1.3 (3) |",
         "| raw pixels  | 71.3 ± 1.5 (3) |",
         "| random init |       60.0 (1) |",
     ]
-    assert "| 2.500 ± 0.707 (2) |" in report.table({"a": [2.0, 3.0]}, "loss", percent=False)
+    assert "| 2.500 ± 0.707 (2) |" in figure.table({"a": [2.0, 3.0]}, "loss", percent=False)
 
 
 def curve(length=10, **columns):
@@ -67,7 +68,7 @@ def inputs():
 
 def panels(**inputs):
     """Title -> axes."""
-    return {axes.get_title(loc="left"): axes for axes in report.figure(**inputs).axes}
+    return {axes.get_title(loc="left"): axes for axes in figure.figure(**inputs).axes}
 
 
 def panel(axes, start):
@@ -77,7 +78,7 @@ def panel(axes, start):
 def test_png_of_1600_by_1000(tmp_path, inputs):
     from PIL import Image
 
-    report.overview(tmp_path / "overview.png", **inputs)
+    figure.overview(tmp_path / "overview.png", **inputs)
     with Image.open(tmp_path / "overview.png") as image:
         assert image.size == (1600, 1000)
         assert len(image.convert("RGB").getcolors(1 << 24)) > 100
@@ -87,7 +88,7 @@ def test_no_pyplot_state(inputs):
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    report.figure(**inputs)
+    figure.figure(**inputs)
     assert dict(matplotlib.rcParams) == before
 
 
@@ -151,14 +152,14 @@ def test_curves_of_many_points_get_a_running_mean_and_several_a_legend(inputs):
 
 def test_map_separates_clusters_and_repeats():
     features, labels = clusters(3, 20)
-    name, points = report.project(features)
+    name, points = figure.project(features)
     assert name == "t-SNE"
     centres = np.stack([points[labels == k].mean(axis=0) for k in range(3)])
     assert (np.linalg.norm(points[:, None] - centres, axis=-1).argmin(axis=1) == labels).all()
-    np.testing.assert_array_equal(points, report.project(features)[1])
+    np.testing.assert_array_equal(points, figure.project(features)[1])
 
 
 def test_a_large_map_is_a_pca():
-    name, points = report.project(clusters(3, 700)[0])
+    name, points = figure.project(clusters(3, 700)[0])
     assert name == "PCA"
     assert points.shape == (2100, 2)

@@ -12,9 +12,11 @@ from conftest import TINY, TINY_PRETRAIN
 from made_runs import classified, pretrained
 from test_config import compose
 
-from ssl_bench import files, page, results
+from ssl_bench import files
 from ssl_bench.errors import UserError
-from ssl_bench.launch import launch
+from ssl_bench.launch.process import launch
+from ssl_bench.report import grouping, page, tables
+from ssl_bench.runs import layout, record, units
 
 LAPTOP = (1366, 768)
 FLAGS = (
@@ -92,13 +94,13 @@ def texts(browser, selector: str) -> list[str]:
 
 
 def test_the_files_say_what_the_runs_said(reported: Path) -> None:
-    rows = results.load(reported / "results.json")
+    rows = tables.load(reported / "results.json")
     values = {(row["stage"], row["name"]): row["values"] for row in rows}
     for name, folder in (("moco_v2", "moco"), ("random init", "random")):
         said = [json.loads((reported / folder / f"seed{i}" / "summary.json").read_text()) for i in (0, 1)]
         assert values["lincls", name]["val_top1"] == [one["val_top1"] for one in said]
     text = (reported / "results.md").read_text()
-    shown = results.shown("val_top1", values["lincls", "moco_v2"]["val_top1"])
+    shown = units.shown("val_top1", values["lincls", "moco_v2"]["val_top1"])
     assert f"| moco_v2     | {shown} |" in text
     assert "| pretrained | moco_v2 | null        |" in text
 
@@ -330,10 +332,10 @@ def test_a_run_without_its_images_keeps_its_place(browser, runs: Path, tmp_path:
     shutil.copytree(runs / "moco", tmp_path / "moco")
     for file in (tmp_path / "moco").glob("*/config.yaml"):
         text = file.read_text().replace(
-            "_target_: ssl_bench.data.formats.Digits", "_target_: ssl_bench.data.formats.Folder"
+            "_target_: ssl_bench.data.formats.digits.Digits", "_target_: ssl_bench.data.formats.folder.Folder"
         )
         file.write_text(text.replace("  name: digits\n", f"  name: folder\n  root: {tmp_path}/gone\n"))
-        files.seal(file.parent, files.sums_of(file.parent, files.own(file.parent)))
+        files.seal(file.parent, files.sums_of(file.parent, layout.own(file.parent)))
     launch(compose("stage=report", f"runs={tmp_path}"))
     show(browser, tmp_path)
     (note,) = texts(browser, ".note li")
@@ -384,7 +386,7 @@ def test_other_images_than_the_run_saw_are_noticed(runs: Path, tmp_path: Path) -
     shutil.copytree(runs / "moco" / "seed0", tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary | {"val_top1": summary["val_top1"] + 1}))
-    files.seal(tmp_path / "run", files.sums_of(tmp_path / "run", files.own(tmp_path / "run")))
+    files.seal(tmp_path / "run", files.sums_of(tmp_path / "run", layout.own(tmp_path / "run")))
     launch(compose("stage=report", f"runs={tmp_path}/run"))
     assert "are these other images?" in (tmp_path / "run" / "report.html").read_text()
 
@@ -417,8 +419,8 @@ def detail(num_classes: int, per_class: int, wrong: float = 0.3) -> page.Detail:
     predicted = np.where(rng.random(len(labels)) < wrong, (labels + 1) % num_classes, labels)
     features = np.eye(num_classes, dtype=np.float32)[labels] + rng.normal(0, 0.01, (len(labels), num_classes))
     image = lambda place: np.full((8, 8, 3), place % 256, dtype=np.uint8)  # noqa: E731
-    ran = results.Ran(Path("run"), {"seed": 0, "stage": {"name": "lincls"}})
-    group = results.Group("ours", [ran])
+    ran = record.Ran(Path("run"), {"seed": 0, "stage": {"name": "lincls"}})
+    group = grouping.Group("ours", [ran])
     return page.Detail(group, "val", labels, (), features.astype(np.float32), {ran: predicted}, image, "same")
 
 

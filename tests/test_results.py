@@ -18,18 +18,19 @@ from omegaconf import OmegaConf
 from test_config import compose
 from test_sweep import member
 
-from ssl_bench import identity, page, results, sweep
 from ssl_bench.errors import UserError
+from ssl_bench.report import grouping, page, sweeps, tables
+from ssl_bench.runs import identity, record, sweep, units
 from ssl_bench.stages import report
 
 ROOT = Path(__file__).parents[1]
 
 
-def boards(folder: Path, metric: str | None = None) -> dict[str, results.Board]:
-    return {board.stage: board for board in results.boards(results.find([folder]), metric)}
+def boards(folder: Path, metric: str | None = None) -> dict[str, grouping.Board]:
+    return {board.stage: board for board in grouping.boards(record.find([folder]), metric)}
 
 
-def names(board: results.Board) -> list[str]:
+def names(board: grouping.Board) -> list[str]:
     return [group.name for group in board.groups]
 
 
@@ -41,8 +42,8 @@ def test_a_row_is_a_configuration_but_for_seed_and_place(tmp_path: Path) -> None
     board = boards(tmp_path)["pretrain"]
     assert names(board) == ["moco_v2 batch_size=256", "moco_v2 batch_size=64"]
     assert board.groups[0].values("loss") == [1.0, 2.0]
-    assert [results.cell(row, "n") for row in board.rows] == ["2 of 3", "1"]
-    assert results.cell(board.rows[0], "loss") == "1.500 ± 0.707"
+    assert [tables.cell(row, "n") for row in board.rows] == ["2 of 3", "1"]
+    assert tables.cell(board.rows[0], "loss") == "1.500 ± 0.707"
 
 
 def test_an_evaluation_is_told_by_what_it_stands_on(tmp_path: Path) -> None:
@@ -60,11 +61,11 @@ def test_an_evaluation_is_told_by_what_it_stands_on(tmp_path: Path) -> None:
     ours = board.groups[1]
     assert (len(ours.runs), ours.pretrainings) == (4, 2)
     assert ours.values("val_top1") == [50.5, 51.5]  # or the std would be that of classifiers, and n too large
-    assert results.cell(board.rows[1], "n") == "2"
+    assert tables.cell(board.rows[1], "n") == "2"
     assert ours.values("pretraining_hours") == [2.0, 2.0]  # 720,000 images at 100 a second
     assert ours.values("pretraining_images_per_second") == [100, 100]
     assert ours.values("hours") == [2 / 3600] * 2
-    assert results.differences([group.runs[0] for group in board.groups])["pretrained"] == [
+    assert grouping.differences([group.runs[0] for group in board.groups])["pretrained"] == [
         "/weights/moco_v2_200ep.pth.tar",
         "moco_v2",
         "null",
@@ -79,7 +80,7 @@ def test_evaluations_of_a_single_pretraining_are_its_seeds(tmp_path: Path) -> No
             tmp_path / f"l{draw}", None if draw == 2 else 50.0 + draw, f"pretrained={tmp_path}/p", f"seed={draw}"
         )
     (row,) = boards(tmp_path)["lincls"].rows
-    cells = [results.cell(row, column) for column in ("val_top1", "n", "pretrainings", "pretraining_hours")]
+    cells = [tables.cell(row, column) for column in ("val_top1", "n", "pretrainings", "pretraining_hours")]
     assert cells == ["50.5 ± 0.7", "2 of 3", "1", "2.000"]
 
 
@@ -122,16 +123,16 @@ def test_weights_are_known_by_their_content(tmp_path: Path) -> None:
     (group,) = boards(tmp_path)["lincls"].groups
     assert (group.name, group.pretrainings) == ("moco_v2", 2)
     assert [ran.pretraining.directory.name for ran in group.runs] == ["renamed", "p1"]
-    found = results.find([tmp_path])
-    assert [ran.directory.name for ran in results.measured(found, made)] == ["l1"]
+    found = record.find([tmp_path])
+    assert [ran.directory.name for ran in record.measured(found, made)] == ["l1"]
 
     made.write_bytes(b"trained anew")
-    assert not results.measured(results.find([tmp_path]), made)
+    assert not record.measured(record.find([tmp_path]), made)
     assert sorted(names(boards(tmp_path)["lincls"])) == ["moco_v2", "step0000000080"]
     made.unlink()  # a later checkpoint has taken its place: then only the place tells
     classified_from(tmp_path / "late", 50.0, tmp_path / "renamed" / "checkpoints" / made.name, place=str(made))
     (tmp_path / "late" / "pretrained.sha256").write_text("0" * 64)
-    late = [ran for ran in results.find([tmp_path]) if ran.directory.name == "late"]
+    late = [ran for ran in record.find([tmp_path]) if ran.directory.name == "late"]
     assert late[0].pretraining.directory.name == "p1"
 
 
@@ -144,14 +145,14 @@ def test_large_files_are_read_when_needed_and_once(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr("hashlib.file_digest", told)
     made = [checkpoint(pretrained(tmp_path / f"p{seed}", f"seed={seed}"), 80, b"%d" % seed) for seed in (0, 1)]
-    results.find([tmp_path])
+    record.find([tmp_path])
     classified(tmp_path / "without", 50.0, f"pretrained={made[0]}")
-    assert len(results.measured(results.find([tmp_path]), made[0])) == 1
+    assert len(record.measured(record.find([tmp_path]), made[0])) == 1
     assert not read
     for draw in (0, 1):
         classified(tmp_path / f"l{draw}", 50.0, f"pretrained={made[1]}", f"seed={draw}")
         (tmp_path / f"l{draw}" / "pretrained.sha256").write_text("1")
-    assert len(results.measured(results.find([tmp_path]), made[1])) == 2
+    assert len(record.measured(record.find([tmp_path]), made[1])) == 2
     assert read == [made[1]]
 
 
@@ -160,15 +161,15 @@ def test_an_unfinished_pretraining_is_told_from_the_finished_one(tmp_path: Path)
     early, late = checkpoint(begun, 80, b"early"), checkpoint(begun, 160, b"late")
     for step, weights in ((80, early), (160, late)):
         classified_from(tmp_path / f"l{step}", step / 2, weights)
-    assert results.unfinished(early) == "step 80 of 160"
+    assert record.unfinished(early) == "step 80 of 160"
     assert names(boards(tmp_path)["lincls"]) == ["moco_v2 at step 160", "moco_v2 at step 80"]
 
     (begun.directory / "summary.json").write_text(json.dumps({"loss": 3.0}))
     board = boards(tmp_path)["lincls"]
     assert names(board) == ["moco_v2", "moco_v2 at step 80"]
-    assert results.differences([group.runs[0] for group in board.groups]) == {"pretrained.step": ["last", "80"]}
+    assert grouping.differences([group.runs[0] for group in board.groups]) == {"pretrained.step": ["last", "80"]}
     assert [group.values("pretraining_hours") for group in board.groups] == [[2.0], []]
-    assert results.unfinished(early) == ""
+    assert record.unfinished(early) == ""
     for path in (early, late):  # to save room: the metrics still know which was the last
         path.unlink()
     (begun.directory / "metrics.jsonl").write_text(json.dumps({"step": 160, "epoch": 4.0}) + "\n")
@@ -192,15 +193,15 @@ def test_a_seed_counts_once(tmp_path: Path) -> None:
         ("random init images of train=a", [60.0, 80.0]),
         ("random init images of train=b", [70.0]),
     ]
-    runs = results.find([tmp_path])
-    assert {ran.directory.name: newest.directory.name for ran, newest in results.repeated(runs).items()} == {
+    runs = record.find([tmp_path])
+    assert {ran.directory.name: newest.directory.name for ran, newest in grouping.repeated(runs).items()} == {
         "first": "again",
         "broken off": "again",
     }
-    said = results.left_out(runs)
+    said = grouping.left_out(runs)
     assert said.endswith(f"same configuration and seed counts: {tmp_path}/broken off, {tmp_path}/first.")
     assert said in report.remarks(runs, 0, 3)
-    assert said in report.write_markdown("a title", results.boards(runs), runs)
+    assert said in report.write_markdown("a title", grouping.boards(runs), runs)
 
 
 def test_names_say_what_differs(tmp_path: Path) -> None:
@@ -217,7 +218,7 @@ def test_names_say_what_differs(tmp_path: Path) -> None:
         "moco_v2 resnet50 temperature=0.1",
     ]
     assert names(found["lincls"]) == ["moco_v2 temperature=0.3", "moco_v2 temperature=0.1"]
-    differing = results.differences([group.runs[0] for group in found["lincls"].groups])
+    differing = grouping.differences([group.runs[0] for group in found["lincls"].groups])
     assert differing == {"pretrained.method.temperature": ["0.3", "0.1"]}
 
 
@@ -274,7 +275,7 @@ def spreads(text: str) -> set[str]:
 
 @pytest.mark.parametrize("metric", ["val_top1", "probe_top1", "top5", "pretrained top-1"])
 def test_every_accuracy_has_one_decimal_beside_its_deviation(metric: str) -> None:
-    assert results.shown(metric, [78.84, 74.46]) == "76.7 ± 3.1"
+    assert units.shown(metric, [78.84, 74.46]) == "76.7 ± 3.1"
 
 
 def test_every_place_has_one_mean_and_one_deviation(tmp_path: Path) -> None:
@@ -288,9 +289,9 @@ def test_every_place_has_one_mean_and_one_deviation(tmp_path: Path) -> None:
     for draw in (0, 1):
         swept(folder, [f"seed={draw}"], 50.0 + draw)
     expected = {"92.2 ± 0.3", "50.5 ± 0.7"}
-    assert spreads(results.sweep_table(folder)) == expected
-    runs = results.find([tmp_path])
-    made = results.boards(runs)
+    assert spreads(sweeps.sweep_table(folder)) == expected
+    runs = record.find([tmp_path])
+    made = grouping.boards(runs)
     assert spreads(report.write_markdown("", made, runs)) == expected
     (board,) = [one for one in made if one.stage == "lincls"]
     numbers = {group.name: i for i, group in enumerate(board.groups)}
@@ -310,7 +311,7 @@ def test_every_place_has_one_mean_and_one_deviation(tmp_path: Path) -> None:
     assert spreads(" ".join(cell["text"] for cell in row["cells"])) == expected
 
 
-def sweeps(folder: Path, place: Path) -> dict[str, list[tuple[list[str], float | None]]]:
+def made_sweeps(folder: Path, place: Path) -> dict[str, list[tuple[list[str], float | None]]]:
     """name -> (overrides, result) of each member."""
     seeds = [f"pretrained={place}/p{seed}" for seed in (0, 1)]
     other = f"pretrained={place}/other"
@@ -323,18 +324,18 @@ def sweeps(folder: Path, place: Path) -> dict[str, list[tuple[list[str], float |
     }
 
 
-@pytest.mark.parametrize("name", sweeps(Path(), Path()))
+@pytest.mark.parametrize("name", made_sweeps(Path(), Path()))
 def test_a_sweep_and_a_report_have_the_same_rows(tmp_path: Path, name: str) -> None:
     for seed in (0, 1):
         pretrained(tmp_path / f"p{seed}", f"seed={seed}")
     pretrained(tmp_path / "other", "method=simclr")
-    for overrides, top1 in sweeps(tmp_path, tmp_path)[name]:
+    for overrides, top1 in made_sweeps(tmp_path, tmp_path)[name]:
         swept(tmp_path / "sweep", overrides, top1)
-    lines = [line.split("|")[1:-1] for line in results.sweep_table(tmp_path / "sweep").splitlines()]
+    lines = [line.split("|")[1:-1] for line in sweeps.sweep_table(tmp_path / "sweep").splitlines()]
     place = [cell.strip() for cell in lines[0]].index("val_top1")
     shown = [tuple(cell.strip() for cell in line[place : place + 2]) for line in lines[2:]]
     board = boards(tmp_path)["lincls"]
-    assert shown == [(results.cell(row, "val_top1"), results.cell(row, "n")) for row in board.rows]
+    assert shown == [(tables.cell(row, "val_top1"), tables.cell(row, "n")) for row in board.rows]
 
 
 def test_a_stage_that_measures_nothing_has_no_table(tmp_path: Path) -> None:
@@ -361,7 +362,7 @@ def test_a_pipeline_is_its_members(tmp_path: Path) -> None:
     found = boards(tmp_path)
     assert set(found) == {"lincls", "pretrain"}
     assert found["lincls"].groups[0].values("val_top1") == [70.0, 71.0]
-    runs = [ran for ran in results.find([tmp_path]) if ran.holds_runs]
+    runs = [ran for ran in record.find([tmp_path]) if ran.holds_runs]
     assert runs[0].identity.alike(runs[1].identity)  # though the overrides of its members name its directory
 
 
@@ -373,17 +374,17 @@ def test_members_of_a_sweep_that_have_not_begun_are_counted(tmp_path: Path) -> N
         made.save()
     made.fail("out of memory")
     (group,) = boards(tmp_path)["pretrain"].groups
-    assert results.cell(group.row("loss"), "n") == "1 of 2"
+    assert tables.cell(group.row("loss"), "n") == "1 of 2"
     assert [(ran.state.name, ran.state.note) for ran in group.runs] == [("finished", ""), ("failed", "out of memory")]
 
 
 def test_paths_without_runs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"runs=.*nowhere: no run at or below it; name run directories"):
-        results.find([tmp_path / "nowhere"])
+        record.find([tmp_path / "nowhere"])
     pretrained(tmp_path / "a")
     (tmp_path / "a" / "summary.json").write_text("{")
     with pytest.raises(UserError, match=r"a/summary\.json is damaged: put it back, .* leave this run out of runs="):
-        results.find([tmp_path])
+        record.find([tmp_path])
 
 
 # -- files and texts ---------------------------------------------------------------------------------------------------
@@ -394,7 +395,7 @@ def test_costs_are_those_of_what_it_stands_on_itself(tmp_path: Path) -> None:
     pretrained(tmp_path / "p")
     classified(tmp_path / "tuned", 50.0, "stage=finetune", f"pretrained={tmp_path}/p")
     classified(tmp_path / "knn", 40.0, "stage=knn", f"pretrained={tmp_path}/tuned")
-    (ran,) = [one for one in results.find([tmp_path]) if one.stage == "knn"]
+    (ran,) = [one for one in record.find([tmp_path]) if one.stage == "knn"]
     assert ran.values["pretraining_val_top1"] == 50.0
     assert not [metric for metric in ran.values if metric.count("pretraining_") > 1]
 
@@ -404,10 +405,10 @@ def test_columns_in_order_and_only_what_is_there(tmp_path: Path) -> None:
     classified(tmp_path / "l", 50.0, f"pretrained={tmp_path}/p")
     found = boards(tmp_path)
     costs = ["hours", "images_per_second"]
-    assert results.columns(found["pretrain"].rows) == ["loss", "effective_rank", "n", *costs]
+    assert tables.columns(found["pretrain"].rows) == ["loss", "effective_rank", "n", *costs]
     more = ["pretraining_hours", "pretraining_images_per_second"]
-    assert results.columns(found["lincls"].rows) == ["val_top1", "n", "pretrainings", *costs, *more]
-    asked = results.table(found["lincls"].rows, ["val_top1", "pretraining_effective_rank"])
+    assert tables.columns(found["lincls"].rows) == ["val_top1", "n", "pretrainings", *costs, *more]
+    asked = tables.table(found["lincls"].rows, ["val_top1", "pretraining_effective_rank"])
     assert asked.splitlines()[0] == "|         | top-1 (%) | pretraining effective rank |"
     assert asked.splitlines()[2] == "| moco_v2 |      50.0 |                       20.0 |"
 
@@ -420,8 +421,8 @@ ROWS = [
 
 
 def test_fill(tmp_path: Path) -> None:
-    results.save(tmp_path / "a.json", ROWS, remark="made by hand")
-    filled = results.fill(TEXT.format(" stage=lincls columns=val_top1,n"), tmp_path)
+    tables.save(tmp_path / "a.json", ROWS, remark="made by hand")
+    filled = tables.fill(TEXT.format(" stage=lincls columns=val_top1,n"), tmp_path)
     assert filled.splitlines() == [
         "# Mine",
         "",
@@ -433,7 +434,7 @@ def test_fill(tmp_path: Path) -> None:
         "",
         "rest",
     ]
-    assert results.fill(filled, tmp_path) == filled
+    assert tables.fill(filled, tmp_path) == filled
 
 
 @pytest.mark.parametrize(
@@ -444,19 +445,19 @@ def test_fill(tmp_path: Path) -> None:
     ],
 )
 def test_fill_tells_what_is_wrong(tmp_path: Path, options: str, message: str) -> None:
-    results.save(tmp_path / "a.json", ROWS)
+    tables.save(tmp_path / "a.json", ROWS)
     with pytest.raises(UserError, match=re.escape(message)):
-        results.fill(TEXT.format(options), tmp_path)
+        tables.fill(TEXT.format(options), tmp_path)
 
 
 def test_fill_needs_a_block_and_a_results_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no table to fill: write a line <!-- results: FILE\.json -->"):
-        results.fill("# Mine\n", tmp_path)
+        tables.fill("# Mine\n", tmp_path)
     for content in (None, "{", '{"rows": [{"name": 1}]}', '{"row": []}'):
         if content:
             (tmp_path / "a.json").write_text(content)
         with pytest.raises(UserError, match=r"a\.json: not a results file"):
-            results.fill(TEXT.format(""), tmp_path)
+            tables.fill(TEXT.format(""), tmp_path)
 
 
 @settings(deadline=None)
@@ -464,18 +465,18 @@ def test_fill_needs_a_block_and_a_results_file(tmp_path: Path) -> None:
 def test_what_is_saved_is_loaded(tmp_path_factory: pytest.TempPathFactory, values: list[list[float]]) -> None:
     path = tmp_path_factory.mktemp("results") / "a.json"
     rows = [{"name": str(i), "values": {"val_top1": mine}} for i, mine in enumerate(values)]
-    results.save(path, rows)
-    assert results.load(path) == rows
-    assert results.table(rows, results.columns(rows))
+    tables.save(path, rows)
+    assert tables.load(path) == rows
+    assert tables.table(rows, tables.columns(rows))
 
 
 def test_the_tables_of_the_readme_are_made_from_the_committed_results() -> None:
     text = (ROOT / "README.md").read_text()
-    assert results.fill(text, ROOT) == text, "type: ssl-bench stage=report stage.readme=README.md"
+    assert tables.fill(text, ROOT) == text, "type: ssl-bench stage=report stage.readme=README.md"
 
 
 def test_every_committed_results_file_is_one() -> None:
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         rows = json.loads(path.read_text()).get("rows") or []
         if any("stage" in row for row in rows if isinstance(row, dict)):  # other tables may speak of stages
-            assert results.load(path)
+            assert tables.load(path)

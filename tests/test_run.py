@@ -12,12 +12,13 @@ import pytest
 import torch
 import yaml
 
-from ssl_bench import files, identity
+from ssl_bench import files
 from ssl_bench.errors import UserError
-from ssl_bench.results import spoken
-from ssl_bench.run import Run
-from ssl_bench.sweep import locked
-from ssl_bench.tracking import NoTracker
+from ssl_bench.runs import identity
+from ssl_bench.runs.run import Run
+from ssl_bench.runs.sweep import locked
+from ssl_bench.runs.tracking import NoTracker
+from ssl_bench.runs.units import spoken
 
 
 def run(directory: Path, seed: int) -> Run:

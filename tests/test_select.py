@@ -14,13 +14,15 @@ from PIL import Image
 from test_config import compose
 from test_errors import complaint
 
-from ssl_bench import build, interop, selection
 from ssl_bench.augment.views import EvalView
+from ssl_bench.config import build
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import Interrupted, UserError
-from ssl_bench.launch import launch
-from ssl_bench.probe import LinearProbe
-from ssl_bench.stages import features
+from ssl_bench.evaluate import features, selection
+from ssl_bench.evaluate.features import extract_all
+from ssl_bench.launch.process import launch
+from ssl_bench.methods.probe import LinearProbe
+from ssl_bench.runs import weights
 
 TINY = ["data.image_size=16", "data.workers=1", "backbone.width=8", "backbone.stem=small"]
 KNOWN = [3, 50, 7]  # have extra labels
@@ -106,7 +108,7 @@ def test_margin_is_that_of_the_classifier(command: list[str], root: Path, tmp_pa
             *command, "stage.strategy=margin", f"pretrained={tmp_path}/{name}", f"dir={tmp_path}/{name}-chosen"
         )
         launch(cfg)
-        state = torch.load(interop.find(cfg.pretrained), weights_only=True)["model"]
+        state = torch.load(weights.find(cfg.pretrained), weights_only=True)["model"]
         probe = LinearProbe(build.construct(cfg.backbone), 4, normalize=name == "grid").eval()
         probe.load_state_dict({key: state[key] for key in probe.state_dict()})
         pixels = np.stack([np.asarray(Image.open(root / "unlabeled" / f"{index}.png")) for index in range(60)])
@@ -122,7 +124,7 @@ def test_a_restart_computes_what_is_missing(
 ) -> None:
     monkeypatch.setattr(features, "BLOCK", 16)
     whole = launch(compose(*command, f"dir={tmp_path}/whole"))
-    compute, seen = features.extract_all, []
+    compute, seen = extract_all, []
 
     def interrupted(cfg, run, backbone, source, view):
         seen.append(source.num_images)
@@ -143,7 +145,7 @@ def test_a_signal_stops_it_with_what_it_has(
 ) -> None:
     monkeypatch.setattr(features, "BLOCK", 16)
     asked = iter([False, True])  # it comes in the second block
-    monkeypatch.setattr("ssl_bench.run.Run.stopping", lambda self, step: next(asked))
+    monkeypatch.setattr("ssl_bench.runs.run.Run.stopping", lambda self, step: next(asked))
     with pytest.raises(Interrupted):
         launch(compose(*command))
     (progress,) = (tmp_path / "run" / "features").glob("*.json")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssl_bench import selection
+from ssl_bench.evaluate import selection
 
 STRATEGIES = {
     "random": selection.random,

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from hydra_plugins.ssl_bench_launchers import Slurm
-from ssl_bench import sweep, typed
+from ssl_bench.config import typed
 from ssl_bench.errors import UserError
+from ssl_bench.runs import sweep
 from ssl_bench.shell import VARIABLE, override, quoted
 
 NASTY = [

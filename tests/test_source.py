@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ssl_bench.data.formats import Folder
+from ssl_bench.data.formats.folder import Folder
 from ssl_bench.data.pool import send
 from ssl_bench.data.source import HostSource, ResidentSource, StreamedSource, permutation
 from ssl_bench.errors import Interrupted, UserError
@@ -253,7 +253,7 @@ def test_where_images_wait_changes_no_weight(ssl_bench, tmp_path):
 
 def test_room_on_the_disk_is_looked_at(tmp_path, monkeypatch):
     from ssl_bench.data import store
-    from ssl_bench.data.formats import Digits
+    from ssl_bench.data.formats.digits import Digits
 
     monkeypatch.setattr(store, "_free", lambda root: 1000)
     data = Digits(image_size=8, cache=str(tmp_path / "new" / "cache"))

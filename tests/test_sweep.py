@@ -20,10 +20,11 @@ from omegaconf import OmegaConf
 from test_config import compose
 
 from hydra_plugins.ssl_bench_launchers import _stage
-from ssl_bench import results, sweep
 from ssl_bench.data import synthetic
 from ssl_bench.errors import UserError
-from ssl_bench.launch import launch
+from ssl_bench.launch.process import launch
+from ssl_bench.report import sweeps
+from ssl_bench.runs import sweep
 
 # Says what it was given, and takes its time.
 MINE = """
@@ -71,7 +72,7 @@ def test_name_says_what_not_where() -> None:
 def test_a_pipeline_shows_how_far_its_newest_part_is(tmp_path: Path) -> None:
     """It trains nothing itself: what it has begun, and whether it can go on, is in its parts."""
     one = member(tmp_path / "sweep", None, "seed=0", metric="pretrained top-1")
-    assert cells(sweep.overview([one], sweep.states([one])))[1][1:3] == ["waiting", ""]
+    assert cells(sweeps.overview([one], sweep.states([one])))[1][1:3] == ["waiting", ""]
     for number, (name, epochs) in enumerate({"pretrain": 10, "pretrained/seed0": 4}.items(), start=1):
         part = one.directory / name
         (part / "checkpoints").mkdir(parents=True)
@@ -79,14 +80,14 @@ def test_a_pipeline_shows_how_far_its_newest_part_is(tmp_path: Path) -> None:
         (part / "config.yaml").write_text(f"epochs: {epochs}\n")
         (part / "metrics.jsonl").write_text('{"step": 5, "epoch": 1.0, "loss": 2.0}\n')
         os.utime(part / "metrics.jsonl", (number, number))
-        (row,) = cells(sweep.overview([one], sweep.states([one])))[1:]
+        (row,) = cells(sweeps.overview([one], sweep.states([one])))[1:]
         assert row[1:3] == ["stopped", f"{name}: 5/{5 * epochs}"]
 
 
 def test_shares_are_percent_as_in_tables(tmp_path: Path) -> None:
     one = member(tmp_path / "sweep", {"accuracy": 0.92, "loss": 5.0}, "seed=0")
     for metric, said in {"accuracy": "accuracy 92 %", "loss": "loss 5"}.items():
-        assert cells(sweep.overview([one], sweep.states([one]), metric))[1][3] == said
+        assert cells(sweeps.overview([one], sweep.states([one]), metric))[1][3] == said
 
 
 def test_table(tmp_path: Path) -> None:
@@ -97,7 +98,7 @@ def test_table(tmp_path: Path) -> None:
             words = [] if rate == 0.2 else [f"optimizer.base_lr={rate}"]
             member(folder, loss and {"loss": loss, "top1": 10 * loss}, "launcher=slurm", *words, f"seed={seed}")
     member(folder, None, "optimizer.base_lr=0.4", "seed=0")
-    text = results.sweep_table(folder)
+    text = sweeps.sweep_table(folder)
     assert cells(text) == [
         ["optimizer.base_lr", "loss", "n"],
         ["0.2", "1.250 ± 0.354", "2"],
@@ -109,7 +110,7 @@ def test_table(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [row["optimizer.base_lr"] for row in rows] == ["0.2", "0.3", "0.1", "0.4"]
     assert float(rows[0]["loss std"]) == pytest.approx(0.5 / 2**0.5)
-    results.sweep_table(folder, "top1")
+    sweeps.sweep_table(folder, "top1")
     with open(folder / "table.csv") as file:
         assert [row["optimizer.base_lr"] for row in csv.DictReader(file)] == ["0.1", "0.3", "0.2", "0.4"]
 
@@ -123,7 +124,7 @@ def test_what_is_the_same_counts_once(tmp_path: Path) -> None:
     for words in (["seed=0"], ["optimizer.base_lr=0.2"], ["optimizer.base_lr=0.20", "seed=0"], ["seed=1"]):
         member(folder, {"loss": 1.0 + (words == ["seed=1"])}, *words)
     member(folder, None, "seed=0", "optimizer.base_lr=0.2")  # nor does what isn't finished, where the same is
-    assert cells(results.sweep_table(folder)) == [["loss", "n"], ["1.500 ± 0.707", "2"]]
+    assert cells(sweeps.sweep_table(folder)) == [["loss", "n"], ["1.500 ± 0.707", "2"]]
 
 
 def test_an_edited_file_is_another_row(tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_an_edited_file_is_another_row(tmp_path: Path) -> None:
         (made.directory / "metrics.jsonl").write_text("")
         (made.directory / "config.yaml").write_text(yaml.safe_dump(made.config))
         (made.directory / "summary.json").write_text(json.dumps({"loss": 1.0 + seed}))
-    assert cells(results.sweep_table(folder)) == [
+    assert cells(sweeps.sweep_table(folder)) == [
         ["optimizer.base_lr", "loss", "n"],
         ["0.2", "1.500 ± 0.707", "2"],
         ["0.7", "3.000", "1"],

@@ -9,9 +9,11 @@ from test_config import compose
 from torch import nn
 from torchvision.models import VisionTransformer
 
-from ssl_bench import backbones, interop
+from ssl_bench.backbones.timm import timm as any_model
+from ssl_bench.backbones.vit import vit_tiny
 from ssl_bench.errors import UserError
-from ssl_bench.launch import launch
+from ssl_bench.launch.process import launch
+from ssl_bench.runs import weights
 
 timm = pytest.importorskip("timm")
 
@@ -51,7 +53,7 @@ FAMILIES = {
 def test_a_family(name: str) -> None:
     """`dim` is what it gives, and its complete state dict fills it. On the meta device, where nothing is computed."""
     with torch.device("meta"):
-        backbone, whole = backbones.timm(name), timm.create_model(name, num_classes=7)
+        backbone, whole = any_model(name), timm.create_model(name, num_classes=7)
     with torch.no_grad():
         assert backbone.eval()(torch.empty(2, 3, *[FAMILIES[name]] * 2, device="meta")).shape == (2, backbone.dim)
     assert backbone.refuses(FAMILIES[name]) is None
@@ -65,8 +67,8 @@ def test_a_family(name: str) -> None:
 def test_a_complete_file_is_loaded(tmp_path: Path, name: str) -> None:
     whole = timm.create_model(name, num_classes=7)
     save_file(whole.state_dict(), tmp_path / "x.safetensors")
-    backbone = backbones.timm(name)
-    loaded = interop.load_backbone(backbone, str(tmp_path / "x.safetensors"))
+    backbone = any_model(name)
+    loaded = weights.load_backbone(backbone, str(tmp_path / "x.safetensors"))
     ours, theirs = backbone.state_dict(), whole.state_dict()
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
     assert loaded.num_tensors == len(ours)
@@ -74,14 +76,14 @@ def test_a_complete_file_is_loaded(tmp_path: Path, name: str) -> None:
     assert loaded.left_out
     save_file(theirs | {"stem.more": torch.zeros(1)}, tmp_path / "more.safetensors")
     with pytest.raises(UserError, match=r"1 unexpected \(stem.more\)"):
-        interop.load_backbone(backbone, str(tmp_path / "more.safetensors"))
+        weights.load_backbone(backbone, str(tmp_path / "more.safetensors"))
 
 
 def test_a_complete_vit_of_torchvision_is_loaded(tmp_path: Path) -> None:
     whole = VisionTransformer(32, 16, 12, 3, 192, 768, num_classes=7)
     torch.save(whole.state_dict(), tmp_path / "vit.pth")
-    backbone = backbones.vit_tiny(32)
-    loaded = interop.load_backbone(backbone, str(tmp_path / "vit.pth"))
+    backbone = vit_tiny(32)
+    loaded = weights.load_backbone(backbone, str(tmp_path / "vit.pth"))
     assert loaded.left_out == ["heads.head.weight", "heads.head.bias"]
     whole.heads, images = nn.Identity(), torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(backbone.eval()(images), whole.eval()(images))
@@ -129,7 +131,7 @@ def test_a_size_that_a_network_refuses(tmp_path: Path, overrides: list[str], say
 
 
 def test_as_advised_it_takes_any_size() -> None:
-    vit = backbones.timm("vit_tiny_patch16_224", {"dynamic_img_size": True})
+    vit = any_model("vit_tiny_patch16_224", {"dynamic_img_size": True})
     assert vit.refuses(32) is None
     assert vit.eval()(torch.rand(1, 3, 32, 32)).shape == (1, vit.dim)
 
@@ -139,7 +141,7 @@ def test_a_look_at_the_sizes_changes_no_draw() -> None:
     expected = torch.rand(1)
     torch.manual_seed(0)
     with torch.device("meta"):
-        backbone = backbones.timm("test_vit")
+        backbone = any_model("test_vit")
     backbone.refuses(160)
     backbone.refuses(32)
     backbone.classifier_keys()

@@ -21,12 +21,13 @@ from made_runs import checkpoint, pretrained
 from omegaconf import OmegaConf
 from test_config import compose
 
-from ssl_bench import build
+from ssl_bench.config import build
 from ssl_bench.errors import UserError
-from ssl_bench.launch import launch
-from ssl_bench.run import Run
+from ssl_bench.launch.process import launch
+from ssl_bench.runs.metrics import MetricsFile
+from ssl_bench.runs.run import Run
+from ssl_bench.runs.tracking import NoTracker, WandbTracker, rebuild
 from ssl_bench.stages.sync import sync
-from ssl_bench.tracking import MetricsFile, NoTracker, WandbTracker, rebuild
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ CONFIG = {
     "backbone": {"name": "resnet18"},
     "data": {"name": "digits"},
     "hub": [{"api_key": "hunter2", "auth_token": "hunter2"}],
-    "tracking": {"_target_": "ssl_bench.tracking.WandbTracker", "project": "mine", "tags": ["a", "b"]},
+    "tracking": {"_target_": "ssl_bench.runs.tracking.WandbTracker", "project": "mine", "tags": ["a", "b"]},
 }
 
 
@@ -256,7 +257,7 @@ def test_sync_takes_lists_and_the_tracking_of_its_own_command(tmp_path):
         directory = tmp_path / name / "seed0"
         directory.mkdir(parents=True)
         MetricsFile(directory / "metrics.jsonl").log(1, {"loss": 2.0})
-    tracking = {"_target_": "ssl_bench.tracking.WandbTracker", "project": "other", "tags": ["x"]}
+    tracking = {"_target_": "ssl_bench.runs.tracking.WandbTracker", "project": "other", "tags": ["x"]}
     runs = [str(tmp_path / "a"), str(tmp_path / "b/seed0")]
     assert sync(OmegaConf.create({"runs": runs, "tracking": tracking}), None) == {"runs": 2}
     (folder,) = folders(tmp_path / "b/seed0/wandb-synced")
@@ -285,7 +286,7 @@ def test_runs_that_cannot_be_rebuilt_do_not_stop_the_others(tmp_path):
 
 
 def test_sync_without_runs_is_a_user_error(tmp_path):
-    cfg = OmegaConf.create({"runs": str(tmp_path), "tracking": {"_target_": "ssl_bench.tracking.NoTracker"}})
+    cfg = OmegaConf.create({"runs": str(tmp_path), "tracking": {"_target_": "ssl_bench.runs.tracking.NoTracker"}})
     with pytest.raises(UserError, match="no metrics"):
         sync(cfg, None)
 
@@ -358,7 +359,7 @@ def test_sync_deletes_nothing_where_wandb_is_disabled(run_dir, monkeypatch):
 
 @pytest.mark.parametrize("stage", ["knn", "lincls", "select", "pretrain"])
 def test_a_login_is_asked_for_before_the_work(tmp_path, monkeypatch, stage):
-    monkeypatch.setattr("ssl_bench.run.Run.uses", lambda *_: pytest.fail("the images were opened"))
+    monkeypatch.setattr("ssl_bench.runs.run.Run.uses", lambda *_: pytest.fail("the images were opened"))
     command = [f"stage={stage}", "tracking=wandb", "tracking.mode=online", f"dir={tmp_path}/run"]
     with pytest.raises(UserError, match=r"tracking\.mode=online, but W&B has no API key"):
         launch(compose(*command))
@@ -443,7 +444,7 @@ def test_what_is_let_through_wandb_takes(name: str, tags: list[str]) -> None:
     """By its own validation."""
     import wandb
 
-    node = {"_target_": "ssl_bench.tracking.WandbTracker", "project": name, "tags": tags}
+    node = {"_target_": "ssl_bench.runs.tracking.WandbTracker", "project": name, "tags": tags}
     if not build._problems(build._schema(node["_target_"], "tracking", ("directory", "config")), node, "", {}):
         wandb.Settings(project=name, run_tags=tags)
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from test_config import CHOICES, NEEDED, compose
 
 import ssl_bench
-from ssl_bench import build, signatures, typed
+from ssl_bench.config import build, signatures, typed
 from ssl_bench.errors import UserError
 from ssl_bench.stages.pipeline import SHARED, evaluation
 

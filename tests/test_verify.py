@@ -11,9 +11,10 @@ import pytest
 from conftest import TINY, TINY_PRETRAIN
 from test_config import compose
 
-from ssl_bench import files, results
+from ssl_bench import files
 from ssl_bench.errors import UserError
-from ssl_bench.launch import launch
+from ssl_bench.launch.process import launch
+from ssl_bench.runs import layout, record
 
 CLASSIFY = [*TINY, "stage=lincls", "epochs=1", "stage.labels_per_class=10", "batch_size=50", "optimizer.base_lr=1"]
 
@@ -44,7 +45,7 @@ def test_sha256sum_knows_a_finished_run(ran: Path) -> None:
     there = {"config.yaml", "metrics.jsonl", "summary.json", "environment.json", "inputs.json", "pretrained.sha256"}
     assert there < set(files.listed(run))
     assert {name for name in files.listed(run) if name.startswith("checkpoints/")} == {
-        f"checkpoints/{files.complete(run)[0].name}"
+        f"checkpoints/{layout.complete(run)[0].name}"
     }
 
 
@@ -58,10 +59,10 @@ def test_a_flipped_bit_makes_no_table(place: Path, name: str) -> None:
         whole = path.read_bytes()
         flip(path, at)
         with pytest.raises(UserError, match=rf"lincls/seed0/{name}.* leave this run out of runs=") as caught:
-            results.find([place])
+            record.find([place])
         assert "\n" not in str(caught.value)
         path.write_bytes(whole)
-    assert len(results.find([place])) == 2
+    assert len(record.find([place])) == 2
 
 
 def test_nor_does_the_command_take_it_for_its_result(place: Path) -> None:
@@ -73,7 +74,7 @@ def test_nor_does_the_command_take_it_for_its_result(place: Path) -> None:
 def test_other_weights_under_the_same_name(place: Path) -> None:
     """Whole, but not what the run ended with."""
     run = place / "moco" / "seed0"
-    newest, older = files.complete(run)
+    newest, older = layout.complete(run)
     shutil.copy(older, newest)
     with pytest.raises(UserError, match=rf"{newest.name}: its sha256 is .*: a broken .* pretrained=.*08\.pt"):
         launch(compose(*CLASSIFY, f"pretrained={run}", f"dir={place}/again"))
@@ -92,7 +93,7 @@ def test_a_run_of_before_is_read(place: Path) -> None:
         sums.unlink()
     path = place / "moco" / "seed0" / "environment.json"
     path.write_text(path.read_text().replace('"world_size": 1', '"world_size": 1.0'))  # nobody could know
-    assert {one.stage for one in results.find([place])} == {"pretrain", "lincls"}
+    assert {one.stage for one in record.find([place])} == {"pretrain", "lincls"}
 
 
 # -- stage=verify ------------------------------------------------------------------------------------------------------
@@ -120,7 +121,7 @@ def test_a_run_is_whole_with_all_that_it_stands_on(place: Path, capsys: pytest.C
 
 
 def test_what_differs_is_named_and_the_command_fails(place: Path, capsys: pytest.CaptureFixture) -> None:
-    checkpoint = files.complete(place / "moco" / "seed0")[0]
+    checkpoint = layout.complete(place / "moco" / "seed0")[0]
     whole = checkpoint.read_bytes()
     for spoil, says in (
         (lambda: flip(checkpoint), r"step0000000010\.pt: its sha256 is"),

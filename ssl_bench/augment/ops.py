@@ -14,7 +14,7 @@ from itertools import permutations
 import torch
 from torch import Tensor, nn
 
-from ssl_bench.fields import Interpolation
+from ssl_bench.config.fields import Interpolation
 
 TINY = 1e-30  # added to or put in place of a zero: small beside any difference of two pixels
 

@@ -21,8 +21,8 @@ from ssl_bench.augment.ops import (
     RandomResizedCrop,
     Solarize,
 )
+from ssl_bench.config.fields import Fraction, Interpolation, Interval, Resize
 from ssl_bench.errors import UserError
-from ssl_bench.fields import Fraction, Interpolation, Interval, Resize
 
 RGB = tuple[float, float, float]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

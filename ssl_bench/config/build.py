@@ -1,6 +1,5 @@
 """The only place where configuration becomes objects: checked against the constructor's signature, then constructed."""
 
-import difflib
 import logging
 import os
 import re
@@ -16,12 +15,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, create_model
 
-from ssl_bench import shell, signatures, typed
-from ssl_bench.errors import UserError
-from ssl_bench.fields import InEpochs, Place, is_path
+from ssl_bench import shell
+from ssl_bench.config import signatures, typed
+from ssl_bench.config.fields import InEpochs, Place, is_path
+from ssl_bench.config.renamed import current
+from ssl_bench.errors import UserError, unknown
 
 if TYPE_CHECKING:
-    import torch
+    pass
+
 
 log = logging.getLogger(__name__)
 
@@ -199,7 +201,7 @@ def named(cfg: DictConfig) -> set[tuple[str, str]]:
     paths = _targets(plain)
     for word in _texts(plain):  # of a pipeline's rows
         if override := re.fullmatch(r"\+{0,2}(\w+)\._target_=(\S+)", word):
-            paths.add((override[1], override[2]))
+            paths.add((override[1], current(override[2])))
     if GlobalHydra.instance().is_initialized():
         for element in GlobalHydra.instance().config_loader().get_search_path().get_path():
             if element.path.startswith("file://"):
@@ -233,6 +235,7 @@ def literal(config: Mapping) -> DictConfig:
 
 
 def _permit(path: str | None, group: str, permitted: set[tuple[str, str]], place: Path | None = None) -> None:
+    path = current(path) if path else path
     if (group, path) in permitted or (group == "node" and any(path == known for _, known in permitted)):
         return
     where = f"{place}: " if place else ""
@@ -244,7 +247,7 @@ def _permit(path: str | None, group: str, permitted: set[tuple[str, str]], place
 
 @cache
 def _ours() -> set[tuple[str, str]]:
-    return _targets_below(Path(__file__).with_name("conf"))
+    return _targets_below(Path(__file__).parents[1] / "conf")
 
 
 def _targets_below(folder: Path) -> set[tuple[str, str]]:
@@ -267,7 +270,7 @@ def _targets_below(folder: Path) -> set[tuple[str, str]]:
 def _targets(config: Any) -> set[tuple[str, str]]:
     nodes = ((group, config.get(group)) for group in SUPPLIED)
     paths = ((group, node.get("_target_")) for group, node in nodes if isinstance(node, Mapping))
-    return {(group, path) for group, path in paths if isinstance(path, str)}
+    return {(group, current(path)) for group, path in paths if isinstance(path, str)}
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -276,36 +279,6 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, Mapping | list):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _texts(item)
-
-
-# -- devices and words -------------------------------------------------------------------------------------------------
-
-
-def pick_device(name: str, local_rank: int) -> "torch.device":
-    """The device of this process. UserError where it isn't there."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-        if name == "cpu" and Path("/dev/nvidia0").exists() and not hidden:
-            log.warning(
-                "device=auto: on the CPU, because torch %s, built for CUDA %s, can't use the GPU here (see nvidia-smi)",
-                torch.__version__,
-                torch.version.cuda,
-            )
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device={name}: torch {torch.__version__} sees no GPU here; use device=cpu or device=auto")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device=mps: not available here; use device=cpu or device=auto")
-    if name != "cuda":
-        return torch.device(name)
-    if local_rank >= (gpus := torch.cuda.device_count()) > 1:
-        raise UserError(
-            f"{local_rank + 1} processes or more on this machine, and torch sees {gpus} GPUs: start one each"
-        )
-    # With one visible GPU per task, as Slurm may arrange it, every local rank has GPU 0.
-    return torch.device("cuda", local_rank % gpus)
 
 
 def _arguments(node: dict, schema: type[BaseModel]) -> dict:
@@ -387,12 +360,3 @@ def _problem(key: str, detail: Mapping, schema: type[BaseModel], prefix: str, qu
     said = detail["msg"].removeprefix("Value error, ")
     message = said if detail["type"] == "value_error" else said[0].lower() + said[1:]
     return f"{key}={detail['input']}: {message}"
-
-
-def unknown(what: str, got: str, valid: list[str]) -> str:
-    """One line about a key or choice that isn't there."""
-    head = re.match(r"(.*[.=])?", got)[0]
-    shared = head if all(name.startswith(head) for name in valid) else ""  # what all have in common makes none alike
-    close = difflib.get_close_matches(got.removeprefix(shared), [name.removeprefix(shared) for name in valid], n=1)
-    hint = f"did you mean {shared}{close[0]}? " if close else ""
-    return f"{got}: no such {what}; {hint}Valid: {', '.join(sorted(valid))}"

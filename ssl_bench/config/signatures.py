@@ -14,7 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-LIGHT = ("typing", "pydantic", "collections.abc", "ssl_bench.fields")  # modules that are imported for an annotation
+from ssl_bench.config.renamed import current
+
+# modules that are imported for an annotation
+LIGHT = ("typing", "pydantic", "collections.abc", "ssl_bench.config.fields")
 
 
 class Parameter(NamedTuple):
@@ -28,14 +31,14 @@ class _NotPlain(Exception):
 
 def locate(path: str) -> Callable:
     """The class or function with this dotted path, imported. ImportError, AttributeError, ValueError."""
-    module, _, name = path.rpartition(".")
+    module, _, name = current(path).rpartition(".")
     return getattr(import_module(module), name)
 
 
 @cache
 def parameters(path: str, supplied: tuple[str, ...]) -> dict[str, Parameter]:
     """Those of the class or function with this dotted path, but for the `supplied`. ImportError, AttributeError."""
-    module, _, name = path.rpartition(".")
+    module, _, name = current(path).rpartition(".")
     try:
         return _Module(module).parameters(name, supplied)
     except _NotPlain:
@@ -54,7 +57,7 @@ def constant(path: str, name: str) -> Any:
 
     It may name literals of other modules. ImportError, ValueError.
     """
-    module = path.rpartition(".")[0]
+    module = current(path).rpartition(".")[0]
     try:
         return _Module(module).literal(name)
     except _NotPlain:

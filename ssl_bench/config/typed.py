@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ssl_bench import signatures
+from ssl_bench.config import signatures
 from ssl_bench.shell import in_quotes
 
 ALWAYS = ("stage", "experiment", "settings", "launcher", "hydra")  # how a configuration is made, and where it runs
@@ -123,6 +123,6 @@ def _select(config: Mapping, key: str) -> Any:
 @cache
 def _readers(key: str) -> list[str]:
     """Our stages that read it, as one types them."""
-    names = sorted(path.stem for path in Path(__file__).with_name("stages").glob("[!_]*.py"))
+    names = sorted(path.stem for path in (Path(__file__).parents[1] / "stages").glob("[!_]*.py"))
     declared = {name: reads(f"ssl_bench.stages.{name}.{name}") for name in names}
     return [f"stage={name}" for name, keys in declared.items() if keys and covers(keys, key)]

@@ -17,7 +17,7 @@ from ssl_bench.data import pictures
 from ssl_bench.data.pool import default_workers, run_in_order
 from ssl_bench.data.store import DecodeRows, OnError, Split, cannot_decode
 from ssl_bench.errors import UserError
-from ssl_bench.seeding import fold
+from ssl_bench.runtime.seeding import fold
 
 log = logging.getLogger(__name__)
 

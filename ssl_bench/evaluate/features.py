@@ -1,10 +1,11 @@
-"""Features of many images on the disk, where a run that was interrupted finds what it has."""
+"""Features of all images of a split: in memory, or on disk, where an interrupted run finds what it has."""
 
 import json
 import logging
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -12,14 +13,17 @@ from pathlib import Path
 import filelock
 import numpy as np
 import torch
-from omegaconf import DictConfig
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_bench import distributed, files
-from ssl_bench.data.source import Source
+from ssl_bench import files
+from ssl_bench.data.pool import Progress
+from ssl_bench.data.source import Batch, Source
 from ssl_bench.errors import UserError
-from ssl_bench.run import Run
-from ssl_bench.stages.cached import extract_all
+from ssl_bench.evaluate.passes import extract
+from ssl_bench.runs.run import Run
+from ssl_bench.runtime import distributed
+from ssl_bench.runtime.precision import autocast
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +39,7 @@ def new_array(path: Path, dtype: type[np.floating], shape: tuple[int, ...]) -> n
 
 
 def stored_features(
-    cfg: DictConfig, run: Run, backbone: nn.Module, source: Source, view: Callable[[Tensor], Tensor], path: Path
+    precision: str, run: Run, backbone: nn.Module, source: Source, view: Callable[[Tensor], Tensor], path: Path
 ) -> np.ndarray:
     """float16 (N, dim), memory-mapped from `path`: the features of all images of the source, in its order.
 
@@ -53,9 +57,9 @@ def stored_features(
         began = time.monotonic()
         while done < len(rows):
             source.rows = rows[done : done + BLOCK]
-            block = extract_all(cfg, run, backbone, source, lambda images, _: view(images)).half().numpy()
+            block = extract_all(precision, run, backbone, source, lambda images, _: view(images)).half().numpy()
             if not np.isfinite(block).all():
-                raise UserError(f"pretrained={cfg.pretrained}: its features aren't finite numbers in float16")
+                raise UserError("its features aren't finite numbers in float16: choose another pretrained=")
             if run.is_main:
                 stored = np.load(path, mmap_mode="r+")
                 stored[done : done + len(block)] = block
@@ -69,3 +73,38 @@ def stored_features(
                 run.interrupt()
         source.rows = rows
     return np.load(path, mmap_mode="r")
+
+
+def extract_all(
+    precision: str,
+    run: Run,
+    backbone: nn.Module,
+    source: Source,
+    view: Callable[[Tensor, Tensor], Tensor],
+    title: str | None = None,
+) -> Tensor:
+    """Features (N, dim) float32 of all images of the source, in its order, on the CPU of every process.
+
+    view: (images, their indices) -> what the backbone sees. Each process computes its share. title: it is shown how far
+    that is, and a signal stops it; not for within a training, which has a state to save.
+    """
+    passed = source.epoch_pass() if title is None else watched(run, source, title)
+    batches = ((view(images, indices), labels, indices) for images, labels, indices in passed)
+    with autocast(precision, run.device):
+        mine, _ = extract(backbone, batches, nn.Identity())
+    world = distributed.world_size()
+    share = math.ceil(source.num_images / world)  # all_gather wants equal ones
+    shares = distributed.all_gather(F.pad(mine, (0, 0, 0, share - len(mine)))).unflatten(0, (world, share))
+    return shares.transpose(0, 1).flatten(0, 1)[: source.num_images]  # the r-th has every world-th image from the r-th
+
+
+def watched(run: Run, source: Source, title: str) -> Iterator[Batch]:
+    """The source's pass over its images: shows how far it is, and stops for a signal."""
+    world = distributed.world_size()
+    everywhere = source.num_images // world // (source.batch_size // world)  # batches that every process has
+    with Progress(source.num_images, title, run.is_main) as progress:
+        for step, batch in enumerate(source.epoch_pass()):
+            if step < everywhere and run.stopping(step):
+                run.interrupt()
+            yield batch
+            progress.add(min(len(batch[1]) * world, source.num_images - progress.done))

@@ -1,6 +1,4 @@
-"""What is measured without training: features, by their neighbours and linearly; the health of embeddings."""
-
-import math
+"""What features tell without training: by their nearest neighbours and by a ridge classifier."""
 
 import numpy as np
 import torch
@@ -8,8 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 QUERIES, BANK = 1024, 16384  # rows compared at once: their similarities take 64 MB
-COLLAPSED_STD = 0.1  # of 1: what is left of the spread when all images have nearly the same embedding
-COLLAPSED_RANK = 1.5
 
 
 @torch.no_grad()
@@ -61,49 +57,6 @@ def vote(similarities: Tensor, labels: Tensor, num_classes: int, temperature: fl
 
 def _unit(features: Tensor) -> Tensor:
     return F.normalize(features.float() if features.dtype.itemsize < 4 else features, dim=1)
-
-
-@torch.no_grad()
-def health(embeddings: Tensor) -> dict[str, float]:
-    """Embeddings (V, N, D) of V views of N images -> what tells that they collapse, or don't.
-
-    embedding_std: standard deviation over the images of each dimension of the normalised embeddings, times sqrt(D):
-    1 where they are spread evenly, 0 where all are alike (SimSiam, arXiv:2011.10566, section 4.1).
-    effective_rank: exponential of the entropy of the singular values, between 1 and min(N, D) (RankMe,
-    arXiv:2210.02885, section 3).
-    alignment, uniformity: mean squared distance of two views of an image, log of the mean Gaussian potential of pairs
-    of images, of normalised embeddings; lower is better in both (Wang and Isola, arXiv:2005.10242, section 4).
-    """
-    if embeddings.device.type == "mps":
-        embeddings = embeddings.cpu()  # it has no eigenvalues
-    embeddings = embeddings.float() if embeddings.dtype.itemsize < 4 else embeddings
-    unit = F.normalize(embeddings, dim=2)
-    first = unit[0]
-    values = {
-        "embedding_std": first.std(dim=0).mean() * math.sqrt(first.shape[1]),
-        "effective_rank": effective_rank(embeddings[0]),
-        "uniformity": torch.pdist(first).square().mul(-2).exp().mean().log(),
-    }
-    if len(unit) > 1:
-        values["alignment"] = (first - unit[1]).square().sum(dim=1).mean()
-    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))  # one sync
-
-
-def effective_rank(embeddings: Tensor) -> Tensor:
-    """(N, D) -> scalar; see `health`."""
-    embeddings = embeddings.double()
-    narrow = embeddings if embeddings.shape[0] <= embeddings.shape[1] else embeddings.T
-    singular = torch.linalg.eigvalsh(narrow @ narrow.T).clamp(min=0).sqrt()  # faster than of the matrix itself
-    shares = singular / singular.sum().clamp(min=1e-30)
-    return torch.special.entr(shares).sum().exp().to(torch.float32)
-
-
-def collapse(values: dict[str, float]) -> str | None:
-    """What to tell of collapsed embeddings, or None."""
-    std, rank = values["embedding_std"], values["effective_rank"]
-    if std < COLLAPSED_STD or rank < COLLAPSED_RANK:
-        return f"all images have nearly the same embedding: spread {std:.2g} of 1, effective rank {rank:.3g}"
-    return None
 
 
 def knn_and_ridge(features: Tensor, labels: Tensor, asked: Tensor) -> dict[str, float]:

@@ -1,7 +1,9 @@
-"""One member of a sweep, from its file, in a process of its own: `python -m ssl_bench.member FILE`, or a Slurm job.
+"""One member of a sweep, from its file, in a process of its own or as a Slurm job.
+
+`python -m ssl_bench.launch.member FILE` starts one by hand.
 
 The file chooses among our constructors. Those of a user's own are named by who starts it, as its launcher does:
-`python -m ssl_bench.member FILE method._target_=my_module.Mine`.
+`python -m ssl_bench.launch.member FILE method._target_=my_module.Mine`.
 """
 
 import os
@@ -15,15 +17,16 @@ from pathlib import Path
 
 import hydra
 
-from ssl_bench import build, sweep
+from ssl_bench.config import build
 from ssl_bench.errors import Abandoned, Interrupted, UserError
-from ssl_bench.launch import launch, set_up_logging
+from ssl_bench.launch import resolvers
+from ssl_bench.launch.process import launch, set_up_logging
+from ssl_bench.runs import sweep
 
 
 def run(file: Path, named: Sequence[str] = ()) -> None:
     """As one of its ranks. What goes wrong is written beside the file, and raised. named: see `build.strange`."""
-    import ssl_bench.train  # noqa: F401 - the resolvers of the configuration
-
+    resolvers.register()
     build.restrict(named)
     member, rank = sweep.Member.load(file), int(os.environ.get("SLURM_PROCID", 0))
     set_up_logging(quiet=rank > 0)

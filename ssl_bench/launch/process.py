@@ -3,11 +3,8 @@
 import io
 import json
 import logging
-import os
-import shutil
 import signal
 import sys
-import sysconfig
 import tempfile
 import uuid
 from functools import partial
@@ -15,16 +12,17 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from ssl_bench import build
+from ssl_bench.config import build
 from ssl_bench.data.pool import default_workers
 from ssl_bench.errors import Abandoned, Interrupted, UserError
+from ssl_bench.runtime.device import check_compiler, pick_device
 
 log = logging.getLogger(__name__)
 
 
 def launch(cfg: DictConfig) -> dict[str, float]:
     """Run cfg's stage: in this process, in `cfg.devices` new ones, or as one of those that torchrun or srun started."""
-    from ssl_bench import distributed
+    from ssl_bench.runtime import distributed
 
     if cfg.compile:
         check_compiler()
@@ -38,15 +36,15 @@ def launch(cfg: DictConfig) -> dict[str, float]:
 def _settled(cfg: DictConfig) -> DictConfig:
     """cfg with all that the weights decide, which the run then says in its config.yaml: the very file in place of a run
     directory, where there may be a newer one when the next looks; a mean and std that are null."""
-    from ssl_bench import interop
     from ssl_bench.augment.views import IMAGENET_MEAN, IMAGENET_STD
+    from ssl_bench.runs import weights
 
     source, decided = cfg.pretrained, {}
     if source is not None and Path(source).is_dir():
-        decided["pretrained"] = source = str(interop.find(source))
+        decided["pretrained"] = source = str(weights.find(source))
     look = OmegaConf.to_container(cfg.augmentation, resolve=True) if cfg.get("augmentation") else {}
     if unsaid := [key for key in ("mean", "std") if key in look and look[key] is None]:
-        theirs = interop.look(interop.find(source)) if source is not None else {}
+        theirs = weights.look(weights.find(source)) if source is not None else {}
         imagenet = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
         decided["augmentation"] = look | {key: theirs.get(key) or imagenet[key] for key in unsaid}
     if not decided:
@@ -54,26 +52,15 @@ def _settled(cfg: DictConfig) -> DictConfig:
     return build.literal(OmegaConf.to_container(cfg, resolve=True) | decided)
 
 
-def check_compiler() -> None:
-    """UserError unless torch.compile finds what it calls, on the CPU and, through Triton, for a GPU."""
-    compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
-    if not any(shutil.which(name) for name in compilers if name):
-        raise UserError("compile=true needs a C++ compiler, and finds none: apt-get install g++, or type compile=false")
-    if not Path(header := sysconfig.get_path("include"), "Python.h").exists():
-        raise UserError(
-            f"compile=true needs Python's headers, and finds none in {header}: apt-get install python3-dev, or type "
-            "compile=false"
-        )
-
-
 def _run(cfg: DictConfig) -> dict[str, float]:
     import torch
 
-    from ssl_bench import distributed, interop, memory, precision, results
-    from ssl_bench.run import Run
+    from ssl_bench.runs import units, weights
+    from ssl_bench.runs.run import Run
+    from ssl_bench.runtime import distributed, memory, precision
 
     world = distributed.launched() or distributed.World(0, 0, 1, 1)
-    device = build.pick_device(cfg.device, world.local_rank)
+    device = pick_device(cfg.device, world.local_rank)
     if device.type == "cpu":
         memory.keep_freed()
         if world.local_size > 1:
@@ -86,13 +73,13 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     if distributed.launched():  # elsewhere than here: their number may change the result
         plain["devices"] = world.size
     if cfg.pretrained is not None:  # of a zoo name, too
-        plain["pretrained"] = str(interop.find(cfg.pretrained))
+        plain["pretrained"] = str(weights.find(cfg.pretrained))
     tracker = partial(build.construct, cfg.tracking, directory=Path(cfg.dir or "."), config=plain)
     with distributed.process_group(device), Run(plain, device, tracker) as run:
         if run.summary is not None:
             split = getattr(build.locate(cfg.stage._target_, "stage"), "split", None)
             run.check_data(split and partial(split, cfg))
-            values = ", ".join(f"{key} {results.spoken(key, value)}" for key, value in run.summary.items())
+            values = ", ".join(f"{key} {units.spoken(key, value)}" for key, value in run.summary.items())
             log.info("%s is finished already (%s); to run it again, delete it or choose another dir=", cfg.dir, values)
             return run.summary
         try:
@@ -115,7 +102,7 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
 
     if cfg.device.startswith("cuda:"):
         raise UserError(f"device={cfg.device} is one GPU, and devices={cfg.devices} need as many: type device=cuda")
-    device = build.pick_device(cfg.device, 0)  # here and not in the ranks: a mistake is told sooner
+    device = pick_device(cfg.device, 0)  # here and not in the ranks: a mistake is told sooner
     if device.type == "cuda" and cfg.devices > (gpus := torch.cuda.device_count()):
         raise UserError(f"devices={cfg.devices}: torch sees {gpus} GPUs here; choose at most devices={gpus}")
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
@@ -158,7 +145,7 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
 
 
 def _rank(config: str, folder: str) -> dict[str, float]:
-    from ssl_bench import distributed
+    from ssl_bench.runtime import distributed
 
     signal.signal(signal.SIGUSR2, lambda *_: None)  # outside of a run it must not end this process
     rank = distributed.launched().rank

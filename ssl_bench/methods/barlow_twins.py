@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from ssl_bench import distributed
 from ssl_bench.methods import layers
 from ssl_bench.methods.base import Method, Output, health_of
+from ssl_bench.runtime import distributed
 
 
 @layers.full_precision

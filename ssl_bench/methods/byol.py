@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from ssl_bench.fields import Fraction
+from ssl_bench.config.fields import Fraction
 from ssl_bench.methods import layers
 from ssl_bench.methods.base import Method, Output, ema_, health_of, momentum_copy, rising
 

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from ssl_bench import distributed
-from ssl_bench.fields import Epochs, Fraction, WholeEpochs
+from ssl_bench.config.fields import Epochs, Fraction, WholeEpochs
 from ssl_bench.methods import layers
 from ssl_bench.methods.base import Method, Output, by_size, ema_, health_of, momentum_copy, rising
+from ssl_bench.runtime import distributed
 
 
 class DINOLoss(nn.Module):

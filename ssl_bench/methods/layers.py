@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_bench import distributed
 from ssl_bench.errors import UserError
+from ssl_bench.runtime import distributed
 
 
 def mlp(

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from ssl_bench import distributed
+from ssl_bench.config.fields import Fraction
 from ssl_bench.errors import UserError
-from ssl_bench.fields import Fraction
 from ssl_bench.methods import layers, splits
 from ssl_bench.methods.base import Method, Output, ema_, health_of, momentum_copy
+from ssl_bench.runtime import distributed
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from ssl_bench import distributed
-from ssl_bench.fields import Epochs
+from ssl_bench.config.fields import Epochs
 from ssl_bench.methods import layers
 from ssl_bench.methods.base import Method, Output, by_size, health_of
+from ssl_bench.runtime import distributed
 
 NUM_CODED = 2  # crops whose codes the others predict: those of full size
 IDLE = {"method.queue_length=0": ("method.queue_start",)}  # see `typed`

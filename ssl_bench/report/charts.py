@@ -12,8 +12,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from ssl_bench.report import GREY, INK, LINES, STYLE, mean_std
-from ssl_bench.results import shown, unit
+from ssl_bench.report.figure import GREY, INK, LINES, STYLE
+from ssl_bench.runs.units import mean_std, shown, unit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,9 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+from ssl_bench.report.tables import markdown
+from ssl_bench.runs.units import mean_std
 
 # Figures are drawn without a window. A notebook's choice, as its terminal has it, would end `import matplotlib`.
 os.environ["MPLBACKEND"] = "agg"
@@ -40,18 +42,6 @@ STYLE = {
 }
 
 
-def mean_std(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (n - 1); the latter is NaN for a single value."""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return mean, math.nan
-    return mean, math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1))
-
-
-def smaller_is_better(metric: str) -> bool:
-    return "loss" in metric
-
-
 def table(rows: dict[str, list[float]], metric: str, percent: bool = True) -> str:
     """Markdown that also lines up in a terminal: name | mean ± std (n), largest mean first.
 
@@ -59,26 +49,6 @@ def table(rows: dict[str, list[float]], metric: str, percent: bool = True) -> st
     """
     header = ["", f"{metric} (%)" if percent else metric]
     return markdown(header, [[name, _format(values, percent)] for name, values in _best_first(rows)], right=1)
-
-
-def markdown(header: list[str], rows: list[list[str]], right: int = 0) -> str:
-    """A table that also lines up in a terminal. right: how many columns at the end are aligned to the right."""
-    lines = [[plain(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    left = len(header) - right
-    text = [
-        "| " + " | ".join(f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(line)) + " |"
-        for line in lines
-    ]
-    rule = "|".join("-" * (width + 2) if i < left else "-" * (width + 1) + ":" for i, width in enumerate(widths))
-    return "\n".join([text[0], f"|{rule}|", *text[1:]])
-
-
-def plain(text: str) -> str:
-    """A text that may come from elsewhere, as a cell or a sentence of Markdown, which a terminal shows as well: in one
-    line, without markup that would be more than this text, or characters that move the cursor."""
-    text = "".join(char if char.isprintable() else " " for char in text)
-    return re.sub(r"[|<]|(?<=\])\(", r"\\\g<0>", text)
 
 
 def overview(path: str | Path, *args: Any, **kwargs: Any) -> None:

@@ -14,9 +14,12 @@ from typing import Any
 import numpy as np
 
 import ssl_bench
-from ssl_bench import charts, results
-from ssl_bench.report import mean_std, project
-from ssl_bench.results import Board, Group, Ran
+from ssl_bench.report import charts, grouping, tables
+from ssl_bench.report.figure import project
+from ssl_bench.report.grouping import Board, Group
+from ssl_bench.runs import units
+from ssl_bench.runs.record import Ran
+from ssl_bench.runs.units import mean_std
 
 # What is healthy, and who measured it so.
 HEALTH = {
@@ -102,23 +105,23 @@ def render(
 
 def _board(board: Board, numbers: dict[str, int]) -> dict:
     rows = board.rows
-    columns = results.columns(rows)
+    columns = tables.columns(rows)
     lines = []
     for group, row in zip(board.groups, rows, strict=True):
         cells = []
         for column in columns:
             values = row["values"].get(column, [])
             order = mean_std(values)[0] if values else row.get(column)
-            cells.append({"text": results.cell(row, column), "order": order})
+            cells.append({"text": tables.cell(row, column), "order": order})
         lines.append({"name": group.name, "number": numbers[group.name], "n": row["n"], "cells": cells})
     drawn = [(g.name, numbers[g.name], values) for g in board.groups if (values := _finite(g.values(board.metric)))]
     return {
         "id": board.stage,
         "title": board.title,
-        "metric": results.unit(board.metric).label,
+        "metric": units.unit(board.metric).label,
         "unranked": not board.ranked and len(board.groups) > 1,
-        "best": results.shown(board.metric, board.groups[0].values(board.metric)) if board.ranked else "",
-        "columns": [results.heading(column) for column in columns],
+        "best": units.shown(board.metric, board.groups[0].values(board.metric)) if board.ranked else "",
+        "columns": [tables.heading(column) for column in columns],
         "rows": lines,
         "chart": charts.dots(board.metric, drawn[: charts.LIMIT]) if board.ranked and len(drawn) > 1 else None,
         "undrawn": max(0, len(drawn) - charts.LIMIT) if board.ranked else 0,
@@ -136,7 +139,7 @@ def _curves(board: Board, numbers: dict[str, int]) -> dict | None:
     methods = {group.name: group.runs[0].name for group in drawn}
     keys = {key for group in drawn for ran in group.runs for line in ran.lines for key in line}
     keys -= {"step", "epoch", "images_seen"}
-    order = [board.metric, *results.UNITS]
+    order = [board.metric, *units.UNITS]
     main = sorted(keys - {*HEALTH, *TECHNICAL}, key=lambda key: (order.index(key) if key in order else len(order), key))
     training = [key for key in ("loss", "accuracy") if key in keys and any(key.startswith("val_") for key in keys)]
     main = [key for key in main if key not in training]
@@ -153,7 +156,7 @@ def _curves(board: Board, numbers: dict[str, int]) -> dict | None:
             if key == "loss" and board.stage == "pretrain":  # it means something else for each method: a panel each
                 parts = {name: [one for one in series if methods[one.name] == name] for name in methods.values()}
             for name, part in parts.items():
-                label = results.unit(key).label
+                label = units.unit(key).label
                 title = f"{label}: {name}" if len(parts) > 1 else label
                 if part:
                     panels[kind].append({"title": title, "note": HEALTH.get(key, ""), "svg": charts.lines(key, part)})
@@ -183,7 +186,7 @@ def _points(ran: Ran, key: str) -> np.ndarray:
 
 
 def _differences(board: Board) -> dict:
-    differing = results.differences([group.runs[0] for group in board.groups])
+    differing = grouping.differences([group.runs[0] for group in board.groups])
     return {
         "id": board.stage,
         "title": board.title,
@@ -194,7 +197,9 @@ def _differences(board: Board) -> dict:
 
 def _runs(boards: Sequence[Board], runs: Sequence[Ran]) -> list[dict]:
     names = {ran: group.name for board in boards for group in board.groups for ran in group.runs}
-    names |= {ran: names[newest] for ran, newest in results.repeated(ran for ran in runs if not ran.holds_runs).items()}
+    names |= {
+        ran: names[newest] for ran, newest in grouping.repeated(ran for ran in runs if not ran.holds_runs).items()
+    }
     lines = []
     for ran in runs:
         metric = ran.config.get("metric") or ""
@@ -209,9 +214,9 @@ def _runs(boards: Sequence[Board], runs: Sequence[Ran]) -> list[dict]:
                 "state": ran.state.name,
                 "note": " ".join(ran.state.note.split()),
                 "epoch": f"{last.get('epoch', 0):g} of {ran.config['epochs']}" if last else "",
-                "result": f"{results.unit(metric).label} {results.shown(metric, [value])}" if value is not None else "",
+                "result": f"{units.unit(metric).label} {units.shown(metric, [value])}" if value is not None else "",
                 "order": value,
-                "hours": results.shown("hours", [hours]) if (hours := ran.values.get("hours")) is not None else "",
+                "hours": units.shown("hours", [hours]) if (hours := ran.values.get("hours")) is not None else "",
                 "device": ran.device,
                 "started": (ran.environment.get("started") or "")[:16].replace("T", " "),
                 "commit": commit,
@@ -271,7 +276,7 @@ def _classes(details: Sequence[Detail]) -> dict | None:
         for detail in same:
             right = {ran: 100 * float((said[mine] == label).mean()) for ran, said in detail.predictions.items()}
             values = detail.group.by_sample(right)
-            cells.append({"text": results.shown("val_top1", values), "mean": mean_std(values)[0]})
+            cells.append({"text": units.shown("val_top1", values), "mean": mean_std(values)[0]})
         rows.append({"name": same[0].class_name(label), "order": int(label), "count": int(mine.sum()), "cells": cells})
     return {"names": [detail.group.name for detail in same], "rows": rows}
 

@@ -12,7 +12,7 @@ import torch
 
 from ssl_bench import files
 from ssl_bench.errors import UserError
-from ssl_bench.files import complete, step_of
+from ssl_bench.runs.layout import complete, step_of
 
 log = logging.getLogger(__name__)
 

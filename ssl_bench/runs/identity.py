@@ -18,6 +18,7 @@ import yaml
 
 from ssl_bench import files
 from ssl_bench.methods import splits
+from ssl_bench.runs import layout
 
 # A run may continue when these differ: they don't change what it computes, only where, how fast, and what is shown.
 # (`devices` does where each process does something by itself: see `_by_process`.)
@@ -274,7 +275,7 @@ def _has(node: Any, kinds: Mapping[str, Any]) -> bool:
 
 def recorded(directory: Path) -> str:
     """The sha256 of what a run stands on, as it began; "" where that isn't known."""
-    known = directory / files.WEIGHTS
+    known = directory / layout.WEIGHTS
     files.check(known)
     return known.read_text(encoding="utf-8", errors="replace").strip() if known.is_file() else ""
 
@@ -296,10 +297,10 @@ def with_origin(config: Mapping[str, Any], directory: Path) -> Identity:
 
 def remember(weights: Path, directory: Path) -> None:
     """Leave in the directory of a run which run made the file that it stands on: that one may move, or be deleted."""
-    run, known = files.run_of(weights), directory / ORIGIN
+    run, known = layout.run_of(weights), directory / ORIGIN
     if run is None or not (run / "config.yaml").is_file():
         return
-    last = [files.step_of(path) for path in files.complete(run)[:1]]
+    last = [layout.step_of(path) for path in layout.complete(run)[:1]]
     made = with_origin(_parsed(run / "config.yaml", yaml.safe_load), run)
     step = older(weights, (run / "summary.json").is_file(), last)
     said = {"weights": files.digest(weights), "step": step, "run": asdict(made)}
@@ -322,7 +323,7 @@ def older(weights: Path, finished: bool, last: list[int]) -> int | None:
     """The step of a checkpoint, unless it is the last of a finished training, as far as that is known."""
     if not weights.match("step*.pt"):
         return None
-    return None if finished and last == [files.step_of(weights)] else files.step_of(weights)
+    return None if finished and last == [layout.step_of(weights)] else layout.step_of(weights)
 
 
 def slug(value: object) -> str:

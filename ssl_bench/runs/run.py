@@ -23,12 +23,15 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from ssl_bench import __version__, distributed, files, identity, results
-from ssl_bench.build import construct
-from ssl_bench.checkpoint import Checkpoint, complete, step_of
+from ssl_bench import __version__, files
+from ssl_bench.config.build import construct
 from ssl_bench.data.store import Split
 from ssl_bench.errors import Interrupted, UserError, writable
-from ssl_bench.tracking import MetricsFile, Tracker
+from ssl_bench.runs import identity, layout, units
+from ssl_bench.runs.checkpoint import Checkpoint, complete, step_of
+from ssl_bench.runs.metrics import MetricsFile
+from ssl_bench.runs.tracking import Tracker
+from ssl_bench.runtime import distributed
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +111,7 @@ class Run:
         self.summary, self.status = summary, "finished"
         if self.directory and self.is_main:
             text = json.dumps(summary, indent=2) + "\n"
-            sums = files.sums_of(self.directory, files.own(self.directory))
+            sums = files.sums_of(self.directory, layout.own(self.directory))
             sums["summary.json"] = hashlib.sha256(text.encode()).hexdigest()
             files.seal(self.directory, sums)  # before it: what has a summary is done
             files.write(self.directory / "summary.json", text)
@@ -121,14 +124,14 @@ class Run:
             directory.mkdir(parents=True, exist_ok=True)
             held = self._acquire(directory)
             self._check_same(directory)
-            if not files.has_state(directory):  # of another configuration, perhaps, that saved nothing
-                for name in (files.WEIGHTS, identity.ORIGIN, "inputs.json"):
+            if not layout.has_state(directory):  # of another configuration, perhaps, that saved nothing
+                for name in (layout.WEIGHTS, identity.ORIGIN, "inputs.json"):
                     (directory / name).unlink(missing_ok=True)
             if not (directory / "summary.json").exists():  # else the files say what ran
                 (directory / files.SUMS).unlink(missing_ok=True)
                 self._write_config(directory)
                 if self._config.get("pretrained"):
-                    files.write(directory / files.WEIGHTS, self._weights)
+                    files.write(directory / layout.WEIGHTS, self._weights)
                     identity.remember(Path(self._config["pretrained"]), directory)
         return held
 
@@ -150,7 +153,7 @@ class Run:
     def _check_same(self, directory: Path) -> None:
         """A result is of a configuration and of the content of a file: its path may hold another training by now."""
         known = directory / "config.yaml"
-        if not known.exists() or not files.has_state(directory):
+        if not known.exists() or not layout.has_state(directory):
             return
         before = identity.left_by(files.parse(known, yaml.safe_load), directory)
         if shown := identity.changes(before, identity.Identity(self._config, weights=self._weights)):
@@ -246,7 +249,7 @@ class Run:
         if self.is_main:
             self.metrics.log(step, line)
             self.tracker.log(step, line)
-            values = "  ".join(f"{key} {results.spoken(key, value)}" for key, value in line.items())
+            values = "  ".join(f"{key} {units.spoken(key, value)}" for key, value in line.items())
             left = (self._total - step) * (time.monotonic() - self._began) / max(step - self._start, 1)
             log.info("step %s/%s  %s  left %s", f"{step:,}", f"{self._total:,}", values, timedelta(seconds=round(left)))
 
@@ -259,7 +262,7 @@ class Run:
         if self.is_main and self.directory is not None:
             known = identity.inputs(self.directory)
             now = {"fingerprint": fingerprint, "images": images}
-            if files.has_state(self.directory) and known.get(split, now) != now:
+            if layout.has_state(self.directory) and known.get(split, now) != now:
                 raise UserError(
                     f"dir={self.directory} holds a run of other images: split '{split}' had "
                     f"{known[split]['images']:,}, has {images:,} now, not the same. Choose another dir=, or delete it"

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import filelock
 import yaml
 
-from ssl_bench import files, identity
+from ssl_bench import files
+from ssl_bench.config.typed import key_of
 from ssl_bench.errors import UserError
-from ssl_bench.identity import Identity
-from ssl_bench.tracking import MetricsFile
-from ssl_bench.typed import key_of
+from ssl_bench.runs import identity, layout
+from ssl_bench.runs.identity import Identity
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Member:
     @property
     def has_state(self) -> bool:
         """Has its run, or a part of it, saved anything?"""
-        return any(files.has_state(path.parent) for path in self.directory.glob("**/config.yaml"))
+        return any(layout.has_state(path.parent) for path in self.directory.glob("**/config.yaml"))
 
     @property
     def lock(self) -> Path:
@@ -120,13 +120,13 @@ class Member:
     def conflict(self) -> str:
         """In words, how what was run in its directory differs from it."""
         ran = self._read("config.yaml", yaml.safe_load)
-        return self._changes(ran) if ran is not None and files.has_state(self.directory) else ""
+        return self._changes(ran) if ran is not None and layout.has_state(self.directory) else ""
 
     @property
     def stale(self) -> bool:
         """Did it stand on other weights than `pretrained` means now?"""
         known, source = identity.recorded(self.directory), self.config.get("pretrained")
-        weights = files.weights_of(Path(self.cwd, source)) if known and source else None
+        weights = layout.weights_of(Path(self.cwd, source)) if known and source else None
         return weights is not None and files.digest(weights) != known
 
     def _changes(self, ran: dict) -> str:
@@ -243,30 +243,6 @@ def locked(path: Path) -> bool:
         return True
 
 
-# -- for people --------------------------------------------------------------------------------------------------------
-
-
-def overview(members: Sequence[Member], states: Sequence[State], metric: str | None = None) -> str:
-    """A line a member: state, step, the newest value of the metric, by default of its own."""
-    from ssl_bench import report, results  # import numpy
-
-    rows = []
-    for member, state in zip(members, states, strict=True):
-        part, epochs = member.under_way
-        lines = MetricsFile.read(path) if (path := part / "metrics.jsonl").exists() else []
-        step = value = ""
-        shown = metric or member.config["metric"]
-        if lines:
-            done, epoch = lines[-1]["step"], lines[-1]["epoch"]
-            of = f"{part.relative_to(member.directory)}: " if part != member.directory else ""
-            step = f"{of}{done:,}/{round(done / epoch * epochs):,}"
-        result = next((line for line in reversed(lines) if shown in line), {}) | (member.result() or {})
-        if shown in result:
-            value = f"{shown} {results.spoken(shown, result[shown])}"
-        rows.append([member.name, state.name, step, value, " ".join(state.note.split())])
-    return report.markdown(["member", "state", "step", "metric", ""], rows)
-
-
 def twin(config: Mapping, members: Mapping[str, Sequence[Member]]) -> Member | None:
     """Who computes the same, by whatever words; members: `by_key` of those there are."""
     alike, asked = members.get(_key(config), ()), Identity(config)
@@ -274,7 +250,7 @@ def twin(config: Mapping, members: Mapping[str, Sequence[Member]]) -> Member | N
         if Identity(member.config).stands_on == asked.stands_on:
             return member
     source = config.get("pretrained")
-    weights = files.weights_of(Path(source)) if alike and source else None  # which may have moved
+    weights = layout.weights_of(Path(source)) if alike and source else None  # which may have moved
     return next((one for one in alike if weights and identity.recorded(one.directory) == files.digest(weights)), None)
 
 

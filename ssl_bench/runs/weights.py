@@ -17,9 +17,11 @@ import xxhash
 import yaml
 from torch import Tensor, nn
 
-from ssl_bench import build, checkpoint, files, zoo
+from ssl_bench import files
+from ssl_bench.config import build
 from ssl_bench.errors import UserError
 from ssl_bench.methods.moco import MoCo
+from ssl_bench.runs import checkpoint, layout, published
 
 State = dict[str, Tensor]
 DIGEST = "ssl_bench.xxh3_128"  # in the metadata of a safetensors file: of its tensors, and what else it says
@@ -65,8 +67,8 @@ def load_backbone(backbone: nn.Module, source: str) -> Loaded:
 
 def _backbone_of(source: str, path: Path) -> str:
     """What to type for the backbone of the file, as far as it is known."""
-    if source in zoo.WEIGHTS:
-        return f"backbone={zoo.WEIGHTS[source].backbone}"
+    if source in published.WEIGHTS:
+        return f"backbone={published.WEIGHTS[source].backbone}"
     if not (node := (recipe(path) or {}).get("backbone")):
         return "backbone="
     telling = ("stem", "width", "model", "image_size", "patch_size")
@@ -77,14 +79,15 @@ def _backbone_of(source: str, path: Path) -> str:
 def find(source: str) -> Path:
     """The file that `pretrained=source` means."""
     path = Path(source)
-    if file := files.weights_of(path):
+    if file := layout.weights_of(path):
         return file
     if path.is_dir():
         raise UserError(f"pretrained={source}: no checkpoint in this directory; give a run directory or a file")
-    if source in zoo.WEIGHTS:
-        return zoo.fetch(source)
+    if source in published.WEIGHTS:
+        return published.fetch(source)
     raise UserError(
-        f"pretrained={source}: no such file or run directory, nor one of the known weights: {', '.join(zoo.WEIGHTS)}"
+        f"pretrained={source}: no such file or run directory, nor one of the known weights: "
+        f"{', '.join(published.WEIGHTS)}"
     )
 
 
@@ -94,9 +97,9 @@ def read(path: Path) -> object:
         files.check(path)
         return _safetensors(path)[0] if path.suffix == ".safetensors" else checkpoint.read(path)
     except UserError as error:
-        run = files.run_of(path)
-        older = [file for file in files.complete(run) if file.name < path.name] if run else []
-        hint = f"; the state before it, of step {files.step_of(older[0]):,}, is pretrained={older[0]}" if older else ""
+        run = layout.run_of(path)
+        older = [file for file in layout.complete(run) if file.name < path.name] if run else []
+        hint = f"; the state before it, of step {layout.step_of(older[0]):,}, is pretrained={older[0]}" if older else ""
         raise UserError(f"{error}{hint}") from None
 
 
@@ -144,7 +147,7 @@ def recipe(path: Path) -> dict | None:
         files.check(path)
         text = _metadata(path, files.state(path)).get("ssl_bench")
         return build.read_back(path, text, json.loads) if text else None
-    run = files.run_of(path)
+    run = layout.run_of(path)
     if not (run and (run / "config.yaml").is_file()):
         return None
     files.check(run / "config.yaml")
@@ -166,7 +169,7 @@ def look(path: Path) -> dict[str, list[float]]:
 
 def class_names(path: Path) -> list[str]:
     """Of the outputs of the classifier in the file, in their order; nothing where the classes have no names."""
-    run = files.run_of(path)
+    run = layout.run_of(path)
     known = files.parse(run / CLASSES, json.loads) if run and (run / CLASSES).is_file() else recipe(path) or {}
     names = known.get("classes", [])
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
-from ssl_bench import build, files, identity, interop
+from ssl_bench import files
+from ssl_bench.config import build
 from ssl_bench.data.store import Split
 from ssl_bench.errors import UserError
-from ssl_bench.run import Run
+from ssl_bench.runs import identity, layout, weights
+from ssl_bench.runs.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +48,9 @@ def seen_by(pretrained: str | None) -> Labels:
     """What these weights have learnt from; nothing where they are as initialised."""
     if pretrained is None:
         return Labels()
-    path = interop.find(pretrained)
-    place = (files.run_of(path) or Path()) / FILE
-    content = files.parse(place, json.loads) if place.is_file() else (interop.recipe(path) or {}).get("labels")
+    path = weights.find(pretrained)
+    place = (layout.run_of(path) or Path()) / FILE
+    content = files.parse(place, json.loads) if place.is_file() else (weights.recipe(path) or {}).get("labels")
     if content is None:
         return Labels(known=False)
     try:

@@ -7,25 +7,22 @@ from collections.abc import Callable
 from itertools import product
 from typing import NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from ssl_bench import distributed
 from ssl_bench.augment.draws import keys
 from ssl_bench.augment.views import EvalView, Views
 from ssl_bench.data.source import FeatureSource, Source
-from ssl_bench.engine import evaluate, extract
 from ssl_bench.errors import UserError
-from ssl_bench.optim import scaled_lr
-from ssl_bench.precision import autocast
-from ssl_bench.probe import IGNORED, LinearGrid
-from ssl_bench.run import Run
-from ssl_bench.seeding import fold
-from ssl_bench.stages.evaluation import listed, watched
-from ssl_bench.stages.training import check_optimizer, train
+from ssl_bench.evaluate.features import extract_all
+from ssl_bench.evaluate.passes import evaluate
+from ssl_bench.methods.probe import IGNORED, LinearGrid
+from ssl_bench.runs.run import Run
+from ssl_bench.runtime import distributed
+from ssl_bench.shell import listed
+from ssl_bench.stages._training import check_optimizer, train
+from ssl_bench.training.optim import scaled_lr
 
 log = logging.getLogger(__name__)
 
@@ -106,9 +103,9 @@ def train_grid(
     labels = torch.from_numpy(source.labels[source.rows])
     backbone, cells = grid.train().backbone, options.cells
 
-    clean = extract_all(cfg, run, backbone, source, lambda images, indices: test_view(images), "features")
+    clean = extract_all(cfg.precision, run, backbone, source, lambda images, indices: test_view(images), "features")
     drawn = [
-        extract_all(cfg, run, backbone, source, _draw(views, cfg.seed, epoch), f"features, copy {epoch + 1}")
+        extract_all(cfg.precision, run, backbone, source, _draw(views, cfg.seed, epoch), f"features, copy {epoch + 1}")
         for epoch in range(options.copies)
     ]
     shown = drawn or [clean]
@@ -152,51 +149,6 @@ def train_grid(
         for (lr, decay), pair in zip(cells, grid.pairs(), strict=True)
     ]
     return train(cfg, run, grid, features, lambda batch, keys: [batch], measure, groups)
-
-
-def hold_out(
-    labels: np.ndarray,
-    share: float,
-    seed: int,
-    chooser: str = "stage.features=cached",
-    instead: str = "stage.features=official",
-) -> np.ndarray:
-    """Mask of this share of the images of each class, at least one and not all, drawn by seed. labels (N,)."""
-    classes, counts = np.unique(labels, return_counts=True)
-    if counts.min() < 2:
-        raise UserError(
-            f"{chooser} chooses by held-out labels, and class {classes[counts.argmin()]} has only 1: "
-            f"give each class 2 (stage.labels_per_class=2 or more), or type {instead}"
-        )
-    held = np.zeros(len(labels), dtype=bool)
-    for label, count in zip(classes, counts, strict=True):
-        rng = np.random.default_rng(fold(seed, "holdout", int(label)))
-        chosen = min(max(round(share * count), 1), count - 1)
-        held[rng.choice(np.flatnonzero(labels == label), chosen, replace=False)] = True
-    return held
-
-
-def extract_all(
-    cfg: DictConfig,
-    run: Run,
-    backbone: nn.Module,
-    source: Source,
-    view: Callable[[Tensor, Tensor], Tensor],
-    title: str | None = None,
-) -> Tensor:
-    """Features (N, dim) float32 of all images of the source, in its order, on the CPU of every process.
-
-    view: (images, their indices) -> what the backbone sees. Each process computes its share. title: it is shown how far
-    that is, and a signal stops it; not for within a training, which has a state to save.
-    """
-    passed = source.epoch_pass() if title is None else watched(run, source, title)
-    batches = ((view(images, indices), labels, indices) for images, labels, indices in passed)
-    with autocast(cfg.precision, run.device):
-        mine, _ = extract(backbone, batches, nn.Identity())
-    world = distributed.world_size()
-    share = math.ceil(source.num_images / world)  # all_gather wants equal ones
-    shares = distributed.all_gather(F.pad(mine, (0, 0, 0, share - len(mine)))).unflatten(0, (world, share))
-    return shares.transpose(0, 1).flatten(0, 1)[: source.num_images]  # the r-th has every world-th image from the r-th
 
 
 def _draw(views: Views, seed: int, epoch: int) -> Callable[[Tensor, Tensor], Tensor]:

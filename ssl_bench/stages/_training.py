@@ -10,15 +10,18 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ssl_bench import build, distributed, files, interop, tracking
+from ssl_bench import files
 from ssl_bench.augment.views import Views
-from ssl_bench.data.formats import Dataset
+from ssl_bench.config import build
+from ssl_bench.data.formats.base import Dataset
 from ssl_bench.data.source import HostSource, ResidentSource, Source, StreamedSource, fits
-from ssl_bench.engine import fit
 from ssl_bench.errors import UserError
 from ssl_bench.methods.base import Method
-from ssl_bench.run import Run
-from ssl_bench.seeding import fold, seed_torch
+from ssl_bench.runs import tracking, weights
+from ssl_bench.runs.run import Run
+from ssl_bench.runtime import distributed
+from ssl_bench.runtime.seeding import fold, seed_torch
+from ssl_bench.training.engine import fit
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +80,7 @@ def open_source(cfg: DictConfig, run: Run, data: Dataset, split: str, subset: np
     """The images of a split, kept where `cfg.source` says; packed first when needed."""
     run.uses(split, data.split(split).fingerprint, data.split(split).length)
     if split == "train" and data.class_names and run.is_main and run.directory:
-        files.write(run.directory / interop.CLASSES, json.dumps({"classes": list(data.class_names)}) + "\n")
+        files.write(run.directory / weights.CLASSES, json.dumps({"classes": list(data.class_names)}) + "\n")
     share = (cfg.batch_size, cfg.seed, run.device, distributed.rank(), distributed.world_size(), subset)
     kind = cfg.source
     if kind == "auto" and distributed.any_rank(not data.has_room(split)):

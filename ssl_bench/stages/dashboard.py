@@ -4,11 +4,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ssl_bench import dashboard as panels
-from ssl_bench import files, tracking
+from ssl_bench import files
+from ssl_bench.config.fields import Place
 from ssl_bench.errors import UserError, writable
-from ssl_bench.fields import Place
-from ssl_bench.run import Run
+from ssl_bench.report import dashboard as panels
+from ssl_bench.runs import tracking
+from ssl_bench.runs.run import Run
 
 READS = ("tracking",)
 

@@ -17,16 +17,18 @@ from omegaconf import DictConfig
 from pydantic import PositiveInt
 from torch import nn
 
-from ssl_bench import __version__, files, interop, results
+from ssl_bench import __version__, files
+from ssl_bench.config.fields import Place
 from ssl_bench.errors import UserError, writable
-from ssl_bench.fields import Place
-from ssl_bench.report import plain
-from ssl_bench.results import Ran
-from ssl_bench.run import Run
+from ssl_bench.report import grouping, tables
+from ssl_bench.report.tables import plain
+from ssl_bench.runs import layout, record, units, weights
+from ssl_bench.runs.record import Ran
+from ssl_bench.runs.run import Run
 from ssl_bench.shell import override
-from ssl_bench.stages import labels
-from ssl_bench.stages.evaluation import Pretrained, open_pretrained
-from ssl_bench.stages.training import check_size
+from ssl_bench.stages import _labels
+from ssl_bench.stages._pretrained import Pretrained, open_pretrained
+from ssl_bench.stages._training import check_size
 
 log = logging.getLogger(__name__)
 
@@ -58,23 +60,23 @@ def export(
         for place in (next(parent for parent in folder.absolute().parents if parent.exists()), folder):
             if place.exists():
                 tempfile.TemporaryFile(dir=place).close()  # said now, and not after the weights are loaded
-    given = results.find(files.places(cfg.runs))
+    given = record.find(files.places(cfg.runs))
     pretrained = open_pretrained(cfg)
-    measured = results.measured(given, pretrained.path)
+    measured = record.measured(given, pretrained.path)
     if given and not measured:
         raise UserError(
             f"runs={cfg.runs}: none of its {len(given)} runs measured {pretrained.path}; name runs that did"
         )
     if given:
         log.info("numbers of %d of %d runs: those that measured these weights", len(measured), len(given))
-    if said := results.left_out(measured):
+    if said := grouping.left_out(measured):
         log.warning(said)
     size = pretrained.view(image_size, None)[1].image_size
     check_size("stage.image_size", size, pretrained.backbone, pretrained.network.get("name"))
     state = dict(pretrained.backbone.state_dict())
     if pretrained.classifier is not None:
         state |= {f"fc.{key}": value for key, value in pretrained.classifier.state_dict().items()}
-        own = results.of(pretrained.path)
+        own = record.of(pretrained.path)
         measured += [own] if own and "val_top1" in own.summary else []
 
     partial = folder.with_name(folder.name + ".partial")
@@ -111,7 +113,7 @@ def replace(folder: Path, partial: Path) -> None:
     os.replace(partial / files.SUMS, folder / files.SUMS)  # last: until then a repeated command knows what to delete
 
 
-def write_weights(state: interop.State, pretrained: Pretrained, folder: Path) -> None:
+def write_weights(state: weights.State, pretrained: Pretrained, folder: Path) -> None:
     from safetensors.torch import save
 
     state = {key: value.contiguous() for key, value in state.items()}
@@ -121,10 +123,10 @@ def write_weights(state: interop.State, pretrained: Pretrained, folder: Path) ->
             "backbone": pretrained.network,
             "stage": config.get("stage"),
             "classes": pretrained.classes,
-            "labels": labels.seen_by(str(pretrained.path)).said(),
+            "labels": _labels.seen_by(str(pretrained.path)).said(),
         }
         metadata["ssl_bench"] = json.dumps(kept)
-    metadata[interop.DIGEST] = interop.digest(state, metadata.get("ssl_bench", ""))
+    metadata[weights.DIGEST] = weights.digest(state, metadata.get("ssl_bench", ""))
     (folder / "model.safetensors").write_bytes(save(state, metadata))  # save_file's are for the owner only
     torch.save(state, folder / "model.pth")
 
@@ -186,7 +188,7 @@ def write_onnx(network: nn.Module, image_size: int, path: Path) -> None:
 
 def card(name: str, pretrained: Pretrained, measured: list[Ran], image_size: int | None, no_onnx: str = "") -> str:
     """no_onnx: why there is no model.onnx, where that was tried."""
-    config, classifier, rows = pretrained.config, pretrained.classifier, results.evaluations(measured)
+    config, classifier, rows = pretrained.config, pretrained.classifier, grouping.evaluations(measured)
     packed, view = pretrained.view(image_size, None)
     mean, std = (tuple(round(x, 4) for x in values.flatten().tolist()) for values in view.normalize.buffers())
     resized = round(view.image_size * view.resize)
@@ -194,7 +196,7 @@ def card(name: str, pretrained: Pretrained, measured: list[Ran], image_size: int
         f"# {name}",
         plain(about(pretrained)),
         "## Numbers",
-        results.table(rows, ["val_top1", "val_top5", "n"]) if rows else "None were given (`runs=` of `stage=export`).",
+        tables.table(rows, ["val_top1", "val_top5", "n"]) if rows else "None were given (`runs=` of `stage=export`).",
         "On the val split: mean ± standard deviation over n seeds." if rows else "",
         "## Input",
         f"RGB, uint8: the centre square at {packed} pixels, resized to {resized} (bilinear, antialiased, rounded to "
@@ -242,15 +244,15 @@ def about(pretrained: Pretrained) -> str:
     method, stage, data = ((config.get(group) or {}).get("name") for group in ("method", "stage", "data"))
     text = f"A {network}: {method or stage} on {data}, {config.get('epochs')} epochs, batch {config.get('batch_size')}"
     text += f", exported by ssl_bench {__version__} from `{pretrained.path.name}`"
-    if (folder := files.run_of(pretrained.path)) is None:
+    if (folder := layout.run_of(pretrained.path)) is None:
         return text + "."
     text += f" of `{folder.parent.name}/{folder.name}`."
-    if (run := results.of(pretrained.path)) is None:
+    if (run := record.of(pretrained.path)) is None:
         return text + " The run had not finished."
     metric = config.get("metric")
     if metric not in run.summary:
         return text
-    return text + f" It ended with {metric} {results.spoken(metric, run.summary[metric])}."
+    return text + f" It ended with {metric} {units.spoken(metric, run.summary[metric])}."
 
 
 def usage(pretrained: Pretrained) -> str:
@@ -265,7 +267,7 @@ def usage(pretrained: Pretrained) -> str:
         lines += [] if classes else ["network.fc = torch.nn.Identity()"]
     else:
         arguments = ", ".join(f"{key}={value!r}" for key, value in own.items())
-        lines += [f"from ssl_bench.backbones import {name}", "", f"network = {name}({arguments})"]
+        lines += [f"from ssl_bench.backbones.resnet import {name}", "", f"network = {name}({arguments})"]
         lines += [f"network.fc = torch.nn.Linear(network.dim, {classes})"] if classes else []
     call = "network.fc(network(images))" if classes and not resnet else "network(images)"
     return "\n".join(

@@ -3,17 +3,18 @@
 from omegaconf import DictConfig
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from ssl_bench import build, distributed
 from ssl_bench.augment.views import EvalView
-from ssl_bench.engine import evaluate
-from ssl_bench.fields import Resize, Share
-from ssl_bench.finetune import FineTune
+from ssl_bench.config import build
+from ssl_bench.config.fields import Resize, Share
+from ssl_bench.evaluate.labels import few_labels
+from ssl_bench.evaluate.passes import evaluate
 from ssl_bench.methods import layers
-from ssl_bench.optim import scaled_lr
-from ssl_bench.run import Run
-from ssl_bench.stages import TRAINING, labels
-from ssl_bench.stages.evaluation import digest, few_labels, load_pretrained
-from ssl_bench.stages.training import (
+from ssl_bench.methods.finetune import FineTune
+from ssl_bench.runs.run import Run
+from ssl_bench.runtime import distributed
+from ssl_bench.stages import TRAINING, _labels
+from ssl_bench.stages._pretrained import digest, load_pretrained
+from ssl_bench.stages._training import (
     check_batch,
     check_norm,
     check_optimizer,
@@ -24,6 +25,7 @@ from ssl_bench.stages.training import (
     open_source,
     train,
 )
+from ssl_bench.training.optim import scaled_lr
 
 READS = (*TRAINING, "pretrained", "sync_batch_norm")
 
@@ -58,8 +60,8 @@ def finetune(
     model = FineTune(backbone, data.num_classes, trained_blocks, mixup)
     check_norm(cfg, model, cfg.sync_batch_norm)
     on_device(model, run)
-    before = labels.seen_by(cfg.pretrained)
-    before._replace(seen=(*before.seen, labels.data_set(cfg, split))).record(run)
+    before = _labels.seen_by(cfg.pretrained)
+    before._replace(seen=(*before.seen, _labels.data_set(cfg, split))).record(run)
     views = make_views(cfg, run, model)
     test_view = EvalView(views.image_size, test_resize, *normalization(cfg)).to(run.device)
     source = open_source(cfg, run, data, "train", subset)

@@ -10,19 +10,22 @@ from omegaconf import DictConfig
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from ssl_bench import build, distributed
 from ssl_bench.augment.views import EvalView
+from ssl_bench.config import build
+from ssl_bench.config.fields import Resize, Share
 from ssl_bench.data.pool import Progress
 from ssl_bench.data.source import fits
 from ssl_bench.errors import UserError
-from ssl_bench.evaluators import QUERIES, nearest, vote
-from ssl_bench.fields import Resize, Share
-from ssl_bench.run import Run
+from ssl_bench.evaluate.features import extract_all
+from ssl_bench.evaluate.labels import few_labels, hold_out
+from ssl_bench.evaluate.neighbours import QUERIES, nearest, vote
+from ssl_bench.runs.run import Run
+from ssl_bench.runtime import distributed
 from ssl_bench.stages import IMAGES, LOOK, RUN
-from ssl_bench.stages.cached import check_holdout, extract_all, hold_out
-from ssl_bench.stages.evaluation import check_directory, few_labels, load_pretrained, log_result
-from ssl_bench.stages.labels import check_unseen
-from ssl_bench.stages.training import check_sizes, normalization, on_device, open_source
+from ssl_bench.stages._labels import check_unseen
+from ssl_bench.stages._lincls_grid import check_holdout
+from ssl_bench.stages._pretrained import check_directory, load_pretrained, log_result
+from ssl_bench.stages._training import check_sizes, normalization, on_device, open_source
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +75,9 @@ def knn(
     source = open_source(cfg, run, data, "train", subset)
     test = open_source(cfg, run, data, "val")
 
-    bank = extract_all(cfg, run, backbone, source, lambda images, indices: test_view(images), "features of train")
+    bank = extract_all(
+        cfg.precision, run, backbone, source, lambda images, indices: test_view(images), "features of train"
+    )
     labels, result, best = torch.from_numpy(source.labels[source.rows]), {}, cells[0]
     if exam:
         held = torch.from_numpy(hold_out(source.labels[source.rows], holdout, cfg.seed, *CHOICE))
@@ -83,7 +88,9 @@ def knn(
             report(run, {cell: top1 for cell, (top1, _) in scores.items()}, best, int(held.sum()))
             if best[0] == max(k) > min(k):
                 log.warning("k %d is the largest tried: the best may lie beyond; add a larger one to stage.k", best[0])
-    queries = extract_all(cfg, run, backbone, test, lambda images, indices: test_view(images), "features of val")
+    queries = extract_all(
+        cfg.precision, run, backbone, test, lambda images, indices: test_view(images), "features of val"
+    )
     targets = torch.from_numpy(test.labels[test.rows])
     top1, top5 = accuracy(run, queries, targets, bank, labels, data.num_classes, [best])[best]
     result |= {"k": best[0], "temperature": best[1], "val_top1": top1, "val_top5": top5}

@@ -8,17 +8,19 @@ from omegaconf import DictConfig
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
-from ssl_bench import build, distributed
 from ssl_bench.augment.views import EvalView
-from ssl_bench.engine import evaluate
-from ssl_bench.fields import Resize, Share, WholeEpochs
+from ssl_bench.config import build
+from ssl_bench.config.fields import Resize, Share, WholeEpochs
+from ssl_bench.evaluate.labels import few_labels, hold_out
+from ssl_bench.evaluate.passes import evaluate
 from ssl_bench.methods import layers
-from ssl_bench.probe import LinearGrid, LinearProbe
-from ssl_bench.run import Run
-from ssl_bench.stages import TRAINING, labels
-from ssl_bench.stages.cached import GridOptions, check_holdout, check_options, check_unused, hold_out, train_grid
-from ssl_bench.stages.evaluation import digest, few_labels, load_pretrained
-from ssl_bench.stages.training import (
+from ssl_bench.methods.probe import LinearGrid, LinearProbe
+from ssl_bench.runs.run import Run
+from ssl_bench.runtime import distributed
+from ssl_bench.stages import TRAINING, _labels
+from ssl_bench.stages._lincls_grid import GridOptions, check_holdout, check_options, check_unused, train_grid
+from ssl_bench.stages._pretrained import digest, load_pretrained
+from ssl_bench.stages._training import (
     check_batch,
     check_norm,
     check_sizes,
@@ -71,9 +73,9 @@ def lincls(
     subset = few_labels(split.labels, labels_per_class, label_fraction, cfg.seed)
     check_batch(cfg, split.length if subset is None else len(subset))
     if exam:  # said now, and not after the images are packed
-        labels.check_unseen(cfg, split, *CHOICE)
+        _labels.check_unseen(cfg, split, *CHOICE)
         hold_out(split.labels if subset is None else split.labels[subset], holdout, cfg.seed)
-    labels.seen_by(cfg.pretrained).record(run)  # of the backbone, which this stage leaves as it is
+    _labels.seen_by(cfg.pretrained).record(run)  # of the backbone, which this stage leaves as it is
     backbone = load_pretrained(cfg)
     check_sizes(cfg, backbone)
     if normalize and features == "official":

@@ -11,17 +11,20 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import NonNegativeInt
 
-from ssl_bench import build, distributed, identity, interop, report, typed
 from ssl_bench.augment.draws import keys
 from ssl_bench.augment.views import EvalView
+from ssl_bench.config import build, typed
 from ssl_bench.errors import UserError
-from ssl_bench.launch import launch
-from ssl_bench.run import Run
-from ssl_bench.stages import EVERY, PRETRAINING, RECIPE, labels
-from ssl_bench.stages.cached import extract_all
+from ssl_bench.evaluate.features import extract_all
+from ssl_bench.launch.process import launch
+from ssl_bench.report import figure
+from ssl_bench.runs import identity, units, weights
+from ssl_bench.runs.metrics import MetricsFile
+from ssl_bench.runs.run import Run
+from ssl_bench.runtime import distributed
+from ssl_bench.stages import EVERY, PRETRAINING, RECIPE, _labels
+from ssl_bench.stages._training import normalization, on_device, open_source
 from ssl_bench.stages.pretrain import picture
-from ssl_bench.stages.training import normalization, on_device, open_source
-from ssl_bench.tracking import MetricsFile
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +56,7 @@ def pipeline(
         if name := member.tracking.get("name"):  # theirs, too, and each has one
             member.tracking.name = f"{name} {os.path.relpath(member.dir, cfg.dir)}"
         build.check(member)  # all of it, before any of it takes time
-    if labels.learns_labels(cfg.method):
+    if _labels.learns_labels(cfg.method):
         for member in chain(*evaluations.values()):
             check_choice(member, pretraining)
     launch(pretraining)
@@ -68,7 +71,7 @@ def pipeline(
             log.info("%s: top-1 %s", name, ", ".join(f"{value:.1f}" for value in results[name]))
     if distributed.any_rank(bool(results)):  # some stages tell them to rank 0 alone
         if run.is_main:
-            print(f"\n{report.table(results, 'top-1')}")
+            print(f"\n{figure.table(results, 'top-1')}")
         picture = run.directory / "overview.png"
         try:
             draw(cfg, run, evaluations, results, picture)
@@ -77,7 +80,7 @@ def pipeline(
                 print(f"\npicture: {picture}")
         except Exception as error:  # whatever it is, it must not cost the result
             log.warning("no picture: %s: %s", type(error).__name__, error)
-    top1 = {f"{name} top-1": report.mean_std(values)[0] for name, values in results.items()}
+    top1 = {f"{name} top-1": units.mean_std(values)[0] for name, values in results.items()}
     return top1 | cost(MetricsFile.read(run.directory / "pretrain" / "metrics.jsonl"))
 
 
@@ -90,7 +93,7 @@ def check_choice(member: DictConfig, pretraining: DictConfig) -> None:
     on = member.pretrained is not None and identity.real(member.pretrained) == identity.real(pretraining.dir)
     chooses = on and member.data.name == pretraining.data.name and hasattr(stage, "chooses")
     if chooses and stage.chooses(member.stage):
-        raise UserError(labels.refusal(member, *stage.choice))
+        raise UserError(_labels.refusal(member, *stage.choice))
 
 
 def cost(lines: list[dict[str, float]]) -> dict[str, float]:
@@ -143,9 +146,11 @@ def draw(
     train_images, test = (open_source(cfg, run, data, split) for split in ("pretrain", "val"))
     views = build.construct(cfg.augmentation).to(run.device)
     backbone = build.construct(cfg.backbone)
-    interop.load_backbone(backbone, f"{cfg.dir}/pretrain")
+    weights.load_backbone(backbone, f"{cfg.dir}/pretrain")
     test_view = EvalView(views.image_size, 1.0, *normalization(cfg)).to(run.device)
-    features = extract_all(cfg, run, on_device(backbone, run).eval(), test, lambda images, _: test_view(images))
+    features = extract_all(
+        cfg.precision, run, on_device(backbone, run).eval(), test, lambda images, _: test_view(images)
+    )
     if not run.is_main:
         return
     images, _, indices = next(train_images.epoch_pass())
@@ -154,4 +159,4 @@ def draw(
     for name in results:
         curves[name] = MetricsFile.read(Path(evaluations[name][0].dir) / "metrics.jsonl")
     title = f"{cfg.method.name}, {cfg.backbone.name}, {cfg.data.name}"
-    report.overview(path, title, curves, shown.cpu(), features.numpy(), test.labels[test.rows], results)
+    figure.overview(path, title, curves, shown.cpu(), features.numpy(), test.labels[test.rows], results)

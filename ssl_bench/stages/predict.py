@@ -9,18 +9,18 @@ import torch
 from omegaconf import DictConfig
 from pydantic import PositiveInt
 
-from ssl_bench import distributed
-from ssl_bench.data.formats import Images
+from ssl_bench.config.fields import BitDepth, Place, Resize, ValueRange
+from ssl_bench.data.formats.folder import Images
 from ssl_bench.data.pool import Progress
 from ssl_bench.data.store import Split
 from ssl_bench.errors import UserError
-from ssl_bench.fields import BitDepth, Place, Resize, ValueRange
-from ssl_bench.precision import autocast
-from ssl_bench.run import Run
+from ssl_bench.evaluate.features import new_array
+from ssl_bench.runs.run import Run
+from ssl_bench.runtime import distributed
+from ssl_bench.runtime.precision import autocast
 from ssl_bench.stages import IMAGES, RUN
-from ssl_bench.stages.evaluation import Pretrained, check_directory, log_result, open_pretrained
-from ssl_bench.stages.features import new_array
-from ssl_bench.stages.training import check_size, on_device, open_source
+from ssl_bench.stages._pretrained import Pretrained, check_directory, log_result, open_pretrained
+from ssl_bench.stages._training import check_size, on_device, open_source
 
 BLOCK = 4096  # images between two saves
 

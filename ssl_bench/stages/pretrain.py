@@ -9,21 +9,22 @@ from omegaconf import DictConfig
 from pydantic import NonNegativeInt
 from torch import Tensor
 
-from ssl_bench import build, distributed
 from ssl_bench.augment.draws import keys
 from ssl_bench.augment.views import EvalView, Views
-from ssl_bench.data.formats import Dataset
+from ssl_bench.config import build
+from ssl_bench.data.formats.base import Dataset
 from ssl_bench.data.source import Source
 from ssl_bench.errors import UserError
-from ssl_bench.evaluators import knn_and_ridge
+from ssl_bench.evaluate.features import extract_all
+from ssl_bench.evaluate.labels import check_classes, hold_out
+from ssl_bench.evaluate.neighbours import knn_and_ridge
 from ssl_bench.methods import layers
 from ssl_bench.methods.base import Method
-from ssl_bench.run import Run
-from ssl_bench.seeding import fold
-from ssl_bench.stages import EVERY, IMAGES, PRETRAINING, RECIPE, labels
-from ssl_bench.stages.cached import extract_all, hold_out
-from ssl_bench.stages.evaluation import check_classes
-from ssl_bench.stages.training import (
+from ssl_bench.runs.run import Run
+from ssl_bench.runtime import distributed
+from ssl_bench.runtime.seeding import fold
+from ssl_bench.stages import EVERY, IMAGES, PRETRAINING, RECIPE, _labels
+from ssl_bench.stages._training import (
     check_batch,
     check_norm,
     check_sizes,
@@ -77,8 +78,8 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
             )
         layers.sync_batch_norm_(model, run.device, cfg.compile)
     model = on_device(model, run)
-    learnt = [labels.data_set(cfg, data.split("train"))] if labels.learns_labels(cfg.method) else []
-    labels.Labels(tuple(learnt)).record(run)
+    learnt = [_labels.data_set(cfg, data.split("train"))] if _labels.learns_labels(cfg.method) else []
+    _labels.Labels(tuple(learnt)).record(run)
     if not model.learns:
         run.save(0, model=model)
         return {}
@@ -125,7 +126,9 @@ def online(
     test_view = EvalView(views.image_size, 1.0, *normalization(cfg)).to(run.device)
 
     def evaluate() -> dict[str, float]:
-        features = extract_all(cfg, run, model.backbone.eval(), source, lambda images, indices: test_view(images))
+        features = extract_all(
+            cfg.precision, run, model.backbone.eval(), source, lambda images, indices: test_view(images)
+        )
         return knn_and_ridge(features, torch.from_numpy(targets), asked)
 
     return evaluate

@@ -7,18 +7,22 @@ import torch
 from omegaconf import DictConfig
 from pydantic import NonNegativeInt
 
-from ssl_bench import build, checkpoint, files, interop, page, results
-from ssl_bench.data.formats import Dataset
+from ssl_bench import files
+from ssl_bench.config import build
+from ssl_bench.config.fields import Place
+from ssl_bench.data.formats.base import Dataset
 from ssl_bench.data.source import Source
-from ssl_bench.engine import extract
-from ssl_bench.errors import UserError, writable
-from ssl_bench.fields import Place
-from ssl_bench.probe import restored
-from ssl_bench.report import markdown
-from ssl_bench.results import Board, Group, Ran
-from ssl_bench.run import Run
-from ssl_bench.stages.evaluation import view_of
-from ssl_bench.stages.training import check_size, on_device, open_source
+from ssl_bench.errors import UserError, unknown, writable
+from ssl_bench.evaluate.passes import extract
+from ssl_bench.methods.probe import restored
+from ssl_bench.report import grouping, page, tables
+from ssl_bench.report.grouping import Board, Group
+from ssl_bench.report.tables import markdown
+from ssl_bench.runs import checkpoint, record, weights
+from ssl_bench.runs.record import Ran
+from ssl_bench.runs.run import Run
+from ssl_bench.stages._pretrained import view_of
+from ssl_bench.stages._training import check_size, on_device, open_source
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +56,11 @@ report.single_process = True
 
 def write(cfg: DictConfig, run: Run, paths: list[Path], folder: Path, details: int) -> dict[str, float]:
     """The three files. Returns what `report` does."""
-    runs = results.find(paths)
-    boards = results.boards(runs, cfg.metric)
+    runs = record.find(paths)
+    boards = grouping.boards(runs, cfg.metric)
     if cfg.metric and all(board.metric != cfg.metric for board in boards):
         known = sorted({metric for ran in runs if not ran.holds_runs for metric in ran.values})
-        raise UserError(f"metric={build.unknown('metric of these runs', cfg.metric, known)}")
+        raise UserError(f"metric={unknown('metric of these runs', cfg.metric, known)}")
     with writable("stage.out", folder):
         folder.mkdir(parents=True, exist_ok=True)
         candidates = choose(boards)
@@ -66,14 +70,14 @@ def write(cfg: DictConfig, run: Run, paths: list[Path], folder: Path, details: i
         files.write(folder / "report.html", page.render(title, runs, boards, shown, view_pictures(boards), notes))
         files.write(folder / "results.md", write_markdown(title, boards, runs))
         rows = [
-            row | {"runs": [results.evidence(ran) for ran in group.finished]}
+            row | {"runs": [record.evidence(ran) for ran in group.finished]}
             for board in boards
             if board.has_results
             for group, row in zip(board.groups, board.rows, strict=True)
             if row["n"]
         ]
         newest = max((ran.environment for ran in runs), key=lambda environment: environment.get("started") or "")
-        results.save(
+        tables.save(
             folder / "results.json",
             rows,
             runs=[str(path) for path in paths],
@@ -89,7 +93,7 @@ def remarks(runs: list[Ran], candidates: int, details: int) -> list[str]:
     notes = []
     if unfinished := sum(ran.summary is None for ran in runs):
         notes.append(f"{unfinished} of {len(runs)} runs are not finished: tables hold those that are.")
-    if said := results.left_out(runs):
+    if said := grouping.left_out(runs):
         log.warning(said)
         notes.append(said)
     what = "Confusion matrix, neighbours and feature map"
@@ -103,10 +107,10 @@ def remarks(runs: list[Ran], candidates: int, details: int) -> list[str]:
 
 
 def fill(path: Path) -> None:
-    """Make the marked tables of a Markdown file anew; see `results.fill`."""
+    """Make the marked tables of a Markdown file anew; see `tables.fill`."""
     try:
         before = path.read_text(encoding="utf-8")
-        after = results.fill(before, path.parent)
+        after = tables.fill(before, path.parent)
     except OSError as error:
         raise UserError(f"stage.readme={path}: can't be read ({error.strerror})") from None
     except UserError as error:
@@ -118,8 +122,8 @@ def fill(path: Path) -> None:
 
 def leaderboards(boards: list[Board]) -> list[str]:
     """A heading and a table of Markdown for each board that has results."""
-    tables = ((board, results.columns(board.rows)) for board in boards if board.has_results)
-    return [f"## {board.title}\n\n{results.table(board.rows, columns)}" for board, columns in tables]
+    shown = ((board, tables.columns(board.rows)) for board in boards if board.has_results)
+    return [f"## {board.title}\n\n{tables.table(board.rows, columns)}" for board, columns in shown]
 
 
 def write_markdown(title: str, boards: list[Board], runs: list[Ran]) -> str:
@@ -128,11 +132,11 @@ def write_markdown(title: str, boards: list[Board], runs: list[Ran]) -> str:
         f"# {title}",
         "Mean ± sample standard deviation (n - 1) over n seeds; "
         "evaluations of one of several pretrainings are averaged first.",
-        *filter(None, [results.left_out(runs)]),
+        *filter(None, [grouping.left_out(runs)]),
     ]
     parts += leaderboards(boards)
     for board in boards:
-        if differing := results.differences([group.runs[0] for group in board.groups]):
+        if differing := grouping.differences([group.runs[0] for group in board.groups]):
             parts.append(f"## What differs: {board.title}")
             header = ["", *(group.name for group in board.groups)]
             parts.append(markdown(header, [[key, *words] for key, words in differing.items()]))
@@ -203,7 +207,7 @@ def look(cfg: DictConfig, run: Run, detail: page.Detail, ran: Ran, source: Sourc
     backbone = build.construct(node)
     view = view_of(ran.config, place, resize=ran.config["stage"].get("test_resize", 1.0))
     check_size("augmentation.image_size", view.image_size, backbone, node.get("name", ""))
-    interop.load_backbone(backbone, str(paths[0]))
+    weights.load_backbone(backbone, str(paths[0]))
     state = checkpoint.read(paths[0])["model"]
     features, labels = extract(on_device(backbone, run).eval(), source.epoch_pass(), view.to(run.device))
     if detail.features is None:

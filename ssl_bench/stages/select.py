@@ -16,19 +16,22 @@ from omegaconf import DictConfig
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from ssl_bench import build, checkpoint, files, interop, selection
+from ssl_bench import files
 from ssl_bench.augment.views import EvalView
+from ssl_bench.config import build
+from ssl_bench.config.fields import Place, Resize
 from ssl_bench.data.source import Source
 from ssl_bench.data.store import Split
 from ssl_bench.errors import UserError
-from ssl_bench.fields import Place, Resize
-from ssl_bench.probe import restored
-from ssl_bench.run import Run
-from ssl_bench.seeding import fold
+from ssl_bench.evaluate import selection
+from ssl_bench.evaluate.features import stored_features
+from ssl_bench.methods.probe import restored
+from ssl_bench.runs import checkpoint, weights
+from ssl_bench.runs.run import Run
+from ssl_bench.runtime.seeding import fold
 from ssl_bench.stages import IMAGES, LOOK, RUN
-from ssl_bench.stages.evaluation import check_directory, digest, load_pretrained, log_result
-from ssl_bench.stages.features import stored_features
-from ssl_bench.stages.training import check_sizes, normalization, on_device, open_source
+from ssl_bench.stages._pretrained import check_directory, digest, load_pretrained, log_result
+from ssl_bench.stages._training import check_sizes, normalization, on_device, open_source
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +135,7 @@ def check_budget(budget: int, free: int) -> None:
 
 def read_classifier(pretrained: str | None) -> dict[str, Tensor]:
     """The state of a `stage=lincls` run. UserError for anything else."""
-    content = checkpoint.read(interop.find(pretrained)) if pretrained else {}
+    content = checkpoint.read(weights.find(pretrained)) if pretrained else {}
     state = content.get("model", {}) if isinstance(content, dict) else {}
     if "fc.weight" not in state:
         raise UserError(
@@ -154,7 +157,7 @@ def compute(
     look = (cfg.augmentation.image_size, test_resize, normalization(cfg))
     whose = fold(digest(backbone), cfg.precision, repr(look), split.store_name, source.num_images)
     view = EvalView(*look[:2], *look[2]).to(run.device)
-    return stored_features(cfg, run, backbone, source, view, folder / f"{split.name}-{whose:016x}.npy")
+    return stored_features(cfg.precision, run, backbone, source, view, folder / f"{split.name}-{whose:016x}.npy")
 
 
 @torch.no_grad()

@@ -4,9 +4,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ssl_bench import build, files, results, sweep
-from ssl_bench.errors import UserError
-from ssl_bench.run import Run
+from ssl_bench import files
+from ssl_bench.errors import UserError, unknown
+from ssl_bench.report import sweeps
+from ssl_bench.runs import sweep
+from ssl_bench.runs.run import Run
 from ssl_bench.shell import override
 
 READS = ("runs", "metric")
@@ -32,12 +34,12 @@ def status(cfg: DictConfig, run: Run) -> dict[str, float]:
             raise UserError(f"runs={path}: no sweep there; name the folder of one{hint}")
         known = list(dict.fromkeys(key for member in members for key in member.result() or {}))
         if known and cfg.metric and cfg.metric not in known:
-            raise UserError(build.unknown("value", f"metric={cfg.metric}", [f"metric={key}" for key in known]))
+            raise UserError(unknown("value", f"metric={cfg.metric}", [f"metric={key}" for key in known]))
         states = sweep.states(members)
         if len(paths) > 1:
             print(f"\n{path}\n")
-        print(sweep.overview(members, states, cfg.metric))
-        if shown := results.sweep_table(path, cfg.metric):
+        print(sweeps.overview(members, states, cfg.metric))
+        if shown := sweeps.sweep_table(path, cfg.metric):
             print(f"\n{shown}")
         for state in states:
             counts[state.name] = counts.get(state.name, 0) + 1

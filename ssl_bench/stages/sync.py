@@ -6,7 +6,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ssl_bench import files
 from ssl_bench.errors import UserError
-from ssl_bench.tracking import choose_mode, rebuild
+from ssl_bench.runs.tracking import choose_mode, rebuild
 
 READS = ("runs", "tracking")
 

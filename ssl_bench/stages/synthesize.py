@@ -3,10 +3,10 @@
 from omegaconf import DictConfig
 from pydantic import NonNegativeInt
 
+from ssl_bench.config.fields import Place
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import UserError
-from ssl_bench.fields import Place
-from ssl_bench.run import Run
+from ssl_bench.runs.run import Run
 
 READS = ("data",)
 

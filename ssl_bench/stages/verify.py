@@ -11,15 +11,18 @@ from omegaconf import DictConfig
 from pydantic import PositiveFloat
 
 import ssl_bench
-from ssl_bench import build, checkpoint, files, identity, interop, results
+from ssl_bench import files
+from ssl_bench.config import build
+from ssl_bench.config.fields import Place
 from ssl_bench.data import store
 from ssl_bench.errors import UserError
-from ssl_bench.fields import Place
-from ssl_bench.identity import Identity
-from ssl_bench.launch import launch
-from ssl_bench.report import plain
-from ssl_bench.results import Ran
-from ssl_bench.run import Run, environment
+from ssl_bench.launch.process import launch
+from ssl_bench.report import grouping, tables
+from ssl_bench.report.tables import plain
+from ssl_bench.runs import checkpoint, identity, layout, record, units, weights
+from ssl_bench.runs.identity import Identity
+from ssl_bench.runs.record import Ran
+from ssl_bench.runs.run import Run, environment
 from ssl_bench.stages.report import open_data
 
 READS = ("runs", "data.name", "data.root", "data.cache", "data.workers")
@@ -52,7 +55,7 @@ def verify(
     near, paths = files.places(cfg.runs), files.places(what)
     if not near and not paths:
         raise UserError("stage.what= needs a value: a run, a folder of runs, weights, a results.json or a README.md")
-    known = results.find(near) if near else []
+    known = record.find(near) if near else []
     found: list[Finding] = []
     for path in paths or near:
         found += _of(cfg, path, known, max_minutes if rerun else 0)
@@ -83,7 +86,7 @@ def _of(cfg: DictConfig, path: Path, known: Sequence[Ran], minutes: float) -> li
     if path.suffix == ".md":
         return list(of_page(path, known))
     if path.suffix in WEIGHTS:
-        folder = files.run_of(path)
+        folder = layout.run_of(path)
         return [_file(path), *(of_run(cfg, folder, known, minutes) if folder else ())]
     raise UserError(f"stage.what={path}: neither weights ({', '.join(WEIGHTS)}), nor a .json or .md of results")
 
@@ -95,7 +98,7 @@ def _file(path: Path) -> Finding:
     try:
         sums = files.check(path)
         if path.suffix in WEIGHTS and path.suffix != ".onnx":
-            interop.read(path)
+            weights.read(path)
     except UserError as error:
         return Finding(str(path), "differs", str(error))
     if sums is None and path.suffix == ".onnx":
@@ -141,7 +144,7 @@ def _files(folder: Path) -> Iterator[Finding]:
 def _checkpoints(ran: Ran) -> Iterator[Finding]:
     """Whole, and of this configuration."""
     ours = {Identity(ran.config, weights=ran.stands_on).key, identity.left_by(ran.config, ran.directory).key}
-    for path in files.complete(ran.directory):
+    for path in layout.complete(ran.directory):
         try:
             content = checkpoint.read(path)
         except UserError as error:
@@ -161,7 +164,7 @@ def _below(ran: Ran, known: Sequence[Ran]) -> Iterator[Finding]:
         return
     what = f"{ran.directory}: pretrained={source}"
     if not ran.stands_on:
-        yield Finding(what, "missing", f"no {files.WEIGHTS} says which it was")
+        yield Finding(what, "missing", f"no {layout.WEIGHTS} says which it was")
     elif path := _weights(ran, known):
         yield Finding(what, "whole", f"sha256 {ran.stands_on[:16]}..., now {path}")
     elif Path(source).is_file():
@@ -239,7 +242,7 @@ def _again(cfg: DictConfig, ran: Ran, known: Sequence[Ran], minutes: float) -> F
     if nodes["data"].get("name") == cfg.data.name and "root" in cfg.data:
         nodes["data"]["root"] = cfg.data.root
     nodes["data"] |= {"cache": cfg.data.cache, "workers": cfg.data.workers}
-    nodes["tracking"] = {"name": "local", "_target_": "ssl_bench.tracking.NoTracker"}
+    nodes["tracking"] = {"name": "local", "_target_": "ssl_bench.runs.tracking.NoTracker"}
     with tempfile.TemporaryDirectory() as folder:
         own = {"dir": folder + "/again", "pretrained": weights and str(weights)}
         again = build.literal({**ran.config, **nodes, **own})
@@ -270,11 +273,11 @@ def _compared(what: str, ran: Ran, again: dict[str, float]) -> Finding:
 def of_page(path: Path, known: Sequence[Ran]) -> Iterator[Finding]:
     """Each table between its marks is what its file gives, and each file stands on what it says."""
     text = path.read_text(encoding="utf-8")
-    tables = []
-    for block in results.BLOCK.finditer(text):
+    made_of = []
+    for block in tables.BLOCK.finditer(text):
         what = f"{path}: table of {block[2]}"
         try:
-            same = results.fill(block[0], path.parent) == block[0]
+            same = tables.fill(block[0], path.parent) == block[0]
         except UserError as error:
             yield Finding(what, "differs", str(error))
             continue
@@ -283,18 +286,18 @@ def of_page(path: Path, known: Sequence[Ran]) -> Iterator[Finding]:
             if same
             else Finding(what, "differs", f"not what the file gives: ssl-bench stage=report stage.readme={path}")
         )
-        tables.append(path.parent / block[2])
-    for table in dict.fromkeys(tables):
+        made_of.append(path.parent / block[2])
+    for table in dict.fromkeys(made_of):
         yield from of_table(table, known)
-    if not results.BLOCK.search(text):
+    if not tables.BLOCK.search(text):
         yield Finding(f"{path}: tables", "missing", "none is marked by <!-- results: FILE.json -->")
 
 
 def of_table(path: Path, known: Sequence[Ran]) -> Iterator[Finding]:
     """Its rows made again from the runs that it names by content, as far as these are known."""
-    rows, content = results.load(path), results.remarks(path)
+    rows, content = tables.load(path), tables.remarks(path)
     yield _code(content, str(path))
-    there = {results.evidence(ran)["key"]: ran for ran in known if ran.summary is not None}
+    there = {record.evidence(ran)["key"]: ran for ran in known if ran.summary is not None}
     unnamed = [row for row in rows if "runs" not in row]
     if unnamed and not there:
         note = f"{len(unnamed)} rows, written by an earlier version, don't name theirs: runs= may"
@@ -314,7 +317,7 @@ def _named(what: str, one: dict[str, Any], ran: Ran | None) -> Iterator[Finding]
     """A run of a row, by the digests that the file has of it."""
     if ran is None:
         return
-    now = results.evidence(ran)
+    now = record.evidence(ran)
     other = [key for key in ("summary", "weights", "stands_on", "images") if one[key] and now[key] != one[key]]
     if not other:
         yield Finding(what, "whole", f"in {ran.directory}")
@@ -326,9 +329,9 @@ def _named(what: str, one: dict[str, Any], ran: Ran | None) -> Iterator[Finding]
 
 def _row(what: str, row: dict[str, Any], runs: Sequence[Ran]) -> Finding:
     """Its values, made again."""
-    made = [one["values"] for board in results.boards(runs) for one in board.rows if one["stage"] == row.get("stage")]
+    made = [one["values"] for board in grouping.boards(runs) for one in board.rows if one["stage"] == row.get("stage")]
     if row["values"] in made:
         return Finding(what, "whole", f"the same from its runs, n = {row.get('n')}")
     metric = row.get("metric") or next(iter(row["values"]))
-    now = ", ".join(results.shown(metric, values.get(metric, [])) for values in made)
-    return Finding(what, "differs", f"{metric} {results.shown(metric, row['values'][metric])}, from its runs {now}")
+    now = ", ".join(units.shown(metric, values.get(metric, [])) for values in made)
+    return Finding(what, "differs", f"{metric} {units.shown(metric, row['values'][metric])}, from its runs {now}")

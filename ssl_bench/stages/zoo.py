@@ -4,12 +4,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ssl_bench import files, report, results
+from ssl_bench import files
+from ssl_bench.config.fields import Place
 from ssl_bench.errors import UserError
-from ssl_bench.fields import Place
-from ssl_bench.results import Ran
-from ssl_bench.run import Run
-from ssl_bench.zoo import WEIGHTS, place
+from ssl_bench.report import grouping, tables
+from ssl_bench.runs import record, units
+from ssl_bench.runs.published import WEIGHTS, place
+from ssl_bench.runs.record import Ran
+from ssl_bench.runs.run import Run
 
 READS = ("runs",)
 
@@ -22,7 +24,7 @@ def zoo(cfg: DictConfig, run: Run, verify: Place | None = None) -> dict[str, flo
     """
     if not run.is_main:
         return {}
-    runs = results.find(files.places(cfg.runs))
+    runs = record.find(files.places(cfg.runs))
     own = [ran for ran in runs if ran.summary is not None and ran.weights]
     if verify is not None:
         print(identify(Path(verify), own))
@@ -31,13 +33,13 @@ def zoo(cfg: DictConfig, run: Run, verify: Place | None = None) -> dict[str, flo
         [name, weights.backbone, weights.note, f"md5 {weights.md5}", "yes" if place(name).is_file() else "no"]
         for name, weights in WEIGHTS.items()
     ]
-    print(report.markdown(["pretrained=", "backbone", "ImageNet", "hash", "downloaded"], published))
+    print(tables.markdown(["pretrained=", "backbone", "ImageNet", "hash", "downloaded"], published))
     if own:
         rows = [
             [str(ran.directory), recipe(ran), numbers(ran, runs), f"sha256 {files.digest(ran.weights)[:8]}"]
             for ran in own
         ]
-        print("\n" + report.markdown(["pretrained=", "recipe", "top-1 (%)", "hash"], rows))
+        print("\n" + tables.markdown(["pretrained=", "recipe", "top-1 (%)", "hash"], rows))
     return {"published": len(WEIGHTS), "own": len(own)}
 
 
@@ -77,6 +79,6 @@ def recipe(ran: Ran) -> str:
 def numbers(ran: Ran, runs: list[Ran]) -> str:
     """Its own top-1, or those of what measured it."""
     if "val_top1" in ran.summary:
-        return results.shown("val_top1", [ran.summary["val_top1"]])
-    rows = results.evaluations(results.measured(runs, ran.weights))
-    return "; ".join(f"{row['name']}: {results.cell(row, 'val_top1')} ({row['n']})" for row in rows)
+        return units.shown("val_top1", [ran.summary["val_top1"]])
+    rows = grouping.evaluations(record.measured(runs, ran.weights))
+    return "; ".join(f"{row['name']}: {tables.cell(row, 'val_top1')} ({row['n']})" for row in rows)

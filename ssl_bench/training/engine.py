@@ -2,23 +2,22 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_bench import distributed, memory
 from ssl_bench.augment.draws import keys
 from ssl_bench.data.source import Source
 from ssl_bench.errors import Interrupted
-from ssl_bench.evaluators import collapse, health
+from ssl_bench.evaluate.health import collapse, health
 from ssl_bench.methods.base import Method
-from ssl_bench.optim import clip_, freeze_, schedule_
-from ssl_bench.precision import autocast, gradient_scaler
-from ssl_bench.run import Run
-from ssl_bench.schedule import Schedule
-from ssl_bench.seeding import fold, seed_torch
+from ssl_bench.runs.run import Run
+from ssl_bench.runtime import distributed, memory
+from ssl_bench.runtime.precision import autocast, gradient_scaler
+from ssl_bench.runtime.seeding import fold, seed_torch
+from ssl_bench.training.optim import clip_, freeze_, schedule_
+from ssl_bench.training.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
@@ -124,32 +123,3 @@ def fit(
         if stop and not last:
             run.interrupt(done)
     return run.last_line()
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]], view: Callable[[Tensor], Tensor]
-) -> dict[str, float]:
-    """Top-1, top-5 (percent) and cross-entropy of `model.logits` over every image once, on all ranks together."""
-    model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)  # top-1, top-5, loss, count
-    for images, labels, _ in batches:
-        logits = model.logits(view(images)).float()
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        batch = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, torch.tensor(len(labels), device=loss.device)])
-        sums += batch.double().cpu()
-    top1, top5, loss, count = distributed.total(sums).tolist()
-    return {"val_top1": 100 * top1 / count, "val_top5": 100 * top5 / count, "val_loss": loss / count}
-
-
-@torch.no_grad()
-def extract(
-    backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]], view: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Features (N, dim) float32 and labels (N,) of this rank's images, on the CPU, by a backbone in eval mode."""
-    features, labels = [torch.empty(0, backbone.dim)], [torch.empty(0, dtype=torch.int64)]  # a rank may have no images
-    for images, targets, _ in batches:
-        features.append(backbone(view(images)).float().cpu())
-        labels.append(targets.cpu())
-    return torch.cat(features), torch.cat(labels)

@@ -13,8 +13,8 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from ssl_bench.config.fields import Fraction
 from ssl_bench.errors import UserError
-from ssl_bench.fields import Fraction
 
 Scaling = Literal["linear", "sqrt", "three_quarters", "none"]
 Params = Iterable[nn.Parameter] | Iterable[dict]

@@ -4,7 +4,7 @@ import math
 
 from pydantic import NonNegativeFloat
 
-from ssl_bench.fields import Epochs, Fraction
+from ssl_bench.config.fields import Epochs, Fraction
 
 
 class Schedule:

@@ -1,0 +1,75 @@
+"""Any architecture of the timm package."""
+
+import difflib
+from typing import Any
+
+import torch
+from torch import nn
+
+from ssl_bench.errors import UserError
+
+
+def timm(model: str, options: dict[str, Any] | None = None) -> nn.Module:
+    """Any model of the timm package by its name, as initialised there; options: of its constructor.
+
+    UserError: timm isn't installed, or has no such model.
+    """
+    try:
+        from timm import create_model, list_models
+    except ImportError:
+        raise UserError("backbone=timm needs the timm package: pip install 'ssl_bench[timm]'") from None
+    if model not in (known := list_models()):
+        close = difflib.get_close_matches(model, known, n=3)
+        raise UserError(
+            f"backbone.model={model}: timm has no such model; did you mean {', '.join(close) or 'another'}?"
+        )
+    options = options or {}
+    if "num_classes" in options:
+        raise UserError(f"backbone.options has num_classes={options['num_classes']}: leave it out; a backbone has none")
+
+    def plan(**changed: Any) -> nn.Module:
+        """The same network without weights: quick to make, and its forward pass computes shapes only."""
+        with torch.device("meta"):
+            return create_model(model, **{"num_classes": 0} | options | changed).eval()
+
+    def why_not(size: int, **changed: Any) -> str | None:
+        try:
+            with torch.no_grad():
+                plan(**changed)(torch.empty(1, 3, size, size, device="meta"))
+        except Exception as error:  # of any kind: each family has its own way to say no, or none
+            return (str(error).strip() or f"{type(error).__name__}").splitlines()[0].rstrip(".")
+        return None
+
+    def refuses(size: int) -> str | None:
+        if (reason := why_not(size)) is None:
+            return None
+        helpful = [option for option in ANY_SIZE if why_not(size, **option) is None]
+        mend = f", but not with backbone.options={{{_typed(options | helpful[0])}}}" if helpful else ""
+        return f"fails in {model} ({reason}){mend}"
+
+    def classifier_keys() -> tuple[str, ...]:
+        whole = plan(num_classes=1000).state_dict()
+        return tuple(key for key in whole if key not in network.state_dict())
+
+    try:
+        network = create_model(model, num_classes=0, **options)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        if not options:
+            raise
+        raise UserError(
+            f"backbone.options={{{_typed(options)}}}: not for timm's {model} ({str(error).partition(chr(10))[0]})"
+        ) from None
+    network.dim = network.head_hidden_size  # not num_features: that is before the layers which some heads begin with
+    network.refuses, network.classifier_keys = refuses, classifier_keys
+    return network
+
+
+# Options of timm's constructors with which a network takes images of any size.
+ANY_SIZE = ({"dynamic_img_size": True}, {"strict_img_size": False})
+
+
+def _typed(options: dict[str, Any]) -> str:
+    """As one types them between braces."""
+    return ",".join(
+        f"{key}:{str(value).lower() if isinstance(value, bool) else value}" for key, value in options.items()
+    )

@@ -1,0 +1,113 @@
+"""Vision transformers, torchvision's without their head, for images of any size that the patch divides."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from ssl_bench.errors import UserError
+
+Positions = Literal["learned", "sincos"]
+Init = Literal["torchvision", "moco_v3"]
+
+
+def _vit(
+    image_size: int, patch_size: int, dim: int, num_heads: int, positions: Positions, frozen_patches: bool, init: Init
+) -> nn.Module:
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    class ViT(VisionTransformer):
+        """torchvision's network without `heads`: its own names. Takes images of any size."""
+
+        def __init__(self) -> None:
+            super().__init__(image_size, patch_size, 12, num_heads, dim, 4 * dim, num_classes=1)
+            self.heads, self.dim = nn.Identity(), dim
+            if init == "moco_v3":
+                _init_as_moco_v3(self)
+            if positions == "sincos":
+                self.encoder.pos_embedding.data[0] = _sincos(image_size // patch_size, dim)
+                self.encoder.pos_embedding.requires_grad_(False)
+            self.conv_proj.requires_grad_(not frozen_patches)
+
+        def classifier_keys(self) -> tuple[str, ...]:
+            return ("heads.",)
+
+        def forward(self, x: Tensor) -> Tensor:
+            patches = self.conv_proj(x)  # (N, dim, rows, columns)
+            tokens = torch.cat([self.class_token.expand(x.shape[0], -1, -1), patches.flatten(2).mT], dim=1)
+            tokens = tokens + self.positions(*patches.shape[2:])
+            return self.encoder.ln(self.encoder.layers(self.encoder.dropout(tokens)))[:, 0]
+
+        def refuses(self, size: int) -> str | None:
+            return f"is no multiple of backbone.patch_size={patch_size}" if size % patch_size else None
+
+        def positions(self, rows: int, columns: int) -> Tensor:
+            """(1, 1 + rows * columns, dim): interpolated where the grid isn't that of `image_size` (DINO's authors)."""
+            embedding = self.encoder.pos_embedding
+            side = image_size // patch_size
+            if (rows, columns) == (side, side):
+                return embedding
+            grid = embedding[:, 1:].mT.unflatten(2, (side, side))
+            grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
+            return torch.cat([embedding[:, :1], grid.flatten(2).mT], dim=1)
+
+    if image_size % patch_size:
+        raise UserError(f"backbone.patch_size={patch_size} does not divide backbone.image_size={image_size}")
+    return ViT()
+
+
+@torch.no_grad()
+def _init_as_moco_v3(network: nn.Module) -> None:
+    """Xavier's uniform for linear layers, also query, key, value each, and patches (the authors' vits.py 31-47)."""
+
+    def uniform_(weight: Tensor, inputs: int, outputs: int) -> None:
+        nn.init.uniform_(weight, -((6 / (inputs + outputs)) ** 0.5), (6 / (inputs + outputs)) ** 0.5)
+
+    for module in network.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            uniform_(module.in_proj_weight, module.embed_dim, module.embed_dim)
+            nn.init.zeros_(module.in_proj_bias)
+        elif isinstance(module, nn.Linear):
+            uniform_(module.weight, module.in_features, module.out_features)
+            nn.init.zeros_(module.bias)
+    uniform_(network.conv_proj.weight, network.conv_proj.weight[0].numel(), network.conv_proj.out_channels)
+    nn.init.zeros_(network.conv_proj.bias)
+    nn.init.normal_(network.class_token, std=1e-6)
+
+
+def _sincos(side: int, dim: int) -> Tensor:
+    """(1 + side * side, dim): none for the class token; sines and cosines of row and of column, a quarter each, of
+    wavelengths 2 pi to 20,000 pi (the authors' vits.py 53-69)."""
+    place = torch.arange(side, dtype=torch.float32)
+    angles = torch.outer(place, 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float32) / (dim // 4)))
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, dim / 2)
+    grid = torch.cat([waves.repeat_interleave(side, dim=0), waves.repeat(side, 1)], dim=1)
+    return torch.cat([torch.zeros(1, dim), grid])
+
+
+def vit_tiny(
+    image_size: PositiveInt,
+    patch_size: PositiveInt = 16,
+    positions: Positions = "learned",
+    frozen_patches: bool = False,
+    init: Init = "torchvision",
+) -> nn.Module:
+    """ViT-T (Touvron et al., arXiv:2012.12877, table 1), dim = 192.
+
+    positions: of patches; "sincos" are fixed. frozen_patches: their projection stays as initialised. Both, and `init`,
+    are MoCo v3's (arXiv:2104.02057, section 4.1).
+    """
+    return _vit(image_size, patch_size, 192, 3, positions, frozen_patches, init)
+
+
+def vit_small(
+    image_size: PositiveInt,
+    patch_size: PositiveInt = 16,
+    positions: Positions = "learned",
+    frozen_patches: bool = False,
+    init: Init = "torchvision",
+) -> nn.Module:
+    """ViT-S (Touvron et al., arXiv:2012.12877, table 1), dim = 384. See `vit_tiny`."""
+    return _vit(image_size, patch_size, 384, 6, positions, frozen_patches, init)

@@ -1,0 +1,54 @@
+"""The handwritten digits of scikit-learn."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import PositiveInt
+
+from ssl_bench.config.fields import Place
+from ssl_bench.data import pictures
+from ssl_bench.data.formats.base import Dataset, Digests, hashed
+from ssl_bench.data.store import OnError, Split
+
+
+class Digits(Dataset):
+    """The 1797 handwritten digits (8x8) that scikit-learn ships, upsampled. They come in the order of their writers, so
+    the last 500, the val split, hardly share a writer with train. "pretrain" is train without its labels.
+    """
+
+    num_classes = 10
+
+    def __init__(
+        self,
+        image_size: PositiveInt = 32,
+        on_error: OnError = "raise",
+        cache: Place | None = None,
+        workers: PositiveInt | None = None,
+    ):
+        super().__init__(image_size, on_error, cache, workers)
+
+    def _list(self, name: str) -> Split:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        part = slice(-500, None) if name == "val" else slice(None, -500)
+        images = (digits.images[part] * (255 / 16)).round().astype(np.uint8)  # 0..16 -> 0..255
+        labels = None if name == "pretrain" else digits.target[part].astype(np.int64)
+        read, images_of = _DigitReader(images, self.image_size), "val" if name == "val" else "train"
+        digest = hashed(images.tobytes())
+        where = f"{images_of} digit {{}}".format
+        return self._split(name, images_of, Digests(digest, digest), labels, read, where)
+
+
+@dataclass(frozen=True)
+class _DigitReader:
+    images: np.ndarray  # uint8 (n, 8, 8)
+    image_size: int
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __call__(self, index: int) -> np.ndarray:
+        from PIL import Image
+
+        return pictures.centre_square(Image.fromarray(self.images[index]).convert("RGB"), self.image_size)

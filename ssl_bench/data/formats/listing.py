@@ -1,0 +1,151 @@
+"""Trees of image files: what is listed, what is passed over, what is refused."""
+
+import functools
+import hashlib
+import logging
+import os
+import re
+import stat
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+from ssl_bench.data import pictures
+from ssl_bench.data.formats.base import Digests
+from ssl_bench.data.formats.paths import Paths
+from ssl_bench.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# What file servers, file managers and notebooks leave in folders; whatever begins with a dot is passed over, too.
+SERVICE = {"@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx", "__pycache__"}
+SERVICE |= {"lost+found", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
+TRAIN = {"train", "training"}
+HELD_OUT = {"val", "valid", "validation", "test", "testing", "eval", "dev", "holdout"}
+
+
+def is_service(name: str) -> bool:
+    return name.startswith(".") or name.casefold() in SERVICE
+
+
+def subfolders(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if not is_service(entry.name) and entry.is_dir())
+
+
+class Passed:
+    """What a listing leaves out, by its kind: how many, and the first."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, tuple[int, str]] = {}
+
+    def add(self, kind: str, name: str) -> None:
+        count, first = self.kinds.get(kind, (0, name))
+        self.kinds[kind] = count + 1, min(first, name)
+
+    def tell(self, root: Path) -> None:
+        """One line."""
+        if self.kinds:
+            most = sorted(self.kinds.items(), key=lambda item: (-item[1][0], item[0]))
+            shown = ", ".join(f"{kind} ({count:,}, {first} for one)" for kind, (count, first) in most[:12])
+            more = f", and {len(most) - 12} kinds more" if len(most) > 12 else ""
+            log.info("passed over in %s: %s%s", root, shown, more)
+
+
+class _Guard:
+    """Of an unlabelled tree: are folders called after splits, so that test images would be trained on?"""
+
+    def __init__(self, root: Path, depth: int):
+        """depth: of the first folders that aren't classes."""
+        self.root, self.depth = root, depth
+        self.train = self.held_out = ""  # the first folder of each
+        self.count = 0  # images in held-out ones
+
+    def see(self, name: str) -> None:
+        parts = name.split("/")[:-1]
+        for depth in range(self.depth, len(parts)):
+            means = _split_of(parts[depth])
+            if means in TRAIN:
+                self.train = self.train or "/".join(parts[: depth + 1])
+            elif means in HELD_OUT:
+                self.held_out = self.held_out or "/".join(parts[: depth + 1])
+                self.count += 1
+                return
+
+    def check(self) -> None:
+        if self.held_out and self.train:
+            raise UserError(
+                f"{self.root} has {self.train}/ and {self.held_out}/, whose {self.count:,} images would be trained on: "
+                f"type data.root={self.root / self.train}, or sort both into train/<class>/ and val/<class>/"
+            )
+        if self.held_out:
+            log.warning("%s images are in folders like %s/ and are trained on, too", f"{self.count:,}", self.held_out)
+
+
+@functools.cache
+def _split_of(folder: str) -> str:
+    """The one word of a folder's name, but for what says nothing: train2017 and train_images are "train"."""
+    words = [word for word in re.split(r"[\W\d_]+", folder.casefold()) if word]
+    words = [word for word in words if word not in ("set", "data", "image", "images", "img", "imgs", "split")]
+    return words[0].removesuffix("set") if len(words) == 1 else ""
+
+
+def list_tree(root: Path, key: str = "data.root", guarded: int | None = None) -> tuple[Paths, Digests, dict[str, int]]:
+    """The image files under root in sorted order, their digests, and how many lie in each folder of its first level.
+
+    guarded: from this depth on, UserError for folders that are called after a training and a held-out split.
+    """
+    text, ends, counts = bytearray(), array("q", [0]), {}
+    files, content = hashlib.sha256(), hashlib.sha256()
+    passed, guard = Passed(), None if guarded is None else _Guard(root, guarded)
+    for name, size, mtime in _walk(root, "", frozenset(), passed):
+        encoded = os.fsencode(name)
+        text += encoded
+        ends.append(len(text))
+        files.update(encoded + f"\0{size}\0{mtime}\n".encode())
+        content.update(encoded + f"\0{size}\n".encode())
+        first = name.split("/", 1)[0] if "/" in name else ""
+        counts[first] = counts.get(first, 0) + 1
+        if guard is not None:
+            guard.see(name)
+    if guard is not None:
+        guard.check()
+    passed.tell(root)
+    if not text:
+        known = " ".join(sorted(pictures.extensions()))
+        raise UserError(f"no images under {root}; {key}= sets the folder; known extensions are {known}")
+    return Paths(root, bytes(text), ends), Digests(files.hexdigest(), content.hexdigest()), counts
+
+
+def _walk(root: Path, below: str, above: frozenset, passed: Passed) -> Iterator[tuple[str, int, int]]:
+    """(path relative to root, size, mtime in ns), sorted folder by folder; follows links, but not in circles."""
+    folder = os.path.join(root, below)
+    status = os.stat(folder)
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        return
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if is_service(entry.name):  # may not even be read
+                passed.add("hidden or service files", below + entry.name)
+            else:
+                found.append((entry.name, entry.is_dir()))
+    for name, is_folder in sorted(found):
+        extension = os.path.splitext(name)[1].lower()
+        if is_folder:
+            yield from _walk(root, f"{below}{name}/", above | {identity}, passed)
+        elif extension not in pictures.extensions():
+            passed.add(extension or "no extension", below + name)
+        else:
+            path = os.path.join(folder, name)
+            try:
+                status = os.stat(path)
+            except OSError:  # a link to nowhere is told with what can't be decoded
+                status = os.lstat(path)
+            if stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode):
+                yield below + name, status.st_size, status.st_mtime_ns
+            else:  # reading a pipe would never end
+                passed.add("pipes and devices", below + name)

@@ -1,0 +1,76 @@
+"""Paths of many image files in little memory, and the decoder that reads them."""
+
+import os
+from array import array
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ssl_bench.data import pictures
+from ssl_bench.data.pictures import Noticed, Values
+
+
+class Paths:
+    """Many paths under one root in little memory, shared by worker processes (see `pool`)."""
+
+    def __init__(self, root: Path, text: bytes, ends: array):
+        """`text`: the names, one after the other; `ends`: 0, then where each ends."""
+        self.root = root
+        self.text = np.frombuffer(text, np.uint8)
+        self.ends = np.frombuffer(ends, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __call__(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.text[self.ends[index] : self.ends[index + 1]].tobytes()))
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """ROOT/0.png, ROOT/1.png, ..."""
+
+    root: Path
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __call__(self, index: int) -> str:
+        return os.path.join(self.root, f"{index}.png")
+
+
+@dataclass(frozen=True)
+class Joined:
+    """`first`, then the files of `second` that `chosen` names."""
+
+    first: Numbered
+    second: Numbered
+    chosen: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.chosen)
+
+    def __call__(self, index: int) -> str:
+        here = len(self.first)
+        return self.first(index) if index < here else self.second(int(self.chosen[index - here]))
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The `read` of image files, which notes what a person may not expect of them."""
+
+    paths: Paths | Numbered | Joined
+    image_size: int
+    values: Values
+    noticed: Noticed = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __call__(self, index: int) -> np.ndarray:
+        kinds: list[str] = []
+        image = pictures.decode(self.paths(index), self.image_size, self.values, kinds)
+        pictures.note(self.noticed, kinds, index)
+        return image

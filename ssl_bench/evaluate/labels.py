@@ -1,0 +1,78 @@
+"""Which labels are learnt from, and which are held out to choose by."""
+
+import logging
+
+import numpy as np
+
+from ssl_bench.errors import UserError
+from ssl_bench.runtime.seeding import fold
+
+log = logging.getLogger(__name__)
+
+
+def hold_out(
+    labels: np.ndarray,
+    share: float,
+    seed: int,
+    chooser: str = "stage.features=cached",
+    instead: str = "stage.features=official",
+) -> np.ndarray:
+    """Mask of this share of the images of each class, at least one and not all, drawn by seed. labels (N,)."""
+    classes, counts = np.unique(labels, return_counts=True)
+    if counts.min() < 2:
+        raise UserError(
+            f"{chooser} chooses by held-out labels, and class {classes[counts.argmin()]} has only 1: "
+            f"give each class 2 (stage.labels_per_class=2 or more), or type {instead}"
+        )
+    held = np.zeros(len(labels), dtype=bool)
+    for label, count in zip(classes, counts, strict=True):
+        rng = np.random.default_rng(fold(seed, "holdout", int(label)))
+        chosen = min(max(round(share * count), 1), count - 1)
+        held[rng.choice(np.flatnonzero(labels == label), chosen, replace=False)] = True
+    return held
+
+
+def few_labels(labels: np.ndarray, per_class: int | None, fraction: float | None, seed: int) -> np.ndarray | None:
+    """Sorted positions of the labelled images to learn from, drawn by seed; None stands for all. labels (N,).
+
+    per_class: so many of each class. fraction: this share of each class, as SimCLR's 1 % and 10 % (arXiv:2002.05709,
+    section 6), rounded, but at least one image. UserError for labels of one class: what tells nothing apart is always
+    right.
+    """
+    check_classes(labels)
+    if per_class is None and fraction is None:
+        return None
+    if per_class is not None and fraction is not None:
+        raise UserError(
+            f"stage.labels_per_class={per_class} and stage.label_fraction={fraction:g}: give one of the two"
+        )
+    classes, counts = np.unique(labels, return_counts=True)
+    if per_class is not None:
+        if (fewest := counts.min()) < per_class:
+            raise UserError(
+                f"stage.labels_per_class={per_class}: class {classes[counts.argmin()]} has only {fewest} images: "
+                f"choose at most stage.labels_per_class={fewest}"
+            )
+        wanted = np.full(len(classes), per_class)
+    else:
+        wanted = np.maximum(np.round(fraction * counts).astype(int), 1)
+        if (total := wanted.sum()) > 1.5 * fraction * len(labels):
+            raise UserError(
+                f"stage.label_fraction={fraction:g} of {len(labels):,} images is {fraction * len(labels):.0f}, and one "
+                f"of each class makes {total:,}: choose a larger share, or type stage.labels_per_class=1"
+            )
+    chosen = []
+    for label, number in zip(classes, wanted, strict=True):
+        members = np.flatnonzero(labels == label)
+        rng = np.random.default_rng(fold(seed, "labels", int(label)))
+        chosen.append(rng.choice(members, number, replace=False))
+    log.info("%s of %s labels, %.3g %%", f"{wanted.sum():,}", f"{len(labels):,}", 100 * wanted.sum() / len(labels))
+    return np.sort(np.concatenate(chosen))
+
+
+def check_classes(labels: np.ndarray) -> None:
+    if labels.min() == labels.max():
+        raise UserError(
+            f"all {len(labels):,} labelled images are of one class, and what tells nothing apart is always right: give "
+            "data.root= a data set of two classes or more"
+        )

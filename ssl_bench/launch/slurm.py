@@ -1,0 +1,224 @@
+"""Hydra launcher of our sweeps on Slurm.
+
+Hydra imports this module at every start of every application: what is heavy is imported where it is used.
+"""
+
+import logging
+import math
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf, SlurmQueueConf
+from omegaconf import OmegaConf
+
+if TYPE_CHECKING:
+    from ssl_bench.runs.sweep import Member
+
+from ssl_bench.launch.launchers import SweepLauncher, tell
+
+if TYPE_CHECKING:
+    from ssl_bench.runs.sweep import Member
+
+log = logging.getLogger(__name__)
+
+# why a job waits that will start
+ORDINARY = ("", "Priority", "Resources", "JobArrayTaskLimit", "BeginTime", "Cleaning")
+
+
+class Slurm(SweepLauncher):
+    """A job array, through submitit. What its own Hydra plugin lacks, in version 1.2, is here."""
+
+    def __init__(
+        self,
+        wait: bool,
+        python: str | None,
+        container: list[str],
+        env_script: str | None,
+        stage_in: list[str],
+        stage_dir: str,
+        setup: list[str] | None,
+        teardown: list[str],
+        srun_args: list[str],
+        submitit_folder: str,
+        max_num_timeout: int,
+        **parameters: Any,
+    ) -> None:
+        from ssl_bench.shell import quoted
+
+        self.wait, self.folder, self.max_num_timeout = wait, Path(submitit_folder).absolute(), max_num_timeout
+        self.stage_in = [os.path.expanduser(file) for file in stage_in]
+        here = "python" if container else quoted(sys.executable)
+        inside = here if python is None else quoted(os.path.expanduser(python), variables=True)
+        words = [quoted(word, variables=True) for word in container]
+        if env_script:
+            words += ["/bin/bash", "-c", quoted(f'{env_script}\nexec {inside} "$0" "$@"')]
+        else:
+            words.append(inside)
+        self.python = " ".join(words)
+        delay = parameters["signal_delay_s"]
+        note = f"{quoted(str(self.folder.parent))}/requeue-$SLURM_JOB_ID"
+        self.parameters = parameters | {
+            "additional_parameters": OmegaConf.to_container(parameters["additional_parameters"], resolve=True),
+            "setup": [
+                *(setup or []),
+                f"export SSL_BENCH_GRACE={math.ceil(0.75 * delay)} SSL_BENCH_REQUEUE={note}",
+                'rm -f -- "$SSL_BENCH_REQUEUE"',  # of a life of this job that ended before its teardown
+                *(_stage(file, os.path.expanduser(stage_dir)) for file in self.stage_in),
+            ],
+            "teardown": [
+                "status=$?",
+                # Left where there is no scontrol inside; or USR2 (12) came before Python could attend to it.
+                'if [ -f "$SSL_BENCH_REQUEUE" ] || [ $status = 140 ]; then',
+                '    rm -f -- "$SSL_BENCH_REQUEUE"',
+                # What is cancelled doesn't count as running any more.
+                '    if [ "$(squeue -h -j $SLURM_JOB_ID -o %T)" = RUNNING ]; then',
+                "        scontrol requeue $SLURM_JOB_ID && sleep 300",
+                "    fi",
+                "fi",
+                *teardown,
+                "exit $status",
+            ],
+            "srun_args": [
+                "--kill-on-bad-exit=1",
+                # Since Slurm 22.05, srun doesn't take this over from sbatch.
+                *([f"--cpus-per-task={cpus}"] if (cpus := parameters["cpus_per_task"]) else []),
+                *srun_args,
+            ],
+        }
+
+    @property
+    def _tasks(self) -> int:
+        return (self.parameters["nodes"] or 1) * (self.parameters["tasks_per_node"] or 1)
+
+    def _processes(self, devices: int) -> int:
+        return self._tasks if self._tasks > 1 else devices
+
+    def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
+        from submitit import AutoExecutor
+        from submitit.core.utils import FailedJobError
+
+        from ssl_bench.config import build
+        from ssl_bench.errors import UserError
+        from ssl_bench.launch.member import SlurmTask
+
+        self._refuse_names()
+        if not self.wait and not self._is_grid:
+            raise UserError("hydra.launcher.wait=false: this sweeper chooses by results; leave it out")
+        for file in map(Path, self.stage_in):
+            if "$" not in str(file) and file.parent.is_dir() and not file.exists():  # else the nodes may see it
+                raise UserError(f"hydra.launcher.stage_in: no file {file}; give the path of what each node copies")
+        minutes, delay = self.parameters["timeout_min"], self.parameters["signal_delay_s"]
+        if 60 * minutes <= delay:
+            raise UserError(
+                f"hydra.launcher.timeout_min={minutes} leaves none before Slurm's warning, {delay} s before the "
+                "end: give more minutes, or a smaller hydra.launcher.signal_delay_s"
+            )
+        tasks = self._tasks
+        for member in todo:
+            if (batch := member.config["batch_size"]) % tasks:
+                raise UserError(
+                    f"batch_size={batch} of {member.name} can't be divided among the {tasks} processes of "
+                    "hydra.launcher.nodes and tasks_per_node: choose a multiple"
+                )
+        if todo:
+            try:
+                init = {"slurm_max_num_timeout": self.max_num_timeout, "slurm_python": self.python}
+                executor = AutoExecutor(folder=self.folder, cluster="slurm", **init)
+            except RuntimeError as error:
+                raise UserError(
+                    f"{error} This launcher needs sbatch and srun; without them: launcher=workstation"
+                ) from None
+            shared = OmegaConf.structured(BaseQueueConf).keys()
+            executor.update_parameters(**{k if k in shared else f"slurm_{k}": v for k, v in self.parameters.items()})
+            try:
+                named = [build.strange(build.literal(member.config)) for member in todo]
+                jobs = executor.submit_array([SlurmTask(m.file, words) for m, words in zip(todo, named, strict=True)])
+            except FailedJobError as error:  # sbatch has said why
+                raise UserError(
+                    f"{' '.join(str(error).split())}: change hydra.launcher, whose keys are sbatch's"
+                ) from None
+            for member, job in zip(todo, jobs, strict=True):
+                member.job = job.job_id
+                member.save()
+        try:
+            if todo:
+                log.info("submitted: %s", " ".join(member.job for member in todo))
+                options = self.parameters["additional_parameters"]
+                if elsewhere := [options[key] for key in ("output", "error") if key in options]:
+                    log.info("output of their batch scripts: %s", " ".join(elsewhere))
+            if self.wait:
+                self._wait(todo + under_way)
+        except KeyboardInterrupt:
+            jobs = " ".join(member.job for member in todo + under_way if member.result() is None)
+            log.warning("the jobs go on; the same command waits for them again, this ends them: scancel %s", jobs)
+            raise
+
+    def _refuse_names(self) -> None:
+        """UserError for what `#SBATCH` lines and Slurm's patterns of file names have no quotes for."""
+        from ssl_bench.errors import UserError
+
+        if found := re.search(r"[%\\\n]", str(folder := self.folder.parents[1])):
+            raise UserError(
+                f"{found[0]!r} is in the sweep's folder, {str(folder)!r}, and Slurm takes it for a pattern of "
+                "its own, or the end of a line: start from another folder, or choose another sweep="
+            )
+        options = self.parameters | self.parameters["additional_parameters"]
+        for key, value in options.items():
+            if isinstance(value, str) and "\n" in value:
+                raise UserError(f"hydra.launcher: {key}={value!r} has a line break, which no option of sbatch can have")
+
+    def _wait(self, members: list["Member"]) -> None:
+        """A job has ended when Slurm lists it no more, twice in a row: a requeued one is listed again."""
+        from ssl_bench.runs import sweep
+
+        waiting, missed = {member.job: member for member in members}, dict.fromkeys((m.job for m in members), 0)
+        began, told = time.monotonic(), set(ORDINARY)
+        while waiting:
+            time.sleep(min(15, 1 + (time.monotonic() - began) / 60))
+            queue = sweep.queued()
+            if queue is None:
+                continue  # slurmctld is away for a moment
+            for job in list(waiting):
+                state = queue.get(job)
+                if state and state.name == "pending" and state.note not in told:
+                    told.add(state.note)
+                    log.warning("pending: %s  %s, says squeue", waiting[job].name, state.note)
+                missed[job] = 0 if job in queue else missed[job] + 1
+                if missed[job] == 2:
+                    tell(waiting.pop(job))
+
+
+def _stage(file: str, folder: str) -> str:
+    """Shell: copy a file to each node's disk, where it isn't there yet; a copy that was cut off is never used."""
+    from ssl_bench.shell import quoted
+
+    script = (
+        f"file={quoted(file, variables=True)} folder={quoted(folder, variables=True)}\n"
+        'copy="$folder/${file##*/}"\n'
+        'mkdir -p -- "$folder" && wanted=$(stat -Lc "%s %Y" -- "$file") || exit 1\n'
+        'if [ "$wanted" != "$(stat -Lc "%s %Y" -- "$copy" 2>/dev/null)" ]; then\n'
+        '    cp -pL -- "$file" "$copy.$SLURM_JOB_ID" && mv -T -- "$copy.$SLURM_JOB_ID" "$copy"\n'
+        "fi"
+    )
+    once_a_node = "--nodes=$SLURM_JOB_NUM_NODES --ntasks=$SLURM_JOB_NUM_NODES --ntasks-per-node=1 --overlap"
+    return f"srun {once_a_node} bash -c {quoted(script)} || exit 1"
+
+
+@dataclass
+class SlurmConf(SlurmQueueConf):
+    _target_: str = "hydra_plugins.ssl_bench_launchers.Slurm"
+    wait: bool = True
+    python: str | None = None
+    container: list[str] = field(default_factory=list)
+    env_script: str | None = None
+    stage_in: list[str] = field(default_factory=list)
+    stage_dir: str = "/tmp"
+    teardown: list[str] = field(default_factory=list)
+    srun_args: list[str] = field(default_factory=list)
+    name: str = "${sweep}"
+    max_num_timeout: int = 1000

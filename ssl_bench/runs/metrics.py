@@ -1,0 +1,62 @@
+"""`metrics.jsonl`, the truth about a run's metrics."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ssl_bench import files
+from ssl_bench.errors import UserError
+
+
+class MetricsFile:
+    """Append-only JSON lines, `{"step": int, name: float, ...}`, one write() each: a kill tears the last one at most.
+
+    NaN and infinities are written as Python's json does (`NaN`, `Infinity`) and read back as the same floats.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._open()
+        self._file.truncate(_complete(self.path.read_bytes()))  # else the next line would be glued to a torn one
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        assert "step" not in metrics
+        row = {"step": step} | {name: x if isinstance(x, int) else float(x) for name, x in metrics.items()}
+        self._file.write(json.dumps(row).encode() + b"\n")  # unbuffered
+
+    def truncate(self, step: int) -> None:
+        """Keep the complete lines up to and with `step`, atomically: for a restart from that step's checkpoint."""
+        kept = [row for row in self.read(self.path) if row["step"] <= step]
+        files.write(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file.close()
+        self._open()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _open(self) -> None:
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - held for the run
+
+    @staticmethod
+    def read(path: str | Path) -> list[dict[str, Any]]:
+        """All complete lines; a last one without its newline is ignored. UserError names any other broken line."""
+        files.check(Path(path))
+        data = Path(path).read_bytes()
+        rows = []
+        for number, line in enumerate(data[: _complete(data)].splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                assert isinstance(row["step"], int)
+                assert all(isinstance(value, int | float) for value in row.values())
+            except (ValueError, TypeError, KeyError, AssertionError):
+                raise UserError(
+                    f"{path}, line {number} is not a JSON object of numbers with a step: {line[:60]!r}; delete it"
+                ) from None
+            rows.append(row)
+        return rows
+
+
+def _complete(data: bytes) -> int:
+    """Length of the part that ends in a newline."""
+    return data.rfind(b"\n") + 1

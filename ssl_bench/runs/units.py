@@ -1,0 +1,76 @@
+"""How metrics are named, scaled and shown, and how several values become a mean ± std."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    pass
+
+
+class Unit(NamedTuple):
+    """How a metric is shown: its name, what it is multiplied by, the format of its mean."""
+
+    label: str
+    scale: float = 1
+    form: str = ".4g"
+
+
+# In the order of columns; metrics that aren't here come after these.
+UNITS = {
+    "val_top1": Unit("top-1 (%)", form=".1f"),
+    "val_top5": Unit("top-5 (%)", form=".1f"),
+    "val_loss": Unit("cross-entropy", form=".3f"),
+    "holdout_top1": Unit("held-out top-1 (%)", form=".1f"),
+    "knn_top1": Unit("kNN top-1 (%)", form=".1f"),
+    "probe_top1": Unit("probe top-1 (%)", form=".1f"),
+    "loss": Unit("loss", form=".3f"),
+    "accuracy": Unit("accuracy (%)", 100, ".1f"),
+    "embedding_std": Unit("std of embeddings", form=".3f"),
+    "effective_rank": Unit("effective rank", form=".1f"),
+    "alignment": Unit("alignment", form=".3f"),
+    "uniformity": Unit("uniformity", form=".3f"),
+    "hours": Unit("hours", form=".3f"),
+    "images_per_second": Unit("images/s", form=",.0f"),
+    "memory_gb": Unit("memory (GB)", form=".2f"),
+    "lr": Unit("learning rate", form=".3g"),
+    "grad_norm": Unit("gradient norm"),
+    "data_wait": Unit("time spent waiting for data (%)", 100, ".1f"),
+}
+PRETRAINING = "pretraining_"  # before the metrics of what an evaluation stands on
+
+
+def unit(metric: str) -> Unit:
+    if metric.startswith(PRETRAINING):
+        own = unit(metric.removeprefix(PRETRAINING))
+        return own._replace(label=f"pretraining {own.label}")
+    return UNITS.get(metric) or Unit(metric.replace("_", " "), form=".1f" if re.search(r"top-?\d$", metric) else ".4g")
+
+
+def shown(metric: str, values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation as people read this metric; "" for no values."""
+    if not values:
+        return ""
+    _, scale, form = unit(metric)
+    mean, std = mean_std([scale * value for value in values])
+    return f"{mean:{form}}" + ("" if math.isnan(std) else f" ± {std:{'.2g' if form.endswith('g') else form}}")
+
+
+def spoken(metric: str, value: float) -> str:
+    """One value as people read it beside others: shares are percent, as in tables."""
+    label, scale, _ = unit(metric)
+    value *= scale
+    return (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}") + " %" * label.endswith("(%)")
+
+
+def mean_std(values: list[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (n - 1); the latter is NaN for a single value."""
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return mean, math.nan
+    return mean, math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1))
+
+
+def smaller_is_better(metric: str) -> bool:
+    return "loss" in metric

@@ -1,0 +1,1 @@
+"""The machine: `device`, `distributed` processes, `precision`, `memory`, `seeding`."""

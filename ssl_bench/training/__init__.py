@@ -1,0 +1,1 @@
+"""The loop: `engine.fit`, its optimizers (`optim`) and schedules."""
