@@ -4,7 +4,7 @@ SWEEP/.members/NAME.json     the member: overrides, resolved configuration, work
 SWEEP/.members/NAME.failed   why its last attempt failed
 SWEEP/.members/conf-HASH/    the YAML files as they were, for the stages that compose more
 SWEEP/NAME/                  its run directory
-SWEEP/table.md, table.csv    of their results; see `results.sweep_table`
+SWEEP/table.md, table.csv    of their results; see `report.sweeps.sweep_table`
 """
 
 import json

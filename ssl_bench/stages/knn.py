@@ -50,7 +50,7 @@ def knn(
 
     Features are those of test views. In the exam the bank is the training split without the held-out images; for the
     result it is all of it, and nothing but the result depends on the val split. Also returns k, temperature and
-    holdout_top1 (percent), and writes grid.csv. One k and one temperature need no exam. See `evaluators.weighted_knn`.
+    holdout_top1 (percent), and writes grid.csv. One k and one temperature need no exam. See `neighbours.weighted_knn`.
     """
     check_directory(cfg)
     check_holdout(holdout, exam := chooses(cfg.stage))

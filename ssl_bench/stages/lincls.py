@@ -58,7 +58,7 @@ def lincls(
 
     official: the protocol of main_lincls.py, in which the backbone sees freshly augmented images in every epoch. (The
     images that don't fill the last batch of an epoch are left out of it.)
-    cached: it sees each image once, and a grid of classifiers learns from its features; see `cached.train_grid`.
+    cached: it sees each image once, and a grid of classifiers learns from its features; see `_lincls_grid.train_grid`.
     """
     options = GridOptions(copies, lrs, weight_decays, holdout)
     exam = chooses(cfg.stage)
