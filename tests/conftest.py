@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 # Several workers at once (make test): torch's threads would wait for each other by spinning, on cores that others need.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Two processes that build the same file for torch.compile may read each other's half (torch 2.14).
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{tempfile.gettempdir()}/inductor-{os.environ['PYTEST_XDIST_WORKER']}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -48,7 +48,7 @@ class Reading:
 
     def __init__(self, trees: dict[str, ast.Module]) -> None:
         self.modules = {name: Module(name, tree) for name, tree in trees.items()}
-        self.talking: set[str] = {"run.Run"}  # whose opening waits for all
+        self.talking: set[str] = {"runs.run.Run"}  # whose opening waits for all
         before = -1
         while len(self.talking) > before:
             before = len(self.talking)
@@ -60,7 +60,7 @@ class Reading:
     def talks(self, node: ast.AST, module: Module) -> bool:
         if not isinstance(node, ast.Call):
             return False
-        if module.name == "distributed" and ast.unparse(node.func).startswith(("dist.", "ddp")):
+        if module.name == "runtime.distributed" and ast.unparse(node.func).startswith(("dist.", "ddp")):
             return ast.unparse(node.func).endswith(COLLECTIVES) or ast.unparse(node.func) == "ddp"
         return bool(self.called(node.func, module) & self.talking)
 
@@ -76,7 +76,7 @@ class Reading:
         if owner == "self":
             return {f"{module.name}.{name}"}
         if owner == "run":
-            return {f"run.{name}"}
+            return {f"runs.run.{name}"}
         return {f"{other.name}.{name}" for other in self.modules.values() if name in other.methods - PLAIN}
 
     def found(self) -> list[str]:
@@ -87,7 +87,7 @@ class Reading:
                 for module in self.modules.values()
                 for part in alone(module.tree)
                 for call in ast.walk(part)
-                if module.name != "distributed" and self.talks(call, module)
+                if module.name != "runtime.distributed" and self.talks(call, module)
             }
         )
 
@@ -139,12 +139,21 @@ def test_no_collective_where_rank_0_is_alone() -> None:
 
 def test_the_reading_knows_what_talks() -> None:
     talking = Reading(TREES).talking
-    names = "distributed.any_rank run.stopping stages.training.open_source stages.cached.extract_all launch.launch"
-    names += (
-        " stages.evaluation.watched engine.evaluate engine.fit stages.features.stored_features stages.pipeline.draw"
-    )
+    names = "runtime.distributed.any_rank runs.run.stopping stages._training.open_source evaluate.features.extract_all"
+    names += " launch.process.launch evaluate.features.watched evaluate.passes.evaluate training.engine.fit"
+    names += " evaluate.features.stored_features stages.pipeline.draw"
     assert set(names.split()) <= talking
-    assert not {"run.log", "run.save", "run.uses", "files.write", "run.signalled", "stages.select.take"} & talking
+    assert (
+        not {
+            "runs.run.log",
+            "runs.run.save",
+            "runs.run.uses",
+            "files.write",
+            "runs.run.signalled",
+            "stages.select.take",
+        }
+        & talking
+    )
 
 
 @pytest.mark.parametrize(
@@ -243,7 +252,7 @@ def test_processes_that_do_not_meet_say_so(tmp_path: Path, port: int, address: s
 def test_a_process_that_comes_late_is_waited_for_at_collectives(tmp_path: Path, port: int) -> None:
     """Meeting has a limit of seconds here; packing, which the others wait for, hasn't."""
     (tmp_path / "mine.py").write_text(
-        "import os, time\nfrom ssl_bench.data.formats.folder import Digits\n\n\nclass Mine(Digits):\n"
+        "import os, time\nfrom ssl_bench.data.formats.digits import Digits\n\n\nclass Mine(Digits):\n"
         "    def open(self, split):\n        time.sleep(6 * (os.environ['RANK'] == '0'))\n"
         "        return super().open(split)\n"
     )

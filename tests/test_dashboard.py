@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from test_config import compose
 from test_tracking import folders, history, kind, records
 
+import ssl_bench
 from ssl_bench.errors import UserError
 from ssl_bench.launch.process import launch
 from ssl_bench.report import dashboard
@@ -193,7 +194,7 @@ def test_every_panel_shows_what_is_logged(runs: dict[str, Recorded]) -> None:
         wanted = {name for name in names[place] if name.startswith(ours) or name in AXES}
         assert wanted <= there, place
         assert len(wanted) > 1, place
-    stages = {path.stem for path in (Path(dashboard.__file__).parent / "conf" / "stage").glob("*.yaml")}
+    stages = {path.stem for path in (Path(ssl_bench.__file__).parent / "conf" / "stage").glob("*.yaml")}
     others = {name.partition("/")[0] for name in set().union(*names.values()) if "/" in name}
     assert others <= stages | {"knn", "finetune"}
 

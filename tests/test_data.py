@@ -1,5 +1,6 @@
 import contextlib
 import importlib
+import multiprocessing
 import os
 import pickle
 import signal
@@ -17,8 +18,7 @@ import yaml
 from PIL import Image
 
 from ssl_bench.data import pictures, store, synthetic
-from ssl_bench.data.formats import folder
-from ssl_bench.data.formats.base import VERSION
+from ssl_bench.data.formats import base
 from ssl_bench.data.formats.cifar import CIFAR
 from ssl_bench.data.formats.digits import Digits
 from ssl_bench.data.formats.dl21 import DL21
@@ -174,7 +174,7 @@ def test_what_is_not_decoded_keeps_its_fingerprint(tmp_path, monkeypatch):
     ]
     save(tmp_path / "images" / "0.png", np.zeros((16, 16, 3), np.uint8))
     decoded = Folder(str(tmp_path / "images")).split("pretrain")
-    monkeypatch.setattr(folder, "VERSION", VERSION + 1)
+    monkeypatch.setattr(base, "VERSION", base.VERSION + 1)
     again = Folder(str(tmp_path / "images")).split("pretrain")
     assert (decoded.fingerprint != again.fingerprint, decoded.store_name != again.store_name) == (True, True)
     assert fingerprints()[0].startswith("0184493c")
@@ -288,7 +288,7 @@ def test_a_damaged_store_that_is_there_to_be_read_only_is_told(dl21, cache):
     """One line. Whole, it is used, though nobody can note that it was verified."""
     directory = DL21(str(dl21), 16, cache=str(cache), workers=1).open("val").directory
     os.utime(directory / "verified", (0, 0))
-    code = "import sys; from ssl_bench.data.formats.folder import DL21\n"
+    code = "import sys; from ssl_bench.data.formats.dl21 import DL21\n"
     code += "print(len(DL21(sys.argv[1], 16, cache=sys.argv[2], workers=1).open('val').images))"
     mount = f"mount --bind {cache} {cache} && mount -o remount,ro,bind {cache}"
     inside = ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh"]
@@ -314,7 +314,7 @@ def test_digests_hold_where_images_were_left_out(dl21, cache):
 
 PACK = """
 import sys
-from ssl_bench.data.formats import Synthetic
+from ssl_bench.data.formats.synthetic import Synthetic
 store = Synthetic(int(sys.argv[2]), 1, 1, 3, 0, image_size=16, cache=sys.argv[1], workers=2).open("pretrain")
 print(len(store.images), store.images.sum(dtype="int64"))
 """
@@ -401,6 +401,15 @@ def test_a_worker_killed_while_it_sends_is_told():
         assert connection.poll(60)
         process.kill()
         fails("ended with status -9 .*data.workers=1", lambda: receive(connection, process))
+
+
+def test_a_worker_whose_parent_is_gone_ends_without_a_word():
+    ours, theirs = multiprocessing.Pipe()
+    command = [sys.executable, "-m", "ssl_bench.data.pool", str(theirs.fileno()), "0"]
+    ours.close()
+    ended = subprocess.run(command, pass_fds=(theirs.fileno(),), capture_output=True, text=True, timeout=60)
+    theirs.close()
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_pool_ends_its_workers_when_closed():

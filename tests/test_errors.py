@@ -25,7 +25,7 @@ from test_config import compose
 import ssl_bench
 from ssl_bench import train
 from ssl_bench.backbones import resnet
-from ssl_bench.config import build, typed
+from ssl_bench.config import build, messages, typed
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import UserError
 from ssl_bench.launch.process import launch
@@ -164,7 +164,7 @@ def test_what_is_advised_works_when_it_is_typed(mistake: str) -> None:
         try:
             build.check(compose(*words), typed.quoted(words))
         except (UserError, HydraException, OmegaConfBaseException) as error:
-            return train._message(error)
+            return messages.message(error)
         return ""
 
     words = shlex.split(mistake) if '"' not in mistake else [mistake.replace('"', "")]

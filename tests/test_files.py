@@ -8,7 +8,8 @@ from pathlib import Path
 WRITE = """
 import json, sys
 from pathlib import Path
-from ssl_bench import files, signatures
+from ssl_bench import files
+from ssl_bench.config import signatures
 path = Path(sys.argv[1])
 files.write(path, '{"mean": "90 \\u00b1 1", "of": "\\u2026"}')
 assert files.parse(path, json.loads)["of"] == "\\u2026"

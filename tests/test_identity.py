@@ -20,7 +20,7 @@ from ssl_bench.runs import identity, record, sweep
 from ssl_bench.runs.identity import Identity, changes
 from ssl_bench.runs.run import Run
 from ssl_bench.runs.tracking import NoTracker
-from ssl_bench.train import quote
+from ssl_bench.shell import quote
 
 
 def of(*overrides: str, **more: object) -> Identity:

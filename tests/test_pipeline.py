@@ -10,7 +10,7 @@ from conftest import TINY, TINY_PRETRAIN, Command
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from test_config import compose
 
-from ssl_bench.train import quote
+from ssl_bench.shell import quote
 
 
 @pytest.mark.slow

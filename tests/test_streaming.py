@@ -62,7 +62,7 @@ def test_shared_memory_is_not_needed(ssl_bench: Command, tmp_path: Path) -> None
 STALLING = """
 import os, time
 from dataclasses import replace
-from ssl_bench.data.formats import Digits
+from ssl_bench.data.formats.digits import Digits
 
 
 class Stalling:

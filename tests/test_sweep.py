@@ -19,10 +19,10 @@ from conftest import TINY_PRETRAIN, Command
 from omegaconf import OmegaConf
 from test_config import compose
 
-from hydra_plugins.ssl_bench_launchers import _stage
 from ssl_bench.data import synthetic
 from ssl_bench.errors import UserError
 from ssl_bench.launch.process import launch
+from ssl_bench.launch.slurm import _stage
 from ssl_bench.report import sweeps
 from ssl_bench.runs import sweep
 

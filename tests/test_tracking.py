@@ -482,7 +482,7 @@ def test_a_tracker_that_cannot_begin_does_not_cost_the_result(
 SCRIPT = """
 import sys, time, logging
 from pathlib import Path
-from ssl_bench.tracking import WandbTracker
+from ssl_bench.runs.tracking import WandbTracker
 logging.basicConfig(format="%(message)s")
 tracker = WandbTracker(directory=Path(sys.argv[1]), config={})
 tracker.log(1, {"loss": 1.0})

@@ -181,7 +181,7 @@ class Progress:
 
 
 def work(connection: Connection, shared: int) -> None:
-    """The worker: one task, then chunks until the parent closes the pipe or is gone."""
+    """The worker: one task, then chunks. EOFError, ConnectionResetError: the parent has closed the pipe, or is gone."""
     job, sizes = connection.recv()
     buffers = []
     if any(sizes):
@@ -193,10 +193,7 @@ def work(connection: Connection, shared: int) -> None:
         buffers = [b"" for _ in sizes]
     task = pickle.loads(job, buffers=buffers)  # from our own parent, through a pipe
     while True:
-        try:
-            chunk = connection.recv()
-        except EOFError:
-            return
+        chunk = connection.recv()
         try:
             result = task(*chunk)
         except (OSError, UserError) as error:
@@ -208,4 +205,5 @@ def work(connection: Connection, shared: int) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the parent is gone: end without a word
-    work(Connection(int(sys.argv[1])), int(sys.argv[2]))
+    with contextlib.suppress(EOFError, ConnectionResetError):  # also before it has sent the task
+        work(Connection(int(sys.argv[1])), int(sys.argv[2]))

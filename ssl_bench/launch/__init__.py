@@ -1,3 +1,3 @@
-"""Where a stage runs: `process` here or in several processes, `member` of a sweep, `launchers` of sweeps and `slurm`,
-`resolvers` of the configuration.
+"""Where a stage runs: `process` here or in several processes, `member` of a sweep, `launchers` of sweeps and `slurm`;
+`resolvers`, what conf/*.yaml refers to.
 """

@@ -14,7 +14,7 @@ import sys
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -362,14 +362,3 @@ def tell(member: "Member", status: int = 0) -> None:
         (state,) = sweep.states([member])
         how = f"  exit status {status}" if status and not state.note else ""
         log.warning("not finished: %s  %s%s", member.name, state, how)
-
-
-@dataclass
-class LocalConf:
-    _target_: str = "hydra_plugins.ssl_bench_launchers.Local"
-
-
-@dataclass
-class WorkstationConf:
-    _target_: str = "hydra_plugins.ssl_bench_launchers.Workstation"
-    at_once: int | None = None

@@ -1,9 +1,12 @@
-"""Resolvers of conf/*.yaml: ${run_dir:...}, ${slug:...}, ${quote:...}, ${judge:...}."""
+"""What conf/*.yaml refers to: resolvers, like ${run_dir:...}, and the keys of hydra.launcher."""
 
 import os
+from dataclasses import dataclass, field
 
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
 from omegaconf import OmegaConf
 
 from ssl_bench.runs import identity, sweep
@@ -22,6 +25,32 @@ def judge(eval_every: int, online_images: int) -> str | None:
     return "probe_top1" if eval_every and online_images else None
 
 
+@dataclass
+class LocalConf:
+    _target_: str = "hydra_plugins.ssl_bench_launchers.Local"
+
+
+@dataclass
+class WorkstationConf:
+    _target_: str = "hydra_plugins.ssl_bench_launchers.Workstation"
+    at_once: int | None = None
+
+
+@dataclass
+class SlurmConf(SlurmQueueConf):
+    _target_: str = "hydra_plugins.ssl_bench_launchers.Slurm"
+    wait: bool = True
+    python: str | None = None
+    container: list[str] = field(default_factory=list)
+    env_script: str | None = None
+    stage_in: list[str] = field(default_factory=list)
+    stage_dir: str = "/tmp"
+    teardown: list[str] = field(default_factory=list)
+    srun_args: list[str] = field(default_factory=list)
+    name: str = "${sweep}"
+    max_num_timeout: int = 1000
+
+
 def register() -> None:
     """Before a configuration is composed."""
     for name, resolver in {
@@ -31,3 +60,5 @@ def register() -> None:
         "run_dir": run_dir,
     }.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
+    for choice, node in {"local": LocalConf, "workstation": WorkstationConf, "slurm": SlurmConf}.items():
+        ConfigStore.instance().store("ssl_bench_" + choice, node, group="hydra/launcher", provider="ssl_bench")

@@ -9,11 +9,10 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf, SlurmQueueConf
+from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from omegaconf import OmegaConf
 
 if TYPE_CHECKING:
@@ -207,18 +206,3 @@ def _stage(file: str, folder: str) -> str:
     )
     once_a_node = "--nodes=$SLURM_JOB_NUM_NODES --ntasks=$SLURM_JOB_NUM_NODES --ntasks-per-node=1 --overlap"
     return f"srun {once_a_node} bash -c {quoted(script)} || exit 1"
-
-
-@dataclass
-class SlurmConf(SlurmQueueConf):
-    _target_: str = "hydra_plugins.ssl_bench_launchers.Slurm"
-    wait: bool = True
-    python: str | None = None
-    container: list[str] = field(default_factory=list)
-    env_script: str | None = None
-    stage_in: list[str] = field(default_factory=list)
-    stage_dir: str = "/tmp"
-    teardown: list[str] = field(default_factory=list)
-    srun_args: list[str] = field(default_factory=list)
-    name: str = "${sweep}"
-    max_num_timeout: int = 1000

@@ -19,6 +19,7 @@ from torch import nn
 
 from ssl_bench import __version__, files
 from ssl_bench.config.fields import Place
+from ssl_bench.config.renamed import current
 from ssl_bench.errors import UserError, writable
 from ssl_bench.report import grouping, tables
 from ssl_bench.report.tables import plain
@@ -257,7 +258,7 @@ def about(pretrained: Pretrained) -> str:
 
 def usage(pretrained: Pretrained) -> str:
     own = {key: value for key, value in pretrained.network.items() if key not in ("name", "_target_")}
-    name = pretrained.network["_target_"].rpartition(".")[2]
+    module, _, name = current(pretrained.network["_target_"]).rpartition(".")
     classes = pretrained.classifier and pretrained.classifier.out_features
     resnet, output = name.startswith("resnet"), "logits" if classes else "features"
     lines = ["import torch", "from safetensors.torch import load_file"]
@@ -267,7 +268,7 @@ def usage(pretrained: Pretrained) -> str:
         lines += [] if classes else ["network.fc = torch.nn.Identity()"]
     else:
         arguments = ", ".join(f"{key}={value!r}" for key, value in own.items())
-        lines += [f"from ssl_bench.backbones.resnet import {name}", "", f"network = {name}({arguments})"]
+        lines += [f"from {module} import {name}", "", f"network = {name}({arguments})"]
         lines += [f"network.fc = torch.nn.Linear(network.dim, {classes})"] if classes else []
     call = "network.fc(network(images))" if classes and not resnet else "network(images)"
     return "\n".join(

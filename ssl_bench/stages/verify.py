@@ -19,7 +19,7 @@ from ssl_bench.errors import UserError
 from ssl_bench.launch.process import launch
 from ssl_bench.report import grouping, tables
 from ssl_bench.report.tables import plain
-from ssl_bench.runs import checkpoint, identity, layout, record, units, weights
+from ssl_bench.runs import checkpoint, identity, layout, record, weights
 from ssl_bench.runs.identity import Identity
 from ssl_bench.runs.record import Ran
 from ssl_bench.runs.run import Run, environment
@@ -332,6 +332,8 @@ def _row(what: str, row: dict[str, Any], runs: Sequence[Ran]) -> Finding:
     made = [one["values"] for board in grouping.boards(runs) for one in board.rows if one["stage"] == row.get("stage")]
     if row["values"] in made:
         return Finding(what, "whole", f"the same from its runs, n = {row.get('n')}")
-    metric = row.get("metric") or next(iter(row["values"]))
-    now = ", ".join(units.shown(metric, values.get(metric, [])) for values in made)
-    return Finding(what, "differs", f"{metric} {units.shown(metric, row['values'][metric])}, from its runs {now}")
+    ordered = dict.fromkeys([row.get("metric"), *row["values"]])  # first what it is judged by
+    differing = [key for key in ordered if all(one.get(key) != row["values"].get(key) for one in made)]
+    metric = next(iter([*differing, *row["values"]]))
+    then, *now = (" ".join(f"{x:.6g}" for x in one.get(metric, ())) for one in (row["values"], *made))
+    return Finding(what, "differs", f"{metric} {then}, from its runs {', '.join(now) or 'none'}")
