@@ -39,6 +39,19 @@ def machine() -> dict:
         if "model name" in line
     ]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    kept = ("started", "platform", "python", "packages", "git_commit", "git_dirty", "cpu_threads", "gpus")
-    facts = {"cpu": cpus[0] if cpus else platform.machine(), "cpus": default_workers(), "memory_bytes": memory}
+    kept = (
+        "started",
+        "platform",
+        "python",
+        "packages",
+        "git_commit",
+        "git_dirty",
+        "cpu_threads",
+        "gpus",
+    )
+    facts = {
+        "cpu": cpus[0] if cpus else platform.machine(),
+        "cpus": default_workers(),
+        "memory_bytes": memory,
+    }
     return facts | {key: environ[key] for key in kept}

@@ -1,11 +1,12 @@
 """The loops that ours is measured against, each run as a process of its own.
 
-    python benchmarks/contenders.py plain IMAGES --backbone resnet18 --batch 128 --workers 2 --warmup 4 --steps 8
+    python benchmarks/contenders.py plain IMAGES --backbone resnet18 --batch 128 --workers 2
+    --warmup 4 --steps 8
 
 IMAGES is an image folder (IMAGES/CLASS/*.png). `plain` does what the authors' repository does
-(github.com/facebookresearch/moco), on one device; `lightly` is the MoCo example of lightly's documentation at the same
-queue, batch, backbone and optimizer. Prints a line of JSON: the seconds of `--steps` steps after `--warmup` others, for
-each of the given numbers of workers.
+(github.com/facebookresearch/moco), on one device; `lightly` is the MoCo example of lightly's
+documentation at the same queue, batch, backbone and optimizer. Prints a line of JSON: the seconds
+of `--steps` steps after `--warmup` others, for each of the given numbers of workers.
 """
 
 import argparse
@@ -58,13 +59,17 @@ class TwoCrops:
 
 
 class PlainMoCo(nn.Module):
-    """Query encoder, key encoder, queue; without the shuffle of batch norm, which is for several devices."""
+    """Query encoder, key encoder, queue; without the shuffle of batch norm, which is for several
+    devices.
+    """
 
     def __init__(self, backbone: str, queue_size: int) -> None:
         super().__init__()
         self.query_encoder = getattr(torchvision.models, backbone)(num_classes=DIM)
         width = self.query_encoder.fc.in_features
-        self.query_encoder.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), self.query_encoder.fc)
+        self.query_encoder.fc = nn.Sequential(
+            nn.Linear(width, width), nn.ReLU(), self.query_encoder.fc
+        )
         self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(DIM, queue_size), dim=0))
         self.register_buffer("pointer", torch.zeros(1, dtype=torch.long))
@@ -72,7 +77,9 @@ class PlainMoCo(nn.Module):
     def forward(self, query_images: Tensor, key_images: Tensor) -> Tensor:
         query = F.normalize(self.query_encoder(query_images), dim=1)
         with torch.no_grad():
-            for theirs, ours in zip(self.query_encoder.parameters(), self.key_encoder.parameters(), strict=True):
+            for theirs, ours in zip(
+                self.query_encoder.parameters(), self.key_encoder.parameters(), strict=True
+            ):
                 ours.mul_(MOMENTUM).add_(theirs.mul(1 - MOMENTUM))
             key = F.normalize(self.key_encoder(key_images), dim=1)
         positive = torch.einsum("nc,nc->n", query, key).unsqueeze(-1)
@@ -86,9 +93,13 @@ class PlainMoCo(nn.Module):
 
 
 def plain(args: argparse.Namespace, device: torch.device) -> tuple[Dataset, Step]:
-    dataset = torchvision.datasets.ImageFolder(args.images, TwoCrops(plain_transform(args.image_size)))
+    dataset = torchvision.datasets.ImageFolder(
+        args.images, TwoCrops(plain_transform(args.image_size))
+    )
     model = PlainMoCo(args.backbone, args.queue).to(device).train()
-    optimizer = torch.optim.SGD(model.parameters(), BASE_LR * args.batch / 256, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(
+        model.parameters(), BASE_LR * args.batch / 256, momentum=0.9, weight_decay=1e-4
+    )
 
     def step(views: list[Tensor]) -> None:
         query_images, key_images = (view.to(device, non_blocking=True) for view in views)
@@ -118,7 +129,9 @@ def lightly(args: argparse.Namespace, device: torch.device) -> tuple[Dataset, St
     deactivate_requires_grad(key_head)
     criterion = NTXentLoss(temperature=TEMPERATURE, memory_bank_size=(args.queue, DIM)).to(device)
     trained = [*encoder.parameters(), *head.parameters()]
-    optimizer = torch.optim.SGD(trained, BASE_LR * args.batch / 256, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(
+        trained, BASE_LR * args.batch / 256, momentum=0.9, weight_decay=1e-4
+    )
 
     def step(views: list[Tensor]) -> None:
         update_momentum(encoder, key_encoder, m=MOMENTUM)
@@ -165,7 +178,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores are tried too
+    # more workers than cores are tried too
+    warnings.filterwarnings("ignore", "This DataLoader will create")
     device = torch.device(args.device)
     torch.backends.cudnn.benchmark = True  # as the authors do
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None

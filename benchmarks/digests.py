@@ -1,10 +1,11 @@
-"""What it costs that damage is found: to save, read and seal a checkpoint, to open a packed store, with and without.
+"""What it costs that damage is found: to save, read and seal a checkpoint, to open a packed store,
+with and without.
 
     python benchmarks/digests.py                              a 2 GB checkpoint, a 5 GB store: 10 GB of disk
     python benchmarks/digests.py --checkpoint-gb 0.1 --store-gb 0.1 --folder DIR --out digests.json
 
-Each figure is the median of three: [on the clock, of the processor], which differ where other work is about. "cold" is
-after the kernel was told to forget the file's pages, as at a restart.
+Each figure is the median of three: [on the clock, of the processor], which differ where other work
+is about. "cold" is after the kernel was told to forget the file's pages, as at a restart.
 """
 
 import argparse
@@ -44,7 +45,9 @@ def seconds(call: Callable[[], object], before: Callable[[], object] = lambda: N
 
 
 def forget(path: Path) -> None:
-    """Have the kernel drop the pages of a file, or of those of a folder, so that the disk is read again."""
+    """Have the kernel drop the pages of a file, or of those of a folder, so that the disk is read
+    again.
+    """
     for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
@@ -104,7 +107,10 @@ def of_store(folder: Path, gigabytes: float) -> dict[str, object]:
 
     found = {"packing": round(packing, 1), "open, warm": seconds(opened, unverified)}
     found |= {"open, cold": seconds(opened, anew), "open again": seconds(opened)}
-    without = {"open, warm": seconds(lambda: opened(False)), "open, cold": seconds(lambda: opened(False), anew)}
+    without = {
+        "open, warm": seconds(lambda: opened(False)),
+        "open, cold": seconds(lambda: opened(False), anew),
+    }
     size = sum(file.stat().st_size for file in store.iterdir())
     return {"bytes": size, "images": count, "seconds": found, "seconds without": without}
 
@@ -114,7 +120,9 @@ def main() -> None:
     parser.add_argument("--checkpoint-gb", type=float, default=2)
     parser.add_argument("--store-gb", type=float, default=5)
     parser.add_argument("--folder", type=Path, help="where the files are written; they are deleted")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "digests.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "digests.json"
+    )
     args = parser.parse_args()
     with folder_for(args.folder) as folder:
         results = {}

@@ -1,12 +1,14 @@
-"""A fault campaign: real commands, disturbed as machines and people disturb them. What was lost, and what was said?
+"""A fault campaign: real commands, disturbed as machines and people disturb them. What was lost,
+and what was said?
 
     python benchmarks/faults.py                  # all of them, as root for those that mount something; about 15 minutes
     python benchmarks/faults.py --only kill-pretrain disk-full-checkpoint
 
-A row of benchmarks/results/faults.json a fault; those that --only doesn't name stay as they were. Nothing is lost where
-the same command afterwards ends with what an undisturbed run ends with: weights, optimizer and logged losses by
-torch.equal, tables and features byte by byte. A fault holds where that is so, or where a line of ours says what is
-wrong; a traceback, a hang or another number breaks it, and is the exit status.
+A row of benchmarks/results/faults.json a fault; those that --only doesn't name stay as they were.
+Nothing is lost where the same command afterwards ends with what an undisturbed run ends with:
+weights, optimizer and logged losses by torch.equal, tables and features byte by byte. A fault holds
+where that is so, or where a line of ours says what is wrong; a traceback, a hang or another number
+breaks it, and is the exit status.
 """
 
 import argparse
@@ -35,22 +37,46 @@ from PIL import Image
 RESULTS = Path(__file__).with_name("results") / "faults.json"
 PYTHON = [sys.executable, "-m", "ssl_bench.train"]
 LIMIT = 180  # s: what takes longer hangs
-SPEED = ("images_per_second", "data_wait", "memory_gb", "hours")  # of a line or a summary, what no two runs share
-TINY = ["data=digits", "data.image_size=16", "backbone.width=8", "backbone.stem=small", "tracking=local"]
+# of a line or a summary, what no two runs share
+SPEED = ("images_per_second", "data_wait", "memory_gb", "hours")
+TINY = [
+    "data=digits",
+    "data.image_size=16",
+    "backbone.width=8",
+    "backbone.stem=small",
+    "tracking=local",
+]
 TINY += ["log_every=1", "save_every=4"]
 VIEWS = ["augmentation.flip_p=0", "batch_size=128"]
 ON = "pretrained={pretrained}"
 STAGES = {
-    "pretrain": ["stage=pretrain", *TINY, *VIEWS, "method.queue_size=1024", "epochs=3", "eval_every=1"],
+    "pretrain": [
+        "stage=pretrain",
+        *TINY,
+        *VIEWS,
+        "method.queue_size=1024",
+        "epochs=3",
+        "eval_every=1",
+    ],
     "lincls": ["stage=lincls", *TINY, *VIEWS, ON, "epochs=3"],
-    "cached": ["stage=lincls", "stage.features=cached", *TINY, *VIEWS, ON, "epochs=3", "stage.lrs=[1,10]"],
+    "cached": [
+        "stage=lincls",
+        "stage.features=cached",
+        *TINY,
+        *VIEWS,
+        ON,
+        "epochs=3",
+        "stage.lrs=[1,10]",
+    ],
     "finetune": ["stage=finetune", *TINY, *VIEWS, ON, "epochs=2"],
     "knn": ["stage=knn", *TINY, ON, "augmentation.image_size=16"],
     "select": ["stage=select", *TINY, ON, "augmentation.image_size=16", "stage.budget=50"],
     "predict": ["stage=predict", ON, "stage.images={images}", "tracking=local"],
 }
 STAGES["knn"] = [word for word in STAGES["knn"] if not word.startswith(("log_every", "save_every"))]
-STAGES["select"] = [word for word in STAGES["select"] if not word.startswith(("log_every", "save_every"))]
+STAGES["select"] = [
+    word for word in STAGES["select"] if not word.startswith(("log_every", "save_every"))
+]
 
 
 class Broken(Exception):
@@ -69,9 +95,7 @@ class Done(NamedTuple):
     def said(self) -> str:
         """Our own line, or the last warning."""
         ours = re.findall(r"^ssl-bench: (.*)$", self.text, re.M)
-        words = (
-            "damaged|truncated|another run|stopp|skipped|offline|is left out|passed over|in use|finished|packed again"
-        )
+        words = "damaged|truncated|another run|stopp|skipped|offline|is left out|passed over|in use|finished|packed again"
         warned = re.findall(rf"^\d\d:\d\d:\d\d (.*(?:{words}).*)$", self.text, re.M)
         return next(iter([*ours, *warned[-1:]]), "")
 
@@ -88,14 +112,31 @@ class Place:
         self.started: list[subprocess.Popen] = []
 
     def start(
-        self, stage: str, *words: str, ranks: int = 1, prepare: Callable[[], None] | None = None, **env: str
+        self,
+        stage: str,
+        *words: str,
+        ranks: int = 1,
+        prepare: Callable[[], None] | None = None,
+        **env: str,
     ) -> subprocess.Popen:
-        words = (*(word.format(pretrained=self.pretrained, images=self.images) for word in STAGES[stage]), *words)
+        words = (
+            *(
+                word.format(pretrained=self.pretrained, images=self.images)
+                for word in STAGES[stage]
+            ),
+            *words,
+        )
         devices = [] if ranks == 1 else [f"devices={ranks}"]
         return self.command([*PYTHON, *words, *devices, f"dir={self.run}"], prepare, **env)
 
-    def command(self, words: list[str], prepare: Callable[[], None] | None = None, **env: str) -> subprocess.Popen:
-        own = {"SSL_BENCH_CACHE": str(self.root / "cache"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    def command(
+        self, words: list[str], prepare: Callable[[], None] | None = None, **env: str
+    ) -> subprocess.Popen:
+        own = {
+            "SSL_BENCH_CACHE": str(self.root / "cache"),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         own |= {"WANDB_MODE": "offline"}
         said = open(self.folder / f"said-{len(self.started)}", "wb")  # noqa: SIM115 - the process has it
         process = subprocess.Popen(
@@ -116,13 +157,17 @@ class Place:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
             kill(process)
-            raise Broken(f"hung for {limit} s: {process.said.read_text(errors='replace')[-300:]}") from None
+            raise Broken(
+                f"hung for {limit} s: {process.said.read_text(errors='replace')[-300:]}"
+            ) from None
         text = process.said.read_text(errors="replace")
         if "Traceback" in text:
             raise Broken("a traceback: " + text.strip().splitlines()[-1][:300])
         return Done(code, text)
 
-    def finishes(self, stage: str, *words: str, ranks: int = 1, like: str | None = None, **env: str) -> str:
+    def finishes(
+        self, stage: str, *words: str, ranks: int = 1, like: str | None = None, **env: str
+    ) -> str:
         """The command ends as an undisturbed one did. What it said."""
         done = self.ended(self.start(stage, *words, ranks=ranks, **env))
         if done.code:
@@ -162,9 +207,13 @@ def outcome(run: Path) -> dict[str, Any]:
     if not (run / "summary.json").exists():
         raise Broken("no summary.json")
     for name in ("summary.json",):
-        found[name] = {k: v for k, v in json.loads((run / name).read_text()).items() if k not in SPEED}
+        found[name] = {
+            k: v for k, v in json.loads((run / name).read_text()).items() if k not in SPEED
+        }
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found["metrics"] = [{key: value for key, value in row.items() if key not in SPEED} for row in rows]
+    found["metrics"] = [
+        {key: value for key, value in row.items() if key not in SPEED} for row in rows
+    ]
     if newest := max(run.glob("checkpoints/step*.pt"), default=None):
         found["checkpoint"] = torch.load(newest, weights_only=True)
         found["checkpoint"].pop("run")
@@ -185,7 +234,9 @@ def compare(one: Any, other: Any, where: str = "") -> None:
         if not torch.equal(one, other):
             raise Broken(f"{where} differs from an undisturbed run's")
     elif one != other and not (one != one and other != other):  # NaN is NaN
-        raise Broken(f"{where} differs from an undisturbed run's: {str(one)[:60]} and {str(other)[:60]}")
+        raise Broken(
+            f"{where} differs from an undisturbed run's: {str(one)[:60]} and {str(other)[:60]}"
+        )
 
 
 @contextmanager
@@ -217,7 +268,7 @@ def fill(folder: Path) -> None:
             pass
 
 
-# -- the faults: each gets a place and returns (what was lost, what was said) -----------------------------------------
+# -- the faults: each gets a place and returns (what was lost, what was said) ----------------------
 
 Result = tuple[str, str]
 FAULTS: dict[str, tuple[str, Callable[[Place], Result]]] = {}
@@ -292,8 +343,12 @@ def stopped_and_continued(place: Place) -> Result:
 
 
 def rank_of(process: subprocess.Popen, rank: int) -> int:
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    trackers = [pid for pid in found if b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    found = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
+    trackers = [
+        pid for pid in found if b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
     return sorted(int(pid) for pid in found if pid not in trackers)[rank]
 
 
@@ -331,14 +386,23 @@ def parent_killed(place: Place) -> Result:
 
 @fault("the name of the first node doesn't resolve")
 def no_such_node(place: Place) -> Result:
-    own = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "no-such-node.invalid", "MASTER_PORT": "29999"}
-    return NOTHING, place.refused(place.start("pretrain", **own, SSL_BENCH_RENDEZVOUS="3"), "didn't meet the others")
+    own = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "no-such-node.invalid",
+        "MASTER_PORT": "29999",
+    }
+    return NOTHING, place.refused(
+        place.start("pretrain", **own, SSL_BENCH_RENDEZVOUS="3"), "didn't meet the others"
+    )
 
 
-# -- disks -------------------------------------------------------------------------------------------------------------
+# -- disks -----------------------------------------------------------------------------------------
 
 
-def full_while(stage: str, moment: Callable[[Place], object], *words: str) -> Callable[[Place], Result]:
+def full_while(
+    stage: str, moment: Callable[[Place], object], *words: str
+) -> Callable[[Place], Result]:
     def run(place: Place) -> Result:
         place.run = place.folder / "disk" / "run"
         with small(place.folder / "disk", "64m") as disk:
@@ -378,7 +442,9 @@ fault("the disk full before the features (select)", "disk-full-select")(
 @fault("no room for the packed images")
 def disk_full_store(place: Place) -> Result:
     with small(place.folder / "disk", "64k") as disk:
-        said = place.refused(place.start("pretrain", "source=host", f"data.cache={disk}"), "GB free")
+        said = place.refused(
+            place.start("pretrain", "source=host", f"data.cache={disk}"), "GB free"
+        )
     return NOTHING, said
 
 
@@ -388,9 +454,13 @@ def disk_full_export(place: Place) -> Result:
     with small(place.folder / "disk", "64k") as disk:
         done = place.ended(place.command([*PYTHON, *words, f"stage.out={disk}/export"]))
         if done.code != 2 or list(disk.glob("export*")):
-            raise Broken(f"exit status {done.code}, left {list(disk.iterdir())}: {done.text[-300:]}")
+            raise Broken(
+                f"exit status {done.code}, left {list(disk.iterdir())}: {done.text[-300:]}"
+            )
         grow(disk)
-        if (again := place.ended(place.command([*PYTHON, *words, f"stage.out={disk}/export"]))).code:
+        if (
+            again := place.ended(place.command([*PYTHON, *words, f"stage.out={disk}/export"]))
+        ).code:
             raise Broken(again.text[-300:])
     return NOTHING, done.said
 
@@ -407,13 +477,17 @@ def read_only(folder: Path) -> Iterator[Path]:
 def read_only_dir(place: Place) -> Result:
     with read_only(place.folder / "ro") as folder:
         place.run = folder / "run"
-        return NOTHING, place.refused(place.start("pretrain"), "can't be written", "choose another dir=")
+        return NOTHING, place.refused(
+            place.start("pretrain"), "can't be written", "choose another dir="
+        )
 
 
 @fault("the folder of the packed images is read-only")
 def read_only_cache(place: Place) -> Result:
     with read_only(place.folder / "ro") as folder:
-        return NOTHING, place.refused(place.start("pretrain", f"data.cache={folder}"), "data.cache=")
+        return NOTHING, place.refused(
+            place.start("pretrain", f"data.cache={folder}"), "data.cache="
+        )
 
 
 @fault("a run becomes read-only in its midst")
@@ -428,13 +502,16 @@ def read_only_run(place: Place) -> Result:
     return NOTHING, said
 
 
-# -- damaged and foreign files -----------------------------------------------------------------------------------------
+# -- damaged and foreign files ---------------------------------------------------------------------
 
 
 def begun(place: Place, stage: str = "pretrain") -> None:
     """Killed after two checkpoints."""
     process = place.start(stage)
-    place.wait_for(lambda: len(list(place.run.glob("checkpoints/step*.pt"))) == 2 and place.lines() >= 10, process)
+    place.wait_for(
+        lambda: len(list(place.run.glob("checkpoints/step*.pt"))) == 2 and place.lines() >= 10,
+        process,
+    )
     kill(process)
 
 
@@ -492,7 +569,8 @@ def own_store(place: Place, damage: Callable[[Path], None]) -> Result:
     kill(begun_with)
     (images,) = (place.folder / "cache").glob("digits-train*/images.npy")
     damage(images)
-    os.utime(images.with_name("verified"), (0, 0))  # what was whole a moment ago isn't looked at again
+    # what was whole a moment ago isn't looked at again
+    os.utime(images.with_name("verified"), (0, 0))
     done = place.ended(place.start("pretrain", cache))
     if done.code == 0:
         compare(outcome(place.run), outcome(place.root / "reference" / "pretrain-1"))
@@ -512,7 +590,9 @@ def store_flipped(place: Place) -> Result:
     return own_store(place, flip)
 
 
-def changed(name: str, change: Callable[[Path], None], finished: bool = False) -> Callable[[Place], Result]:
+def changed(
+    name: str, change: Callable[[Path], None], finished: bool = False
+) -> Callable[[Place], Result]:
     def run(place: Place) -> Result:
         if finished:
             place.ended(place.start("pretrain"))
@@ -542,7 +622,9 @@ for name in ("config.yaml", "inputs.json"):
     fault(f"{name} truncated", f"{name.replace('.', '-')}-truncated")(changed(name, truncate))
 fault("the last line of metrics.jsonl torn", "metrics-torn")(changed("metrics.jsonl", torn))
 fault("a line of metrics.jsonl garbled", "metrics-garbled")(changed("metrics.jsonl", garbled))
-fault("summary.json truncated", "summary-truncated")(changed("summary.json", truncate, finished=True))
+fault("summary.json truncated", "summary-truncated")(
+    changed("summary.json", truncate, finished=True)
+)
 
 
 @fault("a checkpoint of another run in the folder")
@@ -576,7 +658,11 @@ def hostile_checkpoint(place: Place) -> Result:
 def hostile_config(place: Place) -> Result:
     shutil.copytree(place.pretrained, place.run)
     text = (place.run / "config.yaml").read_text()
-    swapped = re.sub(r"_target_: ssl_bench.backbones.resnet\S+", "_target_: os.system\n  command: touch hostile", text)
+    swapped = re.sub(
+        r"_target_: ssl_bench.backbones.resnet\S+",
+        "_target_: os.system\n  command: touch hostile",
+        text,
+    )
     (place.run / "config.yaml").write_text(swapped)
     (place.run / "SHA256SUMS").unlink(missing_ok=True)
     return hostile(place, "stage=report", f"runs={place.run}", f"stage.out={place.folder}/report")
@@ -611,13 +697,20 @@ def two_that_differ(place: Place) -> Result:
     return NOTHING, said
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+# -- pictures --------------------------------------------------------------------------------------
 
 
 def pictures(place: Place, *words: str) -> list[str]:
-    """A command on 60 pictures of the place's own, which may be decoded as often as they are needed."""
+    """A command on 60 pictures of the place's own, which may be decoded as often as they are
+    needed.
+    """
     shutil.copytree(place.images, place.folder / "pictures")
-    data = ["data=folder", f"data.root={place.folder}/pictures", "data.image_size=16", f"data.cache={place.folder}/c"]
+    data = [
+        "data=folder",
+        f"data.root={place.folder}/pictures",
+        "data.image_size=16",
+        f"data.cache={place.folder}/c",
+    ]
     return [*data, "batch_size=20", "method.queue_size=60", *words]
 
 
@@ -647,19 +740,31 @@ def device(path: Path) -> None:
 
 with_picture(os.mkfifo, "a picture is a pipe that nobody writes to", "picture-fifo")
 with_picture(device, "a picture is a device without an end", "picture-device")
-with_picture(lambda path: path.symlink_to("nowhere"), "a picture is a link to nowhere", "picture-link")
-with_picture(os.mkdir, "a folder is named like a picture", "picture-folder")
-with_picture(lambda path: Image.new("L", (30_000, 2)).save(path), "a picture is 30,000 pixels wide", "picture-wide")
 with_picture(
-    lambda path: Image.new("1", (30_000, 30_000)).save(path), "a picture has 900 million pixels", "picture-bomb"
+    lambda path: path.symlink_to("nowhere"), "a picture is a link to nowhere", "picture-link"
 )
-with_picture(lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\nxx"), "a picture is cut off", "picture-cut")
+with_picture(os.mkdir, "a folder is named like a picture", "picture-folder")
+with_picture(
+    lambda path: Image.new("L", (30_000, 2)).save(path),
+    "a picture is 30,000 pixels wide",
+    "picture-wide",
+)
+with_picture(
+    lambda path: Image.new("1", (30_000, 30_000)).save(path),
+    "a picture has 900 million pixels",
+    "picture-bomb",
+)
+with_picture(
+    lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\nxx"), "a picture is cut off", "picture-cut"
+)
 with_picture(lambda path: path.write_bytes(b""), "a picture is empty", "picture-empty")
 
 
 @fault("a picture vanishes while it is streamed")
 def picture_vanishes(place: Place) -> Result:
-    process = place.start("pretrain", *pictures(place, "source=streamed", "epochs=40", "data.workers=1"))
+    process = place.start(
+        "pretrain", *pictures(place, "source=streamed", "epochs=40", "data.workers=1")
+    )
     place.wait_for(lambda: place.lines() >= 3, process)
     for path in sorted((place.folder / "pictures").glob("*.png"))[:20]:
         path.unlink()
@@ -668,7 +773,9 @@ def picture_vanishes(place: Place) -> Result:
 
 @fault("a process that decodes is killed while it streams")
 def worker_killed(place: Place) -> Result:
-    process = place.start("pretrain", *pictures(place, "source=streamed", "epochs=200", "data.workers=1"))
+    process = place.start(
+        "pretrain", *pictures(place, "source=streamed", "epochs=200", "data.workers=1")
+    )
     place.wait_for(lambda: place.lines() >= 3, process)
     while process.poll() is None:
         subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=False)
@@ -689,7 +796,7 @@ def small_shm(place: Place) -> Result:
     return NOTHING, done.said or "finished"
 
 
-# -- the rest ----------------------------------------------------------------------------------------------------------
+# -- the rest --------------------------------------------------------------------------------------
 
 
 @fault("a rate at which the loss isn't finite")
@@ -737,7 +844,7 @@ def wandb_gone(place: Place) -> Result:
     return NOTHING, done.said
 
 
-# -- the campaign ------------------------------------------------------------------------------------------------------
+# -- the campaign ----------------------------------------------------------------------------------
 
 
 def prepare(root: Path, needed: set[str]) -> None:
@@ -784,7 +891,9 @@ def one(root: Path, name: str) -> dict[str, Any]:
     if row["verdict"] == "holds":
         shutil.rmtree(place.folder, ignore_errors=True)
     for text in ("said", "verdict"):
-        said = re.sub(rf"\b{re.escape(socket.gethostname())}\b", "HOST", row[text].replace(str(root), "DIR"))
+        said = re.sub(
+            rf"\b{re.escape(socket.gethostname())}\b", "HOST", row[text].replace(str(root), "DIR")
+        )
         row[text] = " ".join(said.split())[:300]
     row["seconds"] = round(time.monotonic() - began, 1)
     print(f"{name}: {row['verdict']}  ({row['seconds']} s)  {row['said'][:120]}", flush=True)
@@ -794,23 +903,38 @@ def one(root: Path, name: str) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     cells = [[row["did"], row["lost"], row["said"], row["verdict"]] for row in rows]
     lines = [["what was done", "what was lost", "what was said", "verdict"], ["---"] * 4, *cells]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+    return "".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(FAULTS), default=list(FAULTS), metavar="FAULT")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=list(FAULTS), default=list(FAULTS), metavar="FAULT"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--folder", type=Path, help="where it works, kept; undisturbed runs there aren't done again")
+    parser.add_argument(
+        "--folder", type=Path, help="where it works, kept; undisturbed runs there aren't done again"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="faults at once")
     args = parser.parse_args()
     known = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     rows = {row["fault"]: row for row in known if row["fault"] in FAULTS}
     with folder_for(args.folder) as root, ThreadPoolExecutor(args.jobs) as pool:
         kills = {name.removeprefix("kill-") for name in args.only if name.startswith("kill-")}
-        needed = {f"{name.removesuffix('-2-ranks')}-{2 if name.endswith('-2-ranks') else 1}" for name in kills}
+        needed = {
+            f"{name.removesuffix('-2-ranks')}-{2 if name.endswith('-2-ranks') else 1}"
+            for name in kills
+        }
         needed |= {f"{stage}-1" for stage in STAGES if any(stage in name for name in args.only)}
-        needed |= {"pretrain-2"} if any("rank" in name or "parent" in name for name in args.only) else set()
+        needed |= (
+            {"pretrain-2"}
+            if any("rank" in name or "parent" in name for name in args.only)
+            else set()
+        )
         needed |= {"finetune-1"} if "foreign-checkpoint" in args.only else set()
         needed |= {"knn-1", "cached-1"} if any("disk-full" in name for name in args.only) else set()
         prepare(root, needed)
@@ -818,7 +942,10 @@ def main() -> None:
             rows[row["fault"]] = row
             kept = [rows[name] for name in FAULTS if name in rows]
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps({"machine": machine(), "rows": kept}, indent=1, ensure_ascii=False) + "\n")
+            args.out.write_text(
+                json.dumps({"machine": machine(), "rows": kept}, indent=1, ensure_ascii=False)
+                + "\n"
+            )
             args.out.with_suffix(".md").write_text(table(kept))
     broken = [name for name in args.only if rows[name]["verdict"].startswith("BROKEN")]
     held = sum(row["verdict"] == "holds" for row in rows.values())

@@ -4,9 +4,9 @@
     python benchmarks/lincls.py --folder DIR         keeps all that, and goes on with what is there
     python benchmarks/lincls.py --folder DIR --only official --seeds 0      one of them, e.g. while nothing else runs
 
-Every run is the real command, on one thread. Times are those of the first seed, from the start of the process to its
-end: of the processor, which other work on the machine changes little, and on the wall, for a machine with nothing else
-to do.
+Every run is the real command, on one thread. Times are those of the first seed, from the start of
+the process to its end: of the processor, which other work on the machine changes little, and on the
+wall, for a machine with nothing else to do.
 """
 
 import argparse
@@ -32,7 +32,11 @@ PRETRAIN = (
     "method.queue_size=1024",
     "method.momentum=0.99",
 )
-PRETRAIN += ("method.bn_splits=2", "augmentation.crop_scale=[0.4,1.0]", "augmentation.brightness=0.6")
+PRETRAIN += (
+    "method.bn_splits=2",
+    "augmentation.crop_scale=[0.4,1.0]",
+    "augmentation.brightness=0.6",
+)
 PRETRAIN += ("augmentation.contrast=0.6", "augmentation.saturation=0.8", "augmentation.hue=0.5")
 PRETRAIN += ("augmentation.jitter_p=1.0", "augmentation.grayscale_p=0.3", "optimizer.base_lr=0.4")
 PRETRAIN += ("schedule.warmup_epochs=1",)
@@ -56,15 +60,28 @@ def seconds(words: list[str]) -> dict:
 
 
 def command(folder: Path, run: str, *overrides: str) -> None:
-    """`ssl-bench` on the data in the folder, into folder/run, with its seconds in folder/run.json. Once."""
+    """`ssl-bench` on the data in the folder, into folder/run, with its seconds in folder/run.json.
+    Once.
+    """
     report = folder / f"{run}.json"
     if report.exists():
         return
-    words = [sys.executable, "-m", "ssl_bench.train", "data=dl21", f"data.root={folder / 'data'}", *NETWORK, *overrides]
+    words = [
+        sys.executable,
+        "-m",
+        "ssl_bench.train",
+        "data=dl21",
+        f"data.root={folder / 'data'}",
+        *NETWORK,
+        *overrides,
+    ]
     words += [f"data.cache={folder / 'cache'}", f"dir={folder / run}"]
     whole = seconds(words)
-    started = seconds(words)["cpu_seconds"]  # once more, when it is finished already: the start alone
-    report.write_text(json.dumps(whole | {"cpu_seconds_after_start": whole["cpu_seconds"] - started}))
+    # once more, when it is finished already: the start alone
+    started = seconds(words)["cpu_seconds"]
+    report.write_text(
+        json.dumps(whole | {"cpu_seconds_after_start": whole["cpu_seconds"] - started})
+    )
 
 
 def classify(folder: Path, protocol: str, seed: int, pixels: int = 64) -> dict:
@@ -72,9 +89,16 @@ def classify(folder: Path, protocol: str, seed: int, pixels: int = 64) -> dict:
     overrides = PROTOCOLS[protocol]
     if protocol == AS_CHOSEN:
         chosen = classify(folder, "cached", seed)
-        overrides = (f"optimizer.base_lr={chosen['lr']}", f"optimizer.weight_decay={chosen['weight_decay']}")
+        overrides = (
+            f"optimizer.base_lr={chosen['lr']}",
+            f"optimizer.weight_decay={chosen['weight_decay']}",
+        )
     run = f"{protocol.replace(',', '').replace(' ', '-')}-{pixels}px-seed{seed}"
-    overrides += (f"pretrained={folder / 'pretrained'}", f"augmentation.image_size={pixels}", f"seed={seed}")
+    overrides += (
+        f"pretrained={folder / 'pretrained'}",
+        f"augmentation.image_size={pixels}",
+        f"seed={seed}",
+    )
     command(folder, run, "stage=lincls", *overrides)
     summary = json.loads((folder / run / "summary.json").read_text())
     return summary | json.loads((folder / f"{run}.json").read_text())
@@ -92,16 +116,22 @@ def accuracy(results: list[dict]) -> dict:
 def times(result: dict, official: dict) -> dict:
     """Of one classifier, beside the official one."""
     keys = ("wall_seconds", "cpu_seconds", "cpu_seconds_after_start")
-    return {key: result[key] for key in keys} | {f"{key}_times_fewer": official[key] / result[key] for key in keys}
+    return {key: result[key] for key in keys} | {
+        f"{key}_times_fewer": official[key] / result[key] for key in keys
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Linear classification: the official protocol and cached features.")
+    parser = argparse.ArgumentParser(
+        description="Linear classification: the official protocol and cached features."
+    )
     parser.add_argument("--folder", type=Path, help="to keep the data and the runs in")
     parser.add_argument("--only", choices=list(PROTOCOLS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--pixels", type=int, choices=[64, LARGE], default=64, help="with --only")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "lincls.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "lincls.json"
+    )
     args = parser.parse_args()
     with workplace(args.folder, **COUNTS) as folder:
         command(folder, "pretrained", *PRETRAIN)
@@ -110,12 +140,22 @@ def main() -> None:
                 print(json.dumps(classify(folder, args.only, seed, args.pixels)))
             return
         small = {name: [classify(folder, name, seed) for seed in args.seeds] for name in PROTOCOLS}
-        large = {name: classify(folder, name, args.seeds[0], LARGE) for name in ("official", "cached")}
+        large = {
+            name: classify(folder, name, args.seeds[0], LARGE) for name in ("official", "cached")
+        }
     rows = {name: accuracy(runs) for name, runs in small.items()}
     for name in PROTOCOLS.keys() - {AS_CHOSEN}:  # as long as `official`
         rows[name] |= times(small[name][0], small["official"][0])
-    rows |= {f"{name}, {LARGE} pixels": times(run, large["official"]) for name, run in large.items()}
-    settings = {"data": COUNTS, "network": NETWORK, "pretrain": PRETRAIN, "protocols": PROTOCOLS, "seeds": args.seeds}
+    rows |= {
+        f"{name}, {LARGE} pixels": times(run, large["official"]) for name, run in large.items()
+    }
+    settings = {
+        "data": COUNTS,
+        "network": NETWORK,
+        "pretrain": PRETRAIN,
+        "protocols": PROTOCOLS,
+        "seeds": args.seeds,
+    }
     document = {**settings, **machine(), "rows": rows}
     args.out.write_text(json.dumps(document, indent=2) + "\n")
     print(json.dumps(rows, indent=2), f"written: {args.out}", sep="\n")

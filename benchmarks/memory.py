@@ -3,8 +3,9 @@
     python benchmarks/memory.py                                       5k, 20k and 100k images: 10 minutes, 6 GB of disk
     python benchmarks/memory.py --counts 1000 2000 --out memory.json
 
-For each count: synthetic 96x96 PNG files in the dl21 layout in a temporary folder, then the real command with a fresh
-cache: it packs them and trains for an epoch, with a small network so that what grows with the data would show.
+For each count: synthetic 96x96 PNG files in the dl21 layout in a temporary folder, then the real
+command with a fresh cache: it packs them and trains for an epoch, with a small network so that what
+grows with the data would show.
 """
 
 import argparse
@@ -35,8 +36,8 @@ OVERRIDES = (
 def private_bytes(pid: int) -> int:
     """Memory that this process alone holds, in RAM or swap; 0 when it has ended.
 
-    Not RSS, which counts the pages of mapped files too: those of the packed images are the kernel's page cache, shared
-    by all processes and dropped when memory is short.
+    Not RSS, which counts the pages of mapped files too: those of the packed images are the kernel's
+    page cache, shared by all processes and dropped when memory is short.
     """
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -55,7 +56,10 @@ def pool_workers(parent: int) -> list[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent_of_it = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent_of_it == parent and b"ssl_bench.data.pool" in (folder / "cmdline").read_bytes():
+            if (
+                parent_of_it == parent
+                and b"ssl_bench.data.pool" in (folder / "cmdline").read_bytes()
+            ):
                 found.append(int(folder.name))
         except (FileNotFoundError, ProcessLookupError):
             continue
@@ -68,9 +72,13 @@ def measure(root: Path, cache: Path, run: Path) -> dict:
     command += [f"data.root={root}", f"data.cache={cache}", f"dir={run}"]
     peaks, samples = {"packing": 0, "training": 0}, {"packing": 0, "training": 0}
     began = ended = None
-    with open(run.with_suffix(".log"), "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+    with (
+        open(run.with_suffix(".log"), "w") as log,
+        subprocess.Popen(command, stdout=log, stderr=log) as process,
+    ):
         while process.poll() is None:
-            # The store appears under its own name when it is complete: until then the images are listed and packed.
+            # The store appears under its own name when it is complete: until then the images are
+            # listed and packed.
             names = os.listdir(cache) if cache.exists() else []
             if began is None and any(name.endswith(".partial") for name in names):
                 began = time.monotonic()
@@ -94,20 +102,30 @@ def measure(root: Path, cache: Path, run: Path) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| images | packing, GB private | training, GB private | packing, images/s | training, images/s |"]
+    lines = [
+        "| images | packing, GB private | training, GB private | packing, images/s | training, images/s |"
+    ]
     lines.append("| ---: | ---: | ---: | ---: | ---: |")
     for row in rows:
         gigabytes = (row["packing_private_bytes"] / 1e9, row["training_private_bytes"] / 1e9)
         speeds = (row["packing_images_per_second"], row["training_images_per_second"])
-        cells = [f"{row['images']:,}", *(f"{value:.2f}" for value in gigabytes), *(f"{value:,.0f}" for value in speeds)]
+        cells = [
+            f"{row['images']:,}",
+            *(f"{value:.2f}" for value in gigabytes),
+            *(f"{value:,.0f}" for value in speeds),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Private memory of packing and training, by the number of images.")
+    parser = argparse.ArgumentParser(
+        description="Private memory of packing and training, by the number of images."
+    )
     parser.add_argument("--counts", type=int, nargs="+", default=[5_000, 20_000, 100_000])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "memory.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "memory.json"
+    )
     args = parser.parse_args()
     rows = []
     for count in args.counts:

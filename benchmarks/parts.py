@@ -1,12 +1,13 @@
 """The parts of our training step, each against its floor; and the work on images, for one core.
 
-    python benchmarks/parts.py --steps 5 data=dl21 data.root=/data dir=none batch_size=128 precision=bf16
+    python benchmarks/parts.py --steps 5 data=dl21 data.root=/data dir=none batch_size=128
+    precision=bf16
 
-The step is that of the program: `pretrain` and its loop run as they are, with a stand-in for the run that leaves
-nothing behind, and hooks on the network and the optimizer that note the time. Operations are counted by torch's
-FlopCounterMode; beside them stand the measured rates of a large matrix product in the same precision and of memory.
-Prints a line of JSON; `--profile FILE` saves torch.profiler's table of the step, which may be compiled: what is apart
-here never is.
+The step is that of the program: `pretrain` and its loop run as they are, with a stand-in for the
+run that leaves nothing behind, and hooks on the network and the optimizer that note the time.
+Operations are counted by torch's FlopCounterMode; beside them stand the measured rates of a large
+matrix product in the same precision and of memory. Prints a line of JSON; `--profile FILE` saves
+torch.profiler's table of the step, which may be compiled: what is apart here never is.
 """
 
 import argparse
@@ -54,9 +55,11 @@ WAIT, AUGMENT, QUERY, EMA, KEY, QUEUE, BACKWARD, SGD, REST = PARTS = (
 
 
 class Window:
-    """Stands in for a Run: the loop makes `warmup + steps` steps, and `clock` is read where one part ends.
+    """Stands in for a Run: the loop makes `warmup + steps` steps, and `clock` is read where one
+    part ends.
 
-    clock: () -> what to add up. totals: {part: what passed in it} over the `steps`. warm: called when they begin.
+    clock: () -> what to add up. totals: {part: what passed in it} over the `steps`. warm: called
+    when they begin.
     """
 
     is_main, directory = False, None  # no files, no pictures
@@ -70,7 +73,13 @@ class Window:
         clock: Callable[[], float] = lambda: 0.0,
         warm: Callable[[], object] = lambda: None,
     ) -> None:
-        self.device, self.warmup, self.steps, self.clock, self.warm = device, warmup, steps, clock, warm
+        self.device, self.warmup, self.steps, self.clock, self.warm = (
+            device,
+            warmup,
+            steps,
+            clock,
+            warm,
+        )
         self.totals: dict[str, float] = defaultdict(float)
         self.bytes: dict[str, int] = {}
 
@@ -135,7 +144,9 @@ def best(work: Callable[[], object], wait: Callable[[], None], repeats: int = 10
 
 
 def bandwidth(device: torch.device, wait: Callable[[], None]) -> float:
-    """Bytes a second: of a large addition in place, since a copy also reads on a CPU what it is to overwrite."""
+    """Bytes a second: of a large addition in place, since a copy also reads on a CPU what it is to
+    overwrite.
+    """
     total, other = torch.zeros(2**26, device=device), torch.zeros(2**26, device=device)
     return 3 * other.nbytes / best(lambda: total.add_(other), wait)
 
@@ -147,7 +158,9 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, wait: Callable[[], Non
     return 2 * size**3 / best(lambda: a @ b, wait)
 
 
-def step_parts(cfg: DictConfig, device: torch.device, warmup: int, steps: int, wait: Callable[[], None]) -> dict:
+def step_parts(
+    cfg: DictConfig, device: torch.device, warmup: int, steps: int, wait: Callable[[], None]
+) -> dict:
     """{"seconds": of a step, by part; "flops"; "bytes": the least that must move}"""
 
     def clock() -> float:
@@ -160,7 +173,8 @@ def step_parts(cfg: DictConfig, device: torch.device, warmup: int, steps: int, w
         counted = Window(device, 0, 1, counter.get_total_flops)
         pretrain(cfg, counted)
     views = 2 * cfg.batch_size * 3
-    pixels = views * cfg.data.image_size**2 + 4 * views * cfg.augmentation.image_size**2  # uint8 read, float32 written
+    # uint8 read, float32 written
+    pixels = views * cfg.data.image_size**2 + 4 * views * cfg.augmentation.image_size**2
     logits = 4 * cfg.batch_size * (timed.queue_size + 1)
     return {
         "seconds": {part: timed.totals[part] / steps for part in PARTS},
@@ -169,9 +183,13 @@ def step_parts(cfg: DictConfig, device: torch.device, warmup: int, steps: int, w
     }
 
 
-def gather(cfg: DictConfig, device: torch.device, wait: Callable[[], None], batches: int = 50) -> dict:
+def gather(
+    cfg: DictConfig, device: torch.device, wait: Callable[[], None], batches: int = 50
+) -> dict:
     """A batch from the packed images, when nobody makes it wait."""
-    stream = open_source(cfg, Window(device, 0, 0), build.construct(cfg.data), "pretrain").stream(0, batches)
+    stream = open_source(cfg, Window(device, 0, 0), build.construct(cfg.data), "pretrain").stream(
+        0, batches
+    )
     next(stream)
     wait()
     began = time.perf_counter()
@@ -185,7 +203,9 @@ def gather(cfg: DictConfig, device: torch.device, wait: Callable[[], None], batc
 
 
 def one_core(cfg: DictConfig, paths: list[Path], images: Tensor, memory: float) -> dict:
-    """Images or views a second on one core: ours, what the peers do, and the floor of `memory` bytes a second."""
+    """Images or views a second on one core: ours, what the peers do, and the floor of `memory`
+    bytes a second.
+    """
 
     def no_wait() -> None:
         pass
@@ -208,7 +228,9 @@ def one_core(cfg: DictConfig, paths: list[Path], images: Tensor, memory: float) 
     for name, function in work.items():
         count = len(images) if name == "views by ours" else len(paths)
         rates[name] = count * (2 if "views" in name else 1) / best(function, no_wait, repeats=3)
-    return rates | {"views at the rate of memory": memory / (3 * (size**2 + 4 * cfg.augmentation.image_size**2))}
+    return rates | {
+        "views at the rate of memory": memory / (3 * (size**2 + 4 * cfg.augmentation.image_size**2))
+    }
 
 
 class Unmarked(Window):
@@ -219,20 +241,34 @@ class Unmarked(Window):
 
 
 def save_profile(cfg: DictConfig, device: torch.device, path: Path, steps: int = 5) -> dict:
-    """{"busy", "augmenting"}: seconds of a step in kernels, on a GPU; {} elsewhere. And the table in a file."""
+    """{"busy", "augmenting"}: seconds of a step in kernels, on a GPU; {} elsewhere. And the table
+    in a file.
+    """
     on_gpu = device.type == "cuda"
-    profiler = profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu, acc_events=True)
+    profiler = profile(
+        activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu, acc_events=True
+    )
     forward = Views.forward
     Views.forward = record_function(AUGMENT)(forward)
     pretrain(cfg, Unmarked(device, warmup=5, steps=steps, warm=profiler.start))
     Views.forward = forward
     profiler.stop()
     events = profiler.key_averages()
-    path.write_text(events.table(sort_by=f"self_{device.type}_time_total", row_limit=40, max_name_column_width=60))
+    path.write_text(
+        events.table(
+            sort_by=f"self_{device.type}_time_total", row_limit=40, max_name_column_width=60
+        )
+    )
     if not on_gpu:
         return {}
-    kernels = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
-    (launcher,) = (event for event in events if event.key == AUGMENT and event.device_type == DeviceType.CPU)
+    kernels = [
+        event
+        for event in events
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
+    (launcher,) = (
+        event for event in events if event.key == AUGMENT and event.device_type == DeviceType.CPU
+    )
     microseconds = {"busy": sum(event.self_device_time_total for event in kernels)}
     microseconds["augmenting"] = launcher.device_time_total
     return {name: value / 1e6 / steps for name, value in microseconds.items()}
@@ -243,7 +279,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="+", help="of ssl-bench stage=pretrain")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--images", type=int, default=500, help="files for what is measured on one core")
+    parser.add_argument(
+        "--images", type=int, default=500, help="files for what is measured on one core"
+    )
     parser.add_argument("--profile", type=Path)
     args = parser.parse_args()
 

@@ -1,17 +1,21 @@
-"""Do chosen labels teach more than random ones, and what does it cost to choose among 512,000 images?
+"""Do chosen labels teach more than random ones, and what does it cost to choose among 512,000
+images?
 
     python benchmarks/selection.py                 two backbones, 100 choices with their classifiers: minutes on a core
     python benchmarks/selection.py --folder DIR    keeps all that, and goes on with what is there
     python benchmarks/selection.py --scale         the strategies on simulated features of 512,000 images, 3 GB of disk
 
-Labels are asked for of images among which one class is many times as frequent as another, as in the long-tailed CIFAR
-(Cui et al., arXiv:1901.05555). A linear classifier that has these labels is measured on as many test images of each.
+Labels are asked for of images among which one class is many times as frequent as another, as in the
+long-tailed CIFAR (Cui et al., arXiv:1901.05555). A linear classifier that has these labels is
+measured on as many test images of each.
 
-digits: MoCo v2 has learnt them without labels. shapes: the network has learnt ten others, with labels.
+digits: MoCo v2 has learnt them without labels. shapes: the network has learnt ten others, with
+labels.
 
-Every seed has images of its own, and another order of the classes. Each choice and each classifier is the program's own
-stage. margin asks for half of its labels at random, and for the rest by the classifier that has these.
---scale runs what stage=select does once features are there, in a process of its own for each strategy.
+Every seed has images of its own, and another order of the classes. Each choice and each classifier
+is the program's own stage. margin asks for half of its labels at random, and for the rest by the
+classifier that has these. --scale runs what stage=select does once features are there, in a process
+of its own for each strategy.
 """
 
 import argparse
@@ -46,29 +50,44 @@ CLASSES = 10
 STRATEGIES = ("random", "kmeans_plusplus", "k_center", "typiclust", "margin")
 LOOK = ("augmentation=none", "stage.test_resize=1.0")
 # as conf/experiment/quickstart.yaml, whose labels are as few
-PROBE = ("stage=lincls", *LOOK, "stage.normalize=true", "optimizer.base_lr=0.03", "optimizer.scaling=none")
+PROBE = (
+    "stage=lincls",
+    *LOOK,
+    "stage.normalize=true",
+    "optimizer.base_lr=0.03",
+    "optimizer.scaling=none",
+)
 PROBE += ("batch_size=10", "epochs=50", "eval_every=0", "log_every=1000")
 
-SCALE = {"images": 512_000, "dim": 2048, "labelled": 25_600, "budget": 12_800}  # of dl21 and a ResNet-50
+# of dl21 and a ResNet-50
+SCALE = {"images": 512_000, "dim": 2048, "labelled": 25_600, "budget": 12_800}
 SAMPLE_SECONDS = 0.2
 
 Images = list[np.ndarray]  # uint8 (S, S, 3)
 
 
-# -- what chosen labels are worth --------------------------------------------------------------------------------------
+# -- what chosen labels are worth ------------------------------------------------------------------
 
 
 def draw_shapes(seed: int, split: str, labels: np.ndarray, first: int = 0) -> Images:
     """An image for each label (n,), of the shapes from the `first`-th on."""
-    numbers = [int((labels[:place] == label).sum()) for place, label in enumerate(labels)]  # among those of its class
-    indices = [len(SHAPES) * number + first + int(label) for number, label in zip(numbers, labels, strict=True)]
+    # among those of its class
+    numbers = [int((labels[:place] == label).sum()) for place, label in enumerate(labels)]
+    indices = [
+        len(SHAPES) * number + first + int(label)
+        for number, label in zip(numbers, labels, strict=True)
+    ]
     return [render(seed, split, index, 64, len(SHAPES))[0] for index in indices]
 
 
 def draw_digits(seed: int, split: str, labels: np.ndarray) -> Images:
-    found = Digits(image_size=16).split("val" if split == "val" else "train")  # "pretrain" is train without labels
+    # "pretrain" is train without labels
+    found = Digits(image_size=16).split("val" if split == "val" else "train")
     rng = np.random.default_rng(seed)
-    of_class = [iter(rng.permutation(np.flatnonzero(found.labels == label)).tolist()) for label in range(CLASSES)]
+    of_class = [
+        iter(rng.permutation(np.flatnonzero(found.labels == label)).tolist())
+        for label in range(CLASSES)
+    ]
     return [found.read(next(of_class[label])) for label in labels]
 
 
@@ -85,22 +104,50 @@ class Subject(NamedTuple):
 
 
 # as conf/experiment/quickstart.yaml
-DIGITS = ("data=digits", "augmentation=digits", "batch_size=128", "epochs=100", "method.queue_size=1024")
-DIGITS += ("method.momentum=0.99", "method.dim=64", "augmentation.crop_scale=[0.65,1.0]", "optimizer.base_lr=0.12")
+DIGITS = (
+    "data=digits",
+    "augmentation=digits",
+    "batch_size=128",
+    "epochs=100",
+    "method.queue_size=1024",
+)
+DIGITS += (
+    "method.momentum=0.99",
+    "method.dim=64",
+    "augmentation.crop_scale=[0.65,1.0]",
+    "optimizer.base_lr=0.12",
+)
 DIGITS += ("optimizer.weight_decay=5e-4", "schedule.warmup_epochs=5")
 SMALL = ("data.image_size=16", "backbone.stem=small", "backbone.width=16")
-OTHERS = ("data=dl21", "method=supervised", "epochs=8", "batch_size=64", "precision=bf16", "optimizer.base_lr=0.4")
+OTHERS = (
+    "data=dl21",
+    "method=supervised",
+    "epochs=8",
+    "batch_size=64",
+    "precision=bf16",
+    "optimizer.base_lr=0.4",
+)
 OTHERS += ("augmentation.crop_scale=[0.7,1.0]", "augmentation.flip_p=0")
 SUBJECTS = {
-    "digits": Subject(SMALL, DIGITS, draw_digits, most=120, ratio=20, num_val=400, budgets=(20, 40)),
+    "digits": Subject(
+        SMALL, DIGITS, draw_digits, most=120, ratio=20, num_val=400, budgets=(20, 40)
+    ),
     "shapes": Subject(
-        ("data.image_size=64", "backbone.width=16"), OTHERS, draw_shapes, 1200, 50, num_val=1000, budgets=(50, 100)
+        ("data.image_size=64", "backbone.width=16"),
+        OTHERS,
+        draw_shapes,
+        1200,
+        50,
+        num_val=1000,
+        budgets=(50, 100),
     ),
 }
 
 
 def write(folder: Path, **splits: tuple[Images, np.ndarray]) -> None:
-    """The dl21 layout, complete or not at all. unlabeled has a file of labels too: what the annotator knows."""
+    """The dl21 layout, complete or not at all. unlabeled has a file of labels too: what the
+    annotator knows.
+    """
     partial = folder.with_suffix(".partial")
     for name, (images, labels) in splits.items():
         (partial / name).mkdir(parents=True)
@@ -130,34 +177,66 @@ def pretrain(folder: Path, name: str) -> None:
 
 
 def pool(folder: Path, subject: Subject, seed: int) -> Path:
-    """Classes are numbered from the rarest on. One image, of the most frequent, has a label: the layout wants one."""
+    """Classes are numbered from the rarest on. One image, of the most frequent, has a label: the
+    layout wants one.
+    """
     path = folder / f"pool{seed}"
     if not path.exists():
         rng = np.random.default_rng(seed)
-        counts = np.round(subject.most * float(subject.ratio) ** np.linspace(-1, 0, CLASSES)).astype(int)
+        counts = np.round(
+            subject.most * float(subject.ratio) ** np.linspace(-1, 0, CLASSES)
+        ).astype(int)
         labels = np.append(CLASSES - 1, rng.permutation(np.repeat(np.arange(CLASSES), counts)))
         val, named = np.arange(subject.num_val) % CLASSES, rng.permutation(CLASSES)
-        images, tests = subject.draw(1 + seed, "pretrain", named[labels]), subject.draw(1 + seed, "val", named[val])
-        write(path, train=(images[:1], labels[:1]), unlabeled=(images[1:], labels[1:]), val=(tests, val))
+        images, tests = (
+            subject.draw(1 + seed, "pretrain", named[labels]),
+            subject.draw(1 + seed, "val", named[val]),
+        )
+        write(
+            path,
+            train=(images[:1], labels[:1]),
+            unlabeled=(images[1:], labels[1:]),
+            val=(tests, val),
+        )
     return path
 
 
-def measure(folder: Path, subject: Subject, seed: int, strategy: str, budget: int) -> dict[str, float | list[int]]:
-    """Top-1 (percent) of the classifier that has the labels of the chosen, and how many of each class these are."""
+def measure(
+    folder: Path, subject: Subject, seed: int, strategy: str, budget: int
+) -> dict[str, float | list[int]]:
+    """Top-1 (percent) of the classifier that has the labels of the chosen, and how many of each
+    class these are.
+    """
     data, place = pool(folder, subject, seed), folder / f"{strategy}-{budget}-seed{seed}"
     own = ("data=dl21", f"data.root={data}", f"seed={seed}", *subject.network)
     truth = torch.load(data / "unlabeled_label_tensor.pt", weights_only=True)
 
     def ask(directory: Path, how: str, count: int, weights: Path, known: list[int]) -> list[int]:
-        options = (*LOOK, f"stage.strategy={how}", f"stage.budget={count}", f"stage.features={folder / 'features'}")
-        run(directory, "stage=select", *own, *options, f"pretrained={weights}", *answered(directory / "known", known))
+        options = (
+            *LOOK,
+            f"stage.strategy={how}",
+            f"stage.budget={count}",
+            f"stage.features={folder / 'features'}",
+        )
+        run(
+            directory,
+            "stage=select",
+            *own,
+            *options,
+            f"pretrained={weights}",
+            *answered(directory / "known", known),
+        )
         return known + [int(line) for line in (directory / "request_00.csv").read_text().split()]
 
     def answered(directory: Path, chosen: list[int]) -> list[str]:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "request.csv").write_text("".join(f"{index}\n" for index in chosen))
         torch.save(truth[chosen], directory / "label.pt")
-        return [f"data.extra_labels=[{directory / 'request.csv'},{directory / 'label.pt'}]"] if chosen else []
+        return (
+            [f"data.extra_labels=[{directory / 'request.csv'},{directory / 'label.pt'}]"]
+            if chosen
+            else []
+        )
 
     def classify(directory: Path, chosen: list[int]) -> float:
         known = answered(directory.with_name(directory.name + "-labels"), chosen)
@@ -179,18 +258,32 @@ def compare(folder: Path, seeds: list[int], out: Path) -> None:
         pretrain(folder / name, name)
         for budget in subject.budgets:
             found = {
-                strategy: [measure(folder / name, subject, seed, strategy, budget) for seed in seeds]
+                strategy: [
+                    measure(folder / name, subject, seed, strategy, budget) for seed in seeds
+                ]
                 for strategy in STRATEGIES
             }
             control = [result["top1"] for result in found["random"]]
             for strategy, results in found.items():
                 top1 = [result["top1"] for result in results]
                 gains = [value - base for value, base in zip(top1, control, strict=True)]
-                (mean, std), (gain, gain_std), wins = mean_std(top1), mean_std(gains), sum(x > 0 for x in gains)
-                row = {"images": name, "labels": budget, "strategy": strategy, "results": results, "mean": mean}
+                (mean, std), (gain, gain_std), wins = (
+                    mean_std(top1),
+                    mean_std(gains),
+                    sum(x > 0 for x in gains),
+                )
+                row = {
+                    "images": name,
+                    "labels": budget,
+                    "strategy": strategy,
+                    "results": results,
+                    "mean": mean,
+                }
                 rows.append({**row, "std": std, "gain": gain, "gain_std": gain_std, "wins": wins})
                 beside = (
-                    ["", ""] if strategy == "random" else [f"{gain:+.1f} ± {gain_std:.1f}", f"{wins} of {len(seeds)}"]
+                    ["", ""]
+                    if strategy == "random"
+                    else [f"{gain:+.1f} ± {gain_std:.1f}", f"{wins} of {len(seeds)}"]
                 )
                 lines.append([name, f"{budget}", strategy, f"{mean:.1f} ± {std:.1f}", *beside])
     header = ["images", "labels", "chosen by", "top-1 (%)", "more than random", "in seeds"]
@@ -199,11 +292,15 @@ def compare(folder: Path, seeds: list[int], out: Path) -> None:
     finish(out, markdown(header, lines, right=3), document)
 
 
-# -- what it costs -----------------------------------------------------------------------------------------------------
+# -- what it costs ---------------------------------------------------------------------------------
 
 
-def simulate(path: Path, images: int, dim: int, seed: int, classes: int = 800, latent: int = 64) -> None:
-    """float16 (images, dim): of overlapping classes, in a space of few dimensions, with noise in all; not negative."""
+def simulate(
+    path: Path, images: int, dim: int, seed: int, classes: int = 800, latent: int = 64
+) -> None:
+    """float16 (images, dim): of overlapping classes, in a space of few dimensions, with noise in
+    all; not negative.
+    """
     if path.exists():
         return
     rng = np.random.default_rng(0)  # the same classes in every file
@@ -229,15 +326,22 @@ def choose(folder: Path, strategy: str, budget: int) -> None:
         clock.append(time.monotonic())
         return clock[-1] - clock[-2]
 
-    unlabelled, labelled = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("unlabelled", "labelled"))
+    unlabelled, labelled = (
+        np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("unlabelled", "labelled")
+    )
     project = selection.Projection(unlabelled, 128, 0, torch.device("cpu"))
     points, covered = project(unlabelled), project(labelled)
     seconds = {"projection": passed()}
     generator = torch.Generator().manual_seed(0)
     if strategy == "margin":
-        backbone, classifier = nn.Identity(), {"fc.weight": torch.randn(800, SCALE["dim"]), "fc.bias": torch.zeros(800)}
+        backbone, classifier = (
+            nn.Identity(),
+            {"fc.weight": torch.randn(800, SCALE["dim"]), "fc.bias": torch.zeros(800)},
+        )
         backbone.dim = SCALE["dim"]
-        order = margins(classifier, backbone, unlabelled, np.arange(len(unlabelled))).argsort().tolist()
+        order = (
+            margins(classifier, backbone, unlabelled, np.arange(len(unlabelled))).argsort().tolist()
+        )
     else:
         more = {"budget": budget} if strategy == "typiclust" else {}
         order = getattr(selection, strategy)(points, covered, generator, **more)
@@ -258,14 +362,28 @@ def scale(folder: Path, out: Path) -> None:
             while child.poll() is None:
                 peak = max(peak, private_bytes(child.pid))
                 time.sleep(SAMPLE_SECONDS)
-            found = json.loads(child.stdout.read()) if child.returncode == 0 else sys.exit(f"{strategy} failed")
-        row = {"strategy": strategy, "wall_seconds": time.monotonic() - began, **found, "peak_private_bytes": peak}
+            found = (
+                json.loads(child.stdout.read())
+                if child.returncode == 0
+                else sys.exit(f"{strategy} failed")
+            )
+        row = {
+            "strategy": strategy,
+            "wall_seconds": time.monotonic() - began,
+            **found,
+            "peak_private_bytes": peak,
+        }
         row |= {"cpu_seconds": sum(os.times()[2:4]) - before, "load_average_before": load}
         rows.append(row)
         cells = (row["wall_seconds"], row["cpu_seconds"], peak / 1e9)
         lines.append([strategy, *(f"{value:,.0f}" for value in cells[:2]), f"{cells[2]:.1f}"])
-        print(markdown(["strategy", "seconds", "CPU seconds", "GB private"], lines[-1:], right=3), flush=True)
-    table = markdown(["strategy", "seconds", "of the processor", "private memory (GB)"], lines, right=3)
+        print(
+            markdown(["strategy", "seconds", "CPU seconds", "GB private"], lines[-1:], right=3),
+            flush=True,
+        )
+    table = markdown(
+        ["strategy", "seconds", "of the processor", "private memory (GB)"], lines, right=3
+    )
     finish(out, table, {"scale": SCALE, **machine(), "rows": rows})
 
 
@@ -279,9 +397,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="to keep data, runs and simulated features in")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--scale", action="store_true", help="time and memory, of simulated features")
+    parser.add_argument(
+        "--scale", action="store_true", help="time and memory, of simulated features"
+    )
     parser.add_argument("--out", type=Path, help="a JSON file; a table is written beside it")
-    parser.add_argument("--choose", choices=STRATEGIES, help=argparse.SUPPRESS)  # the child of --scale
+    # the child of --scale
+    parser.add_argument("--choose", choices=STRATEGIES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.choose:
         choose(args.folder, args.choose, SCALE["budget"])

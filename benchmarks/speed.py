@@ -1,14 +1,17 @@
-"""Speed of pretraining beside its peers, by batch and data set, and of its parts beside their floors.
+"""Speed of pretraining beside its peers, by batch and data set, and of its parts beside their
+floors.
 
     pip install -e ".[bench]" && python benchmarks/speed.py     on two CPU cores: twenty minutes, 9 GB of disk
     python benchmarks/speed.py --quick                          a smoke test of a minute; its figures mean nothing
     python benchmarks/speed.py --only contenders parts --cases resnet50:512 --repeats 1 --workers 16
-                                                                the shortest that tells something, on a GPU: minutes
+                                                                the shortest that tells something,
+                                                                on a GPU: minutes
 
-Synthetic 96x96 PNG files are written to a temporary folder; the peers read them, ours packs them first (timed apart).
-Every contender is a process of its own, they take turns, and what counts is the median. Ours is the program itself,
-`ssl_bench.train`, timed from outside by when the lines of its metrics.jsonl appear. Threads are as the environment has
-them: leave OMP_NUM_THREADS unset. Writes speed_DEVICE.json, .md and .png to --out.
+Synthetic 96x96 PNG files are written to a temporary folder; the peers read them, ours packs them
+first (timed apart). Every contender is a process of its own, they take turns, and what counts is
+the median. Ours is the program itself, `ssl_bench.train`, timed from outside by when the lines of
+its metrics.jsonl appear. Threads are as the environment has them: leave OMP_NUM_THREADS unset.
+Writes speed_DEVICE.json, .md and .png to --out.
 """
 
 import argparse
@@ -52,7 +55,8 @@ class Plan:
 
     cases: tuple[tuple[str, int], ...]  # (backbone, batch) of the contenders and the parts
     ours: tuple[str, ...] = ()  # overrides of the program beside the case
-    warmup: int = 3  # steps of the peers, on a GPU more than their workers have ready when it begins
+    # steps of the peers, on a GPU more than their workers have ready when it begins
+    warmup: int = 3
     tuning: tuple[int, int] = (2, 3)  # steps before and in a window, for each number of workers
     steps: int = 5  # of a window
     files: int = 5000  # distinct images
@@ -60,7 +64,8 @@ class Plan:
     queue: int = 65_536
     image_size: int = 96
     batches: tuple[int, ...] = (32, 64, 128, 256)  # with the first case's backbone
-    sizes: tuple[int, ...] = (5_000, 20_000, 100_000, 200_000)  # of the data set, with a small network
+    # of the data set, with a small network
+    sizes: tuple[int, ...] = (5_000, 20_000, 100_000, 200_000)
     small_steps: int = 20  # of a window with it
     windows: int = 2  # for each of `batches` and `sizes`
     tries: int = 3  # of what other programs disturb
@@ -109,7 +114,9 @@ class Bench:
         """Make it `count` images in `root`: more names for the same files."""
         folder = root / "unlabeled"
         for index in range(len(os.listdir(folder)), count):
-            os.link(self.data / "unlabeled" / f"{index % self.plan.files}.png", folder / f"{index}.png")
+            os.link(
+                self.data / "unlabeled" / f"{index % self.plan.files}.png", folder / f"{index}.png"
+            )
 
     def pack(self, root: Path) -> dict:
         """Pack the images in `root`, as the program does at its first start."""
@@ -120,13 +127,25 @@ class Bench:
 
     def case(self, backbone: str, batch: int) -> list[str]:
         """The program's overrides."""
-        sizes = [f"method.queue_size={self.plan.queue}", f"augmentation.image_size={self.plan.image_size}"]
+        sizes = [
+            f"method.queue_size={self.plan.queue}",
+            f"augmentation.image_size={self.plan.image_size}",
+        ]
         return [f"backbone={backbone}", f"batch_size={batch}", *sizes, *self.plan.ours]
 
-    def peer(self, name: str, backbone: str, batch: int, workers: list[int], warmup: int, steps: int) -> dict:
+    def peer(
+        self, name: str, backbone: str, batch: int, workers: list[int], warmup: int, steps: int
+    ) -> dict:
         """Images a second for each number of workers."""
         plan = self.plan
-        command = [sys.executable, str(HERE / "contenders.py"), name, str(self.peers), "--device", self.device]
+        command = [
+            sys.executable,
+            str(HERE / "contenders.py"),
+            name,
+            str(self.peers),
+            "--device",
+            self.device,
+        ]
         command += ["--backbone", backbone, "--batch", str(batch), "--workers", *map(str, workers)]
         command += ["--image-size", str(plan.image_size), "--queue", str(plan.queue)]
         command += ["--warmup", str(warmup), "--steps", str(steps)]
@@ -140,10 +159,18 @@ class Bench:
         result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         return result.stdout.splitlines()[-1]
 
-    def ours(self, overrides: list[str], batch: int, every: int, lines: int, root: Path | None = None) -> dict:
-        """Run the program until `lines` lines of `every` steps are logged. Windows are what lies between two lines."""
+    def ours(
+        self, overrides: list[str], batch: int, every: int, lines: int, root: Path | None = None
+    ) -> dict:
+        """Run the program until `lines` lines of `every` steps are logged. Windows are what lies
+        between two lines.
+        """
         folder = Path(tempfile.mkdtemp(prefix="ours_", dir=self.work))
-        where = [f"data.root={root or self.data}", f"data.cache={self.cache}", f"device={self.device}"]
+        where = [
+            f"data.root={root or self.data}",
+            f"data.cache={self.cache}",
+            f"device={self.device}",
+        ]
         command = [sys.executable, "-m", "ssl_bench.train", *SHARED, *where, *overrides]
         command += [f"dir={folder / 'run'}", f"log_every={every}"]
         metrics, seen, private = folder / "run" / "metrics.jsonl", [], 0
@@ -184,14 +211,20 @@ class Others:
 
     def used(self) -> tuple[float, float]:
         """CPU seconds of the machine, and of this process and its ended children, so far."""
-        user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
-        usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        user, nice, system, _, _, irq, softirq, steal = map(
+            int, Path("/proc/stat").read_text().split()[1:9]
+        )
+        usage = [
+            resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        ]
         busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
         return busy, sum(one.ru_utime + one.ru_stime for one in usage)
 
 
 def calm(measure: Callable[[], dict], tries: int) -> dict:
-    """A measurement that other programs left alone, or of `tries` the one that they disturbed least."""
+    """A measurement that other programs left alone, or of `tries` the one that they disturbed
+    least.
+    """
     done = []
     for _ in range(tries):
         done.append(measure())
@@ -210,7 +243,9 @@ def contenders(bench: Bench, repeats: int, workers: int | None) -> dict:
     tuning, chosen = {}, dict.fromkeys(peers, workers)
     for name in peers if workers is None else ():
         numbers = sorted({max(1, cores // 2), cores, 2 * cores})
-        tuning[name] = calm(partial(bench.peer, name, *plan.cases[0], numbers, *plan.tuning), plan.tries)
+        tuning[name] = calm(
+            partial(bench.peer, name, *plan.cases[0], numbers, *plan.tuning), plan.tries
+        )
         rates = tuning[name]["images_per_second"]
         chosen[name] = max(rates, key=rates.get)
         print(f"{name}, images/s by workers: {rounded(rates)}", flush=True)
@@ -220,18 +255,27 @@ def contenders(bench: Bench, repeats: int, workers: int | None) -> dict:
             case, latest = (row["backbone"], row["batch"]), {}
             for name in peers:
                 latest[name] = calm(
-                    partial(bench.peer, name, *case, [chosen[name]], plan.warmup, plan.steps), plan.tries
+                    partial(bench.peer, name, *case, [chosen[name]], plan.warmup, plan.steps),
+                    plan.tries,
                 )
                 (latest[name]["images_per_second"],) = latest[name]["images_per_second"].values()
-            latest["ours"] = calm(partial(bench.ours, bench.case(*case), row["batch"], plan.steps, 2), plan.tries)
+            latest["ours"] = calm(
+                partial(bench.ours, bench.case(*case), row["batch"], plan.steps, 2), plan.tries
+            )
             for key in ("images_per_second", "logged_images_per_second", "data_wait"):
                 (latest["ours"][key],) = latest["ours"][key]
             for name, found in latest.items():
                 row["repeats"].setdefault(name, []).append(found)
             rates = {name: found["images_per_second"] for name, found in latest.items()}
-            print(f"{repeat + 1}/{repeats} {case[0]}, batch {case[1]}, images/s: {rounded(rates)}", flush=True)
+            print(
+                f"{repeat + 1}/{repeats} {case[0]}, batch {case[1]}, images/s: {rounded(rates)}",
+                flush=True,
+            )
     for row in rows:
-        rates = {name: [one["images_per_second"] for one in done] for name, done in row["repeats"].items()}
+        rates = {
+            name: [one["images_per_second"] for one in done]
+            for name, done in row["repeats"].items()
+        }
         row["images_per_second"] = {name: spread(values) for name, values in rates.items()}
         medians = {name: statistics.median(values) for name, values in rates.items()}
         row["ratio"] = {name: medians["ours"] / medians[name] for name in peers}
@@ -239,7 +283,9 @@ def contenders(bench: Bench, repeats: int, workers: int | None) -> dict:
 
 
 def startup(bench: Bench, repeats: int) -> dict:
-    """Seconds from the start of the process to the first step's line, to the help, to a mistake's message."""
+    """Seconds from the start of the process to the first step's line, to the help, to a mistake's
+    message.
+    """
     (backbone, batch), program = bench.plan.cases[0], [sys.executable, "-m", "ssl_bench.train"]
     words = {"help": ["--help"], "mistake": ["method.temprature=1"]}
     seconds: dict[str, list[float]] = {"first step": [], **{name: [] for name in words}}
@@ -257,16 +303,25 @@ def by_batch(bench: Bench) -> list[dict]:
     rows, plan = [], bench.plan
     backbone, usual = plan.cases[0]
     for batch in plan.batches:
-        every = max(2, plan.steps * usual // batch)  # as many images as in a window of the first case
-        found = calm(partial(bench.ours, bench.case(backbone, batch), batch, every, 1 + plan.windows), plan.tries)
+        # as many images as in a window of the first case
+        every = max(2, plan.steps * usual // batch)
+        found = calm(
+            partial(bench.ours, bench.case(backbone, batch), batch, every, 1 + plan.windows),
+            plan.tries,
+        )
         rows.append({"backbone": backbone, "batch": batch, **found})
         rows[-1]["images_per_second"] = spread(found["images_per_second"])
-        print(f"{backbone}, batch {batch}: {rows[-1]['images_per_second']['median']:,.1f} images/s", flush=True)
+        print(
+            f"{backbone}, batch {batch}: {rows[-1]['images_per_second']['median']:,.1f} images/s",
+            flush=True,
+        )
     return rows
 
 
 def by_size(bench: Bench) -> list[dict]:
-    """With the small network of benchmarks/memory.py, so that the loop is measured and not the network."""
+    """With the small network of benchmarks/memory.py, so that the loop is measured and not the
+    network.
+    """
     rows, root = [], bench.work / "sized"
     (root / "unlabeled").mkdir(parents=True)
     small = [word for word in SMALL if word.startswith(("method.", "backbone.", "augmentation."))]
@@ -274,11 +329,17 @@ def by_size(bench: Bench) -> list[dict]:
         bench.grow(root, images)
         packing = bench.pack(root)
         steps, lines = bench.plan.small_steps, 1 + bench.plan.windows
-        found = calm(partial(bench.ours, [*small, "batch_size=256"], 256, steps, lines, root), bench.plan.tries)
+        found = calm(
+            partial(bench.ours, [*small, "batch_size=256"], 256, steps, lines, root),
+            bench.plan.tries,
+        )
         shutil.rmtree(bench.cache)
         rows.append({"images": images, "packing": packing, **found})
         rows[-1]["images_per_second"] = spread(found["images_per_second"])
-        print(f"{images:,} images: {rows[-1]['images_per_second']['median']:,.0f} images/s", flush=True)
+        print(
+            f"{images:,} images: {rows[-1]['images_per_second']['median']:,.0f} images/s",
+            flush=True,
+        )
     return rows
 
 
@@ -286,8 +347,19 @@ def parts(bench: Bench, out: Path) -> list[dict]:
     """benchmarks/parts.py for each case, and the last one's profile."""
     rows = []
     for backbone, batch in bench.plan.cases:
-        where = [f"data.root={bench.data}", f"data.cache={bench.cache}", f"device={bench.device}", "dir=none"]
-        command = [sys.executable, str(HERE / "parts.py"), *SHARED, *where, *bench.case(backbone, batch)]
+        where = [
+            f"data.root={bench.data}",
+            f"data.cache={bench.cache}",
+            f"device={bench.device}",
+            "dir=none",
+        ]
+        command = [
+            sys.executable,
+            str(HERE / "parts.py"),
+            *SHARED,
+            *where,
+            *bench.case(backbone, batch),
+        ]
         command += ["--warmup", str(bench.plan.warmup), "--steps", str(bench.plan.steps)]
         command += ["--images", str(min(300, bench.plan.files))]
         if (backbone, batch) == bench.plan.cases[-1]:
@@ -300,12 +372,20 @@ def parts(bench: Bench, out: Path) -> list[dict]:
 
         found = calm(measure, bench.plan.tries)
         rows.append({"backbone": backbone, "batch": batch, **found})
-        print(f"{backbone}, batch {batch}: {1000 * sum(found['seconds'].values()):,.0f} ms a step", flush=True)
+        print(
+            f"{backbone}, batch {batch}: {1000 * sum(found['seconds'].values()):,.0f} ms a step",
+            flush=True,
+        )
     return rows
 
 
 def spread(values: list[float]) -> dict:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "all": values,
+    }
 
 
 def rounded(rates: dict) -> str:
@@ -314,18 +394,27 @@ def rounded(rates: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it works")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
-    parser.add_argument("--cases", nargs="+", metavar="BACKBONE:BATCH", help="of the contenders and the parts")
-    parser.add_argument("--workers", type=int, help="of the peers, without trying which number suits each")
+    parser.add_argument(
+        "--cases", nargs="+", metavar="BACKBONE:BATCH", help="of the contenders and the parts"
+    )
+    parser.add_argument(
+        "--workers", type=int, help="of the peers, without trying which number suits each"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; leave it out to measure on the CPU")
     if args.device == "cpu":
-        print("On the CPU" + ("" if torch.cuda.is_available() else ": torch sees no GPU here"), flush=True)
+        print(
+            "On the CPU" + ("" if torch.cuda.is_available() else ": torch sees no GPU here"),
+            flush=True,
+        )
     plan = QUICK if args.quick else CUDA if args.device == "cuda" else CPU
     if args.cases:
         pairs = (case.split(":") for case in args.cases)

@@ -21,7 +21,9 @@ def tables(result: dict) -> str:
         "by_batch": by_batch,
         "by_size": by_size,
     }
-    return "\n\n".join([heading(result), *(write(result) for name, write in sections.items() if name in result)])
+    return "\n\n".join(
+        [heading(result), *(write(result) for name, write in sections.items() if name in result)]
+    )
 
 
 def table(*rows: list[str], left: int = 1) -> str:
@@ -57,12 +59,16 @@ def contenders(result: dict) -> str:
         for row in found["rows"]
     ]
     workers = ", ".join(f"{name} {number}" for name, number in found["workers"].items())
-    busiest = max(one["others"] for row in found["rows"] for done in row["repeats"].values() for one in done)
+    busiest = max(
+        one["others"] for row in found["rows"] for done in row["repeats"].values() for one in done
+    )
     packing = result["packing"]
     shape = f"{plan['image_size']} pixels, queue {plan['queue']:,}"
     cost = f"{packing['seconds']:.1f} s ({packing['images_per_second']:,.0f} images/s)"
     choice = "the best number for each" if found["tuning"] else "as asked for"
-    others = "Other programs" + " and what compiles" * any(word == "compile=true" for word in plan["ours"])
+    others = "Other programs" + " and what compiles" * any(
+        word == "compile=true" for word in plan["ours"]
+    )
     note = f"""## End to end, images/s
 
 MoCo v2 at {shape}, from {packing["images"]:,} PNG names of {plan["files"]:,} files, in the page cache for all.
@@ -77,8 +83,9 @@ Ours: `{" ".join(plan["ours"])}`, after packing once in {cost}.
 
 def startup(result: dict) -> str:
     rows = [[name, middle(found, 2)] for name, found in result["startup"].items()]
-    return "## From the start of the process, s\n\nWith a packed store; the first step is part of it.\n\n" + table(
-        ["to", "s"], *rows
+    return (
+        "## From the start of the process, s\n\nWith a packed store; the first step is part of it.\n\n"
+        + table(["to", "s"], *rows)
     )
 
 
@@ -95,10 +102,17 @@ def parts(row: dict) -> str:
         least += floor
         ratio = [f"{1000 * floor:,.1f}", f"{seconds / floor:.1f}"] if floor else ["", ""]
         rows.append([name, f"{1000 * seconds:,.1f}", f"{100 * seconds / total:.1f}", *ratio])
-    rows.append(["all", f"{1000 * total:,.1f}", "100.0", f"{1000 * least:,.1f}", f"{total / least:.1f}"])
+    rows.append(
+        ["all", f"{1000 * total:,.1f}", "100.0", f"{1000 * least:,.1f}", f"{total / least:.1f}"]
+    )
     gather = row["gather"]
     floor = gather["bytes"] / rates["bytes"]
-    beside = f"{1000 * gather['seconds']:,.1f}", "", f"{1000 * floor:,.1f}", f"{gather['seconds'] / floor:.1f}"
+    beside = (
+        f"{1000 * gather['seconds']:,.1f}",
+        "",
+        f"{1000 * floor:,.1f}",
+        f"{gather['seconds'] / floor:.1f}",
+    )
     rows.append(["beside it, in a thread: gather a batch", *beside])
     note = f"""## Parts of our step: {row["backbone"]}, batch {row["batch"]}
 
@@ -143,7 +157,13 @@ def by_size(result: dict) -> str:
         ]
         for row in result["by_size"]
     ]
-    head = ["images", "images/s", "private memory, GB", "start to first line, s", "packing, images/s"]
+    head = [
+        "images",
+        "images/s",
+        "private memory, GB",
+        "start to first line, s",
+        "packing, images/s",
+    ]
     return (
         "## Ours by size of the data set\n\nA small network, so that the loop is measured; "
         + f"{result['plan']['small_steps']} steps a line.\n\n"
@@ -152,12 +172,16 @@ def by_size(result: dict) -> str:
 
 
 def plot(result: dict, path: Path) -> None:
-    """A panel for each of what was measured over batches, data sets or contenders; no file where nothing was."""
+    """A panel for each of what was measured over batches, data sets or contenders; no file where
+    nothing was.
+    """
     panels = {"contenders": end_to_end, "by_batch": batches, "by_size": sizes}
     drawn = [name for name in panels if name in result]
     if not drawn:
         return
-    figure, axes = plt.subplots(1, len(drawn), figsize=(4 * len(drawn), 3.6), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(drawn), figsize=(4 * len(drawn), 3.6), layout="constrained", squeeze=False
+    )
     for place, name in zip(axes[0], drawn, strict=True):
         panels[name](place, result)
         place.set_ylabel("images/s")
@@ -178,9 +202,21 @@ def end_to_end(axes: plt.Axes, result: dict) -> None:
             [r["max"] - m for m, r in zip(middles, rates, strict=True)],
         ]
         at = [group + (place - (len(names) - 1) / 2) * 0.26 for group in range(len(rates))]
-        drawn = axes.bar(at, middles, 0.24, yerr=below_above, label=name, color=COLOURS[name], ecolor="#444", capsize=2)
+        drawn = axes.bar(
+            at,
+            middles,
+            0.24,
+            yerr=below_above,
+            label=name,
+            color=COLOURS[name],
+            ecolor="#444",
+            capsize=2,
+        )
         axes.bar_label(drawn, [f"{value:,.0f}" for value in middles], padding=3, fontsize=8)
-    axes.set_xticks(range(len(found["rows"])), [f"{row['backbone']}\nbatch {row['batch']}" for row in found["rows"]])
+    axes.set_xticks(
+        range(len(found["rows"])),
+        [f"{row['backbone']}\nbatch {row['batch']}" for row in found["rows"]],
+    )
     axes.set_title(f"End to end on {result['device']}")
     axes.legend(frameon=False)
 
@@ -199,10 +235,17 @@ def curve(axes: plt.Axes, rows: list[dict], key: str) -> None:
     values = [row[key] for row in rows]
     rates = [row["images_per_second"] for row in rows]
     axes.fill_between(
-        values, [r["min"] for r in rates], [r["max"] for r in rates], color=COLOURS["ours"], alpha=0.2, lw=0
+        values,
+        [r["min"] for r in rates],
+        [r["max"] for r in rates],
+        color=COLOURS["ours"],
+        alpha=0.2,
+        lw=0,
     )
     axes.plot(values, [r["median"] for r in rates], "o-", color=COLOURS["ours"])
     axes.set_xscale("log", base=2 if key == "batch" else 10)
-    axes.set_xticks(values, [f"{value}" if value < 1000 else f"{value // 1000}k" for value in values])
+    axes.set_xticks(
+        values, [f"{value}" if value < 1000 else f"{value // 1000}k" for value in values]
+    )
     axes.minorticks_off()
     axes.set_xlabel(key)

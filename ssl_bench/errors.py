@@ -9,9 +9,11 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """A mistake its user can mend. The message says what is wrong, the value, and what to type instead.
+    """A mistake its user can mend. The message says what is wrong, the value, and what to type
+    instead.
 
-    `train.main` prints it as one line and exits with 2; anything else is a bug and keeps its traceback.
+    `train.main` prints it as one line and exits with 2; anything else is a bug and keeps its
+    traceback.
     """
 
 
@@ -21,11 +23,15 @@ class Abandoned(UserError):
 
 @contextmanager
 def writable(key: str, place: str | Path) -> Iterator[None]:
-    """UserError for what the system says while `place` is written, which `key` of the configuration names."""
+    """UserError for what the system says while `place` is written, which `key` of the configuration
+    names.
+    """
     try:
         yield
     except OSError as error:
-        raise UserError(f"{key}={place}: can't be written ({error.strerror}); choose another {key}=") from None
+        raise UserError(
+            f"{key}={place}: can't be written ({error.strerror}); choose another {key}="
+        ) from None
 
 
 class Interrupted(BaseException):
@@ -40,7 +46,10 @@ class Interrupted(BaseException):
 def unknown(what: str, got: str, valid: list[str]) -> str:
     """One line about a key or choice that isn't there."""
     head = re.match(r"(.*[.=])?", got)[0]
-    shared = head if all(name.startswith(head) for name in valid) else ""  # what all have in common makes none alike
-    close = difflib.get_close_matches(got.removeprefix(shared), [name.removeprefix(shared) for name in valid], n=1)
+    # what all have in common makes none alike
+    shared = head if all(name.startswith(head) for name in valid) else ""
+    close = difflib.get_close_matches(
+        got.removeprefix(shared), [name.removeprefix(shared) for name in valid], n=1
+    )
     hint = f"did you mean {shared}{close[0]}? " if close else ""
     return f"{got}: no such {what}; {hint}Valid: {', '.join(sorted(valid))}"

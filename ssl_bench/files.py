@@ -10,7 +10,8 @@ from typing import IO, Any
 
 from ssl_bench.errors import UserError
 
-# Beside the files of an export, and in the directory of a finished run: what they are; `sha256sum --check` reads it
+# Beside the files of an export, and in the directory of a finished run: what they are; `sha256sum
+# --check` reads it
 SUMS = "SHA256SUMS"
 
 
@@ -21,14 +22,20 @@ def places(given: str | Sequence[str] | None) -> list[Path]:
 
 def _open(path: Path, mode: str) -> IO:
     """A name of a file that isn't UTF-8 is shown by its bytes, as \\udcff; it ends nothing."""
-    return open(path, mode) if "b" in mode else open(path, mode, encoding="utf-8", errors="backslashreplace")
+    return (
+        open(path, mode)
+        if "b" in mode
+        else open(path, mode, encoding="utf-8", errors="backslashreplace")
+    )
 
 
 @contextmanager
 def replacing(path: Path, partial: Path, mode: str) -> Iterator[IO]:
-    """Replace the file at once: nobody reads half of it, and a kill leaves the old one or the new one.
+    """Replace the file at once: nobody reads half of it, and a kill leaves the old one or the new
+    one.
 
-    partial: where it is written until it is whole; a failure, like a full disk, leaves nothing there.
+    partial: where it is written until it is whole; a failure, like a full disk, leaves nothing
+    there.
     """
     try:
         with _open(partial, mode) as file:
@@ -47,7 +54,9 @@ def write(path: Path, text: str) -> None:
 
 
 def parse(path: Path, parser: Callable[[str], Any]) -> dict:
-    """What a file of a run says. UserError where somebody damaged it: `write` doesn't leave half of one."""
+    """What a file of a run says. UserError where somebody damaged it: `write` doesn't leave half of
+    one.
+    """
     check(path)
     try:
         content = parser(path.read_text(encoding="utf-8"))

@@ -28,10 +28,23 @@ from ssl_bench.launch.process import launch, set_up_logging
 
 log = logging.getLogger("ssl_bench.train")  # also as __main__
 
-# Options of Hydra that are followed by a value. Not --info, whose value may be left out: it stays where it is.
-VALUED = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
+# Options of Hydra that are followed by a value. Not --info, whose value may be left out: it stays
+# where it is.
+VALUED = (
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--config-path",
+    "-cp",
+    "--config-name",
+    "-cn",
+    "--config-dir",
+    "-cd",
+)
 HOME = re.compile(r"^([\w.+]+)=(~[\w./~-]*)$")  # as a shell leaves it, and Hydra doesn't take it
-LIST = re.compile(r"^(data\.extra_labels|runs)=([^\[].*,.*)$")  # a comma here makes a list, not a sweep
+# a comma here makes a list, not a sweep
+LIST = re.compile(r"^(data\.extra_labels|runs)=([^\[].*,.*)$")
 
 
 def register_launchers() -> None:
@@ -49,9 +62,15 @@ resolvers.register()
 
 @hydra.main(version_base="1.3", config_path="pkg://ssl_bench.conf", config_name="config")
 def run(cfg: DictConfig) -> float | None:
-    """One run. Members of a sweep are run by its launcher, but by this where another launcher than ours was chosen."""
+    """One run. Members of a sweep are run by its launcher, but by this where another launcher than
+    ours was chosen.
+    """
     try:
-        words = _typed(HydraConfig.get().overrides.task) if HydraConfig.get().mode == RunMode.RUN else []
+        words = (
+            _typed(HydraConfig.get().overrides.task)
+            if HydraConfig.get().mode == RunMode.RUN
+            else []
+        )
         build.check(cfg, typed.quoted(words))
         refuse_in_vain(cfg, words)
         return launch(cfg).get(cfg.metric)
@@ -69,7 +88,11 @@ def _typed(overrides: ListConfig) -> list[str]:
 def refuse_in_vain(cfg: DictConfig, overrides: list[str]) -> None:
     """UserError for what was typed for one run and would be ignored."""
     lines = [*typed.in_vain(OmegaConf.to_container(cfg), overrides).values()]
-    lines += [f"{word} names a sweep, and this is one run: add -m" for word in overrides if word.startswith("sweep=")]
+    lines += [
+        f"{word} names a sweep, and this is one run: add -m"
+        for word in overrides
+        if word.startswith("sweep=")
+    ]
     if lines:
         raise UserError("\n".join(lines))
 
@@ -84,31 +107,45 @@ class Check(Callback):
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         if not config.hydra.launcher._target_.endswith("launchers.Local"):
-            fail(UserError("hydra/launcher is for sweeps, and would be ignored here: add -m, or choose a launcher="))
+            fail(
+                UserError(
+                    "hydra/launcher is for sweeps, and would be ignored here: add -m, or choose a launcher="
+                )
+            )
 
-    def on_multirun_start(self, config: DictConfig, config_name: str | None = None, **_: Any) -> None:
+    def on_multirun_start(
+        self, config: DictConfig, config_name: str | None = None, **_: Any
+    ) -> None:
         try:
             self._check_sweep(config, config_name)
         except Exception as error:
             if isinstance(error, UserError | HydraException | OmegaConfBaseException):
                 fail(error)
-            traceback.print_exc()  # Hydra would only warn of it, and start members that nobody has checked
+            # Hydra would only warn of it, and start members that nobody has checked
+            traceback.print_exc()
             sys.exit(1)
 
     def _check_sweep(self, config: DictConfig, config_name: str | None) -> None:
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-        if not config.hydra.sweeper._target_.endswith("BasicSweeper"):  # its members are not known beforehand
+        # its members are not known beforehand
+        if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
             own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-            if lines := typed.in_vain(OmegaConf.to_container(own), _typed(config.hydra.overrides.task)):
+            if lines := typed.in_vain(
+                OmegaConf.to_container(own), _typed(config.hydra.overrides.task)
+            ):
                 raise UserError("\n".join(lines.values()))
             return
         params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
         task = _typed(config.hydra.overrides.task)
         overrides = messages.parsed([*params, *task])
-        if searched := [override.input_line for override in overrides if override.is_interval_sweep()]:
+        if searched := [
+            override.input_line for override in overrides if override.is_interval_sweep()
+        ]:
             raise UserError(f"{searched[0]}: {messages.SEARCH}")
-        if empty := [override.input_line for override in overrides if messages.first_value(override) is None]:
+        if empty := [
+            override.input_line for override in overrides if messages.first_value(override) is None
+        ]:
             raise UserError(f"{empty[0]}: there is no such value, and so no member of the sweep")
         problems, composed, quoted = [], [], typed.quoted([*params, *task])
         (members,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
@@ -117,7 +154,9 @@ class Check(Callback):
         for member in members:
             try:
                 composer = GlobalHydra.instance().hydra
-                cfg = composer.compose_config(config_name, list(member), RunMode.RUN, with_log_configuration=False)
+                cfg = composer.compose_config(
+                    config_name, list(member), RunMode.RUN, with_log_configuration=False
+                )
                 cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
                 build.check(cfg, quoted)
                 composed.append((OmegaConf.to_container(cfg), list(member)))
@@ -132,23 +171,31 @@ class Check(Callback):
 
 def main() -> None:
     """Console entry. A person's mistake is one line and exit code 2; a bug keeps its traceback."""
-    set_up_logging(quiet=os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0")  # one voice of many
-    sys.path.append(os.getcwd())  # a user's own methods; last, for the folder may have come from elsewhere
+    # one voice of many
+    set_up_logging(quiet=os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0")
+    # a user's own methods; last, for the folder may have come from elsewhere
+    sys.path.append(os.getcwd())
     words = sys.argv[1:]
     if "--version" in words:
         print(f"ssl-bench {__version__}")
         return
     if not words:
-        print("ssl-bench, with nothing typed, is ssl-bench experiment=quickstart; all else: ssl-bench --help")
+        print(
+            "ssl-bench, with nothing typed, is ssl-bench experiment=quickstart; all else: ssl-bench --help"
+        )
         words = ["experiment=quickstart"]
     if mistaken := _no_option(words):
         fail(UserError(mistaken))
-    sys.argv[1:] = _options_first([HOME.sub(r'\1="\2"', LIST.sub(r"\1=[\2]", word)) for word in words])
+    sys.argv[1:] = _options_first(
+        [HOME.sub(r'\1="\2"', LIST.sub(r"\1=[\2]", word)) for word in words]
+    )
     parser = get_args_parser()
-    parser.error = lambda message: fail(UserError(f"{message}; ssl-bench --help shows all"))  # not a page of usage
+    # not a page of usage
+    parser.error = lambda message: fail(UserError(f"{message}; ssl-bench --help shows all"))
     parser.parse_args()
     wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets exceptions through, and the wording is ours
+    # Hydra then lets exceptions through, and the wording is ours
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         run()
     except (UserError, HydraException, OmegaConfBaseException) as error:
@@ -159,7 +206,11 @@ def main() -> None:
         if wants_trace or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f": {error.filename}" if error.filename else ""
-        fail(UserError(f"the disk is full{where}; make room, and the same command continues from the last state saved"))
+        fail(
+            UserError(
+                f"the disk is full{where}; make room, and the same command continues from the last state saved"
+            )
+        )
     except Interrupted as stop:
         print(f"ssl-bench: {stop}; the same command continues", file=sys.stderr)
         sys.exit(128 + stop.signum)
@@ -168,8 +219,12 @@ def main() -> None:
 
 
 def _no_option(words: list[str]) -> str:
-    """A line about the first word with dashes that isn't an option, but may be a key; "" where there is none."""
-    known = {name for action in get_args_parser()._actions for name in action.option_strings} - {"--experimental-rerun"}
+    """A line about the first word with dashes that isn't an option, but may be a key; "" where
+    there is none.
+    """
+    known = {name for action in get_args_parser()._actions for name in action.option_strings} - {
+        "--experimental-rerun"
+    }
     for word, following in zip(words, [*words[1:], "-"], strict=True):
         name, mark, value = word.partition("=")
         if not word.startswith("-") or name in known:

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 
-# Several workers at once (make test): torch's threads would wait for each other by spinning, on cores that others need.
+# Several workers at once (make test): torch's threads would wait for each other by spinning, on
+# cores that others need.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # Two processes that build the same file for torch.compile may read each other's half (torch 2.14).
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{tempfile.gettempdir()}/inductor-{os.environ['PYTEST_XDIST_WORKER']}"
+    # Two processes that build the same file for torch.compile may read each other's half (torch
+    # 2.14).
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = (
+        f"{tempfile.gettempdir()}/inductor-{os.environ['PYTEST_XDIST_WORKER']}"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,7 +34,9 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Only tests/test_cuda.py sees GPUs: the others ask for bits that these don't repeat, and for two devices."""
+    """Only tests/test_cuda.py sees GPUs: the others ask for bits that these don't repeat, and for
+    two devices.
+    """
     with pytest.MonkeyPatch.context() as patch:
         if request.path.name != "test_cuda.py":
             patch.setenv("CUDA_VISIBLE_DEVICES", "")  # of the commands
@@ -54,7 +60,9 @@ Command = Callable[..., subprocess.CompletedProcess]
 def ssl_bench(tmp_path: Path) -> Command:
     """`ssl-bench` in a folder of its own. Returns what the process returned."""
 
-    def command(*args: str, timeout: float = 300, check: bool = False) -> subprocess.CompletedProcess:
+    def command(
+        *args: str, timeout: float = 300, check: bool = False
+    ) -> subprocess.CompletedProcess:
         result = subprocess.run(
             [sys.executable, "-m", "ssl_bench.train", *args],
             cwd=tmp_path,

@@ -20,7 +20,10 @@ def U(name: str, *shape: int) -> Tensor:
 
 def official_weights(network: nn.Module) -> dict[str, Tensor]:
     """The state of a torchvision ResNet with parameters by recipe, buffers as initialised."""
-    state = {key: value.double() if value.is_floating_point() else value for key, value in network.state_dict().items()}
+    state = {
+        key: value.double() if value.is_floating_point() else value
+        for key, value in network.state_dict().items()
+    }
     for name, parameter in network.named_parameters():
         u = U("encoder." + name, *parameter.shape)
         if parameter.dim() >= 2:

@@ -21,7 +21,11 @@ class LoadedModules:
 
     def __call__(self, start, stop):
         self.read(start)
-        return [name for name in ("torch", "sklearn", "scipy", "torchvision", "hydra") if name in sys.modules]
+        return [
+            name
+            for name in ("torch", "sklearn", "scipy", "torchvision", "hydra")
+            if name in sys.modules
+        ]
 
 
 def die_late(start, stop):

@@ -48,7 +48,9 @@ def sample(op, num_images: int, size=(16, 16), seed: int = 0):
 
 
 def image_batch(num: int, height: int = 16, width: int = 16, seed: int = 0) -> torch.Tensor:
-    """Noise, and the images on which colour conversions go wrong: grey, saturated, of few levels, black."""
+    """Noise, and the images on which colour conversions go wrong: grey, saturated, of few levels,
+    black.
+    """
     images = torch.rand(num, 3, height, width, generator=torch.Generator().manual_seed(seed))
     kinds = torch.arange(num) % 5
     images[kinds == 1] = images[kinds == 1][:, :1].expand(-1, 3, -1, -1)
@@ -137,18 +139,24 @@ def test_crop_equals_torchvision(height, width, size, seed, scale, interpolation
     with resampling_of(device):
         ours = crop.apply(images, *params)
     assert ours.shape == (4, 3, size, size)
-    for i, (top, left, box_h, box_w, flip) in enumerate(zip(*(p.tolist() for p in params), strict=True)):
+    for i, (top, left, box_h, box_w, flip) in enumerate(
+        zip(*(p.tolist() for p in params), strict=True)
+    ):
         assert 0 <= top <= height - box_h
         assert 0 <= left <= width - box_w
         mode = InterpolationMode(interpolation)
-        expected = tv.resized_crop(images[i], top, left, box_h, box_w, [size, size], mode, antialias=True).clamp(0, 1)
+        expected = tv.resized_crop(
+            images[i], top, left, box_h, box_w, [size, size], mode, antialias=True
+        ).clamp(0, 1)
         assert_equals(ours[i], expected.flip(-1) if flip else expected, mean=1e-6, largest=2e-5)
 
 
 def test_bicubic_crops_are_pils():
-    """Mean absolute difference below 1/255: what DINO's, Barlow Twins' and VICReg's authors see (PIL rounds twice).
+    """Mean absolute difference below 1/255: what DINO's, Barlow Twins' and VICReg's authors see
+    (PIL rounds twice).
 
-    Without the extremes, at which PIL cuts off what shoots over twice, and we (and torchvision) once.
+    Without the extremes, at which PIL cuts off what shoots over twice, and we (and torchvision)
+    once.
     """
     crop = ops.RandomResizedCrop(24, flip_p=0.0, interpolation="bicubic")
     images = uint8_batch(20) // 2 + 64
@@ -171,7 +179,9 @@ def jitter_expected(image, values, order):
 
 
 def test_jitter_equals_torchvision_in_every_order():
-    """Mean absolute difference below 1e-6, largest below 2e-5: all 24 orders, clipping factors, all hues."""
+    """Mean absolute difference below 1e-6, largest below 2e-5: all 24 orders, clipping factors, all
+    hues.
+    """
     jitter = ops.ColorJitter(0.9, 0.9, 0.9, 0.5)
     orders = list(itertools.permutations(range(4)))
     images = image_batch(5 * len(orders))
@@ -183,8 +193,12 @@ def test_jitter_equals_torchvision_in_every_order():
         assert_equals(ours[i], expected, mean=1e-6, largest=2e-5)
 
 
-def byol_expected(image: np.ndarray, brightness: float, contrast: float, saturation: float, hue: float, order):
-    """deepmind-research, byol/utils/augmentations.py 239-289 and 313-342, pixel by pixel by Python's colorsys."""
+def byol_expected(
+    image: np.ndarray, brightness: float, contrast: float, saturation: float, hue: float, order
+):
+    """deepmind-research, byol/utils/augmentations.py 239-289 and 313-342, pixel by pixel by
+    Python's colorsys.
+    """
     for kind in order:
         if kind == 0:
             image = image + (brightness - 1)
@@ -195,7 +209,9 @@ def byol_expected(image: np.ndarray, brightness: float, contrast: float, saturat
             pixels = []
             for pixel in image.reshape(3, -1).T:
                 h, s, v = colorsys.rgb_to_hsv(*pixel)
-                h, s = ((h + hue) % 1.0, s) if kind == 3 else (h, min(max(s * saturation, 0.0), 1.0))
+                h, s = (
+                    ((h + hue) % 1.0, s) if kind == 3 else (h, min(max(s * saturation, 0.0), 1.0))
+                )
                 pixels.append(colorsys.hsv_to_rgb(h, s, v))
             image = np.array(pixels).T.reshape(image.shape)
         image = image.clip(0, 1)
@@ -203,7 +219,9 @@ def byol_expected(image: np.ndarray, brightness: float, contrast: float, saturat
 
 
 def test_jitter_equals_byols_in_every_order():
-    """For the same draws, in float64: largest difference below 1e-9, of all 24 orders, clipping factors, all hues."""
+    """For the same draws, in float64: largest difference below 1e-9, of all 24 orders, clipping
+    factors, all hues.
+    """
     jitter = ops.ByolJitter(0.9, 0.9, 0.9, 0.5)
     orders = list(itertools.permutations(range(4)))
     images = image_batch(5 * len(orders), 6, 5).double()
@@ -218,18 +236,23 @@ def test_jitter_equals_byols_in_every_order():
     assert stats.kstest(added.double().numpy(), "uniform", (-1.6, 3.2)).pvalue > 1e-4
 
 
-@pytest.mark.parametrize(("name", "adds"), [("byol", True), ("simclr", False), ("barlow_twins", False)])
+@pytest.mark.parametrize(
+    ("name", "adds"), [("byol", True), ("simclr", False), ("barlow_twins", False)]
+)
 def test_brightness_is_added_in_byols_recipe_alone(name, adds):
     """Nothing times a factor stays nothing."""
     cfg = compose(f"method={name}", "augmentation.solarize_p=0")
     black = torch.zeros(20, 3, 16, 16, dtype=torch.uint8)
     views = build.construct(cfg.augmentation)
-    brightest = max(views.denormalize(view).max() for view in views(black, keys(0, 0, torch.arange(20))))
+    brightest = max(
+        views.denormalize(view).max() for view in views(black, keys(0, 0, torch.arange(20)))
+    )
     assert bool(brightest > 0) is adds
 
 
 @pytest.mark.parametrize(
-    "strengths", [(0.4, 0, 0, 0), (0, 0.4, 0, 0.1), (0, 0, 0.4, 0), (0, 0, 0, 0.5), (0.2, 0.2, 0.2, 0)]
+    "strengths",
+    [(0.4, 0, 0, 0), (0, 0.4, 0, 0.1), (0, 0, 0.4, 0), (0, 0, 0, 0.5), (0.2, 0.2, 0.2, 0)],
 )
 def test_jitter_with_strengths_of_zero(strengths):
     """Mean absolute difference below 1e-6; a strength of zero leaves nothing to compute for it."""
@@ -247,7 +270,9 @@ def test_jitter_with_strengths_of_zero(strengths):
 
 
 def test_hue_keeps_corner_colours():
-    """The six pure colours and greys by sixths of a turn: exact answers, where the hue formulas have their seams."""
+    """The six pure colours and greys by sixths of a turn: exact answers, where the hue formulas
+    have their seams.
+    """
     wheel = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1.0]])
     for turn in range(-3, 4):
         images = wheel.T.reshape(1, 3, 1, 6)
@@ -269,7 +294,9 @@ def test_grayscale_equals_torchvision():
 @settings(max_examples=30, deadline=None)
 @given(size=st.integers(1, 60), sigma=st.floats(0.1, 3.0), device=st.sampled_from(["cpu", "gpu"]))
 def test_blur_equals_torchvision(size, sigma, device):
-    """Mean absolute difference below 1e-6, largest below 1e-5; small images take the kernel that reflection allows."""
+    """Mean absolute difference below 1e-6, largest below 1e-5; small images take the kernel that
+    reflection allows.
+    """
     blur = ops.GaussianBlur(size)
     images = image_batch(2, size, size)
     with resampling_of(device):
@@ -291,12 +318,19 @@ def test_solarize_equals_torchvision():
 def test_normalize_equals_torchvision():
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
     images = image_batch(5)
-    assert_equals(ops.Normalize(mean, std).apply(images), tv.normalize(images, mean, std), mean=1e-6, largest=1e-5)
+    assert_equals(
+        ops.Normalize(mean, std).apply(images),
+        tv.normalize(images, mean, std),
+        mean=1e-6,
+        largest=1e-5,
+    )
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: type(op).__name__)
 def test_op_is_pure_and_per_sample(op):
-    """Inputs stay as they are, an image's result doesn't depend on its neighbours, other dtypes and layouts work."""
+    """Inputs stay as they are, an image's result doesn't depend on its neighbours, other dtypes and
+    layouts work.
+    """
     images = image_batch(10)
     images[0] = 0
     before = images.clone()
@@ -308,7 +342,8 @@ def test_op_is_pure_and_per_sample(op):
     double = op.apply(images.double(), *params)
     assert double.dtype == torch.float64
     torch.testing.assert_close(double, whole.double(), rtol=0, atol=2e-5)
-    # 0.1 is far above bfloat16's error on all ops but solarize, whose threshold turns a rounding into a jump.
+    # 0.1 is far above bfloat16's error on all ops but solarize, whose threshold turns a rounding
+    # into a jump.
     for dtype in (torch.bfloat16, torch.float16):
         half = op.apply(images.to(dtype), *params)
         assert half.dtype == dtype
@@ -321,7 +356,9 @@ def test_op_is_pure_and_per_sample(op):
 def test_apply_is_one_static_graph(op):
     images, params = image_batch(6), sample(op, 6)
     compiled = torch.compile(op.apply, fullgraph=True, dynamic=False, backend="eager")
-    torch.testing.assert_close(compiled(images, *params), op.apply(images, *params), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        compiled(images, *params), op.apply(images, *params), rtol=0, atol=1e-6
+    )
 
 
 # ---- the parameters follow torchvision's distributions ----
@@ -343,7 +380,9 @@ def test_crop_parameters_follow_torchvision(height, width, scale, ratio):
     top, left, box_h, box_w = (p.double().numpy() for p in ours)
     image = torch.empty(3, height, width)
     torch.manual_seed(0)
-    theirs = np.array([TorchvisionCrop.get_params(image, scale, ratio) for _ in range(num)], dtype=float)
+    theirs = np.array(
+        [TorchvisionCrop.get_params(image, scale, ratio) for _ in range(num)], dtype=float
+    )
     for mine, reference in [
         (box_h * box_w, theirs[:, 2] * theirs[:, 3]),
         (box_w / box_h, theirs[:, 3] / theirs[:, 2]),
@@ -366,7 +405,9 @@ def test_crop_fallback_is_torchvisions():
 
 def test_every_place_of_a_box_is_as_likely():
     """The last row and column, too: boxes of 2 x 3 pixels out of 5 x 5 have 4 x 3 places."""
-    top, left, box_h, box_w, _ = sample(ops.RandomResizedCrop(4, (0.24, 0.24), (1.5, 1.5)), 6000, (5, 5))
+    top, left, box_h, box_w, _ = sample(
+        ops.RandomResizedCrop(4, (0.24, 0.24), (1.5, 1.5)), 6000, (5, 5)
+    )
     assert set(box_h.tolist()) == {2}
     assert set(box_w.tolist()) == {3}
     places = np.bincount(3 * top + left, minlength=12)
@@ -389,12 +430,19 @@ def test_jitter_parameters():
         (factors[:, 2], 0.8, 1.2),
         (hue, -0.1, 0.1),
     ]:
-        assert stats.kstest(values[applied].double().numpy(), "uniform", (low, high - low)).pvalue > 1e-4
+        assert (
+            stats.kstest(values[applied].double().numpy(), "uniform", (low, high - low)).pvalue
+            > 1e-4
+        )
 
 
 def test_frequencies_and_sigma():
     num = 10_000
-    for op, p in [(ops.RandomGrayscale(0.2), 0.2), (ops.Solarize(0.3), 0.3), (ops.GaussianBlur(16, 0.5), 0.5)]:
+    for op, p in [
+        (ops.RandomGrayscale(0.2), 0.2),
+        (ops.Solarize(0.3), 0.3),
+        (ops.GaussianBlur(16, 0.5), 0.5),
+    ]:
         (values,) = sample(op, num)
         assert stats.binomtest(int((values > 0).sum()), num, p).pvalue > 1e-4
     (sigma,) = sample(ops.GaussianBlur(16, 1.0, (0.1, 2.0)), num)
@@ -409,17 +457,25 @@ POLICIES = sorted((Path(__file__).parents[1] / "conf" / "augmentation").glob("*.
 @pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.stem)
 def test_policies_state_every_parameter(path):
     """A key that the file leaves out could not be overridden on the command line."""
-    policy = OmegaConf.to_container(compose(f"augmentation={path.stem}").augmentation, resolve=False)
+    policy = OmegaConf.to_container(
+        compose(f"augmentation={path.stem}").augmentation, resolve=False
+    )
     assert policy.pop("name") == path.stem
     assert policy.pop("_target_") == "ssl_bench.augment.views.Views"
     assert policy.pop("image_size") == "${data.image_size}"
-    defaults = {name: p.default for name, p in inspect.signature(Views).parameters.items() if name != "image_size"}
+    defaults = {
+        name: p.default
+        for name, p in inspect.signature(Views).parameters.items()
+        if name != "image_size"
+    }
     assert set(policy) == set(defaults)
     views = Views(16, **policy)(uint8_batch(5), keys(0, 0, torch.arange(5)))
     small = [(5, 3, policy["small_size"], policy["small_size"])] * policy["num_small_views"]
     assert [view.shape for view in views] == [(5, 3, 16, 16)] * policy["num_views"] + small
     if path.stem == "moco_v2":  # the constructor's defaults are the paper's
-        assert {k: pytest.approx(v) for k, v in policy.items()} == {k: v for k, v in defaults.items()}
+        assert {k: pytest.approx(v) for k, v in policy.items()} == {
+            k: v for k, v in defaults.items()
+        }
 
 
 def uint8_batch(num: int, size: int = 24) -> torch.Tensor:
@@ -427,9 +483,20 @@ def uint8_batch(num: int, size: int = 24) -> torch.Tensor:
 
 
 def test_views_may_differ_in_kind():
-    """The first always blurred, the second never; solarized the other way round; two small ones with neither."""
-    plain = dict(jitter_p=0.0, grayscale_p=0.0, flip_p=0.0, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
-    views = Views(16, blur_p=(1.0, 0.0, 0.0), solarize_p=(0.0, 1.0, 0.0), num_small_views=2, small_size=8, **plain)
+    """The first always blurred, the second never; solarized the other way round; two small ones
+    with neither.
+    """
+    plain = dict(
+        jitter_p=0.0, grayscale_p=0.0, flip_p=0.0, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0)
+    )
+    views = Views(
+        16,
+        blur_p=(1.0, 0.0, 0.0),
+        solarize_p=(0.0, 1.0, 0.0),
+        num_small_views=2,
+        small_size=8,
+        **plain,
+    )
     out = views(uint8_batch(6), keys(0, 0, torch.arange(6)))
     assert [view.shape[-1] for view in out] == [16, 16, 8, 8]
     sharp = Views(16, blur_p=0.0, **plain)(uint8_batch(6), keys(0, 0, torch.arange(6)))[0]
@@ -453,10 +520,14 @@ def test_views_are_reproducible_and_differ():
 
 
 def test_a_view_is_torchvisions_chain():
-    """The whole policy against torchvision's, one by one: mean absolute difference below 1e-5 (the bar is 1/255)."""
+    """The whole policy against torchvision's, one by one: mean absolute difference below 1e-5 (the
+    bar is 1/255).
+    """
     views, images = Views(16, solarize_p=0.3), uint8_batch(30)
     image_keys = keys(0, 0, torch.arange(30))
-    crop, (factors, hue, order), (grey,), (sigma,), (solarized,) = views.views[0].sample(images, image_keys, 0)
+    crop, (factors, hue, order), (grey,), (sigma,), (solarized,) = views.views[0].sample(
+        images, image_keys, 0
+    )
     out = views(images, image_keys)[0] * views.normalize.std + views.normalize.mean
     orders = list(itertools.permutations(range(4)))
     for i, image in enumerate(images / 255):
@@ -486,7 +557,8 @@ def test_grayscale_first_makes_hue_and_saturation_do_nothing():
     last = Views(24, grayscale_first=False, **policy)
     grey = tv.rgb_to_grayscale(images / 255, 3)
     restored = first(images, image_keys)[0] * first.normalize.std + first.normalize.mean
-    assert_equals(restored, grey, mean=1e-4, largest=1e-4)  # torchvision's luminance weights sum to 0.9999
+    # torchvision's luminance weights sum to 0.9999
+    assert_equals(restored, grey, mean=1e-4, largest=1e-4)
     restored = last(images, image_keys)[0] * last.normalize.std + last.normalize.mean
     assert (restored - grey).abs().max() > 0.05
 
@@ -501,7 +573,8 @@ def test_views_without_randomness_only_normalise():
     (view,) = views(images, keys(0, 0, torch.arange(20)))
     assert torch.equal(views.denormalize(view), images)
     torch.testing.assert_close(
-        view, tv.normalize(images / 255, views.normalize.mean.flatten(), views.normalize.std.flatten())
+        view,
+        tv.normalize(images / 255, views.normalize.mean.flatten(), views.normalize.std.flatten()),
     )
 
 
@@ -525,12 +598,20 @@ def test_transform_is_one_static_graph():
     view = views.views[0]
     params = view.sample(images, keys(0, 0, torch.arange(8)), 0)
     compiled = torch.compile(view.transform, fullgraph=True, dynamic=False, backend="eager")
-    torch.testing.assert_close(compiled(images, params), view.transform(images, params), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        compiled(images, params), view.transform(images, params), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
     "policy",
-    [{"solarize_p": 0.2}, {"grayscale_first": True}, {"hue": 0.0}, {"jitter_p": 0.0}, {"jitter_p": 1.0, "blur_p": 1.0}],
+    [
+        {"solarize_p": 0.2},
+        {"grayscale_first": True},
+        {"hue": 0.0},
+        {"jitter_p": 0.0},
+        {"jitter_p": 1.0, "blur_p": 1.0},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("chunk", [8, 40, 100])
@@ -538,7 +619,11 @@ def test_leaving_out_what_changes_nothing_changes_nothing(policy, chunk, monkeyp
     """On the CPU images are sorted by what happens to them, and nothing else is worked out."""
     monkeypatch.setattr(views_module, "CHUNK", chunk * 16 * 16)
     count = 60
-    views, images, image_keys = Views(16, **policy), uint8_batch(count), keys(0, 0, torch.arange(count))
+    views, images, image_keys = (
+        Views(16, **policy),
+        uint8_batch(count),
+        keys(0, 0, torch.arange(count)),
+    )
     for number, (view, made) in enumerate(zip(views.views, views(images, image_keys), strict=True)):
         everything = view.transform(images, view.sample(images, image_keys, number))
         assert_equals(made, everything, mean=1e-6, largest=1e-4)
@@ -570,7 +655,12 @@ def test_views_hold_nothing_for_the_checkpoint():
 
 @pytest.mark.parametrize(
     ("name", "interval"),
-    [("crop_scale", (0.8, 0.2)), ("crop_scale", (0.2, 1.5)), ("crop_ratio", (0, 1)), ("blur_sigma", (2, 1))],
+    [
+        ("crop_scale", (0.8, 0.2)),
+        ("crop_scale", (0.2, 1.5)),
+        ("crop_ratio", (0, 1)),
+        ("blur_sigma", (2, 1)),
+    ],
 )
 def test_bad_intervals_are_told(name, interval):
     with pytest.raises(UserError, match=f"augmentation.{name} is .*low <= high"):
@@ -584,11 +674,16 @@ def test_eval_view_is_resize_and_centre_crop():
     out = view(images)
     assert out.shape == (6, 3, 28, 28)
     assert torch.equal(view.denormalize(out), expected)
-    assert torch.equal(EvalView(40, resize=1.0).denormalize(EvalView(40, resize=1.0)(images)), images)
+    assert torch.equal(
+        EvalView(40, resize=1.0).denormalize(EvalView(40, resize=1.0)(images)), images
+    )
 
 
 def test_threads_change_nothing() -> None:
-    views, images = Views(24, solarize_p=0.3), torch.randint(256, (70, 3, 40, 40), dtype=torch.uint8)
+    views, images = (
+        Views(24, solarize_p=0.3),
+        torch.randint(256, (70, 3, 40, 40), dtype=torch.uint8),
+    )
     before = torch.get_num_threads()
     made = []
     try:

@@ -1,4 +1,6 @@
-"""Every method under the same loop: trained, resumed, in bfloat16, compiled, on two processes, watched for collapse."""
+"""Every method under the same loop: trained, resumed, in bfloat16, compiled, on two processes,
+watched for collapse.
+"""
 
 import json
 import logging
@@ -39,19 +41,50 @@ SMALL = {
     "barlow_twins": ["method.dim=32"],
     "vicreg": ["method.dim=32"],
     "moco_v3": ["method.dim=16", "method.hidden_dim=32"],
-    "moco_v3_vit": ["method.dim=16", "method.hidden_dim=32", "backbone=vit_tiny", "optimizer.base_lr=1e-3"],
-    "swav": ["method.dim=16", "method.hidden_dim=32", "method.num_prototypes=20", "method.queue_length=256"],
+    "moco_v3_vit": [
+        "method.dim=16",
+        "method.hidden_dim=32",
+        "backbone=vit_tiny",
+        "optimizer.base_lr=1e-3",
+    ],
+    "swav": [
+        "method.dim=16",
+        "method.hidden_dim=32",
+        "method.num_prototypes=20",
+        "method.queue_length=256",
+    ],
     "dino": ["method.out_dim=64", "method.hidden_dim=32", "method.bottleneck_dim=16"],
 }
-SMALL["swav"] += ["method.queue_start=0.2", "method.frozen_epochs=0.4", "augmentation.num_small_views=2"]
+SMALL["swav"] += [
+    "method.queue_start=0.2",
+    "method.frozen_epochs=0.4",
+    "augmentation.num_small_views=2",
+]
 SMALL["dino"] += ["method.warmup_teacher_temperature_epochs=2", "augmentation.num_small_views=2"]
-RUN = ["stage=pretrain", "data=digits", "data.image_size=16", "backbone.width=8", "backbone.stem=small", "epochs=2"]
-RUN += ["batch_size=256", "augmentation.small_size=8", "log_every=1", "device=cpu", "schedule.warmup_epochs=0"]
+RUN = [
+    "stage=pretrain",
+    "data=digits",
+    "data.image_size=16",
+    "backbone.width=8",
+    "backbone.stem=small",
+    "epochs=2",
+]
+RUN += [
+    "batch_size=256",
+    "augmentation.small_size=8",
+    "log_every=1",
+    "device=cpu",
+    "schedule.warmup_epochs=0",
+]
 
 
 def overrides(name: str, *more: str) -> list[str]:
     words = [*RUN, f"method={name}", *SMALL.get(name, []), *more]
-    return [word for word in words if "vit" not in name or not word.startswith(("backbone.width", "backbone.stem"))]
+    return [
+        word
+        for word in words
+        if "vit" not in name or not word.startswith(("backbone.width", "backbone.stem"))
+    ]
 
 
 def resnet() -> nn.Module:
@@ -75,9 +108,13 @@ def test_a_small_setting_for_each() -> None:
     assert set(METHODS) == {*SMALL, "random", "supervised"}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * ("vit" in n)) for n in LEARNING])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * ("vit" in n)) for n in LEARNING]
+)
 def test_resume_is_exact(name: str, tmp_path: Path) -> None:
-    """From the checkpoint of any step: here one in the middle of an epoch, and with every schedule on its way."""
+    """From the checkpoint of any step: here one in the middle of an epoch, and with every schedule
+    on its way.
+    """
     whole, part = tmp_path / "whole", tmp_path / "part"
     launch(compose(*overrides(name, f"dir={whole}", "save_every=7")))
     checkpoints = complete(whole)
@@ -88,7 +125,10 @@ def test_resume_is_exact(name: str, tmp_path: Path) -> None:
     launch(compose(*overrides(name, f"dir={part}", "save_every=7")))
     load = lambda run: torch.load(complete(run)[0], weights_only=True)  # noqa: E731
     assert_identical(load(whole), load(part))
-    lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (whole, part)]
+    lines = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (whole, part)
+    ]
     assert [line["step"] for line in lines[1]] == list(range(1, 11))
     same = ("loss", "lr", "grad_norm", "embedding_std", "effective_rank", "knn_top1", "probe_top1")
     assert [[line.get(key) for key in same] for line in lines[0]] == [
@@ -104,9 +144,14 @@ def test_resume_is_exact(name: str, tmp_path: Path) -> None:
 def test_random_is_as_initialised(tmp_path: Path) -> None:
     assert launch(compose(*overrides("random", f"dir={tmp_path / 'run'}"))) == {}
     state = torch.load(complete(tmp_path / "run")[0], weights_only=True)["model"]
-    launch(compose(*overrides("simclr", f"dir={tmp_path / 'other'}", "epochs=1", "optimizer.base_lr=1e-30")))
+    launch(
+        compose(
+            *overrides("simclr", f"dir={tmp_path / 'other'}", "epochs=1", "optimizer.base_lr=1e-30")
+        )
+    )
     other = torch.load(complete(tmp_path / "other")[0], weights_only=True)["model"]
-    assert torch.equal(state["backbone.conv1.weight"], other["backbone.conv1.weight"])  # the seed's, for every method
+    # the seed's, for every method
+    assert torch.equal(state["backbone.conv1.weight"], other["backbone.conv1.weight"])
 
 
 @pytest.mark.parametrize("name", LEARNING)
@@ -132,13 +177,31 @@ class Spy(TorchFunctionMode):
         super().__init__()
         self.half, self.normalised = set(), []  # what F.normalize gave
 
-    def __torch_function__(self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
+    def __torch_function__(
+        self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ):
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        losses = (F.normalize, F.cosine_similarity, F.cross_entropy, F.log_softmax, F.softmax, F.mse_loss, torch.exp)
-        if function in losses and any(tensor.dtype in (torch.bfloat16, torch.half) for tensor in tensors):
+        losses = (
+            F.normalize,
+            F.cosine_similarity,
+            F.cross_entropy,
+            F.log_softmax,
+            F.softmax,
+            F.mse_loss,
+            torch.exp,
+        )
+        if function in losses and any(
+            tensor.dtype in (torch.bfloat16, torch.half) for tensor in tensors
+        ):
             self.half.add(function.__name__)
-        multiplies = function in (F.linear, Tensor.matmul, Tensor.__matmul__) and torch.is_autocast_enabled("cpu")
-        if multiplies and any(tensor is one or tensor._base is one for tensor in tensors for one in self.normalised):
+        multiplies = function in (
+            F.linear,
+            Tensor.matmul,
+            Tensor.__matmul__,
+        ) and torch.is_autocast_enabled("cpu")
+        if multiplies and any(
+            tensor is one or tensor._base is one for tensor in tensors for one in self.normalised
+        ):
             self.half.add("product of directions")
         result = function(*args, **(kwargs or {}))
         if function is F.normalize:
@@ -148,7 +211,9 @@ class Spy(TorchFunctionMode):
 
 @pytest.mark.parametrize("name", LEARNING)
 def test_losses_and_heads_are_in_full_precision(name: str) -> None:
-    """Under autocast: directions, products of directions, softmax. (MoCo's with its queue are said to be bfloat16.)"""
+    """Under autocast: directions, products of directions, softmax. (MoCo's with its queue are said
+    to be bfloat16.)
+    """
     method = make(name).train()
     method.begin(1.0, 2)
     with Spy() as spy, torch.autocast("cpu", torch.bfloat16):
@@ -162,7 +227,9 @@ class TwoLayers(nn.Sequential):
     dim = 16
 
     def __init__(self) -> None:
-        layers = [(nn.Conv2d(i, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()) for i in (3, 16)]
+        layers = [
+            (nn.Conv2d(i, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()) for i in (3, 16)
+        ]
         super().__init__(*layers[0], *layers[1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
@@ -177,7 +244,11 @@ def test_only_what_learns_drops(name: str) -> None:
 
     for child in make(name, network).train().children():
         learns = any(p.requires_grad for p in child.parameters())
-        assert all(dropout.training is learns for dropout in child.modules() if isinstance(dropout, nn.Dropout))
+        assert all(
+            dropout.training is learns
+            for dropout in child.modules()
+            if isinstance(dropout, nn.Dropout)
+        )
 
 
 def learnt(name: str, compiled: bool, device: str = "cpu", num_steps: int = 2) -> dict[str, Tensor]:
@@ -196,7 +267,9 @@ def learnt(name: str, compiled: bool, device: str = "cpu", num_steps: int = 2) -
         loss = method(views, torch.arange(16, device=device) % 10)["loss"]
         optimizer.zero_grad()
         loss.backward()
-        found |= {f"{step} {key}": p.grad.clone() for key, p in trained.items() if p.grad is not None}
+        found |= {
+            f"{step} {key}": p.grad.clone() for key, p in trained.items() if p.grad is not None
+        }
         found[f"{step} loss"] = loss.detach().clone()
         optimizer.step()
         method.update((step + 1) / num_steps)
@@ -205,7 +278,9 @@ def learnt(name: str, compiled: bool, device: str = "cpu", num_steps: int = 2) -
 
 def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> set[str]:
     assert found.keys() == expected.keys()
-    return {key for key in found if (found[key] - expected[key]).norm() > 1e-3 * expected[key].norm()}
+    return {
+        key for key in found if (found[key] - expected[key]).norm() > 1e-3 * expected[key].norm()
+    }
 
 
 @pytest.mark.slow
@@ -216,7 +291,9 @@ def test_compiled(name: str) -> None:
 
 
 def steps(rank: int, size: int) -> dict[str, Tensor]:
-    """Three steps of every method on this rank's part of fixed batches, in float64: losses and some weights."""
+    """Three steps of every method on this rank's part of fixed batches, in float64: losses and some
+    weights.
+    """
     found = {}
     for name in LEARNING:
         if name in ("moco_v1", "moco_v2"):
@@ -237,24 +314,35 @@ def steps(rank: int, size: int) -> dict[str, Tensor]:
             method.update((step + 1) / 3)
             losses.append(distributed.mean(loss.detach()))
         found[f"{name} loss"] = torch.stack(losses)
-        found |= {f"{name} {key}": value for key, value in method.state_dict().items() if value.is_floating_point()}
+        found |= {
+            f"{name} {key}": value
+            for key, value in method.state_dict().items()
+            if value.is_floating_point()
+        }
     return found
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """Batch norm synchronised, the losses' gradients are those of the joined batch; ranks never drift apart."""
+    """Batch norm synchronised, the losses' gradients are those of the joined batch; ranks never
+    drift apart.
+    """
     one = steps(0, 1)
     first, second = in_processes(steps, tmp_path)
     for key, value in one.items():
-        # In multi-crop, batch norm sees several crops in one pass, which ranks share in another order: no difference.
-        torch.testing.assert_close(first[key], value, rtol=1e-6, atol=1e-8, msg=lambda text, key=key: f"{key}: {text}")
+        # In multi-crop, batch norm sees several crops in one pass, which ranks share in another
+        # order: no difference.
+        torch.testing.assert_close(
+            first[key], value, rtol=1e-6, atol=1e-8, msg=lambda text, key=key: f"{key}: {text}"
+        )
         if "loss" not in key:
             assert torch.equal(first[key], second[key]), key
 
 
 def optimizer_of(method: Method, batch_size: int, *overrides: str) -> torch.optim.Optimizer:
     """With its rates noted, as `fit` does."""
-    optimizer = build.construct(compose(*overrides).optimizer, params=method.param_groups(), batch_size=batch_size)
+    optimizer = build.construct(
+        compose(*overrides).optimizer, params=method.param_groups(), batch_size=batch_size
+    )
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     return optimizer
@@ -275,7 +363,9 @@ def test_frozen_layers_stay_and_constant_rates_too() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.025, 0.1]
 
 
-@pytest.mark.parametrize("overrides", [["method=dino"], ["optimizer=adamw", "optimizer.clip_grad_norm=3"]])
+@pytest.mark.parametrize(
+    "overrides", [["method=dino"], ["optimizer=adamw", "optimizer.clip_grad_norm=3"]]
+)
 def test_long_gradients_are_shortened_tensor_by_tensor(overrides: list[str]) -> None:
     model = make("supervised")
     optimizer, gradients = optimizer_of(model, 256, *overrides), []
@@ -289,7 +379,9 @@ def test_long_gradients_are_shortened_tensor_by_tensor(overrides: list[str]) -> 
 
 
 def test_weight_decay_follows_its_cosine() -> None:
-    optimizer = optimizer_of(make("supervised"), 256, "optimizer=adamw", "optimizer.final_weight_decay=0.4")
+    optimizer = optimizer_of(
+        make("supervised"), 256, "optimizer=adamw", "optimizer.final_weight_decay=0.4"
+    )
     decays = []
     for epoch in (0, 5, 10):
         schedule_(optimizer, 1.0, epoch, 10)
@@ -304,7 +396,11 @@ def test_health_of_known_embeddings() -> None:
     assert spread["effective_rank"] == pytest.approx(16, abs=0.1)
     assert spread["alignment"] == pytest.approx(2, abs=0.05)  # of independent directions
     assert collapse(spread) is None
-    assert health(torch.randn(1, 64, 16)).keys() == {"embedding_std", "effective_rank", "uniformity"}
+    assert health(torch.randn(1, 64, 16)).keys() == {
+        "embedding_std",
+        "effective_rank",
+        "uniformity",
+    }
     same = health(torch.ones(2, 50, 16) + 1e-4 * torch.randn(2, 50, 16))
     assert same["embedding_std"] < 0.01
     assert same["uniformity"] == pytest.approx(0, abs=1e-3)

@@ -24,8 +24,19 @@ def imported(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.mark.slow
 def test_quick(tmp_path: Path) -> None:
-    command = [sys.executable, str(SPEED), "--quick", "--repeats", "2", "--device", "cpu", "--out", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a busy machine would slow down more threads a hundred times
+    command = [
+        sys.executable,
+        str(SPEED),
+        "--quick",
+        "--repeats",
+        "2",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
+    # a busy machine would slow down more threads a hundred times
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "speed_cpu.json").read_text())
@@ -34,7 +45,8 @@ def test_quick(tmp_path: Path) -> None:
     assert {len(repeats) for repeats in row["repeats"].values()} == {2}
     rates = {name: found["median"] for name, found in row["images_per_second"].items()}
     assert row["ratio"]["plain"] == pytest.approx(rates["ours"] / rates["plain"])
-    for found in (*row["repeats"]["ours"], *result["by_batch"]):  # from outside, and as the program has it
+    # from outside, and as the program has it
+    for found in (*row["repeats"]["ours"], *result["by_batch"]):
         inside, outside = found["logged_images_per_second"], found["images_per_second"]
         if isinstance(outside, dict):
             inside, outside = max(inside), outside["max"]
@@ -65,15 +77,28 @@ def test_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "backbone.width=8",
     ]
     monkeypatch.setattr(module, "COMMON", ["experiment=synthetic_dl21", *small])
-    monkeypatch.setattr(sys, "argv", ["", "--folder", str(tmp_path), "--seeds", "0", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(
+        sys, "argv", ["", "--folder", str(tmp_path), "--seeds", "0", "--out", str(tmp_path / "out")]
+    )
     module.main()
-    assert json.loads((tmp_path / "out").read_text())["rows"].keys() == {*module.ROWS, "random init"}
-    ran = [yaml.safe_load(path.read_text()) for path in sorted(tmp_path.glob("*seed0/pretrain/config.yaml"))]
+    assert json.loads((tmp_path / "out").read_text())["rows"].keys() == {
+        *module.ROWS,
+        "random init",
+    }
+    ran = [
+        yaml.safe_load(path.read_text())
+        for path in sorted(tmp_path.glob("*seed0/pretrain/config.yaml"))
+    ]
     assert [config["precision"] for config in ran] == ["bf16", "fp32"]
-    assert [config["augmentation"]["_target_"].startswith("accuracy") for config in ran] == [False, True]
+    assert [config["augmentation"]["_target_"].startswith("accuracy") for config in ran] == [
+        False,
+        True,
+    ]
 
 
-def test_choices_at_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_choices_at_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     module = imported("selection", monkeypatch)
     monkeypatch.setitem(module.SCALE, "dim", 64)
     for name, count, seed in (("unlabelled", 2000, 1), ("labelled", 100, 2)):
@@ -91,7 +116,9 @@ def test_a_long_tail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = imported("selection", monkeypatch)
     subject = module.SUBJECTS["digits"]
     root = module.pool(tmp_path, subject, seed=3)
-    labels = {name: torch.load(root / f"{name}_label_tensor.pt") for name in ("train", "unlabeled", "val")}
+    labels = {
+        name: torch.load(root / f"{name}_label_tensor.pt") for name in ("train", "unlabeled", "val")
+    }
     counts = labels["unlabeled"].bincount()
     assert (counts[0], counts[9]) == (subject.most / subject.ratio, subject.most)
     assert counts.tolist() == sorted(counts.tolist())
@@ -104,7 +131,9 @@ def test_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = imported("digests", monkeypatch)
     monkeypatch.setattr(module, "TIMES", 1)
     sizes = ["--checkpoint-gb", "0.001", "--store-gb", "0.001"]
-    monkeypatch.setattr(sys, "argv", ["", *sizes, "--folder", str(tmp_path), "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(
+        sys, "argv", ["", *sizes, "--folder", str(tmp_path), "--out", str(tmp_path / "out")]
+    )
     module.main()
     found = json.loads((tmp_path / "out").read_text())
     for part in ("checkpoint", "store"):

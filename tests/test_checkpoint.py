@@ -47,7 +47,8 @@ def restored(checkpoint: Checkpoint) -> int:
     ours, theirs = model.state_dict(), same_model.state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     momenta = [
-        [slot["momentum_buffer"] for slot in o.state_dict()["state"].values()] for o in (optimizer, same_optimizer)
+        [slot["momentum_buffer"] for slot in o.state_dict()["state"].values()]
+        for o in (optimizer, same_optimizer)
     ]
     assert all(torch.equal(*pair) for pair in zip(*momenta, strict=True))
     return step
@@ -70,7 +71,9 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def save(content: object, file: io.BufferedWriter) -> None:
         file.write(b"some of it")
-        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1087360 vs 1087256")
+        raise RuntimeError(
+            "[enforce fail at inline_container.cc:672] . unexpected pos 1087360 vs 1087256"
+        )
 
     monkeypatch.setattr(torch, "save", save)
     with pytest.raises(OSError, match=r"No space left on device.*step0000000002"):
@@ -92,7 +95,8 @@ def crash_in_replace(self: Path, target: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "crash"), [(torch, "save", crash_in_save), (Path, "replace", crash_in_replace)]
+    ("owner", "name", "crash"),
+    [(torch, "save", crash_in_save), (Path, "replace", crash_in_replace)],
 )
 def test_a_crash_while_writing_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, crash: object
@@ -102,11 +106,15 @@ def test_a_crash_while_writing_leaves_the_old_one(
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 3)
     monkeypatch.undo()
-    assert (tmp_path / "checkpoints" / "step0000000003.partial").exists()  # what a killed process leaves
+    # what a killed process leaves
+    assert (tmp_path / "checkpoints" / "step0000000003.partial").exists()
     assert restored(checkpoint) == 2
     save(tmp_path, 3)
     assert restored(checkpoint) == 3
-    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step0000000002.pt", "step0000000003.pt"]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == [
+        "step0000000002.pt",
+        "step0000000003.pt",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +125,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, bytes]:
 
 
 @given(share=st.floats(0, 1, exclude_max=True))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_a_truncated_one_is_named_and_the_one_before_used(
     two: tuple[Checkpoint, bytes], caplog: pytest.LogCaptureFixture, share: float
 ) -> None:
@@ -135,15 +145,23 @@ def test_a_truncated_one_is_named_and_the_one_before_used(
 def equal(one: object, other: object) -> bool:
     """The same tensors and values under the same names."""
     if isinstance(one, dict):
-        return isinstance(other, dict) and list(one) == list(other) and all(equal(one[k], other[k]) for k in one)
+        return (
+            isinstance(other, dict)
+            and list(one) == list(other)
+            and all(equal(one[k], other[k]) for k in one)
+        )
     if isinstance(one, list):
         return isinstance(other, list) and len(one) == len(other) and all(map(equal, one, other))
     if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+        return (
+            isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+        )
     return one == other
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), directory=st.booleans())
 def test_a_flipped_bit_is_found_or_harmless(
     two: tuple[Checkpoint, bytes], place: float, bit: int, directory: bool
@@ -166,7 +184,9 @@ def test_a_flipped_bit_is_found_or_harmless(
 
 
 def test_no_record_is_taken_for_a_folder(two: tuple[Checkpoint, bytes]) -> None:
-    """In a zip file's directory a bit says so; torch then reads nothing, and leaves the memory as it was."""
+    """In a zip file's directory a bit says so; torch then reads nothing, and leaves the memory as
+    it was.
+    """
     checkpoint, whole = two
     newest = complete(checkpoint.directory)[0]
     for header in [match.start() for match in re.finditer(rb"PK\x01\x02", whole)]:
@@ -221,10 +241,15 @@ def raw_pickle(content: object, path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [raw_pickle, torch.save])
-def test_code_in_a_pickle_is_not_run(tmp_path: Path, caplog: pytest.LogCaptureFixture, write: object) -> None:
+def test_code_in_a_pickle_is_not_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, write: object
+) -> None:
     checkpoint = save(tmp_path, 1)
     newest = tmp_path / "checkpoints" / "step0000000002.pt"
-    write({"run": "this run", "step": 2, "model": Payload(tmp_path / "executed"), "optimizer": {}}, newest)
+    write(
+        {"run": "this run", "step": 2, "model": Payload(tmp_path / "executed"), "optimizer": {}},
+        newest,
+    )
     assert restored(checkpoint) == 1
     assert not (tmp_path / "executed").exists()
     assert str(newest) in warnings_of(caplog)[0]
@@ -232,7 +257,9 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert (tmp_path / "executed").exists()  # so it would have been seen
 
 
-def test_the_checkpoint_of_another_run_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_checkpoint_of_another_run_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     checkpoint = save(tmp_path, 1)
     save(tmp_path, 2, identity="another run")
     assert restored(checkpoint) == 1
@@ -251,7 +278,9 @@ def test_none_usable_is_an_error(tmp_path: Path) -> None:
     first, second = complete(tmp_path)
     first.write_text("not a checkpoint")
     torch.save([1, 2], second)
-    with pytest.raises(UserError, match="none of its 2 checkpoints can be used; delete this folder") as caught:
+    with pytest.raises(
+        UserError, match="none of its 2 checkpoints can be used; delete this folder"
+    ) as caught:
         restored(checkpoint)
     assert str(tmp_path / "checkpoints") in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -20,14 +20,27 @@ ROOT = Path(ssl_bench.__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 TORCHRUN += ["-m", "ssl_bench.train"]
 
-# -- read: no collective where rank 0 is alone -------------------------------------------------------------------------
+# -- read: no collective where rank 0 is alone -----------------------------------------------------
 
-PLAIN = {name for kind in (str, bytes, list, dict, set, Path, torch.nn.Module, torch.Tensor) for name in dir(kind)}
-COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "barrier", "init_process_group", "DistributedDataParallel")
+PLAIN = {
+    name
+    for kind in (str, bytes, list, dict, set, Path, torch.nn.Module, torch.Tensor)
+    for name in dir(kind)
+}
+COLLECTIVES = (
+    "all_reduce",
+    "all_gather",
+    "broadcast",
+    "barrier",
+    "init_process_group",
+    "DistributedDataParallel",
+)
 
 
 class Module:
-    """A file of ours: its functions and methods by name (two of one name are one here), and what it imports of ours."""
+    """A file of ours: its functions and methods by name (two of one name are one here), and what it
+    imports of ours.
+    """
 
     def __init__(self, name: str, tree: ast.Module) -> None:
         self.name, self.tree = name, tree
@@ -38,8 +51,13 @@ class Module:
                 self.functions.setdefault(node.name, []).append(node)
             elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ssl_bench"):
                 here = node.module.removeprefix("ssl_bench").lstrip(".")
-                self.imported |= {item.asname or item.name: f"{here}.{item.name}".lstrip(".") for item in node.names}
-        methods = (item for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for item in node.body)
+                self.imported |= {
+                    item.asname or item.name: f"{here}.{item.name}".lstrip(".")
+                    for item in node.names
+                }
+        methods = (
+            item for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for item in node.body
+        )
         self.methods = {item.name for item in methods if isinstance(item, ast.FunctionDef)}
 
 
@@ -60,7 +78,9 @@ class Reading:
     def talks(self, node: ast.AST, module: Module) -> bool:
         if not isinstance(node, ast.Call):
             return False
-        if module.name == "runtime.distributed" and ast.unparse(node.func).startswith(("dist.", "ddp")):
+        if module.name == "runtime.distributed" and ast.unparse(node.func).startswith(
+            ("dist.", "ddp")
+        ):
             return ast.unparse(node.func).endswith(COLLECTIVES) or ast.unparse(node.func) == "ddp"
         return bool(self.called(node.func, module) & self.talking)
 
@@ -77,7 +97,11 @@ class Reading:
             return {f"{module.name}.{name}"}
         if owner == "run":
             return {f"runs.run.{name}"}
-        return {f"{other.name}.{name}" for other in self.modules.values() if name in other.methods - PLAIN}
+        return {
+            f"{other.name}.{name}"
+            for other in self.modules.values()
+            if name in other.methods - PLAIN
+        }
 
     def found(self) -> list[str]:
         """The calls that talk where a part of the processes is."""
@@ -111,24 +135,32 @@ def is_other(test: ast.AST) -> bool:
 
 
 def alone(tree: ast.AST) -> Iterator[ast.AST]:
-    """What a part of the ranks does: what stands under such a condition, and after one that the others leave by."""
+    """What a part of the ranks does: what stands under such a condition, and after one that the
+    others leave by.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.If | ast.IfExp) and (is_main(node.test) or is_other(node.test)):
             parts = [node.body, node.orelse]
-            yield from (item for part in parts for item in (part if isinstance(part, list) else [part]))
+            yield from (
+                item for part in parts for item in (part if isinstance(part, list) else [part])
+            )
         if isinstance(node, ast.BoolOp):
             for i, value in enumerate(node.values):
                 if is_main(value) or is_other(value):
                     yield from node.values[i + 1 :]
         for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
             for i, item in enumerate(block if isinstance(block, list) else []):
-                left = isinstance(item, ast.If) and isinstance(item.body[-1], ast.Return | ast.Raise | ast.Continue)
+                left = isinstance(item, ast.If) and isinstance(
+                    item.body[-1], ast.Return | ast.Raise | ast.Continue
+                )
                 if left and is_other(item.test):
                     yield from block[i + 1 :]
 
 
 TREES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(
+        path.read_text(encoding="utf-8")
+    )
     for path in ROOT.rglob("*.py")
 }
 
@@ -171,18 +203,34 @@ def test_the_reading_knows_what_talks() -> None:
 def test_the_reading_finds_it(lines: str) -> None:
     text = "def draw(run):\n  if run.stopping(1):\n    pass\n\n\ndef stage(run):\n"
     text += "".join(f"  {line}\n" for line in lines.splitlines())
-    assert [line.split(": ")[1] for line in Reading(TREES | {"mine": ast.parse(text)}).found()] == ["draw"]
+    assert [line.split(": ")[1] for line in Reading(TREES | {"mine": ast.parse(text)}).found()] == [
+        "draw"
+    ]
 
 
-# -- run ---------------------------------------------------------------------------------------------------------------
+# -- run -------------------------------------------------------------------------------------------
 
-PIPELINE = [*TINY, "stage=pipeline", "method.queue_size=1024", "epochs=1", "augmentation=digits", "dir=run"]
+PIPELINE = [
+    *TINY,
+    "stage=pipeline",
+    "method.queue_size=1024",
+    "epochs=1",
+    "augmentation=digits",
+    "dir=run",
+]
 PIPELINE += ["stage.protocol=['epochs=1','stage.labels_per_class=10','batch_size=50']"]
 
 
 def torchrun(folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | env
-    return subprocess.run([*TORCHRUN, *words], cwd=folder, capture_output=True, text=True, timeout=240, env=environment)
+    return subprocess.run(
+        [*TORCHRUN, *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+    )
 
 
 @pytest.mark.slow
@@ -202,7 +250,9 @@ def test_a_pipeline_of_two_processes(ssl_bench: Command, tmp_path: Path) -> None
     result = torchrun(tmp_path, "--config-dir=conf", "experiment=mine", *PIPELINE)
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary.keys() >= {f"{row} top-1" for row in ("pretrained", "random init", "kNN", "whole", "cached")}
+    assert summary.keys() >= {
+        f"{row} top-1" for row in ("pretrained", "random init", "kNN", "whole", "cached")
+    }
     assert (tmp_path / "run" / "overview.png").stat().st_size > 30_000
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert result.stdout.count("| pretrained") == 1
@@ -215,13 +265,20 @@ def test_a_pipeline_of_two_processes(ssl_bench: Command, tmp_path: Path) -> None
 def test_a_sweep_in_several_processes_is_refused(tmp_path: Path, launcher: list[str]) -> None:
     result = torchrun(tmp_path, *launcher, *TINY_PRETRAIN, "seed=0,1")
     assert result.returncode != 0
-    assert "ssl-bench: a sweep in the 2 processes of torchrun or srun: start it once" in result.stderr
+    assert (
+        "ssl-bench: a sweep in the 2 processes of torchrun or srun: start it once" in result.stderr
+    )
     assert not list(tmp_path.rglob("*.json"))
 
 
 def process(folder: Path, rank: int, port: int, *words: str, **env: str) -> subprocess.Popen:
     """A rank that nobody watches, as of a plain srun or of a cluster's own launcher."""
-    own = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    own = {
+        "RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     command = [sys.executable, "-m", "ssl_bench.train", *TINY_PRETRAIN, "dir=run", *words]
     environment = os.environ | own | {"OMP_NUM_THREADS": "1"} | env
     return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
@@ -244,7 +301,10 @@ def test_processes_that_do_not_meet_say_so(tmp_path: Path, port: int, address: s
     assert one.returncode == 2
     assert "Traceback" not in said
     last = said.splitlines()[-1]
-    assert f"process 1 of 2 didn't meet the others at {address}:{port} within 3 s ($SSL_BENCH_RENDEZVOUS)" in last
+    assert (
+        f"process 1 of 2 didn't meet the others at {address}:{port} within 3 s ($SSL_BENCH_RENDEZVOUS)"
+        in last
+    )
     assert ("is no name that" in last) == (address != "127.0.0.1")
 
 
@@ -283,15 +343,33 @@ def test_a_process_that_dies_leaves_nobody_hanging(tmp_path: Path, port: int, le
 
 @pytest.mark.slow
 def test_of_a_process_that_was_killed_its_parent_tells(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ssl_bench.train", *TINY_PRETRAIN, "dir=run", "devices=2", "epochs=20"]
+    command = [
+        sys.executable,
+        "-m",
+        "ssl_bench.train",
+        *TINY_PRETRAIN,
+        "dir=run",
+        "devices=2",
+        "epochs=20",
+    ]
     run = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     while not list((tmp_path / "run").glob("checkpoints/step*.pt")):
         assert run.poll() is None
         time.sleep(0.05)
-    children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
-    ranks = [pid for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+    children = subprocess.run(
+        ["pgrep", "-P", str(run.pid)], capture_output=True, text=True
+    ).stdout.split()
+    ranks = [
+        pid
+        for pid in children
+        if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    ]
     os.kill(int(ranks[0] if ranks else children[-1]), signal.SIGKILL)
     _, said = run.communicate(timeout=60)
     assert run.returncode == 2

@@ -31,10 +31,19 @@ GROUPS = (
     "launcher",
 )
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
-NEEDED = {"dl21": ["data.root=/x"], "folder": ["data.root=/x"], "stl10": ["data.root=/x"], "cifar10": ["data.root=/x"]}
+NEEDED = {
+    "dl21": ["data.root=/x"],
+    "folder": ["data.root=/x"],
+    "stl10": ["data.root=/x"],
+    "cifar10": ["data.root=/x"],
+}
 NEEDED |= {f"{name}_moco_v2": ["data.root=/x"] for name in ("imagenet", "cifar10", "stl10", "dl21")}
 NEEDED |= {"predict": ["stage.images=/x"]}
-NEEDED |= {"cifar100": ["data.root=/x"], "synthetic_dl21": ["data.root=/x"], "synthesize": ["stage.out=/x"]}
+NEEDED |= {
+    "cifar100": ["data.root=/x"],
+    "synthetic_dl21": ["data.root=/x"],
+    "synthesize": ["stage.out=/x"],
+}
 
 
 def compose(*overrides: str) -> DictConfig:
@@ -47,7 +56,9 @@ def test_choice_fits(group: str, choice: str) -> None:
     build.check(compose(f"{group}={choice}", *NEEDED.get(choice, [])))
 
 
-@pytest.mark.parametrize(("method", "zero"), [("byol", True), ("moco_v3", True), ("moco_v2", False), ("swav", False)])
+@pytest.mark.parametrize(
+    ("method", "zero"), [("byol", True), ("moco_v3", True), ("moco_v2", False), ("swav", False)]
+)
 def test_networks_start_as_the_authors(method: str, zero: bool) -> None:
     assert compose(f"method={method}", "backbone=resnet50").backbone.zero_init_residual is zero
     if method != "moco_v3":
@@ -63,7 +74,10 @@ def test_byols_colours_are_byols_alone() -> None:
 @pytest.mark.parametrize(
     ("words", "instead"),
     [
-        (["method=moco_v3", "backbone=vit_small"], "with backbone=vit_small type method=moco_v3_vit"),
+        (
+            ["method=moco_v3", "backbone=vit_small"],
+            "with backbone=vit_small type method=moco_v3_vit",
+        ),
         (["method=moco_v3_vit", "backbone=resnet50"], "with backbone=resnet50 type method=moco_v3"),
         (["method=moco_v3_vit", "backbone=timm"], "with backbone=timm type method=moco_v3"),
     ],
@@ -79,17 +93,38 @@ def test_every_constant_of_moco_v3_with_a_vit() -> None:
         cfg = compose("method=moco_v3_vit", "epochs=300", "batch_size=4096", *words)
         build.check(cfg)
         backbone, optimizer, method = cfg.backbone, cfg.optimizer, cfg.method
-        assert (backbone.name, backbone.positions, backbone.frozen_patches) == (name, "sincos", True)
-        assert (optimizer.weight_decay, optimizer.exclude_from_decay, cfg.schedule.warmup_epochs) == (0.1, False, 40)
-        assert (method.temperature, method.momentum, method.dim, method.hidden_dim) == (0.2, 0.99, 256, 4096)
-        assert (method.projector_layers, method.predictor_norm, cfg.augmentation.crop_scale[0]) == (3, True, 0.08)
+        assert (backbone.name, backbone.positions, backbone.frozen_patches) == (
+            name,
+            "sincos",
+            True,
+        )
+        assert (
+            optimizer.weight_decay,
+            optimizer.exclude_from_decay,
+            cfg.schedule.warmup_epochs,
+        ) == (0.1, False, 40)
+        assert (method.temperature, method.momentum, method.dim, method.hidden_dim) == (
+            0.2,
+            0.99,
+            256,
+            4096,
+        )
+        assert (method.projector_layers, method.predictor_norm, cfg.augmentation.crop_scale[0]) == (
+            3,
+            True,
+            0.08,
+        )
 
 
 def test_dino_decays_no_biases() -> None:
     cfg = compose("method=dino", "backbone.width=8", "method.out_dim=8")
     method = build.construct(cfg.method, backbone=build.construct(cfg.backbone))
     optimizer = build.construct(cfg.optimizer, params=method.param_groups(), batch_size=256)
-    decays = {(group["weight_decay"], p.ndim > 1) for group in optimizer.param_groups for p in group["params"]}
+    decays = {
+        (group["weight_decay"], p.ndim > 1)
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
     assert decays == {(1e-4, True), (0.0, False)}
 
 
@@ -102,13 +137,15 @@ def test_dino_decays_no_biases() -> None:
         ("moco_v3_vit", 1024, 6e-4),  # CONFIG.md (ViT-Small, --lr=1.5e-4)
         ("moco_v3_vit", 4096, 2.4e-3),
         ("simclr", 4096, 4.8),  # arXiv:2002.05709, section 2.2; google-research/simclr, README
-        ("byol", 4096, 3.2),  # deepmind-research, byol/configs/byol.py (1000 epochs), utils/schedules.py 34
+        # deepmind-research, byol/configs/byol.py (1000 epochs), utils/schedules.py 34
+        ("byol", 4096, 3.2),
         ("swav", 256, 0.6),  # facebookresearch/swav, scripts/swav_200ep_bs256_pretrain.sh
         ("swav", 4096, 4.8),  # scripts/swav_{100,200,400,800}ep_pretrain.sh
         ("simsiam", 512, 0.1),  # facebookresearch/simsiam, main_simsiam.py 51, 56, 157
         ("barlow_twins", 2048, 1.6),  # facebookresearch/barlowtwins, main.py 31, 33, 158
         ("vicreg", 2048, 1.6),  # facebookresearch/vicreg, README 80, main_vicreg.py 170
-        ("dino", 512, 0.06),  # facebookresearch/dino, README 207 (8 GPUs of 64 images), main_dino.py 239
+        # facebookresearch/dino, README 207 (8 GPUs of 64 images), main_dino.py 239
+        ("dino", 512, 0.06),
         ("supervised", 8192, 3.2),  # arXiv:1706.02677, section 5.1
     ],
 )
@@ -116,7 +153,8 @@ def test_rates_are_the_published_ones(method: str, batch_size: int, published: f
     node = compose(f"method={method}", f"batch_size={batch_size}").optimizer
     assert scaled_lr(node.base_lr, batch_size, node.scaling) == pytest.approx(published)
     if method == "barlow_twins":
-        assert scaled_lr(node.base_lr_biases, batch_size, node.scaling) == pytest.approx(0.0384)  # main.py 35
+        # main.py 35
+        assert scaled_lr(node.base_lr_biases, batch_size, node.scaling) == pytest.approx(0.0384)
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids="=".join)
@@ -125,14 +163,18 @@ def test_a_signature_that_is_read_is_the_one_that_is_imported(group: str, choice
         if not (name in build.SUPPLIED and node):
             continue
         target, supplied = build.locate(node._target_, name), build.SUPPLIED[name]
-        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+        hints = get_type_hints(
+            target.__init__ if inspect.isclass(target) else target, include_extras=True
+        )
         expected = {
             key: (repr(hints[key]), parameter.default is parameter.empty)
             for key, parameter in inspect.signature(target).parameters.items()
             if key not in supplied
         }
         read = signatures.parameters(node._target_, supplied)
-        assert {key: (repr(annotation), required) for key, (annotation, required) in read.items()} == expected
+        assert {
+            key: (repr(annotation), required) for key, (annotation, required) in read.items()
+        } == expected
 
 
 def test_a_mistake_is_found_before_torch_is_imported() -> None:
@@ -160,10 +202,14 @@ def times_in_epochs(cfg: DictConfig) -> dict[str, tuple[float, InEpochs]]:
         node = cfg.get(group) or {}
         parameters = signatures.parameters(node["_target_"], build.SUPPLIED[group]) if node else {}
         for name, (annotation, _) in parameters.items():
-            marks = [part for part in getattr(annotation, "__metadata__", ()) if isinstance(part, InEpochs)]
-            assert bool(marks) == (("epochs" in name or name in ("queue_start", "copies")) and name != "per_epoch"), (
-                name
-            )
+            marks = [
+                part
+                for part in getattr(annotation, "__metadata__", ())
+                if isinstance(part, InEpochs)
+            ]
+            assert bool(marks) == (
+                ("epochs" in name or name in ("queue_start", "copies")) and name != "per_epoch"
+            ), name
             found |= {f"{group}.{name}": (float(node[name]), mark) for mark in marks}
     return found
 
@@ -179,16 +225,22 @@ def test_every_time_in_epochs_lies_within_them(words: list[str]) -> None:
     """All that a recipe says is within its own epochs; a key typed in vain isn't asked."""
     cfg = compose(*words)
     build.check(cfg)
-    times = {key: mark for key, (_, mark) in times_in_epochs(cfg).items() if typed.is_read(cfg, key)}
+    times = {
+        key: mark for key, (_, mark) in times_in_epochs(cfg).items() if typed.is_read(cfg, key)
+    }
     for key in times_in_epochs(cfg):
         OmegaConf.update(cfg, key, 0)
     for key, mark in times.items():
         for value, epochs in ((7, 7), (8, 7), (6, 7)):
-            changed = OmegaConf.merge(cfg, OmegaConf.from_dotlist([f"{key}={value}", f"epochs={epochs}"]))
+            changed = OmegaConf.merge(
+                cfg, OmegaConf.from_dotlist([f"{key}={value}", f"epochs={epochs}"])
+            )
             if value < epochs or (value == epochs and mark.or_at_the_end):
                 build.check(changed)
                 continue
-            with pytest.raises(UserError, match=rf"^{key}={value} isn't reached within epochs={epochs}: type") as error:
+            with pytest.raises(
+                UserError, match=rf"^{key}={value} isn't reached within epochs={epochs}: type"
+            ) as error:
                 build.check(changed)
             advice = re.findall(r"[\w.]+=\d+", str(error.value).partition(": ")[2])
             assert len(advice) == 2
@@ -204,10 +256,15 @@ def test_a_stage_without_training_has_no_times() -> None:
 
 def test_precedence() -> None:
     assert compose("method=moco_v1").augmentation.name == "moco_v1"  # a method brings its recipe
-    assert compose("method=moco_v1", "augmentation=moco_v2").augmentation.name == "moco_v2"  # unless asked otherwise
+    # unless asked otherwise
+    assert compose("method=moco_v1", "augmentation=moco_v2").augmentation.name == "moco_v2"
     assert compose("method=moco_v1").schedule.name == "step"
     lincls = compose("stage=lincls")  # a stage is stronger than a method
-    assert (lincls.augmentation.name, lincls.optimizer.base_lr, lincls.epochs) == ("lincls", 30.0, 100)
+    assert (lincls.augmentation.name, lincls.optimizer.base_lr, lincls.epochs) == (
+        "lincls",
+        30.0,
+        100,
+    )
     assert compose("stage=lincls", "optimizer.base_lr=1", "epochs=3").epochs == 3
 
 
@@ -217,10 +274,19 @@ def test_every_constant_of_the_papers() -> None:
     for cfg in (v1, v2):
         assert (cfg.method.dim, cfg.method.queue_size, cfg.method.momentum) == (128, 65536, 0.999)
         assert (cfg.epochs, cfg.batch_size) == (200, 256)
-        assert (cfg.optimizer.base_lr, cfg.optimizer.momentum, cfg.optimizer.weight_decay) == (0.03, 0.9, 1e-4)
+        assert (cfg.optimizer.base_lr, cfg.optimizer.momentum, cfg.optimizer.weight_decay) == (
+            0.03,
+            0.9,
+            1e-4,
+        )
         assert list(cfg.augmentation.crop_scale) == [0.2, 1.0]
         assert cfg.augmentation.grayscale_p == 0.2
-    assert (v1.method.temperature, v1.method.mlp, v2.method.temperature, v2.method.mlp) == (0.07, False, 0.2, True)
+    assert (v1.method.temperature, v1.method.mlp, v2.method.temperature, v2.method.mlp) == (
+        0.07,
+        False,
+        0.2,
+        True,
+    )
     assert [v1.augmentation[key] for key in ("hue", "jitter_p", "blur_p")] == [0.4, 1.0, 0.0]
     assert [v2.augmentation[key] for key in ("hue", "jitter_p", "blur_p")] == [0.1, 0.8, 0.5]
     schedule = build.construct(v1.schedule)
@@ -231,9 +297,15 @@ def test_every_constant_of_the_papers() -> None:
     assert [round(schedule(epoch, 100), 6) for epoch in (59, 60, 79, 80)] == [1, 0.1, 0.1, 0.01]
 
 
-def test_a_target_whose_module_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_whose_module_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its signature can be read; what it needs isn't there."""
-    (tmp_path / "mine_broken.py").write_text("import no_such_package\n\n\ndef make(size: int = 1):\n    return size\n")
+    (tmp_path / "mine_broken.py").write_text(
+        "import no_such_package\n\n\ndef make(size: int = 1):\n    return size\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match=r"_target_=mine_broken\.make: can't be imported .*no_such_package"):
+    with pytest.raises(
+        UserError, match=r"_target_=mine_broken\.make: can't be imported .*no_such_package"
+    ):
         build.construct({"_target_": "mine_broken.make"})

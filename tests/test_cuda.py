@@ -1,4 +1,6 @@
-"""What only a GPU can show. `pytest tests/test_cuda.py` on a machine that has one; skipped elsewhere."""
+"""What only a GPU can show. `pytest tests/test_cuda.py` on a machine that has one; skipped
+elsewhere.
+"""
 
 import json
 import shutil
@@ -53,14 +55,19 @@ def test_a_batch_is_not_overwritten_while_it_is_used() -> None:
     for _, images, _, _ in HostSource(*packed(4000), 400, 0, "cuda").stream(0, 30):
         torch.cuda._sleep(20_000_000)  # cycles: the step is far behind the copies
         sums.append(images.long().sum())
-    expected = [images.long().sum().item() for _, images, _, _ in HostSource(*packed(4000), 400, 0).stream(0, 30)]
+    expected = [
+        images.long().sum().item()
+        for _, images, _, _ in HostSource(*packed(4000), 400, 0).stream(0, 30)
+    ]
     assert torch.stack(sums).tolist() == expected
 
 
 def logged(ssl_bench: Command, tmp_path: Path, *overrides: str) -> list[dict]:
     """The lines of a tiny run, which sees the same views in the same order on every device."""
     ssl_bench(*TINY_PRETRAIN, "dir=run", *overrides, check=True)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     shutil.rmtree(tmp_path / "run")
     return lines
 
@@ -73,7 +80,9 @@ def logged(ssl_bench: Command, tmp_path: Path, *overrides: str) -> list[dict]:
 def test_a_run_is_that_of_the_cpu(
     ssl_bench: Command, tmp_path: Path, precision: str, loss: float, norm: float, source: str
 ) -> None:
-    """At the first step within what the precision allows (relative); later steps drift apart, but not far."""
+    """At the first step within what the precision allows (relative); later steps drift apart, but
+    not far.
+    """
     here = logged(ssl_bench, tmp_path, "device=cpu")
     there = logged(ssl_bench, tmp_path, "device=cuda", f"precision={precision}", f"source={source}")
     assert there[0]["loss"] == pytest.approx(here[0]["loss"], rel=loss)
@@ -82,7 +91,10 @@ def test_a_run_is_that_of_the_cpu(
 
 
 def test_the_compiled_run_is_the_eager_one(ssl_bench: Command, tmp_path: Path) -> None:
-    eager, compiled = (logged(ssl_bench, tmp_path, "device=cuda", f"compile={word}")[0] for word in ("false", "true"))
+    eager, compiled = (
+        logged(ssl_bench, tmp_path, "device=cuda", f"compile={word}")[0]
+        for word in ("false", "true")
+    )
     assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-3)
     assert compiled["grad_norm"] == pytest.approx(eager["grad_norm"], rel=1e-2)
 
@@ -105,7 +117,9 @@ def test_no_step_waits_for_the_gpu(tmp_path: Path) -> None:
         dim = 8
 
     model = MoCo(Backbone(torch.nn.Flatten(), Linear(3 * 24 * 24, 8)), queue_size=64).cuda()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True
+    )
     views = Views(24).cuda()
     source = ResidentSource(*packed(), 8, 0, "cuda").stream(0, 6)
     torch.cuda.set_sync_debug_mode("error")

@@ -1,4 +1,6 @@
-"""What runs log to W&B, read back from their offline folders, and the dashboard, whose panels show what is there."""
+"""What runs log to W&B, read back from their offline folders, and the dashboard, whose panels show
+what is there.
+"""
 
 import json
 import subprocess
@@ -32,13 +34,28 @@ class Recorded:
         self.id = (directory / "wandb_id").read_text().strip()
         self.records = records(self.folder)
         self.rows = history(self.records)
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(self.folder)]
-        whole = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=60).stdout)
+        command = [
+            sys.executable,
+            "-m",
+            "wandb",
+            "leet",
+            "inspect",
+            "--summary",
+            "--json",
+            str(self.folder),
+        ]
+        whole = json.loads(
+            subprocess.run(command, check=True, capture_output=True, timeout=60).stdout
+        )
         self.config, self.summary, self.state = whole["config"], whole["summary"], whole["state"]
 
     def artifacts(self, used: bool) -> dict[str, tuple[str, str]]:
         """name -> (type, digest) of those that the run came from, or that it made."""
-        found = [item for item in kind(self.records, "artifact") if bool(item.get("use_after_commit")) == used]
+        found = [
+            item
+            for item in kind(self.records, "artifact")
+            if bool(item.get("use_after_commit")) == used
+        ]
         return {item["name"]: (item["type"], item["digest"]) for item in found}
 
 
@@ -55,7 +72,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recorded]:
     root, tracked = tmp_path_factory.mktemp("runs"), ["tracking=wandb", "tracking.mode=offline"]
     launch(compose(*TINY_PRETRAIN, *tracked, "log_every=7", f"dir={root}/pretrain/seed0"))
     others = [*tracked, f"pretrained={root}/pretrain/seed0"]
-    grid = ["stage=lincls", "stage.features=cached", "stage.lrs=[0.1,1]", "epochs=3", "eval_every=1"]
+    grid = [
+        "stage=lincls",
+        "stage.features=cached",
+        "stage.lrs=[0.1,1]",
+        "epochs=3",
+        "eval_every=1",
+    ]
     launch(compose(*TINY, *others, *grid, "log_every=7", f"dir={root}/lincls/seed0"))
     launch(compose(*TINY, *others, "stage=select", "stage.budget=9", f"dir={root}/select/seed0"))
     return {name: Recorded(root / name / "seed0") for name in ("pretrain", "lincls", "select")}
@@ -64,11 +87,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recorded]:
 def test_history_has_the_names_of_the_stage_and_both_axes(runs: dict[str, Recorded]) -> None:
     for name in ("pretrain", "lincls"):
         run = runs[name]
-        lines = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()
+        ]
         for line in lines:
             row = run.rows[line.pop("step")]
             assert row.keys() >= AXES
-            assert {key: row[key if key in AXES else f"{name}/{key}"] for key in line} == pytest.approx(line)
+            assert {
+                key: row[key if key in AXES else f"{name}/{key}"] for key in line
+            } == pytest.approx(line)
     seen = [row["images_seen"] for row in runs["pretrain"].rows.values() if "pretrain/loss" in row]
     assert seen == [896, 1792, 2560]
     assert "lincls/holdout_top1" in runs["lincls"].rows[10]  # an evaluation between two log lines
@@ -80,19 +107,31 @@ def test_config_and_summary(runs: dict[str, Recorded]) -> None:
         result = json.loads((run.directory / "summary.json").read_text())
         shown = {key: run.summary[key if key in AXES else f"{name}/{key}"] for key in result}
         assert shown == pytest.approx(result)
-    lines = [json.loads(line) for line in (runs["lincls"].directory / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (runs["lincls"].directory / "metrics.jsonl").read_text().splitlines()
+    ]
     held = [line["holdout_top1"] for line in lines if "holdout_top1" in line]
     assert len(held) == 3
     assert runs["lincls"].summary["lincls/best/holdout_top1"] == max(held)
-    losses = [row["pretrain/loss"] for row in runs["pretrain"].rows.values() if "pretrain/loss" in row]
+    losses = [
+        row["pretrain/loss"] for row in runs["pretrain"].rows.values() if "pretrain/loss" in row
+    ]
     assert runs["pretrain"].summary["pretrain/best/loss"] == min(losses)
     assert not [key for key in runs["pretrain"].summary if "best/lr" in key or "best/grad" in key]
 
 
 def test_images_and_tables(runs: dict[str, Recorded]) -> None:
     for name, image in (("pretrain", "views"), ("select", "chosen")):
-        (path,) = {row[key] for row in runs[name].rows.values() for key in row if key == f"{name}/{image}.path"}
-        assert (runs[name].folder / "files" / path).read_bytes() == (runs[name].directory / f"{image}.png").read_bytes()
+        (path,) = {
+            row[key]
+            for row in runs[name].rows.values()
+            for key in row
+            if key == f"{name}/{image}.path"
+        }
+        assert (runs[name].folder / "files" / path).read_bytes() == (
+            runs[name].directory / f"{image}.png"
+        ).read_bytes()
     for name, table, columns, count in (
         ("lincls", "grid", ["lr", "weight_decay", "holdout_top1", "holdout_loss"], 4),
         ("select", "chosen", ["index", "image"], 9),
@@ -108,7 +147,8 @@ def test_lineage(runs: dict[str, Recorded]) -> None:
     """What one run made and another came from has one name and one content: to W&B, one artifact."""
     pretrain, lincls, select = runs["pretrain"], runs["lincls"], runs["select"]
     weights = f"weights-{pretrain.id}"
-    assert pretrain.artifacts(used=True).keys() == {"data-digits-pretrain", "data-digits-train"}  # by `online`
+    # by `online`
+    assert pretrain.artifacts(used=True).keys() == {"data-digits-pretrain", "data-digits-train"}
     assert pretrain.artifacts(used=False).keys() == {weights, f"result-{pretrain.id}"}
     assert lincls.artifacts(used=True).keys() == {"data-digits-train", "data-digits-val", weights}
     assert f"result-{lincls.id}" in lincls.artifacts(used=False)
@@ -123,13 +163,27 @@ def test_predictions(runs: dict[str, Recorded], tmp_path: Path) -> None:
     """A table of them, and what they came from; what predict saves as it goes are no weights."""
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "photos" / "black.png")
-    words = [f"pretrained={runs['pretrain'].directory}", f"stage.images={tmp_path}/photos", "data.workers=1"]
-    launch(compose("stage=predict", "tracking=wandb", "tracking.mode=offline", *words, f"dir={tmp_path}/run/seed0"))
+    words = [
+        f"pretrained={runs['pretrain'].directory}",
+        f"stage.images={tmp_path}/photos",
+        "data.workers=1",
+    ]
+    launch(
+        compose(
+            "stage=predict",
+            "tracking=wandb",
+            "tracking.mode=offline",
+            *words,
+            f"dir={tmp_path}/run/seed0",
+        )
+    )
     run = Recorded(tmp_path / "run" / "seed0")
     assert (run.state, run.summary["predict/images"]) == ("finished", 1)
     assert "predict/tables/images" in run.summary
     assert f"weights-{runs['pretrain'].id}" in run.artifacts(used=True)
-    assert [name for name in run.artifacts(used=False) if not name.startswith("run-")] == [f"result-{run.id}"]
+    assert [name for name in run.artifacts(used=False) if not name.startswith("run-")] == [
+        f"result-{run.id}"
+    ]
 
 
 def test_weights_from_elsewhere_are_known_by_their_content(tmp_path: Path) -> None:
@@ -138,7 +192,9 @@ def test_weights_from_elsewhere_are_known_by_their_content(tmp_path: Path) -> No
         (tmp_path / "moco v2.pth.tar").write_bytes(content)
         directory = tmp_path / f"run{number}"
         tracker = tracking.WandbTracker(
-            mode="offline", directory=directory, config={"pretrained": str(tmp_path / "moco v2.pth.tar")}
+            mode="offline",
+            directory=directory,
+            config={"pretrained": str(tmp_path / "moco v2.pth.tar")},
         )
         tracker.close("finished", {})
         digests.append(Recorded(directory).artifacts(used=True)["weights-moco-v2.pth"])
@@ -151,9 +207,12 @@ def test_a_rebuilt_run_has_the_lineage_too(runs: dict[str, Recorded]) -> None:
     (folder,) = folders(lincls.directory / "wandb-synced")
     again = [(item["name"], item["digest"]) for item in kind(records(folder), "artifact")]
     before = [(item["name"], item["digest"]) for item in kind(lincls.records, "artifact")]
-    steady = [item for item in again if not item[0].startswith("run-")]  # the names of tables are made up each time
+    # the names of tables are made up each time
+    steady = [item for item in again if not item[0].startswith("run-")]
     assert sorted(steady) == sorted(item for item in before if not item[0].startswith("run-"))
-    assert "lincls/tables/grid._type" in {key for row in history(records(folder)).values() for key in row}
+    assert "lincls/tables/grid._type" in {
+        key for row in history(records(folder)).values() for key in row
+    }
 
 
 def test_lineage_that_fails_does_not_leave_the_run_open(
@@ -167,7 +226,7 @@ def test_lineage_that_fails_does_not_leave_the_run_open(
     assert "W&B stopped (ZeroDivisionError" in caplog.text
 
 
-# -- the dashboard -----------------------------------------------------------------------------------------------------
+# -- the dashboard ---------------------------------------------------------------------------------
 
 
 def shown(made: "ws.Workspace") -> dict[str, set[str]]:
@@ -175,7 +234,9 @@ def shown(made: "ws.Workspace") -> dict[str, set[str]]:
     names: dict[str, set[str]] = {"history": set(), "summary": set(), "media": set()}
     for panel in (panel for section in made.sections for panel in section.panels):
         names["history"] |= {panel.x, *panel.y} if type(panel).__name__ == "LinePlot" else set()
-        names["summary"] |= set(getattr(panel, "metrics", [])) | {getattr(panel, "table_name", None)} - {None}
+        names["summary"] |= set(getattr(panel, "metrics", [])) | {
+            getattr(panel, "table_name", None)
+        } - {None}
         names["media"] |= set(getattr(panel, "media_keys", []))
     names["summary"] |= {
         column.removeprefix("summary:")
@@ -187,21 +248,32 @@ def shown(made: "ws.Workspace") -> dict[str, set[str]]:
 
 def test_every_panel_shows_what_is_logged(runs: dict[str, Recorded]) -> None:
     names = shown(dashboard.workspace("mine", "me"))
-    logged = {key.removesuffix(".path") for run in runs.values() for row in run.rows.values() for key in row}
+    logged = {
+        key.removesuffix(".path")
+        for run in runs.values()
+        for row in run.rows.values()
+        for key in row
+    }
     results = {key for run in runs.values() for key in run.summary}
     ours = tuple(f"{stage}/" for stage in runs)
     for place, there in (("history", logged), ("summary", results), ("media", logged)):
         wanted = {name for name in names[place] if name.startswith(ours) or name in AXES}
         assert wanted <= there, place
         assert len(wanted) > 1, place
-    stages = {path.stem for path in (Path(ssl_bench.__file__).parent / "conf" / "stage").glob("*.yaml")}
+    stages = {
+        path.stem for path in (Path(ssl_bench.__file__).parent / "conf" / "stage").glob("*.yaml")
+    }
     others = {name.partition("/")[0] for name in set().union(*names.values()) if "/" in name}
     assert others <= stages | {"knn", "finetune"}
 
 
 def test_without_a_login_it_is_written_down(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "dashboard.json"
-    result = launch(compose("stage=dashboard", "tracking.project=mine", "tracking.entity=me", f"stage.out={out}"))
+    result = launch(
+        compose(
+            "stage=dashboard", "tracking.project=mine", "tracking.entity=me", f"stage.out={out}"
+        )
+    )
     assert f"the dashboard is in {out}" in capsys.readouterr().out
     read = TypeAdapter(ws.Workspace).validate_json(out.read_text())
     assert (read.project, read.entity) == ("mine", "me")
@@ -210,7 +282,9 @@ def test_without_a_login_it_is_written_down(tmp_path: Path, capsys: pytest.Captu
     assert dashboard.to_json(read) == out.read_text()
 
 
-def test_with_a_login_it_is_saved(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_with_a_login_it_is_saved(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     saved = []
     monkeypatch.setattr(tracking, "choose_mode", lambda mode: "online")
     monkeypatch.setattr(ws.Workspace, "save", lambda self: saved.append(self))
@@ -223,14 +297,19 @@ def test_with_a_login_it_is_saved(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(ws.Workspace, "save", refuse)
-    with pytest.raises(UserError, match=r"^W&B made no dashboard \(no route\): check tracking.entity and [\w.]+$"):
+    with pytest.raises(
+        UserError, match=r"^W&B made no dashboard \(no route\): check tracking.entity and [\w.]+$"
+    ):
         launch(compose("stage=dashboard", "tracking.project=mine", "tracking.entity=me"))
 
 
 def test_mistakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"leave tracking=wandb"):
         launch(compose("stage=dashboard", "tracking=local", f"stage.out={tmp_path}/x.json"))
-    with pytest.raises(UserError, match=r"no/x\.json: can't be written \(No such file or directory\); choose another"):
+    with pytest.raises(
+        UserError,
+        match=r"no/x\.json: can't be written \(No such file or directory\); choose another",
+    ):
         launch(compose("stage=dashboard", f"stage.out={tmp_path}/no/x.json"))
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
     with pytest.raises(UserError, match=r"type pip install 'ssl_bench\[dashboard\]'"):

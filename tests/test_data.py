@@ -80,8 +80,12 @@ def test_dl21_round_trip_through_the_store(dl21, cache):
         np.testing.assert_array_equal(opened.images, np.stack([image for image, _ in expected]))
         assert isinstance(opened.images, np.memmap)
         assert opened.indices.tolist() == list(range(length))
-        assert opened.labels.tolist() == ([-1] * 30 if name == "pretrain" else [label for _, label in expected])
-        assert data.split(name).where(3) == str(dl21 / {"pretrain": "unlabeled"}.get(name, name) / "3.png")
+        assert opened.labels.tolist() == (
+            [-1] * 30 if name == "pretrain" else [label for _, label in expected]
+        )
+        assert data.split(name).where(3) == str(
+            dl21 / {"pretrain": "unlabeled"}.get(name, name) / "3.png"
+        )
 
 
 @pytest.mark.parametrize("extra", ["request_00.csv,label_00.pt", ["request_00.csv", "label_00.pt"]])
@@ -90,20 +94,34 @@ def test_dl21_extra_labels_are_appended_to_train(dl21, cache, extra):
     chosen = [int(line) for line in (dl21 / "request_00.csv").read_text().split()]
     assert len(set(chosen)) == 7
     assert opened.labels.tolist() == [i % 3 for i in range(12)] + [i % 3 for i in chosen]
-    np.testing.assert_array_equal(opened.images[12:], [synthetic.render(5, "pretrain", i, 16, 3)[0] for i in chosen])
+    np.testing.assert_array_equal(
+        opened.images[12:], [synthetic.render(5, "pretrain", i, 16, 3)[0] for i in chosen]
+    )
 
 
 def test_dl21_mistakes(dl21, tmp_path):
     data = lambda **options: DL21(str(dl21), 16, **options)  # noqa: E731
-    fails("no folder .*nowhere/unlabeled; data.root= sets", DL21(str(tmp_path / "nowhere")).split, "pretrain")
+    fails(
+        "no folder .*nowhere/unlabeled; data.root= sets",
+        DL21(str(tmp_path / "nowhere")).split,
+        "pretrain",
+    )
     fails("no split 'test'; choose from pretrain, train, val", data().split, "test")
     fails("names 1 files", lambda: data(extra_labels="request_00.csv"))
     fails("no file .*r.csv", data(extra_labels="r.csv,label_00.pt").split, "train")
 
     (dl21 / "request_01.csv").write_text("3\n4\n")
-    fails("has 2 indices and label_00.pt has 7 labels", data(extra_labels="request_01.csv,label_00.pt").split, "train")
+    fails(
+        "has 2 indices and label_00.pt has 7 labels",
+        data(extra_labels="request_01.csv,label_00.pt").split,
+        "train",
+    )
     (dl21 / "request_01.csv").write_text("3\n4\n5\n6\n7\n8\n99\n")
-    fails("asks for .*99.png, which is not there", data(extra_labels="request_01.csv,label_00.pt").split, "train")
+    fails(
+        "asks for .*99.png, which is not there",
+        data(extra_labels="request_01.csv,label_00.pt").split,
+        "train",
+    )
     (dl21 / "request_01.csv").write_text("index\n4\n")
     fails("line 1 of .* is 'index'", data(extra_labels="request_01.csv,label_00.pt").split, "train")
 
@@ -163,7 +181,12 @@ def test_what_is_not_decoded_keeps_its_fingerprint(tmp_path, monkeypatch):
     (tmp_path / "test_y.bin").write_bytes(bytes([1, 2]))
 
     def fingerprints():
-        made = Digits(), Synthetic(4, 4, 4, 2, 0, image_size=16), CIFAR(str(tmp_path), 10), STL10(str(tmp_path))
+        made = (
+            Digits(),
+            Synthetic(4, 4, 4, 2, 0, image_size=16),
+            CIFAR(str(tmp_path), 10),
+            STL10(str(tmp_path)),
+        )
         return [data.split("val").fingerprint for data in made]
 
     assert fingerprints() == [
@@ -176,7 +199,10 @@ def test_what_is_not_decoded_keeps_its_fingerprint(tmp_path, monkeypatch):
     decoded = Folder(str(tmp_path / "images")).split("pretrain")
     monkeypatch.setattr(base, "VERSION", base.VERSION + 1)
     again = Folder(str(tmp_path / "images")).split("pretrain")
-    assert (decoded.fingerprint != again.fingerprint, decoded.store_name != again.store_name) == (True, True)
+    assert (decoded.fingerprint != again.fingerprint, decoded.store_name != again.store_name) == (
+        True,
+        True,
+    )
     assert fingerprints()[0].startswith("0184493c")
 
 
@@ -185,7 +211,10 @@ def test_labels_are_in_the_fingerprint_and_not_in_the_store(dl21):
     (dl21 / "train_label_tensor.pt").unlink()
     torch.save(torch.zeros(12, dtype=torch.int64), dl21 / "train_label_tensor.pt")
     after = DL21(str(dl21), 16).split("train")
-    assert (before.store_name == after.store_name, before.fingerprint == after.fingerprint) == (True, False)
+    assert (before.store_name == after.store_name, before.fingerprint == after.fingerprint) == (
+        True,
+        False,
+    )
 
 
 def test_a_bad_image_is_named_or_skipped(dl21, cache, caplog):
@@ -198,11 +227,16 @@ def test_a_bad_image_is_named_or_skipped(dl21, cache, caplog):
     skipping = DL21(str(dl21), 16, cache=str(cache), workers=2, on_error="skip").open("pretrain")
     remain = [i for i in range(30) if i not in (4, 28)]
     assert skipping.indices.tolist() == remain
-    np.testing.assert_array_equal(skipping.images, [synthetic.render(5, "pretrain", i, 16, 3)[0] for i in remain])
+    np.testing.assert_array_equal(
+        skipping.images, [synthetic.render(5, "pretrain", i, 16, 3)[0] for i in remain]
+    )
     assert "2 of 30 images are left out" in caplog.text
     assert "28.png" in caplog.text
-    assert (skipping.directory / "images.npy").stat().st_size == skipping.images.offset + 28 * 16 * 16 * 3
-    fails(r"cannot decode .*4.png", data.open, "pretrain")  # a store with gaps doesn't satisfy on_error=raise
+    assert (
+        skipping.directory / "images.npy"
+    ).stat().st_size == skipping.images.offset + 28 * 16 * 16 * 3
+    # a store with gaps doesn't satisfy on_error=raise
+    fails(r"cannot decode .*4.png", data.open, "pretrain")
 
 
 def test_labels_follow_their_images_when_some_are_skipped(dl21, cache):
@@ -234,12 +268,17 @@ def test_a_damaged_store_and_a_full_disk_are_told(dl21, cache, monkeypatch):
     monkeypatch.setattr(store.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     fails(r"needs 0\.0 GB and .* has 0\.0 GB free; set data.cache=", data.open, "train")
     (cache.parent / "file").write_text("")
-    fails("data.cache= sets the folder", DL21(str(dl21), 16, cache=str(cache.parent / "file")).open, "train")
+    fails(
+        "data.cache= sets the folder",
+        DL21(str(dl21), 16, cache=str(cache.parent / "file")).open,
+        "train",
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "where", "decay"),
-    [(name, where, False) for name in store.FILES for where in (0.0, 0.5, 1.0)] + [("images.npy", 0.5, True)],
+    [(name, where, False) for name in store.FILES for where in (0.0, 0.5, 1.0)]
+    + [("images.npy", 0.5, True)],
 )
 def test_a_flipped_bit_of_a_store_is_named_and_packed_again(cache, caplog, name, where, decay):
     data = Synthetic(600, 1, 1, 3, 0, image_size=16, cache=str(cache), workers=2)
@@ -268,7 +307,11 @@ def test_a_slow_verification_says_how_far_it_is(cache, caplog, monkeypatch):
     directory = Synthetic(600, 30, 30, 2, 0, 16, cache=str(cache)).open("pretrain").directory
     monkeypatch.setattr(store, "LOG_SECONDS", -1)
     assert store.damage(directory) == ""
-    assert [record.message.split(": ")[1].split(",")[0] for record in caplog.records if "verifying" in record.msg] == [
+    assert [
+        record.message.split(": ")[1].split(",")[0]
+        for record in caplog.records
+        if "verifying" in record.msg
+    ] == [
         "33 %",
         "67 %",
         "100 %",
@@ -302,7 +345,10 @@ def test_a_damaged_store_that_is_there_to_be_read_only_is_told(dl21, cache):
     (directory / "images.npy").write_bytes(content)
     found = subprocess.run(command, capture_output=True, text=True)
     said = found.stderr.splitlines()[-1]
-    assert f"UserError: the packed images in {directory} are damaged (rows 0 to 8 of images.npy differ" in said
+    assert (
+        f"UserError: the packed images in {directory} are damaged (rows 0 to 8 of images.npy differ"
+        in said
+    )
     assert said.endswith("and that folder can't be written: have it deleted, or set data.cache=")
 
 
@@ -323,7 +369,8 @@ print(len(store.images), store.images.sum(dtype="int64"))
 def packer(cache, count):
     command = [sys.executable, "-c", PACK, str(cache), str(count)]
 
-    def listen():  # a shell starts what it sends to the background deaf to SIGINT, which children inherit
+    # a shell starts what it sends to the background deaf to SIGINT, which children inherit
+    def listen():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     return subprocess.Popen(command, stdout=-1, stderr=-1, text=True, preexec_fn=listen)
@@ -354,7 +401,8 @@ def test_an_ended_packer_leaves_nothing_that_is_used(cache, how):
     left = [path.name for path in cache.iterdir() if path.suffix != ".lock"]
     assert len(left) == (how == signal.SIGKILL)
     assert all(name.endswith(".partial") for name in left)
-    Synthetic(5, 1, 1, 3, 0, image_size=16, cache=str(cache), workers=1).open("pretrain")  # of another store
+    # of another store
+    Synthetic(5, 1, 1, 3, 0, image_size=16, cache=str(cache), workers=1).open("pretrain")
     assert not list(cache.glob("*.partial"))
 
 
@@ -378,7 +426,9 @@ def test_stopped_at_the_beginning_of_packing(cache, monkeypatch):
 def test_pool_yields_every_chunk_once():
     data = np.arange(2000)
     chunks = list(run_chunks(pool_tasks.Sum(data), 2000, workers=3))
-    assert sorted(chunks) == [(a, min(a + 256, 2000), data[a : a + 256].sum()) for a in range(0, 2000, 256)]
+    assert sorted(chunks) == [
+        (a, min(a + 256, 2000), data[a : a + 256].sum()) for a in range(0, 2000, 256)
+    ]
 
 
 def test_pool_workers_stay_small(dl21):
@@ -388,7 +438,10 @@ def test_pool_workers_stay_small(dl21):
 
 
 def test_pool_tells_what_went_wrong():
-    fails("ended with status -9 .*data.workers=1", lambda: list(run_chunks(pool_tasks.die_late, 600, workers=1)))
+    fails(
+        "ended with status -9 .*data.workers=1",
+        lambda: list(run_chunks(pool_tasks.die_late, 600, workers=1)),
+    )
     with pytest.raises(RuntimeError, match=r"KeyError: 'wrong'"):
         list(run_chunks(pool_tasks.fail, 600, workers=1))
 
@@ -407,7 +460,9 @@ def test_a_worker_whose_parent_is_gone_ends_without_a_word():
     ours, theirs = multiprocessing.Pipe()
     command = [sys.executable, "-m", "ssl_bench.data.pool", str(theirs.fileno()), "0"]
     ours.close()
-    ended = subprocess.run(command, pass_fds=(theirs.fileno(),), capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        command, pass_fds=(theirs.fileno(),), capture_output=True, text=True, timeout=60
+    )
     theirs.close()
     assert (ended.returncode, ended.stderr) == (0, "")
 
@@ -424,7 +479,10 @@ def test_pool_ends_its_workers_when_closed():
 def is_worker(stat):
     with contextlib.suppress(OSError):
         parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
-        return parent == os.getpid() and b"ssl_bench.data.pool" in stat.with_name("cmdline").read_bytes()
+        return (
+            parent == os.getpid()
+            and b"ssl_bench.data.pool" in stat.with_name("cmdline").read_bytes()
+        )
     return False
 
 
@@ -441,10 +499,14 @@ def test_decode_modes(tmp_path):
     grey = np.repeat(ramp[..., None], 3, axis=2)
     assert np.array_equal(decoded(tmp_path, Image.fromarray(ramp)), grey)
     assert np.array_equal(decoded(tmp_path, Image.fromarray(ramp.astype(np.uint16) * 257)), grey)
-    assert np.array_equal(decoded(tmp_path, Image.fromarray(grey).convert("P", palette=Image.Palette.ADAPTIVE)), grey)
+    assert np.array_equal(
+        decoded(tmp_path, Image.fromarray(grey).convert("P", palette=Image.Palette.ADAPTIVE)), grey
+    )
     float_image = decoded(tmp_path, Image.fromarray(ramp.astype(np.float32) / 1000), "x.tif")
     assert (float_image.min(), float_image.max()) == (0, 255)
-    clear = np.dstack([grey, np.where(np.arange(8) < 4, 0, 255).astype(np.uint8)[None].repeat(8, 0)])
+    clear = np.dstack(
+        [grey, np.where(np.arange(8) < 4, 0, 255).astype(np.uint8)[None].repeat(8, 0)]
+    )
     on_white = decoded(tmp_path, Image.fromarray(clear))
     assert (on_white[:, :4] == 255).all()
     assert np.array_equal(on_white[:, 4:], grey[:, 4:])
@@ -483,7 +545,9 @@ def test_decode_is_antialiased(tmp_path):
 
 
 def test_folder_labelled(tmp_path, cache):
-    for i, name in enumerate(["train/b/1.PNG", "train/b/deep/2.jpg", "train/a/1.png", "val/b/x.bmp", "val/a/y.webp"]):
+    for i, name in enumerate(
+        ["train/b/1.PNG", "train/b/deep/2.jpg", "train/a/1.png", "val/b/x.bmp", "val/a/y.webp"]
+    ):
         save(tmp_path / "f" / name, np.full((10, 20, 3), 50 * i, np.uint8))
     (tmp_path / "f" / "train" / "a" / "notes.txt").write_text("no image")
     (tmp_path / "f" / "train" / "a" / "._1.png").write_text("no image")
@@ -531,8 +595,11 @@ def test_folder_with_test_images_that_would_be_trained_on(tmp_path, train, held_
         "pretrain",
     )
     assert Images(str(tmp_path), 8).split("pretrain").length == 3
-    part = train.split("/")[: 1 + ("images" in train.split("/")[0] or train.startswith(("cat", "a/")))]
-    assert Folder(str(tmp_path.joinpath(*part)), 8).split("pretrain").length == 2  # as the message says
+    part = train.split("/")[
+        : 1 + ("images" in train.split("/")[0] or train.startswith(("cat", "a/")))
+    ]
+    # as the message says
+    assert Folder(str(tmp_path.joinpath(*part)), 8).split("pretrain").length == 2
 
 
 def test_folder_names_that_are_no_splits(tmp_path, caplog):
@@ -541,7 +608,8 @@ def test_folder_names_that_are_no_splits(tmp_path, caplog):
     assert Folder(str(tmp_path), 8).split("pretrain").length == 4
     assert not caplog.records
     save(tmp_path / "x/test/1.png", np.zeros((8, 8, 3), np.uint8))
-    assert Folder(str(tmp_path), 8).split("pretrain").length == 5  # no training folder beside it: said
+    # no training folder beside it: said
+    assert Folder(str(tmp_path), 8).split("pretrain").length == 5
     assert "1 images are in folders like x/test/ and are trained on, too" in caplog.text
 
 
@@ -576,7 +644,9 @@ def test_service_folders_are_no_classes_and_hold_no_images(tmp_path, caplog):
     data = Folder(str(tmp_path), 8)
     assert data.class_names == ["a", "b"]
     assert data.split("train").labels.tolist() == [0, 1]
-    (line,) = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    (line,) = [
+        record.getMessage() for record in caplog.records if "passed over" in record.getMessage()
+    ]
     assert "hidden or service files (11, " in line
 
 
@@ -586,7 +656,9 @@ def test_what_pillow_reads_is_read_and_the_rest_is_counted(tmp_path, caplog):
     caplog.set_level("INFO")
     names = ["x.PGM", "x.jfif", "x.jp2", "x.tga", *(["x.avif"] if features.check("avif") else [])]
     for name in names:
-        Image.fromarray(np.zeros((8, 8), np.uint8)).convert("L" if "PGM" in name else "RGB").save(tmp_path / name)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).convert("L" if "PGM" in name else "RGB").save(
+            tmp_path / name
+        )
     for name in ("a.heic", "b.heic", "notes.txt", "README", "data.h5", "film.mpg", "page.eps"):
         (tmp_path / name).write_bytes(b"?")
     os.mkfifo(tmp_path / "pipe.png")
@@ -617,11 +689,17 @@ def test_folder_unlabelled(tmp_path, cache):
     assert data.open("pretrain").labels.tolist() == [-1] * 3
     fails("has no labels, so no split 'train', only 'pretrain'", data.split, "train")
     (root / "gone.png").symlink_to("nowhere")
-    fails("cannot decode .*gone.png .a link to nowhere", Folder(str(root), 8, cache=str(cache)).open, "pretrain")
+    fails(
+        "cannot decode .*gone.png .a link to nowhere",
+        Folder(str(root), 8, cache=str(cache)).open,
+        "pretrain",
+    )
     assert len(Folder(str(root), 8, cache=str(cache), on_error="skip").open("pretrain").images) == 3
     (tmp_path / "empty").mkdir()
     fails(
-        "no images under .*empty; data.root= sets .*known extensions", Folder(str(tmp_path / "empty")).split, "pretrain"
+        "no images under .*empty; data.root= sets .*known extensions",
+        Folder(str(tmp_path / "empty")).split,
+        "pretrain",
     )
     fails("no folder .*typo; data.root= sets", Folder(str(tmp_path / "typo")).split, "pretrain")
 
@@ -636,7 +714,8 @@ def test_stl10(tmp_path, cache):
     images = {}
     for part, count in (("unlabeled", 4), ("train", 3), ("test", 2)):
         images[part] = rng.integers(0, 256, (count, 96, 96, 3), np.uint8)
-        images[part].transpose(0, 3, 2, 1).tofile(root / f"{part}_X.bin")  # image, channel, column, row
+        # image, channel, column, row
+        images[part].transpose(0, 3, 2, 1).tofile(root / f"{part}_X.bin")
     np.array([1, 10, 2], np.uint8).tofile(root / "train_y.bin")
     np.array([1, 11], np.uint8).tofile(root / "test_y.bin")
     data = STL10(str(tmp_path), cache=str(cache), workers=1)
@@ -657,12 +736,19 @@ def test_stl10(tmp_path, cache):
 def test_cifar(tmp_path, cache, num_classes):
     rng = np.random.default_rng(0)
     folder, train, test, head = {
-        10: ("cifar-10-batches-bin", [f"data_batch_{i}.bin" for i in range(1, 6)], "test_batch.bin", 1),
+        10: (
+            "cifar-10-batches-bin",
+            [f"data_batch_{i}.bin" for i in range(1, 6)],
+            "test_batch.bin",
+            1,
+        ),
         100: ("cifar-100-binary", ["train.bin"], "test.bin", 2),
     }[num_classes]
     (tmp_path / {10: "cifar-10-batches-py", 100: "cifar-100-python"}[num_classes]).mkdir()
     data = CIFAR(str(tmp_path), num_classes, cache=str(cache), workers=1)
-    fails(f"python version, a pickle.*unpack cifar-{num_classes}-binary.tar.gz", data.split, "train")
+    fails(
+        f"python version, a pickle.*unpack cifar-{num_classes}-binary.tar.gz", data.split, "train"
+    )
     (tmp_path / folder).mkdir()
     rows = []
     for name in [*train, test]:
@@ -672,7 +758,9 @@ def test_cifar(tmp_path, cache, num_classes):
     for name, expected in (("train", np.concatenate(rows[:-1])), ("val", rows[-1])):
         opened = data.open(name)
         assert opened.labels.tolist() == expected[:, head - 1].tolist()
-        np.testing.assert_array_equal(opened.images, expected[:, head:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        np.testing.assert_array_equal(
+            opened.images, expected[:, head:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        )
     assert data.open("pretrain").labels.max() == -1
     assert data.open("pretrain").directory == data.open("train").directory
     assert data.split("train").where(3).endswith(f"image 3 of {tmp_path / folder / train[0]}")
@@ -687,7 +775,8 @@ def test_digits(cache):
     data = Digits(32, cache=str(cache), workers=1)
     train, val = data.open("train"), data.open("val")
     assert (len(train.images), len(val.images)) == (1297, 500)
-    assert np.array_equal(np.concatenate([train.labels, val.labels]), load_digits().target)  # none is in both
+    # none is in both
+    assert np.array_equal(np.concatenate([train.labels, val.labels]), load_digits().target)
     assert train.images.shape[1:] == (32, 32, 3)
     assert np.bincount(val.labels).min() > 40
     small = Image.fromarray(train.images[7]).convert("L").resize((8, 8), Image.Resampling.BOX)
@@ -727,7 +816,9 @@ def test_raw_pixels_hardly_tell_the_shape():
     from sklearn.linear_model import LogisticRegression
 
     def pixels(split, count):
-        images, labels = zip(*(synthetic.render(0, split, i, 32, 10) for i in range(count)), strict=True)
+        images, labels = zip(
+            *(synthetic.render(0, split, i, 32, 10) for i in range(count)), strict=True
+        )
         return np.stack(images).reshape(count, -1) / 255 - 0.5, np.array(labels)
 
     classifier = LogisticRegression(C=1e-3, max_iter=300).fit(*pixels("train", 4000))
@@ -736,10 +827,26 @@ def test_raw_pixels_hardly_tell_the_shape():
 
 def test_write_dl21_refuses_a_used_folder(dl21_master, tmp_path):
     assert sorted(path.name for path in dl21_master.iterdir()) == sorted(
-        ["unlabeled", "train", "val", "train_label_tensor.pt", "val_label_tensor.pt", "request_00.csv", "label_00.pt"]
+        [
+            "unlabeled",
+            "train",
+            "val",
+            "train_label_tensor.pt",
+            "val_label_tensor.pt",
+            "request_00.csv",
+            "label_00.pt",
+        ]
     )
     fails("is not empty; name a new folder", synthetic.write_dl21, dl21_master, 1, 1, 1, 2)
-    fails("num_classes=99 is not possible; choose 1 to 20", synthetic.write_dl21, tmp_path / "x", 1, 1, 1, 99)
+    fails(
+        "num_classes=99 is not possible; choose 1 to 20",
+        synthetic.write_dl21,
+        tmp_path / "x",
+        1,
+        1,
+        1,
+        99,
+    )
 
 
 # --- everything
@@ -755,7 +862,9 @@ def test_configuration_binds_to_its_signature(path):
     target = getattr(importlib.import_module(module), name)
     inspect.signature(target).bind(**node, on_error="raise", cache=None, workers=None)
     for key, parameter in inspect.signature(target).parameters.items():
-        assert key in node or key in ("on_error", "cache", "workers"), f"{key} is not in {path.name}"
+        assert key in node or key in ("on_error", "cache", "workers"), (
+            f"{key} is not in {path.name}"
+        )
         if key in node and parameter.default is not parameter.empty:
             assert node[key] == parameter.default
 

@@ -10,7 +10,14 @@ from test_config import compose
 from ssl_bench.errors import UserError
 from ssl_bench.launch.process import launch
 
-NETWORK = ["data.image_size=16", "backbone.width=8", "backbone.stem=small", "data.workers=1", "device=cpu", "epochs=2"]
+NETWORK = [
+    "data.image_size=16",
+    "backbone.width=8",
+    "backbone.stem=small",
+    "data.workers=1",
+    "device=cpu",
+    "epochs=2",
+]
 PRETRAIN = ["stage=pretrain", "method.queue_size=8", "stage.online_images=0"]
 EVALUATIONS = {
     "lincls": ["stage=lincls"],
@@ -30,17 +37,25 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 place = root / data / split / name
                 place.mkdir(parents=True)
                 for i in range(count):
-                    Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(place / f"{i}.png")
+                    Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(
+                        place / f"{i}.png"
+                    )
     return root
 
 
 def run(folders: Path, data: str, directory: Path, *words: str) -> dict[str, float]:
-    return launch(compose("data=folder", f"data.root={folders / data}", f"dir={directory}", *NETWORK, *words))
+    return launch(
+        compose("data=folder", f"data.root={folders / data}", f"dir={directory}", *NETWORK, *words)
+    )
 
 
-@pytest.mark.parametrize("words", [*EVALUATIONS.values(), ["stage=pretrain", "method=supervised"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [*EVALUATIONS.values(), ["stage=pretrain", "method=supervised"]], ids=" ".join
+)
 def test_one_class(folders: Path, tmp_path: Path, words: list[str]) -> None:
-    with pytest.raises(UserError, match="all 9 labelled images are of one class, and what tells nothing apart is"):
+    with pytest.raises(
+        UserError, match="all 9 labelled images are of one class, and what tells nothing apart is"
+    ):
         run(folders, "one", tmp_path / "run", *words, "batch_size=4")
     assert not (tmp_path / "run").exists()
 
@@ -56,7 +71,9 @@ ONE = [
 
 @pytest.mark.parametrize(("words", "enough"), ONE)
 def test_one_image_in_a_batch(folders: Path, tmp_path: Path, words: list[str], enough: int) -> None:
-    with pytest.raises(UserError, match=rf"batch_size=\d: batch norm needs .*: choose batch_size={enough} or more"):
+    with pytest.raises(
+        UserError, match=rf"batch_size=\d: batch norm needs .*: choose batch_size={enough} or more"
+    ):
         run(folders, "two", tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()
     run(folders, "two", tmp_path / "run", *words, f"batch_size={enough}")

@@ -27,7 +27,9 @@ STEPS, BATCH = 4, 8
 
 
 def freeze_batch_norm(method: MoCo) -> None:
-    """Batch norm by running statistics alone: what one process computes doesn't depend on the others' images."""
+    """Batch norm by running statistics alone: what one process computes doesn't depend on the
+    others' images.
+    """
     for module in method.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
@@ -39,11 +41,15 @@ def train(method: MoCo, rank: int, size: int) -> dict[str, Tensor]:
     device = torch.device("cpu")
     method.double().train()
     parallel = distributed.data_parallel(method, device)
-    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(
+        [p for p in method.parameters() if p.requires_grad], lr=0.1, momentum=0.9
+    )
     losses = []
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
-        views = [torch.rand(BATCH, 3, 32, 32, generator=generator, dtype=torch.float64) for _ in range(2)]
+        views = [
+            torch.rand(BATCH, 3, 32, 32, generator=generator, dtype=torch.float64) for _ in range(2)
+        ]
         torch.manual_seed(100 * step)  # the shuffle of the keys, drawn by rank 0
         loss = parallel([view.chunk(size)[rank] for view in views])["loss"]
         optimizer.zero_grad()
@@ -61,7 +67,9 @@ def train(method: MoCo, rank: int, size: int) -> dict[str, Tensor]:
 
 def build(bn_splits: int) -> MoCo:
     torch.manual_seed(0)
-    return MoCo(resnet.resnet18(stem="small", width=8), 16, 20, momentum=0.9, mlp=True, bn_splits=bn_splits)
+    return MoCo(
+        resnet.resnet18(stem="small", width=8), 16, 20, momentum=0.9, mlp=True, bn_splits=bn_splits
+    )
 
 
 def frozen(rank: int, size: int) -> dict[str, Tensor]:
@@ -77,7 +85,9 @@ def split(rank: int, size: int) -> dict[str, Tensor]:
 def work(rank: int, size: int, job: Callable, folder: str) -> None:
     torch.set_num_threads(1)
     # They meet in a file: a port that is free now may be taken when it is wanted.
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", size), rank=rank, world_size=size)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(f"{folder}/store", size), rank=rank, world_size=size
+    )
     torch.save(job(rank, size), Path(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
@@ -87,7 +97,9 @@ def in_processes(job: Callable, folder: Path, size: int = 2) -> list[dict[str, T
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
 
-@pytest.mark.parametrize("job", [frozen, split], ids=["frozen batch norm", "batch norm of each process"])
+@pytest.mark.parametrize(
+    "job", [frozen, split], ids=["frozen batch norm", "batch norm of each process"]
+)
 def test_two_processes_equal_one(job: Callable, tmp_path: Path) -> None:
     """`split`: one device with bn_splits=2 computes what two devices compute, shuffle and all."""
     one = job(0, 1)
@@ -156,7 +168,9 @@ def test_rank_0_is_on_the_first_node(nodes: str, first: str) -> None:
 
 
 @pytest.mark.parametrize("job", [11_999, 12_000, 4_000_000_000])
-def test_the_port_is_not_one_that_the_system_gives_away(monkeypatch: pytest.MonkeyPatch, job: int) -> None:
+def test_the_port_is_not_one_that_the_system_gives_away(
+    monkeypatch: pytest.MonkeyPatch, job: int
+) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", str(job))
     monkeypatch.setenv("SLURM_STEP_NODELIST", "gpu[1-2]")
     for name in ("MASTER_ADDR", "MASTER_PORT"):
@@ -175,16 +189,25 @@ def test_torchrun_is_joined(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("step 10/10") == 1  # one rank speaks
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 2
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["devices"] == 2  # it may change the result
+    # it may change the result
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["devices"] == 2
 
 
 @pytest.mark.slow
 def test_features_standardised_by_two_processes(ssl_bench: Command, tmp_path: Path) -> None:
     """By the statistics of the whole batch, and every process evaluates the network that is saved."""
-    command = ["stage=lincls", "stage.normalize=true", "data=digits", "data.image_size=16", "backbone=pixels"]
+    command = [
+        "stage=lincls",
+        "stage.normalize=true",
+        "data=digits",
+        "data.image_size=16",
+        "backbone=pixels",
+    ]
     command += ["augmentation=none", "optimizer.base_lr=0.1", "batch_size=128", "epochs=3"]
     losses = []
     for devices in (1, 2):
         ssl_bench(*command, f"devices={devices}", f"dir=run{devices}", check=True)
-        losses.append(json.loads((tmp_path / f"run{devices}" / "summary.json").read_text())["val_loss"])
+        losses.append(
+            json.loads((tmp_path / f"run{devices}" / "summary.json").read_text())["val_loss"]
+        )
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -13,7 +13,8 @@ from ssl_bench.config import build, typed
 README = (Path(__file__).parents[1] / "README.md").read_text()
 # `ssl-bench ...` in fenced blocks (not transcripts, which begin with $) and in running text
 COMMANDS = sorted(
-    set(re.findall(r"^ *ssl-bench (.+)$", README, re.M)) | set(re.findall(r"`ssl-bench ([^`]+)`", README))
+    set(re.findall(r"^ *ssl-bench (.+)$", README, re.M))
+    | set(re.findall(r"`ssl-bench ([^`]+)`", README))
 )
 
 
@@ -21,7 +22,11 @@ COMMANDS = sorted(
 def test_command_composes(command: str) -> None:
     if "--help" in command or "--config-dir" in command:
         return
-    words = [word for word in shlex.split(command, comments=True) if word[0] not in "-$" and word != "job"]
+    words = [
+        word
+        for word in shlex.split(command, comments=True)
+        if word[0] not in "-$" and word != "job"
+    ]
     words = [re.sub(r"=([^\[,]+),.*", r"=\1", word) for word in words]
     cfg = compose(*words)
     build.check(cfg)

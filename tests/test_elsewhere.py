@@ -1,4 +1,6 @@
-"""What comes from elsewhere is data: a file that is read back names no code, holds no markup, fills in no variables."""
+"""What comes from elsewhere is data: a file that is read back names no code, holds no markup, fills
+in no variables.
+"""
 
 import json
 import logging
@@ -35,14 +37,17 @@ TARGETS = {
     "builtins.eval": {"source": "open('marker', 'w')"},
     "subprocess.Popen": {"args": "touch marker", "shell": True},
     "my_evil_module.run": {},
-    "ssl_bench.files.write": {"path": "marker", "text": ""},  # ours, but no constructor that conf/ names
+    # ours, but no constructor that conf/ names
+    "ssl_bench.files.write": {"path": "marker", "text": ""},
     "ssl_bench.stages.zoo.zoo": {"cfg": None, "run": None},  # one of another group
 }
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """my_evil_module.py, images/; runs/ with a pretraining, a classifier on it, a sweep; export/: all in order."""
+    """my_evil_module.py, images/; runs/ with a pretraining, a classifier on it, a sweep; export/:
+    all in order.
+    """
     whole = tmp_path_factory.mktemp("whole")
     (whole / "my_evil_module.py").write_text(MINE)
     (whole / "images").mkdir()
@@ -53,10 +58,19 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = Checkpoint(moco.directory, "run").save(80, model=network)
     probed = classified(runs / "lincls" / "seed0", 50.0, *TINY, f"pretrained={weights}")
     Checkpoint(probed.directory, "run").save(1, model=LinearProbe(network.backbone, 10))
-    launch(compose("stage=export", f"pretrained={probed.directory}", f"stage.out={whole}/export", "stage.onnx=false"))
+    launch(
+        compose(
+            "stage=export",
+            f"pretrained={probed.directory}",
+            f"stage.out={whole}/export",
+            "stage.onnx=false",
+        )
+    )
     folder = runs / "sweeps" / "mine"
     conf = str(Path(ssl_bench.__file__).with_name("conf"))
-    member = sweep.Member(folder / ".members" / "seed-0.json", ["seed=0"], moco.config, str(whole), conf)
+    member = sweep.Member(
+        folder / ".members" / "seed-0.json", ["seed=0"], moco.config, str(whole), conf
+    )
     member.config["dir"] = str(member.directory.relative_to(whole))
     member.save()
     return whole
@@ -95,7 +109,8 @@ def spoil_export(plant: Callable[[dict], None]) -> None:
     config = json.loads(metadata["ssl_bench"])
     plant(config)
     state, text = load_file(path), json.dumps(config)
-    save_file(state, path, metadata | {"ssl_bench": text, DIGEST: digest(state, text)})  # as whoever wrote it would
+    # as whoever wrote it would
+    save_file(state, path, metadata | {"ssl_bench": text, DIGEST: digest(state, text)})
     Path("export/SHA256SUMS").unlink()
 
 
@@ -109,9 +124,19 @@ STAGES = {
     "report": ["stage=report", "runs=runs"],
     "status": ["stage=status", "runs=runs/sweeps/mine"],
     "zoo": ["stage=zoo", "runs=runs"],
-    "export of a run": ["stage=export", "pretrained=runs/moco/seed0", "stage.onnx=false", "runs=runs"],
+    "export of a run": [
+        "stage=export",
+        "pretrained=runs/moco/seed0",
+        "stage.onnx=false",
+        "runs=runs",
+    ],
     "export of a classifier": ["stage=export", "pretrained=runs/lincls/seed0", "stage.onnx=false"],
-    "export of an export": ["stage=export", "pretrained=export/model.safetensors", "stage.onnx=false", "stage.out=x"],
+    "export of an export": [
+        "stage=export",
+        "pretrained=export/model.safetensors",
+        "stage.onnx=false",
+        "stage.out=x",
+    ],
     "predict": ["stage=predict", "pretrained=runs/lincls/seed0", "stage.images=images"],
     "predict by an export": ["stage=predict", "pretrained=export", "stage.images=images"],
     "knn": ["stage=knn", *TINY, "pretrained=runs/moco/seed0", "dir=knn"],
@@ -130,14 +155,23 @@ CONSTRUCTS = {
 
 
 CASES = [(stage, spoilt, "os.system") for stage in STAGES for spoilt in SPOIL]
-CASES += [(stage, spoilt, target) for spoilt, stage in sorted(CONSTRUCTS) for target in list(TARGETS)[1:]]
+CASES += [
+    (stage, spoilt, target) for spoilt, stage in sorted(CONSTRUCTS) for target in list(TARGETS)[1:]
+]
 
 
 @pytest.mark.parametrize(("stage", "spoilt", "target"), CASES)
 def test_a_file_names_no_code_to_run(
-    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stage: str, spoilt: str, target: str
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    stage: str,
+    spoilt: str,
+    target: str,
 ) -> None:
-    """Such a target in every group of each file that is read back, before each stage that reads such files."""
+    """Such a target in every group of each file that is read back, before each stage that reads
+    such files.
+    """
 
     def plant(config: dict) -> None:
         for group in build.SUPPLIED:
@@ -153,9 +187,14 @@ def test_a_file_names_no_code_to_run(
         said = str(error)
     assert not (place / "marker").exists()
     assert "my_evil_module" not in sys.modules
-    said += "".join(record.getMessage() for record in caplog.records if "is not ours" in record.getMessage())
+    said += "".join(
+        record.getMessage() for record in caplog.records if "is not ours" in record.getMessage()
+    )
     if (spoilt, stage) in CONSTRUCTS:
-        assert f"backbone._target_={target} is not ours" in said or f"data._target_={target} is not ours" in said
+        assert (
+            f"backbone._target_={target} is not ours" in said
+            or f"data._target_={target} is not ours" in said
+        )
 
 
 def started(*command: str) -> subprocess.CompletedProcess:
@@ -173,17 +212,29 @@ def test_a_members_file_names_no_code_to_run(place: Path, group: str) -> None:
     spoil_member(plant)
     file = str(Path("runs/sweeps/mine/.members/seed-0.json").absolute())
     result = subprocess.run(
-        [sys.executable, "-m", "ssl_bench.launch.member", file], cwd="/", capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "ssl_bench.launch.member", file],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert result.returncode == 1
-    assert result.stderr.startswith(f"ssl-bench: {group}._target_=os.system is not ours, and this command doesn't name")
+    assert result.stderr.startswith(
+        f"ssl-bench: {group}._target_=os.system is not ours, and this command doesn't name"
+    )
     assert result.stderr.count("\n") == 1
     assert not (place / "marker").exists()
 
 
 def test_a_members_rows_name_no_code_to_run(place: Path) -> None:
-    """A pipeline composes its parts when it runs: by overrides that its file holds, from the YAML beside it."""
-    cfg = compose("experiment=quickstart", "+stage.rows.x=['stage=lincls', 'stage._target_=os.system']", "dir=runs/x")
+    """A pipeline composes its parts when it runs: by overrides that its file holds, from the YAML
+    beside it.
+    """
+    cfg = compose(
+        "experiment=quickstart",
+        "+stage.rows.x=['stage=lincls', 'stage._target_=os.system']",
+        "dir=runs/x",
+    )
     launched = build.literal(cfg)  # as `launch` has it
     assert ("stage", "os.system") in build.named(launched)  # typed on a command line, it is named
 
@@ -197,7 +248,9 @@ def test_a_members_rows_name_no_code_to_run(place: Path) -> None:
     assert "stage._target_=os.system is not ours" in result.stderr
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"overrides": 3, "config": {}, "cwd": "", "conf": ""}', "{", "null"])
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"overrides": 3, "config": {}, "cwd": "", "conf": ""}', "{", "null"]
+)
 def test_a_members_file_that_is_none(place: Path, content: str) -> None:
     file = Path("runs/sweeps/mine/.members/seed-0.json")
     file.write_text(content)
@@ -215,8 +268,16 @@ def test_what_the_command_names_is_called(place: Path, monkeypatch: pytest.Monke
         "    return resnet18(stem, width, zero_init_residual)\n"
     )
     Path("my_conf/backbone").mkdir(parents=True)
-    Path("my_conf/backbone/mine.yaml").write_text("name: mine\n_target_: mine.Net\nstem: small\nwidth: 8\n")
-    command = ["-m", "ssl_bench.train", "stage=export", "pretrained=runs/moco/seed0", "stage.onnx=false"]
+    Path("my_conf/backbone/mine.yaml").write_text(
+        "name: mine\n_target_: mine.Net\nstem: small\nwidth: 8\n"
+    )
+    command = [
+        "-m",
+        "ssl_bench.train",
+        "stage=export",
+        "pretrained=runs/moco/seed0",
+        "stage.onnx=false",
+    ]
     refused = started(*command)
     assert refused.returncode == 2
     assert "backbone._target_=mine.Net is not ours" in refused.stderr
@@ -248,5 +309,7 @@ def test_it_is_escaped_where_it_is_shown(place: Path) -> None:
     filled = tables.fill(readme, Path("runs"))
     assert tables.fill(filled, Path("runs")) == filled
     assert len(tables.plain(name).splitlines()) == 1
-    launch(compose("stage=export", "pretrained=runs/moco/seed0", "stage.onnx=false", "stage.out=card"))
+    launch(
+        compose("stage=export", "pretrained=runs/moco/seed0", "stage.onnx=false", "stage.out=card")
+    )
     assert r"\<script>alert(1)\</script>" in Path("card/README.md").read_text()

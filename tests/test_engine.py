@@ -28,7 +28,9 @@ EPOCHS, IMAGES, BATCH = 3, 13, 4  # three steps an epoch; an image is left out
 
 
 class Noted(Method):
-    """One weight, whose gradient is the mean of the view; it notes what the loop tells it, and what it draws."""
+    """One weight, whose gradient is the mean of the view; it notes what the loop tells it, and what
+    it draws.
+    """
 
     num_views = 1
 
@@ -59,7 +61,9 @@ def train(
     longest: float | None = None,
     **options: Any,
 ) -> tuple[Noted, list[tuple[Tensor, Tensor]]]:
-    """Image i is filled with i. Returns the method and what the augmentation was given: (pixels, keys) a step."""
+    """Image i is filled with i. Returns the method and what the augmentation was given: (pixels,
+    keys) a step.
+    """
     config = {"dir": str(folder), "seed": seed, "log_every": 1, "save_every": 100, "eval_every": 1}
     values, given = np.arange(IMAGES), []
     images = np.broadcast_to(values.astype(np.uint8)[:, None, None, None], (IMAGES, 2, 2, 3)).copy()
@@ -84,7 +88,9 @@ def test_stopped_while_no_images_come(tmp_path: Path, monkeypatch: pytest.Monkey
     whole, _ = train(tmp_path / "whole")
     stream = HostSource.stream
 
-    def ends(self: HostSource, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    def ends(
+        self: HostSource, start: int, stop: int
+    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         for batch in stream(self, start, stop):
             if batch[0] == 4:
                 raise Interrupted(signal.SIGTERM)
@@ -98,7 +104,9 @@ def test_stopped_while_no_images_come(tmp_path: Path, monkeypatch: pytest.Monkey
     rest, _ = train(tmp_path / "run")
     assert torch.equal(rest.weight, whole.weight)
     assert rest.drawn == whole.drawn[4:]
-    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "run")]
+    lines = [
+        (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "run")
+    ]
     losses = [[json.loads(line)["loss"] for line in each] for each in lines]
     assert losses[0] == losses[1]
 
@@ -109,12 +117,16 @@ def test_a_step_is_a_function_of_seed_and_step(tmp_path: Path) -> None:
     assert method.begun == [(step / 3, EPOCHS) for step in range(steps)]
     assert method.updated == [(step + 1) / steps for step in range(steps)]
     assert len(set(method.drawn)) == steps  # dropout isn't the same in every step
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     rates = [0.5 * Cosine(warmup_epochs=1)(step / 3, EPOCHS) for step in range(steps)]
     assert [line["lr"] for line in lines] == pytest.approx(rates)
     means = [images.double().mean().item() for images, _ in given]
     assert [line["grad_norm"] for line in lines] == pytest.approx(means)  # of this step alone
-    assert method.weight.item() == pytest.approx(-sum(lr * mean for lr, mean in zip(rates, means, strict=True)))
+    assert method.weight.item() == pytest.approx(
+        -sum(lr * mean for lr, mean in zip(rates, means, strict=True))
+    )
     again, seen = train(tmp_path / "again")
     assert (again.drawn, again.weight) == (method.drawn, method.weight)
     assert all(map(torch.equal, (k for _, k in given), (k for _, k in seen)))
@@ -212,10 +224,14 @@ class Answers(nn.Module):
 @pytest.mark.parametrize("classes", [3, 7])
 @pytest.mark.parametrize("batch", [1, 7, 40])
 def test_each_image_counts_once(classes: int, batch: int) -> None:
-    """Top-1, top-5 and loss are of all images, however they are cut into batches; the last is smaller."""
+    """Top-1, top-5 and loss are of all images, however they are cut into batches; the last is
+    smaller.
+    """
     logits = torch.randn(40, classes, generator=torch.Generator().manual_seed(classes))
     labels = torch.arange(40) % classes
-    parts = zip(logits[..., None, None].split(batch), labels.split(batch), labels.split(batch), strict=True)
+    parts = zip(
+        logits[..., None, None].split(batch), labels.split(batch), labels.split(batch), strict=True
+    )
     found = evaluate(Answers().train(), parts, lambda images: images)
     ranks = [int((row > row[label]).sum()) for row, label in zip(logits, labels, strict=True)]
     expected = {f"val_top{k}": 100 * sum(rank < k for rank in ranks) / 40 for k in (1, 5)}
@@ -223,7 +239,9 @@ def test_each_image_counts_once(classes: int, batch: int) -> None:
 
 
 def test_judges_know_only_what_the_others_teach() -> None:
-    """The others teach a rule that fails for all who are asked: half of these in the bank, and some would be right."""
+    """The others teach a rule that fails for all who are asked: half of these in the bank, and some
+    would be right.
+    """
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(4, (600,), generator=generator)
     features = F.one_hot(labels).float() + 0.1 * torch.randn(600, 4, generator=generator)

@@ -1,4 +1,6 @@
-"""A mistake is answered with one line: what is wrong, and what to type instead. Exit status 2, nothing left behind."""
+"""A mistake is answered with one line: what is wrong, and what to type instead. Exit status 2,
+nothing left behind.
+"""
 
 import os
 import pickle
@@ -34,8 +36,22 @@ from ssl_bench.runs.checkpoint import complete
 from ssl_bench.runs.weights import official_moco_state_dict
 from ssl_bench.runtime.device import check_compiler, pick_device
 
-SMALL = ["data.image_size=16", "backbone.width=8", "backbone.stem=small", "data.workers=1", "log_every=1", "epochs=1"]
-PRETRAIN = ["data=dl21", "data.root=dl21", "stage=pretrain", "method.queue_size=16", "batch_size=8", *SMALL]
+SMALL = [
+    "data.image_size=16",
+    "backbone.width=8",
+    "backbone.stem=small",
+    "data.workers=1",
+    "log_every=1",
+    "epochs=1",
+]
+PRETRAIN = [
+    "data=dl21",
+    "data.root=dl21",
+    "stage=pretrain",
+    "method.queue_size=16",
+    "batch_size=8",
+    *SMALL,
+]
 LINCLS = ["data=dl21", "data.root=dl21", "stage=lincls", "batch_size=4", *SMALL]
 
 
@@ -53,21 +69,30 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
 
 
-# --- mistakes in the configuration, by the command --------------------------------------------------------------------
+# --- mistakes in the configuration, by the command ------------------------------------------------
 
 CONFIGURATION = {
-    "key": (["bach_size=3"], ["bach_size: no such key; did you mean batch_size? Valid: augmentation, backbone, "]),
+    "key": (
+        ["bach_size=3"],
+        ["bach_size: no such key; did you mean batch_size? Valid: augmentation, backbone, "],
+    ),
     "nested key": (
         ["method.temprature=0.1"],
-        ["method.temprature: no such key; did you mean method.temperature? Valid: method.bn_splits, method.dim, "],
+        [
+            "method.temprature: no such key; did you mean method.temperature? Valid: method.bn_splits, method.dim, "
+        ],
     ),
     "key of a launcher": (
         ["launcher=slurm", "hydra.launcher.partiton=gpu", "seed=0"],
-        ["hydra.launcher.partiton: no such key; did you mean hydra.launcher.partition? Valid: hydra.launcher.acc"],
+        [
+            "hydra.launcher.partiton: no such key; did you mean hydra.launcher.partition? Valid: hydra.launcher.acc"
+        ],
     ),
     "key of a launcher in a sweep": (
         ["launcher=slurm", "hydra.launcher.partiton=gpu", "seed=0,1"],
-        ["hydra.launcher.partiton: no such key; did you mean hydra.launcher.partition? Valid: hydra.launcher.acc"],
+        [
+            "hydra.launcher.partiton: no such key; did you mean hydra.launcher.partition? Valid: hydra.launcher.acc"
+        ],
     ),
     "key of a value": (["seed.x=1"], ["seed.x: no such key; seed has none"]),
     "several values to show": (
@@ -76,14 +101,21 @@ CONFIGURATION = {
     ),
     "interval": (
         ["method.temperature=interval(0.05,0.5)"],
-        ["method.temperature=interval(0.05,0.5): an interval is for a search: add -m hydra/sweeper=optuna"],
+        [
+            "method.temperature=interval(0.05,0.5): an interval is for a search: add -m hydra/sweeper=optuna"
+        ],
     ),
     "interval in a sweep": (
         ["-m", "method.temperature=interval(0.05,0.5)"],
-        ["method.temperature=interval(0.05,0.5): an interval is for a search: add -m hydra/sweeper=optuna"],
+        [
+            "method.temperature=interval(0.05,0.5): an interval is for a search: add -m hydra/sweeper=optuna"
+        ],
     ),
     "glob": (["method=glob(*)"], ["method=glob(*): several values are for a sweep: add -m"]),
-    "no value in a range": (["seed=range(0,0)"], ["seed=range(0,0): several values are for a sweep: add -m"]),
+    "no value in a range": (
+        ["seed=range(0,0)"],
+        ["seed=range(0,0): several values are for a sweep: add -m"],
+    ),
     "no value in a sweep": (
         ["-m", "pretrained=glob(*)", "stage=lincls"],
         ["pretrained=glob(*): there is no such value, and so no member of the sweep"],
@@ -100,25 +132,49 @@ CONFIGURATION = {
     "added key": (["+unknown=1"], ["unknown: no such key;", "Valid: augmentation, backbone, "]),
     "needed": (["data=dl21"], ["data.root needs a value: type data.root=..."]),
     "no value": (["batch_size"], ["batch_size: not KEY=VALUE"]),
-    "comma": (["data=dl21", "data.root=a,b"], ["data.root=a,b: several values are for a sweep", "'data.root=\"a,b\"'"]),
+    "comma": (
+        ["data=dl21", "data.root=a,b"],
+        ["data.root=a,b: several values are for a sweep", "'data.root=\"a,b\"'"],
+    ),
     "brackets": (
         ["data=dl21", "data.root=[x,y]"],
         ["data.root=[x,y]: should be a text", "'data.root=\"[x,y]\"'"],
     ),
     "special characters": (["dir=it's"], ["dir=it's: ", "quotes", "type 'dir=\"it'\"'\"'s\"'"]),
     "interpolation": (["seed=${sed}"], ["seed: Interpolation key 'sed' not found"]),
-    "option": (["--experiment", "quickstart"], ["--experiment: keys have no dashes: type experiment=quickstart"]),
-    "option of an argument": (["--batch-size=5"], ["--batch-size=5: keys have no dashes: type batch_size=5"]),
+    "option": (
+        ["--experiment", "quickstart"],
+        ["--experiment: keys have no dashes: type experiment=quickstart"],
+    ),
+    "option of an argument": (
+        ["--batch-size=5"],
+        ["--batch-size=5: keys have no dashes: type batch_size=5"],
+    ),
     "flag": (["--compile", "seed=1"], ["--compile: keys have no dashes: type compile=true"]),
     "no option": (["--foo", "3"], ["--foo: no such option, and keys have no dashes: KEY=VALUE"]),
-    "option without its value": (["--cfg"], ["argument --cfg/-c: expected one argument; ssl-bench --help shows all"]),
+    "option without its value": (
+        ["--cfg"],
+        ["argument --cfg/-c: expected one argument; ssl-bench --help shows all"],
+    ),
     "a pickle": (["--experimental-rerun", "x.pickle"], ["--experimental-rerun: no such option"]),
-    "images": (["stage=predict", "pretrained=x"], ["stage.images needs a value: type stage.images=..."]),
-    "nothing alike": (["stage=eval"], ["stage=eval: no such choice; Valid: stage=dashboard, stage=export, "]),
-    "a number for a text": (["dir=1e5"], ["dir=100000.0: should be a text; quote it: 'dir=\"1e5\"'"]),
+    "images": (
+        ["stage=predict", "pretrained=x"],
+        ["stage.images needs a value: type stage.images=..."],
+    ),
+    "nothing alike": (
+        ["stage=eval"],
+        ["stage=eval: no such choice; Valid: stage=dashboard, stage=export, "],
+    ),
+    "a number for a text": (
+        ["dir=1e5"],
+        ["dir=100000.0: should be a text; quote it: 'dir=\"1e5\"'"],
+    ),
     "no experiment": (
         ["experiment=fast"],
-        ["experiment=fast: no such choice;", "Valid: experiment=bench_synthetic, experiment=cifar10_moco_v2, "],
+        [
+            "experiment=fast: no such choice;",
+            "Valid: experiment=bench_synthetic, experiment=cifar10_moco_v2, ",
+        ],
     ),
     "processes": (
         [*TINY_PRETRAIN, "batch_size=129", "devices=2"],
@@ -126,15 +182,23 @@ CONFIGURATION = {
     ),
     "pretrained": (
         [*TINY, "stage=lincls", "pretrained=runs/moco"],
-        ["pretrained=runs/moco: no such file or run directory", "moco_v1_200ep, moco_v2_200ep, moco_v2_800ep"],
+        [
+            "pretrained=runs/moco: no such file or run directory",
+            "moco_v1_200ep, moco_v2_200ep, moco_v2_800ep",
+        ],
     ),
     "synthesize": (["stage=synthesize"], ["stage.out needs a value: type stage.out=..."]),
-    "sync": (["stage=sync", "runs=none"], ["runs=none: no metrics.jsonl at or below it", "runs=[DIR,DIR]"]),
+    "sync": (
+        ["stage=sync", "runs=none"],
+        ["runs=none: no metrics.jsonl at or below it", "runs=[DIR,DIR]"],
+    ),
 }
 
 
 @pytest.mark.parametrize(("command", "says"), CONFIGURATION.values(), ids=CONFIGURATION)
-def test_configuration(ssl_bench: Command, tmp_path: Path, command: list[str], says: list[str]) -> None:
+def test_configuration(
+    ssl_bench: Command, tmp_path: Path, command: list[str], says: list[str]
+) -> None:
     result = ssl_bench(*command)
     said = complaint(result)
     assert all(part in said for part in says), said
@@ -143,7 +207,9 @@ def test_configuration(ssl_bench: Command, tmp_path: Path, command: list[str], s
     assert files(tmp_path) == set()
 
 
-ADVICE = re.compile(r"(?:did you mean|[Tt]ype|quote it:|like|or) ((?:'[^']*'|\"[^\"]*\"|[\w.=+-])+)")
+ADVICE = re.compile(
+    r"(?:did you mean|[Tt]ype|quote it:|like|or) ((?:'[^']*'|\"[^\"]*\"|[\w.=+-])+)"
+)
 
 
 @pytest.mark.parametrize(
@@ -168,30 +234,47 @@ def test_what_is_advised_works_when_it_is_typed(mistake: str) -> None:
         return ""
 
     words = shlex.split(mistake) if '"' not in mistake else [mistake.replace('"', "")]
-    advised = [word for advice in ADVICE.findall(said(words)) for word in shlex.split(advice) if "=" in word]
+    advised = [
+        word
+        for advice in ADVICE.findall(said(words))
+        for word in shlex.split(advice)
+        if "=" in word
+    ]
     assert advised, said(words)
     for advice in advised:
-        rest = [word for word in words if typed.key_of(word).lstrip("-") != typed.key_of(advice) and "=" in word]
+        rest = [
+            word
+            for word in words
+            if typed.key_of(word).lstrip("-") != typed.key_of(advice) and "=" in word
+        ]
         rest = [word for word in rest if not word.startswith("--")]
         known = said([*rest, advice])
         assert typed.key_of(advice) not in known, known
 
 
-def test_nothing_typed_is_the_quickstart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_nothing_typed_is_the_quickstart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # `main` sets it, for its process
     monkeypatch.setattr("sys.path", [*sys.path])
     monkeypatch.setattr("sys.argv", ["ssl-bench"])
     monkeypatch.setattr(train, "run", lambda: None)
     train.main()
     assert sys.argv[1:] == ["experiment=quickstart"]
-    assert capsys.readouterr().out.splitlines()[0].startswith("ssl-bench, with nothing typed, is ssl-bench experiment=")
+    assert (
+        capsys.readouterr()
+        .out.splitlines()[0]
+        .startswith("ssl-bench, with nothing typed, is ssl-bench experiment=")
+    )
     monkeypatch.setattr("sys.argv", ["ssl-bench", "--version"])
     train.main()
     assert capsys.readouterr().out == f"ssl-bench {ssl_bench.__version__}\n"
 
 
 def test_all_at_once(ssl_bench: Command, tmp_path: Path) -> None:
-    said = complaint(ssl_bench("batch_size=abc", "method.temperature=-1", "+foo=1", "precision=fp8")).splitlines()
+    said = complaint(
+        ssl_bench("batch_size=abc", "method.temperature=-1", "+foo=1", "precision=fp8")
+    ).splitlines()
     keys = [line.partition(":")[0] for line in said]
     assert sorted(keys) == ["batch_size=abc", "foo", "method.temperature=-1", "precision=fp8"]
     assert "'fp32', 'tf32', 'bf16' or 'fp16'" in said[keys.index("precision=fp8")]
@@ -201,7 +284,9 @@ def test_all_at_once(ssl_bench: Command, tmp_path: Path) -> None:
 def test_no_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Debian's python3 alone has none, and what is compiled includes them."""
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    with pytest.raises(UserError, match=r"finds none in .*: apt-get install python3-dev, or type compile=false"):
+    with pytest.raises(
+        UserError, match=r"finds none in .*: apt-get install python3-dev, or type compile=false"
+    ):
         check_compiler()
 
 
@@ -212,16 +297,22 @@ def test_one_gpu_for_several_processes(ssl_bench: Command) -> None:
 
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    for gpus, rank, expected in [(4, 3, 3), (1, 5, 0)]:  # Slurm may show each process a GPU of its own
+    # Slurm may show each process a GPU of its own
+    for gpus, rank, expected in [(4, 3, 3), (1, 5, 0)]:
         monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
         assert pick_device("auto", rank).index == expected
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    with pytest.raises(UserError, match="3 processes or more on this machine, and torch sees 2 GPUs"):
+    with pytest.raises(
+        UserError, match="3 processes or more on this machine, and torch sees 2 GPUs"
+    ):
         pick_device("auto", 2)
 
 
 def test_a_metric_of_val_is_none_of_pretraining(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="metric=val_top1: stage=pretrain never looks at val: type metric=knn_top1 or"):
+    with pytest.raises(
+        UserError,
+        match="metric=val_top1: stage=pretrain never looks at val: type metric=knn_top1 or",
+    ):
         launch(compose(*TINY_PRETRAIN, "device=cpu", "metric=val_top1", f"dir={tmp_path / 'run'}"))
     assert not (tmp_path / "run").exists()
 
@@ -230,7 +321,9 @@ def test_full_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = "GPU 0 has a total capacity of 15.77 GiB of which 1.10 GiB is free"
 
     def full(*args: object, **kwargs: object) -> None:
-        raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate 2.00 GiB. {free}. Process 7 has 14 GiB.")
+        raise torch.OutOfMemoryError(
+            f"CUDA out of memory. Tried to allocate 2.00 GiB. {free}. Process 7 has 14 GiB."
+        )
 
     monkeypatch.setattr("ssl_bench.stages._training.fit", full)
     said = f"batch_size=128 doesn't fit: CUDA out of memory. Tried to allocate 2.00 GiB. {free}. Type a smaller"
@@ -240,7 +333,9 @@ def test_full_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_compiler(ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert complaint(ssl_bench(*TINY_PRETRAIN, "compile=true")).startswith("compile=true needs a C++ compiler")
+    assert complaint(ssl_bench(*TINY_PRETRAIN, "compile=true")).startswith(
+        "compile=true needs a C++ compiler"
+    )
     assert files(tmp_path) == set()
 
 
@@ -253,7 +348,9 @@ def test_no_git(ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(ssl_bench: Command, tmp_path: Path) -> None:
     said = complaint(ssl_bench(*TINY_PRETRAIN, "device=cuda"))
-    assert re.fullmatch(r"device=cuda: torch \S+ sees no GPU here; use device=cpu or device=auto", said)
+    assert re.fullmatch(
+        r"device=cuda: torch \S+ sees no GPU here; use device=cpu or device=auto", said
+    )
     assert files(tmp_path) == set()
 
 
@@ -261,7 +358,9 @@ def test_one_bad_member_of_a_sweep(ssl_bench: Command, tmp_path: Path) -> None:
     said = complaint(ssl_bench(*TINY_PRETRAIN, "-m", "method.temperature=0.1,-1")).splitlines()
     assert said[0] == "nothing was started."
     assert len(said) == 2
-    assert said[1].endswith("method.temperature=-1: method.temperature=-1: input should be greater than 0")
+    assert said[1].endswith(
+        "method.temperature=-1: method.temperature=-1: input should be greater than 0"
+    )
     assert files(tmp_path) == set()
 
 
@@ -275,14 +374,22 @@ def test_a_mistyped_key_in_a_sweep(ssl_bench: Command, tmp_path: Path) -> None:
     assert files(tmp_path) == set()
 
 
-def test_a_check_that_fails_starts_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_check_that_fails_starts_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """Hydra only warns of what a callback raises."""
-    for error, status in ((ZeroDivisionError("x"), 1), (HydraException("x"), 2), (UserError("x"), 2)):
+    for error, status in (
+        (ZeroDivisionError("x"), 1),
+        (HydraException("x"), 2),
+        (UserError("x"), 2),
+    ):
         monkeypatch.setattr(train.Check, "_check_sweep", Mock(side_effect=error))
         with pytest.raises(SystemExit) as stop:
             train.Check().on_multirun_start(OmegaConf.create({}))
         assert stop.value.code == status
-        assert ("ssl-bench: x\n" if status == 2 else "ZeroDivisionError: x") in capsys.readouterr().err
+        assert (
+            "ssl-bench: x\n" if status == 2 else "ZeroDivisionError: x"
+        ) in capsys.readouterr().err
 
 
 def test_a_mistyped_key_in_a_launcher_of_ones_own(ssl_bench: Command, tmp_path: Path) -> None:
@@ -303,7 +410,11 @@ def test_a_mistyped_key_in_a_launcher_of_ones_own(ssl_bench: Command, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "words", [["-m", "seed=7", "--cfg", "job", "method=byol"], ["seed=7", "--cfg=job", "method=byol", "--multirun"]]
+    "words",
+    [
+        ["-m", "seed=7", "--cfg", "job", "method=byol"],
+        ["seed=7", "--cfg=job", "method=byol", "--multirun"],
+    ],
 )
 def test_options_stand_anywhere(ssl_bench: Command, words: list[str]) -> None:
     shown = yaml.safe_load(ssl_bench(*words, check=True).stdout)
@@ -315,23 +426,30 @@ def test_a_launcher_without_a_sweep(ssl_bench: Command, tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_text("_target_: mine.Launcher\n")
     said = complaint(ssl_bench("--config-dir=conf", "hydra/launcher=mine"))
-    assert said == "hydra/launcher is for sweeps, and would be ignored here: add -m, or choose a launcher="
+    assert (
+        said
+        == "hydra/launcher is for sweeps, and would be ignored here: add -m, or choose a launcher="
+    )
 
 
 @pytest.mark.slow
-def test_a_zoo_name_without_a_network(ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_zoo_name_without_a_network(
+    ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.delenv("no_proxy", raising=False)
     said = complaint(ssl_bench(*TINY, "stage=lincls", "pretrained=moco_v2_200ep", timeout=60))
     assert said.startswith("pretrained=moco_v2_200ep: no download (")
     url = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_200ep/moco_v2_200ep_pretrain.pth.tar"
     place = Path(os.environ["SSL_BENCH_CACHE"], "zoo", "moco_v2_200ep_pretrain.pth.tar")
-    assert said.endswith(f"fetch {url} elsewhere and put it at {place} (its md5 begins with 59fd9945)")
+    assert said.endswith(
+        f"fetch {url} elsewhere and put it at {place} (its md5 begins with 59fd9945)"
+    )
     assert not place.exists()
     assert files(tmp_path) == set()
 
 
-# --- mistakes in the configuration, in this process -------------------------------------------------------------------
+# --- mistakes in the configuration, in this process -----------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -394,7 +512,7 @@ def test_any_mistyped_key_is_named(key: str, at: int) -> None:
     assert str(caught.value).startswith(f"{wrong}: no such key; did you mean {right}? Valid: ")
 
 
-# --- mistakes about the data, the weights and the directory -----------------------------------------------------------
+# --- mistakes about the data, the weights and the directory ---------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -453,7 +571,10 @@ def an_empty_file(data: Path) -> None:
 
 def resnet50(data: Path) -> None:
     method = MoCo(resnet.resnet50(width=8), queue_size=16)
-    torch.save({"arch": "resnet50", "state_dict": official_moco_state_dict(method)}, data.parent / "weights.pt")
+    torch.save(
+        {"arch": "resnet50", "state_dict": official_moco_state_dict(method)},
+        data.parent / "weights.pt",
+    )
 
 
 def a_file_in_the_way(data: Path) -> None:
@@ -466,7 +587,11 @@ def nothing(data: Path) -> None:
 
 WEIGHTS = [*LINCLS, "pretrained=weights.pt"]
 QUICK = {  # (what is wrong with the data, the command, what is said)
-    "no folder": (no_folder, PRETRAIN, ["no folder dl21/unlabeled; data.root= sets where the data set is (now dl21)"]),
+    "no folder": (
+        no_folder,
+        PRETRAIN,
+        ["no folder dl21/unlabeled; data.root= sets where the data set is (now dl21)"],
+    ),
     "code for labels": (
         code_for_labels,
         LINCLS,
@@ -480,16 +605,27 @@ QUICK = {  # (what is wrong with the data, the command, what is said)
     "batch": (
         nothing,
         [*PRETRAIN, "batch_size=31"],
-        ["batch_size=31 is larger than the dataset (30 training images)", "choose at most batch_size=30"],
+        [
+            "batch_size=31 is larger than the dataset (30 training images)",
+            "choose at most batch_size=30",
+        ],
     ),
 }
 SLOW = {  # a rule each that a test of its module knows too
     "gap": (a_gap, PRETRAIN, ["dl21/unlabeled/7.png is missing", "0, 1, 2, ... without a gap"]),
-    "labels": (too_few_labels, LINCLS, ["train_label_tensor.pt in dl21 has 5 labels for 12 images"]),
+    "labels": (
+        too_few_labels,
+        LINCLS,
+        ["train_label_tensor.pt in dl21 has 5 labels for 12 images"],
+    ),
     "empty folder": (
         no_images,
         [*PRETRAIN, "data=folder"],
-        ["no images under dl21; data.root= sets the folder; known extensions are ", " .jpg ", " .png "],
+        [
+            "no images under dl21; data.root= sets the folder; known extensions are ",
+            " .jpg ",
+            " .png ",
+        ],
     ),
     "unlabelled": (
         nothing,
@@ -509,26 +645,47 @@ SLOW = {  # a rule each that a test of its module knows too
     "three views": (
         nothing,
         [*PRETRAIN, "augmentation.num_views=3"],
-        ["augmentation.num_views=3, but method=moco_v2 takes 2: type augmentation.num_views=2, or choose another"],
+        [
+            "augmentation.num_views=3, but method=moco_v2 takes 2: type augmentation.num_views=2, or choose another"
+        ],
     ),
     "two views": (
         nothing,
         [*LINCLS, "augmentation=moco_v2"],
-        ["augmentation.num_views=2, but stage=lincls takes 1: type augmentation.num_views=1, or choose another"],
+        [
+            "augmentation.num_views=2, but stage=lincls takes 1: type augmentation.num_views=1, or choose another"
+        ],
     ),
     "interval": (
         nothing,
         [*PRETRAIN, "augmentation.crop_scale=[0.9,0.2]"],
         ["augmentation.crop_scale is [0.9, 0.2]: give [low, high] with 0 < low <= high <= 1"],
     ),
-    "code for weights": (code_for_weights, WEIGHTS, ["weights.pt: truncated, or not a PyTorch file", "posix.mkdir"]),
-    "half a file": (half_a_file, WEIGHTS, ["weights.pt: damaged or truncated: its directory isn't what was written"]),
+    "code for weights": (
+        code_for_weights,
+        WEIGHTS,
+        ["weights.pt: truncated, or not a PyTorch file", "posix.mkdir"],
+    ),
+    "half a file": (
+        half_a_file,
+        WEIGHTS,
+        ["weights.pt: damaged or truncated: its directory isn't what was written"],
+    ),
     "empty file": (an_empty_file, WEIGHTS, ["weights.pt: truncated, or not a PyTorch file"]),
-    "no run": (nothing, [*LINCLS, "pretrained=dl21"], ["pretrained=dl21: no checkpoint in this directory; give a run"]),
+    "no run": (
+        nothing,
+        [*LINCLS, "pretrained=dl21"],
+        ["pretrained=dl21: no checkpoint in this directory; give a run"],
+    ),
     "backbone": (
         resnet50,
         WEIGHTS,
-        ["pretrained=weights.pt: ", "unexpected (layer1.0.conv3.weight", "of another shape (", "Choose the backbone="],
+        [
+            "pretrained=weights.pt: ",
+            "unexpected (layer1.0.conv3.weight",
+            "of another shape (",
+            "Choose the backbone=",
+        ],
     ),
     "pixels": (
         resnet50,
@@ -540,7 +697,11 @@ SLOW = {  # a rule each that a test of its module knows too
         [*PRETRAIN, "dir=taken"],
         ["dir=taken: can't be written (File exists); choose another"],
     ),
-    "not writable": (nothing, [*PRETRAIN, "dir=/proc/run"], ["dir=/proc/run: can't be written", "choose another dir="]),
+    "not writable": (
+        nothing,
+        [*PRETRAIN, "dir=/proc/run"],
+        ["dir=/proc/run: can't be written", "choose another dir="],
+    ),
     "in a rank": (
         no_folder,
         [*PRETRAIN, "devices=2"],
@@ -553,7 +714,12 @@ CASES += [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in
 
 @pytest.mark.parametrize(("damage", "command", "says"), CASES)
 def test_data(
-    ssl_bench: Command, tmp_path: Path, data: Path, damage: Callable[[Path], None], command: list[str], says: list[str]
+    ssl_bench: Command,
+    tmp_path: Path,
+    data: Path,
+    damage: Callable[[Path], None],
+    command: list[str],
+    says: list[str],
 ) -> None:
     damage(data)
     before = files(tmp_path)
@@ -593,7 +759,10 @@ def test_divergence(ssl_bench: Command, tmp_path: Path) -> None:
     """The weights become NaN; the checkpoints before that stay, and hold numbers."""
     command = [*TINY_PRETRAIN, "optimizer.base_lr=1e9", "save_every=1", "dir=run"]
     said = complaint(ssl_bench(*command))
-    step = re.match(r"diverged at step (\d+): .*; the last good state, of step (\d+), is kept; try a lower", said)
+    step = re.match(
+        r"diverged at step (\d+): .*; the last good state, of step (\d+), is kept; try a lower",
+        said,
+    )
     assert step, said
     kept = complete(tmp_path / "run")
     assert int(kept[0].stem.removeprefix("step")) == int(step[2])
@@ -604,10 +773,15 @@ def test_divergence(ssl_bench: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_member_that_fails_later_does_not_stop_the_sweep(ssl_bench: Command, tmp_path: Path) -> None:
+def test_a_member_that_fails_later_does_not_stop_the_sweep(
+    ssl_bench: Command, tmp_path: Path
+) -> None:
     result = ssl_bench(*TINY_PRETRAIN, "epochs=1", "-m", "batch_size=2000,128")
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
-    assert "batch_size=2000 is larger than the dataset (1,297 training images)" in result.stderr.splitlines()[-1]
+    assert (
+        "batch_size=2000 is larger than the dataset (1,297 training images)"
+        in result.stderr.splitlines()[-1]
+    )
     (finished,) = (tmp_path / "runs").rglob("summary.json")
     assert yaml.safe_load((finished.parent / "config.yaml").read_text())["batch_size"] == 128

@@ -1,4 +1,6 @@
-"""Weights for other programs and back, the card beside them, what a folder of images is, and which file is which."""
+"""Weights for other programs and back, the card beside them, what a folder of images is, and which
+file is which.
+"""
 
 import csv
 import importlib.util
@@ -40,7 +42,9 @@ SMALL = ["data.image_size=16", "backbone.width=8", "backbone.stem=small", "data.
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """data/: 30 unlabelled, 40 train, 24 val images of 4 classes; moco/, lincls/seed0 and 1, knn/, finetune/ of it."""
+    """data/: 30 unlabelled, 40 train, 24 val images of 4 classes; moco/, lincls/seed0 and 1, knn/,
+    finetune/ of it.
+    """
     place = tmp_path_factory.mktemp("place")
     write_dl21(place / "data", 30, 40, 24, num_classes=4, image_size=16, workers=1)
     data = ["data=dl21", f"data.root={place}/data", *SMALL]
@@ -50,7 +54,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         normalised = ["stage.normalize=true", "optimizer.base_lr=1", f"seed={seed}"]
         launch(compose(*on, "stage=lincls", *normalised, f"dir={place}/lincls/seed{seed}"))
     launch(compose(*on, "stage=knn", f"dir={place}/knn"))
-    launch(compose(*on, "stage=finetune", "stage.labels_per_class=5", "stage.test_resize=1.0", f"dir={place}/finetune"))
+    launch(
+        compose(
+            *on,
+            "stage=finetune",
+            "stage.labels_per_class=5",
+            "stage.test_resize=1.0",
+            f"dir={place}/finetune",
+        )
+    )
     return place
 
 
@@ -60,11 +72,19 @@ def exported(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def export(source: Path, out: Path, *overrides: str) -> Path:
-    launch(compose("stage=export", f"pretrained={source}", f"stage.out={out}", "stage.onnx=false", *overrides))
+    launch(
+        compose(
+            "stage=export",
+            f"pretrained={source}",
+            f"stage.out={out}",
+            "stage.onnx=false",
+            *overrides,
+        )
+    )
     return out
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def test_what_was_written_is_read_with_equal_features(place: Path, tmp_path: Path) -> None:
@@ -80,7 +100,12 @@ def test_what_was_written_is_read_with_equal_features(place: Path, tmp_path: Pat
         assert (loaded.layout, loaded.left_out) == ("torchvision", [])
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert (out / "model.safetensors").stat().st_mode == (out / "model.pth").stat().st_mode
-    assert subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=out, capture_output=True).returncode == 0
+    assert (
+        subprocess.run(
+            ["sha256sum", "--check", "SHA256SUMS"], cwd=out, capture_output=True
+        ).returncode
+        == 0
+    )
 
 
 @pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
@@ -115,7 +140,9 @@ def test_a_vit_is_read_by_its_own_names(tmp_path: Path) -> None:
     code += "torch.save(network.fc(network(images)), 'logits.pt')"
     result = subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    torch.testing.assert_close(torch.load(out / "logits.pt", weights_only=True), probe.logits(images()))
+    torch.testing.assert_close(
+        torch.load(out / "logits.pt", weights_only=True), probe.logits(images())
+    )
 
 
 def test_standardised_features_are_folded_into_the_classifier(place: Path, tmp_path: Path) -> None:
@@ -125,7 +152,9 @@ def test_standardised_features_are_folded_into_the_classifier(place: Path, tmp_p
     network = resnet.resnet18(stem="small", width=8)
     network.fc = nn.Linear(network.dim, 4)
     network.load_state_dict(load_file(export(source, tmp_path / "out") / "model.safetensors"))
-    torch.testing.assert_close(features(network), probe.eval().logits(images()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        features(network), probe.eval().logits(images()), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_projection_is_no_classifier(tmp_path: Path) -> None:
@@ -140,7 +169,9 @@ def test_onnx_answers_as_torch_does(place: Path, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     out = export(place / "finetune", tmp_path / "out", "stage.onnx=true")
-    session = onnxruntime.InferenceSession(str(out / "model.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        str(out / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
     network = open_pretrained(compose("stage=export", f"pretrained={out}"))
     for count in (1, 5):
         batch = torch.randn(count, 3, 16, 16)
@@ -154,7 +185,11 @@ def test_onnx_answers_as_torch_does(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "network",
     [
-        *(f"backbone={name}" for group, name in CHOICES if group == "backbone" and name not in ("timm", "resnet101")),
+        *(
+            f"backbone={name}"
+            for group, name in CHOICES
+            if group == "backbone" and name not in ("timm", "resnet101")
+        ),
         "backbone=timm backbone.model=mobilenetv3_small_050",
         "backbone=timm backbone.model=vit_tiny_patch16_224 +backbone.options={img_size:32}",
     ],
@@ -166,22 +201,36 @@ def test_onnx_takes_any_number_of_images(network: str, tmp_path: Path) -> None:
     small = ["data.image_size=32", *(["backbone.width=8"] if "resnet" in network else [])]
     backbone = build.construct(compose(*network.split(), *small).backbone).eval()
     write_onnx(backbone, 32, tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
     for count in (1, 2, 5):
         images = torch.randn(count, 3, 32, 32)
         (outputs,) = session.run(None, {"images": images.numpy()})
         with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(outputs), backbone(images), rtol=1e-2, atol=1e-3)
+            torch.testing.assert_close(
+                torch.from_numpy(outputs), backbone(images), rtol=1e-2, atol=1e-3
+            )
 
 
 def test_without_onnx_it_says_what_to_install(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("onnx") else find(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name.startswith("onnx") else find(name)
+    )
     out = export(place / "moco", tmp_path / "out", "stage.onnx=true")
-    assert "no model.onnx, for want of onnx and onnxscript: pip install 'ssl_bench[onnx]'" in caplog.text
-    assert {path.name for path in out.iterdir()} == {"README.md", "SHA256SUMS", "model.pth", "model.safetensors"}
+    assert (
+        "no model.onnx, for want of onnx and onnxscript: pip install 'ssl_bench[onnx]'"
+        in caplog.text
+    )
+    assert {path.name for path in out.iterdir()} == {
+        "README.md",
+        "SHA256SUMS",
+        "model.pth",
+        "model.safetensors",
+    }
 
 
 def test_what_onnx_cannot_express_costs_that_file_alone(
@@ -189,27 +238,51 @@ def test_what_onnx_cannot_express_costs_that_file_alone(
 ) -> None:
     pytest.importorskip("onnxscript")
     forward = models.ResNet.forward
-    monkeypatch.setattr(models.ResNet, "forward", lambda self, x: forward(self, x if x.sum() > 0 else -x))
+    monkeypatch.setattr(
+        models.ResNet, "forward", lambda self, x: forward(self, x if x.sum() > 0 else -x)
+    )
     out = export(place / "moco", tmp_path / "out", "stage.onnx=true")
-    assert {path.name for path in out.iterdir()} == {"README.md", "SHA256SUMS", "model.pth", "model.safetensors"}
+    assert {path.name for path in out.iterdir()} == {
+        "README.md",
+        "SHA256SUMS",
+        "model.pth",
+        "model.safetensors",
+    }
     ours = [record for record in caplog.records if record.name.startswith("ssl_bench")]
     (said,) = [record.getMessage() for record in ours if record.levelname == "WARNING"]
-    assert said.startswith("no model.onnx, but all else: Could not guard on data-dependent expression")
+    assert said.startswith(
+        "no model.onnx, but all else: Could not guard on data-dependent expression"
+    )
     assert "\n" not in said
-    assert "There is no `model.onnx`: its export failed (Could not guard" in (out / "README.md").read_text()
-    assert subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=out, capture_output=True).returncode == 0
+    assert (
+        "There is no `model.onnx`: its export failed (Could not guard"
+        in (out / "README.md").read_text()
+    )
+    assert (
+        subprocess.run(
+            ["sha256sum", "--check", "SHA256SUMS"], cwd=out, capture_output=True
+        ).returncode
+        == 0
+    )
     load_backbone(resnet.resnet18(stem="small", width=8), str(out))
 
 
 def test_the_card_has_the_recipe_and_the_numbers(place: Path, tmp_path: Path) -> None:
     card = (export(place / "moco", tmp_path / "out", f"runs={place}") / "README.md").read_text()
-    scores = [json.loads((place / "lincls" / f"seed{i}" / "summary.json").read_text())["val_top1"] for i in (0, 1)]
+    scores = [
+        json.loads((place / "lincls" / f"seed{i}" / "summary.json").read_text())["val_top1"]
+        for i in (0, 1)
+    ]
     (row,) = [line for line in card.splitlines() if line.startswith("| Linear")]
     assert f" {np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f} |" in row
     assert row.split("|")[-2].strip() == "2"
     assert "| Fine-tuning, 5 labels a class " in card
     recipe = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
-    assert (recipe["method"]["queue_size"], recipe["backbone"]["width"], recipe["epochs"]) == (20, 8, 1)
+    assert (recipe["method"]["queue_size"], recipe["backbone"]["width"], recipe["epochs"]) == (
+        20,
+        8,
+        1,
+    )
     assert str(place) not in card  # nothing of this machine
     assert "mean (0.485, 0.456, 0.406)" in card
 
@@ -225,13 +298,16 @@ def test_an_export_is_repeated_and_nothing_else_is_overwritten(place: Path, tmp_
         export(place / "moco", place / "data")
 
 
-def test_weights_of_a_run_that_goes_on(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_weights_of_a_run_that_goes_on(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = shutil.copytree(place / "moco", tmp_path / "moco")
     export(run, tmp_path / "finished")
     assert "is not finished" not in caplog.text
     (run / "summary.json").unlink()
     export(run, tmp_path / "unfinished")
-    assert f"{run} is not finished: step 3 of 3" in caplog.text  # stopped between the last step and the result
+    # stopped between the last step and the result
+    assert f"{run} is not finished: step 3 of 3" in caplog.text
 
 
 def test_an_export_leaves_nothing_of_the_one_before(
@@ -243,7 +319,12 @@ def test_an_export_leaves_nothing_of_the_one_before(
     with open(out / "SHA256SUMS", "a") as sums:
         sums.write(f"{'0' * 64}  model.onnx\n{'0' * 64}  ../mine\n")
     export(place / "moco", out)
-    assert {path.name for path in out.iterdir()} == {"README.md", "SHA256SUMS", "model.pth", "model.safetensors"}
+    assert {path.name for path in out.iterdir()} == {
+        "README.md",
+        "SHA256SUMS",
+        "model.pth",
+        "model.safetensors",
+    }
     assert (tmp_path / "mine").exists()
     assert said not in caplog.text
     export(place / "finetune", out)
@@ -286,7 +367,9 @@ def test_a_size_that_the_network_refuses(tmp_path: Path, stage: str, size: str) 
     with pytest.raises(UserError) as caught:
         launch(compose(*words, f"backbone.image_size={2 * patch}", f"dir={tmp_path}/run"))
     pixels = 20 if patch == 16 else 224
-    assert f"stage.image_size={pixels} is no multiple of backbone.patch_size={patch}" in str(caught.value)
+    assert f"stage.image_size={pixels} is no multiple of backbone.patch_size={patch}" in str(
+        caught.value
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"x.pth"}
 
 
@@ -296,10 +379,16 @@ def test_a_broken_safetensors_file(tmp_path: Path) -> None:
         load_backbone(tiny().backbone, str(tmp_path / "x.safetensors"))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), header=st.booleans())
-def test_a_flipped_bit_is_found_or_harmless(exported: Path, place: float, bit: int, header: bool) -> None:
-    """Of the tensors, and of what the file says of itself, by the digest in it; SHA256SUMS needn't be there."""
+def test_a_flipped_bit_is_found_or_harmless(
+    exported: Path, place: float, bit: int, header: bool
+) -> None:
+    """Of the tensors, and of what the file says of itself, by the digest in it; SHA256SUMS needn't
+    be there.
+    """
     whole = (exported / "model.safetensors").read_bytes()
     flipped, length = bytearray(whole), 8 + int.from_bytes(whole[:8], "little")
     flipped[int(place * (length if header else len(whole)))] ^= 1 << bit
@@ -311,7 +400,8 @@ def test_a_flipped_bit_is_found_or_harmless(exported: Path, place: float, bit: i
         found, says = weights.read(path), weights.recipe(path)
         assert found.keys() == before.keys()
         assert all(torch.equal(found[key], before[key]) for key in before)
-        assert says in (None, weights.recipe(exported / "model.safetensors"))  # it is as if it had none
+        # it is as if it had none
+        assert says in (None, weights.recipe(exported / "model.safetensors"))
     except UserError as error:
         said = str(error)
     assert not said or str(path) in said
@@ -322,11 +412,13 @@ def test_what_isnt_as_the_list_says_is_refused(exported: Path, tmp_path: Path, n
     out = shutil.copytree(exported, tmp_path / "out")
     other = tiny(1).backbone.state_dict()
     torch.save(other, out / name) if name.endswith("pth") else save_file(other, out / name)
-    with pytest.raises(UserError, match=rf"{name}: its sha256 is \w+\.\.\., not \w+\.\.\. as .*/SHA256SUMS says"):
+    with pytest.raises(
+        UserError, match=rf"{name}: its sha256 is \w+\.\.\., not \w+\.\.\. as .*/SHA256SUMS says"
+    ):
         load_backbone(tiny().backbone, str(out / name))
 
 
-# --- predict ----------------------------------------------------------------------------------------------------------
+# --- predict --------------------------------------------------------------------------------------
 
 
 def look(run: Path) -> tuple[list[dict[str, str]], np.ndarray]:
@@ -335,10 +427,14 @@ def look(run: Path) -> tuple[list[dict[str, str]], np.ndarray]:
 
 
 @pytest.mark.parametrize("exported", [False, True])
-def test_labels_are_those_that_the_run_measured(place: Path, tmp_path: Path, exported: bool) -> None:
+def test_labels_are_those_that_the_run_measured(
+    place: Path, tmp_path: Path, exported: bool
+) -> None:
     source = place / "finetune"
     if exported:  # then the file alone is enough
-        source = shutil.copy(export(source, tmp_path / "out") / "model.safetensors", tmp_path / "x.safetensors")
+        source = shutil.copy(
+            export(source, tmp_path / "out") / "model.safetensors", tmp_path / "x.safetensors"
+        )
     command = ["stage=predict", f"pretrained={source}", "data.workers=1", "batch_size=7"]
     launch(compose(*command, f"stage.images={place}/data", f"dir={tmp_path}/run"))
     rows, array = look(tmp_path / "run")
@@ -357,19 +453,34 @@ def test_labels_are_those_that_the_run_measured(place: Path, tmp_path: Path, exp
 
 
 def test_classes_keep_their_names(place: Path, tmp_path: Path) -> None:
-    for number, (split, name) in enumerate([("train", "dog"), ("train", "cat"), ("val", "dog"), ("val", "cat")]):
+    for number, (split, name) in enumerate(
+        [("train", "dog"), ("train", "cat"), ("val", "dog"), ("val", "cat")]
+    ):
         folder = tmp_path / "pets" / split / name
         folder.mkdir(parents=True)
         for i in range(4):
             shutil.copy(place / "data" / "train" / f"{4 * number + i}.png", folder)
-    command = ["data=folder", f"data.root={tmp_path}/pets", *SMALL, f"pretrained={place}/moco", "batch_size=4"]
+    command = [
+        "data=folder",
+        f"data.root={tmp_path}/pets",
+        *SMALL,
+        f"pretrained={place}/moco",
+        "batch_size=4",
+    ]
     launch(compose(*command, "stage=finetune", "epochs=1", f"dir={tmp_path}/pets_run"))
     out = export(tmp_path / "pets_run", tmp_path / "out")
     again = export(out, tmp_path / "again")
     assert "Classes, in the order of the logits: cat, dog." in (again / "README.md").read_text()
     for source in (tmp_path / "pets_run", again / "model.safetensors"):
         run = tmp_path / f"of {source.name}"
-        launch(compose("stage=predict", f"pretrained={source}", f"stage.images={tmp_path}/pets/val", f"dir={run}"))
+        launch(
+            compose(
+                "stage=predict",
+                f"pretrained={source}",
+                f"stage.images={tmp_path}/pets/val",
+                f"dir={run}",
+            )
+        )
         rows, _ = look(run)
         assert list(rows[0]) == ["image", "label", "probability", "name"]
         assert [row["name"] for row in rows] == [("cat", "dog")[int(row["label"])] for row in rows]
@@ -382,7 +493,12 @@ def test_rows_belong_to_their_images(place: Path, tmp_path: Path) -> None:
         shutil.copy(place / "data" / "train" / "7.png", folder / name)
     Image.new("RGB", (40, 30)).save(tmp_path / "photos" / "black.jpg")
     launch(
-        compose("stage=predict", f"pretrained={place}/moco", f"stage.images={tmp_path}/photos", f"dir={tmp_path}/run")
+        compose(
+            "stage=predict",
+            f"pretrained={place}/moco",
+            f"stage.images={tmp_path}/photos",
+            f"dir={tmp_path}/run",
+        )
     )
     with open(tmp_path / "run" / "images.csv", newline="", errors="surrogateescape") as file:
         rows = list(csv.reader(file))
@@ -392,13 +508,22 @@ def test_rows_belong_to_their_images(place: Path, tmp_path: Path) -> None:
     assert not np.allclose(array[0], array[3], atol=1e-2)
 
 
-def test_values_of_more_than_8_bits_mean_what_the_command_says_or_else_the_run(place: Path, tmp_path: Path) -> None:
+def test_values_of_more_than_8_bits_mean_what_the_command_says_or_else_the_run(
+    place: Path, tmp_path: Path
+) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     ramp = np.arange(576, dtype=np.int32).reshape(24, 24) % 256
     Image.fromarray(ramp.astype(np.uint8)).save(photos / "8.png")
     Image.fromarray(np.round(ramp * 4095 / 255).astype(np.uint16)).save(photos / "12.png")
-    own = ["data=dl21", f"data.root={place}/data", *SMALL, "data.bit_depth=12", "epochs=1", "batch_size=10"]
+    own = [
+        "data=dl21",
+        f"data.root={place}/data",
+        *SMALL,
+        "data.bit_depth=12",
+        "epochs=1",
+        "batch_size=10",
+    ]
     launch(compose(*own, "method.queue_size=20", f"dir={tmp_path}/of_12_bits"))
     plain, of_12_bits = f"pretrained={place}/moco", f"pretrained={tmp_path}/of_12_bits"
     for number, (source, *said, right) in enumerate(
@@ -422,7 +547,12 @@ def test_a_repeated_command_goes_on_after_the_last_row(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(predict, "BLOCK", 20)
-    command = ["stage=predict", f"pretrained={place}/finetune", f"stage.images={place}/data", "batch_size=10"]
+    command = [
+        "stage=predict",
+        f"pretrained={place}/finetune",
+        f"stage.images={place}/data",
+        "batch_size=10",
+    ]
     launch(compose(*command, f"dir={tmp_path}/whole"))
     add, seen = predict.Progress.add, []
 
@@ -438,40 +568,67 @@ def test_a_repeated_command_goes_on_after_the_last_row(
         with pytest.raises(KeyboardInterrupt):
             launch(compose(*command, f"dir={tmp_path}/stopped"))
         seen.clear()
-        with pytest.raises(UserError, match="holds a run with another configuration: batch_size was 10, is 5"):
+        with pytest.raises(
+            UserError, match="holds a run with another configuration: batch_size was 10, is 5"
+        ):
             launch(compose(*command, "batch_size=5", f"dir={tmp_path}/stopped"))
-        patch.setattr(predict.Progress, "add", lambda self, count: (seen.append(count), add(self, count)))
+        patch.setattr(
+            predict.Progress, "add", lambda self, count: (seen.append(count), add(self, count))
+        )
         launch(compose(*command, f"dir={tmp_path}/stopped"))
     assert sum(seen) == 54
     for name in ("images.csv", "features.npy"):
-        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "stopped" / name).read_bytes() == (
+            tmp_path / "whole" / name
+        ).read_bytes()
 
 
-def test_a_folder_that_changed_meanwhile(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_changed_meanwhile(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(predict, "BLOCK", 5)
     photos = shutil.copytree(place / "data" / "val", tmp_path / "photos")
-    command = ["stage=predict", f"pretrained={place}/moco", f"stage.images={photos}", f"dir={tmp_path}/run"]
+    command = [
+        "stage=predict",
+        f"pretrained={place}/moco",
+        f"stage.images={photos}",
+        f"dir={tmp_path}/run",
+    ]
     for _ in range(2):  # the second time it is finished
         launch(compose(*command, "batch_size=5"))
     (photos / "3.png").unlink()
     for finished in (True, False):
         assert (tmp_path / "run" / "summary.json").exists() is finished
-        with pytest.raises(UserError, match="a run of other images: split 'pretrain' had 24, has 23 now, not the same"):
+        with pytest.raises(
+            UserError,
+            match="a run of other images: split 'pretrain' had 24, has 23 now, not the same",
+        ):
             launch(compose(*command, "batch_size=5"))
         (tmp_path / "run" / "summary.json").unlink(missing_ok=True)
 
 
-# --- zoo --------------------------------------------------------------------------------------------------------------
+# --- zoo ------------------------------------------------------------------------------------------
 
 
-def test_runs_are_listed_with_what_measured_them(place: Path, capsys: pytest.CaptureFixture) -> None:
+def test_runs_are_listed_with_what_measured_them(
+    place: Path, capsys: pytest.CaptureFixture
+) -> None:
     counts = launch(compose("stage=zoo", f"runs={place}"))
     assert counts == {"published": 3, "own": 4}
     shown = capsys.readouterr().out
     assert "| moco_v2_800ep | resnet50 | 71.1 top-1 | md5 a04e12f8 | no " in shown
-    (row,) = [line for line in shown.splitlines() if "moco_v2, resnet18, dl21, 1 epochs, batch 10, seed 0" in line]
+    (row,) = [
+        line
+        for line in shown.splitlines()
+        if "moco_v2, resnet18, dl21, 1 epochs, batch 10, seed 0" in line
+    ]
     assert f"sha256 {digest(weights.find(str(place / 'moco')))[:8]}" in row
-    parts = ("Linear classification of frozen features: ", " (2)", "classifier: ", "Fine-tuning, 5 labels a class: ")
+    parts = (
+        "Linear classification of frozen features: ",
+        " (2)",
+        "classifier: ",
+        "Fine-tuning, 5 labels a class: ",
+    )
     assert all(part in row for part in (*parts, str(place / "moco")))
 
 
@@ -479,7 +636,9 @@ def test_a_file_is_told(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = shutil.copy(weights.find(str(place / "moco")), tmp_path / "copy.pt")
-    with pytest.raises(UserError, match=r"none of the known weights .* runs=DIR compares it with your own"):
+    with pytest.raises(
+        UserError, match=r"none of the known weights .* runs=DIR compares it with your own"
+    ):
         launch(compose("stage=zoo", f"stage.verify={file}"))
     launch(compose("stage=zoo", f"stage.verify={file}", f"runs={place}"))
     assert f"{file}: {place}/moco/checkpoints/step" in capsys.readouterr().out
@@ -490,12 +649,15 @@ def test_a_file_is_told(
     with open(out / "model.pth", "ab") as broken:
         broken.write(b"\0")
     with pytest.raises(
-        UserError, match=r"model.pth: its sha256 is .*\.\.\., not .*\.\.\. as .*SHA256SUMS says: a broken"
+        UserError,
+        match=r"model.pth: its sha256 is .*\.\.\., not .*\.\.\. as .*SHA256SUMS says: a broken",
     ):
         launch(compose("stage=zoo", f"stage.verify={out}/model.pth"))
 
     monkeypatch.setitem(
-        published.WEIGHTS, "mine", published.Weights("x/copy.pt", digest(file, "md5")[:8], "resnet18", "a note")
+        published.WEIGHTS,
+        "mine",
+        published.Weights("x/copy.pt", digest(file, "md5")[:8], "resnet18", "a note"),
     )
     launch(compose("stage=zoo", f"stage.verify={file}"))
     assert f"{file}: mine, resnet18, a note" in capsys.readouterr().out

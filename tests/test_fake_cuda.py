@@ -1,7 +1,8 @@
-"""A step on a GPU that isn't there: what runs, on which device, without values. Needs no GPU; kernels are not tested.
+"""A step on a GPU that isn't there: what runs, on which device, without values. Needs no GPU;
+kernels are not tested.
 
-An operation that mixes devices fails, one that would wait for the GPU (`.item()`, indexing by a mask) has no value to
-give and fails too, and copies between CPU and GPU are listed.
+An operation that mixes devices fails, one that would wait for the GPU (`.item()`, indexing by a
+mask) has no value to give and fails too, and copies between CPU and GPU are listed.
 """
 
 from typing import Any
@@ -35,12 +36,16 @@ class Copies(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         tensors = [value for value in (*args, result) if isinstance(value, Tensor)]
         if len({tensor.device.type for tensor in tensors}) > 1:
-            self.found.append(f"{func} {[(str(tensor.device), *tensor.shape) for tensor in tensors]}")
+            self.found.append(
+                f"{func} {[(str(tensor.device), *tensor.shape) for tensor in tensors]}"
+            )
         return result
 
 
 def put_on_gpu(module: nn.Module) -> None:
-    """Parameters and buffers, as `module.to` does. What is not registered stays behind, as with `module.to`."""
+    """Parameters and buffers, as `module.to` does. What is not registered stays behind, as with
+    `module.to`.
+    """
     moved: dict[int, tuple[Tensor, Tensor]] = {}
     for child in module.modules():
         for table in (child._parameters, child._buffers):
@@ -56,7 +61,9 @@ def put_on_gpu(module: nn.Module) -> None:
 
 
 def step(name: str) -> list[str]:
-    """Two steps of a method with its own augmentation and optimizer; the copies between devices in the second."""
+    """Two steps of a method with its own augmentation and optimizer; the copies between devices in
+    the second.
+    """
     overrides = ["stage=pretrain", "data=digits", f"method={name}", f"batch_size={BATCH}"]
     overrides += ["backbone=vit_tiny" if "vit" in name else "backbone.width=8"]
     overrides += [f"augmentation.image_size={PIXELS}"]
@@ -71,7 +78,9 @@ def step(name: str) -> list[str]:
         optimizer = build.construct(cfg.optimizer, params=model.param_groups(), batch_size=BATCH)
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
-        images = torch.empty(BATCH, PIXELS, PIXELS, 3, dtype=torch.uint8, device="cuda").permute(0, 3, 1, 2)
+        images = torch.empty(BATCH, PIXELS, PIXELS, 3, dtype=torch.uint8, device="cuda").permute(
+            0, 3, 1, 2
+        )
         labels = indices = torch.arange(BATCH, device="cuda")
         for number in range(2):
             with Copies() as copies:
@@ -81,7 +90,9 @@ def step(name: str) -> list[str]:
                 for value in output.values():
                     assert value.is_cuda
                 for parameter in model.parameters():  # autograd's own threads need a real GPU
-                    parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+                    parameter.grad = (
+                        torch.empty_like(parameter) if parameter.requires_grad else None
+                    )
                 clip_(optimizer)
                 freeze_(optimizer, 0.0)
                 if isinstance(optimizer, LARS):  # torch's fused ones have no fake kernels
@@ -101,7 +112,10 @@ def test_a_step_of_many_classifiers_stays_on_the_gpu() -> None:
     grid = LinearGrid(Pixels(1), 10, cells=3, kept=0.8, normalize=True).train()
     with FakeTensorMode():
         put_on_gpu(grid)
-        features, labels = torch.empty(BATCH, 3, device="cuda"), torch.zeros(BATCH, 2, dtype=torch.int64, device="cuda")
+        features, labels = (
+            torch.empty(BATCH, 3, device="cuda"),
+            torch.zeros(BATCH, 2, dtype=torch.int64, device="cuda"),
+        )
         with Copies() as copies:
             output = grid([features], labels)
     assert copies.found == []

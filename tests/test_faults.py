@@ -1,4 +1,6 @@
-"""The fault campaign can still be run, and what it does first, holds. All of it: python benchmarks/faults.py."""
+"""The fault campaign can still be run, and what it does first, holds. All of it: python
+benchmarks/faults.py.
+"""
 
 import json
 import os
@@ -19,6 +21,9 @@ def test_a_handful(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["fault"]: row for row in json.loads((tmp_path / "faults.json").read_text())["rows"]}
     assert list(rows) == sorted(FEW, key=list(rows).index)
-    assert all(row["verdict"] == "holds" or row["verdict"].startswith("not done: needs") for row in rows.values())
+    assert all(
+        row["verdict"] == "holds" or row["verdict"].startswith("not done: needs")
+        for row in rows.values()
+    )
     assert "damaged" in rows["checkpoint-flipped"]["said"]
     assert "didn't meet the others" in (tmp_path / "faults.md").read_text()

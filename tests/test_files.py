@@ -18,7 +18,9 @@ assert list(signatures.parameters("mine.make", ())) == ["size"]
 
 
 def test_in_a_locale_of_another_encoding(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("# \u03b1\ndef make(size: int = 1):\n    return size\n", encoding="utf-8")
+    (tmp_path / "mine.py").write_text(
+        "# \u03b1\ndef make(size: int = 1):\n    return size\n", encoding="utf-8"
+    )
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     path = os.pathsep.join([str(tmp_path), *sys.path])
     command = [sys.executable, "-c", WRITE, str(tmp_path / "results.json")]

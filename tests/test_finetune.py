@@ -1,4 +1,6 @@
-"""Fine-tuning: which parameters learn, how fast, from which labels, and what the val split may decide."""
+"""Fine-tuning: which parameters learn, how fast, from which labels, and what the val split may
+decide.
+"""
 
 from collections import Counter
 from itertools import chain
@@ -25,7 +27,14 @@ from ssl_bench.methods.finetune import FineTune, blocks, parameters
 from ssl_bench.stages.finetune import rates
 
 SMALL = ["data.image_size=16", "backbone.width=8", "backbone.stem=small", "log_every=1"]
-DIGITS = ["stage=finetune", "data=digits", *SMALL, "augmentation.flip_p=0", "batch_size=50", "epochs=2"]
+DIGITS = [
+    "stage=finetune",
+    "data=digits",
+    *SMALL,
+    "augmentation.flip_p=0",
+    "batch_size=50",
+    "epochs=2",
+]
 DIGITS += ["stage.labels_per_class=20"]
 
 
@@ -34,9 +43,11 @@ def tiny(**options) -> FineTune:
     return FineTune(resnet.resnet18(stem="small", width=8), 4, **options).double()
 
 
-# --- parts of a network -----------------------------------------------------------------------------------------------
+# --- parts of a network ---------------------------------------------------------------------------
 
-VIT = VisionTransformer(image_size=16, patch_size=8, num_layers=3, num_heads=2, hidden_dim=8, mlp_dim=16)
+VIT = VisionTransformer(
+    image_size=16, patch_size=8, num_layers=3, num_heads=2, hidden_dim=8, mlp_dim=16
+)
 VIT.heads = nn.Identity()
 
 
@@ -71,7 +82,9 @@ def test_only_the_last_blocks_learn(trained: int | None) -> None:
     for _ in range(2):  # the new layer is zero in its bias only: both steps move what is below it
         model([images], labels)["loss"].backward()
         optimizer.step()
-    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    moved = {
+        key for key, value in model.state_dict().items() if not torch.equal(value, before[key])
+    }
     first = {None: "", 1: "backbone.layer4.1", 3: "backbone.layer3.1"}[trained]
     names = list(before)
     start = next(i for i, name in enumerate(names) if name.startswith(first))
@@ -97,9 +110,13 @@ def test_mixup_is_its_definition() -> None:
     output = model([images], labels)
     torch.manual_seed(3)
     share = torch.distributions.Beta(0.4, 0.4).sample().double()
-    targets = share * nn.functional.one_hot(labels, 4) + (1 - share) * nn.functional.one_hot(labels.flip(0), 4)
+    targets = share * nn.functional.one_hot(labels, 4) + (1 - share) * nn.functional.one_hot(
+        labels.flip(0), 4
+    )
     logits = model.logits(share * images + (1 - share) * images.flip(0))
-    torch.testing.assert_close(output["loss"], -(targets * logits.log_softmax(1)).sum(1).mean(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        output["loss"], -(targets * logits.log_softmax(1)).sum(1).mean(), rtol=1e-6, atol=1e-6
+    )
     assert 0 < share < 1
 
 
@@ -108,17 +125,23 @@ def test_too_many_blocks() -> None:
         tiny(trained_blocks=9)
 
 
-# --- labels -----------------------------------------------------------------------------------------------------------
+# --- labels ---------------------------------------------------------------------------------------
 
 
-@given(counts=st.lists(st.integers(1, 60), min_size=2, max_size=6), fraction=st.floats(0.3, 1), seed=st.integers(0, 3))
+@given(
+    counts=st.lists(st.integers(1, 60), min_size=2, max_size=6),
+    fraction=st.floats(0.3, 1),
+    seed=st.integers(0, 3),
+)
 @settings(deadline=None)
 def test_a_fraction_is_of_each_class(counts: list[int], fraction: float, seed: int) -> None:
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
     try:
         chosen = few_labels(labels, None, fraction, seed)
     except UserError:  # of many small classes
-        assert sum(max(1, round(fraction * count)) for count in counts) > 1.5 * fraction * len(labels)
+        assert sum(max(1, round(fraction * count)) for count in counts) > 1.5 * fraction * len(
+            labels
+        )
         return
     assert (np.diff(chosen) > 0).all()
     assert np.array_equal(chosen, few_labels(labels, None, fraction, seed))
@@ -134,29 +157,52 @@ def test_all_labels_and_so_many_of_each_class() -> None:
     assert not np.array_equal(chosen, few_labels(labels, 4, None, 1))
 
 
-# --- the stage --------------------------------------------------------------------------------------------------------
+# --- the stage ------------------------------------------------------------------------------------
 
 
 def test_it_starts_from_the_pretrained_weights_and_helps(tmp_path: Path) -> None:
     few = [*DIGITS, "stage.label_fraction=0.1", "stage.labels_per_class=null", "epochs=1"]
     whole = launch(
-        compose(*DIGITS, "stage.labels_per_class=100", "optimizer.base_lr=1", "epochs=4", f"dir={tmp_path}/a")
+        compose(
+            *DIGITS,
+            "stage.labels_per_class=100",
+            "optimizer.base_lr=1",
+            "epochs=4",
+            f"dir={tmp_path}/a",
+        )
     )
     assert whole["val_top1"] > 60
-    on = launch(compose(*few, f"pretrained={tmp_path}/a", "optimizer.base_lr=0.001", f"dir={tmp_path}/on"))
+    on = launch(
+        compose(*few, f"pretrained={tmp_path}/a", "optimizer.base_lr=0.001", f"dir={tmp_path}/on")
+    )
     scratch = launch(compose(*few, "optimizer.base_lr=0.001", f"dir={tmp_path}/scratch"))
     assert on["val_top1"] > scratch["val_top1"] + 20
-    frozen = launch(compose(*few, f"pretrained={tmp_path}/a", "stage.trained_blocks=1", f"dir={tmp_path}/frozen"))
+    frozen = launch(
+        compose(
+            *few, f"pretrained={tmp_path}/a", "stage.trained_blocks=1", f"dir={tmp_path}/frozen"
+        )
+    )
     one, other = state(tmp_path / "a"), state(tmp_path / "frozen")
     same = {key for key in one if torch.equal(one[key], other[key])}
-    assert {key for key in one if key.startswith(("backbone.conv1", "backbone.layer1", "backbone.layer4.0"))} <= same
+    assert {
+        key
+        for key in one
+        if key.startswith(("backbone.conv1", "backbone.layer1", "backbone.layer4.0"))
+    } <= same
     assert not any(key.startswith(("backbone.layer4.1", "fc")) for key in same)
     assert frozen["val_top1"] > 10
 
 
 def test_val_labels_choose_nothing(tmp_path: Path) -> None:
     write_dl21(tmp_path / "data", 1, 60, 40, num_classes=4, image_size=16, workers=1)
-    command = ["stage=finetune", "data=dl21", f"data.root={tmp_path}/data", "data.workers=1", *SMALL, "eval_every=1"]
+    command = [
+        "stage=finetune",
+        "data=dl21",
+        f"data.root={tmp_path}/data",
+        "data.workers=1",
+        *SMALL,
+        "eval_every=1",
+    ]
     command += ["batch_size=20", "epochs=3"]
     true = launch(compose(*command, f"dir={tmp_path}/true"))
     path = tmp_path / "data" / "val_label_tensor.pt"
@@ -167,15 +213,32 @@ def test_val_labels_choose_nothing(tmp_path: Path) -> None:
 
 
 def test_the_labels_that_were_asked_for_are_learnt_too(tmp_path: Path) -> None:
-    write_dl21(tmp_path / "data", 30, 20, 20, num_classes=4, image_size=16, num_request=20, workers=1)
-    command = ["stage=finetune", "data=dl21", f"data.root={tmp_path}/data", "data.workers=1", *SMALL, "epochs=1"]
+    write_dl21(
+        tmp_path / "data", 30, 20, 20, num_classes=4, image_size=16, num_request=20, workers=1
+    )
+    command = [
+        "stage=finetune",
+        "data=dl21",
+        f"data.root={tmp_path}/data",
+        "data.workers=1",
+        *SMALL,
+        "epochs=1",
+    ]
     command += ["data.extra_labels=[request_00.csv,label_00.pt]", "batch_size=40"]
     assert launch(compose(*command, f"dir={tmp_path}/run"))["images_seen"] == 40
 
 
 @pytest.mark.slow
-def test_a_stopped_run_ends_as_if_nothing_had_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = [*DIGITS, "stage.mixup=0.2", "stage.layer_decay=0.7", "stage.trained_blocks=6", "save_every=1"]
+def test_a_stopped_run_ends_as_if_nothing_had_happened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [
+        *DIGITS,
+        "stage.mixup=0.2",
+        "stage.layer_decay=0.7",
+        "stage.trained_blocks=6",
+        "save_every=1",
+    ]
     launch(compose(*command, f"dir={tmp_path}/whole"))
     forward, calls = FineTune.forward, []
 
@@ -200,7 +263,9 @@ def test_a_stopped_run_ends_as_if_nothing_had_happened(tmp_path: Path, monkeypat
 def test_two_processes(ssl_bench: Command, tmp_path: Path) -> None:
     """They see one batch together, batch norm too."""
     for name, devices in (("one", 1), ("two", 2)):
-        ssl_bench(*DIGITS, f"devices={devices}", "stage.trained_blocks=6", f"dir={name}", check=True)
+        ssl_bench(
+            *DIGITS, f"devices={devices}", "stage.trained_blocks=6", f"dir={name}", check=True
+        )
     one, two = state(tmp_path / "one"), state(tmp_path / "two")
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-4)

@@ -1,4 +1,6 @@
-"""What a method makes of its parts: its loss against the paper's equation, written once more; its slow copy, too."""
+"""What a method makes of its parts: its loss against the paper's equation, written once more; its
+slow copy, too.
+"""
 
 from collections.abc import Callable
 
@@ -28,7 +30,9 @@ MAKE: dict[str, Callable[[nn.Module], Method]] = {
     "barlow_twins": lambda network: BarlowTwins(network, 8, lambd=0.02),
     "vicreg": lambda network: VICReg(network, 8, sim_coeff=3.0, std_coeff=5.0, cov_coeff=7.0),
     "swav": lambda network: SwAV(network, 8, 12, num_prototypes=6, queue_length=8, queue_start=1),
-    "dino": lambda network: DINO(network, 16, 12, 8, momentum=0.9, warmup_teacher_temperature_epochs=5),
+    "dino": lambda network: DINO(
+        network, 16, 12, 8, momentum=0.9, warmup_teacher_temperature_epochs=5
+    ),
 }
 # (slow copy, what it follows)
 SLOW = {
@@ -52,7 +56,9 @@ def make(name: str) -> Method:
 
 def views(*sizes: int, seed: int = 1, num: int = 6) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.rand(num, 3, size, size, generator=generator, dtype=torch.float64) for size in sizes]
+    return [
+        torch.rand(num, 3, size, size, generator=generator, dtype=torch.float64) for size in sizes
+    ]
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
@@ -61,14 +67,18 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
 
 def info_nce(query: Tensor, keys: Tensor, temperature: float) -> Tensor:
     """The i-th key is the i-th query's own."""
-    similarities = torch.stack([cosines(query, key.expand_as(query)) for key in keys], dim=1) / temperature
+    similarities = (
+        torch.stack([cosines(query, key.expand_as(query)) for key in keys], dim=1) / temperature
+    )
     return -(similarities.diagonal() - similarities.exp().sum(1).log()).mean()
 
 
 def byol(m: BYOL, x: Tensor, y: Tensor) -> Tensor:
     def one(online: Tensor, target: Tensor) -> Tensor:
         prediction = m.predictor(m.projector(m.backbone(online)))
-        return (2 - 2 * cosines(prediction, m.target_projector(m.target_backbone(target)).detach())).mean()
+        return (
+            2 - 2 * cosines(prediction, m.target_projector(m.target_backbone(target)).detach())
+        ).mean()
 
     return one(x, y) + one(y, x)
 
@@ -84,7 +94,11 @@ def simsiam(m: SimSiam, x: Tensor, y: Tensor) -> Tensor:
 def moco_v3(m: MoCoV3, x: Tensor, y: Tensor) -> Tensor:
     def one(query: Tensor, key: Tensor) -> Tensor:
         keys = m.key_projector(m.key_backbone(key)).detach()
-        return 2 * m.temperature * info_nce(m.predictor(m.projector(m.backbone(query))), keys, m.temperature)
+        return (
+            2
+            * m.temperature
+            * info_nce(m.predictor(m.projector(m.backbone(query))), keys, m.temperature)
+        )
 
     return one(x, y) + one(y, x)
 
@@ -117,20 +131,29 @@ def vicreg(m: VICReg, x: Tensor, y: Tensor) -> Tensor:
 
 def dino(m: DINO, x: Tensor, y: Tensor, *small: Tensor) -> Tensor:
     """Batch norm sees all crops of a size in one pass."""
-    parts = [m.student_backbone(torch.cat([x, y])), *([m.student_backbone(torch.cat(small))] if small else ())]
+    parts = [
+        m.student_backbone(torch.cat([x, y])),
+        *([m.student_backbone(torch.cat(small))] if small else ()),
+    ]
     student = m.student_head(torch.cat(parts)).split(len(x))
     teacher = m.head(m.backbone(torch.cat([x, y]))).detach().split(len(x))
     center, losses = torch.zeros(16, dtype=x.dtype), []
     for i, of_teacher in enumerate(teacher):
         target = ((of_teacher - center) / 0.04).softmax(1)
-        losses += [-(target * (s / 0.1).log_softmax(1)).sum(1).mean() for j, s in enumerate(student) if i != j]
+        losses += [
+            -(target * (s / 0.1).log_softmax(1)).sum(1).mean()
+            for j, s in enumerate(student)
+            if i != j
+        ]
     return sum(losses) / len(losses)
 
 
 def swav(m: SwAV, x: Tensor, y: Tensor, *small: Tensor) -> Tensor:
     parts = [m.backbone(torch.cat([x, y])), *([m.backbone(torch.cat(small))] if small else ())]
     crops = m.projector(torch.cat(parts)).split(len(x))
-    return swapped_prediction_loss(crops, m.prototypes.weight / m.prototypes.weight.norm(dim=1, keepdim=True).detach())
+    return swapped_prediction_loss(
+        crops, m.prototypes.weight / m.prototypes.weight.norm(dim=1, keepdim=True).detach()
+    )
 
 
 DEFINITIONS = [byol, simsiam, moco_v3, simclr, barlow_twins, vicreg, dino, swav]
@@ -144,7 +167,9 @@ def gradients(method: Method, loss: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("definition", DEFINITIONS, ids=lambda definition: definition.__name__)
 def test_the_loss_is_that_of_the_paper(definition: Callable[..., Tensor]) -> None:
-    """Its value, and its gradient for every parameter: of each view, through the predictor, none to a target."""
+    """Its value, and its gradient for every parameter: of each view, through the predictor, none to
+    a target.
+    """
     method = make(definition.__name__)
     batch = views(16, 16, 8, 8) if method.takes_small_views else views(16, 16)
     expected = definition(method, *batch)
@@ -152,20 +177,35 @@ def test_the_loss_is_that_of_the_paper(definition: Callable[..., Tensor]) -> Non
     loss = method(batch)["loss"]
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
     found = gradients(method, loss)
-    assert found.keys() == wanted.keys() == {name for name, p in method.named_parameters() if p.requires_grad}
+    assert (
+        found.keys()
+        == wanted.keys()
+        == {name for name, p in method.named_parameters() if p.requires_grad}
+    )
     for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-6, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 @pytest.mark.parametrize("name", SLOW)
 def test_the_slow_copy_follows_all_of_what_it_copies(name: str) -> None:
-    """By a momentum that rises from 0.9 to 1 along half a cosine; buffers are its own; no optimizer has it."""
+    """By a momentum that rises from 0.9 to 1 along half a cosine; buffers are its own; no optimizer
+    has it.
+    """
     for progress, momentum in ((0.5, 0.95), (2 / 3, 0.975), (1.0, 1.0)):
         method = make(name)
         expected = {}
         for slow, fast in SLOW[name]:
-            pairs = zip(getattr(method, slow).named_parameters(), getattr(method, fast).parameters(), strict=True)
-            expected |= {f"{slow}.{key}": momentum * ours + (1 - momentum) * theirs for (key, ours), theirs in pairs}
+            pairs = zip(
+                getattr(method, slow).named_parameters(),
+                getattr(method, fast).parameters(),
+                strict=True,
+            )
+            expected |= {
+                f"{slow}.{key}": momentum * ours + (1 - momentum) * theirs
+                for (key, ours), theirs in pairs
+            }
         method.update(progress)
         after = dict(method.named_parameters())
         for key, value in expected.items():
@@ -179,7 +219,9 @@ def test_the_slow_copy_follows_all_of_what_it_copies(name: str) -> None:
 def test_batch_norm_sees_the_keys_mixed_anew(splits: int) -> None:
     """Or it would tell which keys came with a query (MoCo, section 3.3)."""
     method, orders = MoCo(TwoLayers(), 8, 16, bn_splits=splits).train(), []
-    method.key_backbone.register_forward_pre_hook(lambda _, given: orders.append(given[0][:, 0, 0, 0].tolist()))
+    method.key_backbone.register_forward_pre_hook(
+        lambda _, given: orders.append(given[0][:, 0, 0, 0].tolist())
+    )
     batch = torch.arange(16.0)[:, None, None, None].expand(-1, 3, 8, 8).contiguous()
     for step in range(3):
         torch.manual_seed(step)
@@ -188,7 +230,12 @@ def test_batch_norm_sees_the_keys_mixed_anew(splits: int) -> None:
     assert len({tuple(order) for order in orders}) == 3
     size = 16 // splits
     of_queries = [set(range(at, at + size)) for at in range(0, 16, size)]
-    assert not [order for order in orders for at in range(0, 16, size) if set(order[at : at + size]) in of_queries]
+    assert not [
+        order
+        for order in orders
+        for at in range(0, 16, size)
+        if set(order[at : at + size]) in of_queries
+    ]
 
 
 def test_the_teachers_temperature() -> None:
@@ -204,7 +251,10 @@ def test_the_teachers_temperature() -> None:
 @pytest.mark.parametrize(("name", "layer"), [("swav", "prototypes"), ("dino", "student_head.last")])
 def test_the_last_layer_waits_for_an_epoch(name: str, layer: str) -> None:
     method = make(name)
-    optimizer, weight = optimizer_of(method, 256, "optimizer=sgd"), method.get_submodule(layer).weight
+    optimizer, weight = (
+        optimizer_of(method, 256, "optimizer=sgd"),
+        method.get_submodule(layer).weight,
+    )
     for epoch, moves in ((0.0, False), (0.9, False), (1.0, True)):
         method.begin(epoch, 10)
         before = weight.detach().clone()
@@ -225,10 +275,13 @@ def test_swavs_queue_joins_when_it_is_full_and_keeps_the_newest() -> None:
         prototypes = method.prototypes.weight.detach()
         torch.testing.assert_close(prototypes.norm(dim=1), torch.ones(6).double())
         batch = views(16, 16, seed=step, num=3)
-        queue = torch.cat(stored, dim=1)[:, :8] if len(stored) >= 3 else None  # 8 places, 3 images a batch
+        # 8 places, 3 images a batch
+        queue = torch.cat(stored, dim=1)[:, :8] if len(stored) >= 3 else None
         with torch.no_grad():
             crops = method.projector(method.backbone(torch.cat(batch))).split(3)
         expected = swapped_prediction_loss(crops, prototypes, queue=queue)
         torch.testing.assert_close(method(batch)["loss"].detach(), expected, rtol=1e-9, atol=1e-12)
         stored.insert(0, torch.stack([F.normalize(crop, dim=1) for crop in crops]))
-        torch.testing.assert_close(method.queue, torch.cat([*stored, torch.zeros(2, 8, 8)], dim=1)[:, :8].double())
+        torch.testing.assert_close(
+            method.queue, torch.cat([*stored, torch.zeros(2, 8, 8)], dim=1)[:, :8].double()
+        )

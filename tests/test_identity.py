@@ -1,4 +1,6 @@
-"""What a run is: the same for every spelling of its paths, wherever it lies; another where its result would be."""
+"""What a run is: the same for every spelling of its paths, wherever it lies; another where its
+result would be.
+"""
 
 import json
 import os
@@ -38,7 +40,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # How a person may write the folder real/target, started from its grandparent.
-SPELLINGS = ("real/target", "./real/target", "real/target/", "real//target", "deep/../real/target", "link/target")
+SPELLINGS = (
+    "real/target",
+    "./real/target",
+    "real/target/",
+    "real//target",
+    "deep/../real/target",
+    "link/target",
+)
 SPELLINGS += ("{root}/real/target", "{root}/link/target", "~/real/target", "~/real/./target/")
 # Every key that is a path, and a command that has it.
 KEYS = {
@@ -60,18 +69,25 @@ def test_two_spellings_of_a_path_are_one_run(place: Path, key: str, one: str, ot
         patch.chdir(place)
         patch.setenv("HOME", str(place))
         first, second = (
-            of(*KEYS[key], *(["dir=x"] if key != "dir" else []), f"{key}={quote(text.format(root=place))}")
+            of(
+                *KEYS[key],
+                *(["dir=x"] if key != "dir" else []),
+                f"{key}={quote(text.format(root=place))}",
+            )
             for text in (one, other)
         )
         assert not changes(first, second)
         assert (first.key, first.group) == (second.key, second.group)
-        assert identity.place_slug(one.format(root=place)) == identity.place_slug(other.format(root=place))
+        assert identity.place_slug(one.format(root=place)) == identity.place_slug(
+            other.format(root=place)
+        )
 
 
 def test_two_spellings_of_a_number_are_one_run() -> None:
     command = ["stage=lincls", "dir=x"]
     typed = [
-        of(*command, f"optimizer.base_lr={text}", f"augmentation.mean=[{text},0,0]") for text in ("30", "30.0", "3e1")
+        of(*command, f"optimizer.base_lr={text}", f"augmentation.mean=[{text},0,0]")
+        for text in ("30", "30.0", "3e1")
     ]
     assert len({one.key for one in typed}) == len({one.group for one in typed}) == 1
     assert of(*command, "stage.normalize=true").key != of(*command, "stage.normalize=false").key
@@ -84,12 +100,15 @@ def test_another_place_is_another_run() -> None:
 
 
 @pytest.mark.parametrize("home", ["runs/x", "a b's/[x]"])
-def test_a_pipeline_is_the_same_wherever_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str) -> None:
+def test_a_pipeline_is_the_same_wherever_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str
+) -> None:
     """Its rows name its own directory."""
     monkeypatch.chdir(tmp_path)
     command = ["experiment=quickstart"]
     relative, absolute, moved = (
-        of(*command, f"dir={quote(text)}") for text in (home, f"{tmp_path}/{home}", f"/elsewhere/{home}")
+        of(*command, f"dir={quote(text)}")
+        for text in (home, f"{tmp_path}/{home}", f"/elsewhere/{home}")
     )
     assert relative.own["stage.rows.pretrained"] == ["pretrained=${dir}/pretrain"]
     assert relative.key == absolute.key == moved.key
@@ -98,16 +117,35 @@ def test_a_pipeline_is_the_same_wherever_it_lies(tmp_path: Path, monkeypatch: py
 
 def test_where_the_code_lies_is_no_part_of_it_unless_it_is_another_code() -> None:
     before, moved, mine = (
-        of("stage=pretrain", f"method._target_={path}", "dir=x") if path else of("stage=pretrain", "dir=x")
+        of("stage=pretrain", f"method._target_={path}", "dir=x")
+        if path
+        else of("stage=pretrain", "dir=x")
         for path in ("", "ssl_bench.methods.momentum_contrast.MoCo", "mine.Mine")
     )
     assert before.key == moved.key != mine.key
     assert "_target_" not in " ".join(before.own)
 
 
-OTHERWISE = ["seed=1", "epochs=7", "batch_size=128", "precision=bf16", "compile=true", "zero_init_residual=true"]
-OTHERWISE += ["method.temperature=0.3", "optimizer.base_lr=0.1", "schedule.warmup_epochs=1", "augmentation.hue=0.2"]
-OTHERWISE += ["backbone.width=32", "data.image_size=64", "data.on_error=skip", "stage.online_images=7"]
+OTHERWISE = [
+    "seed=1",
+    "epochs=7",
+    "batch_size=128",
+    "precision=bf16",
+    "compile=true",
+    "zero_init_residual=true",
+]
+OTHERWISE += [
+    "method.temperature=0.3",
+    "optimizer.base_lr=0.1",
+    "schedule.warmup_epochs=1",
+    "augmentation.hue=0.2",
+]
+OTHERWISE += [
+    "backbone.width=32",
+    "data.image_size=64",
+    "data.on_error=skip",
+    "stage.online_images=7",
+]
 
 
 @pytest.mark.parametrize("word", OTHERWISE)
@@ -125,7 +163,7 @@ def test_a_new_key_that_is_null_leaves_older_runs_what_they_were() -> None:
     assert before.key == now.key == newer.key
 
 
-# -- how many processes ------------------------------------------------------------------------------------------------
+# -- how many processes ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -136,9 +174,18 @@ def test_a_new_key_that_is_null_leaves_older_runs_what_they_were() -> None:
         (["stage=pretrain", "method=byol", "sync_batch_norm=false"], True),
         (["stage=pretrain", "method=byol"], False),
         (["stage=pretrain", "method=simclr"], False),
-        (["stage=pretrain", "method=simclr", "backbone=timm", "+backbone.options.drop_path_rate=0.1"], True),
+        (
+            [
+                "stage=pretrain",
+                "method=simclr",
+                "backbone=timm",
+                "+backbone.options.drop_path_rate=0.1",
+            ],
+            True,
+        ),
         (["stage=pretrain", "method=moco_v2"], False),  # bn_splits=null makes the parts eight
-        (["stage=pretrain", "method=moco_v2", "backbone=timm"], True),  # unless there is nothing that it can split
+        # unless there is nothing that it can split
+        (["stage=pretrain", "method=moco_v2", "backbone=timm"], True),
         (["stage=lincls"], False),
         (["stage=knn"], False),
         (["stage=finetune"], False),
@@ -148,7 +195,9 @@ def test_a_new_key_that_is_null_leaves_older_runs_what_they_were() -> None:
         (["stage=pipeline", "method=simclr"], False),
     ],
 )
-def test_the_number_of_processes_counts_where_it_changes_the_result(command: list[str], counts: bool) -> None:
+def test_the_number_of_processes_counts_where_it_changes_the_result(
+    command: list[str], counts: bool
+) -> None:
     if "backbone=timm" in command:
         command = [*command, "backbone.model=resnet18"]
     one, two = (of(*command, "dir=x", f"devices={count}") for count in (1, 2))
@@ -158,10 +207,20 @@ def test_the_number_of_processes_counts_where_it_changes_the_result(command: lis
 
 
 def test_parts_of_batch_norm_are_what_counts() -> None:
-    """tests/test_distributed.py proves that two processes of four parts compute what one of eight does."""
+    """tests/test_distributed.py proves that two processes of four parts compute what one of eight
+    does.
+    """
     alike = [
         of("stage=pretrain", "dir=x", f"devices={devices}", f"method.bn_splits={splits}")
-        for devices, splits in ((1, 8), (2, 4), (8, 1), (1, "null"), (2, "null"), (4, "null"), (8, "null"))
+        for devices, splits in (
+            (1, 8),
+            (2, 4),
+            (8, 1),
+            (1, "null"),
+            (2, "null"),
+            (4, "null"),
+            (8, "null"),
+        )
     ]
     assert len({one.key for one in alike}) == 1
     fewer = of("stage=pretrain", "dir=x", "devices=1", "method.bn_splits=4")
@@ -169,16 +228,22 @@ def test_parts_of_batch_norm_are_what_counts() -> None:
 
 
 @pytest.mark.parametrize(("method", "refused"), [("moco_v2", True), ("simclr", False)])
-def test_begun_with_two_processes_and_continued_with_one(tmp_path: Path, method: str, refused: bool) -> None:
+def test_begun_with_two_processes_and_continued_with_one(
+    tmp_path: Path, method: str, refused: bool
+) -> None:
     def run(devices: int) -> Run:
         words = [f"method={method}", "stage=pretrain", f"dir={tmp_path}/run", f"devices={devices}"]
         words += ["method.bn_splits=1"] if method == "moco_v2" else []
-        return Run(OmegaConf.to_container(compose(*words), resolve=True), torch.device("cpu"), NoTracker)
+        return Run(
+            OmegaConf.to_container(compose(*words), resolve=True), torch.device("cpu"), NoTracker
+        )
 
     with run(2) as first:
         first.save(1, model=torch.nn.Linear(1, 1))
     if refused:
-        with pytest.raises(UserError, match="another configuration: devices x bn_splits was 2, is 1"):
+        with pytest.raises(
+            UserError, match="another configuration: devices x bn_splits was 2, is 1"
+        ):
             run(1).__enter__()
     else:
         with run(1) as again:
@@ -188,7 +253,9 @@ def test_begun_with_two_processes_and_continued_with_one(tmp_path: Path, method:
 def test_one_tasks_and_two_tasks_runs_are_two_rows(tmp_path: Path) -> None:
     """Also of runs from before, whose configuration doesn't say that torchrun had started two."""
     for seed, world in enumerate((1, 1, 2, 2), start=1):
-        ran = pretrained(tmp_path / f"p{seed}", f"seed={seed}", "method.bn_splits=1", loss=float(seed))
+        ran = pretrained(
+            tmp_path / f"p{seed}", f"seed={seed}", "method.bn_splits=1", loss=float(seed)
+        )
         (ran.directory / "environment.json").write_text(json.dumps({"world_size": world}))
     (board,) = grouping.boards(record.find([tmp_path]))
     assert [(group.name, group.values("loss")) for group in board.groups] == [
@@ -197,15 +264,19 @@ def test_one_tasks_and_two_tasks_runs_are_two_rows(tmp_path: Path) -> None:
     ]
 
 
-# -- content -----------------------------------------------------------------------------------------------------------
+# -- content ---------------------------------------------------------------------------------------
 
 
 def standing_on(directory: Path, weights: str | Path) -> Run:
     words = ["stage=lincls", f"dir={directory}", f"pretrained={quote(str(weights))}"]
-    return Run(OmegaConf.to_container(compose(*words), resolve=True), torch.device("cpu"), NoTracker)
+    return Run(
+        OmegaConf.to_container(compose(*words), resolve=True), torch.device("cpu"), NoTracker
+    )
 
 
-def test_the_same_weights_elsewhere_and_other_weights_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_weights_elsewhere_and_other_weights_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("weights").write_text("first")
     with standing_on(tmp_path / "run", "weights") as begun:
@@ -218,7 +289,9 @@ def test_the_same_weights_elsewhere_and_other_weights_there(tmp_path: Path, monk
             assert again.restore(model=torch.nn.Linear(1, 1)) == 1
     os.utime("copy", (0, 0))
     Path("copy").write_text("second")
-    with pytest.raises(UserError, match=r"another configuration: pretrained was moved/weights, is copy\. Choose"):
+    with pytest.raises(
+        UserError, match=r"another configuration: pretrained was moved/weights, is copy\. Choose"
+    ):
         standing_on(tmp_path / "run", "copy").__enter__()
 
 
@@ -237,7 +310,9 @@ def test_a_checkpoint_of_another_run_is_refused_and_one_of_before_is_not(tmp_pat
 
 
 def test_other_images_are_another_experiment(tmp_path: Path) -> None:
-    """data.root is in no identity: two folders of images are told by their fingerprints, where these are known."""
+    """data.root is in no identity: two folders of images are told by their fingerprints, where
+    these are known.
+    """
     for seed, images in enumerate(("a", "a", "b", None), start=1):
         pretrained(tmp_path / f"p{seed}", f"seed={seed}", loss=float(seed))
         facts = {} if images is None else {"pretrain": {"fingerprint": images, "images": 1}}
@@ -246,7 +321,9 @@ def test_other_images_are_another_experiment(tmp_path: Path) -> None:
     assert [group.values("loss") for group in board.groups] == [[1.0, 2.0, 4.0], [3.0]]
 
 
-def test_a_twin_of_a_sweep_is_known_by_what_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_twin_of_a_sweep_is_known_by_what_it_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     made = checkpoint(pretrained(tmp_path / "runs" / "p"), 80, b"weights").parents[1]
 
@@ -254,15 +331,24 @@ def test_a_twin_of_a_sweep_is_known_by_what_it_computes(tmp_path: Path, monkeypa
         words = ["stage=lincls", f"pretrained={place}", "dir=runs/sweeps/lincls/member", *words]
         return OmegaConf.to_container(compose(*words), resolve=True)
 
-    one = sweep.Member(tmp_path / "runs/sweeps/lincls/.members/member.json", [], config("runs/p"), str(tmp_path), "")
+    one = sweep.Member(
+        tmp_path / "runs/sweeps/lincls/.members/member.json",
+        [],
+        config("runs/p"),
+        str(tmp_path),
+        "",
+    )
     known = sweep.by_key([one])
     for spelling in ("runs/p/", made, "./runs/../runs/p"):
         assert sweep.twin(config(spelling), known) is one
     assert sweep.twin(config("runs/p", "seed=1"), known) is None
     shutil.copytree("runs/p", "other")
-    assert sweep.twin(config("other"), known) is None  # it hasn't begun: nothing is known of its weights
+    # it hasn't begun: nothing is known of its weights
+    assert sweep.twin(config("other"), known) is None
     one.directory.mkdir(parents=True)
-    (one.directory / "pretrained.sha256").write_text(files.digest(made / "checkpoints" / "step0000000080.pt"))
+    (one.directory / "pretrained.sha256").write_text(
+        files.digest(made / "checkpoints" / "step0000000080.pt")
+    )
     assert sweep.twin(config("other"), known) is one
     assert not one.stale
     monkeypatch.chdir(made)

@@ -15,8 +15,11 @@ from conftest import TINY_PRETRAIN
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("install")]  # one wheel, one environment
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(path.relative_to(ROOT / "conf").as_posix() for path in (ROOT / "conf").rglob("*.yaml"))
-CONFIGS += [f"launcher/{path.name}" for path in sorted((ROOT / "launchers").glob("*.yaml"))]  # a link in conf/
+CONFIGS = sorted(
+    path.relative_to(ROOT / "conf").as_posix() for path in (ROOT / "conf").rglob("*.yaml")
+)
+# a link in conf/
+CONFIGS += [f"launcher/{path.name}" for path in sorted((ROOT / "launchers").glob("*.yaml"))]
 
 
 def call(*command: str | Path, cwd: Path) -> str:
@@ -31,7 +34,9 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of what is installed, so that the checkout stays clean."""
     copy = tmp_path_factory.mktemp("copy")
     for name in ("conf", "hydra_plugins", "launchers", "ssl_bench"):
-        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     return copy
@@ -55,12 +60,27 @@ def install(tmp_path_factory: pytest.TempPathFactory, *what: str | Path) -> Call
     venv, elsewhere = tmp_path_factory.mktemp("venv"), tmp_path_factory.mktemp("elsewhere")
     call(sys.executable, "-m", "venv", "--without-pip", venv, cwd=elsewhere)
     python = venv / "bin" / "python"
-    site = Path(call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=elsewhere).strip())
-    # Its own packages come first. Python reads no .pth files of the folder named here: an editable install stays out.
+    site = Path(
+        call(
+            python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=elsewhere
+        ).strip()
+    )
+    # Its own packages come first. Python reads no .pth files of the folder named here: an editable
+    # install stays out.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
-    call(*pip, "install", "--no-deps", "--force-reinstall", "--ignore-installed", *what, cwd=elsewhere)
-    where = Path(call(python, "-c", "import ssl_bench; print(ssl_bench.__file__)", cwd=elsewhere).strip())
+    call(
+        *pip,
+        "install",
+        "--no-deps",
+        "--force-reinstall",
+        "--ignore-installed",
+        *what,
+        cwd=elsewhere,
+    )
+    where = Path(
+        call(python, "-c", "import ssl_bench; print(ssl_bench.__file__)", cwd=elsewhere).strip()
+    )
     assert where.is_relative_to(what[-1] if "--editable" in what else site)
 
     def program(name: str, *args: str) -> str:
@@ -74,7 +94,9 @@ def test_the_wheel_holds_every_configuration(wheel: Path) -> None:
     held = sorted(name.removeprefix("ssl_bench/conf/") for name in names if name.endswith(".yaml"))
     assert held == sorted(CONFIGS)
     modules = {
-        path.relative_to(ROOT).as_posix() for path in (ROOT / "ssl_bench").rglob("*.py") if "conf" not in path.parts
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "ssl_bench").rglob("*.py")
+        if "conf" not in path.parts
     }
     assert modules <= set(names)
     assert {f"ssl_bench/page.{kind}" for kind in ("html", "css", "js")} <= set(names)
@@ -89,7 +111,9 @@ def test_help_and_configuration(installed: Callable[..., str]) -> None:
     page = installed("ssl-bench", "--help")
     for config in CONFIGS:
         group, _, choice = config.removesuffix(".yaml").rpartition("/")
-        assert not group or any(line.startswith(f"{group}: ") and choice in line for line in page.splitlines()), config
+        assert not group or any(
+            line.startswith(f"{group}: ") and choice in line for line in page.splitlines()
+        ), config
     job = installed("ssl-bench", "--cfg", "job")
     assert "_target_: ssl_bench.methods.moco.MoCo" in job
     assert installed("python", "-m", "ssl_bench.train", "--cfg", "job") == job

@@ -29,7 +29,9 @@ from ssl_bench.runs.checkpoint import Checkpoint
 from ssl_bench.runs.weights import load_backbone, load_official_moco, official_moco_state_dict
 
 
-def moco(arch: str = "resnet18", seed: int = 0, mlp: bool = True, queue_size: int = 16, **shape) -> MoCo:
+def moco(
+    arch: str = "resnet18", seed: int = 0, mlp: bool = True, queue_size: int = 16, **shape
+) -> MoCo:
     """A MoCo whose every tensor is its own: running statistics, key encoder and pointer too."""
     torch.manual_seed(seed)
     method = MoCo(getattr(resnet, arch)(**shape), 8, queue_size, mlp=mlp)
@@ -60,19 +62,25 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 
 def write_official(method: MoCo, path: Path) -> Path:
-    torch.save({"epoch": 200, "arch": "resnet18", "state_dict": official_moco_state_dict(method)}, path)
+    torch.save(
+        {"epoch": 200, "arch": "resnet18", "state_dict": official_moco_state_dict(method)}, path
+    )
     return path
 
 
-# --- the authors' layout ----------------------------------------------------------------------------------------------
+# --- the authors' layout --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mlp", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize("arch", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_main_lincls_reads_what_we_write(tmp_path: Path, arch: str, mlp: bool) -> None:
-    """Its rule: module.encoder_q without its fc goes into torchvision's network, and exactly fc is missing."""
+    """Its rule: module.encoder_q without its fc goes into torchvision's network, and exactly fc is
+    missing.
+    """
     method = moco(arch, mlp=mlp)
-    torch.save({"arch": arch, "state_dict": official_moco_state_dict(method)}, tmp_path / "moco.pth.tar")
+    torch.save(
+        {"arch": arch, "state_dict": official_moco_state_dict(method)}, tmp_path / "moco.pth.tar"
+    )
     theirs = getattr(models, arch)()
     theirs.fc.requires_grad_(False).weight.zero_()
     content = torch.load(tmp_path / "moco.pth.tar", weights_only=True)
@@ -96,7 +104,9 @@ def test_main_lincls_reads_what_we_write(tmp_path: Path, arch: str, mlp: bool) -
     assert torch.equal(features(fresh), features(method.backbone))
 
 
-@pytest.mark.parametrize(("mlp", "head"), [(False, ["fc"]), (True, ["fc.0", "fc.2"])], ids=["v1", "v2"])
+@pytest.mark.parametrize(
+    ("mlp", "head"), [(False, ["fc"]), (True, ["fc.0", "fc.2"])], ids=["v1", "v2"]
+)
 def test_keys_are_the_authors(mlp: bool, head: list[str]) -> None:
     network = [key for key in models.resnet18().state_dict() if not key.startswith("fc.")]
     encoder = [*network, *(f"{layer}.{name}" for layer in head for name in ("weight", "bias"))]
@@ -124,7 +134,7 @@ def test_another_methods_state_is_refused(other: dict, names: list[str]) -> None
     assert same(method, before)
 
 
-# --- every source of `pretrained=` ------------------------------------------------------------------------------------
+# --- every source of `pretrained=` ----------------------------------------------------------------
 
 
 def test_a_run_directory_and_its_file(tmp_path: Path) -> None:
@@ -148,14 +158,20 @@ def test_an_official_file_gives_the_query_encoder(tmp_path: Path) -> None:
     assert loaded.layout == "official MoCo"
     assert same(backbone, method.backbone)
     assert not same(backbone, method.key_backbone)
-    assert {"module.encoder_q.fc.0.weight", "module.queue", "module.encoder_k.conv1.weight"} <= set(loaded.left_out)
+    assert {"module.encoder_q.fc.0.weight", "module.queue", "module.encoder_k.conv1.weight"} <= set(
+        loaded.left_out
+    )
     assert loaded.num_tensors + len(loaded.left_out) == len(official_moco_state_dict(method))
 
 
 @pytest.mark.parametrize("classifier", [True, False])
 def test_a_torchvision_file(tmp_path: Path, classifier: bool) -> None:
     network = models.resnet18()
-    state = {key: value for key, value in network.state_dict().items() if classifier or not key.startswith("fc.")}
+    state = {
+        key: value
+        for key, value in network.state_dict().items()
+        if classifier or not key.startswith("fc.")
+    }
     torch.save(state, tmp_path / "resnet18.pth")
     backbone = resnet.resnet18()
     loaded = load_backbone(backbone, str(tmp_path / "resnet18.pth"))
@@ -184,7 +200,11 @@ def test_all_or_nothing(
 ) -> None:
     """Whatever does not fit exactly is refused with its keys, and the backbone stays as it was."""
     reshaped = reshaped - dropped
-    state = {f"backbone.{key}": value + 1 for key, value in BACKBONE.state_dict().items() if key not in dropped}
+    state = {
+        f"backbone.{key}": value + 1
+        for key, value in BACKBONE.state_dict().items()
+        if key not in dropped
+    }
     state |= {f"backbone.{key}": torch.zeros(1) for key in added}
     state |= {f"backbone.{key}": state[f"backbone.{key}"][None] for key in reshaped}
     path = tmp_path_factory.mktemp("weights") / "x.pt"
@@ -218,7 +238,10 @@ def test_weights_that_are_not_finite(tmp_path: Path) -> None:
         ({"state_dict": 3}, "unknown layout (first keys: state_dict)"),
         ({"model": 3, "step": 2}, "unknown layout (first keys: model, step)"),
         ({"model": {1: torch.zeros(2)}, "step": 2}, "unknown layout (first keys: 1)"),
-        ({"state_dict": {"encoder.conv1.weight": torch.zeros(2)}}, "unknown layout (first keys: encoder.conv1.weight)"),
+        (
+            {"state_dict": {"encoder.conv1.weight": torch.zeros(2)}},
+            "unknown layout (first keys: encoder.conv1.weight)",
+        ),
     ],
     ids=str,
 )
@@ -230,7 +253,7 @@ def test_other_files_are_refused(tmp_path: Path, content: object, says: str) -> 
     assert str(tmp_path / "x.pt") in str(caught.value)
 
 
-# --- the zoo ----------------------------------------------------------------------------------------------------------
+# --- the zoo --------------------------------------------------------------------------------------
 
 
 class Server:
@@ -266,7 +289,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("SSL_BENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(published, "BASE_URL", server.url)
-    monkeypatch.setattr(published, "WEIGHTS", {"tiny": published.Weights("zoo/tiny.pth.tar", md5, "resnet18", "")})
+    monkeypatch.setattr(
+        published, "WEIGHTS", {"tiny": published.Weights("zoo/tiny.pth.tar", md5, "resnet18", "")}
+    )
     thread = Thread(target=server.http.serve_forever, args=(0.02,))
     thread.start()
     yield server
@@ -277,7 +302,11 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def cached(tmp_path: Path) -> list[str]:
     """What is left in the cache, but for locks."""
-    return [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return [
+        path.name
+        for path in (tmp_path / "cache").rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    ]
 
 
 def test_a_zoo_name_is_downloaded_once(server: Server, tmp_path: Path) -> None:
@@ -326,7 +355,9 @@ def test_no_network(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert "refused" in refused(tmp_path)
 
 
-def test_a_silent_network_does_not_hang(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_network_does_not_hang(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
         monkeypatch.setattr(published, "BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/")
         monkeypatch.setattr(published, "TIMEOUT", 0.2)
@@ -350,19 +381,25 @@ def test_the_wrong_backbone_for_a_zoo_name(server: Server) -> None:
         load_backbone(resnet.resnet34(), "tiny")
 
 
-# --- as a command -----------------------------------------------------------------------------------------------------
+# --- as a command ---------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_lincls_of_an_official_file(ssl_bench: Command, tmp_path: Path) -> None:
     method = tiny()
     write_official(method, tmp_path / "x.pth.tar")
-    result = ssl_bench(*TINY, "stage=lincls", "pretrained=x.pth.tar", "epochs=1", "dir=run", check=True)
+    result = ssl_bench(
+        *TINY, "stage=lincls", "pretrained=x.pth.tar", "epochs=1", "dir=run", check=True
+    )
     wanted, whole = len(method.backbone.state_dict()), len(official_moco_state_dict(method))
-    assert f"loaded all {wanted} tensors of the backbone from x.pth.tar (official MoCo layout)" in result.stderr
+    assert (
+        f"loaded all {wanted} tensors of the backbone from x.pth.tar (official MoCo layout)"
+        in result.stderr
+    )
     assert f"left out {whole - wanted} others: module.encoder_q.fc.0.weight" in result.stderr
     backbone = tiny(seed=1).backbone
-    load_backbone(backbone, str(tmp_path / "run"))  # the classifier's checkpoint holds the backbone it saw
+    # the classifier's checkpoint holds the backbone it saw
+    load_backbone(backbone, str(tmp_path / "run"))
     assert same(backbone, method.backbone)
 
 
@@ -380,21 +417,31 @@ def test_a_damaged_newest_state_is_refused_with_the_one_before(tmp_path: Path) -
     load_backbone(tiny().backbone, str(older))
 
 
-def test_large_files_are_read_once_for_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command asks an export for its recipe, mean and std, classes and labels, and a zoo name for its file."""
+def test_large_files_are_read_once_for_what_they_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command asks an export for its recipe, mean and std, classes and labels, and a zoo name for
+    its file.
+    """
     state = {"a": torch.zeros(2)}
     metadata = {"ssl_bench": '{"augmentation": {"mean": [1, 1, 1]}}'}
     metadata[weights.DIGEST] = weights.digest(state, metadata["ssl_bench"])
     save_file(state, path := tmp_path / "model.safetensors", metadata)
     monkeypatch.setenv("SSL_BENCH_CACHE", str(tmp_path))
-    monkeypatch.setattr(published, "WEIGHTS", {"one": published.Weights("x/one.pth", "c4ca4238", "resnet18", "")})
+    monkeypatch.setattr(
+        published, "WEIGHTS", {"one": published.Weights("x/one.pth", "c4ca4238", "resnet18", "")}
+    )
     published.place("one").parent.mkdir()
     published.place("one").write_text("1")
     read: list[Path] = []
     load, file_digest = safetensors.torch.load_file, hashlib.file_digest
-    monkeypatch.setattr(safetensors.torch, "load_file", lambda path: read.append(path) or load(path))
     monkeypatch.setattr(
-        hashlib, "file_digest", lambda file, *how: read.append(Path(file.name)) or file_digest(file, *how)
+        safetensors.torch, "load_file", lambda path: read.append(path) or load(path)
+    )
+    monkeypatch.setattr(
+        hashlib,
+        "file_digest",
+        lambda file, *how: read.append(Path(file.name)) or file_digest(file, *how),
     )
     for _ in range(3):
         assert weights.look(path) == {"mean": [1, 1, 1]}
@@ -413,7 +460,11 @@ def test_large_files_are_read_once_for_what_they_say(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("names", [5, "cat", {"a": 1}, [1, 2], None])
 def test_names_of_classes_that_are_none(tmp_path: Path, names: object) -> None:
     """Of a file from elsewhere, and of a run's directory."""
-    save_file({"a": torch.zeros(2)}, path := tmp_path / "m.safetensors", {"ssl_bench": json.dumps({"classes": names})})
+    save_file(
+        {"a": torch.zeros(2)},
+        path := tmp_path / "m.safetensors",
+        {"ssl_bench": json.dumps({"classes": names})},
+    )
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "classes.json").write_text(json.dumps({"classes": names}))
     for file in (path, tmp_path / "checkpoints" / "step0000000001.pt"):

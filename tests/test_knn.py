@@ -19,7 +19,13 @@ from ssl_bench.evaluate.neighbours import nearest, weighted_knn
 from ssl_bench.launch.process import launch
 from ssl_bench.runs.run import Run
 
-DIGITS = ["stage=knn", "data=digits", "data.image_size=16", "backbone.width=8", "backbone.stem=small"]
+DIGITS = [
+    "stage=knn",
+    "data=digits",
+    "data.image_size=16",
+    "backbone.width=8",
+    "backbone.stem=small",
+]
 
 
 def features(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -61,7 +67,9 @@ def test_neighbours_come_in_order_and_with_their_rows() -> None:
     queries, bank = features(4, 8), features(30, 8, seed=1)
     similarities, rows = nearest(queries, bank, 7)
     assert (similarities.diff(dim=1) <= 0).all()
-    torch.testing.assert_close(similarities, torch.cosine_similarity(queries[:, None], bank[rows], dim=2))
+    torch.testing.assert_close(
+        similarities, torch.cosine_similarity(queries[:, None], bank[rows], dim=2)
+    )
 
 
 def test_the_choice_is_the_best_of_the_exam(tmp_path: Path) -> None:
@@ -69,7 +77,12 @@ def test_the_choice_is_the_best_of_the_exam(tmp_path: Path) -> None:
     result = launch(compose(*command))
     with open(tmp_path / "run" / "grid.csv") as file:
         rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    assert [(row["k"], row["temperature"]) for row in rows] == [(3, 0.05), (3, 0.5), (500, 0.05), (500, 0.5)]
+    assert [(row["k"], row["temperature"]) for row in rows] == [
+        (3, 0.05),
+        (3, 0.5),
+        (500, 0.05),
+        (500, 0.5),
+    ]
     best = max(rows, key=lambda row: row["holdout_top1"])
     assert {key: result[key] for key in best} == best
     assert result["holdout_top1"] > 80 > min(row["holdout_top1"] for row in rows)
@@ -77,15 +90,25 @@ def test_the_choice_is_the_best_of_the_exam(tmp_path: Path) -> None:
     only = [f"stage.k=[{best['k']:.0f}]", f"stage.temperatures=[{best['temperature']}]"]
     alone = launch(compose(*DIGITS, *only, f"dir={tmp_path}/alone"))
     assert "holdout_top1" not in alone
-    assert [alone[key] for key in ("val_top1", "val_top5")] == [result[key] for key in ("val_top1", "val_top5")]
-    (line,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [alone[key] for key in ("val_top1", "val_top5")] == [
+        result[key] for key in ("val_top1", "val_top5")
+    ]
+    (line,) = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert line == {"step": 1, "epoch": 1.0, **result}
     assert launch(compose(*command)) == result
 
 
 def test_val_labels_choose_nothing(tmp_path: Path) -> None:
     write_dl21(tmp_path / "data", 1, 60, 40, num_classes=4, image_size=16, workers=1)
-    command = ["stage=knn", "data=dl21", f"data.root={tmp_path}/data", "data.workers=1", "data.image_size=16"]
+    command = [
+        "stage=knn",
+        "data=dl21",
+        f"data.root={tmp_path}/data",
+        "data.workers=1",
+        "data.image_size=16",
+    ]
     command += ["backbone.width=8", "backbone.stem=small"]
     true = launch(compose(*command, f"dir={tmp_path}/true"))
     path = tmp_path / "data" / "val_label_tensor.pt"
@@ -95,7 +118,9 @@ def test_val_labels_choose_nothing(tmp_path: Path) -> None:
     assert [true[key] for key in ("k", "temperature", "holdout_top1")] == [
         poisoned[key] for key in ("k", "temperature", "holdout_top1")
     ]
-    assert (tmp_path / "true" / "grid.csv").read_text() == (tmp_path / "poisoned" / "grid.csv").read_text()
+    assert (tmp_path / "true" / "grid.csv").read_text() == (
+        tmp_path / "poisoned" / "grid.csv"
+    ).read_text()
 
 
 def test_the_exam_is_asked_of_others(tmp_path: Path) -> None:
@@ -103,9 +128,18 @@ def test_the_exam_is_asked_of_others(tmp_path: Path) -> None:
     write_dl21(tmp_path / "data", 1, 80, 40, num_classes=4, image_size=16, workers=1)
     path = tmp_path / "data" / "train_label_tensor.pt"
     torch.save(
-        torch.load(path, weights_only=True)[torch.randperm(80, generator=torch.Generator().manual_seed(0))], path
+        torch.load(path, weights_only=True)[
+            torch.randperm(80, generator=torch.Generator().manual_seed(0))
+        ],
+        path,
     )
-    command = ["stage=knn", "data=dl21", f"data.root={tmp_path}/data", "data.workers=1", "data.image_size=16"]
+    command = [
+        "stage=knn",
+        "data=dl21",
+        f"data.root={tmp_path}/data",
+        "data.workers=1",
+        "data.image_size=16",
+    ]
     result = launch(compose(*command, "backbone=pixels", "stage.k=[1,3]", f"dir={tmp_path}/run"))
     assert result["holdout_top1"] < 60
 
@@ -140,6 +174,11 @@ def test_two_processes(ssl_bench: Command, tmp_path: Path) -> None:
     """1,297 and 500 images in two shares are the same as in one."""
     for name, devices in (("one", 1), ("two", 2)):
         ssl_bench(*DIGITS, f"devices={devices}", f"dir={name}", check=True)
-    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
-    assert one == pytest.approx(two, abs=0.4)  # batches of other sizes round differently: an image more or less
-    assert complaint(ssl_bench(*DIGITS, "stage.k=20")).startswith("stage.k=20: input should be a valid tuple")
+    one, two = (
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")
+    )
+    # batches of other sizes round differently: an image more or less
+    assert one == pytest.approx(two, abs=0.4)
+    assert complaint(ssl_bench(*DIGITS, "stage.k=20")).startswith(
+        "stage.k=20: input should be a valid tuple"
+    )

@@ -19,8 +19,20 @@ from ssl_bench.methods.base import Method
 from ssl_bench.stages import _labels
 from ssl_bench.stages._labels import learns_labels, seen_by
 
-SMALL = ["data.image_size=16", "data.workers=1", "backbone.width=8", "backbone.stem=small", "batch_size=8"]
-SELF = ["stage=pretrain", "method=simsiam", "method.dim=8", "method.predictor_dim=8", "augmentation.flip_p=0"]
+SMALL = [
+    "data.image_size=16",
+    "data.workers=1",
+    "backbone.width=8",
+    "backbone.stem=small",
+    "batch_size=8",
+]
+SELF = [
+    "stage=pretrain",
+    "method=simsiam",
+    "method.dim=8",
+    "method.predictor_dim=8",
+    "augmentation.flip_p=0",
+]
 CACHED = ["stage=lincls", "stage.features=cached", "epochs=1"]
 ONE_CELL = ["stage.lrs=[0.3]", "stage.weight_decays=[0]"]
 ONE_KNN = ["stage=knn", "stage.k=[3]", "stage.temperatures=[0.07]"]
@@ -28,18 +40,45 @@ ONE_KNN = ["stage=knn", "stage.k=[3]", "stage.temperatures=[0.07]"]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """data/ and other/, 16 unlabelled, 24 train, 8 val images of two classes; runs of self-supervision and, at some
-    depth, of labels: simsiam, supervised, tuned, probed (lincls of tuned), tuned_again (of probed), exported."""
+    """data/ and other/, 16 unlabelled, 24 train, 8 val images of two classes; runs of
+    self-supervision and, at some depth, of labels: simsiam, supervised, tuned, probed (lincls of
+    tuned), tuned_again (of probed), exported.
+    """
     place = tmp_path_factory.mktemp("labels")
     for seed, name in enumerate(("data", "other")):
-        write_dl21(place / name, 16, 24, 8, num_classes=2, image_size=16, num_request=4, workers=1, seed=seed)
+        write_dl21(
+            place / name,
+            16,
+            24,
+            8,
+            num_classes=2,
+            image_size=16,
+            num_request=4,
+            workers=1,
+            seed=seed,
+        )
     on = [*SMALL, "data=dl21", f"data.root={place}/data"]
     launch(compose(*on, *SELF, "epochs=1", "stage.online_images=16", f"dir={place}/simsiam"))
-    launch(compose(*on, "stage=pretrain", "method=supervised", "epochs=1", f"dir={place}/supervised"))
-    chain = {"tuned": ("finetune", "simsiam"), "probed": ("lincls", "tuned"), "tuned_again": ("finetune", "probed")}
+    launch(
+        compose(*on, "stage=pretrain", "method=supervised", "epochs=1", f"dir={place}/supervised")
+    )
+    chain = {
+        "tuned": ("finetune", "simsiam"),
+        "probed": ("lincls", "tuned"),
+        "tuned_again": ("finetune", "probed"),
+    }
     for name, (stage, before) in chain.items():
         few = ["stage.labels_per_class=6"] if name == "tuned" else []
-        launch(compose(*on, f"stage={stage}", *few, "epochs=1", f"pretrained={place}/{before}", f"dir={place}/{name}"))
+        launch(
+            compose(
+                *on,
+                f"stage={stage}",
+                *few,
+                "epochs=1",
+                f"pretrained={place}/{before}",
+                f"dir={place}/{name}",
+            )
+        )
     for name in ("supervised", "simsiam"):
         out = [f"stage.out={place}/exported_{name}", "stage.onnx=false"]
         launch(compose("stage=export", f"pretrained={place}/{name}", *out))
@@ -47,10 +86,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on(place: Path, weights: str, *more: str, data: str = "data") -> list[str]:
-    return [*SMALL, "data=dl21", f"data.root={place}/{data}", f"pretrained={place}/{weights}", *more]
+    return [
+        *SMALL,
+        "data=dl21",
+        f"data.root={place}/{data}",
+        f"pretrained={place}/{weights}",
+        *more,
+    ]
 
 
-LEARNT = ["supervised", "tuned", "probed", "tuned_again", "exported_supervised", "exported_supervised/model.pth"]
+LEARNT = [
+    "supervised",
+    "tuned",
+    "probed",
+    "tuned_again",
+    "exported_supervised",
+    "exported_supervised/model.pth",
+]
 
 
 @pytest.mark.parametrize("weights", LEARNT)
@@ -62,7 +114,9 @@ def test_what_chooses_by_labels_that_were_learnt_is_refused(
     with pytest.raises(UserError) as caught:
         launch(compose(*on(place, weights, *command, *cache)))
     assert "has learnt from the labels of data=dl21, so that stage" in str(caught.value)
-    assert ("stage.k=[20]" if command == ["stage=knn"] else "type stage.features=official, or") in str(caught.value)
+    assert (
+        "stage.k=[20]" if command == ["stage=knn"] else "type stage.features=official, or"
+    ) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())  # before an image is read
 
@@ -102,7 +156,9 @@ def test_self_supervision_leaves_labels_to_choose_by(
 
 
 def test_labels_of_other_images_are_others(place: Path, tmp_path: Path) -> None:
-    assert "holdout_top1" in launch(compose(*on(place, "supervised", "stage=knn", f"dir={tmp_path}/run", data="other")))
+    assert "holdout_top1" in launch(
+        compose(*on(place, "supervised", "stage=knn", f"dir={tmp_path}/run", data="other"))
+    )
 
 
 def test_the_same_images_by_other_words(place: Path, tmp_path: Path) -> None:
@@ -118,7 +174,9 @@ def test_the_same_images_by_other_words(place: Path, tmp_path: Path) -> None:
             launch(compose(*on(place, "supervised", "stage=knn", *words, f"dir={tmp_path}/run")))
 
 
-def test_where_nothing_is_known_it_is_said(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_where_nothing_is_known_it_is_said(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "ssl_bench")
     torch.save(tiny().backbone.state_dict(), tmp_path / "x.pth")
     source = [f"pretrained={tmp_path}/x.pth"]
@@ -128,14 +186,21 @@ def test_where_nothing_is_known_it_is_said(place: Path, tmp_path: Path, caplog: 
         caplog.clear()
     launch(compose(*on(place, "x", "stage=finetune", "epochs=1", *source, f"dir={tmp_path}/tuned")))
     with pytest.raises(UserError, match="has learnt from the labels"):  # that much is
-        launch(compose(*on(place, "x", "stage=knn", f"pretrained={tmp_path}/tuned", f"dir={tmp_path}/again")))
+        launch(
+            compose(
+                *on(
+                    place, "x", "stage=knn", f"pretrained={tmp_path}/tuned", f"dir={tmp_path}/again"
+                )
+            )
+        )
     launch(compose(*on(place, "x", *source, "stage=lincls", "epochs=1", f"dir={tmp_path}/probed")))
     assert seen_by(str(tmp_path / "probed")) == _labels.Labels(known=False)
     assert seen_by(None) == _labels.Labels()
 
 
 @pytest.mark.parametrize(
-    "text", ["[1]", '{"seen": 3, "known": true}', '{"seen": [1], "known": true}', '{"known": true}', "{"]
+    "text",
+    ["[1]", '{"seen": 3, "known": true}', '{"seen": [1], "known": true}', '{"known": true}', "{"],
 )
 def test_a_damaged_file(place: Path, tmp_path: Path, text: str) -> None:
     run = shutil.copytree(place / "simsiam", tmp_path / "simsiam")
@@ -147,19 +212,37 @@ def test_a_damaged_file(place: Path, tmp_path: Path, text: str) -> None:
         seen_by(str(run))
 
 
-def test_no_judges_where_all_labels_are_learnt(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_judges_where_all_labels_are_learnt(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "ssl_bench")
     common = [*SMALL, "data=dl21", f"data.root={place}/data", "epochs=1", "eval_every=1"]
-    result = launch(compose(*common, "stage=pretrain", "method=supervised", f"dir={tmp_path}/supervised"))
+    result = launch(
+        compose(*common, "stage=pretrain", "method=supervised", f"dir={tmp_path}/supervised")
+    )
     assert not {"knn_top1", "probe_top1"} & result.keys()
-    assert "method=supervised learns from all labels of the train split: none are left to judge by" in caplog.text
+    assert (
+        "method=supervised learns from all labels of the train split: none are left to judge by"
+        in caplog.text
+    )
     assert "knn_top1" in json.loads((place / "simsiam" / "summary.json").read_text())
 
 
 def test_a_pipeline_is_refused_before_it_pretrains(place: Path, tmp_path: Path) -> None:
-    words = [*SMALL, "data=dl21", f"data.root={place}/data", "epochs=1", f"dir={tmp_path}/run", "stage=pipeline"]
+    words = [
+        *SMALL,
+        "data=dl21",
+        f"data.root={place}/data",
+        "epochs=1",
+        f"dir={tmp_path}/run",
+        "stage=pipeline",
+    ]
     for protocol in (["stage.features=cached"], ["stage.features=cached", *ONE_CELL]):
-        command = [*words, "method=supervised", f"stage.protocol={json.dumps([*protocol, 'epochs=1', 'batch_size=8'])}"]
+        command = [
+            *words,
+            "method=supervised",
+            f"stage.protocol={json.dumps([*protocol, 'epochs=1', 'batch_size=8'])}",
+        ]
         if ONE_CELL[0] in protocol:
             assert "pretrained top-1" in run_pipeline(command)
         else:
@@ -184,6 +267,10 @@ def test_every_method_is_known_to_learn_from_labels_or_not() -> None:
 
 
 @pytest.mark.parametrize("command", [[*CACHED, *ONE_CELL], ONE_KNN], ids=["cached", "knn"])
-def test_a_share_that_nothing_is_held_out_for(place: Path, tmp_path: Path, command: list[str]) -> None:
-    with pytest.raises(UserError, match=r"stage.holdout=0.3 would be ignored: one cell leaves nothing to choose"):
+def test_a_share_that_nothing_is_held_out_for(
+    place: Path, tmp_path: Path, command: list[str]
+) -> None:
+    with pytest.raises(
+        UserError, match=r"stage.holdout=0.3 would be ignored: one cell leaves nothing to choose"
+    ):
         launch(compose(*on(place, "simsiam", *command, "stage.holdout=0.3", f"dir={tmp_path}/run")))

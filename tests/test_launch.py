@@ -20,7 +20,9 @@ def late(cfg: DictConfig, run: Run) -> dict[str, str]:
     return {"loaded": str(weights.find(cfg.pretrained))}
 
 
-def test_the_weights_noted_are_those_that_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_weights_noted_are_those_that_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     first = Checkpoint(Path("pretraining"), "run").save(1, model=nn.Linear(1, 1))
     cfg = compose("stage=knn", "pretrained=pretraining")

@@ -13,7 +13,8 @@ ROOT = Path(ssl_bench.__file__).parent
 PLUGINS = ROOT.parent / "hydra_plugins"
 MODULES = sorted([*ROOT.rglob("*.py"), *PLUGINS.rglob("*.py")])
 
-# Which room may know which others. Each knows itself, and `__init__.py`, which has the version, is known to all.
+# Which room may know which others. Each knows itself, and `__init__.py`, which has the version, is
+# known to all.
 ROOMS = {
     "errors": (),
     "shell": (),
@@ -30,13 +31,25 @@ ROOMS = {
     "report": ("errors", "files", "runs"),
     "launch": ("augment", "config", "data", "errors", "report", "runs", "runtime", "shell"),
     "stages": (
-        *("augment", "config", "data", "errors", "evaluate", "files", "launch", "methods", "report", "runs"),
+        *(
+            "augment",
+            "config",
+            "data",
+            "errors",
+            "evaluate",
+            "files",
+            "launch",
+            "methods",
+            "report",
+            "runs",
+        ),
         *("runtime", "shell", "training"),
     ),
     "hydra_plugins": ("launch",),
     "train": ("config", "errors", "hydra_plugins", "launch"),
 }
-# Libraries that not every room may know: where a configuration stops, and who else has the network or other processes.
+# Libraries that not every room may know: where a configuration stops, and who else has the network
+# or other processes.
 LIBRARIES = {
     "hydra": ("config", "hydra_plugins", "launch", "stages", "train"),
     "omegaconf": ("config", "launch", "stages", "train"),
@@ -81,7 +94,9 @@ _BUILT = grimp.build_graph("ssl_bench", "hydra_plugins.ssl_bench_launchers", cac
 GRAPH = {module: _BUILT.find_modules_directly_imported_by(module) for module in _BUILT.modules}
 ARROWS: dict[str, set[str]] = {}
 for _module, _others in GRAPH.items():
-    ARROWS.setdefault(room(_module), set()).update({room(other) for other in _others} - {room(_module), ""})
+    ARROWS.setdefault(room(_module), set()).update(
+        {room(other) for other in _others} - {room(_module), ""}
+    )
 
 
 def test_each_module_is_in_a_room_of_the_table() -> None:
@@ -109,16 +124,25 @@ def test_each_library_has_its_place(library: str) -> None:
 def test_what_lies_below_knows_types_alone_of_configuration() -> None:
     for module, others in GRAPH.items():
         if room(module) in BELOW:
-            assert {other for other in others if room(other) == "config"} <= {"ssl_bench.config.fields"}, module
+            assert {other for other in others if room(other) == "config"} <= {
+                "ssl_bench.config.fields"
+            }, module
 
 
 def test_what_is_constructed_was_composed_or_is_vetted() -> None:
-    """A node that was read back from disk goes through `build.found`, which knows whose constructors may be called."""
-    vetted = re.compile(r"(self\._)?(cfg\.\w+|config\['\w+'\]|now|node|build\.found\(.*\))(?: \| \{.*\})?")
+    """A node that was read back from disk goes through `build.found`, which knows whose
+    constructors may be called.
+    """
+    vetted = re.compile(
+        r"(self\._)?(cfg\.\w+|config\['\w+'\]|now|node|build\.found\(.*\))(?: \| \{.*\})?"
+    )
     for path in MODULES:
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("build.construct", "construct"):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "build.construct",
+                "construct",
+            ):
                 assert vetted.fullmatch(ast.unparse(node.args[0])), f"{path}: {ast.unparse(node)}"
 
 
@@ -126,7 +150,10 @@ def test_pickles_are_never_read() -> None:
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
-                assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), path
+                assert any(
+                    k.arg == "weights_only" and ast.unparse(k.value) == "True"
+                    for k in node.keywords
+                ), path
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Images look to an evaluation as they did to the training of its backbone, unless somebody types otherwise."""
+"""Images look to an evaluation as they did to the training of its backbone, unless somebody types
+otherwise.
+"""
 
 import json
 import logging
@@ -31,7 +33,14 @@ STAGES = {
     "finetune": [],
     "select": ["stage.budget=3"],
 }
-SMALL = ["data=dl21", "data.image_size=16", "data.workers=1", "backbone.width=8", "backbone.stem=small", "batch_size=8"]
+SMALL = [
+    "data=dl21",
+    "data.image_size=16",
+    "data.workers=1",
+    "backbone.width=8",
+    "backbone.stem=small",
+    "batch_size=8",
+]
 
 
 def look(run: Path) -> tuple[list[float], list[float]]:
@@ -76,20 +85,29 @@ def test_what_the_backbone_was_trained_with(
 
 def test_at_any_depth(data: list[str], pretrained: Path, tmp_path: Path) -> None:
     launch(compose(*stage("finetune", *data, f"pretrained={pretrained}", f"dir={tmp_path}/tuned")))
-    out = ["stage=export", f"pretrained={tmp_path}/tuned", f"stage.out={tmp_path}/out", "stage.onnx=false"]
+    out = [
+        "stage=export",
+        f"pretrained={tmp_path}/tuned",
+        f"stage.out={tmp_path}/out",
+        "stage.onnx=false",
+    ]
     launch(compose(*out))
     launch(compose(*stage("lincls", *data, f"pretrained={tmp_path}/out", f"dir={tmp_path}/run")))
     assert look(tmp_path / "run") == (MEAN, STD)
 
 
-@pytest.mark.parametrize("words", [TYPED[::-1], ["augmentation=digits", "augmentation.num_views=1"]])
+@pytest.mark.parametrize(
+    "words", [TYPED[::-1], ["augmentation=digits", "augmentation.num_views=1"]]
+)
 def test_what_was_typed_wins_with_a_warning(
     data: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, words: list[str]
 ) -> None:
     place = tmp_path / "imagenet"
     launch(compose(*data, "stage=pretrain", "method=random", f"dir={place}"))
     command = [
-        word for word in stage("lincls", *data, f"pretrained={place}", f"dir={tmp_path}/run") if "none" not in word
+        word
+        for word in stage("lincls", *data, f"pretrained={place}", f"dir={tmp_path}/run")
+        if "none" not in word
     ]
     launch(compose(*command, *words))
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -113,12 +131,25 @@ def test_where_nothing_is_known_it_is_imagenets(
     [{"mean": ["a", 1, 2]}, {"mean": "os.system"}, {"std": [0, 1, 1]}, {"std": {}}, {"std": [1]}],
     ids=str,
 )
-def test_a_recipe_from_elsewhere_is_checked(data: list[str], tmp_path: Path, augmentation: dict) -> None:
+def test_a_recipe_from_elsewhere_is_checked(
+    data: list[str], tmp_path: Path, augmentation: dict
+) -> None:
     recipe = {"backbone": {}, "stage": {}, "augmentation": augmentation}
-    save_file(tiny().backbone.state_dict(), tmp_path / "x.safetensors", {"ssl_bench": json.dumps(recipe)})
+    save_file(
+        tiny().backbone.state_dict(), tmp_path / "x.safetensors", {"ssl_bench": json.dumps(recipe)}
+    )
     for words in ([], TYPED):
-        with pytest.raises(UserError, match=r"x.safetensors: its configuration has augmentation.*, which can't be"):
-            launch(compose(*stage("knn", *data, f"pretrained={tmp_path}/x.safetensors", f"dir={tmp_path}/run"), *words))
+        with pytest.raises(
+            UserError, match=r"x.safetensors: its configuration has augmentation.*, which can't be"
+        ):
+            launch(
+                compose(
+                    *stage(
+                        "knn", *data, f"pretrained={tmp_path}/x.safetensors", f"dir={tmp_path}/run"
+                    ),
+                    *words,
+                )
+            )
 
 
 def test_every_row_of_a_pipeline_sees_the_same_images() -> None:
@@ -126,25 +157,39 @@ def test_every_row_of_a_pipeline_sees_the_same_images() -> None:
     with hydra.initialize_config_module("ssl_bench.conf", version_base="1.3"):
         cfg = hydra.compose("config", ["experiment=quickstart"])
         rows = {
-            name: evaluation(cfg, name, list(cfg.stage.protocol), list(own), 0) for name, own in cfg.stage.rows.items()
+            name: evaluation(cfg, name, list(cfg.stage.protocol), list(own), 0)
+            for name, own in cfg.stage.rows.items()
         }
-        typed = evaluation(cfg, "mine", ["augmentation=none", "augmentation.mean=[0.1,0.2,0.3]"], [], 0)
+        typed = evaluation(
+            cfg, "mine", ["augmentation=none", "augmentation.mean=[0.1,0.2,0.3]"], [], 0
+        )
         policy = evaluation(cfg, "mine", ["augmentation=moco_v1"], [], 0)
         bench = hydra.compose("config", ["experiment=bench_synthetic"])
-        member = evaluation(bench, "pretrained", list(bench.stage.protocol), list(bench.stage.rows.pretrained), 0)
+        member = evaluation(
+            bench, "pretrained", list(bench.stage.protocol), list(bench.stage.rows.pretrained), 0
+        )
     assert len(rows) == 3
     for row in (*rows.values(), member):
         assert (list(row.augmentation.mean), list(row.augmentation.std)) == ([0.5] * 3, [0.5] * 3)
-    assert (list(typed.augmentation.mean), list(typed.augmentation.std)) == ([0.1, 0.2, 0.3], [0.5] * 3)
+    assert (list(typed.augmentation.mean), list(typed.augmentation.std)) == (
+        [0.1, 0.2, 0.3],
+        [0.5] * 3,
+    )
     assert list(policy.augmentation.mean) == IMAGENET[0]
 
 
-def test_a_member_of_a_sweep_is_the_run_that_it_became(data: list[str], pretrained: Path, tmp_path: Path) -> None:
+def test_a_member_of_a_sweep_is_the_run_that_it_became(
+    data: list[str], pretrained: Path, tmp_path: Path
+) -> None:
     """Its file has what was composed, its run what that came to."""
     cfg = compose(*stage("knn", *data, f"pretrained={pretrained}", f"dir={tmp_path}/sweep/member"))
     summary = launch(cfg)
     member = Member(
-        tmp_path / "sweep" / ".members" / "member.json", [], OmegaConf.to_container(cfg, resolve=True), ".", "."
+        tmp_path / "sweep" / ".members" / "member.json",
+        [],
+        OmegaConf.to_container(cfg, resolve=True),
+        ".",
+        ".",
     )
     assert member.result() == pytest.approx(summary)
     assert member.conflict == ""

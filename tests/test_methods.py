@@ -13,7 +13,13 @@ from ssl_bench.backbones import pixels, resnet, vit
 from ssl_bench.errors import UserError
 from ssl_bench.methods import splits
 from ssl_bench.methods.base import momentum_copy
-from ssl_bench.methods.layers import Queue, SplitBatchNorm, SyncBatchNorm, split_batch_norm_, sync_batch_norm_
+from ssl_bench.methods.layers import (
+    Queue,
+    SplitBatchNorm,
+    SyncBatchNorm,
+    split_batch_norm_,
+    sync_batch_norm_,
+)
 from ssl_bench.methods.moco import MoCo
 from ssl_bench.methods.moco_v3 import MoCoV3
 from ssl_bench.methods.probe import LinearProbe
@@ -45,7 +51,9 @@ def test_queue_is_a_ring_of_the_newest(size: int, batches: list[int]) -> None:
 
 
 def test_a_batch_does_not_meet_its_own_keys() -> None:
-    """Same network, same images: the positive has similarity 1, and a copy in the queue would tie it."""
+    """Same network, same images: the positive has similarity 1, and a copy in the queue would tie
+    it.
+    """
     method = tiny(temperature=1.0, bn_splits=1).eval()  # eval: no enqueueing, no EMA
     batch = images(4, 0)
     before = method.queue.keys.clone()
@@ -64,7 +72,9 @@ def test_only_the_query_learns_and_the_key_follows() -> None:
     method = tiny(momentum=0.5, bn_splits=1)
     method([images(4, 0), images(4, 1)])["loss"].backward()
     assert all(p.grad is None and not p.requires_grad for p in method.key_backbone.parameters())
-    assert all(p.grad is not None for p in [*method.backbone.parameters(), *method.head.parameters()])
+    assert all(
+        p.grad is not None for p in [*method.backbone.parameters(), *method.head.parameters()]
+    )
     with torch.no_grad():
         method.backbone.conv1.weight.add_(1)
     key, query = method.key_backbone.conv1.weight.clone(), method.backbone.conv1.weight.clone()
@@ -73,10 +83,20 @@ def test_only_the_query_learns_and_the_key_follows() -> None:
 
 
 DROPS = {
-    "vit_tiny_patch16_224": {"img_size": 32, "drop_path_rate": 0.3, "proj_drop_rate": 0.2, "attn_drop_rate": 0.2},
+    "vit_tiny_patch16_224": {
+        "img_size": 32,
+        "drop_path_rate": 0.3,
+        "proj_drop_rate": 0.2,
+        "attn_drop_rate": 0.2,
+    },
     "efficientnet_b0": {"drop_rate": 0.5, "drop_path_rate": 0.3},
     "resnet10t": {"drop_rate": 0.5, "drop_path_rate": 0.3, "drop_block_rate": 0.3},
-    "swin_tiny_patch4_window7_224": {"img_size": 32, "window_size": 4, "drop_rate": 0.2, "drop_path_rate": 0.3},
+    "swin_tiny_patch4_window7_224": {
+        "img_size": 32,
+        "window_size": 4,
+        "drop_rate": 0.2,
+        "drop_path_rate": 0.3,
+    },
 }
 
 
@@ -128,15 +148,29 @@ def test_split_batch_norm_is_batch_norm_of_each_part(layout: torch.memory_format
         of_parts = torch.stack([getattr(bn, name) for bn in parts])
         torch.testing.assert_close(getattr(whole[0], name), of_parts.mean(0))
     whole.eval()
-    torch.testing.assert_close(whole(x), F.batch_norm(x, whole[0].running_mean, whole[0].running_var))
+    torch.testing.assert_close(
+        whole(x), F.batch_norm(x, whole[0].running_mean, whole[0].running_var)
+    )
     assert whole.state_dict().keys() == nn.Sequential(nn.BatchNorm2d(3)).state_dict().keys()
 
 
 @pytest.mark.parametrize(
     ("processes", "batch_size", "parts"),
-    [(1, 256, 8), (2, 256, 4), (4, 256, 2), (16, 256, 1), (3, 96, 2), (1, None, 8), (1, 8, 4), (1, 20, 5), (1, 7, 1)],
+    [
+        (1, 256, 8),
+        (2, 256, 4),
+        (4, 256, 2),
+        (16, 256, 1),
+        (3, 96, 2),
+        (1, None, 8),
+        (1, 8, 4),
+        (1, 20, 5),
+        (1, 7, 1),
+    ],
 )
-def test_parts_that_make_up_the_authors_gpus(processes: int, batch_size: int | None, parts: int) -> None:
+def test_parts_that_make_up_the_authors_gpus(
+    processes: int, batch_size: int | None, parts: int
+) -> None:
     assert splits.resolve(None, processes, batch_size) == parts
     assert splits.resolve(3, processes, batch_size) == 3  # typed: as it is
 
@@ -223,8 +257,12 @@ def test_vit_of_moco_v3(patch_size: int) -> None:
         for column in range(side):
             for i in range(quarter):
                 wave = 10000 ** (i / quarter)
-                expected = [wavy(place / wave) for place in (row, column) for wavy in (math.sin, math.cos)]
-                assert positions[1 + row * side + column, i::quarter].tolist() == pytest.approx(expected, abs=1e-6)
+                expected = [
+                    wavy(place / wave) for place in (row, column) for wavy in (math.sin, math.cos)
+                ]
+                assert positions[1 + row * side + column, i::quarter].tolist() == pytest.approx(
+                    expected, abs=1e-6
+                )
     frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
     assert frozen == {"encoder.pos_embedding", "conv_proj.weight", "conv_proj.bias"}
     block = network.encoder.layers[0]
@@ -239,18 +277,37 @@ def test_vit_of_moco_v3(patch_size: int) -> None:
         assert weight.std().item() == pytest.approx((square / 3) ** 0.5, rel=0.02)
     assert not any(p.any() for name, p in network.named_parameters() if name.endswith("bias"))
     assert network(torch.rand(2, 3, 48, 48)).shape == (2, 192)  # of another size, too
-    assert vit.vit_tiny(32, patch_size).load_state_dict(network.state_dict())  # as an evaluation has it
+    # as an evaluation has it
+    assert vit.vit_tiny(32, patch_size).load_state_dict(network.state_dict())
 
 
 def test_heads_of_moco_v3_with_a_vit() -> None:
-    """facebookresearch/moco-v3, moco/builder.py 36-52, 112-122: no biases, the last batch norm without weights."""
+    """facebookresearch/moco-v3, moco/builder.py 36-52, 112-122: no biases, the last batch norm
+    without weights.
+    """
     backbone = nn.Flatten()
     backbone.dim = 12
     method = MoCoV3(backbone, dim=8, hidden_dim=16, projector_layers=3, predictor_norm=True)
-    names = [f"projector.{i}" for i in (0, 1, 1, 3, 4, 4, 6)] + [f"predictor.{i}" for i in (0, 1, 1, 3)]
-    shapes = [(16, 12), (16,), (16,), (16, 16), (16,), (16,), (8, 16), (16, 8), (16,), (16,), (8, 16)]
+    names = [f"projector.{i}" for i in (0, 1, 1, 3, 4, 4, 6)] + [
+        f"predictor.{i}" for i in (0, 1, 1, 3)
+    ]
+    shapes = [
+        (16, 12),
+        (16,),
+        (16,),
+        (16, 16),
+        (16,),
+        (16,),
+        (8, 16),
+        (16, 8),
+        (16,),
+        (16,),
+        (8, 16),
+    ]
     trained = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
-    assert [(name.rpartition(".")[0], tuple(p.shape)) for name, p in trained] == list(zip(names, shapes, strict=True))
+    assert [(name.rpartition(".")[0], tuple(p.shape)) for name, p in trained] == list(
+        zip(names, shapes, strict=True)
+    )
     assert type(method.projector[-1]) is type(method.predictor[-1]) is nn.BatchNorm1d
     kinds = [nn.Linear, nn.BatchNorm1d, nn.ReLU] * 3
     assert [type(layer) for layer in method.projector] == kinds[:-1]
@@ -275,7 +332,9 @@ def test_blocks_that_start_as_the_identity(name: str) -> None:
 
 
 def test_a_batch_norm_that_does_more_is_refused() -> None:
-    """timm's with the activation in it: as a plain one it would lose that, and not split it would leak."""
+    """timm's with the activation in it: as a plain one it would lose that, and not split it would
+    leak.
+    """
     network = pytest.importorskip("timm").create_model("efficientnet_b0", num_classes=0)
     for device in ("cpu", "cuda"):
         with pytest.raises(UserError, match="BatchNormAct2d: type sync_batch_norm=false"):
@@ -291,7 +350,9 @@ def test_batch_norm_over_ranks_leaves_split_ones(device: str, compiled: bool) ->
     before = network.state_dict()
     sync_batch_norm_(network, torch.device(device), compiled)
     assert type(network.layer1[0].bn1) is SplitBatchNorm
-    assert type(network.bn1) is (nn.SyncBatchNorm if device == "cuda" and not compiled else SyncBatchNorm)
+    assert type(network.bn1) is (
+        nn.SyncBatchNorm if device == "cuda" and not compiled else SyncBatchNorm
+    )
     assert all(torch.equal(value, network.state_dict()[key]) for key, value in before.items())
 
 
@@ -300,12 +361,22 @@ def test_probe_leaves_the_backbone_alone() -> None:
     before = {key: value.clone() for key, value in probe.backbone.state_dict().items()}
     probe([images(6, 0)], torch.arange(6))["loss"].backward()
     torch.optim.SGD([p for p in probe.parameters() if p.requires_grad], lr=1.0).step()
-    assert all(torch.equal(before[key], value) for key, value in probe.backbone.state_dict().items())
-    assert [name for name, p in probe.named_parameters() if p.requires_grad] == ["fc.weight", "fc.bias"]
+    assert all(
+        torch.equal(before[key], value) for key, value in probe.backbone.state_dict().items()
+    )
+    assert [name for name, p in probe.named_parameters() if p.requires_grad] == [
+        "fc.weight",
+        "fc.bias",
+    ]
     assert 0.008 < LinearProbe(pixels.Pixels(32), 100).fc.weight.std() < 0.012
 
 
-@given(epochs=st.integers(1, 300), warmup=st.floats(0, 20), at=st.floats(0, 1, exclude_max=True), coarse=st.booleans())
+@given(
+    epochs=st.integers(1, 300),
+    warmup=st.floats(0, 20),
+    at=st.floats(0, 1, exclude_max=True),
+    coarse=st.booleans(),
+)
 def test_schedules_stay_in_range(epochs: int, warmup: float, at: float, coarse: bool) -> None:
     for schedule in (Cosine(warmup, coarse), Step(warmup, coarse), Constant(warmup, coarse)):
         assert 0 <= schedule(at * epochs, epochs) <= 1

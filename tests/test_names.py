@@ -35,15 +35,36 @@ def test_names_that_are_not_utf8(tmp_path: Path, capfd: pytest.CaptureFixture) -
                 image = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
                 image.save(data / split / name / f"{LATIN}{i}.png")
     runs = tmp_path / "runs"
-    words = ["data=folder", f'data.root="{data}"', "data.workers=1", "batch_size=8", "epochs=1", *SMALL]
+    words = [
+        "data=folder",
+        f'data.root="{data}"',
+        "data.workers=1",
+        "batch_size=8",
+        "epochs=1",
+        *SMALL,
+    ]
     launch(compose("stage=lincls", *words, f"dir={runs}/lincls"))
-    predict = ["stage=predict", f"pretrained={runs}/lincls", f"stage.images={data}/val", f"dir={runs}/predicted"]
+    predict = [
+        "stage=predict",
+        f"pretrained={runs}/lincls",
+        f"stage.images={data}/val",
+        f"dir={runs}/predicted",
+    ]
     launch(compose(*predict, "device=cpu", "data.workers=1"))
-    launch(compose("stage=export", f"pretrained={runs}/lincls", f"stage.out={tmp_path}/out", "stage.onnx=false"))
+    launch(
+        compose(
+            "stage=export",
+            f"pretrained={runs}/lincls",
+            f"stage.out={tmp_path}/out",
+            "stage.onnx=false",
+        )
+    )
     launch(compose("stage=report", f"runs={runs}", f"stage.out={tmp_path}/report", "device=cpu"))
     launch(compose("stage=select", "stage.budget=3", "stage.cover_train=false", *words[:-1], "backbone.stem=small",
                    f"dir={runs}/chosen"))  # fmt: skip
-    assert "Classes, in the order of the logits: b, caf" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "Classes, in the order of the logits: b, caf" in (
+        tmp_path / "out" / "README.md"
+    ).read_text(encoding="utf-8")
     assert "caf\\udce9" in (runs / "chosen" / "chosen.csv").read_text(encoding="utf-8")
     (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     files.write(tmp_path / "one", LATIN)
@@ -51,7 +72,8 @@ def test_names_that_are_not_utf8(tmp_path: Path, capfd: pytest.CaptureFixture) -
 
 
 @pytest.mark.parametrize(
-    "how", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+    "how",
+    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
 )
 def test_a_terminal_without_the_character(how: dict[str, str], tmp_path: Path) -> None:
     script = (
@@ -59,7 +81,9 @@ def test_a_terminal_without_the_character(how: dict[str, str], tmp_path: Path) -
         "print('92.2 \\xb1 0.2'); print('\\xb1', file=sys.stderr)\n"
         "logging.getLogger('ssl_bench').warning('\\xb1 %s', '\\udce9')"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, env=os.environ | how)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, env=os.environ | how
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout == rb"92.2 \xb1 0.2" + b"\n"
     assert result.stderr.count(rb"\xb1") == 2
@@ -72,11 +96,14 @@ PLACES = {  # every setting that is a path, with what its stage needs besides
     "stage.requested": "stage=select", "stage.images": "stage=predict", "stage.verify": "stage=zoo",
     "stage.readme": "stage=report", "stage.what": "stage=verify",
 }  # fmt: skip
-TEXTS = {"backbone.model", "backbone.options", "stage.protocol", "stage.rows"}  # and what W&B is told
+# and what W&B is told
+TEXTS = {"backbone.model", "backbone.options", "stage.protocol", "stage.rows"}
 OUT = ["stage=export", "stage=report", "stage=dashboard", "stage=synthesize"]
 
 
-@pytest.mark.parametrize(("key", "words"), [*PLACES.items(), *(("stage.out", words) for words in OUT)])
+@pytest.mark.parametrize(
+    ("key", "words"), [*PLACES.items(), *(("stage.out", words) for words in OUT)]
+)
 def test_home(key: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     cfg = compose(*words.split(), f'{key}="~/x y"')
@@ -94,13 +121,19 @@ def test_every_setting_that_is_a_path_is_marked() -> None:
     def is_text(hint: object) -> bool:
         return hint is str or any(map(is_text, get_args(hint)))
 
-    found = {name for name, hint in get_type_hints(build.Root, include_extras=True).items() if is_path(hint)}
+    found = {
+        name
+        for name, hint in get_type_hints(build.Root, include_extras=True).items()
+        if is_path(hint)
+    }
     texts = set()
     for group, choice in CHOICES:
         if group not in build.SUPPLIED:
             continue
         node = plain(f"{group}={choice}")[group]
-        for name, (hint, _) in signatures.parameters(node["_target_"], build.SUPPLIED[group]).items():
+        for name, (hint, _) in signatures.parameters(
+            node["_target_"], build.SUPPLIED[group]
+        ).items():
             if is_path(hint):
                 found.add(f"{group}.{name}")
             elif is_text(hint):
@@ -117,13 +150,20 @@ def test_no_path_is_part_of_what_a_run_is() -> None:
 
 
 def test_what_a_run_writes_stands_in_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Hydra composes it: what follows from a path, as the folder of an evaluation does, sees it in full."""
+    """As Hydra composes it: what follows from a path, as the folder of an evaluation does, sees it
+    in full.
+    """
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     launch(compose("method=random", 'dir="~/made"', *SMALL))
     launch(
         compose(
-            "stage=lincls", 'pretrained="~/made"', 'dir="~/judged"', "epochs=1", "stage.labels_per_class=30", *SMALL
+            "stage=lincls",
+            'pretrained="~/made"',
+            'dir="~/judged"',
+            "epochs=1",
+            "stage.labels_per_class=30",
+            *SMALL,
         )
     )
     assert not (tmp_path / "~").exists()

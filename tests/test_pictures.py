@@ -1,4 +1,6 @@
-"""What is shown of an image file, and what is said of it. tests/cases/: a ramp from black to white that failed once."""
+"""What is shown of an image file, and what is said of it. tests/cases/: a ramp from black to white
+that failed once.
+"""
 
 import re
 import struct
@@ -30,12 +32,17 @@ def png16(path, pixels, colour=0):
     """A PNG of 16 bits. pixels (H, W) or, for colour=2, (H, W, 3)."""
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     head = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, colour, 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     path.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
     )
     return path
 
@@ -44,7 +51,16 @@ def tiff(path, pixels, more=()):
     """more: {tag: integer or ASCII bytes}, like 262 (photometric interpretation)."""
     kind = {"u": 1, "i": 2, "f": 3}[pixels.dtype.kind]
     height, width = pixels.shape
-    tags = {256: width, 257: height, 258: 8 * pixels.itemsize, 259: 1, 262: 1, 273: 0, 277: 1, 278: height}
+    tags = {
+        256: width,
+        257: height,
+        258: 8 * pixels.itemsize,
+        259: 1,
+        262: 1,
+        273: 0,
+        277: 1,
+        278: height,
+    }
     tags |= {279: pixels.nbytes, 339: kind} | dict(more)
     after = 8 + 2 + 12 * len(tags) + 4
     out, extra = b"II*\0" + struct.pack("<IH", 8, len(tags)), b""
@@ -55,7 +71,9 @@ def tiff(path, pixels, more=()):
             extra += value
         else:
             out += struct.pack("<HHII", tag, 4, 1, value)
-    path.write_bytes(out + struct.pack("<I", 0) + pixels.astype(pixels.dtype.newbyteorder("<")).tobytes() + extra)
+    path.write_bytes(
+        out + struct.pack("<I", 0) + pixels.astype(pixels.dtype.newbyteorder("<")).tobytes() + extra
+    )
     return path
 
 
@@ -93,12 +111,16 @@ def test_dim_pictures_are_told_when_they_are_most(tmp_path, caplog):
     for _ in range(2):  # packed, and read from the store
         caplog.clear()
         Folder(str(root), 24, cache=str(tmp_path / "cache"), workers=2).open("pretrain")
-        (line,) = [record.getMessage() for record in caplog.records if "pictures" in record.getMessage()]
+        (line,) = [
+            record.getMessage() for record in caplog.records if "pictures" in record.getMessage()
+        ]
         assert "4 of 7 pictures of 16 bits" in line
         assert line.endswith("few/3.png")
         assert "data.bit_depth=12" in line
     caplog.clear()
-    data = Folder(str(root), 24, bit_depth=12, cache=str(tmp_path / "cache"), workers=2, on_error="skip")
+    data = Folder(
+        str(root), 24, bit_depth=12, cache=str(tmp_path / "cache"), workers=2, on_error="skip"
+    )
     data.open("pretrain")
     assert "3 of 20 images are left out" in caplog.text  # they have more than 12
     assert "has the value 65,520, and data.bit_depth=12 ends at 4,095" in caplog.text
@@ -114,7 +136,11 @@ def test_the_meaning_of_values_is_part_of_the_store(tmp_path):
         Folder(str(tmp_path), 4, **options).split("pretrain")
         for options in ({}, {"bit_depth": 12}, {"bit_depth": 10}, {"value_range": [0, 9]})
     ]
-    assert len({split.store_name for split in splits}) == len({split.fingerprint for split in splits}) == 4
+    assert (
+        len({split.store_name for split in splits})
+        == len({split.fingerprint for split in splits})
+        == 4
+    )
 
 
 @pytest.mark.parametrize("make", [lambda **o: Folder("r", **o), lambda **o: DL21("r", **o)])
@@ -129,7 +155,11 @@ finite = st.floats(-1e3, 1e3, width=32)  # so that float32 tells the ramp from o
 
 
 @settings(deadline=None, max_examples=60)
-@given(finite, st.floats(1e-2, 1e4), st.lists(st.sampled_from([np.nan, np.inf, -np.inf, -9999e6, 1e38]), max_size=4))
+@given(
+    finite,
+    st.floats(1e-2, 1e4),
+    st.lists(st.sampled_from([np.nan, np.inf, -np.inf, -9999e6, 1e38]), max_size=4),
+)
 def test_what_is_no_value_never_sets_the_range(tmp_path_factory, low, span, strange):
     path = tmp_path_factory.mktemp("f") / "x.tif"
     pixels = np.tile((low + span * np.arange(24) / 23).astype(np.float32), (24, 1))
@@ -198,7 +228,11 @@ def test_colours_of_16_bits_keep_their_upper_half(tmp_path):
 def test_masks_of_8_bits_are_told(tmp_path, caplog):
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) % 10).save(tmp_path / "mask.png")
     Folder(str(tmp_path), 8, cache=str(tmp_path / "cache"), workers=1).open("pretrain")
-    assert re.search(r"1 of 1 pictures use less than a tenth .* label masks.*mask\.png$", caplog.text, re.MULTILINE)
+    assert re.search(
+        r"1 of 1 pictures use less than a tenth .* label masks.*mask\.png$",
+        caplog.text,
+        re.MULTILINE,
+    )
 
 
 @pytest.mark.parametrize("name", ["x.gif", "x.webp", "x.tif", "x.png"])
@@ -206,7 +240,10 @@ def test_more_frames_are_told(tmp_path, name):
     frames = [Image.fromarray(np.full((8, 8, 3), 255 - 40 * i, np.uint8)) for i in range(3)]
     frames[0].putpixel((0, 0), (0, 0, 0))
     frames[0].save(
-        tmp_path / name, save_all=True, append_images=frames[1:], **({"lossless": True} if "w" in name else {})
+        tmp_path / name,
+        save_all=True,
+        append_images=frames[1:],
+        **({"lossless": True} if "w" in name else {}),
     )
     image, kinds = shown(tmp_path / name, size=8)
     assert kinds == {"frames"}
@@ -220,7 +257,9 @@ def test_every_orientation_is_upright(tmp_path, name, orientation):
 
     if name == "x.avif" and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
-    image = Image.fromarray(np.kron(np.arange(16, dtype=np.uint8).reshape(4, 4) * 16, np.ones((16, 16), np.uint8)))
+    image = Image.fromarray(
+        np.kron(np.arange(16, dtype=np.uint8).reshape(4, 4) * 16, np.ones((16, 16), np.uint8))
+    )
     exif = Image.Exif()
     exif[0x0112] = orientation
     image.convert("RGB").save(tmp_path / name, exif=exif)
@@ -231,7 +270,8 @@ def test_every_orientation_is_upright(tmp_path, name, orientation):
 
 @pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp"])
 @pytest.mark.parametrize(
-    "block", [b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0"]
+    "block",
+    [b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0"],
 )
 def test_damaged_exif_never_costs_a_picture(tmp_path, name, block):
     image = Image.fromarray(np.tile(np.arange(24, dtype=np.uint8) * 10, (24, 1))).convert("RGB")

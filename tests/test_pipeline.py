@@ -19,21 +19,28 @@ def test_quickstart(ssl_bench: Command, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "quickstart" / "seed0"
 
     def draws(name: str) -> list[float]:
-        return [json.loads((run / name / f"seed{i}" / "summary.json").read_text())["val_top1"] for i in range(3)]
+        return [
+            json.loads((run / name / f"seed{i}" / "summary.json").read_text())["val_top1"]
+            for i in range(3)
+        ]
 
     pretrained, random, pixels = draws("pretrained"), draws("random-init"), draws("raw-pixels")
     assert all(ours > theirs for ours, theirs in zip(pretrained, random, strict=True))
     assert all(ours > theirs for ours, theirs in zip(pretrained, pixels, strict=True))
     assert sum(pretrained) / 3 > sum(pixels) / 3 + 2
     assert (
-        result.stdout.index("| pretrained") < result.stdout.index("| raw pixels") < result.stdout.index("| random init")
+        result.stdout.index("| pretrained")
+        < result.stdout.index("| raw pixels")
+        < result.stdout.index("| random init")
     )
     assert (run / "overview.png").stat().st_size > 50_000
     again = ssl_bench("experiment=quickstart", check=True)
     assert "finished already" in again.stderr
 
 
-@pytest.mark.parametrize("name", ["a=b", "a,b", "a (1)", "#a", "it's", "[x]", "a&b", "é", "~a", r"a\'b", "plain"])
+@pytest.mark.parametrize(
+    "name", ["a=b", "a,b", "a (1)", "#a", "it's", "[x]", "a&b", "é", "~a", r"a\'b", "plain"]
+)
 @pytest.mark.parametrize("choice", ["stage=pipeline", "experiment=quickstart"])
 def test_any_directory_is_handed_on(name: str, choice: str) -> None:
     rows = compose(choice, f"dir={quote(name)}").stage.rows
@@ -46,7 +53,11 @@ def test_a_directory_with_special_characters(ssl_bench: Command, tmp_path: Path)
     name = "a=b, it's (1) #[x]&é"
     command = [*TINY, "stage=pipeline", "method.queue_size=1024", "epochs=1", "augmentation=digits"]
     command += [f"dir={quote(name)}"]
-    ssl_bench(*command, "stage.protocol=['epochs=1','stage.labels_per_class=10','batch_size=50']", check=True)
+    ssl_bench(
+        *command,
+        "stage.protocol=['epochs=1','stage.labels_per_class=10','batch_size=50']",
+        check=True,
+    )
     assert (tmp_path / name / "pretrained" / "seed0" / "summary.json").exists()
 
 
@@ -54,8 +65,17 @@ def test_a_directory_with_special_characters(ssl_bench: Command, tmp_path: Path)
 def test_a_picture_that_fails_does_not_cost_the_result(
     ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A notebook's backend, which a terminal of it has in its environment; and whatever else happens."""
-    command = [*TINY, "stage=pipeline", "method.queue_size=1024", "epochs=1", "augmentation=digits", "dir=run"]
+    """A notebook's backend, which a terminal of it has in its environment; and whatever else
+    happens.
+    """
+    command = [
+        *TINY,
+        "stage=pipeline",
+        "method.queue_size=1024",
+        "epochs=1",
+        "augmentation=digits",
+        "dir=run",
+    ]
     command += ["stage.protocol=['epochs=1','stage.labels_per_class=10','batch_size=50']"]
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     ssl_bench(*command, check=True)
@@ -71,8 +91,18 @@ def test_a_picture_that_fails_does_not_cost_the_result(
 
 @pytest.mark.slow
 def test_pipeline_goes_on_where_it_stopped(ssl_bench: Command, tmp_path: Path) -> None:
-    command = [*TINY, "stage=pipeline", "method.queue_size=1024", "epochs=1", "augmentation=digits", "dir=run"]
-    command += ["stage.protocol=['epochs=1','stage.labels_per_class=10','batch_size=50']", "stage.seeds=[0,1]"]
+    command = [
+        *TINY,
+        "stage=pipeline",
+        "method.queue_size=1024",
+        "epochs=1",
+        "augmentation=digits",
+        "dir=run",
+    ]
+    command += [
+        "stage.protocol=['epochs=1','stage.labels_per_class=10','batch_size=50']",
+        "stage.seeds=[0,1]",
+    ]
     ssl_bench(*command, check=True)
     (tmp_path / "run" / "summary.json").unlink()
     result = ssl_bench(*command, check=True)
@@ -89,12 +119,21 @@ def test_any_list_of_evaluations_follows(ssl_bench: Command, tmp_path: Path) -> 
         f"whole: [stage=finetune, '{on}', augmentation.flip_p=0, stage.labels_per_class=10, batch_size=50, epochs=1]",
         f"file: [stage=export, '{on}', stage.out=out, stage.onnx=false]",
     ]
-    command = [*TINY, "stage=pipeline", "method.queue_size=1024", "epochs=1", "augmentation=digits", "dir=run"]
+    command = [
+        *TINY,
+        "stage=pipeline",
+        "method.queue_size=1024",
+        "epochs=1",
+        "augmentation=digits",
+        "dir=run",
+    ]
     command += ["stage.protocol=['epochs=1','stage.labels_per_class=10','batch_size=50']"]
     conf = tmp_path / "conf" / "experiment"
     conf.mkdir(parents=True)
     text = "".join(f"    {row}\n" for row in rows)
-    (conf / "mine.yaml").write_text(f"# @package _global_\nstage:\n  rows:\n    random init: []\n{text}")
+    (conf / "mine.yaml").write_text(
+        f"# @package _global_\nstage:\n  rows:\n    random init: []\n{text}"
+    )
     result = ssl_bench("--config-dir=conf", "experiment=mine", *command, check=True)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary.keys() >= {"pretrained top-1", "kNN top-1", "whole top-1", "random init top-1"}
@@ -113,7 +152,9 @@ def test_any_list_of_evaluations_follows(ssl_bench: Command, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_newer_checkpoint_is_not_answered_with_an_old_result(ssl_bench: Command, tmp_path: Path) -> None:
+def test_a_newer_checkpoint_is_not_answered_with_an_old_result(
+    ssl_bench: Command, tmp_path: Path
+) -> None:
     ssl_bench(*TINY_PRETRAIN, "epochs=1", "save_every=4", "dir=pretrain", check=True)
     lincls = [*TINY, "stage=lincls", "pretrained=pretrain", "epochs=1", "dir=lincls"]
     newest = tmp_path / "pretrain" / "checkpoints" / "step0000000010.pt"
@@ -129,7 +170,9 @@ def test_a_newer_checkpoint_is_not_answered_with_an_old_result(ssl_bench: Comman
 
 
 @pytest.mark.slow
-def test_a_training_anew_is_not_answered_with_an_old_result(ssl_bench: Command, tmp_path: Path) -> None:
+def test_a_training_anew_is_not_answered_with_an_old_result(
+    ssl_bench: Command, tmp_path: Path
+) -> None:
     """In the same place, with as many steps."""
     ssl_bench(*TINY_PRETRAIN, "epochs=1", "dir=pretrain", check=True)
     lincls = [*TINY, "stage=lincls", "pretrained=pretrain", "epochs=1", "dir=lincls"]
@@ -138,7 +181,10 @@ def test_a_training_anew_is_not_answered_with_an_old_result(ssl_bench: Command, 
     ssl_bench(*TINY_PRETRAIN, "epochs=1", "dir=pretrain", "seed=1", check=True)
     result = ssl_bench(*lincls)
     assert result.returncode == 2
-    assert "pretrained=pretrain/checkpoints/step0000000010.pt holds other weights now. Choose" in result.stderr
+    assert (
+        "pretrained=pretrain/checkpoints/step0000000010.pt holds other weights now. Choose"
+        in result.stderr
+    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
-"""`precision=`: torch's switches, and the scaled loss of float16 (on the CPU, where it is slow, as on a GPU)."""
+"""`precision=`: torch's switches, and the scaled loss of float16 (on the CPU, where it is slow, as
+on a GPU).
+"""
 
 import json
 import shutil
@@ -15,8 +17,22 @@ from ssl_bench.launch.process import launch
 from ssl_bench.runs.checkpoint import complete
 from ssl_bench.runtime.precision import prepare
 
-RUN = ["stage=pretrain", "precision=fp16", "device=cpu", "data=digits", "data.image_size=16", "backbone=resnet18"]
-RUN += ["backbone.width=4", "batch_size=256", "method=simsiam", "method.dim=16", "method.predictor_dim=8", "epochs=2"]
+RUN = [
+    "stage=pretrain",
+    "precision=fp16",
+    "device=cpu",
+    "data=digits",
+    "data.image_size=16",
+    "backbone=resnet18",
+]
+RUN += [
+    "backbone.width=4",
+    "batch_size=256",
+    "method=simsiam",
+    "method.dim=16",
+    "method.predictor_dim=8",
+    "epochs=2",
+]
 RUN += ["log_every=1", "eval_every=0"]
 
 
@@ -24,7 +40,9 @@ def start_with(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=scale))
 
 
-def test_float16_skips_steps_that_overflow_and_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float16_skips_steps_that_overflow_and_resumes_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start_with(monkeypatch, 2.0**22)
     whole, part = tmp_path / "whole", tmp_path / "part"
     launch(compose(*RUN, f"dir={whole}", "save_every=7"))
@@ -47,7 +65,15 @@ def test_float16_skips_steps_that_overflow_and_resumes_exactly(tmp_path: Path, m
 def test_float16_that_no_scale_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start_with(monkeypatch, 1.0)
     with pytest.raises(UserError, match=r"diverged at step \d+: .* try a lower optimizer\.base_lr"):
-        launch(compose(*RUN, f"dir={tmp_path}", "optimizer.base_lr=1e9", "save_every=1000", "optimizer.scaling=none"))
+        launch(
+            compose(
+                *RUN,
+                f"dir={tmp_path}",
+                "optimizer.base_lr=1e9",
+                "save_every=1000",
+                "optimizer.scaling=none",
+            )
+        )
 
 
 @pytest.fixture
@@ -62,9 +88,16 @@ def switches() -> None:
 @pytest.mark.usefixtures("switches")
 @pytest.mark.parametrize(
     ("precision", "convolutions", "products"),
-    [("fp32", False, "highest"), ("tf32", True, "high"), ("bf16", True, "highest"), ("fp16", True, "highest")],
+    [
+        ("fp32", False, "highest"),
+        ("tf32", True, "high"),
+        ("bf16", True, "highest"),
+        ("fp16", True, "highest"),
+    ],
 )
-def test_switches(precision: str, convolutions: bool, products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_switches(
+    precision: str, convolutions: bool, products: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     prepare(precision, torch.device("cuda"))
     assert torch.backends.cudnn.allow_tf32 is convolutions
@@ -73,7 +106,11 @@ def test_switches(precision: str, convolutions: bool, products: str, monkeypatch
 
 @pytest.mark.usefixtures("switches")
 def test_bfloat16_that_is_only_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    with pytest.raises(UserError, match="precision=bf16: Tesla T4 has no bfloat16; type precision=fp16"):
+    with pytest.raises(
+        UserError, match="precision=bf16: Tesla T4 has no bfloat16; type precision=fp16"
+    ):
         prepare("bf16", torch.device("cuda"))

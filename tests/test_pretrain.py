@@ -13,7 +13,14 @@ from ssl_bench.launch.process import launch
 from ssl_bench.runtime import distributed
 from ssl_bench.stages.pretrain import pretrain
 
-RUN = ["stage=pretrain", "data=dl21", "data.image_size=16", "data.workers=1", "backbone.width=8", "backbone.stem=small"]
+RUN = [
+    "stage=pretrain",
+    "data=dl21",
+    "data.image_size=16",
+    "data.workers=1",
+    "backbone.width=8",
+    "backbone.stem=small",
+]
 RUN += ["method.queue_size=8", "batch_size=8", "epochs=1", "eval_every=1", "log_every=1"]
 
 
@@ -21,7 +28,12 @@ RUN += ["method.queue_size=8", "batch_size=8", "epochs=1", "eval_every=1", "log_
 def command(tmp_path: Path) -> list[str]:
     """8 unlabelled images; 2 for training of each of 3 classes."""
     write_dl21(tmp_path / "dl21", 8, 6, 3, num_classes=3, image_size=16, workers=1)
-    return [*RUN, f"data.root={tmp_path}/dl21", f"data.cache={tmp_path}/cache", f"dir={tmp_path}/run"]
+    return [
+        *RUN,
+        f"data.root={tmp_path}/dl21",
+        f"data.cache={tmp_path}/cache",
+        f"dir={tmp_path}/run",
+    ]
 
 
 @pytest.mark.parametrize(("broken", "judged"), [([], True), ([0], True), ([0, 1], False)])
@@ -43,7 +55,10 @@ PIXELS = ["backbone=pixels", "augmentation.image_size=8"]
 VIT = ["backbone=vit_tiny", "backbone.patch_size=8"]
 MISTAKES = {
     "no labels": (["method=supervised", "data=folder"], "dl21 has no labels, so no split 'train'"),
-    "pixels": (PIXELS, "augmentation.image_size=8 is not backbone.image_size=16; backbone=pixels doesn't take it"),
+    "pixels": (
+        PIXELS,
+        "augmentation.image_size=8 is not backbone.image_size=16; backbone=pixels doesn't take it",
+    ),
     "patches": (
         [*VIT, "augmentation.image_size=12"],
         "augmentation.image_size=12 is no multiple of backbone.patch_size=8",
@@ -72,9 +87,16 @@ def test_sizes_of_the_other_stages(tmp_path: Path, stage: str) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_batch_norm_over_parts_is_not_synchronised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_batch_norm_over_parts_is_not_synchronised(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     run = SimpleNamespace(device=torch.device("cpu"))
-    cfg = compose("stage=pretrain", "sync_batch_norm=true", "method.queue_size=512", f"dir={tmp_path}")
-    with pytest.raises(UserError, match=r"sync_batch_norm=true.*method\.bn_splits=4.*type sync_batch_norm=false, or"):
+    cfg = compose(
+        "stage=pretrain", "sync_batch_norm=true", "method.queue_size=512", f"dir={tmp_path}"
+    )
+    with pytest.raises(
+        UserError,
+        match=r"sync_batch_norm=true.*method\.bn_splits=4.*type sync_batch_norm=false, or",
+    ):
         pretrain(cfg, run)

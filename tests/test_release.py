@@ -16,7 +16,9 @@ SETUP.read(ROOT / "setup.cfg")
 
 
 def test_one_version() -> None:
-    """CITATION.cff's and the newest of CHANGELOG.md are the package's; a date of release is in both, or in none."""
+    """CITATION.cff's and the newest of CHANGELOG.md are the package's; a date of release is in
+    both, or in none.
+    """
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     newest = re.search(r"^## (\S+) \((.+)\)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert newest
@@ -26,16 +28,22 @@ def test_one_version() -> None:
 
 def test_the_lock_holds_all_that_is_needed_and_names_no_place() -> None:
     lines = (ROOT / "requirements.lock").read_text().splitlines()
-    locked = [Requirement(line) for line in lines if not line.startswith("#")]  # an option or a path wouldn't parse
+    # an option or a path wouldn't parse
+    locked = [Requirement(line) for line in lines if not line.startswith("#")]
     for one in locked:
         assert one.url is None
         assert [spec.operator for spec in one.specifier] == ["=="], one
     versions: dict[str, list[str]] = {}
     for one in locked:
-        versions.setdefault(canonicalize_name(one.name), []).append(next(iter(one.specifier)).version)
+        versions.setdefault(canonicalize_name(one.name), []).append(
+            next(iter(one.specifier)).version
+        )
     extras = SETUP["options.extras_require"]
     needed = "\n".join(
-        [SETUP["options"]["install_requires"], *(extras[x] for x in ("search", "timm", "onnx", "dashboard"))]
+        [
+            SETUP["options"]["install_requires"],
+            *(extras[x] for x in ("search", "timm", "onnx", "dashboard")),
+        ]
     )
     for wanted in map(Requirement, filter(None, needed.splitlines())):
         for version in versions[canonicalize_name(wanted.name)]:

@@ -22,7 +22,10 @@ AFTER = {new: old for old, new in renamed.BEFORE.items()}
 def as_before(node: object) -> object:
     """A configuration as it was written before: each constructor by its former place."""
     if isinstance(node, dict):
-        return {key: AFTER.get(value, value) if key == "_target_" else as_before(value) for key, value in node.items()}
+        return {
+            key: AFTER.get(value, value) if key == "_target_" else as_before(value)
+            for key, value in node.items()
+        }
     return [as_before(item) for item in node] if isinstance(node, list) else node
 
 
@@ -56,7 +59,9 @@ def test_a_run_goes_on_is_measured_and_reported(tmp_path: Path) -> None:
     words = [*TINY, "stage=lincls", f"pretrained={run}", "epochs=1", f"dir={tmp_path}/lincls/seed0"]
     launch(compose(*words))
     age(tmp_path / "lincls/seed0")
-    assert launch(compose(*words)) == json.loads((tmp_path / "lincls/seed0/summary.json").read_text())
+    assert launch(compose(*words)) == json.loads(
+        (tmp_path / "lincls/seed0/summary.json").read_text()
+    )
     launch(compose("stage=export", f"pretrained={run}", f"stage.out={tmp_path}/export"))
     launch(compose("stage=report", f"runs={tmp_path}"))
     assert "moco" in (tmp_path / "results.md").read_text()
@@ -65,8 +70,12 @@ def test_a_run_goes_on_is_measured_and_reported(tmp_path: Path) -> None:
 
 def test_a_member_of_a_sweep_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    config = build.OmegaConf.to_container(compose(*TINY_PRETRAIN, "epochs=1", f"dir={tmp_path}/seed0"), resolve=True)
-    made = Member(tmp_path / ".members/seed0.json", [], as_before(config), str(tmp_path), str(tmp_path))
+    config = build.OmegaConf.to_container(
+        compose(*TINY_PRETRAIN, "epochs=1", f"dir={tmp_path}/seed0"), resolve=True
+    )
+    made = Member(
+        tmp_path / ".members/seed0.json", [], as_before(config), str(tmp_path), str(tmp_path)
+    )
     made.save()
     member.attempt(Member.load(made.file))
     assert made.result()

@@ -48,13 +48,19 @@ def curve(length=10, **columns):
 def clusters(num_classes, per_class, dim=8):
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(num_classes), per_class)
-    return (rng.normal(size=(num_classes, dim)) * 20)[labels] + rng.normal(size=(len(labels), dim)), labels
+    return (rng.normal(size=(num_classes, dim)) * 20)[labels] + rng.normal(
+        size=(len(labels), dim)
+    ), labels
 
 
 @pytest.fixture(scope="module")
 def inputs():
     features, labels = clusters(3, 20)
-    views = torch.arange(2, dtype=torch.uint8)[:, None, None, None, None].mul(250).expand(2, 4, 3, 16, 16)
+    views = (
+        torch.arange(2, dtype=torch.uint8)[:, None, None, None, None]
+        .mul(250)
+        .expand(2, 4, 3, 16, 16)
+    )
     curves = {
         "pretraining": curve(accuracy=np.linspace(0, 0.5, 10)),
         "raw pixels": [
@@ -108,15 +114,25 @@ def test_panels_show_the_data(inputs):
     }
 
     bars = panel(axes, "Linear")  # best first
-    assert [label.get_text() for label in bars.get_yticklabels()] == ["pretrained", "raw pixels", "random init"]
-    np.testing.assert_allclose([bar.get_width() for bar in bars.patches], [94.5, 71.333, 60], atol=1e-3)
+    assert [label.get_text() for label in bars.get_yticklabels()] == [
+        "pretrained",
+        "raw pixels",
+        "random init",
+    ]
+    np.testing.assert_allclose(
+        [bar.get_width() for bar in bars.patches], [94.5, 71.333, 60], atol=1e-3
+    )
     assert [to_hex(bars.patches[i].get_facecolor()) for i in (0, 1)] == [
         top1[name].get_color() for name in ("pretrained", "raw pixels")
     ]
     dots = [line.get_xdata() for line in bars.lines if line.get_marker() == "o"]
     assert [len(x) for x in dots] == [3, 3, 1]
     np.testing.assert_allclose(dots[0], [93, 95, 95.5])
-    assert [text.get_text() for text in bars.texts] == ["94.5 ± 1.3 (3)", "71.3 ± 1.5 (3)", "60.0 (1)"]
+    assert [text.get_text() for text in bars.texts] == [
+        "94.5 ± 1.3 (3)",
+        "71.3 ± 1.5 (3)",
+        "60.0 (1)",
+    ]
 
     features = panel(axes, "Features")
     assert [len(group.get_offsets()) for group in features.collections] == [20, 20, 20]

@@ -1,4 +1,6 @@
-"""stage=report: its files say what the runs said, and report.html is looked at in a browser, without a network."""
+"""stage=report: its files say what the runs said, and report.html is looked at in a browser,
+without a network.
+"""
 
 import json
 import shutil
@@ -37,7 +39,14 @@ FLAGS = (
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits: two pretrainings, classified twice each, and two untrained networks."""
     folder = tmp_path_factory.mktemp("runs")
-    evaluation = [*TINY, "stage=lincls", "epochs=2", "eval_every=1", "stage.labels_per_class=10", "batch_size=50"]
+    evaluation = [
+        *TINY,
+        "stage=lincls",
+        "epochs=2",
+        "eval_every=1",
+        "stage.labels_per_class=10",
+        "batch_size=50",
+    ]
     evaluation += ["optimizer.base_lr=1"]
     for seed in (0, 1):
         launch(compose(*TINY_PRETRAIN, f"seed={seed}", f"dir={folder}/pretrain/seed{seed}"))
@@ -86,18 +95,22 @@ def show(browser, folder: Path, size: tuple[int, int] = LAPTOP, scheme: str = "l
 
 def texts(browser, selector: str) -> list[str]:
     return browser.execute_script(
-        "return [...document.querySelectorAll(arguments[0])].map((one) => one.textContent.trim())", selector
+        "return [...document.querySelectorAll(arguments[0])].map((one) => one.textContent.trim())",
+        selector,
     )
 
 
-# -- the files ---------------------------------------------------------------------------------------------------------
+# -- the files -------------------------------------------------------------------------------------
 
 
 def test_the_files_say_what_the_runs_said(reported: Path) -> None:
     rows = tables.load(reported / "results.json")
     values = {(row["stage"], row["name"]): row["values"] for row in rows}
     for name, folder in (("moco_v2", "moco"), ("random init", "random")):
-        said = [json.loads((reported / folder / f"seed{i}" / "summary.json").read_text()) for i in (0, 1)]
+        said = [
+            json.loads((reported / folder / f"seed{i}" / "summary.json").read_text())
+            for i in (0, 1)
+        ]
         assert values["lincls", name]["val_top1"] == [one["val_top1"] for one in said]
     text = (reported / "results.md").read_text()
     shown = units.shown("val_top1", values["lincls", "moco_v2"]["val_top1"])
@@ -106,8 +119,13 @@ def test_the_files_say_what_the_runs_said(reported: Path) -> None:
 
 
 def test_predictions_are_those_that_were_measured(runs: Path, opened) -> None:
-    """The mean of the confusion matrix's diagonal, weighted by how many images a class has, is top-1."""
-    measured = [json.loads((runs / "moco" / f"seed{i}" / "summary.json").read_text())["val_top1"] for i in (0, 1)]
+    """The mean of the confusion matrix's diagonal, weighted by how many images a class has, is
+    top-1.
+    """
+    measured = [
+        json.loads((runs / "moco" / f"seed{i}" / "summary.json").read_text())["val_top1"]
+        for i in (0, 1)
+    ]
     shown = texts(opened, "#classes tbody td.bar:nth-of-type(2)")
     counts = np.array(texts(opened, "#classes tbody td:nth-of-type(1)"), dtype=float)
     assert counts.sum() == 500
@@ -116,23 +134,44 @@ def test_predictions_are_those_that_were_measured(runs: Path, opened) -> None:
     diagonal = opened.execute_script(
         "return [...document.querySelector('.confusion').querySelectorAll('td.right')].map((cell) => cell.title)"
     )
-    assert [float(title.split(": ")[1].split()[0]) for title in diagonal] == pytest.approx(means, abs=0.11)
+    assert [float(title.split(": ")[1].split()[0]) for title in diagonal] == pytest.approx(
+        means, abs=0.11
+    )
     assert not texts(opened, ".note")  # nothing is left out
 
 
-# -- the page ----------------------------------------------------------------------------------------------------------
+# -- the page --------------------------------------------------------------------------------------
 
 
 def test_opens_from_disk_without_network_or_errors(reported: Path, opened) -> None:
     messages = [json.loads(line["message"])["message"] for line in opened.get_log("performance")]
-    asked = [one["params"]["request"]["url"] for one in messages if one["method"] == "Network.requestWillBeSent"]
+    asked = [
+        one["params"]["request"]["url"]
+        for one in messages
+        if one["method"] == "Network.requestWillBeSent"
+    ]
     page_url = (reported / "report.html").as_uri()
     assert page_url in asked
     assert all(url == page_url or url.startswith("data:") for url in asked)
     assert opened.get_log("browser") == []
     assert (reported / "report.html").stat().st_size < 3e6
-    wanted = ["leaderboard", "curves", "confusion", "classes", "neighbours", "map", "views", "differences", "runs"]
-    assert opened.execute_script("return [...document.querySelectorAll('section')].map((one) => one.id)") == wanted
+    wanted = [
+        "leaderboard",
+        "curves",
+        "confusion",
+        "classes",
+        "neighbours",
+        "map",
+        "views",
+        "differences",
+        "runs",
+    ]
+    assert (
+        opened.execute_script(
+            "return [...document.querySelectorAll('section')].map((one) => one.id)"
+        )
+        == wanted
+    )
     links = opened.execute_script(
         "return [...document.querySelectorAll('nav a')].map((a) => document.querySelector(a.hash) !== null)"
     )
@@ -144,31 +183,44 @@ def test_tables_sort_on_click(opened) -> None:
         head = opened.find_element("css selector", f"#runs thead th:nth-child({column})")
         head.find_element("css selector", "button").click()
         assert head.get_attribute("aria-sort") in ("ascending", "descending")
-        assert len(texts(opened, "#runs th[aria-sort=ascending], #runs th[aria-sort=descending]")) == 1
+        assert (
+            len(texts(opened, "#runs th[aria-sort=ascending], #runs th[aria-sort=descending]")) == 1
+        )
         return texts(opened, f"#runs tbody tr > :nth-child({column})")
 
     names = order(1)
     assert names == sorted(names)
     assert order(1) == sorted(names, reverse=True)
-    assert order(3) == ["1", "1", "1", "0", "0", "0"]  # numbers: largest first, and then the other way
+    # numbers: largest first, and then the other way
+    assert order(3) == ["1", "1", "1", "0", "0", "0"]
     assert order(3) == ["0", "0", "0", "1", "1", "1"]
     hours = order(7)
     assert sorted(hours, key=float, reverse=True) == hours
-    opened.find_element("css selector", "#leaderboard thead th:nth-child(2) button").send_keys("\n")  # by keyboard, too
-    top1 = [float(cell.split()[0]) for cell in texts(opened, "#leaderboard table:first-of-type tbody td:nth-child(2)")]
+    # by keyboard, too
+    opened.find_element("css selector", "#leaderboard thead th:nth-child(2) button").send_keys("\n")
+    top1 = [
+        float(cell.split()[0])
+        for cell in texts(opened, "#leaderboard table:first-of-type tbody td:nth-child(2)")
+    ]
     assert top1[0] >= top1[1]
 
 
 def test_cells_sort_by_value_and_empty_ones_stay_last(browser, tmp_path: Path) -> None:
     """By the number, not the text, in which 9 is more than 10."""
     pretrained(tmp_path / "p", "data=synthetic")
-    for top1, where in ((9.5, []), (70.0, [f"pretrained={tmp_path}/p"]), (10.0, ["backbone=pixels"])):
+    for top1, where in (
+        (9.5, []),
+        (70.0, [f"pretrained={tmp_path}/p"]),
+        (10.0, ["backbone=pixels"]),
+    ):
         classified(tmp_path / f"{top1}", top1, "data=synthetic", *where)
     launch(compose("stage=report", f"runs={tmp_path}"))
     show(browser, tmp_path)
 
     def column(number: int) -> list[str]:
-        browser.find_element("css selector", f"#leaderboard table thead th:nth-child({number}) button").click()
+        browser.find_element(
+            "css selector", f"#leaderboard table thead th:nth-child({number}) button"
+        ).click()
         return texts(browser, f"#leaderboard .scroll:first-of-type tbody td:nth-child({number})")
 
     assert column(2)[:3] == ["70.0", "10.0", "9.5"]
@@ -201,7 +253,9 @@ def test_charts_render_whole(opened) -> None:
         assert chart["drawn"] > 0, chart
         assert not chart["cut"], chart
         assert chart["label"]
-    pictures = opened.execute_script("return [...document.images].map((one) => one.naturalWidth * one.alt.length)")
+    pictures = opened.execute_script(
+        "return [...document.images].map((one) => one.naturalWidth * one.alt.length)"
+    )
     assert len(pictures) > 2 * page.QUERIES * (page.NEIGHBOURS + 1)
     assert all(pictures)
     assert (
@@ -215,17 +269,26 @@ def test_charts_render_whole(opened) -> None:
 
 def test_curves_are_the_metrics_with_a_band_over_the_seeds(opened) -> None:
     titles = texts(opened, "#curves figure title")
-    assert any(title.startswith("moco_v2: ") and " ± " in title and "at epoch 2" in title for title in titles)
+    assert any(
+        title.startswith("moco_v2: ") and " ± " in title and "at epoch 2" in title
+        for title in titles
+    )
     bands = "return document.querySelectorAll('#curves .panel:first-of-type .series [style*=fill-opacity]').length"
     assert opened.execute_script(bands) >= 2
-    assert texts(opened, "#curves .legend button") == ["moco_v2 n = 2", "random init n = 2", "moco_v2 n = 2"]
+    assert texts(opened, "#curves .legend button") == [
+        "moco_v2 n = 2",
+        "random init n = 2",
+        "moco_v2 n = 2",
+    ]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_is_readable(browser, reported: Path, scheme: str) -> None:
     """WCAG 2.1, 1.4.3: a contrast of 4.5 between each text and what is behind it."""
     show(browser, reported, scheme=scheme)
-    browser.execute_script("for (const one of document.querySelectorAll('details')) one.open = true")
+    browser.execute_script(
+        "for (const one of document.querySelectorAll('details')) one.open = true"
+    )
     found = browser.execute_script("""
         const context = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
         const rgba = (colour) => {
@@ -272,10 +335,14 @@ def test_a_button_changes_light_and_dark(opened) -> None:
 @pytest.mark.parametrize("size", [LAPTOP, (1024, 700), (600, 900)])
 def test_nothing_is_wider_than_the_window(browser, reported: Path, size: tuple[int, int]) -> None:
     show(browser, reported, size)
-    wide, window = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+    wide, window = browser.execute_script(
+        "return [document.documentElement.scrollWidth, innerWidth]"
+    )
     assert wide <= window
     # nor is what has no spaces squeezed to a letter a line: 20 digits
-    (place,) = browser.execute_script("return [document.querySelector('#runs .place').getBoundingClientRect().width]")
+    (place,) = browser.execute_script(
+        "return [document.querySelector('#runs .place').getBoundingClientRect().width]"
+    )
     assert place > 140
 
 
@@ -325,16 +392,19 @@ def test_everything_has_a_name_for_those_who_cannot_see_it(opened) -> None:
     assert all(after <= before + 1 for before, after in pairwise(levels))
 
 
-# -- what isn't there --------------------------------------------------------------------------------------------------
+# -- what isn't there ------------------------------------------------------------------------------
 
 
 def test_a_run_without_its_images_keeps_its_place(browser, runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "moco", tmp_path / "moco")
     for file in (tmp_path / "moco").glob("*/config.yaml"):
         text = file.read_text().replace(
-            "_target_: ssl_bench.data.formats.digits.Digits", "_target_: ssl_bench.data.formats.folder.Folder"
+            "_target_: ssl_bench.data.formats.digits.Digits",
+            "_target_: ssl_bench.data.formats.folder.Folder",
         )
-        file.write_text(text.replace("  name: digits\n", f"  name: folder\n  root: {tmp_path}/gone\n"))
+        file.write_text(
+            text.replace("  name: digits\n", f"  name: folder\n  root: {tmp_path}/gone\n")
+        )
         files.seal(file.parent, files.sums_of(file.parent, layout.own(file.parent)))
     launch(compose("stage=report", f"runs={tmp_path}"))
     show(browser, tmp_path)
@@ -351,7 +421,9 @@ def test_a_list_of_runs_and_a_readme(tmp_path: Path, monkeypatch: pytest.MonkeyP
     pretrained(tmp_path / "a")
     pretrained(tmp_path / "b", "method=moco_v1")
     readme = tmp_path / "README.md"
-    readme.write_text("<!-- results: runs/report/results.json columns=loss -->\n<!-- end of results -->\n")
+    readme.write_text(
+        "<!-- results: runs/report/results.json columns=loss -->\n<!-- end of results -->\n"
+    )
     for _ in range(2):
         launch(compose("stage=report", "runs=[a,b]", "stage.readme=README.md"))
         assert readme.read_text().splitlines()[1:-1] == [
@@ -377,7 +449,10 @@ def test_runs_without_checkpoints(tmp_path: Path) -> None:
     pretrained(tmp_path / "b", "seed=1", loss=None)
     launch(compose("stage=report", f"runs={tmp_path}"))
     html = (tmp_path / "report.html").read_text()
-    assert "Confusion matrix, neighbours and feature map are left out: no finished run here has a checkpoint." in html
+    assert (
+        "Confusion matrix, neighbours and feature map are left out: no finished run here has a checkpoint."
+        in html
+    )
     assert "1 of 2 runs are not finished" in html
     assert "## Not finished" in (tmp_path / "results.md").read_text()
 
@@ -385,7 +460,9 @@ def test_runs_without_checkpoints(tmp_path: Path) -> None:
 def test_other_images_than_the_run_saw_are_noticed(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "moco" / "seed0", tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary | {"val_top1": summary["val_top1"] + 1}))
+    (tmp_path / "run" / "summary.json").write_text(
+        json.dumps(summary | {"val_top1": summary["val_top1"] + 1})
+    )
     files.seal(tmp_path / "run", files.sums_of(tmp_path / "run", layout.own(tmp_path / "run")))
     launch(compose("stage=report", f"runs={tmp_path}/run"))
     assert "are these other images?" in (tmp_path / "run" / "report.html").read_text()
@@ -405,23 +482,29 @@ def test_names_are_text_and_never_markup(browser, tmp_path: Path) -> None:
 
 def test_a_metric_that_no_run_has(tmp_path: Path) -> None:
     pretrained(tmp_path / "a")
-    with pytest.raises(UserError, match=r"metric=los: no such metric of these runs; did you mean loss\?"):
+    with pytest.raises(
+        UserError, match=r"metric=los: no such metric of these runs; did you mean loss\?"
+    ):
         launch(compose("stage=report", f"runs={tmp_path}", "metric=los"))
     assert not (tmp_path / "report.html").exists()
 
 
-# -- pieces ------------------------------------------------------------------------------------------------------------
+# -- pieces ----------------------------------------------------------------------------------------
 
 
 def detail(num_classes: int, per_class: int, wrong: float = 0.3) -> page.Detail:
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(num_classes), per_class)
     predicted = np.where(rng.random(len(labels)) < wrong, (labels + 1) % num_classes, labels)
-    features = np.eye(num_classes, dtype=np.float32)[labels] + rng.normal(0, 0.01, (len(labels), num_classes))
+    features = np.eye(num_classes, dtype=np.float32)[labels] + rng.normal(
+        0, 0.01, (len(labels), num_classes)
+    )
     image = lambda place: np.full((8, 8, 3), place % 256, dtype=np.uint8)  # noqa: E731
     ran = record.Ran(Path("run"), {"seed": 0, "stage": {"name": "lincls"}})
     group = grouping.Group("ours", [ran])
-    return page.Detail(group, "val", labels, (), features.astype(np.float32), {ran: predicted}, image, "same")
+    return page.Detail(
+        group, "val", labels, (), features.astype(np.float32), {ran: predicted}, image, "same"
+    )
 
 
 def test_a_confusion_matrix_of_many_classes_is_a_picture_with_its_largest_errors() -> None:
@@ -444,7 +527,9 @@ def test_neighbours_are_of_the_same_class_where_features_tell_it() -> None:
 def test_unlabelled_images_have_neighbours_and_a_map() -> None:
     one = detail(4, 10)
     one.labels = np.full(40, -1)
-    assert [len(row) for row in page._neighbours(one)["rows"]] == [page.NEIGHBOURS + 1] * page.QUERIES
+    assert [len(row) for row in page._neighbours(one)["rows"]] == [
+        page.NEIGHBOURS + 1
+    ] * page.QUERIES
     sheets: dict[str, str] = {}
     (classes,) = page._map(one, sheets)["classes"]
     assert (classes["name"], len(classes["points"])) == ("unlabelled", 40)

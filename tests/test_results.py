@@ -1,4 +1,6 @@
-"""Runs become rows: what is one row, its name, its numbers, its place; and tables are made of results files."""
+"""Runs become rows: what is one row, its name, its numbers, its place; and tables are made of
+results files.
+"""
 
 import json
 import re
@@ -47,7 +49,9 @@ def test_a_row_is_a_configuration_but_for_seed_and_place(tmp_path: Path) -> None
 
 
 def test_an_evaluation_is_told_by_what_it_stands_on(tmp_path: Path) -> None:
-    """Seeds of one pretraining are one row, wherever they are; its costs are counted once for each of them."""
+    """Seeds of one pretraining are one row, wherever they are; its costs are counted once for each
+    of them.
+    """
     for seed in (0, 1):
         pretrained(tmp_path / f"p{seed}", f"seed={seed}")
         for draw in (0, 1):
@@ -60,7 +64,8 @@ def test_an_evaluation_is_told_by_what_it_stands_on(tmp_path: Path) -> None:
     assert names(board) == ["moco_v2_200ep", "moco_v2", "raw pixels", "random init"]
     ours = board.groups[1]
     assert (len(ours.runs), ours.pretrainings) == (4, 2)
-    assert ours.values("val_top1") == [50.5, 51.5]  # or the std would be that of classifiers, and n too large
+    # or the std would be that of classifiers, and n too large
+    assert ours.values("val_top1") == [50.5, 51.5]
     assert tables.cell(board.rows[1], "n") == "2"
     assert ours.values("pretraining_hours") == [2.0, 2.0]  # 720,000 images at 100 a second
     assert ours.values("pretraining_images_per_second") == [100, 100]
@@ -77,10 +82,16 @@ def test_evaluations_of_a_single_pretraining_are_its_seeds(tmp_path: Path) -> No
     pretrained(tmp_path / "p")
     for draw in (0, 1, 2):
         classified(
-            tmp_path / f"l{draw}", None if draw == 2 else 50.0 + draw, f"pretrained={tmp_path}/p", f"seed={draw}"
+            tmp_path / f"l{draw}",
+            None if draw == 2 else 50.0 + draw,
+            f"pretrained={tmp_path}/p",
+            f"seed={draw}",
         )
     (row,) = boards(tmp_path)["lincls"].rows
-    cells = [tables.cell(row, column) for column in ("val_top1", "n", "pretrainings", "pretraining_hours")]
+    cells = [
+        tables.cell(row, column)
+        for column in ("val_top1", "n", "pretrainings", "pretraining_hours")
+    ]
     assert cells == ["50.5 ± 0.7", "2 of 3", "1", "2.000"]
 
 
@@ -92,13 +103,17 @@ def test_a_folder_that_has_moved_keeps_its_pretrainings(tmp_path: Path) -> None:
 
 
 def test_a_run_without_its_pretraining_is_what_it_was(tmp_path: Path) -> None:
-    """Two pretrainings, two classifiers of each; then only the classifiers are at hand, as on another machine."""
+    """Two pretrainings, two classifiers of each; then only the classifiers are at hand, as on
+    another machine.
+    """
     for seed, draw in product((0, 1), (0, 1)):
         folder = tmp_path / "p" / str(seed)
         if not draw:
             checkpoint(pretrained(folder, f"seed={seed}"), 80, b"%d" % seed)
         place = folder / "checkpoints" / "step0000000080.pt"
-        made = classified_from(tmp_path / f"l{seed}{draw}", 50.0 + 10 * seed + draw, place, f"seed={draw}")
+        made = classified_from(
+            tmp_path / f"l{seed}{draw}", 50.0 + 10 * seed + draw, place, f"seed={draw}"
+        )
         identity.remember(place, made.directory)
     before = boards(tmp_path)["lincls"].rows
     (tmp_path / "p").rename(tmp_path.parent / f"{tmp_path.name}-elsewhere")
@@ -115,10 +130,14 @@ def test_a_run_without_its_pretraining_is_what_it_was(tmp_path: Path) -> None:
 
 
 def test_weights_are_known_by_their_content(tmp_path: Path) -> None:
-    """Started from another folder, renamed, moved: the file is the same. Trained anew in the same place: it isn't."""
+    """Started from another folder, renamed, moved: the file is the same. Trained anew in the same
+    place: it isn't.
+    """
     for seed in (0, 1):
         made = checkpoint(pretrained(tmp_path / f"p{seed}", f"seed={seed}"), 80, b"%d" % seed)
-        classified_from(tmp_path / f"l{seed}", 50.0, made, place=f"runs/p{seed}/checkpoints/{made.name}")
+        classified_from(
+            tmp_path / f"l{seed}", 50.0, made, place=f"runs/p{seed}/checkpoints/{made.name}"
+        )
     shutil.move(tmp_path / "p0", tmp_path / "renamed")
     (group,) = boards(tmp_path)["lincls"].groups
     assert (group.name, group.pretrainings) == ("moco_v2", 2)
@@ -130,13 +149,17 @@ def test_weights_are_known_by_their_content(tmp_path: Path) -> None:
     assert not record.measured(record.find([tmp_path]), made)
     assert sorted(names(boards(tmp_path)["lincls"])) == ["moco_v2", "step0000000080"]
     made.unlink()  # a later checkpoint has taken its place: then only the place tells
-    classified_from(tmp_path / "late", 50.0, tmp_path / "renamed" / "checkpoints" / made.name, place=str(made))
+    classified_from(
+        tmp_path / "late", 50.0, tmp_path / "renamed" / "checkpoints" / made.name, place=str(made)
+    )
     (tmp_path / "late" / "pretrained.sha256").write_text("0" * 64)
     late = [ran for ran in record.find([tmp_path]) if ran.directory.name == "late"]
     assert late[0].pretraining.directory.name == "p1"
 
 
-def test_large_files_are_read_when_needed_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_files_are_read_when_needed_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read = []
 
     def told(file: BinaryIO, algorithm: str) -> SimpleNamespace:
@@ -144,7 +167,10 @@ def test_large_files_are_read_when_needed_and_once(tmp_path: Path, monkeypatch: 
         return SimpleNamespace(hexdigest=lambda: file.read().decode())
 
     monkeypatch.setattr("hashlib.file_digest", told)
-    made = [checkpoint(pretrained(tmp_path / f"p{seed}", f"seed={seed}"), 80, b"%d" % seed) for seed in (0, 1)]
+    made = [
+        checkpoint(pretrained(tmp_path / f"p{seed}", f"seed={seed}"), 80, b"%d" % seed)
+        for seed in (0, 1)
+    ]
     record.find([tmp_path])
     classified(tmp_path / "without", 50.0, f"pretrained={made[0]}")
     assert len(record.measured(record.find([tmp_path]), made[0])) == 1
@@ -167,7 +193,9 @@ def test_an_unfinished_pretraining_is_told_from_the_finished_one(tmp_path: Path)
     (begun.directory / "summary.json").write_text(json.dumps({"loss": 3.0}))
     board = boards(tmp_path)["lincls"]
     assert names(board) == ["moco_v2", "moco_v2 at step 80"]
-    assert grouping.differences([group.runs[0] for group in board.groups]) == {"pretrained.step": ["last", "80"]}
+    assert grouping.differences([group.runs[0] for group in board.groups]) == {
+        "pretrained.step": ["last", "80"]
+    }
     assert [group.values("pretraining_hours") for group in board.groups] == [[2.0], []]
     assert record.unfinished(early) == ""
     for path in (early, late):  # to save room: the metrics still know which was the last
@@ -177,7 +205,9 @@ def test_an_unfinished_pretraining_is_told_from_the_finished_one(tmp_path: Path)
 
 
 def test_a_seed_counts_once(tmp_path: Path) -> None:
-    """The newest of those that are finished; unless they saw other images, which their configuration needn't say."""
+    """The newest of those that are finished; unless they saw other images, which their
+    configuration needn't say.
+    """
     for place, (seed, top1, started, images) in {
         "first": (0, 50.0, "2026-01-01", "a"),
         "again": (0, 60.0, "2026-01-02", "a"),
@@ -187,19 +217,25 @@ def test_a_seed_counts_once(tmp_path: Path) -> None:
     }.items():
         classified(tmp_path / place, top1, f"seed={seed}")
         (tmp_path / place / "environment.json").write_text(json.dumps({"started": started}))
-        (tmp_path / place / "inputs.json").write_text(json.dumps({"train": {"fingerprint": images, "images": 1}}))
+        (tmp_path / place / "inputs.json").write_text(
+            json.dumps({"train": {"fingerprint": images, "images": 1}})
+        )
     board = boards(tmp_path)["lincls"]
     assert [(group.name, sorted(group.values("val_top1"))) for group in board.groups] == [
         ("random init images of train=a", [60.0, 80.0]),
         ("random init images of train=b", [70.0]),
     ]
     runs = record.find([tmp_path])
-    assert {ran.directory.name: newest.directory.name for ran, newest in grouping.repeated(runs).items()} == {
+    assert {
+        ran.directory.name: newest.directory.name for ran, newest in grouping.repeated(runs).items()
+    } == {
         "first": "again",
         "broken off": "again",
     }
     said = grouping.left_out(runs)
-    assert said.endswith(f"same configuration and seed counts: {tmp_path}/broken off, {tmp_path}/first.")
+    assert said.endswith(
+        f"same configuration and seed counts: {tmp_path}/broken off, {tmp_path}/first."
+    )
     assert said in report.remarks(runs, 0, 3)
     assert said in report.write_markdown("a title", grouping.boards(runs), runs)
 
@@ -208,7 +244,9 @@ def test_names_say_what_differs(tmp_path: Path) -> None:
     pretrained(tmp_path / "a", "method=moco_v1")
     for temperature in (0.1, 0.3):
         pretrained(tmp_path / f"b{temperature}", f"method.temperature={temperature}")
-        classified(tmp_path / f"l{temperature}", 10 * temperature, f"pretrained={tmp_path}/b{temperature}")
+        classified(
+            tmp_path / f"l{temperature}", 10 * temperature, f"pretrained={tmp_path}/b{temperature}"
+        )
     pretrained(tmp_path / "c", "backbone=resnet50", "method.temperature=0.1")
     found = boards(tmp_path)
     assert sorted(names(found["pretrain"])) == [
@@ -224,7 +262,8 @@ def test_names_say_what_differs(tmp_path: Path) -> None:
 
 def test_losses_of_different_methods_rank_nothing(tmp_path: Path) -> None:
     for name, method, loss in (("a", "moco_v1", 1.0), ("b", "moco_v2", 2.0)):
-        pretrained(tmp_path / name, f"method={method}", "metric=pretrained top-1", loss=loss)  # as in a pipeline
+        # as in a pipeline
+        pretrained(tmp_path / name, f"method={method}", "metric=pretrained top-1", loss=loss)
     board = boards(tmp_path)["pretrain"]
     assert (board.metric, board.ranked, board.has_results) == ("loss", False, True)
     for name in ("a", "b"):
@@ -237,18 +276,32 @@ def test_losses_of_different_methods_rank_nothing(tmp_path: Path) -> None:
 
 def test_smaller_losses_come_first_and_another_metric_can_be_asked_for(tmp_path: Path) -> None:
     for rate, loss, rank in ((1, 2.0, 50.0), (2, 1.0, 40.0)):
-        pretrained(tmp_path / f"{rate}", f"optimizer.base_lr={rate}", loss=loss, effective_rank=rank)
+        pretrained(
+            tmp_path / f"{rate}", f"optimizer.base_lr={rate}", loss=loss, effective_rank=rank
+        )
     assert names(boards(tmp_path)["pretrain"]) == ["moco_v2 base_lr=2", "moco_v2 base_lr=1"]
-    assert names(boards(tmp_path, "effective_rank")["pretrain"]) == ["moco_v2 base_lr=1", "moco_v2 base_lr=2"]
+    assert names(boards(tmp_path, "effective_rank")["pretrain"]) == [
+        "moco_v2 base_lr=1",
+        "moco_v2 base_lr=2",
+    ]
 
 
 @pytest.mark.parametrize(
-    "key", ["method.temperature", "method.queue_size", "augmentation.grayscale_p", "batch_size", "method.bn_splits"]
+    "key",
+    [
+        "method.temperature",
+        "method.queue_size",
+        "augmentation.grayscale_p",
+        "batch_size",
+        "method.bn_splits",
+    ],
 )
 def test_a_loss_ranks_nothing_across_what_makes_it_another(tmp_path: Path, key: str) -> None:
     for value, loss in ((1, 2.0), (2, 1.0)):
         values = {"batch_size": 128 * value, "augmentation.grayscale_p": value / 2}
-        pretrained(tmp_path / f"{value}", f"{key}={values.get(key, value)}", loss=loss, effective_rank=loss)
+        pretrained(
+            tmp_path / f"{value}", f"{key}={values.get(key, value)}", loss=loss, effective_rank=loss
+        )
     for asked in (None, "loss"):
         board = boards(tmp_path, asked)["pretrain"]
         assert (board.metric, board.ranked) == ("loss", False)
@@ -256,12 +309,14 @@ def test_a_loss_ranks_nothing_across_what_makes_it_another(tmp_path: Path, key: 
     assert boards(tmp_path, "effective_rank")["pretrain"].ranked
 
 
-# -- one statistic -----------------------------------------------------------------------------------------------------
+# -- one statistic ---------------------------------------------------------------------------------
 
 
 def swept(folder: Path, overrides: list[str], top1: float | None, **lines: float) -> None:
     """A member of the sweep `folder`, of stage=lincls, finished if it has a result."""
-    made = sweep.Member(folder / ".members" / f"{sweep.name(overrides)}.json", overrides, {}, str(folder.parent), "")
+    made = sweep.Member(
+        folder / ".members" / f"{sweep.name(overrides)}.json", overrides, {}, str(folder.parent), ""
+    )
     words = ["stage=lincls", *overrides, f"dir={folder / made.name}"]
     made.config = OmegaConf.to_container(compose(*words), resolve=True)
     made.save()
@@ -279,8 +334,9 @@ def test_every_accuracy_has_one_decimal_beside_its_deviation(metric: str) -> Non
 
 
 def test_every_place_has_one_mean_and_one_deviation(tmp_path: Path) -> None:
-    """Two pretrainings of which the classifiers differ much less than the two: a sweep's table, a report's text,
-    leaderboard, dots, curves, accuracies on a class."""
+    """Two pretrainings of which the classifiers differ much less than the two: a sweep's table, a
+    report's text, leaderboard, dots, curves, accuracies on a class.
+    """
     folder = tmp_path / "sweep"
     for seed, mean in enumerate((92.0, 92.4)):
         pretrained(tmp_path / f"p{seed}", f"seed={seed}")
@@ -305,7 +361,9 @@ def test_every_place_has_one_mean_and_one_deviation(tmp_path: Path) -> None:
     for group in board.groups:
         detail = page.Detail(group, "val", labels, ["zero"], images_id="same")
         for ran in group.runs:
-            detail.predictions[ran] = np.where(np.arange(1000) < 10 * ran.values["val_top1"], right, 1)
+            detail.predictions[ran] = np.where(
+                np.arange(1000) < 10 * ran.values["val_top1"], right, 1
+            )
         details.append(detail)
     (row,) = page._classes(details)["rows"]
     assert spreads(" ".join(cell["text"] for cell in row["cells"])) == expected
@@ -316,10 +374,19 @@ def made_sweeps(folder: Path, place: Path) -> dict[str, list[tuple[list[str], fl
     seeds = [f"pretrained={place}/p{seed}" for seed in (0, 1)]
     other = f"pretrained={place}/other"
     return {
-        "seeds of one pretraining": [([on, f"seed={draw}"], 50.0 + i) for i, on in enumerate(seeds) for draw in (0, 1)],
+        "seeds of one pretraining": [
+            ([on, f"seed={draw}"], 50.0 + i) for i, on in enumerate(seeds) for draw in (0, 1)
+        ],
         "two experiments": [([on, "seed=0"], 50.0 + i) for i, on in enumerate([*seeds, other])],
-        "rates": [([f"optimizer.base_lr={lr}", f"seed={s}"], lr + s) for lr in (1, 2) for s in (0, 1)],
-        "typed in several ways": [(["optimizer.base_lr=30"], 50.0), ([], 51.0), (["seed=0"], 52.0), (["seed=1"], 53.0)],
+        "rates": [
+            ([f"optimizer.base_lr={lr}", f"seed={s}"], lr + s) for lr in (1, 2) for s in (0, 1)
+        ],
+        "typed in several ways": [
+            (["optimizer.base_lr=30"], 50.0),
+            ([], 51.0),
+            (["seed=0"], 52.0),
+            (["seed=1"], 53.0),
+        ],
         "not finished": [(["seed=0"], 50.0), (["seed=1"], None), (["epochs=7"], None)],
     }
 
@@ -342,7 +409,8 @@ def test_a_stage_that_measures_nothing_has_no_table(tmp_path: Path) -> None:
     ran = pretrained(tmp_path / "p")
     shutil.copytree(tmp_path / "p", tmp_path / "export")
     changed = yaml.safe_dump(
-        ran.config | {"stage": {"name": "export"}, "metric": None, "pretrained": str(tmp_path / "p")}
+        ran.config
+        | {"stage": {"name": "export"}, "metric": None, "pretrained": str(tmp_path / "p")}
     )
     (tmp_path / "export" / "config.yaml").write_text(changed)
     (tmp_path / "export" / "summary.json").write_text("{}")
@@ -363,31 +431,42 @@ def test_a_pipeline_is_its_members(tmp_path: Path) -> None:
     assert set(found) == {"lincls", "pretrain"}
     assert found["lincls"].groups[0].values("val_top1") == [70.0, 71.0]
     runs = [ran for ran in record.find([tmp_path]) if ran.holds_runs]
-    assert runs[0].identity.alike(runs[1].identity)  # though the overrides of its members name its directory
+    # though the overrides of its members name its directory
+    assert runs[0].identity.alike(runs[1].identity)
 
 
 def test_members_of_a_sweep_that_have_not_begun_are_counted(tmp_path: Path) -> None:
     done = pretrained(tmp_path / "sweep" / "first", "seed=0")
     for seed in (0, 1):
         made = member(tmp_path / "sweep", None, f"seed={seed}")
-        made.config = done.config | {"seed": seed, "dir": str(tmp_path / "sweep" / ("first", "second")[seed])}
+        made.config = done.config | {
+            "seed": seed,
+            "dir": str(tmp_path / "sweep" / ("first", "second")[seed]),
+        }
         made.save()
     made.fail("out of memory")
     (group,) = boards(tmp_path)["pretrain"].groups
     assert tables.cell(group.row("loss"), "n") == "1 of 2"
-    assert [(ran.state.name, ran.state.note) for ran in group.runs] == [("finished", ""), ("failed", "out of memory")]
+    assert [(ran.state.name, ran.state.note) for ran in group.runs] == [
+        ("finished", ""),
+        ("failed", "out of memory"),
+    ]
 
 
 def test_paths_without_runs(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"runs=.*nowhere: no run at or below it; name run directories"):
+    with pytest.raises(
+        UserError, match=r"runs=.*nowhere: no run at or below it; name run directories"
+    ):
         record.find([tmp_path / "nowhere"])
     pretrained(tmp_path / "a")
     (tmp_path / "a" / "summary.json").write_text("{")
-    with pytest.raises(UserError, match=r"a/summary\.json is damaged: put it back, .* leave this run out of runs="):
+    with pytest.raises(
+        UserError, match=r"a/summary\.json is damaged: put it back, .* leave this run out of runs="
+    ):
         record.find([tmp_path])
 
 
-# -- files and texts ---------------------------------------------------------------------------------------------------
+# -- files and texts -------------------------------------------------------------------------------
 
 
 def test_costs_are_those_of_what_it_stands_on_itself(tmp_path: Path) -> None:
@@ -415,7 +494,12 @@ def test_columns_in_order_and_only_what_is_there(tmp_path: Path) -> None:
 
 TEXT = "# Mine\n\n<!-- results: a.json{} -->\nold\n<!-- end of results -->\n\nrest\n"
 ROWS = [
-    {"stage": "lincls", "name": "a|b", "values": {"val_top1": [50.0, 52.0], "hours": [1.0, 1.0]}, "members": 3},
+    {
+        "stage": "lincls",
+        "name": "a|b",
+        "values": {"val_top1": [50.0, 52.0], "hours": [1.0, 1.0]},
+        "members": 3,
+    },
     {"stage": "pretrain", "name": "b", "values": {"loss": [1.5]}},
 ]
 
@@ -451,7 +535,9 @@ def test_fill_tells_what_is_wrong(tmp_path: Path, options: str, message: str) ->
 
 
 def test_fill_needs_a_block_and_a_results_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no table to fill: write a line <!-- results: FILE\.json -->"):
+    with pytest.raises(
+        UserError, match=r"no table to fill: write a line <!-- results: FILE\.json -->"
+    ):
         tables.fill("# Mine\n", tmp_path)
     for content in (None, "{", '{"rows": [{"name": 1}]}', '{"row": []}'):
         if content:
@@ -462,7 +548,9 @@ def test_fill_needs_a_block_and_a_results_file(tmp_path: Path) -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.lists(st.floats(0, 100), max_size=4), max_size=5))
-def test_what_is_saved_is_loaded(tmp_path_factory: pytest.TempPathFactory, values: list[list[float]]) -> None:
+def test_what_is_saved_is_loaded(
+    tmp_path_factory: pytest.TempPathFactory, values: list[list[float]]
+) -> None:
     path = tmp_path_factory.mktemp("results") / "a.json"
     rows = [{"name": str(i), "values": {"val_top1": mine}} for i, mine in enumerate(values)]
     tables.save(path, rows)
@@ -478,5 +566,6 @@ def test_the_tables_of_the_readme_are_made_from_the_committed_results() -> None:
 def test_every_committed_results_file_is_one() -> None:
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         rows = json.loads(path.read_text()).get("rows") or []
-        if any("stage" in row for row in rows if isinstance(row, dict)):  # other tables may speak of stages
+        # other tables may speak of stages
+        if any("stage" in row for row in rows if isinstance(row, dict)):
             assert tables.load(path)

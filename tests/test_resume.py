@@ -1,4 +1,6 @@
-"""A run killed at any step and started again by the same command ends as if nothing had happened, bit for bit."""
+"""A run killed at any step and started again by the same command ends as if nothing had happened,
+bit for bit.
+"""
 
 import json
 import os
@@ -23,7 +25,9 @@ def final(run: Path) -> tuple[dict, list[dict]]:
     """The last checkpoint, and what was logged."""
     last = max((run / "checkpoints").glob("step*.pt"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return torch.load(last, weights_only=True), [{k: line.get(k) for k in ("step", *DERIVED)} for line in lines]
+    return torch.load(last, weights_only=True), [
+        {k: line.get(k) for k in ("step", *DERIVED)} for line in lines
+    ]
 
 
 def assert_identical(one: object, other: object, path: str = "") -> None:
@@ -45,7 +49,10 @@ def assert_identical(one: object, other: object, path: str = "") -> None:
 def interrupt(command: list[str], cwd: Path, run: Path, step: int, signum: int) -> int:
     """Start, send the signal to all its processes once `step` is logged, return the exit status."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "ssl_bench.train", *command], cwd=cwd, start_new_session=True, stderr=subprocess.PIPE
+        [sys.executable, "-m", "ssl_bench.train", *command],
+        cwd=cwd,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
     )
     metrics, deadline = cwd / run / "metrics.jsonl", time.monotonic() + 240
     while not (metrics.exists() and metrics.read_text().count("\n") >= step):
@@ -60,9 +67,17 @@ def interrupt(command: list[str], cwd: Path, run: Path, step: int, signum: int) 
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("stage", ["pretrain", "lincls", "cached"])
 def test_killed(ssl_bench: Command, tmp_path: Path, stage: str, devices: int) -> None:
-    lincls = [*TINY, "stage=lincls", "epochs=2", "save_every=4", "eval_every=1", f"devices={devices}"]
+    lincls = [
+        *TINY,
+        "stage=lincls",
+        "epochs=2",
+        "save_every=4",
+        "eval_every=1",
+        f"devices={devices}",
+    ]
     command = {
-        "pretrain": [*TINY_PRETRAIN, f"devices={devices}", "eval_every=1"],  # batch norm of MoCo is each process's own
+        # batch norm of MoCo is each process's own
+        "pretrain": [*TINY_PRETRAIN, f"devices={devices}", "eval_every=1"],
         "lincls": lincls,
         "cached": [*lincls, "stage.features=cached", "stage.copies=1", "stage.normalize=true"],
     }[stage]
@@ -83,8 +98,16 @@ def test_killed(ssl_bench: Command, tmp_path: Path, stage: str, devices: int) ->
 
 
 @pytest.mark.parametrize(("devices", "source"), [(1, "host"), (2, "host"), (1, "streamed")])
-def test_terminated_loses_nothing(ssl_bench: Command, tmp_path: Path, devices: int, source: str) -> None:
-    command = [*TINY_PRETRAIN, "save_every=1000", "epochs=4", f"devices={devices}", f"source={source}"]
+def test_terminated_loses_nothing(
+    ssl_bench: Command, tmp_path: Path, devices: int, source: str
+) -> None:
+    command = [
+        *TINY_PRETRAIN,
+        "save_every=1000",
+        "epochs=4",
+        f"devices={devices}",
+        f"source={source}",
+    ]
     ssl_bench(*command, "dir=whole", check=True)
     status = interrupt([*command, "dir=stopped"], tmp_path, Path("stopped"), 6, signal.SIGTERM)
     assert status == 128 + signal.SIGTERM
@@ -99,10 +122,19 @@ def test_terminated_loses_nothing(ssl_bench: Command, tmp_path: Path, devices: i
 
 def test_terminated_while_packing(ssl_bench: Command, tmp_path: Path) -> None:
     """There is no step to finish: it ends there and then, and leaves no half of a store."""
-    command = ["data=synthetic", "data.num_unlabeled=20000", "data.workers=1", "data.cache=cache", "dir=run"]
+    command = [
+        "data=synthetic",
+        "data.num_unlabeled=20000",
+        "data.workers=1",
+        "data.cache=cache",
+        "dir=run",
+    ]
     command += ["method.queue_size=1024"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "ssl_bench.train", *command], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "ssl_bench.train", *command],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     for line in process.stderr:
         if "packing" in line:
@@ -111,7 +143,9 @@ def test_terminated_while_packing(ssl_bench: Command, tmp_path: Path) -> None:
     said = process.stderr.read()
     assert process.wait(timeout=10) == 128 + signal.SIGTERM
     assert said.endswith("ssl-bench: stopped by SIGTERM; the same command continues\n")
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_dir() and path.name != "stores"]
+    assert not [
+        path for path in (tmp_path / "cache").rglob("*") if path.is_dir() and path.name != "stores"
+    ]
 
 
 def test_finished_is_a_no_op(ssl_bench: Command, tmp_path: Path) -> None:

@@ -43,7 +43,9 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
     with run(tmp_path / "run", seed=0) as first:
         first.finish({"loss": 1.0})
     (tmp_path / "run" / name).write_text("{")
-    with pytest.raises(UserError, match=f"{name}: its sha256 is .* a broken or another file; put back the one"):
+    with pytest.raises(
+        UserError, match=f"{name}: its sha256 is .* a broken or another file; put back the one"
+    ):
         run(tmp_path / "run", seed=0).__enter__()
 
 
@@ -54,7 +56,9 @@ def test_other_images_than_it_began_with(tmp_path: Path) -> None:
         first.uses("train", "b", 41)
         first.save(1, model=torch.nn.Linear(1, 1))
         first.uses("val", "c", 10)
-        with pytest.raises(UserError, match="a run of other images: split 'train' had 41, has 40 now, not the same"):
+        with pytest.raises(
+            UserError, match="a run of other images: split 'train' had 41, has 40 now, not the same"
+        ):
             first.uses("train", "a", 40)
         first.uses("train", "b", 41)
 
@@ -116,7 +120,9 @@ def test_a_wrong_folder_of_images_costs_a_finished_run_nothing(tmp_path: Path) -
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
     def split_of(fingerprint: str) -> Callable[[str], SimpleNamespace]:
-        return lambda name: SimpleNamespace(fingerprint=fingerprint, length=40 if name == "train" else 10)
+        return lambda name: SimpleNamespace(
+            fingerprint=fingerprint, length=40 if name == "train" else 10
+        )
 
     moved = config | {"data": {"root": "there"}}
     with Run(moved, torch.device("cpu"), NoTracker) as again:
@@ -130,5 +136,17 @@ def test_a_wrong_folder_of_images_costs_a_finished_run_nothing(tmp_path: Path) -
 
 
 def test_shares_are_percent_on_the_console_as_in_tables() -> None:
-    values = {"accuracy": 0.92, "knn_top1": 98.46, "data_wait": 0.031, "loss": 5.123, "images_per_second": 12345.6}
-    assert [spoken(*item) for item in values.items()] == ["92 %", "98.46 %", "3.1 %", "5.123", "12,346"]
+    values = {
+        "accuracy": 0.92,
+        "knn_top1": 98.46,
+        "data_wait": 0.031,
+        "loss": 5.123,
+        "images_per_second": 12345.6,
+    }
+    assert [spoken(*item) for item in values.items()] == [
+        "92 %",
+        "98.46 %",
+        "3.1 %",
+        "5.123",
+        "12,346",
+    ]

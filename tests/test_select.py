@@ -32,7 +32,9 @@ FEATURES = ["kmeans_plusplus", "k_center", "typiclust"]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 unlabelled images, 12 for training; two requests, of which one has labels. No val split: nothing needs it."""
+    """60 unlabelled images, 12 for training; two requests, of which one has labels. No val split:
+    nothing needs it.
+    """
     root = tmp_path_factory.mktemp("select") / "data"
     write_dl21(root, 60, 12, 4, num_classes=4, image_size=16, workers=1)
     shutil.rmtree(root / "val")
@@ -45,7 +47,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def command(root: Path, tmp_path: Path) -> list[str]:
-    return [*TINY, "stage=select", "data=dl21", f"data.root={root}", "stage.budget=10", f"dir={tmp_path}/run"]
+    return [
+        *TINY,
+        "stage=select",
+        "data=dl21",
+        f"data.root={root}",
+        "stage.budget=10",
+        f"dir={tmp_path}/run",
+    ]
 
 
 def request(folder: Path) -> list[int]:
@@ -80,8 +89,14 @@ def test_the_contact_sheet_shows_the_chosen(command: list[str], root: Path, tmp_
 
 
 def test_covered_images_keep_others_from_being_chosen(command: list[str], tmp_path: Path) -> None:
-    """k-center never asks for an image that lies on a covered one; of the train split as of earlier requests."""
-    alone = launch(compose(*command, "stage.strategy=k_center", "stage.cover_train=false", f"dir={tmp_path}/alone"))
+    """k-center never asks for an image that lies on a covered one; of the train split as of earlier
+    requests.
+    """
+    alone = launch(
+        compose(
+            *command, "stage.strategy=k_center", "stage.cover_train=false", f"dir={tmp_path}/alone"
+        )
+    )
     covering = launch(compose(*command, "stage.strategy=k_center", f"dir={tmp_path}/covering"))
     assert (alone["num_covered"], covering["num_covered"]) == (0, 12)
     assert covering["mean_distance"] < alone["mean_distance"]
@@ -101,20 +116,36 @@ def test_it_is_the_strategy_of_the_features(command: list[str], tmp_path: Path) 
 
 def test_margin_is_that_of_the_classifier(command: list[str], root: Path, tmp_path: Path) -> None:
     write_dl21(tmp_path / "data", 60, 40, 4, num_classes=4, image_size=16, workers=1)
-    same = [*TINY, "data=dl21", f"data.root={tmp_path}/data", "augmentation=lincls", "batch_size=20"]
-    for name, options in {"plain": [], "grid": ["stage.features=cached", "stage.normalize=true"]}.items():
+    same = [
+        *TINY,
+        "data=dl21",
+        f"data.root={tmp_path}/data",
+        "augmentation=lincls",
+        "batch_size=20",
+    ]
+    for name, options in {
+        "plain": [],
+        "grid": ["stage.features=cached", "stage.normalize=true"],
+    }.items():
         launch(compose(*same, "stage=lincls", "epochs=2", *options, f"dir={tmp_path}/{name}"))
         cfg = compose(
-            *command, "stage.strategy=margin", f"pretrained={tmp_path}/{name}", f"dir={tmp_path}/{name}-chosen"
+            *command,
+            "stage.strategy=margin",
+            f"pretrained={tmp_path}/{name}",
+            f"dir={tmp_path}/{name}-chosen",
         )
         launch(cfg)
         state = torch.load(weights.find(cfg.pretrained), weights_only=True)["model"]
         probe = LinearProbe(build.construct(cfg.backbone), 4, normalize=name == "grid").eval()
         probe.load_state_dict({key: state[key] for key in probe.state_dict()})
-        pixels = np.stack([np.asarray(Image.open(root / "unlabeled" / f"{index}.png")) for index in range(60)])
+        pixels = np.stack(
+            [np.asarray(Image.open(root / "unlabeled" / f"{index}.png")) for index in range(60)]
+        )
         view = EvalView(16)  # ImageNet's mean and std, with which MoCo v2 was trained
         with torch.no_grad():
-            margin = selection.margin(probe.logits(view(torch.from_numpy(pixels).permute(0, 3, 1, 2)))).numpy()
+            margin = selection.margin(
+                probe.logits(view(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
+            ).numpy()
         chosen = request(tmp_path / f"{name}-chosen")
         np.testing.assert_allclose(margin[chosen], np.sort(margin)[:10], atol=2e-3)
 
@@ -153,7 +184,9 @@ def test_a_signal_stops_it_with_what_it_has(
     assert not list((tmp_path / "run").glob("request_*"))
 
 
-def test_features_are_shared_by_runs_of_the_same_backbone_only(command: list[str], tmp_path: Path) -> None:
+def test_features_are_shared_by_runs_of_the_same_backbone_only(
+    command: list[str], tmp_path: Path
+) -> None:
     shared = [*command, f"stage.features={tmp_path}/shared", "stage.cover_train=false"]
     for name, options, files in (
         ("one", [], 1),
@@ -165,7 +198,9 @@ def test_features_are_shared_by_runs_of_the_same_backbone_only(command: list[str
         assert len(list((tmp_path / "shared").glob("*.npy"))) == files
 
 
-def test_labels_of_the_images_themselves_choose_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_labels_of_the_images_themselves_choose_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The digits to train on are those that are chosen from: no image is covered, and that is said."""
     caplog.set_level(logging.INFO, "ssl_bench")
     command = [*TINY, "stage=select", "data=digits", "stage.budget=25", f"dir={tmp_path}/run"]
@@ -174,7 +209,9 @@ def test_labels_of_the_images_themselves_choose_nothing(tmp_path: Path, caplog: 
     assert "they are chosen though they have labels" in caplog.text
 
 
-def test_it_names_the_requests_it_was_not_told_of(command: list[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_it_names_the_requests_it_was_not_told_of(
+    command: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
     launch(compose(*command, "stage.requested=[request_04.csv]", "stage.strategy=random"))
     assert [r.message for r in caplog.records if "may be among the chosen" in r.message] == [
         "images of request_00.csv may be among the chosen: stage.requested= doesn't name it"
@@ -182,15 +219,30 @@ def test_it_names_the_requests_it_was_not_told_of(command: list[str], caplog: py
 
 
 MISTAKES = {
-    "budget": (["stage.budget=58", "stage.requested=[request_00.csv]"], "57 images without a label: choose at most"),
-    "request": (["stage.requested=[request_09.csv]"], "request_09.csv; stage.requested= names index files under"),
-    "other data": (["stage.requested=[other.csv]"], "other.csv names image 60 of 60; does it belong to this data set?"),
-    "classifier": (["stage.strategy=margin"], "pretrained=None holds no classifier, which stage.strategy=margin needs"),
+    "budget": (
+        ["stage.budget=58", "stage.requested=[request_00.csv]"],
+        "57 images without a label: choose at most",
+    ),
+    "request": (
+        ["stage.requested=[request_09.csv]"],
+        "request_09.csv; stage.requested= names index files under",
+    ),
+    "other data": (
+        ["stage.requested=[other.csv]"],
+        "other.csv names image 60 of 60; does it belong to this data set?",
+    ),
+    "classifier": (
+        ["stage.strategy=margin"],
+        "pretrained=None holds no classifier, which stage.strategy=margin needs",
+    ),
     "one class": (
         ["stage.strategy=margin", "pretrained=one.pt"],
         "its classifier knows one class, and stage.",
     ),
-    "clusters": (["stage.strategy=random", "stage.max_clusters=9"], "max_clusters=9 would be ignored: it is for"),
+    "clusters": (
+        ["stage.strategy=random", "stage.max_clusters=9"],
+        "max_clusters=9 would be ignored: it is for",
+    ),
     "out": (["stage.out=/nowhere"], "stage.out=/nowhere: not a folder that can be written"),
     "directory": (["dir=null"], "dir=null: stage=select writes its result there"),
 }
@@ -198,7 +250,12 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("overrides", "says"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes(
-    command: list[str], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], says: str
+    command: list[str],
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str],
+    says: str,
 ) -> None:
     (root / "other.csv").write_text("59\n60\n")
     torch.save({"model": {"fc.weight": torch.zeros(1, 64)}, "step": 1}, tmp_path / "one.pt")
@@ -212,11 +269,15 @@ def test_mistakes(
 
 @pytest.mark.slow
 def test_the_command(ssl_bench: Command, command: list[str], root: Path, tmp_path: Path) -> None:
-    """Of two processes too; the request goes where the labels will, and its number is taken from then on."""
+    """Of two processes too; the request goes where the labels will, and its number is taken from
+    then on.
+    """
     (tmp_path / "requests").mkdir()
     out = [f"stage.out={tmp_path}/requests", "stage.budget=5"]
     ssl_bench(*command, *out, check=True)
-    again = ssl_bench(*command, *out, "devices=2", "batch_size=8", f"dir={tmp_path}/again", check=True)
+    again = ssl_bench(
+        *command, *out, "devices=2", "batch_size=8", f"dir={tmp_path}/again", check=True
+    )
     assert "request_06.csv: 5 images to label" in again.stdout
     one, two = ((tmp_path / "requests" / f"request_0{number}.csv").read_text() for number in (5, 6))
     assert one == two

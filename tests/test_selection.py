@@ -42,8 +42,15 @@ def lazy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @settings(max_examples=25, deadline=None)
-@given(count=st.integers(1, 40), doubles=st.integers(0, 20), labelled=st.integers(0, 10), seed=st.integers(0, 99))
-def test_each_row_once_and_the_same_again(strategy: str, count: int, doubles: int, labelled: int, seed: int) -> None:
+@given(
+    count=st.integers(1, 40),
+    doubles=st.integers(0, 20),
+    labelled=st.integers(0, 10),
+    seed=st.integers(0, 99),
+)
+def test_each_row_once_and_the_same_again(
+    strategy: str, count: int, doubles: int, labelled: int, seed: int
+) -> None:
     pool = torch.cat([points(count, seed), points(count, seed)[:doubles]])
     covered = pool[:labelled] + (seed % 2)  # on the pool, or beside it
     order = list(STRATEGIES[strategy](pool, covered, seeded(seed)))
@@ -67,7 +74,9 @@ def test_k_center_is_always_the_farthest(labelled: int, seed: int) -> None:
 @pytest.mark.usefixtures("lazy")
 @pytest.mark.parametrize("labelled", [0, 2])
 def test_kmeans_plusplus_draws_by_the_squared_distance(labelled: int) -> None:
-    """How often each pair comes first and second, and each triple: as often as its probability says."""
+    """How often each pair comes first and second, and each triple: as often as its probability
+    says.
+    """
     pool, covered, tries = points(6, 4), points(labelled, 5), 4000
     found: dict[tuple[int, ...], int] = {}
     for seed in range(tries):
@@ -81,7 +90,9 @@ def test_kmeans_plusplus_draws_by_the_squared_distance(labelled: int) -> None:
 
     for triple in np.ndindex(6, 6, 6):
         p = np.prod([weights(list(triple[:i]))[triple[i]] for i in range(3)])
-        assert abs(found.get(triple, 0) - tries * p) <= 4.5 * np.sqrt(tries * p * (1 - p)) + 1e-9, triple
+        assert abs(found.get(triple, 0) - tries * p) <= 4.5 * np.sqrt(tries * p * (1 - p)) + 1e-9, (
+            triple
+        )
 
 
 def blobs(*centres: float, count: int = 30) -> Tensor:
@@ -98,7 +109,8 @@ def test_typiclust_asks_for_the_middle_of_the_clusters_without_labels() -> None:
     assert {row // 30 for row in order[:3]} == {0, 2, 3}
     assert order[0] >= 90  # the largest first
     for row in order[:3]:
-        assert pool[row, 0] == pytest.approx(10.0 * min(row // 30, 3), abs=0.1)  # the clouds reach to 0.3
+        # the clouds reach to 0.3
+        assert pool[row, 0] == pytest.approx(10.0 * min(row // 30, 3), abs=0.1)
     assert 30 <= order[3] < 60 or order[3] >= 90  # then again one of those with one label
 
 
@@ -120,7 +132,9 @@ def test_typicality_is_the_inverse_of_the_mean_distance() -> None:
     of[69] = 2  # alone
     found = selection.typicality(x, of)
     for row in (0, 1, 44):
-        near = np.sort(np.sqrt(distances(x[row : row + 1], x[of == of[row]])[0]))[1 : selection.NEIGHBOURS + 1]
+        near = np.sort(np.sqrt(distances(x[row : row + 1], x[of == of[row]])[0]))[
+            1 : selection.NEIGHBOURS + 1
+        ]
         assert found[row] == pytest.approx(1 / (near.mean() + 1e-5), rel=1e-3)
     assert found[69] == pytest.approx(1e5)
 
@@ -135,12 +149,16 @@ def test_margin() -> None:
 @given(count=st.integers(1, 30), centres=st.integers(1, 12), seed=st.integers(0, 99))
 def test_distances_in_blocks(count: int, centres: int, seed: int) -> None:
     x, y = points(count, seed), points(centres, seed + 1)
-    np.testing.assert_allclose(selection.nearest_distances(x, y), distances(x, y).min(axis=1), atol=1e-12)
+    np.testing.assert_allclose(
+        selection.nearest_distances(x, y), distances(x, y).min(axis=1), atol=1e-12
+    )
     assert selection.nearest_distances(x, y[:0]).isinf().all()
 
 
 def test_projection_keeps_the_distances_of_unit_vectors() -> None:
-    """Of features that lie in 4 of 32 dimensions, 4 components hold everything; float16 costs a thousandth."""
+    """Of features that lie in 4 of 32 dimensions, 4 components hold everything; float16 costs a
+    thousandth.
+    """
     features = (points(300, 0, 4) @ points(4, 1, 32)).numpy()
     unit = torch.from_numpy(features / np.linalg.norm(features, axis=1, keepdims=True))
     project = selection.Projection(features.astype(np.float16), 4, 0, torch.device("cpu"))
@@ -148,12 +166,16 @@ def test_projection_keeps_the_distances_of_unit_vectors() -> None:
     found = project(features.astype(np.float16))
     assert found.shape == (300, 4)
     np.testing.assert_allclose(torch.cdist(found, found), torch.cdist(unit, unit), atol=2e-3)
-    np.testing.assert_allclose(selection.Projection(features, 0, 0, torch.device("cpu"))(features), unit, rtol=1e-5)
+    np.testing.assert_allclose(
+        selection.Projection(features, 0, 0, torch.device("cpu"))(features), unit, rtol=1e-5
+    )
     assert selection.Projection(features, 2, 0, torch.device("cpu")).explained < 0.99
 
 
 @pytest.mark.parametrize("strategy", ["k_center", "kmeans_plusplus"])
-def test_it_does_not_look_at_every_point_for_every_centre(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_does_not_look_at_every_point_for_every_centre(
+    strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pool = torch.randn(20_000, 16, generator=seeded())
     passes = []
     lower: Callable = selection.lower

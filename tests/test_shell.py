@@ -65,11 +65,15 @@ def test_a_word_of_a_shell() -> None:
 def test_variables_are_all_that_is_not_literal(word: str, said: str) -> None:
     line = f"printf '%s\\0' {quoted(word, variables=True)}"
     env = os.environ | {"SOME": "a b"}
-    assert subprocess.run(["bash", "-c", line], env=env, capture_output=True, text=True).stdout == said + "\0"
+    assert (
+        subprocess.run(["bash", "-c", line], env=env, capture_output=True, text=True).stdout
+        == said + "\0"
+    )
 
 
 @settings(max_examples=300, deadline=None)
-@given(texts.filter(lambda text: text != "???"))  # that is OmegaConf's mark of what isn't there, in quotes, too
+# that is OmegaConf's mark of what isn't there, in quotes, too
+@given(texts.filter(lambda text: text != "???"))
 @example("\\${a}")
 @example("a b/seed0")
 def test_an_override_that_is_advised_means_what_it_says(value: str) -> None:
@@ -86,7 +90,8 @@ def test_a_text_that_looks_like_something_else_is_quoted_as_it_is(value: str) ->
     assert parsed.value() == value
 
 
-# A Slurm of shell scripts: srun tells what it was given, runs what copies files, and asks to be requeued.
+# A Slurm of shell scripts: srun tells what it was given, runs what copies files, and asks to be
+# requeued.
 PROGRAMS = {
     "sbatch": 'cp "$1" "$SPIED/script"; echo Submitted batch job 7',
     "srun": 'printf "%s\\0" "$@" > "$SPIED/srun"\n'
@@ -106,7 +111,12 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, text in PROGRAMS.items():
         (folder / name).write_text(f"#!/bin/bash\n{text}\n")
         (folder / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SPIED": str(folder / "spied"), "SOME": "a b"}
+    job = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SPIED": str(folder / "spied"),
+        "SOME": "a b",
+    }
     return {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(folder), **job}
 
 
@@ -115,7 +125,9 @@ def choice() -> dict:
     """launcher=slurm as it is composed."""
     with hydra.initialize_config_module("ssl_bench.conf", version_base="1.3"):
         node = hydra.compose("config", ["launcher=slurm"], return_hydra_config=True).hydra.launcher
-    return {key: value for key, value in OmegaConf.to_container(node).items() if key != "_target_"} | {"wait": False}
+    return {
+        key: value for key, value in OmegaConf.to_container(node).items() if key != "_target_"
+    } | {"wait": False}
 
 
 def submit(choice: dict, work: Path, **keys: object) -> None:
@@ -124,7 +136,9 @@ def submit(choice: dict, work: Path, **keys: object) -> None:
     options = OmegaConf.create(own.pop("additional_parameters", {}))
     launcher = Slurm(**choice | {"additional_parameters": options} | own)
     launcher.config = OmegaConf.create({"hydra": {"sweeper": {"_target_": "BasicSweeper"}}})
-    launcher._run([sweep.Member(work / "sweep" / "member.json", [], {"batch_size": 8}, str(work), "")], [])
+    launcher._run(
+        [sweep.Member(work / "sweep" / "member.json", [], {"batch_size": 8}, str(work), "")], []
+    )
 
 
 def below(folder: Path) -> set[Path]:
@@ -132,7 +146,14 @@ def below(folder: Path) -> set[Path]:
 
 
 @settings(max_examples=30, deadline=None)
-@given(folder=folders, data=names, node=names, word=words, python=st.none() | names, script=st.booleans())
+@given(
+    folder=folders,
+    data=names,
+    node=names,
+    word=words,
+    python=st.none() | names,
+    script=st.booleans(),
+)
 @example("r9 with space", "a b", "-n b", "$SOME/x", None, False)
 @example("$(touch x)", "$(touch x)", "`touch x`", "$(touch x)", "$(touch x)", True)
 def test_a_batch_script_means_the_names_that_it_is_given(
@@ -146,7 +167,9 @@ def test_a_batch_script_means_the_names_that_it_is_given(
     python: str | None,
     script: bool,
 ) -> None:
-    """For each beginning of the folder's name there is something of the user's beside it, and stays."""
+    """For each beginning of the folder's name there is something of the user's beside it, and
+    stays.
+    """
     root, spied = tmp_path_factory.mktemp("root"), Path(env["SPIED"])
     work = root / "work" / folder
     work.mkdir(parents=True)
@@ -157,8 +180,16 @@ def test_a_batch_script_means_the_names_that_it_is_given(
             other.write_text("mine\n") if end % 2 else other.mkdir()
     spied.mkdir(exist_ok=True)
     with patch.dict(os.environ, env):
-        keys = {"name": folder, "container": ["run", word], "env_script": "source env.sh" if script else None}
-        keys |= {"stage_in": [f"{root}/images/{data}"], "stage_dir": f"{root}/node/{node}", "python": python}
+        keys = {
+            "name": folder,
+            "container": ["run", word],
+            "env_script": "source env.sh" if script else None,
+        }
+        keys |= {
+            "stage_in": [f"{root}/images/{data}"],
+            "stage_dir": f"{root}/node/{node}",
+            "python": python,
+        }
         submit(choice, work, **keys)
     before = below(root)
     for options in (["-n"], []):
@@ -173,21 +204,33 @@ def test_a_batch_script_means_the_names_that_it_is_given(
     (spied / "scontrol").unlink()
     given = (spied / "srun").read_text().split("\0")[:-1]
     program = python and python.replace("~", env["HOME"]) if python == "~" else python or "python"
-    inside = ["/bin/bash", "-c", f'source env.sh\nexec {quoted(program)} "$0" "$@"'] if script else [program]
+    inside = (
+        ["/bin/bash", "-c", f'source env.sh\nexec {quoted(program)} "$0" "$@"']
+        if script
+        else [program]
+    )
     seen = VARIABLE.sub(lambda name: env.get(name[0].strip("${}"), ""), word)
     task = ["-u", "-m", "submitit.core._submit", f"{work}/sweep/.submitit/%j"]
     assert given[given.index("run") :] == ["run", seen, *inside, *task]
 
 
 @pytest.mark.parametrize("name", ["50%", "a\\b", "a\nb"])
-def test_a_folder_that_slurm_cannot_name(env: dict[str, str], choice: dict, tmp_path: Path, name: str) -> None:
+def test_a_folder_that_slurm_cannot_name(
+    env: dict[str, str], choice: dict, tmp_path: Path, name: str
+) -> None:
     with patch.dict(os.environ, env), pytest.raises(UserError, match="is in the sweep's folder"):
         submit(choice, tmp_path / name)
 
 
 @pytest.mark.parametrize("where", ["partition", "additional_parameters"])
-def test_an_option_of_two_lines(env: dict[str, str], choice: dict, tmp_path: Path, where: str) -> None:
+def test_an_option_of_two_lines(
+    env: dict[str, str], choice: dict, tmp_path: Path, where: str
+) -> None:
     """The second would be a command of the batch script."""
     text = "gpu\ntouch x"
     with patch.dict(os.environ, env), pytest.raises(UserError, match="has a line break"):
-        submit(choice, tmp_path, **{where: {"comment": text} if where == "additional_parameters" else text})
+        submit(
+            choice,
+            tmp_path,
+            **{where: {"comment": text} if where == "additional_parameters" else text},
+        )

@@ -20,7 +20,9 @@ from ssl_bench.errors import Interrupted, UserError
 def make(num_images, batch_size, seed=0, **options):
     """Image i is filled with i; its label is 2 i and its index 1000 + i."""
     values = np.arange(num_images)
-    images = np.broadcast_to(values.astype(np.uint8)[:, None, None, None], (num_images, 2, 4, 3)).copy()
+    images = np.broadcast_to(
+        values.astype(np.uint8)[:, None, None, None], (num_images, 2, 4, 3)
+    ).copy()
     return HostSource(images, 2 * values, 1000 + values, batch_size, seed, **options)
 
 
@@ -58,7 +60,8 @@ def test_ranks_partition_the_global_batch_in_order(world_size, local, more, seed
     batch_size = world_size * local
     whole = seen(make(batch_size + more, batch_size, seed), 0, 4)
     parts = [
-        seen(make(batch_size + more, batch_size, seed, rank=r, world_size=world_size), 0, 4) for r in range(world_size)
+        seen(make(batch_size + more, batch_size, seed, rank=r, world_size=world_size), 0, 4)
+        for r in range(world_size)
     ]
     assert whole == [(step, [i for part in parts for i in part[step][1]]) for step in range(4)]
 
@@ -92,7 +95,12 @@ def test_only_the_subset_is_drawn():
     assert source.num_images == 4
     assert source.steps_per_epoch == 1
     assert {i for _, batch in seen(source, 0, 30) for i in batch} == {3, 19, 7, 4}
-    assert [i for _, _, indices in source.epoch_pass() for i in (indices - 1000).tolist()] == [3, 4, 7, 19]
+    assert [i for _, _, indices in source.epoch_pass() for i in (indices - 1000).tolist()] == [
+        3,
+        4,
+        7,
+        19,
+    ]
 
 
 def test_the_order_is_fixed_for_all_time():
@@ -127,8 +135,11 @@ def test_batches_that_do_not_fit_are_refused():
     source = make(10, 11)
     with pytest.raises(UserError, match="batch_size=11 is more than the 10 images; use at most 10"):
         list(source.stream(0, 1))
-    assert sum(len(labels) for _, labels, _ in source.epoch_pass()) == 10  # an evaluation needs no full batch
-    with pytest.raises(UserError, match=r"batch_size=10 cannot be split evenly over 4 processes; .* like 12"):
+    # an evaluation needs no full batch
+    assert sum(len(labels) for _, labels, _ in source.epoch_pass()) == 10
+    with pytest.raises(
+        UserError, match=r"batch_size=10 cannot be split evenly over 4 processes; .* like 12"
+    ):
         make(10, 10, world_size=4)
 
 
@@ -149,10 +160,19 @@ def folder(tmp_path):
 def test_every_source_yields_the_same(folder, tmp_path, world_size):
     data = Folder(str(folder), image_size=8, cache=str(tmp_path / "cache"), workers=1)
     store = data.open("train")
-    share = {"batch_size": 4, "seed": 3, "rank": world_size - 1, "world_size": world_size, "subset": np.arange(1, 9)}
+    share = {
+        "batch_size": 4,
+        "seed": 3,
+        "rank": world_size - 1,
+        "world_size": world_size,
+        "subset": np.arange(1, 9),
+    }
     packed = store.images, store.labels, store.indices
     whole = HostSource(*packed, **share)
-    for other in (ResidentSource(*packed, **share), StreamedSource(data.split("train"), workers=2, **share)):
+    for other in (
+        ResidentSource(*packed, **share),
+        StreamedSource(data.split("train"), workers=2, **share),
+    ):
         for one, two in zip(whole.stream(1, 5), other.stream(1, 5), strict=True):
             assert all(map(torch.equal, map(torch.as_tensor, one), map(torch.as_tensor, two)))
             assert two[1].is_contiguous(memory_format=torch.channels_last)
@@ -185,18 +205,29 @@ def test_streaming_skips_to_the_next_image(folder, caplog):
         Path(split.where(index)).write_bytes(b"")
     source = StreamedSource(split, 5, 0, workers=2, on_error="skip")
     batches = [*source.epoch_pass(), *source.epoch_pass()]
-    assert torch.cat([indices for _, _, indices in batches]).tolist() == [0, 1, 4, 4, 4, 5, 6, 7, 8, 9] * 2
+    assert (
+        torch.cat([indices for _, _, indices in batches]).tolist()
+        == [0, 1, 4, 4, 4, 5, 6, 7, 8, 9] * 2
+    )
     for images, labels, indices in batches:
         for image, label, index in zip(images, labels, indices, strict=True):
             assert np.array_equal(image.permute(1, 2, 0), split.read(int(index)))
             assert label == split.labels[index]
-    assert len([record for record in caplog.records if "skipped for the next image" in record.message]) == 2
+    assert (
+        len([record for record in caplog.records if "skipped for the next image" in record.message])
+        == 2
+    )
 
 
 def test_streaming_ends_when_nothing_comes(folder, monkeypatch):
     split = Folder(str(folder), image_size=8).split("train")
-    for kill, said in ((True, "a data worker ended with status -9"), (False, "no image was decoded for .*png")):
-        source = StreamedSource(replace(split, read=slow_reader.Slow(split.read, kill)), 5, 0, workers=1)
+    for kill, said in (
+        (True, "a data worker ended with status -9"),
+        (False, "no image was decoded for .*png"),
+    ):
+        source = StreamedSource(
+            replace(split, read=slow_reader.Slow(split.read, kill)), 5, 0, workers=1
+        )
         batches = source.epoch_pass()
         next(batches)
         monkeypatch.setattr("ssl_bench.data.source.PATIENCE", 600 if kill else 1)
@@ -215,12 +246,16 @@ def test_batches_that_overtake_a_slow_one_are_few(folder, monkeypatch):
     monkeypatch.setattr("ssl_bench.data.pool.send", counted)
     split = Folder(str(folder), image_size=8).split("train")
     slow = int(permutation(0, 0, 10)[2])
-    source = StreamedSource(replace(split, read=slow_reader.Stuck(split.read, slow)), 1, 0, workers=3)
+    source = StreamedSource(
+        replace(split, read=slow_reader.Stuck(split.read, slow)), 1, 0, workers=3
+    )
     source.waiting = waited.append
     batches = source.stream(0, 10**6)
     next(batches), next(batches)
     monkeypatch.setattr("ssl_bench.data.source.PATIENCE", 1)
-    with pytest.raises(UserError, match=f"no image was decoded for .*{Path(split.where(slow)).name}"):
+    with pytest.raises(
+        UserError, match=f"no image was decoded for .*{Path(split.where(slow)).name}"
+    ):
         next(batches)
     assert len(sent) <= 2 + 2 * 3
     assert waited
@@ -228,7 +263,9 @@ def test_batches_that_overtake_a_slow_one_are_few(folder, monkeypatch):
 
 def test_a_signal_is_honoured_while_streaming_waits(folder):
     split = Folder(str(folder), image_size=8).split("train")
-    source = StreamedSource(replace(split, read=slow_reader.Slow(split.read, False)), 5, 0, workers=1)
+    source = StreamedSource(
+        replace(split, read=slow_reader.Slow(split.read, False)), 5, 0, workers=1
+    )
 
     def stop(seconds):
         raise Interrupted(15)
@@ -244,8 +281,12 @@ def test_a_signal_is_honoured_while_streaming_waits(folder):
 def test_where_images_wait_changes_no_weight(ssl_bench, tmp_path):
     states = []
     for source in ("host", "resident", "streamed"):
-        result = ssl_bench(*TINY_PRETRAIN, "epochs=1", f"source={source}", f"dir={source}", check=True)
-        assert {"host": "images.npy", "resident": "on cpu", "streamed": "decoded as"}[source] in result.stderr
+        result = ssl_bench(
+            *TINY_PRETRAIN, "epochs=1", f"source={source}", f"dir={source}", check=True
+        )
+        assert {"host": "images.npy", "resident": "on cpu", "streamed": "decoded as"}[
+            source
+        ] in result.stderr
         (checkpoint, *_) = sorted((tmp_path / source / "checkpoints").iterdir(), reverse=True)
         states.append(torch.load(checkpoint, weights_only=True)["model"])
     assert all(torch.equal(states[0][key], other[key]) for other in states[1:] for key in states[0])

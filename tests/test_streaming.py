@@ -1,4 +1,6 @@
-"""Commands that stream, where something is wrong: little shared memory, a killed worker, images that don't come."""
+"""Commands that stream, where something is wrong: little shared memory, a killed worker, images
+that don't come.
+"""
 
 import os
 import re
@@ -24,7 +26,11 @@ IMAGES = 1297  # of digits, to learn from
 def start(folder: Path, *words: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "ssl_bench.train", *words]
     return subprocess.Popen(
-        command, cwd=folder, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command,
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 
@@ -54,7 +60,9 @@ def test_shared_memory_is_not_needed(ssl_bench: Command, tmp_path: Path) -> None
     unshared = ["unshare", "--mount", *inside]
     if subprocess.run([*unshared, "true"], capture_output=True).returncode:
         pytest.skip("can't mount here")
-    result = subprocess.run([*unshared, *command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [*unshared, *command], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, result.stderr
     assert_same_end(tmp_path / "host", tmp_path / "streamed")
 
@@ -83,9 +91,13 @@ class Mine(Digits):
 
 
 @pytest.mark.parametrize(("devices", "rank"), [(1, 0), (2, 0), (2, 1)])
-def test_stopped_while_no_images_come(ssl_bench: Command, tmp_path: Path, devices: int, rank: int) -> None:
-    """It ends all the same. One process, or the first of several, has saved the last step that was whole; where it is
-    another one whose images don't come, the first is within a step, and those since the last save are repeated."""
+def test_stopped_while_no_images_come(
+    ssl_bench: Command, tmp_path: Path, devices: int, rank: int
+) -> None:
+    """It ends all the same. One process, or the first of several, has saved the last step that was
+    whole; where it is another one whose images don't come, the first is within a step, and those
+    since the last save are repeated.
+    """
     index = int(permutation(0, 0, IMAGES)[4 * 128 + rank * 64 + 5])  # of the fifth step
     (tmp_path / "mine.py").write_text(STALLING.replace("INDEX", str(index)))
     words = ["data._target_=mine.Mine", f"devices={devices}", "save_every=3", "epochs=1"]
@@ -108,7 +120,9 @@ def test_stopped_while_no_images_come(ssl_bench: Command, tmp_path: Path, device
 def test_a_killed_worker_is_told(tmp_path: Path) -> None:
     process = start(tmp_path, *STREAMED, "epochs=50", "dir=run")
     wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 2)
-    children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "ssl_bench.data.pool"], capture_output=True)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "ssl_bench.data.pool"], capture_output=True
+    )
     os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 2, said

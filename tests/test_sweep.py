@@ -1,4 +1,6 @@
-"""Sweeps on this machine: names, tables, several members at once, and an optimiser that chooses them."""
+"""Sweeps on this machine: names, tables, several members at once, and an optimiser that chooses
+them.
+"""
 
 import csv
 import json
@@ -41,15 +43,25 @@ class Mine(MoCo):
 """
 
 
-def member(folder: Path, summary: dict | None, *overrides: str, metric: str = "loss") -> sweep.Member:
+def member(
+    folder: Path, summary: dict | None, *overrides: str, metric: str = "loss"
+) -> sweep.Member:
     """On disk, finished if there is a summary."""
     name = sweep.name(overrides)
     config = {"dir": f"{folder.name}/{name}", "metric": metric, "pretrained": None, "epochs": 2}
-    config |= {"stage": {"name": "pretrain"}, "batch_size": 2, "device": "cpu", "seed": 0, "data": {"root": "/images"}}
+    config |= {
+        "stage": {"name": "pretrain"},
+        "batch_size": 2,
+        "device": "cpu",
+        "seed": 0,
+        "data": {"root": "/images"},
+    }
     config |= {"method": {"name": "moco_v2"}, "optimizer": {"base_lr": 0.2}}
     given = OmegaConf.from_dotlist([word for word in overrides if not word.startswith("launcher=")])
     config = OmegaConf.to_container(OmegaConf.merge(config, given))
-    made = sweep.Member(folder / ".members" / f"{name}.json", list(overrides), config, str(folder.parent), "")
+    made = sweep.Member(
+        folder / ".members" / f"{name}.json", list(overrides), config, str(folder.parent), ""
+    )
     made.save()
     if summary is not None:
         made.directory.mkdir(parents=True)
@@ -62,7 +74,14 @@ def member(folder: Path, summary: dict | None, *overrides: str, metric: str = "l
 def test_name_says_what_not_where() -> None:
     name = sweep.name(["method=moco_v2", "seed=1"])
     assert name.startswith("method-moco_v2-seed-1-")
-    where = ["launcher=slurm", "sweep=mine", "tracking=wandb", "tracking.mode=offline", "data.root=/x", "save_every=9"]
+    where = [
+        "launcher=slurm",
+        "sweep=mine",
+        "tracking=wandb",
+        "tracking.mode=offline",
+        "data.root=/x",
+        "save_every=9",
+    ]
     assert sweep.name(["seed=1", *where, "method=moco_v2"]).endswith(name[-8:])
     assert sweep.name(["method=moco_v2", "seed=2"])[-8:] != name[-8:]
     long = sweep.name([f"method.key{i}=a/b c" for i in range(50)])
@@ -73,7 +92,9 @@ def test_a_pipeline_shows_how_far_its_newest_part_is(tmp_path: Path) -> None:
     """It trains nothing itself: what it has begun, and whether it can go on, is in its parts."""
     one = member(tmp_path / "sweep", None, "seed=0", metric="pretrained top-1")
     assert cells(sweeps.overview([one], sweep.states([one])))[1][1:3] == ["waiting", ""]
-    for number, (name, epochs) in enumerate({"pretrain": 10, "pretrained/seed0": 4}.items(), start=1):
+    for number, (name, epochs) in enumerate(
+        {"pretrain": 10, "pretrained/seed0": 4}.items(), start=1
+    ):
         part = one.directory / name
         (part / "checkpoints").mkdir(parents=True)
         (part / "checkpoints" / "step0000000002.pt").write_bytes(b"")
@@ -91,12 +112,20 @@ def test_shares_are_percent_as_in_tables(tmp_path: Path) -> None:
 
 
 def test_table(tmp_path: Path) -> None:
-    """A value that is the default and one that was asked for are the same; who isn't finished is counted."""
+    """A value that is the default and one that was asked for are the same; who isn't finished is
+    counted.
+    """
     folder = tmp_path / "sweep"
     for seed, losses in enumerate([(3.0, 1.0, 2.0), (4.0, 1.5, None)]):
         for rate, loss in zip((0.1, 0.2, 0.3), losses, strict=True):
             words = [] if rate == 0.2 else [f"optimizer.base_lr={rate}"]
-            member(folder, loss and {"loss": loss, "top1": 10 * loss}, "launcher=slurm", *words, f"seed={seed}")
+            member(
+                folder,
+                loss and {"loss": loss, "top1": 10 * loss},
+                "launcher=slurm",
+                *words,
+                f"seed={seed}",
+            )
     member(folder, None, "optimizer.base_lr=0.4", "seed=0")
     text = sweeps.sweep_table(folder)
     assert cells(text) == [
@@ -112,18 +141,33 @@ def test_table(tmp_path: Path) -> None:
     assert float(rows[0]["loss std"]) == pytest.approx(0.5 / 2**0.5)
     sweeps.sweep_table(folder, "top1")
     with open(folder / "table.csv") as file:
-        assert [row["optimizer.base_lr"] for row in csv.DictReader(file)] == ["0.1", "0.3", "0.2", "0.4"]
+        assert [row["optimizer.base_lr"] for row in csv.DictReader(file)] == [
+            "0.1",
+            "0.3",
+            "0.2",
+            "0.4",
+        ]
 
 
 def cells(text: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "--" not in line]
+    return [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if "--" not in line
+    ]
 
 
 def test_what_is_the_same_counts_once(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
-    for words in (["seed=0"], ["optimizer.base_lr=0.2"], ["optimizer.base_lr=0.20", "seed=0"], ["seed=1"]):
+    for words in (
+        ["seed=0"],
+        ["optimizer.base_lr=0.2"],
+        ["optimizer.base_lr=0.20", "seed=0"],
+        ["seed=1"],
+    ):
         member(folder, {"loss": 1.0 + (words == ["seed=1"])}, *words)
-    member(folder, None, "seed=0", "optimizer.base_lr=0.2")  # nor does what isn't finished, where the same is
+    # nor does what isn't finished, where the same is
+    member(folder, None, "seed=0", "optimizer.base_lr=0.2")
     assert cells(sweeps.sweep_table(folder)) == [["loss", "n"], ["1.500 ± 0.707", "2"]]
 
 
@@ -186,7 +230,10 @@ def test_a_sweep_that_grows(ssl_bench: Command, tmp_path: Path) -> None:
     edited = ssl_bench(*words, "method.temperature=0.1,0.2", "seed=0,1,2")
     assert edited.returncode == 2
     told = edited.stderr.splitlines()[-1]
-    assert "was run with another configuration: optimizer.base_lr was 0.03, is 0.5. Choose another sweep=" in told
+    assert (
+        "was run with another configuration: optimizer.base_lr was 0.03, is 0.5. Choose another sweep="
+        in told
+    )
     status = ssl_bench("stage=status", "runs=runs/sweeps/grows", check=True).stdout
     assert status.count("finished") == 4
 
@@ -200,8 +247,12 @@ def test_a_sweep_that_grows(ssl_bench: Command, tmp_path: Path) -> None:
         ("batch_size=64,128", "batch_size"),
     ],
 )
-def test_losses_that_cannot_be_compared_rank_no_sweep(ssl_bench: Command, choice: str, key: str) -> None:
-    words = [word for word in TINY_PRETRAIN if not word.startswith(("method", choice.partition("=")[0]))]
+def test_losses_that_cannot_be_compared_rank_no_sweep(
+    ssl_bench: Command, choice: str, key: str
+) -> None:
+    words = [
+        word for word in TINY_PRETRAIN if not word.startswith(("method", choice.partition("=")[0]))
+    ]
     result = ssl_bench("-m", *words, "sweep=x", "metric=loss", "schedule.warmup_epochs=0", choice)
     assert result.returncode == 2
     said = result.stderr.splitlines()[-1]
@@ -216,29 +267,51 @@ def test_losses_that_cannot_be_compared_rank_no_sweep(ssl_bench: Command, choice
             ["hydra.sweeper.direction=minimize"],
             "hydra.sweeper.direction=minimize would find the worst probe_top1: type",
         ),
-        (["metric=loss"], "metric=loss would rank runs that differ in method.temperature, and their losses are of"),
-        (["eval_every=0"], "metric=null: a search needs what to find: type one of the values of stage=pretrain"),
+        (
+            ["metric=loss"],
+            "metric=loss would rank runs that differ in method.temperature, and their losses are of",
+        ),
+        (
+            ["eval_every=0"],
+            "metric=null: a search needs what to find: type one of the values of stage=pretrain",
+        ),
     ],
 )
 def test_a_search_for_what_is_not_better(ssl_bench: Command, words: list[str], said: str) -> None:
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper")
-    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=1", "method.temperature=interval(0.05,0.5)"]
+    pytest.importorskip(
+        "hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper"
+    )
+    search = [
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.n_trials=1",
+        "method.temperature=interval(0.05,0.5)",
+    ]
     result = ssl_bench("-m", *TINY_PRETRAIN, "sweep=x", *search, *words)
     assert result.returncode == 2
     assert said in result.stderr
 
 
 def test_values_that_make_no_runs(ssl_bench: Command) -> None:
-    result = ssl_bench("-m", *TINY_PRETRAIN, "sweep=x", "source=host,streamed", "precision=fp32,bf16")
+    result = ssl_bench(
+        "-m", *TINY_PRETRAIN, "sweep=x", "source=host,streamed", "precision=fp32,bf16"
+    )
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith("ssl-bench: source: no run is named by that, so several")
+    assert result.stderr.splitlines()[-1].startswith(
+        "ssl-bench: source: no run is named by that, so several"
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["hydra.launcher.timeout_min=2"], "hydra.launcher.timeout_min=2 leaves none before Slurm's warning, 120 s"),
-        (["hydra.launcher.tasks_per_node=3"], "can't be divided among the 3 processes of hydra.launcher.nodes and"),
+        (
+            ["hydra.launcher.timeout_min=2"],
+            "hydra.launcher.timeout_min=2 leaves none before Slurm's warning, 120 s",
+        ),
+        (
+            ["hydra.launcher.tasks_per_node=3"],
+            "can't be divided among the 3 processes of hydra.launcher.nodes and",
+        ),
     ],
 )
 def test_what_a_job_could_not_do(ssl_bench: Command, words: list[str], said: str) -> None:
@@ -275,10 +348,14 @@ def test_a_result_of_another_configuration_is_none(tmp_path: Path) -> None:
 
 def test_status_needs_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^runs=None: no sweep there; name the folder of one, like runs="):
+    with pytest.raises(
+        UserError, match=r"^runs=None: no sweep there; name the folder of one, like runs="
+    ):
         launch(compose("stage=status"))
     member(tmp_path / "sweep", {"loss": 1.0}, "seed=0")
-    with pytest.raises(UserError, match=r"^runs=sweeep: no sweep there; name the folder of one: runs=sweep$"):
+    with pytest.raises(
+        UserError, match=r"^runs=sweeep: no sweep there; name the folder of one: runs=sweep$"
+    ):
         launch(compose("stage=status", "runs=sweeep"))
     with pytest.raises(UserError, match=r"^metric=los: no such value; did you mean metric=loss"):
         launch(compose("stage=status", "runs=sweep", "metric=los"))
@@ -324,14 +401,24 @@ def test_only_what_is_missing_is_done_again(ssl_bench: Command, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_workstation(ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two at once, each with its GPU and its cores; SIGTERM saves them, and the same command continues."""
+    """Two at once, each with its GPU and its cores; SIGTERM saves them, and the same command
+    continues.
+    """
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     (tmp_path / "mine.py").write_text(MINE)
-    command = ["launcher=workstation", "device=cpu", *TINY_PRETRAIN, "method._target_=mine.Mine", "save_every=1000"]
+    command = [
+        "launcher=workstation",
+        "device=cpu",
+        *TINY_PRETRAIN,
+        "method._target_=mine.Mine",
+        "save_every=1000",
+    ]
     command += ["seed=0,1,2"]
     started = subprocess.Popen(
-        [sys.executable, "-m", "ssl_bench.train", *command], cwd=tmp_path, env=os.environ | {"PAUSE": "2"}
+        [sys.executable, "-m", "ssl_bench.train", *command],
+        cwd=tmp_path,
+        env=os.environ | {"PAUSE": "2"},
     )
     runs, deadline = tmp_path / "runs" / "sweeps" / "pretrain", time.monotonic() + 120
     while sum(path.read_bytes().count(b"\n") >= 2 for path in runs.glob("*/metrics.jsonl")) < 2:
@@ -358,7 +445,11 @@ def test_workstation(ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_an_archive_is_copied_once_to_each_node(tmp_path: Path) -> None:
     def stage() -> subprocess.CompletedProcess:
-        script = "srun() { shift 4; " + '"$@"; }; ' + _stage(f"{tmp_path}/images.sqsh", f"{tmp_path}/node")
+        script = (
+            "srun() { shift 4; "
+            + '"$@"; }; '
+            + _stage(f"{tmp_path}/images.sqsh", f"{tmp_path}/node")
+        )
         env = os.environ | {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1"}
         return subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
 
@@ -380,16 +471,28 @@ def test_an_archive_is_copied_once_to_each_node(tmp_path: Path) -> None:
 def test_an_archive_that_is_not_there(ssl_bench: Command) -> None:
     result = ssl_bench("launcher=nyu_t4x2", *TINY_PRETRAIN)
     assert result.returncode == 2
-    assert "hydra.launcher.stage_in: no file student_dataset.sqsh; give the path" in result.stderr.splitlines()[-1]
+    assert (
+        "hydra.launcher.stage_in: no file student_dataset.sqsh; give the path"
+        in result.stderr.splitlines()[-1]
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("space", "trials"), [("interval(0.05,0.5)", 2), ("choice(0.1,0.2)", 3)])
 def test_search(ssl_bench: Command, tmp_path: Path, space: str, trials: int) -> None:
-    """Optuna chooses by the metric that the stage returns, and finds what the table finds; it may ask for one twice."""
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper")
-    sweeper = ["hydra/sweeper=optuna", f"hydra.sweeper.n_trials={2 * trials}", f"hydra.sweeper.n_jobs={trials}"]
-    sweeper += ["hydra.sweeper.sampler.seed=0"]  # six draws of two values miss one, without a seed, once in 32 times
+    """Optuna chooses by the metric that the stage returns, and finds what the table finds; it may
+    ask for one twice.
+    """
+    pytest.importorskip(
+        "hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper"
+    )
+    sweeper = [
+        "hydra/sweeper=optuna",
+        f"hydra.sweeper.n_trials={2 * trials}",
+        f"hydra.sweeper.n_jobs={trials}",
+    ]
+    # six draws of two values miss one, without a seed, once in 32 times
+    sweeper += ["hydra.sweeper.sampler.seed=0"]
     words = [*TINY_PRETRAIN, "epochs=1", "sweep=search", "hydra.sweeper.direction=maximize"]
     ssl_bench("-m", *words, *sweeper, f"method.temperature={space}", check=True)
     folder = tmp_path / "runs" / "sweeps" / "search"

@@ -1,4 +1,6 @@
-"""Networks of timm: how wide their features are, which sizes they take, and whose tensors are in their files."""
+"""Networks of timm: how wide their features are, which sizes they take, and whose tensors are in
+their files.
+"""
 
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from ssl_bench.runs import weights
 
 timm = pytest.importorskip("timm")
 
-# The smallest of many families: with heads of their own, several classifiers, or none. At a size that each takes.
+# The smallest of many families: with heads of their own, several classifiers, or none. At a size
+# that each takes.
 FAMILIES = {
     "mobilenetv3_small_050": 32,
     "mobilenetv4_conv_small": 32,
@@ -51,19 +54,29 @@ FAMILIES = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family(name: str) -> None:
-    """`dim` is what it gives, and its complete state dict fills it. On the meta device, where nothing is computed."""
+    """`dim` is what it gives, and its complete state dict fills it. On the meta device, where
+    nothing is computed.
+    """
     with torch.device("meta"):
         backbone, whole = any_model(name), timm.create_model(name, num_classes=7)
     with torch.no_grad():
-        assert backbone.eval()(torch.empty(2, 3, *[FAMILIES[name]] * 2, device="meta")).shape == (2, backbone.dim)
+        assert backbone.eval()(torch.empty(2, 3, *[FAMILIES[name]] * 2, device="meta")).shape == (
+            2,
+            backbone.dim,
+        )
     assert backbone.refuses(FAMILIES[name]) is None
-    assert backbone.refuses(1) or backbone.eval()(torch.empty(1, 3, 1, 1, device="meta")).shape == (1, backbone.dim)
+    assert backbone.refuses(1) or backbone.eval()(torch.empty(1, 3, 1, 1, device="meta")).shape == (
+        1,
+        backbone.dim,
+    )
     theirs, ours = whole.state_dict(), backbone.state_dict()
     assert theirs.keys() - ours.keys() == set(backbone.classifier_keys())
     assert ours.keys() <= theirs.keys()
 
 
-@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "test_vit", "levit_128s", "test_convnext", "regnetx_002"])
+@pytest.mark.parametrize(
+    "name", ["mobilenetv3_small_050", "test_vit", "levit_128s", "test_convnext", "regnetx_002"]
+)
 def test_a_complete_file_is_loaded(tmp_path: Path, name: str) -> None:
     whole = timm.create_model(name, num_classes=7)
     save_file(whole.state_dict(), tmp_path / "x.safetensors")
@@ -117,7 +130,10 @@ MISTAKES = {
         [*TEST_VIT, "backbone.options={depths:3,flat:true}"],
         "backbone.options={depths:3,flat:true}: not for timm's test_vit (",
     ),
-    "classes": ([*TEST_VIT, "backbone.options={num_classes:3}"], "backbone.options has num_classes=3: leave it out"),
+    "classes": (
+        [*TEST_VIT, "backbone.options={num_classes:3}"],
+        "backbone.options has num_classes=3: leave it out",
+    ),
 }
 
 

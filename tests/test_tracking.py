@@ -35,14 +35,19 @@ def metrics(tmp_path):
     return MetricsFile(tmp_path / "metrics.jsonl")
 
 
-@given(rows=st.lists(st.dictionaries(st.text(max_size=5).filter(lambda k: k != "step"), st.floats()), max_size=5))
+@given(
+    rows=st.lists(
+        st.dictionaries(st.text(max_size=5).filter(lambda k: k != "step"), st.floats()), max_size=5
+    )
+)
 @settings(max_examples=50, deadline=None)
 def test_metrics_read_back_exactly(rows, tmp_path_factory):
     metrics = MetricsFile(tmp_path_factory.mktemp("m") / "metrics.jsonl")
     for step, row in enumerate(rows):
         metrics.log(step, row)
     expected = [{"step": step} | row for step, row in enumerate(rows)]
-    assert repr(MetricsFile.read(metrics.path)) == repr(expected)  # repr: NaN is not equal to itself
+    # repr: NaN is not equal to itself
+    assert repr(MetricsFile.read(metrics.path)) == repr(expected)
 
 
 def test_metrics_take_any_scalar(metrics):
@@ -79,7 +84,9 @@ def test_truncate_keeps_up_to_the_step_and_appends_after(metrics):
     assert [file.name for file in metrics.path.parent.iterdir()] == ["metrics.jsonl"]
 
 
-@pytest.mark.parametrize("broken", [b'{"step": 1, "lo\n', b"[1]\n", b'{"loss": 1}\n', b"\n", b"\xff\n"])
+@pytest.mark.parametrize(
+    "broken", [b'{"step": 1, "lo\n', b"[1]\n", b'{"loss": 1}\n', b"\n", b"\xff\n"]
+)
 def test_a_broken_line_in_the_middle_is_named(metrics, broken):
     metrics.path.write_bytes(b'{"step": 0}\n' + broken + b'{"step": 2}\n')
     with pytest.raises(UserError, match="line 2"):
@@ -116,7 +123,11 @@ CONFIG = {
     "backbone": {"name": "resnet18"},
     "data": {"name": "digits"},
     "hub": [{"api_key": "hunter2", "auth_token": "hunter2"}],
-    "tracking": {"_target_": "ssl_bench.runs.tracking.WandbTracker", "project": "mine", "tags": ["a", "b"]},
+    "tracking": {
+        "_target_": "ssl_bench.runs.tracking.WandbTracker",
+        "project": "mine",
+        "tags": ["a", "b"],
+    },
 }
 
 
@@ -152,7 +163,9 @@ def kind(recorded, name):
 def history(recorded):
     """step -> the metrics that were logged."""
     items = [record["item"] for record in kind(recorded, "history")]
-    return {item["_step"]: {k: v for k, v in item.items() if not k.startswith("_")} for item in items}
+    return {
+        item["_step"]: {k: v for k, v in item.items() if not k.startswith("_")} for item in items
+    }
 
 
 def test_offline_run_holds_everything(run_dir):
@@ -170,7 +183,9 @@ def test_offline_run_holds_everything(run_dir):
     assert sorted(rows) == [10, 20]
     assert rows[10] == {"pretrain/loss": 0.1, "epoch": 1, "images_seen": 40}
     assert rows[20]["images_seen"] == 80
-    assert (folder / "files" / rows[20]["pretrain/views.path"]).read_bytes() == (run_dir / "views.png").read_bytes()
+    assert (folder / "files" / rows[20]["pretrain/views.path"]).read_bytes() == (
+        run_dir / "views.png"
+    ).read_bytes()
     (run,) = kind(recorded, "run")
     assert run["run_id"] == (run_dir / "wandb_id").read_text().strip()
     what = re.fullmatch(r"(moco_v2-resnet18-digits)-([0-9a-f]{6})", run["run_group"])
@@ -182,23 +197,31 @@ def test_offline_run_holds_everything(run_dir):
     assert "epoch" in {metric.get("step_metric") for metric in kind(recorded, "metric")}
     assert [exit.get("exit_code", 0) for exit in kind(recorded, "exit")] == [0]
     assert kind(recorded, "artifact")[0]["type"] == "model"
-    assert b"weights" in [file.read_bytes() for file in (run_dir / "wandb/artifacts/staging").iterdir()]
+    assert b"weights" in [
+        file.read_bytes() for file in (run_dir / "wandb/artifacts/staging").iterdir()
+    ]
     assert "WANDB_DATA_DIR" not in os.environ
 
 
 def test_members_of_a_sweep_are_separate_runs(tmp_path, monkeypatch):
     for seed in (0, 1):
         directory = tmp_path / "sweep" / f"seed{seed}"
-        WandbTracker(directory=directory, config={"seed": seed}).log(1, {"seed": seed})  # the first is left open
+        # the first is left open
+        WandbTracker(directory=directory, config={"seed": seed}).log(1, {"seed": seed})
         assert len(folders(directory)) == 1
     monkeypatch.setenv("WANDB_API_KEY", "short")
-    with pytest.raises(UserError, match="WANDB_API_KEY invalid"):  # looked for in spite of the open run
+    # looked for in spite of the open run
+    with pytest.raises(UserError, match="WANDB_API_KEY invalid"):
         WandbTracker(directory=tmp_path, config={})
-    assert (tmp_path / "sweep/seed0/wandb_id").read_text() != (tmp_path / "sweep/seed1/wandb_id").read_text()
+    assert (tmp_path / "sweep/seed0/wandb_id").read_text() != (
+        tmp_path / "sweep/seed1/wandb_id"
+    ).read_text()
 
 
 def restarted(run_dir):
-    """A run killed after step 50 (torn line and all), restarted from step 30, finished at 60; mirrored all along."""
+    """A run killed after step 50 (torn line and all), restarted from step 30, finished at 60;
+    mirrored all along.
+    """
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(CONFIG))
     for start, stop, status in [(10, 60, "failed"), (40, 70, "finished")]:
         metrics = MetricsFile(run_dir / "metrics.jsonl")
@@ -220,14 +243,21 @@ def test_a_restarted_run_is_rebuilt_whole(run_dir):
     restarted(run_dir)
     before = folders(run_dir)
     run_id = (run_dir / "wandb_id").read_text()
-    kept = {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file() and not file.is_symlink()}
+    kept = {
+        file: file.read_bytes()
+        for file in run_dir.rglob("*")
+        if file.is_file() and not file.is_symlink()
+    }
     assert len(before) == 2
     assert sorted(history(records(before[0]))) != sorted(history(records(before[1])))
 
     for _ in range(2):  # again: still one complete folder
-        assert sync(OmegaConf.create({"runs": str(run_dir.parent), "tracking": {"_target_": "a.NoTracker"}}), None) == {
-            "runs": 1
-        }
+        assert sync(
+            OmegaConf.create(
+                {"runs": str(run_dir.parent), "tracking": {"_target_": "a.NoTracker"}}
+            ),
+            None,
+        ) == {"runs": 1}
         (folder,) = folders(run_dir / "wandb-synced")
     recorded = records(folder)
     steps = [record["item"]["_step"] for record in kind(recorded, "history")]
@@ -257,12 +287,19 @@ def test_sync_takes_lists_and_the_tracking_of_its_own_command(tmp_path):
         directory = tmp_path / name / "seed0"
         directory.mkdir(parents=True)
         MetricsFile(directory / "metrics.jsonl").log(1, {"loss": 2.0})
-    tracking = {"_target_": "ssl_bench.runs.tracking.WandbTracker", "project": "other", "tags": ["x"]}
+    tracking = {
+        "_target_": "ssl_bench.runs.tracking.WandbTracker",
+        "project": "other",
+        "tags": ["x"],
+    }
     runs = [str(tmp_path / "a"), str(tmp_path / "b/seed0")]
     assert sync(OmegaConf.create({"runs": runs, "tracking": tracking}), None) == {"runs": 2}
     (folder,) = folders(tmp_path / "b/seed0/wandb-synced")
     recorded = records(folder)
-    assert (kind(recorded, "run")[0]["project"], kind(recorded, "run")[0]["tags"][-1:]) == ("other", ["x"])
+    assert (kind(recorded, "run")[0]["project"], kind(recorded, "run")[0]["tags"][-1:]) == (
+        "other",
+        ["x"],
+    )
     assert "job_type" not in kind(recorded, "run")[0]
     assert kind(recorded, "exit")[0]["exit_code"] == 1  # no summary.json: it never finished
 
@@ -276,7 +313,9 @@ def test_runs_that_cannot_be_rebuilt_do_not_stop_the_others(tmp_path):
     (tmp_path / "b unwritable/seed0/wandb-synced").write_text("in the place of a folder")
     (tmp_path / "c odd/seed0/summary.json").write_text("{")
     with pytest.raises(UserError) as caught:
-        sync(OmegaConf.create({"runs": str(tmp_path), "tracking": {"_target_": "a.NoTracker"}}), None)
+        sync(
+            OmegaConf.create({"runs": str(tmp_path), "tracking": {"_target_": "a.NoTracker"}}), None
+        )
     said = str(caught.value).splitlines()
     assert said[0] == "3 of 4 runs are not rebuilt:"
     assert "a damaged/seed0/metrics.jsonl, line 1 is not a JSON object" in said[1]
@@ -286,7 +325,9 @@ def test_runs_that_cannot_be_rebuilt_do_not_stop_the_others(tmp_path):
 
 
 def test_sync_without_runs_is_a_user_error(tmp_path):
-    cfg = OmegaConf.create({"runs": str(tmp_path), "tracking": {"_target_": "ssl_bench.runs.tracking.NoTracker"}})
+    cfg = OmegaConf.create(
+        {"runs": str(tmp_path), "tracking": {"_target_": "ssl_bench.runs.tracking.NoTracker"}}
+    )
     with pytest.raises(UserError, match="no metrics"):
         sync(cfg, None)
 
@@ -296,7 +337,9 @@ def test_a_dead_mirror_does_not_stop_the_run(run_dir, caplog):
     tracker.log_image(1, "views", run_dir / "absent.png")
     tracker.log(2, {"loss": 1.0})
     tracker.close("finished", {})
-    assert [record.levelname for record in caplog.records if "stage=sync" in record.message] == ["WARNING"]
+    assert [record.levelname for record in caplog.records if "stage=sync" in record.message] == [
+        "WARNING"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -328,7 +371,9 @@ def test_an_earlier_run_offline_does_not_answer_for_the_login(run_dir, monkeypat
 def test_what_was_offline_says_how_to_send_it(run_dir, caplog):
     caplog.set_level(logging.INFO, "ssl_bench")
     restarted(run_dir)
-    assert caplog.messages[-1].endswith(f"once you are logged in, type: ssl-bench stage=sync runs={run_dir}")
+    assert caplog.messages[-1].endswith(
+        f"once you are logged in, type: ssl-bench stage=sync runs={run_dir}"
+    )
     rebuild(run_dir)
     (folder,) = folders(run_dir / "wandb-synced")
     assert caplog.messages[-1].endswith(f"once you are logged in, type: wandb sync {folder}")
@@ -344,7 +389,9 @@ def test_disabled_is_no_tracking(run_dir, monkeypatch, caplog):
     tracker.log_checkpoint_file(run_dir / "absent.pt")
     tracker.close("finished", {"top1": 0.5})
     assert set(run_dir.iterdir()) == before
-    assert [record.message for record in caplog.records] == ["WANDB_MODE=disabled: not tracked, as with tracking=local"]
+    assert [record.message for record in caplog.records] == [
+        "WANDB_MODE=disabled: not tracked, as with tracking=local"
+    ]
 
 
 def test_sync_deletes_nothing_where_wandb_is_disabled(run_dir, monkeypatch):
@@ -352,14 +399,20 @@ def test_sync_deletes_nothing_where_wandb_is_disabled(run_dir, monkeypatch):
     (run_dir / "wandb-synced").mkdir()
     (run_dir / "wandb-synced" / "former").write_text("")
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    with pytest.raises(UserError, match="WANDB_MODE=disabled: there is nothing for stage=sync to do; unset it"):
-        sync(OmegaConf.create({"runs": str(run_dir), "tracking": {"_target_": "a.NoTracker"}}), None)
+    with pytest.raises(
+        UserError, match="WANDB_MODE=disabled: there is nothing for stage=sync to do; unset it"
+    ):
+        sync(
+            OmegaConf.create({"runs": str(run_dir), "tracking": {"_target_": "a.NoTracker"}}), None
+        )
     assert (run_dir / "wandb-synced" / "former").exists()
 
 
 @pytest.mark.parametrize("stage", ["knn", "lincls", "select", "pretrain"])
 def test_a_login_is_asked_for_before_the_work(tmp_path, monkeypatch, stage):
-    monkeypatch.setattr("ssl_bench.runs.run.Run.uses", lambda *_: pytest.fail("the images were opened"))
+    monkeypatch.setattr(
+        "ssl_bench.runs.run.Run.uses", lambda *_: pytest.fail("the images were opened")
+    )
     command = [f"stage={stage}", "tracking=wandb", "tracking.mode=online", f"dir={tmp_path}/run"]
     with pytest.raises(UserError, match=r"tracking\.mode=online, but W&B has no API key"):
         launch(compose(*command))
@@ -367,7 +420,9 @@ def test_a_login_is_asked_for_before_the_work(tmp_path, monkeypatch, stage):
 
 
 def tracked(directory: Path, *overrides: str) -> dict:
-    """What a run of this command says of itself to W&B: its record, and its configuration as plain data."""
+    """What a run of this command says of itself to W&B: its record, and its configuration as plain
+    data.
+    """
     words = ["tracking=wandb", "tracking.mode=offline", f"dir={directory}", *overrides]
     config = OmegaConf.to_container(compose(*words), resolve=True)
     make = partial(build.construct, config["tracking"], directory=directory, config=config)
@@ -378,35 +433,57 @@ def tracked(directory: Path, *overrides: str) -> dict:
     (folder,) = folders(directory)
     recorded = records(folder)
     (record,) = kind(recorded, "run")
-    return record | {"values": record["config"]["update"], "summary": json.dumps(kind(recorded, "summary"))}
+    return record | {
+        "values": record["config"]["update"],
+        "summary": json.dumps(kind(recorded, "summary")),
+    }
 
 
 def test_what_a_run_is_on_a_dashboard(tmp_path: Path) -> None:
-    """Classifiers of two methods are two groups, seeds of one experiment are one; no two runs have one name."""
+    """Classifiers of two methods are two groups, seeds of one experiment are one; no two runs have
+    one name.
+    """
     said = {}
     for method in ("moco_v2", "vicreg"):
         for seed in (0, 1):
             made = tmp_path / f"{method}{seed}" / "pretrain"
-            weights = checkpoint(pretrained(made, f"method={method}", f"seed={seed}"), 80, f"{method}{seed}".encode())
+            weights = checkpoint(
+                pretrained(made, f"method={method}", f"seed={seed}"), 80, f"{method}{seed}".encode()
+            )
             for draw in (0, 1):
-                words = ["stage=lincls", "stage.labels_per_class=10", f"pretrained={weights}", f"seed={draw}"]
+                words = [
+                    "stage=lincls",
+                    "stage.labels_per_class=10",
+                    f"pretrained={weights}",
+                    f"seed={draw}",
+                ]
                 place = tmp_path / f"{method}{seed}" / "pretrained" / f"seed{draw}"
                 said[method, seed, draw] = tracked(place, *words, "tracking.tags=[mine]")
     assert len({run["display_name"] for run in said.values()}) == len(said)
-    groups = {method: {run["run_group"] for (name, *_), run in said.items() if name == method} for method, *_ in said}
+    groups = {
+        method: {run["run_group"] for (name, *_), run in said.items() if name == method}
+        for method, *_ in said
+    }
     assert [len(group) for group in groups.values()] == [1, 1]
     assert len(set.union(*groups.values())) == 2
     one = said["vicreg", 1, 0]
-    assert re.fullmatch(r"vicreg-resnet18-digits-lincls-10-labels-a-class-[0-9a-f]{6}", one["run_group"])
     assert re.fullmatch(
-        r"vicreg-resnet18-digits-lincls-10-labels-a-class [0-9a-f]{6} seed 0 on seed 1", one["display_name"]
+        r"vicreg-resnet18-digits-lincls-10-labels-a-class-[0-9a-f]{6}", one["run_group"]
+    )
+    assert re.fullmatch(
+        r"vicreg-resnet18-digits-lincls-10-labels-a-class [0-9a-f]{6} seed 0 on seed 1",
+        one["display_name"],
     )
     assert one["job_type"] == "lincls"
     assert one["tags"] == ["lincls", "vicreg", "resnet18", "digits", "mine"]
-    assert (one["values"]["pretraining"]["method"]["name"], one["values"]["pretraining"]["seed"]) == ("vicreg", 1)
+    assert (
+        one["values"]["pretraining"]["method"]["name"],
+        one["values"]["pretraining"]["seed"],
+    ) == ("vicreg", 1)
     assert re.fullmatch("[0-9a-f]{40}", one["git"]["commit"])
     assert "best/loss" in one["summary"]
-    assert "best/val_top1" not in one["summary"]  # the maximum over epochs of what it is measured on
+    # the maximum over epochs of what it is measured on
+    assert "best/val_top1" not in one["summary"]
 
     home = tmp_path / "vicreg1"
     home.rename(tmp_path / "moved")
@@ -431,7 +508,9 @@ def test_what_a_run_is_on_a_dashboard(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("stage", ["pretrain", "dashboard"])
-def test_what_wandb_would_refuse_is_refused_before_anything_starts(key: str, value: str, said: str, stage: str) -> None:
+def test_what_wandb_would_refuse_is_refused_before_anything_starts(
+    key: str, value: str, said: str, stage: str
+) -> None:
     with pytest.raises(UserError, match=re.escape(said)) as caught:
         build.check(compose(f"stage={stage}", "tracking=wandb", f"tracking.{key}={value}"))
     assert str(caught.value).startswith(f"tracking.{key}")
@@ -445,7 +524,9 @@ def test_what_is_let_through_wandb_takes(name: str, tags: list[str]) -> None:
     import wandb
 
     node = {"_target_": "ssl_bench.runs.tracking.WandbTracker", "project": name, "tags": tags}
-    if not build._problems(build._schema(node["_target_"], "tracking", ("directory", "config")), node, "", {}):
+    if not build._problems(
+        build._schema(node["_target_"], "tracking", ("directory", "config")), node, "", {}
+    ):
         wandb.Settings(project=name, run_tags=tags)
 
 
@@ -453,7 +534,9 @@ def test_any_names_are_fit_for_wandb(tmp_path: Path) -> None:
     """Of data, methods and backbones of one's own: an artifact, a tag and a group are made of them."""
     long = "x/y:z " * 40
     record = tracked(
-        tmp_path / "run" / "seed0", "stage=pretrain", *(f"{group}.name='{long}'" for group in ("data", "method"))
+        tmp_path / "run" / "seed0",
+        "stage=pretrain",
+        *(f"{group}.name='{long}'" for group in ("data", "method")),
     )
     assert all(0 < len(record[key]) <= 128 for key in ("run_group", "display_name"))
     assert all(0 < len(tag) <= 64 for tag in record["tags"])
@@ -468,7 +551,9 @@ def test_a_tracker_that_cannot_begin_does_not_cost_the_result(
         raise ValueError("not such a name\nat all")
 
     monkeypatch.setattr("wandb.init", refuse)
-    config = OmegaConf.to_container(compose("stage=knn", "tracking=wandb", f"dir={tmp_path}/run"), resolve=True)
+    config = OmegaConf.to_container(
+        compose("stage=knn", "tracking=wandb", f"dir={tmp_path}/run"), resolve=True
+    )
     make = partial(build.construct, config["tracking"], directory=tmp_path / "run", config=config)
     with Run(config, torch.device("cpu"), make) as run:
         run._total = run._start = run._began = 1
@@ -476,7 +561,10 @@ def test_a_tracker_that_cannot_begin_does_not_cost_the_result(
         run.finish({"val_top1": 9.0})
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {"val_top1": 9.0}
     assert MetricsFile.read(tmp_path / "run" / "metrics.jsonl") == [{"step": 1, "val_top1": 9.0}]
-    assert f"W&B can't be used (not such a name); later: ssl-bench stage=sync runs={tmp_path}/run" in caplog.text
+    assert (
+        f"W&B can't be used (not such a name); later: ssl-bench stage=sync runs={tmp_path}/run"
+        in caplog.text
+    )
 
 
 SCRIPT = """
@@ -491,7 +579,9 @@ tracker.close("finished", {})
 
 
 def run_in_a_terminal(run_dir, limit, **environment):
-    """Output and seconds of a tracked run whose stdin, stdout and stderr are a terminal nobody types at."""
+    """Output and seconds of a tracked run whose stdin, stdout and stderr are a terminal nobody
+    types at.
+    """
     ours, theirs = os.openpty()
     start = time.monotonic()
     process = subprocess.Popen(

@@ -1,4 +1,6 @@
-"""Numbers that can be checked: a finished run is known by its files' digests, and stage=verify asks for them all."""
+"""Numbers that can be checked: a finished run is known by its files' digests, and stage=verify asks
+for them all.
+"""
 
 import json
 import random
@@ -16,7 +18,14 @@ from ssl_bench.errors import UserError
 from ssl_bench.launch.process import launch
 from ssl_bench.runs import layout, record
 
-CLASSIFY = [*TINY, "stage=lincls", "epochs=1", "stage.labels_per_class=10", "batch_size=50", "optimizer.base_lr=1"]
+CLASSIFY = [
+    *TINY,
+    "stage=lincls",
+    "epochs=1",
+    "stage.labels_per_class=10",
+    "batch_size=50",
+    "optimizer.base_lr=1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +50,17 @@ def flip(path: Path, at: float = 0.5) -> None:
 
 def test_sha256sum_knows_a_finished_run(ran: Path) -> None:
     run = ran / "lincls" / "seed0"
-    assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=run).returncode == 0
-    there = {"config.yaml", "metrics.jsonl", "summary.json", "environment.json", "inputs.json", "pretrained.sha256"}
+    assert (
+        subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=run).returncode == 0
+    )
+    there = {
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "environment.json",
+        "inputs.json",
+        "pretrained.sha256",
+    }
     assert there < set(files.listed(run))
     assert {name for name in files.listed(run) if name.startswith("checkpoints/")} == {
         f"checkpoints/{layout.complete(run)[0].name}"
@@ -50,7 +68,15 @@ def test_sha256sum_knows_a_finished_run(ran: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["config.yaml", "metrics.jsonl", "summary.json", "environment.json", "inputs.json", "pretrained.sha256"]
+    "name",
+    [
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "environment.json",
+        "inputs.json",
+        "pretrained.sha256",
+    ],
 )
 def test_a_flipped_bit_makes_no_table(place: Path, name: str) -> None:
     """Wherever it is: not a digit of a result, not one of what it is a result of."""
@@ -58,7 +84,9 @@ def test_a_flipped_bit_makes_no_table(place: Path, name: str) -> None:
     for at in [random.Random(0).random() for _ in range(5)]:
         whole = path.read_bytes()
         flip(path, at)
-        with pytest.raises(UserError, match=rf"lincls/seed0/{name}.* leave this run out of runs=") as caught:
+        with pytest.raises(
+            UserError, match=rf"lincls/seed0/{name}.* leave this run out of runs="
+        ) as caught:
             record.find([place])
         assert "\n" not in str(caught.value)
         path.write_bytes(whole)
@@ -76,7 +104,9 @@ def test_other_weights_under_the_same_name(place: Path) -> None:
     run = place / "moco" / "seed0"
     newest, older = layout.complete(run)
     shutil.copy(older, newest)
-    with pytest.raises(UserError, match=rf"{newest.name}: its sha256 is .*: a broken .* pretrained=.*08\.pt"):
+    with pytest.raises(
+        UserError, match=rf"{newest.name}: its sha256 is .*: a broken .* pretrained=.*08\.pt"
+    ):
         launch(compose(*CLASSIFY, f"pretrained={run}", f"dir={place}/again"))
 
 
@@ -85,18 +115,21 @@ def test_a_run_that_goes_on_is_unsealed(place: Path) -> None:
     run = place / "moco" / "seed0"
     (run / "summary.json").unlink()
     launch(compose(*TINY_PRETRAIN, "epochs=1", f"dir={run}"))
-    assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=run).returncode == 0
+    assert (
+        subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=run).returncode == 0
+    )
 
 
 def test_a_run_of_before_is_read(place: Path) -> None:
     for sums in place.rglob("SHA256SUMS"):
         sums.unlink()
     path = place / "moco" / "seed0" / "environment.json"
-    path.write_text(path.read_text().replace('"world_size": 1', '"world_size": 1.0'))  # nobody could know
+    # nobody could know
+    path.write_text(path.read_text().replace('"world_size": 1', '"world_size": 1.0'))
     assert {one.stage for one in record.find([place])} == {"pretrain", "lincls"}
 
 
-# -- stage=verify ------------------------------------------------------------------------------------------------------
+# -- stage=verify ----------------------------------------------------------------------------------
 
 
 def verified(capsys: pytest.CaptureFixture, *words: str) -> tuple[dict, str]:
@@ -109,7 +142,9 @@ def verified(capsys: pytest.CaptureFixture, *words: str) -> tuple[dict, str]:
     return counts, capsys.readouterr().out
 
 
-def test_a_run_is_whole_with_all_that_it_stands_on(place: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_is_whole_with_all_that_it_stands_on(
+    place: Path, capsys: pytest.CaptureFixture
+) -> None:
     """Moved, too: what it stands on is found by content."""
     counts, said = verified(capsys, f"runs={place}")
     assert counts["differs"] == 0, said
@@ -120,7 +155,9 @@ def test_a_run_is_whole_with_all_that_it_stands_on(place: Path, capsys: pytest.C
     assert re.search(r"whole .*step0000000010\.pt: step 10 of this configuration", said)
 
 
-def test_what_differs_is_named_and_the_command_fails(place: Path, capsys: pytest.CaptureFixture) -> None:
+def test_what_differs_is_named_and_the_command_fails(
+    place: Path, capsys: pytest.CaptureFixture
+) -> None:
     checkpoint = layout.complete(place / "moco" / "seed0")[0]
     whole = checkpoint.read_bytes()
     for spoil, says in (
@@ -141,7 +178,9 @@ def test_a_run_does_it_again(place: Path, capsys: pytest.CaptureFixture) -> None
     counts, said = verified(capsys, f"stage.what={run}", f"runs={place}", "stage.rerun=true")
     assert counts["differs"] == 0
     assert re.search(r"whole .*again: the same to the last digit: .*val_top1", said)
-    counts, said = verified(capsys, f"stage.what={run}", f"runs={place}", "stage.rerun=true", "stage.max_minutes=1e-9")
+    counts, said = verified(
+        capsys, f"stage.what={run}", f"runs={place}", "stage.rerun=true", "stage.max_minutes=1e-9"
+    )
     assert "it took 0 minutes: type stage.max_minutes=" in said
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps(summary | {"val_top1": summary["val_top1"] + 20}))
@@ -150,7 +189,9 @@ def test_a_run_does_it_again(place: Path, capsys: pytest.CaptureFixture) -> None
     assert re.search(r"1 of \d+ differ: .*again: val_top1 [\d.]+, was [\d.]+", counts)
 
 
-def test_a_table_and_the_runs_it_was_made_of(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_table_and_the_runs_it_was_made_of(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     launch(compose("stage=report", f"runs={place}", "stage.details=0", f"stage.out={tmp_path}/out"))
     table = tmp_path / "out" / "results.json"
     counts, said = verified(capsys, f"stage.what={table}", f"runs={place}")
@@ -162,13 +203,23 @@ def test_a_table_and_the_runs_it_was_made_of(place: Path, tmp_path: Path, capsys
     content["rows"][0]["values"]["val_top1"][0] += 1
     table.write_text(json.dumps(content))
     counts, said = verified(capsys, f"stage.what={table}", f"runs={place}")
-    assert re.fullmatch(r"1 of \d+ differ: .*: row .* of lincls: val_top1 [\d.]+, from its runs [\d.]+", counts)
+    assert re.fullmatch(
+        r"1 of \d+ differ: .*: row .* of lincls: val_top1 [\d.]+, from its runs [\d.]+", counts
+    )
 
 
 def test_an_export(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = place / "lincls" / "seed0"
-    launch(compose("stage=export", f"pretrained={run}", f"stage.out={tmp_path}/out", "stage.onnx=false"))
-    assert verified(capsys, f"stage.what={tmp_path}/out")[0] == {"whole": 3, "missing": 0, "differs": 0}
+    launch(
+        compose(
+            "stage=export", f"pretrained={run}", f"stage.out={tmp_path}/out", "stage.onnx=false"
+        )
+    )
+    assert verified(capsys, f"stage.what={tmp_path}/out")[0] == {
+        "whole": 3,
+        "missing": 0,
+        "differs": 0,
+    }
     flip(tmp_path / "out" / "README.md")
     assert "README.md" in verified(capsys, f"stage.what={tmp_path}/out")[0]
 
@@ -184,11 +235,16 @@ def test_the_readmes_tables(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     value = re.search(r"\| moco_v2 +\| +(\d\d\.\d) ±", text)[1]
     (tmp_path / "README.md").write_text(text.replace(value, "99.9", 1))
     counts, said = verified(capsys, f"stage.what={tmp_path}/README.md")
-    assert re.match(r"1 of \d+ differ: .*README.md: table of benchmarks/results/quickstart.json: not what the", counts)
+    assert re.match(
+        r"1 of \d+ differ: .*README.md: table of benchmarks/results/quickstart.json: not what the",
+        counts,
+    )
 
 
 @pytest.mark.parametrize("what", [None, "nowhere", "empty", "a.txt"])
-def test_what_cannot_be_verified(tmp_path: Path, capsys: pytest.CaptureFixture, what: str | None) -> None:
+def test_what_cannot_be_verified(
+    tmp_path: Path, capsys: pytest.CaptureFixture, what: str | None
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.txt").touch()
     said, _ = verified(capsys, *([f"stage.what={tmp_path}/{what}"] if what else []))

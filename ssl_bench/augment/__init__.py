@@ -1,1 +1,3 @@
-"""Views of images: `draws` says what is random, `ops` are transforms of whole batches, `views` composes them."""
+"""Views of images: `draws` says what is random, `ops` are transforms of whole batches, `views`
+composes them.
+"""

@@ -1,7 +1,8 @@
 """Random numbers as a pure function of (seed, epoch, image index, view).
 
-No generator and no state: the numbers of an image are the same on any device, in any batch and on any number of ranks.
-The mixing function is that of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
+No generator and no state: the numbers of an image are the same on any device, in any batch and on
+any number of ranks. The mixing function is that of SplitMix64 (Steele, Lea, Flood 2014, "Fast
+splittable pseudorandom number generators").
 """
 
 import torch
@@ -14,17 +15,21 @@ MIX2 = 0x94D049BB133111EB
 
 def keys(seed: int, epoch: int, indices: Tensor) -> Tensor:
     """One key an image: indices (B,) int64 -> (B,) int64, on the device of `indices`."""
-    stream = _mix(torch.tensor([_signed(seed * GOLDEN)]))  # one value, on the host: it never waits for the device
+    # one value, on the host: it never waits for the device
+    stream = _mix(torch.tensor([_signed(seed * GOLDEN)]))
     stream = _mix(stream ^ _signed((epoch + 1) * GOLDEN)).item()
     return _mix(_mix(indices ^ stream))
 
 
 def uniforms(keys: Tensor, view: int, num: int) -> Tensor:
-    """`num` independent draws for each key: (B,) int64 -> (B, num) float32, multiples of 2^-24 in [0, 1)."""
+    """`num` independent draws for each key: (B,) int64 -> (B, num) float32, multiples of 2^-24 in
+    [0, 1).
+    """
     streams = _mix(keys ^ _signed((view + 1) * MIX1))
     counters = torch.arange(1, num + 1, device=keys.device) * _signed(GOLDEN)
     bits = _mix(streams[:, None] + counters)
-    return _shift(bits, 40).to(torch.float32) * 2.0**-24  # 24 bits: all that a float32 holds exactly
+    # 24 bits: all that a float32 holds exactly
+    return _shift(bits, 40).to(torch.float32) * 2.0**-24
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -38,4 +43,5 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def _signed(value: int) -> int:
-    return ((value + 2**63) % 2**64) - 2**63  # torch has no uint64 arithmetic; int64 wraps around to the same bits
+    # torch has no uint64 arithmetic; int64 wraps around to the same bits
+    return ((value + 2**63) % 2**64) - 2**63

@@ -1,11 +1,12 @@
 """Batched augmentation in two halves.
 
 `sample(u)` turns uniforms (B, num_draws) into one set of parameters an image and sees no pixels.
-`apply(images, *params)` is a pure function with static shapes and no data-dependent branches: float images
-(B, 3, H, W) in [0, 1] to the same. For the same parameters each op equals its namesake in
+`apply(images, *params)` is a pure function with static shapes and no data-dependent branches: float
+images (B, 3, H, W) in [0, 1] to the same. For the same parameters each op equals its namesake in
 `torchvision.transforms.v2.functional` on float tensors.
 
-Per-pixel comparisons and `torch.where` are avoided: on the CPU they cost ten times an arithmetic pass.
+Per-pixel comparisons and `torch.where` are avoided: on the CPU they cost ten times an arithmetic
+pass.
 """
 
 import math
@@ -20,10 +21,11 @@ TINY = 1e-30  # added to or put in place of a zero: small beside any difference 
 
 
 class RandomResizedCrop(nn.Module):
-    """A random box resized to (size, size), with antialiasing, then mirrored with probability `flip_p`.
+    """A random box resized to (size, size), with antialiasing, then mirrored with probability
+    `flip_p`.
 
-    The mirror is in the resampling matrix and costs nothing; whatever follows treats left and right alike, so the
-    result is that of a flip at the end.
+    The mirror is in the resampling matrix and costs nothing; whatever follows treats left and right
+    alike, so the result is that of a flip at the end.
     """
 
     tries = 10  # torchvision's: after ten boxes that don't fit, a centre crop
@@ -42,7 +44,9 @@ class RandomResizedCrop(nn.Module):
         self.num_draws = 2 * self.tries + 3
 
     def sample(self, u: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
-        """(top, left, box height, box width) int64 (B,) for images of height x width, and flip (B,) bool."""
+        """(top, left, box height, box width) int64 (B,) for images of height x width, and flip (B,)
+        bool.
+        """
         areas, ratios, (y, x, flip) = u[:, : self.tries], u[:, self.tries : -3], u[:, -3:].unbind(1)
         areas = height * width * _between(areas, *self.scale)
         ratios = _between(ratios, *map(math.log, self.ratio)).exp()
@@ -70,11 +74,14 @@ class RandomResizedCrop(nn.Module):
             return height, round(height * high)
         return height, width
 
-    def apply(self, images: Tensor, top: Tensor, left: Tensor, box_h: Tensor, box_w: Tensor, flip: Tensor) -> Tensor:
+    def apply(
+        self, images: Tensor, top: Tensor, left: Tensor, box_h: Tensor, box_w: Tensor, flip: Tensor
+    ) -> Tensor:
         cubic = self.interpolation == "bicubic"
         rows = _resampling(top, box_h, torch.zeros_like(flip), self.size, images.shape[2], cubic)
         columns = _resampling(left, box_w, flip, self.size, images.shape[3], cubic)
-        images = _mix_rows(images.permute(0, 2, 3, 1).flatten(2), *rows)  # no copy where the memory is channels_last
+        # no copy where the memory is channels_last
+        images = _mix_rows(images.permute(0, 2, 3, 1).flatten(2), *rows)
         images = images.unflatten(2, (-1, 3)).permute(0, 3, 2, 1)  # (B, 3, W, size)
         images = _mix_rows(images, *columns).mT
         return images.clamp_(0, 1) if cubic else images  # a cubic shoots over at edges
@@ -83,10 +90,11 @@ class RandomResizedCrop(nn.Module):
 def _resampling(
     start: Tensor, length: Tensor, mirror: Tensor, size: int, total: int, cubic: bool
 ) -> tuple[Tensor, Tensor]:
-    """Which of `total` pixels, and how much of each, make `size` pixels out of [start, start + length).
+    """Which of `total` pixels, and how much of each, make `size` pixels out of [start, start +
+    length).
 
-    Returns pixels and weights (B, size, taps). The filter, a triangle or a cubic, is as wide as the larger of an input
-    and an output pixel asks for, cut at the box and renormalised.
+    Returns pixels and weights (B, size, taps). The filter, a triangle or a cubic, is as wide as the
+    larger of an input and an output pixel asks for, cut at the box and renormalised.
     """
     reach = 2 if cubic else 1  # of the filter, to either side
     taps = math.ceil(2 * reach * max(1.0, total / size))  # the most pixels under any filter
@@ -105,20 +113,28 @@ def _resampling(
 
 
 def _cubic(x: Tensor) -> Tensor:
-    """Keys' kernel of x >= 0 with a = -0.5 (IEEE Trans. ASSP 29(6), 1981), as PIL's and TensorFlow's bicubic."""
+    """Keys' kernel of x >= 0 with a = -0.5 (IEEE Trans. ASSP 29(6), 1981), as PIL's and
+    TensorFlow's bicubic.
+    """
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((2.5 - 0.5 * x) * x - 4) * x + 2
     return torch.where(x < 1, near, far) * (x < 2)
 
 
 def _mix_rows(images: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """Each output row is a weighted sum of a few input rows: (B, ..., N, K), (B, M, taps) -> (B, ..., M, K)."""
+    """Each output row is a weighted sum of a few input rows: (B, ..., N, K), (B, M, taps) -> (B,
+    ..., M, K).
+    """
     weights = weights.to(images.dtype)
-    return (_mix_by_bags if images.device.type == "cpu" else _mix_by_matrices)(images, rows, weights)
+    return (_mix_by_bags if images.device.type == "cpu" else _mix_by_matrices)(
+        images, rows, weights
+    )
 
 
 def _mix_by_bags(images: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """An embedding bag is exactly this. On the CPU it takes a fifth of the time of a product with the whole matrix."""
+    """An embedding bag is exactly this. On the CPU it takes a fifth of the time of a product with
+    the whole matrix.
+    """
     shape = (*images.shape[:-2], rows.shape[1], images.shape[-1])
     tables = images.shape[:-2].numel()
     copies = tables // len(rows)  # channels, which share rows and weights
@@ -126,7 +142,9 @@ def _mix_by_bags(images: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     bags = (rows[:, None] + offsets).flatten(0, 2)
     weights = weights[:, None].expand(-1, copies, -1, -1).flatten(0, 2)
     table = images.reshape(-1, images.shape[-1])
-    return nn.functional.embedding_bag(bags, table, mode="sum", per_sample_weights=weights).view(shape)
+    return nn.functional.embedding_bag(bags, table, mode="sum", per_sample_weights=weights).view(
+        shape
+    )
 
 
 def _mix_by_matrices(images: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
@@ -140,7 +158,9 @@ class Op(nn.Module):
     """What may happen to an image once it is cut out."""
 
     def kinds(self, applied: Tensor) -> Tensor:
-        """Of what `sample` gave: int64 (B,), 0 for the images that `apply` would give back as they are."""
+        """Of what `sample` gave: int64 (B,), 0 for the images that `apply` would give back as they
+        are.
+        """
         return (applied > 0).long()
 
     def apply_some(self, images: Tensor, kinds: Tensor, *params: Tensor) -> Tensor:
@@ -161,13 +181,19 @@ class Op(nn.Module):
 class ColorJitter(Op):
     """Brightness, contrast, saturation and hue in a random order, with probability `p`.
 
-    Factors are U(max(0, 1 - x), 1 + x), the hue shift U(-hue, hue). A strength of zero takes its operation out.
+    Factors are U(max(0, 1 - x), 1 + x), the hue shift U(-hue, hue). A strength of zero takes its
+    operation out.
     """
 
     least = 0.0  # factor
 
     def __init__(
-        self, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0, p: float = 1.0
+        self,
+        brightness: float = 0.0,
+        contrast: float = 0.0,
+        saturation: float = 0.0,
+        hue: float = 0.0,
+        p: float = 1.0,
     ):
         super().__init__()
         self.strengths = (brightness, contrast, saturation)
@@ -175,8 +201,9 @@ class ColorJitter(Op):
         self.num_draws = 6
         blends = [kind for kind, strength in enumerate(self.strengths) if strength > 0]
         orders = list(permutations(blends + [3] * (hue > 0)))
-        # An order per image with static shapes: every blend has a stage before the hue and one after it. The one that
-        # the order doesn't ask for is of kind 3 (factor 1: no change). stages[order] = kinds before, kinds after.
+        # An order per image with static shapes: every blend has a stage before the hue and one
+        # after it. The one that the order doesn't ask for is of kind 3 (factor 1: no change).
+        # stages[order] = kinds before, kinds after.
         stages, turns = [], []
         for order in orders:
             turn = order.index(3) if hue > 0 else len(order)
@@ -186,14 +213,21 @@ class ColorJitter(Op):
             stages.append(before + after)
             turns.append(turn)
         self.num_before = len(blends)
-        self.register_buffer("stages", torch.tensor(stages).reshape(len(orders), -1), persistent=False)
+        self.register_buffer(
+            "stages", torch.tensor(stages).reshape(len(orders), -1), persistent=False
+        )
         self.register_buffer("turns", torch.tensor(turns), persistent=False)
 
     def sample(self, u: Tensor) -> tuple[Tensor, ...]:
-        """Factors (B, 3): brightness, contrast, saturation; hue shift (B,) in turns; order (B,), a row of `stages`."""
+        """Factors (B, 3): brightness, contrast, saturation; hue shift (B,) in turns; order (B,), a
+        row of `stages`.
+        """
         applied = u[:, :1] < self.p
         lows = [max(self.least, 1 - strength) for strength in self.strengths]
-        factors = [_between(u[:, 1 + i], lows[i], 1 + strength) for i, strength in enumerate(self.strengths)]
+        factors = [
+            _between(u[:, 1 + i], lows[i], 1 + strength)
+            for i, strength in enumerate(self.strengths)
+        ]
         factors = torch.stack(factors, 1).where(applied, 1.0)
         hue = _between(u[:, 4], -self.hue, self.hue) * applied[:, 0]
         return factors, hue, (u[:, 5] * len(self.stages)).long()
@@ -215,11 +249,16 @@ class ColorJitter(Op):
         first_turn: int = 0,
         last_turn: int | None = None,
     ) -> Tensor:
-        """The hue comes after first_turn to last_turn of the blends: stages that no image has are left out."""
+        """The hue comes after first_turn to last_turn of the blends: stages that no image has are
+        left out.
+        """
         kinds = self.stages[order]  # (B, stages)
         factors = torch.cat([factors, torch.ones_like(factors[:, :1])], 1).gather(1, kinds)
         stages = self._weights(factors, kinds).to(images.dtype)[..., None, None, None].unbind(1)
-        before, after = stages[: self.num_before][:last_turn], stages[self.num_before :][first_turn:]
+        before, after = (
+            stages[: self.num_before][:last_turn],
+            stages[self.num_before :][first_turn:],
+        )
         for stage in before:
             images = self._blend(images, *stage.unbind(1))
         if self.hue > 0:
@@ -235,15 +274,20 @@ class ColorJitter(Op):
 
     @staticmethod
     def _blend(images: Tensor, factor: Tensor, mean_weight: Tensor, grey_weight: Tensor) -> Tensor:
-        """clamp(factor * image + mean_weight * mean(grey) + grey_weight * grey): brightness, contrast or saturation."""
+        """clamp(factor * image + mean_weight * mean(grey) + grey_weight * grey): brightness,
+        contrast or saturation.
+        """
         grey = _grey(images)
         mean = grey.mean((1, 2, 3), keepdim=True)
-        return torch.addcmul(grey.mul_(grey_weight).add_(mean * mean_weight), images, factor).clamp_(0, 1)
+        return torch.addcmul(
+            grey.mul_(grey_weight).add_(mean * mean_weight), images, factor
+        ).clamp_(0, 1)
 
 
 class ByolJitter(ColorJitter):
-    """That of BYOL's authors (deepmind-research, byol/utils/augmentations.py 239-282): brightness is added, its factor
-    less 1; contrast is about each channel's mean; saturation is HSV's."""
+    """That of BYOL's authors (deepmind-research, byol/utils/augmentations.py 239-282): brightness
+    is added, its factor less 1; contrast is about each channel's mean; saturation is HSV's.
+    """
 
     least = -math.inf
 
@@ -266,7 +310,9 @@ class ByolJitter(ColorJitter):
 
 
 def _shift_hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Rotates the hue of the HSV hexagon. Value and saturation keep the largest and smallest channel as they are."""
+    """Rotates the hue of the HSV hexagon. Value and saturation keep the largest and smallest
+    channel as they are.
+    """
     dtype = images.dtype
     if dtype in (torch.bfloat16, torch.float16):
         images = images.float()  # a hue of 8 bits would tint the greys
@@ -274,14 +320,15 @@ def _shift_hue(images: Tensor, turns: Tensor) -> Tensor:
     low = torch.minimum(red, green).minimum(blue)
     high = torch.maximum(red, green).maximum(blue)
     spread = high - low
-    # The hue in sixths of a turn, 0 at red. Its size is 1 + (green + blue - red - low) / spread (what is usually three
-    # cases is one line), its sign that of green - blue.
+    # The hue in sixths of a turn, 0 at red. Its size is 1 + (green + blue - red - low) / spread
+    # (what is usually three cases is one line), its sign that of green - blue.
     hue = (green + blue).sub_(red).sub_(low).div_(spread.clamp(min=TINY)).add_(1)
     hue.mul_((green - blue).add_(TINY).sign_())  # the sign of zero is +: cyan is at +3
     hue.add_(turns.to(hue.dtype).mul(6)[:, None, None])
     hue.sub_((hue * (1 / 6)).floor_(), alpha=6)  # [0, 6)
 
-    # A channel is highest within 1 of its own hue, lowest beyond 2, linear between. Red's distance is 3 - |hue - 3|.
+    # A channel is highest within 1 of its own hue, lowest beyond 2, linear between. Red's distance
+    # is 3 - |hue - 3|.
     out = torch.empty_like(images)  # filled in place: torch.stack would rearrange the memory
     out[:, 0] = torch.addcmul(low - spread, spread, (hue - 3).abs_().clamp_(1, 2))
     high.add_(spread)
@@ -309,14 +356,22 @@ class RandomGrayscale(Op):
 
 
 class GaussianBlur(Op):
-    """Separable Gaussian with reflected borders and sigma U(low, high) pixels, with probability `p`, on square images.
+    """Separable Gaussian with reflected borders and sigma U(low, high) pixels, with probability
+    `p`, on square images.
 
-    The kernel has `kernel_size` taps (23: SimCLR's tenth of 224 pixels) or as many as reflection allows.
+    The kernel has `kernel_size` taps (23: SimCLR's tenth of 224 pixels) or as many as reflection
+    allows.
     """
 
     num_draws = 2
 
-    def __init__(self, size: int, p: float = 0.5, sigma: tuple[float, float] = (0.1, 2.0), kernel_size: int = 23):
+    def __init__(
+        self,
+        size: int,
+        p: float = 0.5,
+        sigma: tuple[float, float] = (0.1, 2.0),
+        kernel_size: int = 23,
+    ):
         super().__init__()
         self.p, self.sigma = p, sigma
         self.half = min(kernel_size // 2, size - 1)

@@ -27,12 +27,18 @@ from ssl_bench.errors import UserError
 RGB = tuple[float, float, float]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-IDLE = {"augmentation.num_small_views=0": ("augmentation.small_size", "augmentation.small_crop_scale")}  # see `typed`
-CHUNK = 32 * 96 * 96  # pixels: more don't fit a core's caches, with fewer Python takes too much of the time
+# see `typed`
+IDLE = {
+    "augmentation.num_small_views=0": ("augmentation.small_size", "augmentation.small_crop_scale")
+}
+# pixels: more don't fit a core's caches, with fewer Python takes too much of the time
+CHUNK = 32 * 96 * 96
 
 
 class View(nn.Module):
-    """How one view is made: crop (with the flip folded in), jitter, grayscale, blur, solarize, normalise."""
+    """How one view is made: crop (with the flip folded in), jitter, grayscale, blur, solarize,
+    normalise.
+    """
 
     def __init__(self, crop: RandomResizedCrop, ops: Iterable[Op], normalize: Normalize) -> None:
         super().__init__()
@@ -40,19 +46,29 @@ class View(nn.Module):
         self.compiled = False  # if so, `transform` is worth the whole batch on the CPU, too
 
     def sample(self, images: Tensor, keys: Tensor, number: int) -> list[tuple[Tensor, ...]]:
-        """The parameters for the crop and then for each of `ops`. Of the images it reads only the size."""
+        """The parameters for the crop and then for each of `ops`. Of the images it reads only the
+        size.
+        """
         counts = [self.crop.num_draws, *(op.num_draws for op in self.ops)]
         crop_u, *ops_u = uniforms(keys, number, sum(counts)).split(counts, dim=1)
         ops_params = [op.sample(u) for op, u in zip(self.ops, ops_u, strict=True)]
         return [self.crop.sample(crop_u, *images.shape[-2:]), *ops_params]
 
-    def transform(self, images: Tensor, params: list[tuple[Tensor, ...]], kinds: list[Tensor] | None = None) -> Tensor:
-        """The pure half: no randomness, static shapes where `kinds` are None. This is what to compile."""
+    def transform(
+        self, images: Tensor, params: list[tuple[Tensor, ...]], kinds: list[Tensor] | None = None
+    ) -> Tensor:
+        """The pure half: no randomness, static shapes where `kinds` are None. This is what to
+        compile.
+        """
         layout = _layout(images)
         images = images.to(self.normalize.mean.dtype).mul_(1 / 255)
         images = self.crop.apply(images, *params[0])
         for number, (op, values) in enumerate(zip(self.ops, params[1:], strict=True)):
-            images = op.apply(images, *values) if kinds is None else op.apply_some(images, kinds[number], *values)
+            images = (
+                op.apply(images, *values)
+                if kinds is None
+                else op.apply_some(images, kinds[number], *values)
+            )
         images = self.normalize.apply(images)
         return images.contiguous(memory_format=layout) if kinds is None else images
 
@@ -67,9 +83,11 @@ class View(nn.Module):
         @torch.no_grad()  # of the thread it runs in
         def fill(rows: Tensor) -> None:
             some = [tuple(value[rows] for value in values) for values in params]
-            taken = images.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)  # whole rows of memory
+            # whole rows of memory
+            taken = images.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
             done = self.transform(taken, some, [kind[rows] for kind in kinds])
-            for row, image in zip(rows.tolist(), done, strict=True):  # a fifth of the time of view[rows] = done
+            # a fifth of the time of view[rows] = done
+            for row, image in zip(rows.tolist(), done, strict=True):
                 view[row] = image
 
         threads = torch.get_num_threads()
@@ -77,24 +95,36 @@ class View(nn.Module):
         return view
 
     def _chunks(self, kinds: list[Tensor], count: int) -> list[Tensor]:
-        """Indices of all images, sorted by their kind of jitter, which a chunk has one of if they are many, and by what
-        else happens to them."""
+        """Indices of all images, sorted by their kind of jitter, which a chunk has one of if they
+        are many, and by what else happens to them.
+        """
         order, size = torch.arange(count), max(1, CHUNK // self.crop.size**2)
-        jitter = [kind for op, kind in zip(self.ops, kinds, strict=True) if isinstance(op, ColorJitter)]
+        jitter = [
+            kind for op, kind in zip(self.ops, kinds, strict=True) if isinstance(op, ColorJitter)
+        ]
         for kind in [*reversed(kinds), *jitter]:
             order = order[kind[order].argsort(stable=True)]
-        groups = order.split(jitter[0].bincount().tolist()) if jitter and count > 2 * size else [order]
-        return [part for group in groups if len(group) for part in group.tensor_split(-(-len(group) // size))]
+        groups = (
+            order.split(jitter[0].bincount().tolist()) if jitter and count > 2 * size else [order]
+        )
+        return [
+            part
+            for group in groups
+            if len(group)
+            for part in group.tensor_split(-(-len(group) // size))
+        ]
 
 
 class Views(nn.Module):
-    """uint8 images (B, 3, H, W), keys (B,) -> `num_views` normalised float32 (B, 3, image_size, image_size), and after
-    them `num_small_views` of (B, 3, small_size, small_size) (multi-crop, SwAV, arXiv:2006.09882, section 3.2).
+    """uint8 images (B, 3, H, W), keys (B,) -> `num_views` normalised float32 (B, 3, image_size,
+    image_size), and after them `num_small_views` of (B, 3, small_size, small_size) (multi-crop,
+    SwAV, arXiv:2006.09882, section 3.2).
 
-    See `View`; `jitter` is torchvision's, or "byol" (`ops.ByolJitter`); `grayscale_first` puts the grayscale before it.
-    A probability or strength of zero takes its operation out. blur_p, solarize_p: of all views, or of each of the
-    full-size views and then of the small ones together. mean and std of None are ImageNet's, too. Views have the memory
-    format of the images. The same keys (see `draws.keys`) give the same views.
+    See `View`; `jitter` is torchvision's, or "byol" (`ops.ByolJitter`); `grayscale_first` puts the
+    grayscale before it. A probability or strength of zero takes its operation out. blur_p,
+    solarize_p: of all views, or of each of the full-size views and then of the small ones together.
+    mean and std of None are ImageNet's, too. Views have the memory format of the images. The same
+    keys (see `draws.keys`) give the same views.
     """
 
     def __init__(
@@ -127,10 +157,17 @@ class Views(nn.Module):
         _check_interval("small_crop_scale", small_crop_scale, low=0, high=1)
         _check_interval("crop_ratio", crop_ratio, low=0, high=float("inf"))
         _check_interval("blur_sigma", blur_sigma, low=0, high=float("inf"))
-        self.image_size, self.num_views, self.num_small_views = image_size, num_views, num_small_views
+        self.image_size, self.num_views, self.num_small_views = (
+            image_size,
+            num_views,
+            num_small_views,
+        )
         self.normalize = Normalize(mean or IMAGENET_MEAN, std or IMAGENET_STD)
         kinds = num_views + (num_small_views > 0)
-        blurs, solarizations = _each("blur_p", blur_p, kinds), _each("solarize_p", solarize_p, kinds)
+        blurs, solarizations = (
+            _each("blur_p", blur_p, kinds),
+            _each("solarize_p", solarize_p, kinds),
+        )
 
         def view(size: int, scale: tuple[float, float], blur: float, solarize: float) -> View:
             colour: list[nn.Module] = []
@@ -143,16 +180,26 @@ class Views(nn.Module):
                 colour.append(GaussianBlur(size, blur, blur_sigma))
             if solarize > 0:
                 colour.append(Solarize(solarize))
-            return View(RandomResizedCrop(size, scale, crop_ratio, flip_p, interpolation), colour, self.normalize)
+            return View(
+                RandomResizedCrop(size, scale, crop_ratio, flip_p, interpolation),
+                colour,
+                self.normalize,
+            )
 
         made = cache(view)  # views alike share one, which is compiled once
-        full = [made(image_size, tuple(crop_scale), *ps) for ps in zip(blurs[:num_views], solarizations, strict=False)]
-        small = [made(small_size, tuple(small_crop_scale), blurs[-1], solarizations[-1])] * num_small_views
+        full = [
+            made(image_size, tuple(crop_scale), *ps)
+            for ps in zip(blurs[:num_views], solarizations, strict=False)
+        ]
+        small = [
+            made(small_size, tuple(small_crop_scale), blurs[-1], solarizations[-1])
+        ] * num_small_views
         self.views = nn.ModuleList(full + small)
 
     @torch.no_grad()
     def forward(self, images: Tensor, keys: Tensor) -> list[Tensor]:
-        with torch.autocast(images.device.type, enabled=False):  # bfloat16 resampling would lose the last two bits
+        # bfloat16 resampling would lose the last two bits
+        with torch.autocast(images.device.type, enabled=False):
             return [view(images, keys, number) for number, view in enumerate(self.views)]
 
     def compile_transforms(self) -> None:
@@ -168,13 +215,14 @@ class Views(nn.Module):
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Threads that each do a chunk alone.
 
-    Torch would have all threads share each operation, and wait for the last of them hundreds of times a view: on cores
-    that other programs use too, seventy times slower.
+    Torch would have all threads share each operation, and wait for the last of them hundreds of
+    times a view: on cores that other programs use too, seventy times slower.
     """
     pool, all_there = ThreadPoolExecutor(threads, thread_name_prefix="views"), Barrier(threads)
 
     def begin(_: int) -> None:
-        torch.set_num_threads(1)  # for operations of this thread, and for threads that start from now on
+        # for operations of this thread, and for threads that start from now on
+        torch.set_num_threads(1)
         all_there.wait()
 
     list(pool.map(begin, range(threads)))
@@ -183,9 +231,11 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 class EvalView(nn.Module):
-    """The test transform: uint8 images (B, 3, H, W) -> float32 (B, 3, image_size, image_size), normalised.
+    """The test transform: uint8 images (B, 3, H, W) -> float32 (B, 3, image_size, image_size),
+    normalised.
 
-    The shorter side becomes `image_size * resize` pixels (256 for 224 in the authors' code), then the centre is cut.
+    The shorter side becomes `image_size * resize` pixels (256 for 224 in the authors' code), then
+    the centre is cut.
     """
 
     def __init__(
@@ -213,7 +263,13 @@ class EvalView(nn.Module):
 
 
 def _denormalize(view: Tensor, normalize: Normalize) -> Tensor:
-    return (view.float() * normalize.std + normalize.mean).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
+    return (
+        (view.float() * normalize.std + normalize.mean)
+        .mul_(255)
+        .round_()
+        .clamp_(0, 255)
+        .to(torch.uint8)
+    )
 
 
 def _layout(images: Tensor) -> torch.memory_format:
@@ -223,7 +279,9 @@ def _layout(images: Tensor) -> torch.memory_format:
 
 def _check_interval(name: str, interval: tuple[float, float], low: float, high: float) -> None:
     if not low < interval[0] <= interval[1] <= high:
-        raise UserError(f"augmentation.{name} is {list(interval)}: give [low, high] with {low} < low <= high <= {high}")
+        raise UserError(
+            f"augmentation.{name} is {list(interval)}: give [low, high] with {low} < low <= high <= {high}"
+        )
 
 
 def _each(name: str, values: float | Sequence[float], kinds: int) -> Sequence[float]:

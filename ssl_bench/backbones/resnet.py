@@ -8,7 +8,9 @@ from torch import nn
 Stem = Literal["imagenet", "small"]
 
 
-def _resnet(block_name: str, layers: list[int], stem: Stem, width: int, zero_init_residual: bool) -> nn.Module:
+def _resnet(
+    block_name: str, layers: list[int], stem: Stem, width: int, zero_init_residual: bool
+) -> nn.Module:
     from torchvision.models import resnet
 
     block = getattr(resnet, block_name)
@@ -21,7 +23,8 @@ def _resnet(block_name: str, layers: list[int], stem: Stem, width: int, zero_ini
             self.fc = nn.Identity()
             self.dim = 8 * width * block.expansion
             if stem == "small":
-                # CIFAR stem (SimCLR, arXiv:2002.05709, B.9): a 3x3 convolution of stride 1, and no pooling.
+                # CIFAR stem (SimCLR, arXiv:2002.05709, B.9): a 3x3 convolution of stride 1, and no
+                # pooling.
                 self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
                 self.maxpool = nn.Identity()
             elif width != 64:
@@ -39,25 +42,33 @@ def _resnet(block_name: str, layers: list[int], stem: Stem, width: int, zero_ini
     return ResNet()
 
 
-def resnet18(stem: Stem = "imagenet", width: PositiveInt = 64, zero_init_residual: bool = False) -> nn.Module:
+def resnet18(
+    stem: Stem = "imagenet", width: PositiveInt = 64, zero_init_residual: bool = False
+) -> nn.Module:
     """ResNet-18, dim = 8 * width (512). `stem="small"` is for images of about 32 pixels.
 
-    zero_init_residual: each block starts as the identity, by a last batch norm of weight 0 (Goyal et al.,
-    arXiv:1706.02677, section 5.1).
+    zero_init_residual: each block starts as the identity, by a last batch norm of weight 0 (Goyal
+    et al., arXiv:1706.02677, section 5.1).
     """
     return _resnet("BasicBlock", [2, 2, 2, 2], stem, width, zero_init_residual)
 
 
-def resnet34(stem: Stem = "imagenet", width: PositiveInt = 64, zero_init_residual: bool = False) -> nn.Module:
+def resnet34(
+    stem: Stem = "imagenet", width: PositiveInt = 64, zero_init_residual: bool = False
+) -> nn.Module:
     """ResNet-34, dim = 8 * width (512)."""
     return _resnet("BasicBlock", [3, 4, 6, 3], stem, width, zero_init_residual)
 
 
-def resnet50(stem: Stem = "imagenet", width: PositiveInt = 64, zero_init_residual: bool = False) -> nn.Module:
+def resnet50(
+    stem: Stem = "imagenet", width: PositiveInt = 64, zero_init_residual: bool = False
+) -> nn.Module:
     """ResNet-50, dim = 32 * width (2048)."""
     return _resnet("Bottleneck", [3, 4, 6, 3], stem, width, zero_init_residual)
 
 
-def resnet101(stem: Stem = "imagenet", width: PositiveInt = 64, zero_init_residual: bool = False) -> nn.Module:
+def resnet101(
+    stem: Stem = "imagenet", width: PositiveInt = 64, zero_init_residual: bool = False
+) -> nn.Module:
     """ResNet-101, dim = 32 * width (2048)."""
     return _resnet("Bottleneck", [3, 4, 23, 3], stem, width, zero_init_residual)

@@ -17,7 +17,9 @@ def timm(model: str, options: dict[str, Any] | None = None) -> nn.Module:
     try:
         from timm import create_model, list_models
     except ImportError:
-        raise UserError("backbone=timm needs the timm package: pip install 'ssl_bench[timm]'") from None
+        raise UserError(
+            "backbone=timm needs the timm package: pip install 'ssl_bench[timm]'"
+        ) from None
     if model not in (known := list_models()):
         close = difflib.get_close_matches(model, known, n=3)
         raise UserError(
@@ -25,10 +27,14 @@ def timm(model: str, options: dict[str, Any] | None = None) -> nn.Module:
         )
     options = options or {}
     if "num_classes" in options:
-        raise UserError(f"backbone.options has num_classes={options['num_classes']}: leave it out; a backbone has none")
+        raise UserError(
+            f"backbone.options has num_classes={options['num_classes']}: leave it out; a backbone has none"
+        )
 
     def plan(**changed: Any) -> nn.Module:
-        """The same network without weights: quick to make, and its forward pass computes shapes only."""
+        """The same network without weights: quick to make, and its forward pass computes shapes
+        only.
+        """
         with torch.device("meta"):
             return create_model(model, **{"num_classes": 0} | options | changed).eval()
 
@@ -44,7 +50,9 @@ def timm(model: str, options: dict[str, Any] | None = None) -> nn.Module:
         if (reason := why_not(size)) is None:
             return None
         helpful = [option for option in ANY_SIZE if why_not(size, **option) is None]
-        mend = f", but not with backbone.options={{{_typed(options | helpful[0])}}}" if helpful else ""
+        mend = (
+            f", but not with backbone.options={{{_typed(options | helpful[0])}}}" if helpful else ""
+        )
         return f"fails in {model} ({reason}){mend}"
 
     def classifier_keys() -> tuple[str, ...]:
@@ -59,7 +67,8 @@ def timm(model: str, options: dict[str, Any] | None = None) -> nn.Module:
         raise UserError(
             f"backbone.options={{{_typed(options)}}}: not for timm's {model} ({str(error).partition(chr(10))[0]})"
         ) from None
-    network.dim = network.head_hidden_size  # not num_features: that is before the layers which some heads begin with
+    # not num_features: that is before the layers which some heads begin with
+    network.dim = network.head_hidden_size
     network.refuses, network.classifier_keys = refuses, classifier_keys
     return network
 
@@ -71,5 +80,6 @@ ANY_SIZE = ({"dynamic_img_size": True}, {"strict_img_size": False})
 def _typed(options: dict[str, Any]) -> str:
     """As one types them between braces."""
     return ",".join(
-        f"{key}:{str(value).lower() if isinstance(value, bool) else value}" for key, value in options.items()
+        f"{key}:{str(value).lower() if isinstance(value, bool) else value}"
+        for key, value in options.items()
     )

@@ -1,4 +1,6 @@
-"""Vision transformers, torchvision's without their head, for images of any size that the patch divides."""
+"""Vision transformers, torchvision's without their head, for images of any size that the patch
+divides.
+"""
 
 from typing import Literal
 
@@ -14,7 +16,13 @@ Init = Literal["torchvision", "moco_v3"]
 
 
 def _vit(
-    image_size: int, patch_size: int, dim: int, num_heads: int, positions: Positions, frozen_patches: bool, init: Init
+    image_size: int,
+    patch_size: int,
+    dim: int,
+    num_heads: int,
+    positions: Positions,
+    frozen_patches: bool,
+    init: Init,
 ) -> nn.Module:
     from torchvision.models.vision_transformer import VisionTransformer
 
@@ -36,15 +44,21 @@ def _vit(
 
         def forward(self, x: Tensor) -> Tensor:
             patches = self.conv_proj(x)  # (N, dim, rows, columns)
-            tokens = torch.cat([self.class_token.expand(x.shape[0], -1, -1), patches.flatten(2).mT], dim=1)
+            tokens = torch.cat(
+                [self.class_token.expand(x.shape[0], -1, -1), patches.flatten(2).mT], dim=1
+            )
             tokens = tokens + self.positions(*patches.shape[2:])
             return self.encoder.ln(self.encoder.layers(self.encoder.dropout(tokens)))[:, 0]
 
         def refuses(self, size: int) -> str | None:
-            return f"is no multiple of backbone.patch_size={patch_size}" if size % patch_size else None
+            return (
+                f"is no multiple of backbone.patch_size={patch_size}" if size % patch_size else None
+            )
 
         def positions(self, rows: int, columns: int) -> Tensor:
-            """(1, 1 + rows * columns, dim): interpolated where the grid isn't that of `image_size` (DINO's authors)."""
+            """(1, 1 + rows * columns, dim): interpolated where the grid isn't that of `image_size`
+            (DINO's authors).
+            """
             embedding = self.encoder.pos_embedding
             side = image_size // patch_size
             if (rows, columns) == (side, side):
@@ -54,16 +68,22 @@ def _vit(
             return torch.cat([embedding[:, :1], grid.flatten(2).mT], dim=1)
 
     if image_size % patch_size:
-        raise UserError(f"backbone.patch_size={patch_size} does not divide backbone.image_size={image_size}")
+        raise UserError(
+            f"backbone.patch_size={patch_size} does not divide backbone.image_size={image_size}"
+        )
     return ViT()
 
 
 @torch.no_grad()
 def _init_as_moco_v3(network: nn.Module) -> None:
-    """Xavier's uniform for linear layers, also query, key, value each, and patches (the authors' vits.py 31-47)."""
+    """Xavier's uniform for linear layers, also query, key, value each, and patches (the authors'
+    vits.py 31-47).
+    """
 
     def uniform_(weight: Tensor, inputs: int, outputs: int) -> None:
-        nn.init.uniform_(weight, -((6 / (inputs + outputs)) ** 0.5), (6 / (inputs + outputs)) ** 0.5)
+        nn.init.uniform_(
+            weight, -((6 / (inputs + outputs)) ** 0.5), (6 / (inputs + outputs)) ** 0.5
+        )
 
     for module in network.modules():
         if isinstance(module, nn.MultiheadAttention):
@@ -72,16 +92,23 @@ def _init_as_moco_v3(network: nn.Module) -> None:
         elif isinstance(module, nn.Linear):
             uniform_(module.weight, module.in_features, module.out_features)
             nn.init.zeros_(module.bias)
-    uniform_(network.conv_proj.weight, network.conv_proj.weight[0].numel(), network.conv_proj.out_channels)
+    uniform_(
+        network.conv_proj.weight,
+        network.conv_proj.weight[0].numel(),
+        network.conv_proj.out_channels,
+    )
     nn.init.zeros_(network.conv_proj.bias)
     nn.init.normal_(network.class_token, std=1e-6)
 
 
 def _sincos(side: int, dim: int) -> Tensor:
-    """(1 + side * side, dim): none for the class token; sines and cosines of row and of column, a quarter each, of
-    wavelengths 2 pi to 20,000 pi (the authors' vits.py 53-69)."""
+    """(1 + side * side, dim): none for the class token; sines and cosines of row and of column, a
+    quarter each, of wavelengths 2 pi to 20,000 pi (the authors' vits.py 53-69).
+    """
     place = torch.arange(side, dtype=torch.float32)
-    angles = torch.outer(place, 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float32) / (dim // 4)))
+    angles = torch.outer(
+        place, 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float32) / (dim // 4))
+    )
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, dim / 2)
     grid = torch.cat([waves.repeat_interleave(side, dim=0), waves.repeat(side, 1)], dim=1)
     return torch.cat([torch.zeros(1, dim), grid])
@@ -96,8 +123,8 @@ def vit_tiny(
 ) -> nn.Module:
     """ViT-T (Touvron et al., arXiv:2012.12877, table 1), dim = 192.
 
-    positions: of patches; "sincos" are fixed. frozen_patches: their projection stays as initialised. Both, and `init`,
-    are MoCo v3's (arXiv:2104.02057, section 4.1).
+    positions: of patches; "sincos" are fixed. frozen_patches: their projection stays as
+    initialised. Both, and `init`, are MoCo v3's (arXiv:2104.02057, section 4.1).
     """
     return _vit(image_size, patch_size, 192, 3, positions, frozen_patches, init)
 

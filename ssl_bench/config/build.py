@@ -1,4 +1,6 @@
-"""The only place where configuration becomes objects: checked against the constructor's signature, then constructed."""
+"""The only place where configuration becomes objects: checked against the constructor's signature,
+then constructed.
+"""
 
 import logging
 import os
@@ -13,7 +15,15 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, create_model
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    create_model,
+)
 
 from ssl_bench import shell
 from ssl_bench.config import signatures, typed
@@ -65,7 +75,8 @@ class Root(BaseModel):
 
 
 def check(cfg: DictConfig, quoted: Mapping[str, str] | None = None) -> None:
-    """UserError with every mistake of the configuration, a line each; nothing but the constructors' modules is read.
+    """UserError with every mistake of the configuration, a line each; nothing but the constructors'
+    modules is read.
 
     quoted: {key: what was typed for it, as a text} (`typed.quoted`).
     """
@@ -111,15 +122,23 @@ def _other_recipe(nodes: Mapping[str, dict[str, Any]]) -> str | None:
 
 
 def at_home(cfg: DictConfig) -> DictConfig:
-    """A copy in which ~ is home, at the beginning of whatever the schema says is a path. Not resolved."""
+    """A copy in which ~ is home, at the beginning of whatever the schema says is a path. Not
+    resolved.
+    """
     made, plain = cfg.copy(), OmegaConf.to_container(cfg)
     places = {
-        name: plain.get(name) for name, hint in get_type_hints(Root, include_extras=True).items() if is_path(hint)
+        name: plain.get(name)
+        for name, hint in get_type_hints(Root, include_extras=True).items()
+        if is_path(hint)
     }
     for group, supplied in SUPPLIED.items():
         node = plain.get(group) or {}
         parameters = signatures.parameters(node["_target_"], supplied) if "_target_" in node else {}
-        places |= {f"{group}.{name}": node.get(name) for name, (hint, _) in parameters.items() if is_path(hint)}
+        places |= {
+            f"{group}.{name}": node.get(name)
+            for name, (hint, _) in parameters.items()
+            if is_path(hint)
+        }
     for key, value in places.items():
         if isinstance(value, str) and value.startswith("~"):
             OmegaConf.update(made, key, os.path.expanduser(value))
@@ -129,12 +148,18 @@ def at_home(cfg: DictConfig) -> DictConfig:
 
 
 def construct(node: Mapping, **supplied: Any) -> Any:
-    """The object a checked node describes: `_target_` called with its other keys and what the code supplies."""
-    plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    """The object a checked node describes: `_target_` called with its other keys and what the code
+    supplies.
+    """
+    plain = (
+        OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    )
     path = plain["_target_"]
     schema = _schema(path, "node", tuple(supplied))
     values = schema.model_validate(_arguments(plain, schema))
-    return locate(path, "node")(**{key: getattr(values, key) for key in values.model_fields_set}, **supplied)
+    return locate(path, "node")(
+        **{key: getattr(values, key) for key in values.model_fields_set}, **supplied
+    )
 
 
 def takes(node: Mapping, name: str) -> bool:
@@ -143,7 +168,9 @@ def takes(node: Mapping, name: str) -> bool:
 
 
 def locate(path: str, group: str) -> Callable:
-    """The class or function of a dotted path. The current folder is searched too, for a user's own modules."""
+    """The class or function of a dotted path. The current folder is searched too, for a user's own
+    modules.
+    """
     with _told(path, group):
         return signatures.locate(path)
 
@@ -158,15 +185,18 @@ def _told(path: str | None, group: str) -> Iterator[None]:
         raise UserError(f"{group}._target_={path}: can't be imported ({error})") from None
 
 
-# -- what comes from elsewhere is data ---------------------------------------------------------------------------------
+# -- what comes from elsewhere is data -------------------------------------------------------------
 
-# (group, dotted path) of what a process may call that runs a file's configuration; None: this one composed its own
+# (group, dotted path) of what a process may call that runs a file's configuration; None: this one
+# composed its own
 _permitted: set[tuple[str, str]] | None = None
 # Keys of timm's that fetch or unpickle what they name.
 FETCHING = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
 
 
-def read_back(place: Path, text: str | bytes, parser: Callable[[str | bytes], Any]) -> dict[str, Any]:
+def read_back(
+    place: Path, text: str | bytes, parser: Callable[[str | bytes], Any]
+) -> dict[str, Any]:
     """A configuration from a file, as plain data whose groups are mappings. UserError."""
     try:
         config = parser(text)
@@ -179,10 +209,11 @@ def read_back(place: Path, text: str | bytes, parser: Callable[[str | bytes], An
 
 
 def found(config: Mapping, group: str, cfg: DictConfig, place: Path) -> dict[str, Any]:
-    """The node of this group in a configuration that was read from `place`, as data for `construct`.
+    """The node of this group in a configuration that was read from `place`, as data for
+    `construct`.
 
-    It chooses among our constructors and those that `cfg`, composed by this command, or a --config-dir names. UserError
-    for any other: whoever wrote the file names no code to run.
+    It chooses among our constructors and those that `cfg`, composed by this command, or a
+    --config-dir names. UserError for any other: whoever wrote the file names no code to run.
     """
     node = config.get(group)
     if not isinstance(node, Mapping) or not isinstance(path := node.get("_target_"), str):
@@ -191,12 +222,16 @@ def found(config: Mapping, group: str, cfg: DictConfig, place: Path) -> dict[str
     _permit(path, group, permitted, place)
     options = node.get("options")
     if isinstance(options, Mapping) and (fetching := sorted(set(FETCHING) & options.keys())):
-        raise UserError(f"{place}: {group}.options.{fetching[0]} fetches or unpickles what it names: take it out")
+        raise UserError(
+            f"{place}: {group}.options.{fetching[0]} fetches or unpickles what it names: take it out"
+        )
     return dict(node)
 
 
 def named(cfg: DictConfig) -> set[tuple[str, str]]:
-    """(group, dotted path) of the constructors in `cfg`, in the overrides it holds, and in the YAML of --config-dir."""
+    """(group, dotted path) of the constructors in `cfg`, in the overrides it holds, and in the YAML
+    of --config-dir.
+    """
     plain = OmegaConf.to_container(cfg)
     paths = _targets(plain)
     for word in _texts(plain):  # of a pipeline's rows
@@ -210,19 +245,25 @@ def named(cfg: DictConfig) -> set[tuple[str, str]]:
 
 
 def strange(cfg: DictConfig) -> list[str]:
-    """What `named` finds and isn't ours, as one types it: for the process that runs this `cfg` from a file."""
+    """What `named` finds and isn't ours, as one types it: for the process that runs this `cfg` from
+    a file.
+    """
     return sorted(f"{group}._target_={path}" for group, path in named(cfg) - _ours())
 
 
 def restrict(words: Iterable[str]) -> None:
-    """From now on, this process calls our constructors and those of these words of `strange`, whatever a file says."""
+    """From now on, this process calls our constructors and those of these words of `strange`,
+    whatever a file says.
+    """
     global _permitted
     pairs = (word.partition("._target_=") for word in words)
     _permitted = _ours() | {(group, path) for group, _, path in pairs}
 
 
 def literal(config: Mapping) -> DictConfig:
-    """Plain data as a configuration in which "${" stands for itself: what a file says is never an interpolation."""
+    """Plain data as a configuration in which "${" stands for itself: what a file says is never an
+    interpolation.
+    """
 
     def escaped(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -234,9 +275,13 @@ def literal(config: Mapping) -> DictConfig:
     return OmegaConf.create(escaped(config))
 
 
-def _permit(path: str | None, group: str, permitted: set[tuple[str, str]], place: Path | None = None) -> None:
+def _permit(
+    path: str | None, group: str, permitted: set[tuple[str, str]], place: Path | None = None
+) -> None:
     path = current(path) if path else path
-    if (group, path) in permitted or (group == "node" and any(path == known for _, known in permitted)):
+    if (group, path) in permitted or (
+        group == "node" and any(path == known for _, known in permitted)
+    ):
         return
     where = f"{place}: " if place else ""
     raise UserError(
@@ -261,7 +306,12 @@ def _targets_below(folder: Path) -> set[tuple[str, str]]:
             continue  # Hydra tells it of a file that is chosen
         package = re.match(r"#\s*@package\s+(\S+)", text)
         own = file.parent.relative_to(folder).as_posix()
-        group = (package[1] if package else own).removeprefix("_global_").removeprefix(".").replace("_group_", own)
+        group = (
+            (package[1] if package else own)
+            .removeprefix("_global_")
+            .removeprefix(".")
+            .replace("_group_", own)
+        )
         if isinstance(content, dict):
             paths |= _targets({group: content} if group in SUPPLIED else content)
     return paths
@@ -290,7 +340,10 @@ def _arguments(node: dict, schema: type[BaseModel]) -> dict:
 def _schema(path: str | None, group: str, supplied: tuple[str, ...]) -> type[BaseModel]:
     with _told(path, group):
         parameters = signatures.parameters(path or "", supplied)
-    fields = {name: (annotation, ... if required else None) for name, (annotation, required) in parameters.items()}
+    fields = {
+        name: (annotation, ... if required else None)
+        for name, (annotation, required) in parameters.items()
+    }
     config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
     return create_model(str(path), __config__=config, **fields)
 
@@ -299,16 +352,25 @@ def _missing(node: object, path: str = "") -> Iterator[str]:
     """Keys without a value, of a configuration that isn't resolved."""
     if node == "???":
         yield path
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    items = (
+        node.items()
+        if isinstance(node, dict)
+        else enumerate(node)
+        if isinstance(node, list)
+        else ()
+    )
     for key, value in items:
         yield from _missing(value, f"{path}.{key}" if path else str(key))
 
 
-def _problems(schema: type[BaseModel], values: dict, prefix: str, quoted: Mapping[str, str]) -> list[str]:
+def _problems(
+    schema: type[BaseModel], values: dict, prefix: str, quoted: Mapping[str, str]
+) -> list[str]:
     try:
         schema.model_validate(values)
     except ValidationError as error:
-        found: dict[str, Mapping] = {}  # of a key that may be this or that the first, or that it should be a text
+        # of a key that may be this or that the first, or that it should be a text
+        found: dict[str, Mapping] = {}
         for detail in error.errors():
             key = prefix + ".".join(map(str, _place(detail, values)))
             if key not in found or detail["type"] == "string_type":
@@ -321,7 +383,9 @@ def _place(detail: Mapping, values: Any) -> Iterator[str | int]:
     """The keys and indices of a mistake: pydantic adds which of several types it tried."""
     for part in detail["loc"]:
         in_list = isinstance(values, list) and isinstance(part, int)
-        if in_list or (isinstance(values, dict) and (part in values or detail["type"] == "missing")):
+        if in_list or (
+            isinstance(values, dict) and (part in values or detail["type"] == "missing")
+        ):
             yield part
             there = part < len(values) if in_list else part in values
             values = values[part] if there else None
@@ -345,7 +409,9 @@ def _too_late(schema: type[BaseModel], node: dict, group: str, config: Mapping) 
     return problems
 
 
-def _problem(key: str, detail: Mapping, schema: type[BaseModel], prefix: str, quoted: Mapping[str, str]) -> str:
+def _problem(
+    key: str, detail: Mapping, schema: type[BaseModel], prefix: str, quoted: Mapping[str, str]
+) -> str:
     if detail["type"] == "extra_forbidden":
         names = [*schema.model_fields, *(SUPPLIED if schema is Root else ())]
         return unknown("key", key, [prefix + name for name in names])

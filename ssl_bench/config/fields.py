@@ -1,4 +1,6 @@
-"""Annotated types for constructors. A constructor's signature is the schema of its YAML node (see `build.check`)."""
+"""Annotated types for constructors. A constructor's signature is the schema of its YAML node (see
+`build.check`).
+"""
 
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -17,16 +19,22 @@ class IsPath(NamedTuple):
 
 def is_path(annotation: Any) -> bool:
     """Is it a path, or may it be one, or a list of them?"""
-    return IsPath() in getattr(annotation, "__metadata__", ()) or any(map(is_path, get_args(annotation)))
+    return IsPath() in getattr(annotation, "__metadata__", ()) or any(
+        map(is_path, get_args(annotation))
+    )
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]  # a probability, a ratio, a momentum
-Interval = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]  # (low, high), bounds included
+# (low, high), bounds included
+Interval = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
 Share = Annotated[float, Field(gt=0, le=1)]  # a part of something
 Interpolation = Literal["bilinear", "bicubic"]
-Resize = Annotated[float, Field(ge=1)]  # of a test view, times its size, before the centre is cut out
-Epochs = Annotated[NonNegativeFloat, InEpochs()]  # of a warm-up, of what stays frozen, of what begins later
+# of a test view, times its size, before the centre is cut out
+Resize = Annotated[float, Field(ge=1)]
+# of a warm-up, of what stays frozen, of what begins later
+Epochs = Annotated[NonNegativeFloat, InEpochs()]
 WholeEpochs = Annotated[NonNegativeInt, InEpochs(or_at_the_end=True)]  # as many, counted
 BitDepth = Annotated[int, Field(ge=8, le=16)]  # of values in files that hold 16
-ValueRange = Annotated[list[float], Field(min_length=2, max_length=2)]  # what is black, and what is white
+# what is black, and what is white
+ValueRange = Annotated[list[float], Field(min_length=2, max_length=2)]
 Place = Annotated[str, IsPath()]

@@ -16,7 +16,9 @@ from ssl_bench.config import typed
 from ssl_bench.errors import UserError, unknown
 from ssl_bench.shell import quote, quoted
 
-SEARCH = "an interval is for a search: add -m hydra/sweeper=optuna (pip install hydra-optuna-sweeper)"
+SEARCH = (
+    "an interval is for a search: add -m hydra/sweeper=optuna (pip install hydra-optuna-sweeper)"
+)
 
 
 def message(error: Exception) -> str:
@@ -30,11 +32,18 @@ def message(error: Exception) -> str:
         return f"{error.override}: not KEY=VALUE; put quotes around a VALUE with special characters: type {as_text}"
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        return unknown("choice", f"{group}={choice}", [f"{group}={option}" for option in error.options])
-    if several := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '([^=]+)=(.+?)'", text):
+        return unknown(
+            "choice", f"{group}={choice}", [f"{group}={option}" for option in error.options]
+        )
+    if several := re.match(
+        r"(?:Ambiguous value for argument|Sweep parameters) '([^=]+)=(.+?)'", text
+    ):
         return _several(*several.groups())
     composing = re.match(r"In '(.+)': .+ raised while composing config:", text)
-    file, cause = f"{composing[1]}.yaml: " if composing else "", error.__cause__ or error.__context__
+    file, cause = (
+        f"{composing[1]}.yaml: " if composing else "",
+        error.__cause__ or error.__context__,
+    )
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.parent_node is not None:
         return file + _unknown_key(cause)
     if file and isinstance(cause, OmegaConfBaseException):
@@ -43,17 +52,27 @@ def message(error: Exception) -> str:
 
 
 def _as_texts(key: str, value: str) -> str:
-    """An override of a value that Hydra can't read: of a list with each entry as a text, where that is readable."""
+    """An override of a value that Hydra can't read: of a list with each entry as a text, where that
+    is readable.
+    """
     if value.startswith("[") and value.endswith("]"):
-        entries = re.findall(r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|\[[^][]*\]|[^,])+""", value[1:-1])
-        texts = [entry if entry[0] in "\"'" else typed.quote(entry) for entry in map(str.strip, entries) if entry]
+        entries = re.findall(
+            r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|\[[^][]*\]|[^,])+""", value[1:-1]
+        )
+        texts = [
+            entry if entry[0] in "\"'" else typed.quote(entry)
+            for entry in map(str.strip, entries)
+            if entry
+        ]
         with suppress(HydraException):
             return OverridesParser.create().parse_override(f"{key}=[{','.join(texts)}]").input_line
     return f"{key}={typed.quote(value)}"
 
 
 def _several(key: str, value: str) -> str:
-    """Of several values where one is wanted. First of another mistake: with that Hydra sees no sweep."""
+    """Of several values where one is wanted. First of another mistake: with that Hydra sees no
+    sweep.
+    """
     args = get_args_parser().parse_args()
     words = []
     if args.config_dir:
@@ -73,7 +92,9 @@ def _several(key: str, value: str) -> str:
     if value.startswith("interval("):
         return f"{key}={value}: {SEARCH}"
     one = quoted(f'{key}="{value}"')
-    return f"{key}={value}: several values are for a sweep: add -m; or quote one with a comma: {one}"
+    return (
+        f"{key}={value}: several values are for a sweep: add -m; or quote one with a comma: {one}"
+    )
 
 
 def _unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
@@ -82,7 +103,9 @@ def _unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
     names = [str(name) for name in error.parent_node if not str(name).startswith("_")]
     if not names:
         return f"{error.full_key}: no such key; {parent} has none"
-    return unknown("key", error.full_key, [f"{parent}.{name}" if parent else name for name in names])
+    return unknown(
+        "key", error.full_key, [f"{parent}.{name}" if parent else name for name in names]
+    )
 
 
 def parsed(words: list[str]) -> list[Override]:

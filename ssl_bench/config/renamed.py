@@ -1,4 +1,6 @@
-"""Where constructors lay before: configurations of earlier runs, sweeps and exports name them by those places."""
+"""Where constructors lay before: configurations of earlier runs, sweeps and exports name them by
+those places.
+"""
 
 BEFORE = {
     "ssl_bench.backbones.Pixels": "ssl_bench.backbones.pixels.Pixels",

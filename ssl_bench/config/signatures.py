@@ -1,7 +1,8 @@
 """What a constructor accepts, read from its source.
 
-A configuration is checked before anything runs. Importing the constructors would import torch, and two seconds are long
-for a line that says "did you mean". Where the source isn't plain enough, the constructor is imported after all.
+A configuration is checked before anything runs. Importing the constructors would import torch, and
+two seconds are long for a line that says "did you mean". Where the source isn't plain enough, the
+constructor is imported after all.
 """
 
 import ast
@@ -30,20 +31,26 @@ class _NotPlain(Exception):
 
 
 def locate(path: str) -> Callable:
-    """The class or function with this dotted path, imported. ImportError, AttributeError, ValueError."""
+    """The class or function with this dotted path, imported. ImportError, AttributeError,
+    ValueError.
+    """
     module, _, name = current(path).rpartition(".")
     return getattr(import_module(module), name)
 
 
 @cache
 def parameters(path: str, supplied: tuple[str, ...]) -> dict[str, Parameter]:
-    """Those of the class or function with this dotted path, but for the `supplied`. ImportError, AttributeError."""
+    """Those of the class or function with this dotted path, but for the `supplied`. ImportError,
+    AttributeError.
+    """
     module, _, name = current(path).rpartition(".")
     try:
         return _Module(module).parameters(name, supplied)
     except _NotPlain:
         target = locate(path)
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    hints = get_type_hints(
+        target.__init__ if inspect.isclass(target) else target, include_extras=True
+    )
     return {
         name: Parameter(hints.get(name, Any), parameter.default is parameter.empty)
         for name, parameter in inspect.signature(target).parameters.items()
@@ -53,7 +60,8 @@ def parameters(path: str, supplied: tuple[str, ...]) -> dict[str, Parameter]:
 
 @cache
 def constant(path: str, name: str) -> Any:
-    """The literal of this name in the module of the class or function with this dotted path; None: there is none.
+    """The literal of this name in the module of the class or function with this dotted path; None:
+    there is none.
 
     It may name literals of other modules. ImportError, ValueError.
     """
@@ -85,7 +93,11 @@ class _Module:
             case ast.ImportFrom(module=origin, level=0) if origin:
                 return _Module(origin).parameters(name, supplied)
             case ast.ClassDef(decorator_list=[]) as node:
-                inits = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
+                inits = [
+                    item
+                    for item in node.body
+                    if isinstance(item, ast.FunctionDef) and item.name == "__init__"
+                ]
                 if inits:
                     return self._of(inits[0].args, supplied)
                 if node.bases and isinstance(node.bases[0], ast.Name):
@@ -99,9 +111,13 @@ class _Module:
             raise _NotPlain
         positional = args.posonlyargs + args.args
         optional = positional[len(positional) - len(args.defaults) :]
-        optional += [arg for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True) if default]
+        optional += [
+            arg for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True) if default
+        ]
         return {
-            arg.arg: Parameter(self._value(arg.annotation) if arg.annotation else Any, arg not in optional)
+            arg.arg: Parameter(
+                self._value(arg.annotation) if arg.annotation else Any, arg not in optional
+            )
             for arg in positional + args.kwonlyargs
             if arg.arg not in ("self", *supplied)
         }
@@ -112,7 +128,11 @@ class _Module:
                 return _Module(origin).literal(name)
             case ast.Assign(value=value):
                 names = {node.id for node in ast.walk(value) if isinstance(node, ast.Name)}
-                return eval(ast.unparse(value), {"__builtins__": {}}, {name: self.literal(name) for name in names})
+                return eval(
+                    ast.unparse(value),
+                    {"__builtins__": {}},
+                    {name: self.literal(name) for name in names},
+                )
         raise _NotPlain
 
     def _value(self, expression: ast.expr) -> Any:

@@ -1,10 +1,11 @@
 """Nothing typed is ignored: what a stage reads of the shared keys, and what was typed in vain.
 
-A stage's module declares READS, the shared keys that it reads: "optimizer" is the group with all of its keys,
-"data.root" that key alone, "data.name" the choice of the group. IDLE, in the module of any constructor, says which keys
-do nothing where another has a certain value: {"method.name=random": ("optimizer", ...)}. Both are literals, which are
-read without the imports of the module; tests/test_typed.py compares READS with what the code reads. A stage without
-READS, as a user's own may be, is taken to read everything.
+A stage's module declares READS, the shared keys that it reads: "optimizer" is the group with all of
+its keys, "data.root" that key alone, "data.name" the choice of the group. IDLE, in the module of
+any constructor, says which keys do nothing where another has a certain value:
+{"method.name=random": ("optimizer", ...)}. Both are literals, which are read without the imports of
+the module; tests/test_typed.py compares READS with what the code reads. A stage without READS, as a
+user's own may be, is taken to read everything.
 """
 
 import re
@@ -16,7 +17,8 @@ from typing import Any
 from ssl_bench.config import signatures
 from ssl_bench.shell import in_quotes
 
-ALWAYS = ("stage", "experiment", "settings", "launcher", "hydra")  # how a configuration is made, and where it runs
+# how a configuration is made, and where it runs
+ALWAYS = ("stage", "experiment", "settings", "launcher", "hydra")
 
 
 def key_of(override: str) -> str:
@@ -34,7 +36,9 @@ def quoted(overrides: Iterable[str]) -> dict[str, str]:
     pairs = (override.partition("=") for override in overrides)
     several = re.compile(r"[^\[\](){}'\",]+(,[^\[\](){}'\",]+)+")
     return {
-        key_of(key): ",".join(map(quote, value.split(","))) if several.fullmatch(value) else quote(value)
+        key_of(key): ",".join(map(quote, value.split(",")))
+        if several.fullmatch(value)
+        else quote(value)
         for key, _, value in pairs
     }
 
@@ -42,8 +46,8 @@ def quoted(overrides: Iterable[str]) -> dict[str, str]:
 def in_vain(config: Mapping, overrides: Iterable[str]) -> dict[str, str]:
     """{override: a line about it} of those that the stage of this configuration doesn't read.
 
-    config: plain, not resolved. What asks for nothing is left alone: KEY=null, and what makes others idle, as
-    eval_every=0 does.
+    config: plain, not resolved. What asks for nothing is left alone: KEY=null, and what makes
+    others idle, as eval_every=0 does.
     """
     lines = {}
     for override in overrides:
@@ -59,12 +63,16 @@ def in_vain(config: Mapping, overrides: Iterable[str]) -> dict[str, str]:
 def swept_in_vain(members: Sequence[tuple[Mapping, Sequence[str]]]) -> list[str]:
     """As `in_vain`, a line each, of a sweep's members (configuration, overrides).
 
-    What all of them share must be read by one of them at least; what tells them apart by each that has it, or one run
-    would be several members.
+    What all of them share must be read by one of them at least; what tells them apart by each that
+    has it, or one run would be several members.
     """
     shared = set.intersection(*(set(overrides) for _, overrides in members))
     unread = [in_vain(config, overrides) for config, overrides in members]
-    lines = [line for word, line in unread[0].items() if word in shared and all(word in other for other in unread)]
+    lines = [
+        line
+        for word, line in unread[0].items()
+        if word in shared and all(word in other for other in unread)
+    ]
     lines += [line for each in unread for word, line in each.items() if word not in shared]
     return list(dict.fromkeys(lines))
 
@@ -89,8 +97,16 @@ def _ignored_by(config: Mapping, key: str) -> str:
     stage, declared = config["stage"], reads(config["stage"]["_target_"])
     if root in ALWAYS and not key.startswith("stage."):
         return ""
-    nodes = {name: node for name, node in config.items() if isinstance(node, Mapping) and "_target_" in node}
-    if declared is not None and not covers((*ALWAYS, *declared), key) and not _stands_in(nodes, declared, key):
+    nodes = {
+        name: node
+        for name, node in config.items()
+        if isinstance(node, Mapping) and "_target_" in node
+    }
+    if (
+        declared is not None
+        and not covers((*ALWAYS, *declared), key)
+        and not _stands_in(nodes, declared, key)
+    ):
         return f"stage={stage['name']}"
     for node in nodes.values():
         for condition, idle in (signatures.constant(node["_target_"], "IDLE") or {}).items():
@@ -102,9 +118,17 @@ def _ignored_by(config: Mapping, key: str) -> str:
 
 def _off(config: Mapping) -> set[str]:
     """The conditions under which keys are idle that no choice of a group is."""
-    targets = [node["_target_"] for node in config.values() if isinstance(node, Mapping) and "_target_" in node]
-    conditions = {condition for path in targets for condition in signatures.constant(path, "IDLE") or {}}
-    return {condition for condition in conditions if not condition.partition("=")[0].endswith(".name")}
+    targets = [
+        node["_target_"]
+        for node in config.values()
+        if isinstance(node, Mapping) and "_target_" in node
+    ]
+    conditions = {
+        condition for path in targets for condition in signatures.constant(path, "IDLE") or {}
+    }
+    return {
+        condition for condition in conditions if not condition.partition("=")[0].endswith(".name")
+    }
 
 
 def _stands_in(nodes: Mapping[str, Mapping], declared: Sequence[str], key: str) -> bool:

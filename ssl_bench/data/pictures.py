@@ -1,16 +1,19 @@
-"""Image files as RGB of 8 bits: what is shown of what a file holds, and what is noticed that a person may not expect.
+"""Image files as RGB of 8 bits: what is shown of what a file holds, and what is noticed that a
+person may not expect.
 
-Pictures become upright (EXIF orientation) and image_size x image_size: the centre square, resized with PIL's
-antialiased bilinear filter; transparency is laid on white; of several frames or pages the first is shown. Colours are
-those stored: colour profiles aren't applied. Of colours of 16 bits PIL gives the upper 8.
+Pictures become upright (EXIF orientation) and image_size x image_size: the centre square, resized
+with PIL's antialiased bilinear filter; transparency is laid on white; of several frames or pages
+the first is shown. Colours are those stored: colour profiles aren't applied. Of colours of 16 bits
+PIL gives the upper 8.
 
 Values of more than 8 bits, which only grey pictures keep in PIL:
 
 - integers of 16 bits: from 0 to what the file says that it holds (as a TIFF of 12 bits does), else to 65,535, or to
   what `bit_depth` says;
 - integers of 32 bits, signed ones and floats have no agreed range: each picture is stretched from its lowest to its
-  highest value. A value that stands alone, so far outside that the others would share less than a tenth of the range,
-  doesn't count, and pixels that are no finite number or the "no data" of a GeoTIFF are shown as the lowest;
+  highest value. A value that stands alone, so far outside that the others would share less than a
+  tenth of the range, doesn't count, and pixels that are no finite number or the "no data" of a
+  GeoTIFF are shown as the lowest;
 - `value_range` (low, high) says for all of these what is black and what is white.
 """
 
@@ -32,7 +35,8 @@ GDAL_NODATA = 42113  # of TIFF: a text with the value of pixels that nobody meas
 PHOTOMETRIC = 262
 UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Image.Transpose
 
-Noticed = dict[str, tuple[int, int]]  # of each kind of note: how many pictures, and the index of the first
+# of each kind of note: how many pictures, and the index of the first
+Noticed = dict[str, tuple[int, int]]
 
 KINDS = {
     "dim": "{count} of {total} pictures use less than a tenth of the range from black to white: label masks, or values "
@@ -61,7 +65,8 @@ def extensions() -> frozenset[str]:
     return frozenset(
         extension
         for extension, kind in Image.registered_extensions().items()
-        if kind in Image.OPEN.keys() - NO_PICTURES and (kind not in CODECS or features.check(CODECS[kind]))
+        if kind in Image.OPEN.keys() - NO_PICTURES
+        and (kind not in CODECS or features.check(CODECS[kind]))
     )
 
 
@@ -97,21 +102,29 @@ def tell(noticed: Noticed, name: str, where: Callable[[int], str], told: set[str
             told.add(kind)
 
 
-def decode(path: str, image_size: int, values: Values = AS_STORED, kinds: list[str] | None = None) -> np.ndarray:
-    """The image file as uint8 (image_size, image_size, 3). kinds: what is noticed about it is added there.
+def decode(
+    path: str, image_size: int, values: Values = AS_STORED, kinds: list[str] | None = None
+) -> np.ndarray:
+    """The image file as uint8 (image_size, image_size, 3). kinds: what is noticed about it is added
+    there.
 
-    Raises what PIL raises for a file that isn't whole, and ValueError for values that `values` can't mean.
+    Raises what PIL raises for a file that isn't whole, and ValueError for values that `values`
+    can't mean.
     """
     from PIL import Image
 
     kinds = [] if kinds is None else kinds
     with warnings.catch_warnings(), Image.open(path) as file:
         warnings.simplefilter("ignore")  # of PIL: a hundred megapixels, odd tags
-        file.draft(None, (2 * image_size, 2 * image_size))  # a large JPEG is decoded at a fraction of its size
+        # a large JPEG is decoded at a fraction of its size
+        file.draft(None, (2 * image_size, 2 * image_size))
         wide_colour = _is_wide_colour(file)
-        stated = file.format == "PPM" and file.tile[0][0] != "raw"  # PIL has made 0 to 65,535 of what the file states
+        # PIL has made 0 to 65,535 of what the file states
+        stated = file.format == "PPM" and file.tile[0][0] != "raw"
         file.load()
-        image = _to_rgb(_upright(file, kinds), file, AS_STORED if stated else values, wide_colour, kinds)
+        image = _to_rgb(
+            _upright(file, kinds), file, AS_STORED if stated else values, wide_colour, kinds
+        )
         square = centre_square(image, image_size)
         kinds.append("all")
         if int(square.max()) - int(square.min()) <= TENTH:
@@ -167,7 +180,9 @@ def _from_16_bits(pixels: np.ndarray, file, values: Values) -> np.ndarray:
         depth = values.bit_depth or min(tags.get(258, (16,))[0], 16)
         white = 2**depth - 1
         if (highest := int(pixels.max())) > white:
-            raise ValueError(f"it has the value {highest:,}, and data.bit_depth={depth} ends at {white:,}")
+            raise ValueError(
+                f"it has the value {highest:,}, and data.bit_depth={depth} ends at {white:,}"
+            )
         levels = ((pixels.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
     return 255 - levels if tags.get(PHOTOMETRIC) == 0 else levels  # a TIFF may say that 0 is white
 
@@ -176,7 +191,9 @@ def _stretched(pixels: np.ndarray, file, values: Values, kinds: list[str]) -> np
     pixels = pixels.astype(np.float64)
     known = np.isfinite(pixels)
     with suppress(ValueError):
-        known &= pixels != float(str(getattr(file, "tag_v2", {}).get(GDAL_NODATA, "nan")).strip("\0 "))
+        known &= pixels != float(
+            str(getattr(file, "tag_v2", {}).get(GDAL_NODATA, "nan")).strip("\0 ")
+        )
     if not known.all():
         kinds.append("not_finite")
         if not known.any():
@@ -193,7 +210,9 @@ def _between(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _own_range(values: np.ndarray) -> tuple[float, float]:
-    """Lowest and highest of the values (n,), but for those that stand alone far outside of what most of them span."""
+    """Lowest and highest of the values (n,), but for those that stand alone far outside of what
+    most of them span.
+    """
     some = values[:: -(-len(values) // SAMPLE)]
     for _ in range(LONERS):
         before = len(values)
@@ -219,5 +238,7 @@ def centre_square(image, size: int) -> np.ndarray:
     if (width, height) != (size, size):
         side = min(width, height)
         left, top = (width - side) / 2, (height - side) / 2
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+        image = image.resize(
+            (size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
+        )
     return np.array(image)  # writable, as torch wants it

@@ -1,7 +1,7 @@
 """Work in chunks on worker processes that stay small.
 
-`multiprocessing` imports the main program again in every worker, which for us means torch in each of them: gigabytes on
-a machine with many cores. These workers import only what the task needs.
+`multiprocessing` imports the main program again in every worker, which for us means torch in each
+of them: gigabytes on a machine with many cores. These workers import only what the task needs.
 """
 
 import contextlib
@@ -40,10 +40,12 @@ def default_workers() -> int:
 def run_chunks(
     task: Callable[[int, int], Any], total: int, workers: int | None = None, title: str = ""
 ) -> Iterator[tuple[int, int, Any]]:
-    """Yield (start, stop, task(start, stop)) for every chunk of range(total), as they finish, in any order.
+    """Yield (start, stop, task(start, stop)) for every chunk of range(total), as they finish, in
+    any order.
 
-    `task` is pickled once; large numpy arrays in it are shared by all workers, not copied. An exception of the task is
-    raised here. Closing the iterator, or leaving it by an exception, ends the workers. Shows a progress bar.
+    `task` is pickled once; large numpy arrays in it are shared by all workers, not copied. An
+    exception of the task is raised here. Closing the iterator, or leaving it by an exception, ends
+    the workers. Shows a progress bar.
     """
     chunks = [(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
     count = min(workers or default_workers(), len(chunks))
@@ -69,18 +71,23 @@ def run_in_order(
 ) -> Iterator[Any]:
     """Yield task(*chunk) for each of these, in their order.
 
-    The workers take turns, and each has done AHEAD chunks at most when one is asked for: where one is slow, the others
-    wait. `waiting`: called about once a second with the seconds for which nothing came, and the chunk that doesn't
-    come; it may raise. For the rest see `run_chunks`.
+    The workers take turns, and each has done AHEAD chunks at most when one is asked for: where one
+    is slow, the others wait. `waiting`: called about once a second with the seconds for which
+    nothing came, and the chunk that doesn't come; it may raise. For the rest see `run_chunks`.
     """
     chunks = iter(chunks)
     first = list(islice(chunks, AHEAD * workers))
     doing: deque[tuple[Connection, tuple, Future]] = deque()
-    with started(task, min(workers, len(first))) as processes, ThreadPoolExecutor(1, "source") as thread:
+    with (
+        started(task, min(workers, len(first))) as processes,
+        ThreadPoolExecutor(1, "source") as thread,
+    ):
 
         def ask(connection: Connection, chunk: tuple) -> None:
             send(connection, chunk)
-            doing.append((connection, chunk, thread.submit(receive, connection, processes[connection])))
+            doing.append(
+                (connection, chunk, thread.submit(receive, connection, processes[connection]))
+            )
 
         try:
             for connection, chunk in zip(cycle(processes), first):
@@ -131,13 +138,18 @@ def _start(shared: int) -> tuple[Connection, subprocess.Popen]:
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the parent, which ends its workers
             env=os.environ
-            | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            | {
+                "PYTHONPATH": os.pathsep.join(sys.path),
+                "OMP_NUM_THREADS": "1",
+                "OPENBLAS_NUM_THREADS": "1",
+            },
         )
     return ours, process
 
 
 def send(connection: Connection, chunk: tuple) -> None:
-    with contextlib.suppress(BrokenPipeError):  # a dead worker is noticed, with its exit status, by the receiver
+    # a dead worker is noticed, with its exit status, by the receiver
+    with contextlib.suppress(BrokenPipeError):
         connection.send(chunk)
 
 
@@ -162,7 +174,9 @@ class Progress:
 
         self.total, self.title, self.done = total, title, 0
         self.began = self.logged = time.monotonic()
-        self.bar = tqdm(total=total, desc=title, unit=" images", disable=not (shown and sys.stderr.isatty()))
+        self.bar = tqdm(
+            total=total, desc=title, unit=" images", disable=not (shown and sys.stderr.isatty())
+        )
 
     def __enter__(self) -> "Progress":
         return self
@@ -177,11 +191,20 @@ class Progress:
         if self.bar.disable and now - self.logged > LOG_SECONDS:
             self.logged, rate = now, self.done / (now - self.began)
             left = (self.total - self.done) / rate
-            log.info("%s: %d of %d images, %.0f images/s, %.0f s left", self.title, self.done, self.total, rate, left)
+            log.info(
+                "%s: %d of %d images, %.0f images/s, %.0f s left",
+                self.title,
+                self.done,
+                self.total,
+                rate,
+                left,
+            )
 
 
 def work(connection: Connection, shared: int) -> None:
-    """The worker: one task, then chunks. EOFError, ConnectionResetError: the parent has closed the pipe, or is gone."""
+    """The worker: one task, then chunks. EOFError, ConnectionResetError: the parent has closed the
+    pipe, or is gone.
+    """
     job, sizes = connection.recv()
     buffers = []
     if any(sizes):

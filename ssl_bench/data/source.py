@@ -1,4 +1,6 @@
-"""Batches of uint8 images on the device, in an order that follows from (seed, epoch). Where they wait is a choice."""
+"""Batches of uint8 images on the device, in an order that follows from (seed, epoch). Where they
+wait is a choice.
+"""
 
 import logging
 import time
@@ -37,15 +39,17 @@ def fits(nbytes: int, device: torch.device) -> bool:
     """Would they leave most of a GPU's free memory to the training?"""
     if device.type != "cuda":
         return False
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # that torch keeps for itself
+    # that torch keeps for itself
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return nbytes <= 0.4 * (torch.cuda.mem_get_info(device)[0] + unused)
 
 
 class Source(ABC):
     """Batches of labelled images, one process's share of each.
 
-    labels, indices: int64 (N,). `batch_size` is global: of each batch of the run, rank r gets part r of world_size
-    equal parts. `subset`: the `indices` to use instead of all, but for images that were skipped.
+    labels, indices: int64 (N,). `batch_size` is global: of each batch of the run, rank r gets part
+    r of world_size equal parts. `subset`: the `indices` to use instead of all, but for images that
+    were skipped.
     """
 
     def __init__(
@@ -68,7 +72,9 @@ class Source(ABC):
         self.labels, self.indices = labels, indices
         self.batch_size, self.seed, self.device = batch_size, seed, torch.device(device)
         self.rank, self.world_size = rank, world_size
-        self.rows = np.arange(len(indices)) if subset is None else np.flatnonzero(np.isin(indices, subset))
+        self.rows = (
+            np.arange(len(indices)) if subset is None else np.flatnonzero(np.isin(indices, subset))
+        )
         self.wait_seconds = 0.0  # time that the consumer waited for batches so far
 
     @property
@@ -77,7 +83,9 @@ class Source(ABC):
 
     @property
     def steps_per_epoch(self) -> int:
-        """The images that don't fill a last batch are left out of an epoch. UserError when they fill none."""
+        """The images that don't fill a last batch are left out of an epoch. UserError when they
+        fill none.
+        """
         if self.batch_size > self.num_images:
             raise UserError(
                 f"batch_size={self.batch_size} is more than the {self.num_images} images; "
@@ -86,8 +94,12 @@ class Source(ABC):
         return self.num_images // self.batch_size
 
     def stream(self, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """Yield (step, images uint8 (b, 3, H, W) in channels_last, labels (b,), image indices (b,)) on the device."""
-        for step, batch in zip(range(start, stop), self._batches(self._wanted(start, stop)), strict=True):
+        """Yield (step, images uint8 (b, 3, H, W) in channels_last, labels (b,), image indices (b,))
+        on the device.
+        """
+        for step, batch in zip(
+            range(start, stop), self._batches(self._wanted(start, stop)), strict=True
+        ):
             yield step, *batch
 
     def _wanted(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -97,13 +109,16 @@ class Source(ABC):
         for step in range(start, stop):
             epoch, batch = divmod(step, steps_per_epoch)
             if epoch != shown:
-                order, shown = self.rows[permutation(self.seed, epoch, self.num_images).numpy()], epoch
+                order, shown = (
+                    self.rows[permutation(self.seed, epoch, self.num_images).numpy()],
+                    epoch,
+                )
             at = batch * self.batch_size + self.rank * local
             yield epoch, order[at : at + local]
 
     def epoch_pass(self) -> Iterator[Batch]:
-        """Yield every image of this rank's share once, in order, as (images, labels, image indices); the last batch may
-        be smaller. Rank r has every world_size-th image from the r-th.
+        """Yield every image of this rank's share once, in order, as (images, labels, image
+        indices); the last batch may be smaller. Rank r has every world_size-th image from the r-th.
         """
         share, local = self.rows[self.rank :: self.world_size], self.batch_size // self.world_size
         yield from self._batches((0, share[at : at + local]) for at in range(0, len(share), local))
@@ -120,12 +135,15 @@ class Source(ABC):
 
 
 class HostSource(Source):
-    """Packed images in host memory or on disk: gathered by a background thread, copied while the step before computes.
+    """Packed images in host memory or on disk: gathered by a background thread, copied while the
+    step before computes.
 
     images: uint8 (N, H, W, 3), may be memory-mapped.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray, *args, **kwargs):
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray, *args, **kwargs
+    ):
         super().__init__(labels, indices, *args, **kwargs)
         self.images = images
         self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -133,7 +151,8 @@ class HostSource(Source):
     def _batches(self, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
         ready: deque = deque()
         wanted = iter(wanted)
-        start = () if self._copying is None else (torch.cuda.set_device, (self._copying.device,))  # or it'd be GPU 0
+        # or it'd be GPU 0
+        start = () if self._copying is None else (torch.cuda.set_device, (self._copying.device,))
         thread = ThreadPoolExecutor(1, "source", *start)
 
         def ask() -> None:
@@ -147,7 +166,8 @@ class HostSource(Source):
                 batch = self._waited(ready.popleft().result)
                 ask()
                 if self._copying is not None:
-                    for tensor in batch:  # its memory is not for the next copy before the step is through
+                    # its memory is not for the next copy before the step is through
+                    for tensor in batch:
                         tensor.record_stream(torch.cuda.current_stream(self.device))
                 yield batch
         finally:
@@ -156,12 +176,19 @@ class HostSource(Source):
     def _gather(self, rows: np.ndarray) -> Batch:
         shape, pin = (len(rows), *self.images.shape[1:]), self._copying is not None
         images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
-        np.take(self.images, rows, axis=0, out=images.numpy(), mode="clip")  # "raise" would copy once more
-        batch = images.permute(0, 3, 1, 2), torch.from_numpy(self.labels[rows]), torch.from_numpy(self.indices[rows])
+        # "raise" would copy once more
+        np.take(self.images, rows, axis=0, out=images.numpy(), mode="clip")
+        batch = (
+            images.permute(0, 3, 1, 2),
+            torch.from_numpy(self.labels[rows]),
+            torch.from_numpy(self.indices[rows]),
+        )
         if self._copying is None:
             return tuple(tensor.to(self.device) for tensor in batch)
         with torch.cuda.stream(self._copying):
-            batch = tuple(tensor.pin_memory().to(self.device, non_blocking=True) for tensor in batch)
+            batch = tuple(
+                tensor.pin_memory().to(self.device, non_blocking=True) for tensor in batch
+            )
         self._copying.synchronize()  # this thread waits, the step doesn't
         return batch
 
@@ -169,49 +196,71 @@ class HostSource(Source):
 class ResidentSource(Source):
     """All packed images on the device, where a batch costs one gather. images: uint8 (N, H, W, 3)."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray, *args, **kwargs):
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray, *args, **kwargs
+    ):
         super().__init__(labels, indices, *args, **kwargs)
         self.images = torch.empty(images.shape, dtype=torch.uint8, device=self.device)
         for start in range(0, len(images), BLOCK):
-            self.images[start : start + BLOCK] = torch.from_numpy(images[start : start + BLOCK].copy())
-        self.device_labels, self.device_indices = (torch.from_numpy(a).to(self.device) for a in (labels, indices))
+            self.images[start : start + BLOCK] = torch.from_numpy(
+                images[start : start + BLOCK].copy()
+            )
+        self.device_labels, self.device_indices = (
+            torch.from_numpy(a).to(self.device) for a in (labels, indices)
+        )
 
     def _batches(self, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
         for _, rows in wanted:
             at = _sent(torch.from_numpy(np.ascontiguousarray(rows)), self.device)
-            yield self.images[at].permute(0, 3, 1, 2), self.device_labels[at], self.device_indices[at]
+            yield (
+                self.images[at].permute(0, 3, 1, 2),
+                self.device_labels[at],
+                self.device_indices[at],
+            )
 
 
 class StreamedSource(Source):
-    """Images decoded anew whenever they are wanted, by worker processes: for those too many to keep decoded.
+    """Images decoded anew whenever they are wanted, by worker processes: for those too many to keep
+    decoded.
 
-    `on_error`: "raise" or, for an image that can't be decoded, "skip" to the next of the split that can, which
-    then comes twice: a training bears that, a measurement doesn't.
+    `on_error`: "raise" or, for an image that can't be decoded, "skip" to the next of the split that
+    can, which then comes twice: a training bears that, a measurement doesn't.
     """
 
-    def __init__(self, split: Split, *args, workers: int | None = None, on_error: OnError = "raise", **kwargs):
+    def __init__(
+        self, split: Split, *args, workers: int | None = None, on_error: OnError = "raise", **kwargs
+    ):
         indices = np.arange(split.length)
         super().__init__(split.labels_of(indices), indices, *args, **kwargs)
         self.split, self.workers, self.on_error = split, workers or default_workers(), on_error
-        self.waiting: Callable[[float], None] = lambda seconds: None  # called now and then while nothing comes
+        # called now and then while nothing comes
+        self.waiting: Callable[[float], None] = lambda seconds: None
         self._told: set[int] = set()
         self._noticed: pictures.Noticed = {}
         self._kinds: set[str] = set()
 
     def _batches(self, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
         task = DecodeRows(self.split.read, self.split.length, self.on_error)
-        decoded = run_in_order(task, ((rows,) for _, rows in wanted), self.workers, self._nothing_came)
+        decoded = run_in_order(
+            task, ((rows,) for _, rows in wanted), self.workers, self._nothing_came
+        )
         with closing(decoded):
             while (found := self._waited(lambda: next(decoded, None))) is not None:
                 images, rows, bad, noticed = found
                 if images is None:
                     raise UserError(cannot_decode(self.split, bad))
                 for index in bad.keys() - self._told:
-                    log.warning("skipped for the next image: %s (%s)", self.split.where(index), bad[index])
+                    log.warning(
+                        "skipped for the next image: %s (%s)", self.split.where(index), bad[index]
+                    )
                 self._told |= bad.keys()
                 pictures.merge(self._noticed, noticed)
                 pictures.tell(self._noticed, self.split.name, self.split.where, self._kinds)
-                batch = torch.from_numpy(images), torch.from_numpy(self.labels[rows]), torch.from_numpy(rows)
+                batch = (
+                    torch.from_numpy(images),
+                    torch.from_numpy(self.labels[rows]),
+                    torch.from_numpy(rows),
+                )
                 images, labels, rows = (_sent(tensor, self.device) for tensor in batch)
                 yield images.permute(0, 3, 1, 2), labels, rows
 
@@ -225,7 +274,8 @@ class StreamedSource(Source):
 
 
 class FeatureSource(Source):
-    """Features that a frozen backbone has computed, in place of images; on the device where they fit, else in memory.
+    """Features that a frozen backbone has computed, in place of images; on the device where they
+    fit, else in memory.
 
     copies: float32 (N, dim) each; epoch e sees copy e mod their number. labels: int64 (N, ...).
     """
@@ -244,7 +294,9 @@ class FeatureSource(Source):
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device, which must not wait for it: from pageable memory the copy would wait for the step before."""
+    """On the device, which must not wait for it: from pageable memory the copy would wait for the
+    step before.
+    """
     if device.type == "cuda" and not tensor.is_cuda:
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -6,7 +6,8 @@
                                meta.json     what was left out, what was noticed, digests of the files beside it
                                verified      when that was last compared, and the files' sizes and times then
 
-Labels stay with the split: two splits with the same pixels (pretrain and train of a labelled set) share one store.
+Labels stay with the split: two splits with the same pixels (pretrain and train of a labelled set)
+share one store.
 """
 
 import errno
@@ -50,9 +51,11 @@ class Split:
     length: int
     labels: np.ndarray | None  # int64 (length,); None when unlabelled
     store_name: str  # a file name with a digest of all that decides the pixels: sources, image size
-    fingerprint: str  # hex digest by names and sizes of the files, and the labels: a copy has the same
+    # hex digest by names and sizes of the files, and the labels: a copy has the same
+    fingerprint: str
     origin: str  # the same, whatever size the images are packed at
-    read: Callable[[int], np.ndarray]  # index -> uint8 (image_size, image_size, 3); picklable, for worker processes
+    # index -> uint8 (image_size, image_size, 3); picklable, for worker processes
+    read: Callable[[int], np.ndarray]
     where: Callable[[int], str]  # index -> the path or name to show a person
 
     def labels_of(self, indices: np.ndarray) -> np.ndarray:
@@ -81,14 +84,16 @@ def open_store(
     on_error: OnError = "raise",
     verify: bool = True,
 ) -> Store:
-    """The packed images of a split, packed now if they aren't yet. Processes that ask together pack once.
+    """The packed images of a split, packed now if they aren't yet. Processes that ask together pack
+    once.
 
-    verify: read all of it and compare it with its digests, unless some process did so in the last LATELY seconds, as
-    another rank or member of a sweep, and no file of it was written since; what is damaged is named and packed again.
-    What a disk loses within these seconds, without a write, shows when it is verified next.
+    verify: read all of it and compare it with its digests, unless some process did so in the last
+    LATELY seconds, as another rank or member of a sweep, and no file of it was written since; what
+    is damaged is named and packed again. What a disk loses within these seconds, without a write,
+    shows when it is verified next.
 
-    Raises UserError for an image that can't be decoded (unless on_error="skip": it is left out and logged), a file that
-    can't be read, a full disk.
+    Raises UserError for an image that can't be decoded (unless on_error="skip": it is left out and
+    logged), a file that can't be read, a full disk.
     """
     directory = place(split, cache)
     try:
@@ -100,19 +105,27 @@ def open_store(
             f"cannot pack '{split.name}' into {directory.parent} ({error}); data.cache= sets the folder"
         ) from error
     if loaded is None:
-        raise UserError(f"the packed images in {directory} are damaged; delete that folder to pack them again")
+        raise UserError(
+            f"the packed images in {directory} are damaged; delete that folder to pack them again"
+        )
     store, skipped, noticed = loaded
     if skipped and on_error == "raise":
         raise UserError(cannot_decode(split, skipped))
     if skipped:
         log.warning(
-            "'%s': %d of %d images are left out: %s", split.name, len(skipped), split.length, _names(split, skipped, 10)
+            "'%s': %d of %d images are left out: %s",
+            split.name,
+            len(skipped),
+            split.length,
+            _names(split, skipped, 10),
         )
     pictures.tell(noticed, split.name, split.where, set())
     return store
 
 
-def _ensure(split: Split, image_size: int, directory: Path, workers: int | None, on_error: OnError) -> None:
+def _ensure(
+    split: Split, image_size: int, directory: Path, workers: int | None, on_error: OnError
+) -> None:
     """The store is there and whole."""
     root = directory.parent
     try:
@@ -127,9 +140,15 @@ def _ensure(split: Split, image_size: int, directory: Path, workers: int | None,
         if directory.is_dir():
             if _lately(directory):  # another process was faster
                 return
-            stamps = _stamps(directory)  # of before: what is written while it is read isn't verified
+            # of before: what is written while it is read isn't verified
+            stamps = _stamps(directory)
             if why := damage(directory):
-                log.warning("the packed images in %s are damaged: %s; packing '%s' again", directory, why, split.name)
+                log.warning(
+                    "the packed images in %s are damaged: %s; packing '%s' again",
+                    directory,
+                    why,
+                    split.name,
+                )
                 if lock is None:
                     raise UserError(
                         f"the packed images in {directory} are damaged ({why}), and that folder can't be written: "
@@ -160,7 +179,9 @@ def _stamps(directory: Path) -> dict[str, list[int]]:
 
 
 def damage(directory: Path) -> str:
-    """What of a store differs from its digests, in words; "" where nothing does. Reads all of it, in threads."""
+    """What of a store differs from its digests, in words; "" where nothing does. Reads all of it,
+    in threads.
+    """
     try:
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         if meta.pop("digest") != _digest_of(meta):
@@ -168,7 +189,10 @@ def damage(directory: Path) -> str:
         for name in ("indices.npy", "digests.npy"):
             if xxhash.xxh3_64_hexdigest((directory / name).read_bytes()) != meta["digests"][name]:
                 return f"{name} differs from its digest"
-        images, digests = np.load(directory / "images.npy", mmap_mode="r"), np.load(directory / "digests.npy")
+        images, digests = (
+            np.load(directory / "images.npy", mmap_mode="r"),
+            np.load(directory / "digests.npy"),
+        )
         if len(digests) != -(-len(images) // BLOCK):
             return "images.npy has another length than its digests"
         began = logged = time.monotonic()
@@ -176,13 +200,18 @@ def damage(directory: Path) -> str:
         with ThreadPoolExecutor(
             min(8, default_workers())
         ) as threads:  # xxhash and the disk leave the interpreter alone
-            for block, found in enumerate(threads.map(lambda i: _digest_rows(images, i), range(len(digests)))):
+            for block, found in enumerate(
+                threads.map(lambda i: _digest_rows(images, i), range(len(digests)))
+            ):
                 if found != digests[block]:
                     wrong.append(block)
                 if (now := time.monotonic()) - logged > LOG_SECONDS:
                     logged, done = now, (block + 1) / len(digests)
                     log.info(
-                        "verifying %s: %.0f %%, %.0f s left", directory, 100 * done, (now - began) / done - now + began
+                        "verifying %s: %.0f %%, %.0f s left",
+                        directory,
+                        100 * done,
+                        (now - began) / done - now + began,
                     )
         if wrong:
             first = wrong[0] * BLOCK
@@ -253,10 +282,14 @@ def _need(split: Split, image_size: int) -> int:
 
 
 def _free(root: Path) -> int:
-    return shutil.disk_usage(next(path for path in (root, *root.absolute().parents) if path.is_dir())).free
+    return shutil.disk_usage(
+        next(path for path in (root, *root.absolute().parents) if path.is_dir())
+    ).free
 
 
-def _pack(split: Split, image_size: int, directory: Path, workers: int | None, on_error: OnError) -> None:
+def _pack(
+    split: Split, image_size: int, directory: Path, workers: int | None, on_error: OnError
+) -> None:
     need, free = _need(split, image_size), _free(directory.parent)
     if free < need:
         raise UserError(
@@ -290,22 +323,30 @@ def _pack(split: Split, image_size: int, directory: Path, workers: int | None, o
             raise UserError(
                 f"none of the {split.length} images of '{split.name}' can be decoded: {_names(split, skipped, 1)}"
             )
-        keep = np.setdiff1d(np.arange(split.length), list(skipped)) if skipped else np.arange(split.length)
+        keep = (
+            np.setdiff1d(np.arange(split.length), list(skipped))
+            if skipped
+            else np.arange(split.length)
+        )
         _keep_rows(partial / "images.npy", keep)
         np.save(partial / "indices.npy", keep)
         if skipped:  # rows have moved
             images = np.load(partial / "images.npy", mmap_mode="r")
-            digests = np.array([_digest_rows(images, i) for i in range(-(-len(images) // BLOCK))], np.uint64)
+            digests = np.array(
+                [_digest_rows(images, i) for i in range(-(-len(images) // BLOCK))], np.uint64
+            )
         np.save(partial / "digests.npy", digests)
         reasons = {str(index): skipped[index] for index in sorted(skipped)}
         meta = {"split": split.name, "skipped": reasons, "noticed": noticed}
         sums = {
-            name: xxhash.xxh3_64_hexdigest((partial / name).read_bytes()) for name in ("indices.npy", "digests.npy")
+            name: xxhash.xxh3_64_hexdigest((partial / name).read_bytes())
+            for name in ("indices.npy", "digests.npy")
         }
         meta |= {"digests": sums}
         meta |= {"digest": _digest_of(json.loads(json.dumps(meta)))}
         (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        for path in partial.iterdir():  # a crash of the machine must not leave a complete folder with incomplete files
+        # a crash of the machine must not leave a complete folder with incomplete files
+        for path in partial.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         partial.rename(directory)
@@ -324,7 +365,9 @@ def try_read(read: Callable[[int], np.ndarray], index: int) -> np.ndarray | str:
                 return "it may not be read"
             if error.errno == errno.ENOENT and os.path.islink(error.filename or ""):
                 return "a link to nowhere"
-            raise UserError(f"cannot read an image ({error}); did the data change meanwhile?") from None
+            raise UserError(
+                f"cannot read an image ({error}); did the data change meanwhile?"
+            ) from None
         return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -338,7 +381,8 @@ def take_noticed(read: Callable[[int], np.ndarray]) -> Noticed:
 
 @dataclass(frozen=True)
 class DecodeRows:
-    """Images of these indices, for streaming: (pixels (n, H, W, 3) or None, indices, {index: reason}, noticed).
+    """Images of these indices, for streaming: (pixels (n, H, W, 3) or None, indices, {index:
+    reason}, noticed).
 
     on_error="skip": in the place of one that can't be decoded comes the next that can.
     """
@@ -347,7 +391,9 @@ class DecodeRows:
     length: int
     on_error: OnError
 
-    def __call__(self, wanted: np.ndarray) -> tuple[np.ndarray | None, np.ndarray, dict[int, str], Noticed]:
+    def __call__(
+        self, wanted: np.ndarray
+    ) -> tuple[np.ndarray | None, np.ndarray, dict[int, str], Noticed]:
         images, rows, bad = [], [], {}
         for index in wanted.tolist():
             for candidate in range(index, index + (self.length if self.on_error == "skip" else 1)):
@@ -366,8 +412,8 @@ class DecodeRows:
 class _Decode:
     """Decode a chunk and write its rows in their place.
 
-    Returns {index: reason} of the images that can't be decoded, what `read` noticed of the others, and the digest
-    of the rows.
+    Returns {index: reason} of the images that can't be decoded, what `read` noticed of the others,
+    and the digest of the rows.
     """
 
     read: Callable[[int], np.ndarray]
@@ -397,7 +443,9 @@ class _Decode:
 def _write_header(file, shape: tuple[int, ...]) -> int:
     """Write the .npy header of a uint8 array at the start of `file`; return its size in bytes."""
     file.seek(0)
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+    )
     return file.tell()
 
 
@@ -412,11 +460,14 @@ def _keep_rows(path: Path, keep: np.ndarray) -> None:
     offset, row, shape = images.offset, images[0].size, (len(keep), *images.shape[1:])
     images.flush()
     with open(path, "r+b") as file:
-        assert _write_header(file, shape) == offset  # numpy pads the header so that the length may change
+        # numpy pads the header so that the length may change
+        assert _write_header(file, shape) == offset
         file.truncate(offset + len(keep) * row)
 
 
-def _load(split: Split, image_size: int, directory: Path) -> tuple[Store, dict[int, str], Noticed] | None:
+def _load(
+    split: Split, image_size: int, directory: Path
+) -> tuple[Store, dict[int, str], Noticed] | None:
     """None where the files don't fit each other."""
     try:
         images = np.load(directory / "images.npy", mmap_mode="r")
@@ -426,7 +477,10 @@ def _load(split: Split, image_size: int, directory: Path) -> tuple[Store, dict[i
         noticed = {kind: (count, first) for kind, (count, first) in meta["noticed"].items()}
     except (OSError, ValueError, KeyError, EOFError):
         return None
-    if images.shape != (len(indices), image_size, image_size, 3) or len(indices) + len(skipped) != split.length:
+    if (
+        images.shape != (len(indices), image_size, image_size, 3)
+        or len(indices) + len(skipped) != split.length
+    ):
         return None
     return Store(images, split.labels_of(indices), indices, directory), skipped, noticed
 

@@ -1,4 +1,6 @@
-"""Features of all images of a split: in memory, or on disk, where an interrupted run finds what it has."""
+"""Features of all images of a split: in memory, or on disk, where an interrupted run finds what it
+has.
+"""
 
 import json
 import logging
@@ -27,11 +29,14 @@ from ssl_bench.runtime.precision import autocast
 
 log = logging.getLogger(__name__)
 
-BLOCK = 16_384  # images whose features are written together: what a kill can cost, and what is in memory
+# images whose features are written together: what a kill can cost, and what is in memory
+BLOCK = 16_384
 
 
 def new_array(path: Path, dtype: type[np.floating], shape: tuple[int, ...]) -> np.memmap:
-    """An .npy file to be filled, whose room is taken now: a page that finds none later ends the process (SIGBUS)."""
+    """An .npy file to be filled, whose room is taken now: a page that finds none later ends the
+    process (SIGBUS).
+    """
     array = np.lib.format.open_memmap(path, "w+", dtype, shape)
     with open(path, "r+b") as file:
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
@@ -39,12 +44,19 @@ def new_array(path: Path, dtype: type[np.floating], shape: tuple[int, ...]) -> n
 
 
 def stored_features(
-    precision: str, run: Run, backbone: nn.Module, source: Source, view: Callable[[Tensor], Tensor], path: Path
+    precision: str,
+    run: Run,
+    backbone: nn.Module,
+    source: Source,
+    view: Callable[[Tensor], Tensor],
+    path: Path,
 ) -> np.ndarray:
-    """float16 (N, dim), memory-mapped from `path`: the features of all images of the source, in its order.
+    """float16 (N, dim), memory-mapped from `path`: the features of all images of the source, in its
+    order.
 
-    All processes compute together what isn't in the file yet; how far they have come is in a .json beside it. Its name
-    must tell whose features they are. UserError for features that aren't finite in float16.
+    All processes compute together what isn't in the file yet; how far they have come is in a .json
+    beside it. Its name must tell whose features they are. UserError for features that aren't finite
+    in float16.
     """
     progress, rows = path.with_suffix(".json"), source.rows
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,9 +69,15 @@ def stored_features(
         began = time.monotonic()
         while done < len(rows):
             source.rows = rows[done : done + BLOCK]
-            block = extract_all(precision, run, backbone, source, lambda images, _: view(images)).half().numpy()
+            block = (
+                extract_all(precision, run, backbone, source, lambda images, _: view(images))
+                .half()
+                .numpy()
+            )
             if not np.isfinite(block).all():
-                raise UserError("its features aren't finite numbers in float16: choose another pretrained=")
+                raise UserError(
+                    "its features aren't finite numbers in float16: choose another pretrained="
+                )
             if run.is_main:
                 stored = np.load(path, mmap_mode="r+")
                 stored[done : done + len(block)] = block
@@ -68,7 +86,13 @@ def stored_features(
             done += len(block)
             rate = (done - start) / (time.monotonic() - began)
             left = timedelta(seconds=round((len(rows) - done) / rate))
-            log.info("features of %s of %s images, %.0f images/s, left %s", f"{done:,}", f"{len(rows):,}", rate, left)
+            log.info(
+                "features of %s of %s images, %.0f images/s, left %s",
+                f"{done:,}",
+                f"{len(rows):,}",
+                rate,
+                left,
+            )
             if run.stopping(0) and done < len(rows):
                 run.interrupt()
         source.rows = rows
@@ -83,10 +107,12 @@ def extract_all(
     view: Callable[[Tensor, Tensor], Tensor],
     title: str | None = None,
 ) -> Tensor:
-    """Features (N, dim) float32 of all images of the source, in its order, on the CPU of every process.
+    """Features (N, dim) float32 of all images of the source, in its order, on the CPU of every
+    process.
 
-    view: (images, their indices) -> what the backbone sees. Each process computes its share. title: it is shown how far
-    that is, and a signal stops it; not for within a training, which has a state to save.
+    view: (images, their indices) -> what the backbone sees. Each process computes its share. title:
+    it is shown how far that is, and a signal stops it; not for within a training, which has a state
+    to save.
     """
     passed = source.epoch_pass() if title is None else watched(run, source, title)
     batches = ((view(images, indices), labels, indices) for images, labels, indices in passed)
@@ -94,14 +120,18 @@ def extract_all(
         mine, _ = extract(backbone, batches, nn.Identity())
     world = distributed.world_size()
     share = math.ceil(source.num_images / world)  # all_gather wants equal ones
-    shares = distributed.all_gather(F.pad(mine, (0, 0, 0, share - len(mine)))).unflatten(0, (world, share))
-    return shares.transpose(0, 1).flatten(0, 1)[: source.num_images]  # the r-th has every world-th image from the r-th
+    shares = distributed.all_gather(F.pad(mine, (0, 0, 0, share - len(mine)))).unflatten(
+        0, (world, share)
+    )
+    # the r-th has every world-th image from the r-th
+    return shares.transpose(0, 1).flatten(0, 1)[: source.num_images]
 
 
 def watched(run: Run, source: Source, title: str) -> Iterator[Batch]:
     """The source's pass over its images: shows how far it is, and stops for a signal."""
     world = distributed.world_size()
-    everywhere = source.num_images // world // (source.batch_size // world)  # batches that every process has
+    # batches that every process has
+    everywhere = source.num_images // world // (source.batch_size // world)
     with Progress(source.num_images, title, run.is_main) as progress:
         for step, batch in enumerate(source.epoch_pass()):
             if step < everywhere and run.stopping(step):

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-COLLAPSED_STD = 0.1  # of 1: what is left of the spread when all images have nearly the same embedding
+# of 1: what is left of the spread when all images have nearly the same embedding
+COLLAPSED_STD = 0.1
 COLLAPSED_RANK = 1.5
 
 
@@ -14,12 +15,13 @@ COLLAPSED_RANK = 1.5
 def health(embeddings: Tensor) -> dict[str, float]:
     """Embeddings (V, N, D) of V views of N images -> what tells that they collapse, or don't.
 
-    embedding_std: standard deviation over the images of each dimension of the normalised embeddings, times sqrt(D):
-    1 where they are spread evenly, 0 where all are alike (SimSiam, arXiv:2011.10566, section 4.1).
-    effective_rank: exponential of the entropy of the singular values, between 1 and min(N, D) (RankMe,
-    arXiv:2210.02885, section 3).
-    alignment, uniformity: mean squared distance of two views of an image, log of the mean Gaussian potential of pairs
-    of images, of normalised embeddings; lower is better in both (Wang and Isola, arXiv:2005.10242, section 4).
+    embedding_std: standard deviation over the images of each dimension of the normalised
+    embeddings, times sqrt(D): 1 where they are spread evenly, 0 where all are alike (SimSiam,
+    arXiv:2011.10566, section 4.1). effective_rank: exponential of the entropy of the singular
+    values, between 1 and min(N, D) (RankMe, arXiv:2210.02885, section 3).
+    alignment, uniformity: mean squared distance of two views of an image, log of the mean Gaussian
+    potential of pairs of images, of normalised embeddings; lower is better in both (Wang and Isola,
+    arXiv:2005.10242, section 4).
     """
     if embeddings.device.type == "mps":
         embeddings = embeddings.cpu()  # it has no eigenvalues
@@ -40,7 +42,8 @@ def effective_rank(embeddings: Tensor) -> Tensor:
     """(N, D) -> scalar; see `health`."""
     embeddings = embeddings.double()
     narrow = embeddings if embeddings.shape[0] <= embeddings.shape[1] else embeddings.T
-    singular = torch.linalg.eigvalsh(narrow @ narrow.T).clamp(min=0).sqrt()  # faster than of the matrix itself
+    # faster than of the matrix itself
+    singular = torch.linalg.eigvalsh(narrow @ narrow.T).clamp(min=0).sqrt()
     shares = singular / singular.sum().clamp(min=1e-30)
     return torch.special.entr(shares).sum().exp().to(torch.float32)
 

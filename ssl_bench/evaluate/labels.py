@@ -17,7 +17,9 @@ def hold_out(
     chooser: str = "stage.features=cached",
     instead: str = "stage.features=official",
 ) -> np.ndarray:
-    """Mask of this share of the images of each class, at least one and not all, drawn by seed. labels (N,)."""
+    """Mask of this share of the images of each class, at least one and not all, drawn by seed.
+    labels (N,).
+    """
     classes, counts = np.unique(labels, return_counts=True)
     if counts.min() < 2:
         raise UserError(
@@ -32,12 +34,15 @@ def hold_out(
     return held
 
 
-def few_labels(labels: np.ndarray, per_class: int | None, fraction: float | None, seed: int) -> np.ndarray | None:
-    """Sorted positions of the labelled images to learn from, drawn by seed; None stands for all. labels (N,).
+def few_labels(
+    labels: np.ndarray, per_class: int | None, fraction: float | None, seed: int
+) -> np.ndarray | None:
+    """Sorted positions of the labelled images to learn from, drawn by seed; None stands for all.
+    labels (N,).
 
-    per_class: so many of each class. fraction: this share of each class, as SimCLR's 1 % and 10 % (arXiv:2002.05709,
-    section 6), rounded, but at least one image. UserError for labels of one class: what tells nothing apart is always
-    right.
+    per_class: so many of each class. fraction: this share of each class, as SimCLR's 1 % and 10 %
+    (arXiv:2002.05709, section 6), rounded, but at least one image. UserError for labels of one
+    class: what tells nothing apart is always right.
     """
     check_classes(labels)
     if per_class is None and fraction is None:
@@ -66,7 +71,12 @@ def few_labels(labels: np.ndarray, per_class: int | None, fraction: float | None
         members = np.flatnonzero(labels == label)
         rng = np.random.default_rng(fold(seed, "labels", int(label)))
         chosen.append(rng.choice(members, number, replace=False))
-    log.info("%s of %s labels, %.3g %%", f"{wanted.sum():,}", f"{len(labels):,}", 100 * wanted.sum() / len(labels))
+    log.info(
+        "%s of %s labels, %.3g %%",
+        f"{wanted.sum():,}",
+        f"{len(labels):,}",
+        100 * wanted.sum() / len(labels),
+    )
     return np.sort(np.concatenate(chosen))
 
 

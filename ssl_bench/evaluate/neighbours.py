@@ -12,27 +12,33 @@ QUERIES, BANK = 1024, 16384  # rows compared at once: their similarities take 64
 def weighted_knn(
     queries: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int, k: int, temperature: float
 ) -> Tensor:
-    """Votes of the k nearest images of a bank for each class (Wu et al., arXiv:1805.01978, section 3.4).
+    """Votes of the k nearest images of a bank for each class (Wu et al., arXiv:1805.01978, section
+    3.4).
 
-    queries (M, D), bank (N, D): features of any norm. bank_labels: int64 (N,). Returns (M, num_classes): a neighbour of
-    cosine similarity s votes for its class with exp(s / temperature), and the votes are divided by their sum.
+    queries (M, D), bank (N, D): features of any norm. bank_labels: int64 (N,). Returns (M,
+    num_classes): a neighbour of cosine similarity s votes for its class with exp(s / temperature),
+    and the votes are divided by their sum.
     """
     scores = []
     for block in queries.split(QUERIES):
         similarities, rows = nearest(block, bank, k)
-        scores.append(vote(similarities, bank_labels[rows.to(bank_labels.device)], num_classes, temperature))
+        scores.append(
+            vote(similarities, bank_labels[rows.to(bank_labels.device)], num_classes, temperature)
+        )
     return torch.cat(scores)
 
 
 @torch.no_grad()
 def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosine similarities (M, k) of the k rows of the bank most similar to each query, largest first, and which (M, k).
+    """Cosine similarities (M, k) of the k rows of the bank most similar to each query, largest
+    first, and which (M, k).
 
-    All rows where the bank has fewer. Beside its arguments it takes memory for a block of each; the bank may be on
-    another device.
+    All rows where the bank has fewer. Beside its arguments it takes memory for a block of each; the
+    bank may be on another device.
     """
     found = []
-    with torch.autocast(queries.device.type, enabled=False):  # eight bits can't tell near neighbours apart
+    # eight bits can't tell near neighbours apart
+    with torch.autocast(queries.device.type, enabled=False):
         for block in queries.split(QUERIES):
             block, best = _unit(block), None
             for start in range(0, len(bank), BANK):
@@ -40,7 +46,10 @@ def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
                 similarities, rows = (block @ part.T).topk(min(k, len(part)))
                 rows += start
                 if best is not None:
-                    similarities, rows = torch.cat([best[0], similarities], 1), torch.cat([best[1], rows], 1)
+                    similarities, rows = (
+                        torch.cat([best[0], similarities], 1),
+                        torch.cat([best[1], rows], 1),
+                    )
                     similarities, order = similarities.topk(min(k, similarities.shape[1]))
                     rows = rows.gather(1, order)
                 best = similarities, rows
@@ -60,17 +69,20 @@ def _unit(features: Tensor) -> Tensor:
 
 
 def knn_and_ridge(features: Tensor, labels: Tensor, asked: Tensor) -> dict[str, float]:
-    """Features (N, D), labels (N,), asked (N,) bool -> top-1 (percent) for the asked images of what the others teach.
+    """Features (N, D), labels (N,), asked (N,) bool -> top-1 (percent) for the asked images of what
+    the others teach.
 
-    A weighted kNN (k 20, temperature 0.07) and a ridge classifier of standardised features, its strength chosen by
-    leaving each image out.
+    A weighted kNN (k 20, temperature 0.07) and a ridge classifier of standardised features, its
+    strength chosen by leaving each image out.
     """
     from sklearn.linear_model import RidgeClassifierCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     num_classes = int(labels.max()) + 1
-    scores = weighted_knn(features[asked], features[~asked], labels[~asked], num_classes, k=20, temperature=0.07)
+    scores = weighted_knn(
+        features[asked], features[~asked], labels[~asked], num_classes, k=20, temperature=0.07
+    )
     knn = (scores.argmax(dim=1) == labels[asked]).double().mean().item()
     x, y = features.numpy(), labels.numpy()
     ridge = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=np.logspace(-1, 5, 7)))

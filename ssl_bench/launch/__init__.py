@@ -1,3 +1,3 @@
-"""Where a stage runs: `process` here or in several processes, `member` of a sweep, `launchers` of sweeps and `slurm`;
-`resolvers`, what conf/*.yaml refers to.
+"""Where a stage runs: `process` here or in several processes, `member` of a sweep, `launchers` of
+sweeps and `slurm`; `resolvers`, what conf/*.yaml refers to.
 """

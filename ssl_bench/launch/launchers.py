@@ -1,6 +1,8 @@
-"""Hydra launchers of our sweeps, here and on a workstation. `launchers/*.yaml` choose and configure them.
+"""Hydra launchers of our sweeps, here and on a workstation. `launchers/*.yaml` choose and configure
+them.
 
-Hydra imports this module at every start of every application: what is heavy is imported where it is used.
+Hydra imports this module at every start of every application: what is heavy is imported where it is
+used.
 """
 
 import json
@@ -40,14 +42,20 @@ class _Failed(JobReturn):
 
 
 class SweepLauncher(Launcher):
-    """Members are composed at the start and run from that copy; finished ones are left alone; files tell the rest."""
+    """Members are composed at the start and run from that copy; finished ones are left alone; files
+    tell the rest.
+    """
 
     wait = True
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
         self.hydra_context, self.config = hydra_context, config
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
         from ssl_bench import shell
         from ssl_bench.errors import UserError
         from ssl_bench.runs import sweep
@@ -56,28 +64,45 @@ class SweepLauncher(Launcher):
         folder = Path(self.config.hydra.sweep.dir)
         conf = self._freeze_files(folder.absolute() / ".members")
         known = sweep.by_key(sweep.members(folder.absolute()))
-        asked = [self._compose(folder.absolute(), conf, list(overrides), known) for overrides in job_overrides]
+        asked = [
+            self._compose(folder.absolute(), conf, list(overrides), known)
+            for overrides in job_overrides
+        ]
         if self._is_grid:
             _refuse_free(job_overrides, asked)
         self._check_metric(asked)
-        members = list({member.file: member for member in asked}.values())  # an optimiser may ask for one twice
+        # an optimiser may ask for one twice
+        members = list({member.file: member for member in asked}.values())
         if len(directories := {member.directory for member in members}) < len(members):
-            same = next(str(path) for path in directories if sum(path == m.directory for m in members) > 1)
+            same = next(
+                str(path) for path in directories if sum(path == m.directory for m in members) > 1
+            )
             raise UserError(
                 f"dir={same} is that of several members: leave out dir=, or sweep over what tells them apart"
             )
-        # Without Slurm here, jobs of earlier commands can't be seen; the lock of the run directory keeps them apart.
-        jobs = shutil.which("squeue") and any(member.job and member.result() is None for member in members)
+        # Without Slurm here, jobs of earlier commands can't be seen; the lock of the run directory
+        # keeps them apart.
+        jobs = shutil.which("squeue") and any(
+            member.job and member.result() is None for member in members
+        )
         queue = sweep.queued() if jobs else {}
         if queue is None:
-            raise UserError("squeue doesn't answer, and earlier jobs of this sweep may still be there: try again later")
+            raise UserError(
+                "squeue doesn't answer, and earlier jobs of this sweep may still be there: try again later"
+            )
         under_way = [member for member in members if member.job in queue]
-        elsewhere = [member for member in members if member not in under_way and sweep.locked(member.lock)]
+        elsewhere = [
+            member for member in members if member not in under_way and sweep.locked(member.lock)
+        ]
         busy = [*under_way, *elsewhere]
         todo = [member for member in members if member.result() is None and member not in busy]
         finished = len(members) - len(todo) - len(busy)
-        log.info("%s: %s finished, %s under way, %s to start", folder, finished, len(busy), len(todo))
-        log.info("its members at any time: ssl-bench stage=status %s", shell.override("runs", folder))
+        log.info(
+            "%s: %s finished, %s under way, %s to start", folder, finished, len(busy), len(todo)
+        )
+        log.info(
+            "its members at any time: ssl-bench stage=status %s", shell.override("runs", folder)
+        )
         for member in todo:
             if conflict := member.conflict:
                 raise UserError(
@@ -104,22 +129,32 @@ class SweepLauncher(Launcher):
         return self._returns(asked)
 
     def _check_metric(self, members: list["Member"]) -> None:
-        """UserError where what they are judged by says nothing of which is better, before any of them starts."""
+        """UserError where what they are judged by says nothing of which is better, before any of
+        them starts.
+        """
         from ssl_bench.config.typed import key_of
         from ssl_bench.errors import UserError
         from ssl_bench.runs import identity
 
         metric, stage = members[0].config["metric"], members[0].config["stage"]["name"]
         if self._is_grid:
-            differing = identity.other_losses(identity.Identity(member.config) for member in members)
+            differing = identity.other_losses(
+                identity.Identity(member.config) for member in members
+            )
         else:
             typed = set(self.config.hydra.overrides.task)
-            searched = {key_of(word) for member in members for word in member.overrides if word not in typed}
+            searched = {
+                key_of(word) for member in members for word in member.overrides if word not in typed
+            }
             differing = sorted(key for key in searched if key.startswith(identity.LOSS_OF))
             if metric is None:
-                raise UserError(f"metric=null: a search needs what to find: type one of the values of stage={stage}")
+                raise UserError(
+                    f"metric=null: a search needs what to find: type one of the values of stage={stage}"
+                )
             direction = self.config.hydra.sweeper.get("direction")
-            if getattr(direction, "name", direction) == "minimize" and re.search(r"top\d$|accuracy$|top-1$", metric):
+            if getattr(direction, "name", direction) == "minimize" and re.search(
+                r"top\d$|accuracy$|top-1$", metric
+            ):
                 raise UserError(
                     f"hydra.sweeper.direction=minimize would find the worst {metric}: type "
                     "hydra.sweeper.direction=maximize"
@@ -150,13 +185,18 @@ class SweepLauncher(Launcher):
     def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
         """Start those to do, and unless `wait` is false, return when all of both have ended."""
 
-    def _compose(self, folder: Path, conf: Path, overrides: list[str], known: dict[str, list["Member"]]) -> "Member":
-        """known: `sweep.by_key` of the members there are: what is typed in other words isn't run again."""
+    def _compose(
+        self, folder: Path, conf: Path, overrides: list[str], known: dict[str, list["Member"]]
+    ) -> "Member":
+        """known: `sweep.by_key` of the members there are: what is typed in other words isn't run
+        again.
+        """
         from ssl_bench.config import build
         from ssl_bench.errors import UserError
         from ssl_bench.runs.sweep import Member, name, twin
 
-        if not self._is_grid:  # what was chosen comes last, as on a command line: names have room for so many
+        # what was chosen comes last, as on a command line: names have room for so many
+        if not self._is_grid:
             overrides.sort(key=lambda word: word not in self.config.hydra.overrides.task)
         cfg = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
         HydraConfig.instance().set_config(cfg)  # for the resolver of `dir`
@@ -165,12 +205,17 @@ class SweepLauncher(Launcher):
             build.check(own)
         config = OmegaConf.to_container(build.at_home(own), resolve=True)
         if config["dir"] is None:
-            raise UserError(f"stage={config['stage']['name']} leaves nothing behind: it can't be part of a sweep")
+            raise UserError(
+                f"stage={config['stage']['name']} leaves nothing behind: it can't be part of a sweep"
+            )
         own_name = name(overrides)
         config["devices"] = self._processes(config["devices"])
         if (other := twin(config, known)) and Path(config["dir"]).name == own_name:
-            here = config["dir"]  # of the other's file only its name counts: what runs is what was composed here
-            there, here = (json.dumps(str(one))[1:-1] for one in (Path(here).with_name(other.name), here))
+            # of the other's file only its name counts: what runs is what was composed here
+            here = config["dir"]
+            there, here = (
+                json.dumps(str(one))[1:-1] for one in (Path(here).with_name(other.name), here)
+            )
             config = json.loads(json.dumps(config).replace(here, there))
             return replace(other, config=config, cwd=os.getcwd(), conf=str(conf))
         file = folder / ".members" / f"{own_name}.json"
@@ -182,18 +227,29 @@ class SweepLauncher(Launcher):
         return devices
 
     def _freeze_files(self, folder: Path) -> Path:
-        """A copy of the YAML files, ours and the user's, as one folder; the same files give the same folder."""
+        """A copy of the YAML files, ours and the user's, as one folder; the same files give the
+        same folder.
+        """
         import ssl_bench
 
         texts: dict[str, str] = {}
-        for element in reversed(self.hydra_context.config_loader.get_search_path().get_path()):  # the first one wins
+        # the first one wins
+        for element in reversed(self.hydra_context.config_loader.get_search_path().get_path()):
             scheme, _, path = element.path.partition("://")
             if scheme == "file" or element.path == "pkg://ssl_bench.conf":
-                root = Path(path) if scheme == "file" else Path(ssl_bench.__file__).with_name("conf")
+                root = (
+                    Path(path) if scheme == "file" else Path(ssl_bench.__file__).with_name("conf")
+                )
                 for parent, _, names in os.walk(root, followlinks=True):
                     files = (Path(parent, name) for name in names if name.endswith(".yaml"))
-                    texts |= {str(file.relative_to(root)): file.read_text(encoding="utf-8") for file in files}
-        copy = folder / f"conf-{blake2b(repr(sorted(texts.items())).encode(), digest_size=4).hexdigest()}"
+                    texts |= {
+                        str(file.relative_to(root)): file.read_text(encoding="utf-8")
+                        for file in files
+                    }
+        copy = (
+            folder
+            / f"conf-{blake2b(repr(sorted(texts.items())).encode(), digest_size=4).hexdigest()}"
+        )
         if not copy.exists():
             partial = copy.with_name(f"{copy.name}.{os.getpid()}")
             for path, text in texts.items():
@@ -206,13 +262,17 @@ class SweepLauncher(Launcher):
         return copy
 
     def _returns(self, members: list["Member"]) -> list[JobReturn]:
-        """For the sweeper: each member's metric, or the exception that says what became of those without."""
+        """For the sweeper: each member's metric, or the exception that says what became of those
+        without.
+        """
         from ssl_bench.config.typed import key_of
         from ssl_bench.errors import UserError
         from ssl_bench.runs import sweep
 
         results = [member.result() for member in members]
-        states = sweep.states(members) if None in results else [sweep.State("finished")] * len(members)
+        states = (
+            sweep.states(members) if None in results else [sweep.State("finished")] * len(members)
+        )
         by_name = {member.name: state for member, state in zip(members, states, strict=True)}
         ended = [f"{name}: {state}" for name, state in by_name.items() if state.name != "finished"]
         of = f"{len(ended)} of {len(by_name)} members are not finished; the same command runs only those:\n"
@@ -220,7 +280,9 @@ class SweepLauncher(Launcher):
         returns: list[JobReturn] = []
         for member, result in zip(members, results, strict=True):
             if result is None and self.wait:
-                returns.append(_Failed(member.overrides, status=JobStatus.FAILED, _return_value=failure))
+                returns.append(
+                    _Failed(member.overrides, status=JobStatus.FAILED, _return_value=failure)
+                )
                 continue
             done = JobReturn(overrides=member.overrides, status=JobStatus.COMPLETED)
             if result is not None and (metric := member.config["metric"]) is not None:
@@ -235,7 +297,9 @@ class SweepLauncher(Launcher):
 
 
 def _refuse_processes() -> None:
-    """UserError for a sweep in several processes: each would compose, claim and run the members that all share."""
+    """UserError for a sweep in several processes: each would compose, claim and run the members
+    that all share.
+    """
     from ssl_bench.errors import UserError
 
     if not {"RANK", "SLURM_STEP_NUM_TASKS"} & os.environ.keys():
@@ -250,7 +314,9 @@ def _refuse_processes() -> None:
 
 
 def _refuse_free(job_overrides: Sequence[Sequence[str]], members: Sequence["Member"]) -> None:
-    """UserError for several members of a grid that would be one run, since what tells them apart doesn't name it."""
+    """UserError for several members of a grid that would be one run, since what tells them apart
+    doesn't name it.
+    """
     from ssl_bench.config.typed import key_of
     from ssl_bench.errors import UserError
     from ssl_bench.runs import identity
@@ -289,7 +355,9 @@ class Local(SweepLauncher):
 
 
 class Workstation(SweepLauncher):
-    """Several members at once, each with one GPU (where there are any) and its share of the CPU cores."""
+    """Several members at once, each with one GPU (where there are any) and its share of the CPU
+    cores.
+    """
 
     def __init__(self, at_once: int | None) -> None:
         self.at_once = at_once
@@ -301,25 +369,38 @@ class Workstation(SweepLauncher):
         gpus, cores = visible_gpus(), sorted(os.sched_getaffinity(0))
         at_once = (len(gpus) or len(cores)) if self.at_once is None else self.at_once
         if at_once < 1 or (gpus and at_once > len(gpus)):
-            raise UserError(f"hydra.launcher.at_once={at_once}: there are {len(gpus)} GPUs here, one for each member")
+            raise UserError(
+                f"hydra.launcher.at_once={at_once}: there are {len(gpus)} GPUs here, one for each member"
+            )
         share = max(1, len(cores) // at_once)
         slots, waiting, running = list(range(at_once)), list(todo), {}
 
         def stop(signum: int, frame: object) -> None:
             raise Interrupted(signum)
 
-        before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        before = {
+            signum: signal.signal(signum, stop)
+            for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        }
         try:
             while waiting or running:
                 while waiting and slots:
                     member, slot = waiting.pop(0), slots.pop(0)
                     mine = {cores[(slot * share + i) % len(cores)] for i in range(share)}
-                    env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(share))}
+                    env = os.environ | {
+                        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(share))
+                    }
                     if gpus:
                         env["CUDA_VISIBLE_DEVICES"] = gpus[slot]
                     with open(member.file.with_suffix(".log"), "a") as output:
                         named = build.strange(build.literal(member.config))
-                        command = [sys.executable, "-m", "ssl_bench.launch.member", str(member.file), *named]
+                        command = [
+                            sys.executable,
+                            "-m",
+                            "ssl_bench.launch.member",
+                            str(member.file),
+                            *named,
+                        ]
                         process = subprocess.Popen(
                             command, env=env, stdout=output, stderr=output, start_new_session=True
                         )
@@ -357,7 +438,11 @@ def tell(member: "Member", status: int = 0) -> None:
 
     if (result := member.result()) is not None:
         metric = member.config["metric"]
-        log.info("finished: %s%s", member.name, f"  {metric} {result[metric]:.4g}" if metric in result else "")
+        log.info(
+            "finished: %s%s",
+            member.name,
+            f"  {metric} {result[metric]:.4g}" if metric in result else "",
+        )
     else:
         (state,) = sweep.states([member])
         how = f"  exit status {status}" if status and not state.note else ""

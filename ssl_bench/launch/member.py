@@ -2,8 +2,8 @@
 
 `python -m ssl_bench.launch.member FILE` starts one by hand.
 
-The file chooses among our constructors. Those of a user's own are named by who starts it, as its launcher does:
-`python -m ssl_bench.launch.member FILE method._target_=my_module.Mine`.
+The file chooses among our constructors. Those of a user's own are named by who starts it, as its
+launcher does: `python -m ssl_bench.launch.member FILE method._target_=my_module.Mine`.
 """
 
 import os
@@ -25,18 +25,23 @@ from ssl_bench.runs import sweep
 
 
 def run(file: Path, named: Sequence[str] = ()) -> None:
-    """As one of its ranks. What goes wrong is written beside the file, and raised. named: see `build.strange`."""
+    """As one of its ranks. What goes wrong is written beside the file, and raised. named: see
+    `build.strange`.
+    """
     resolvers.register()
     build.restrict(named)
     member, rank = sweep.Member.load(file), int(os.environ.get("SLURM_PROCID", 0))
     set_up_logging(quiet=rank > 0)
     for folder in (member.cwd, member.conf):
         if not (os.path.isabs(folder) and os.path.isdir(folder)):
-            raise UserError(f"{file}: {folder} isn't here: the command of the sweep makes its members anew")
+            raise UserError(
+                f"{file}: {folder} isn't here: the command of the sweep makes its members anew"
+            )
     os.chdir(member.cwd)
     if named:
         sys.path.append(member.cwd)  # a user's own modules
-    with hydra.initialize_config_dir(member.conf, version_base="1.3"):  # a pipeline composes its parts
+    # a pipeline composes its parts
+    with hydra.initialize_config_dir(member.conf, version_base="1.3"):
         attempt(member, rank)
 
 
@@ -48,7 +53,9 @@ def attempt(member: sweep.Member, rank: int = 0) -> None:
     except Exception as error:
         if isinstance(error, Abandoned):
             time.sleep(1)  # until the other one has said why
-        member.fail(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}", rank)
+        member.fail(
+            str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}", rank
+        )
         raise
 
 
@@ -70,14 +77,18 @@ class SlurmTask:
     def __call__(self) -> None:
         if shutil.which("scontrol") is None:
             _leave_requeue_to_the_script()
-        requeue = signal.getsignal(signal.SIGUSR2)  # submitit's: rank 0 has the job requeued and exits, others return
-        signal.signal(signal.SIGALRM, requeue)  # set by `Run` at a warning: a long step must not cost the requeue
+        # submitit's: rank 0 has the job requeued and exits, others return
+        requeue = signal.getsignal(signal.SIGUSR2)
+        # set by `Run` at a warning: a long step must not cost the requeue
+        signal.signal(signal.SIGALRM, requeue)
         try:
             run(self.file, self.named)
         except Interrupted as stop:
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # one requeue is enough
             member = sweep.Member.load(self.file)
-            if stop.signum != signal.SIGUSR2 and not (stop.signum == signal.SIGTERM and _counts_as_running(member.job)):
+            if stop.signum != signal.SIGUSR2 and not (
+                stop.signum == signal.SIGTERM and _counts_as_running(member.job)
+            ):
                 sys.exit(128 + stop.signum)
             try:
                 requeue(signal.SIGUSR2, None)
@@ -100,7 +111,9 @@ def _counts_as_running(job: str) -> bool:
 
 
 def _leave_requeue_to_the_script() -> None:
-    """In a container without Slurm's programs: an `scontrol` that leaves a note for the batch script outside."""
+    """In a container without Slurm's programs: an `scontrol` that leaves a note for the batch
+    script outside.
+    """
     folder = Path(tempfile.mkdtemp())
     (folder / "scontrol").write_text('#!/bin/sh\n: > "$SSL_BENCH_REQUEUE"\n')
     (folder / "scontrol").chmod(0o755)

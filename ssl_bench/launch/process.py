@@ -21,7 +21,9 @@ log = logging.getLogger(__name__)
 
 
 def launch(cfg: DictConfig) -> dict[str, float]:
-    """Run cfg's stage: in this process, in `cfg.devices` new ones, or as one of those that torchrun or srun started."""
+    """Run cfg's stage: in this process, in `cfg.devices` new ones, or as one of those that torchrun
+    or srun started.
+    """
     from ssl_bench.runtime import distributed
 
     if cfg.compile:
@@ -34,8 +36,10 @@ def launch(cfg: DictConfig) -> dict[str, float]:
 
 
 def _settled(cfg: DictConfig) -> DictConfig:
-    """cfg with all that the weights decide, which the run then says in its config.yaml: the very file in place of a run
-    directory, where there may be a newer one when the next looks; a mean and std that are null."""
+    """cfg with all that the weights decide, which the run then says in its config.yaml: the very
+    file in place of a run directory, where there may be a newer one when the next looks; a mean and
+    std that are null.
+    """
     from ssl_bench.augment.views import IMAGENET_MEAN, IMAGENET_STD
     from ssl_bench.runs import weights
 
@@ -79,8 +83,14 @@ def _run(cfg: DictConfig) -> dict[str, float]:
         if run.summary is not None:
             split = getattr(build.locate(cfg.stage._target_, "stage"), "split", None)
             run.check_data(split and partial(split, cfg))
-            values = ", ".join(f"{key} {units.spoken(key, value)}" for key, value in run.summary.items())
-            log.info("%s is finished already (%s); to run it again, delete it or choose another dir=", cfg.dir, values)
+            values = ", ".join(
+                f"{key} {units.spoken(key, value)}" for key, value in run.summary.items()
+            )
+            log.info(
+                "%s is finished already (%s); to run it again, delete it or choose another dir=",
+                cfg.dir,
+                values,
+            )
             return run.summary
         try:
             run.finish(build.construct(cfg.stage, cfg=cfg, run=run))
@@ -101,10 +111,14 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if cfg.device.startswith("cuda:"):
-        raise UserError(f"device={cfg.device} is one GPU, and devices={cfg.devices} need as many: type device=cuda")
+        raise UserError(
+            f"device={cfg.device} is one GPU, and devices={cfg.devices} need as many: type device=cuda"
+        )
     device = pick_device(cfg.device, 0)  # here and not in the ranks: a mistake is told sooner
     if device.type == "cuda" and cfg.devices > (gpus := torch.cuda.device_count()):
-        raise UserError(f"devices={cfg.devices}: torch sees {gpus} GPUs here; choose at most devices={gpus}")
+        raise UserError(
+            f"devices={cfg.devices}: torch sees {gpus} GPUs here; choose at most devices={gpus}"
+        )
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     signals = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR2"]  # the last is Slurm's warning
@@ -131,7 +145,9 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
             for message in sorted(Path(folder).glob("*.json")):
                 raise UserError(json.loads(message.read_text(encoding="utf-8"))) from None
             status = max(failure.exitcode for failure in error.failures.values())
-            if killed := [-failure.exitcode for failure in error.failures.values() if failure.exitcode < 0]:
+            if killed := [
+                -failure.exitcode for failure in error.failures.values() if failure.exitcode < 0
+            ]:
                 raise UserError(
                     f"one of the {cfg.devices} processes was ended by {signal.Signals(killed[0]).name}, often for want "
                     "of memory; the same command continues from the last state saved"
@@ -139,7 +155,8 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
             if status - 128 in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
                 raise Interrupted(status - 128) from None
             raise RuntimeError(f"a process failed: {error.format_msg()}") from None
-        except SignalException as stop:  # it has passed the signal on, and waited for the ranks to save
+        # it has passed the signal on, and waited for the ranks to save
+        except SignalException as stop:
             raise Interrupted(stop.sigval) from None
     return results[0]
 
@@ -155,7 +172,8 @@ def _rank(config: str, folder: str) -> dict[str, float]:
     except Abandoned:
         raise SystemExit(2) from None  # the other one is told of
     except UserError as error:
-        # Told by file: of a child's exception the launcher passes on only text meant for developers.
+        # Told by file: of a child's exception the launcher passes on only text meant for
+        # developers.
         Path(folder, f"{rank}.json").write_text(json.dumps(str(error)), encoding="utf-8")
         raise SystemExit(2) from None
     except Interrupted as stop:

@@ -14,7 +14,9 @@ from ssl_bench.shell import quote
 
 
 def run_dir(default: str) -> str:
-    """Resolver of `dir`: the stage's own directory, or for a member of a sweep one named after its overrides."""
+    """Resolver of `dir`: the stage's own directory, or for a member of a sweep one named after its
+    overrides.
+    """
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return default
     return os.path.join(HydraConfig.get().sweep.dir, sweep.name(HydraConfig.get().overrides.task))
@@ -60,5 +62,11 @@ def register() -> None:
         "run_dir": run_dir,
     }.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
-    for choice, node in {"local": LocalConf, "workstation": WorkstationConf, "slurm": SlurmConf}.items():
-        ConfigStore.instance().store("ssl_bench_" + choice, node, group="hydra/launcher", provider="ssl_bench")
+    for choice, node in {
+        "local": LocalConf,
+        "workstation": WorkstationConf,
+        "slurm": SlurmConf,
+    }.items():
+        ConfigStore.instance().store(
+            "ssl_bench_" + choice, node, group="hydra/launcher", provider="ssl_bench"
+        )

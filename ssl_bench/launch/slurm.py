@@ -1,6 +1,7 @@
 """Hydra launcher of our sweeps on Slurm.
 
-Hydra imports this module at every start of every application: what is heavy is imported where it is used.
+Hydra imports this module at every start of every application: what is heavy is imported where it is
+used.
 """
 
 import logging
@@ -49,7 +50,11 @@ class Slurm(SweepLauncher):
     ) -> None:
         from ssl_bench.shell import quoted
 
-        self.wait, self.folder, self.max_num_timeout = wait, Path(submitit_folder).absolute(), max_num_timeout
+        self.wait, self.folder, self.max_num_timeout = (
+            wait,
+            Path(submitit_folder).absolute(),
+            max_num_timeout,
+        )
         self.stage_in = [os.path.expanduser(file) for file in stage_in]
         here = "python" if container else quoted(sys.executable)
         inside = here if python is None else quoted(os.path.expanduser(python), variables=True)
@@ -62,16 +67,20 @@ class Slurm(SweepLauncher):
         delay = parameters["signal_delay_s"]
         note = f"{quoted(str(self.folder.parent))}/requeue-$SLURM_JOB_ID"
         self.parameters = parameters | {
-            "additional_parameters": OmegaConf.to_container(parameters["additional_parameters"], resolve=True),
+            "additional_parameters": OmegaConf.to_container(
+                parameters["additional_parameters"], resolve=True
+            ),
             "setup": [
                 *(setup or []),
                 f"export SSL_BENCH_GRACE={math.ceil(0.75 * delay)} SSL_BENCH_REQUEUE={note}",
-                'rm -f -- "$SSL_BENCH_REQUEUE"',  # of a life of this job that ended before its teardown
+                # of a life of this job that ended before its teardown
+                'rm -f -- "$SSL_BENCH_REQUEUE"',
                 *(_stage(file, os.path.expanduser(stage_dir)) for file in self.stage_in),
             ],
             "teardown": [
                 "status=$?",
-                # Left where there is no scontrol inside; or USR2 (12) came before Python could attend to it.
+                # Left where there is no scontrol inside; or USR2 (12) came before Python could
+                # attend to it.
                 'if [ -f "$SSL_BENCH_REQUEUE" ] || [ $status = 140 ]; then',
                 '    rm -f -- "$SSL_BENCH_REQUEUE"',
                 # What is cancelled doesn't count as running any more.
@@ -107,10 +116,15 @@ class Slurm(SweepLauncher):
 
         self._refuse_names()
         if not self.wait and not self._is_grid:
-            raise UserError("hydra.launcher.wait=false: this sweeper chooses by results; leave it out")
+            raise UserError(
+                "hydra.launcher.wait=false: this sweeper chooses by results; leave it out"
+            )
         for file in map(Path, self.stage_in):
-            if "$" not in str(file) and file.parent.is_dir() and not file.exists():  # else the nodes may see it
-                raise UserError(f"hydra.launcher.stage_in: no file {file}; give the path of what each node copies")
+            # else the nodes may see it
+            if "$" not in str(file) and file.parent.is_dir() and not file.exists():
+                raise UserError(
+                    f"hydra.launcher.stage_in: no file {file}; give the path of what each node copies"
+                )
         minutes, delay = self.parameters["timeout_min"], self.parameters["signal_delay_s"]
         if 60 * minutes <= delay:
             raise UserError(
@@ -133,10 +147,14 @@ class Slurm(SweepLauncher):
                     f"{error} This launcher needs sbatch and srun; without them: launcher=workstation"
                 ) from None
             shared = OmegaConf.structured(BaseQueueConf).keys()
-            executor.update_parameters(**{k if k in shared else f"slurm_{k}": v for k, v in self.parameters.items()})
+            executor.update_parameters(
+                **{k if k in shared else f"slurm_{k}": v for k, v in self.parameters.items()}
+            )
             try:
                 named = [build.strange(build.literal(member.config)) for member in todo]
-                jobs = executor.submit_array([SlurmTask(m.file, words) for m, words in zip(todo, named, strict=True)])
+                jobs = executor.submit_array(
+                    [SlurmTask(m.file, words) for m, words in zip(todo, named, strict=True)]
+                )
             except FailedJobError as error:  # sbatch has said why
                 raise UserError(
                     f"{' '.join(str(error).split())}: change hydra.launcher, whose keys are sbatch's"
@@ -154,7 +172,10 @@ class Slurm(SweepLauncher):
                 self._wait(todo + under_way)
         except KeyboardInterrupt:
             jobs = " ".join(member.job for member in todo + under_way if member.result() is None)
-            log.warning("the jobs go on; the same command waits for them again, this ends them: scancel %s", jobs)
+            log.warning(
+                "the jobs go on; the same command waits for them again, this ends them: scancel %s",
+                jobs,
+            )
             raise
 
     def _refuse_names(self) -> None:
@@ -169,13 +190,20 @@ class Slurm(SweepLauncher):
         options = self.parameters | self.parameters["additional_parameters"]
         for key, value in options.items():
             if isinstance(value, str) and "\n" in value:
-                raise UserError(f"hydra.launcher: {key}={value!r} has a line break, which no option of sbatch can have")
+                raise UserError(
+                    f"hydra.launcher: {key}={value!r} has a line break, which no option of sbatch can have"
+                )
 
     def _wait(self, members: list["Member"]) -> None:
-        """A job has ended when Slurm lists it no more, twice in a row: a requeued one is listed again."""
+        """A job has ended when Slurm lists it no more, twice in a row: a requeued one is listed
+        again.
+        """
         from ssl_bench.runs import sweep
 
-        waiting, missed = {member.job: member for member in members}, dict.fromkeys((m.job for m in members), 0)
+        waiting, missed = (
+            {member.job: member for member in members},
+            dict.fromkeys((m.job for m in members), 0),
+        )
         began, told = time.monotonic(), set(ORDINARY)
         while waiting:
             time.sleep(min(15, 1 + (time.monotonic() - began) / 60))
@@ -193,7 +221,9 @@ class Slurm(SweepLauncher):
 
 
 def _stage(file: str, folder: str) -> str:
-    """Shell: copy a file to each node's disk, where it isn't there yet; a copy that was cut off is never used."""
+    """Shell: copy a file to each node's disk, where it isn't there yet; a copy that was cut off is
+    never used.
+    """
     from ssl_bench.shell import quoted
 
     script = (
@@ -204,5 +234,7 @@ def _stage(file: str, folder: str) -> str:
         '    cp -pL -- "$file" "$copy.$SLURM_JOB_ID" && mv -T -- "$copy.$SLURM_JOB_ID" "$copy"\n'
         "fi"
     )
-    once_a_node = "--nodes=$SLURM_JOB_NUM_NODES --ntasks=$SLURM_JOB_NUM_NODES --ntasks-per-node=1 --overlap"
+    once_a_node = (
+        "--nodes=$SLURM_JOB_NUM_NODES --ntasks=$SLURM_JOB_NUM_NODES --ntasks-per-node=1 --overlap"
+    )
     return f"srun {once_a_node} bash -c {quoted(script)} || exit 1"

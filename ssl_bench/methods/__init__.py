@@ -1,1 +1,3 @@
-"""A paper a file; `base` says what a method is, `layers` what several use; `probe` and `finetune` learn from labels."""
+"""A paper a file; `base` says what a method is, `layers` what several use; `probe` and `finetune`
+learn from labels.
+"""

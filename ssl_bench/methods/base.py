@@ -9,8 +9,8 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-# "loss" is required. "embeddings" (V, N, D), detached, of V views of each image are what the loop judges the health of
-# training by (evaluators.health). Every other entry is a scalar worth a chart.
+# "loss" is required. "embeddings" (V, N, D), detached, of V views of each image are what the loop
+# judges the health of training by (evaluators.health). Every other entry is a scalar worth a chart.
 Output = dict[str, Tensor]
 
 
@@ -29,9 +29,12 @@ class Method(nn.Module):
     def param_groups(self) -> list[dict]:
         """What the optimizer trains. Keys that the loop knows beside those of the optimizer:
 
-        constant_lr: the schedule leaves the rate alone. frozen_epochs: no gradient before this epoch.
+        constant_lr: the schedule leaves the rate alone. frozen_epochs: no gradient before this
+        epoch.
         """
-        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
+        return [
+            {"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}
+        ]
 
     def begin(self, epoch: float, epochs: int) -> None:
         """Called before each step: at `epoch` (a fraction inside an epoch) of `epochs`."""
@@ -45,9 +48,11 @@ class Method(nn.Module):
 
 
 def momentum_copy(module: nn.Module) -> nn.Module:
-    """A copy that only `ema_` changes, and in which nothing is random: it has no dropout, no drop path.
+    """A copy that only `ema_` changes, and in which nothing is random: it has no dropout, no drop
+    path.
 
-    In train mode only what has running statistics learns: batch norm uses those of the batch, as the original.
+    In train mode only what has running statistics learns: batch norm uses those of the batch, as
+    the original.
     """
     copied = copy.deepcopy(module).requires_grad_(False)
     copied.train = MethodType(_train_statistics, copied)
@@ -55,7 +60,9 @@ def momentum_copy(module: nn.Module) -> nn.Module:
 
 
 def _train_statistics(module: nn.Module, mode: bool = True) -> nn.Module:
-    """`module.train`. Whatever is random in a network, as a layer or inside of one, asks for its `training`."""
+    """`module.train`. Whatever is random in a network, as a layer or inside of one, asks for its
+    `training`.
+    """
     type(module).train(module, mode)
     for child in module.modules():
         if not any(name.startswith("running_") for name in child._buffers):
@@ -65,7 +72,9 @@ def _train_statistics(module: nn.Module, mode: bool = True) -> nn.Module:
 
 @torch.no_grad()
 def ema_(target: Iterable[nn.Module], source: Iterable[nn.Module], momentum: float) -> None:
-    """target <- momentum * target + (1 - momentum) * source, for parameters; buffers are the copy's own."""
+    """target <- momentum * target + (1 - momentum) * source, for parameters; buffers are the copy's
+    own.
+    """
     theirs = [p for module in source for p in module.parameters()]
     ours = [p for module in target for p in module.parameters()]
     torch._foreach_lerp_(ours, theirs, 1 - momentum)
@@ -77,8 +86,15 @@ def rising(momentum: float, progress: float) -> float:
 
 
 def by_size(network: nn.Module, views: Sequence[Tensor]) -> Tensor:
-    """V views (N, 3, H, W) -> (V * N, D), view after view; one pass for all of a size, as multi-crop's authors do."""
-    return torch.cat([network(torch.cat(list(group))) for _, group in groupby(views, key=lambda view: view.shape[-2:])])
+    """V views (N, 3, H, W) -> (V * N, D), view after view; one pass for all of a size, as
+    multi-crop's authors do.
+    """
+    return torch.cat(
+        [
+            network(torch.cat(list(group)))
+            for _, group in groupby(views, key=lambda view: view.shape[-2:])
+        ]
+    )
 
 
 def health_of(*embeddings: Tensor) -> Tensor:

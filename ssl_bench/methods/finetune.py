@@ -14,15 +14,18 @@ Block = list[nn.Module | nn.Parameter]
 
 
 def blocks(network: nn.Module) -> list[Block]:
-    """The parts of a network from its input to its output: first the stem, then each residual block.
+    """The parts of a network from its input to its output: first the stem, then each residual
+    block.
 
-    A block is an entry of a Sequential or ModuleList (layer1.0 of a ResNet, blocks.0 of a ViT); what comes before the
-    first belongs to the stem, what comes after it to the block before. Every parameter is in exactly one part.
+    A block is an entry of a Sequential or ModuleList (layer1.0 of a ResNet, blocks.0 of a ViT);
+    what comes before the first belongs to the stem, what comes after it to the block before. Every
+    parameter is in exactly one part.
     """
     parts: list[Block] = [[]]
 
     def walk(module: nn.Module) -> None:
-        parts[0].extend(module.parameters(recurse=False))  # class token and positions come with the stem
+        # class token and positions come with the stem
+        parts[0].extend(module.parameters(recurse=False))
         for child in module.children():
             if isinstance(child, nn.Sequential | nn.ModuleList):
                 parts.extend([entry] for entry in child if any(True for _ in entry.parameters()))
@@ -37,16 +40,21 @@ def blocks(network: nn.Module) -> list[Block]:
 
 def parameters(part: Block) -> list[nn.Parameter]:
     """Those of a part that are trained."""
-    every = (item for member in part for item in ([member] if isinstance(member, Tensor) else member.parameters()))
+    every = (
+        item
+        for member in part
+        for item in ([member] if isinstance(member, Tensor) else member.parameters())
+    )
     return [parameter for parameter in every if parameter.requires_grad]
 
 
 class FineTune(Method):
-    """A new linear layer on a backbone, and both trained; fc ~ N(0, 0.01), bias 0, as in Barlow Twins' evaluate.py.
+    """A new linear layer on a backbone, and both trained; fc ~ N(0, 0.01), bias 0, as in Barlow
+    Twins' evaluate.py.
 
-    trained_blocks: of the backbone only the last so many `blocks`; the others keep their weights and statistics. None:
-    all of it. mixup: pairs of images and their labels are mixed by a share drawn from Beta(mixup, mixup) for each batch
-    (Zhang et al., arXiv:1710.09412); 0: not at all.
+    trained_blocks: of the backbone only the last so many `blocks`; the others keep their weights
+    and statistics. None: all of it. mixup: pairs of images and their labels are mixed by a share
+    drawn from Beta(mixup, mixup) for each batch (Zhang et al., arXiv:1710.09412); 0: not at all.
     """
 
     num_views = 1
@@ -71,7 +79,9 @@ class FineTune(Method):
             )
         first = 0 if trained_blocks is None else len(parts) - trained_blocks
         self.trained = [parameters(part) for part in parts[first:]]  # from the input to the output
-        self.frozen = [member for part in parts[:first] for member in part if isinstance(member, nn.Module)]
+        self.frozen = [
+            member for part in parts[:first] for member in part if isinstance(member, nn.Module)
+        ]
         for part in parts[:first]:
             for parameter in parameters(part):
                 parameter.requires_grad_(False)
@@ -90,8 +100,10 @@ class FineTune(Method):
         """accuracy: of the labels weighted by their share in the image."""
         images, share = views[0], 1.0
         if self.mixup:
-            share = torch.distributions.Beta(self.mixup, self.mixup).sample()  # on the host, from the step's generator
-            images = share * images + (1 - share) * images.flip(0)  # the order of a batch is random already
+            # on the host, from the step's generator
+            share = torch.distributions.Beta(self.mixup, self.mixup).sample()
+            # the order of a batch is random already
+            images = share * images + (1 - share) * images.flip(0)
         logits = self.logits(images)
         loss = share * F.cross_entropy(logits, labels)
         right = share * (logits.argmax(dim=1) == labels).float().mean()

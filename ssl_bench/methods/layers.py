@@ -14,17 +14,23 @@ from ssl_bench.runtime import distributed
 
 
 def mlp(
-    *dims: int, norm: bool = False, final_norm: Literal["scaled", "plain"] | None = None, final_bias: bool = True
+    *dims: int,
+    norm: bool = False,
+    final_norm: Literal["scaled", "plain"] | None = None,
+    final_bias: bool = True,
 ) -> nn.Sequential:
-    """Linear layers of the given widths, with ReLU between them, and before each ReLU batch norm if `norm`.
+    """Linear layers of the given widths, with ReLU between them, and before each ReLU batch norm if
+    `norm`.
 
-    final_norm: batch norm after the last one, with weights but no bias, or without either. A layer before batch norm
-    has no bias, which the norm would take out again.
+    final_norm: batch norm after the last one, with weights but no bias, or without either. A layer
+    before batch norm has no bias, which the norm would take out again.
     """
     layers: list[nn.Module] = []
     for i, (inputs, outputs) in enumerate(pairwise(dims)):
         last = i == len(dims) - 2
-        layers.append(nn.Linear(inputs, outputs, bias=final_bias and not final_norm if last else not norm))
+        layers.append(
+            nn.Linear(inputs, outputs, bias=final_bias and not final_norm if last else not norm)
+        )
         if last and final_norm:
             layers.append(nn.BatchNorm1d(outputs, affine=final_norm == "scaled"))
             if final_norm == "scaled":
@@ -35,14 +41,19 @@ def mlp(
 
 
 def full_precision(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """A loss, or a head, outside of autocast: embeddings that arrive in half precision become float32."""
+    """A loss, or a head, outside of autocast: embeddings that arrive in half precision become
+    float32.
+    """
 
     @wraps(loss)
     def computed(*args: Any, **kwargs: Any) -> Any:
         args = tuple(
-            x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.half) else x for x in args
+            x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.half) else x
+            for x in args
         )
-        with torch.autocast(next(x for x in args if isinstance(x, Tensor)).device.type, enabled=False):
+        with torch.autocast(
+            next(x for x in args if isinstance(x, Tensor)).device.type, enabled=False
+        ):
             return loss(*args, **kwargs)
 
     return computed
@@ -78,7 +89,8 @@ SPLITTABLE = {nn.BatchNorm1d, nn.BatchNorm2d}
 
 
 class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over each of `num_splits` consecutive parts of the batch, as that many GPUs would compute it.
+    """Batch norm over each of `num_splits` consecutive parts of the batch, as that many GPUs would
+    compute it.
 
     One device then behaves like several, which MoCo's shuffle needs. Same state as batch norm.
     """
@@ -87,12 +99,17 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        # Each part moves its own copy of the running statistics; what stays is their mean, as in the authors' code.
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        # Each part moves its own copy of the running statistics; what stays is their mean, as in
+        # the authors' code.
         means = self.running_mean.repeat(self.num_splits, 1)
         variances = self.running_var.repeat(self.num_splits, 1)
         parts = [
-            F.batch_norm(part, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
+            F.batch_norm(
+                part, mean, variance, self.weight, self.bias, True, self.momentum, self.eps
+            )
             for part, mean, variance in zip(x.chunk(self.num_splits), means, variances, strict=True)
         ]
         self.running_mean.copy_(means.mean(dim=0))
@@ -102,7 +119,9 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def split_batch_norm_(module: nn.Module, num_splits: int) -> None:
-    """Turn every batch norm inside `module` into a split one, in place. Parameters and buffers stay."""
+    """Turn every batch norm inside `module` into a split one, in place. Parameters and buffers
+    stay.
+    """
     for child in module.modules():
         if type(child) in SPLITTABLE:
             child.__class__ = SplitBatchNorm
@@ -112,11 +131,15 @@ def split_batch_norm_(module: nn.Module, num_splits: int) -> None:
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the batches of all ranks, on any device: torch's own knows no CPU. Same state as batch norm."""
+    """Batch norm over the batches of all ranks, on any device: torch's own knows no CPU. Same state
+    as batch norm.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
         dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
         wide = x.float() if x.dtype in (torch.bfloat16, torch.half) else x
         mean = distributed.mean_with_grad(wide.mean(dims))  # every rank has as many images
@@ -134,9 +157,11 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def sync_batch_norm_(module: nn.Module, device: torch.device, compiled: bool) -> None:
-    """Batch norm inside `module` over all ranks, in place, but where it is split on purpose. Its state stays.
+    """Batch norm inside `module` over all ranks, in place, but where it is split on purpose. Its
+    state stays.
 
-    torch's own has the faster kernels, and waits for the GPU: each would be a gap in a compiled network.
+    torch's own has the faster kernels, and waits for the GPU: each would be a gap in a compiled
+    network.
     """
     for child in module.modules():
         if type(child) not in SPLITTABLE:
@@ -148,7 +173,11 @@ def sync_batch_norm_(module: nn.Module, device: torch.device, compiled: bool) ->
 
 
 def _refuse_unknown(child: nn.Module, asked: str, instead: str) -> None:
-    """UserError for a batch norm that does more, like timm's with the activation in it: that would be lost."""
+    """UserError for a batch norm that does more, like timm's with the activation in it: that would
+    be lost.
+    """
     known = (nn.BatchNorm1d, nn.BatchNorm2d, SplitBatchNorm, SyncBatchNorm, nn.SyncBatchNorm)
     if isinstance(child, nn.modules.batchnorm._BatchNorm) and type(child) not in known:
-        raise UserError(f"{asked} can't be had with this backbone's {type(child).__name__}: type {instead}")
+        raise UserError(
+            f"{asked} can't be had with this backbone's {type(child).__name__}: type {instead}"
+        )

@@ -26,21 +26,28 @@ def info_nce_logits(query: Tensor, key: Tensor, queue: Tensor, temperature: floa
 
 
 def split_(backbone: nn.Module, bn_splits: int | None, batch_size: int | None) -> int:
-    """Split its batch norm, in place. Returns in how many parts, and says it; warns where nobody chose what is taken.
+    """Split its batch norm, in place. Returns in how many parts, and says it; warns where nobody
+    chose what is taken.
 
-    bn_splits=None: what `splits.resolve` says, or 1 where there is no batch norm, or one that does more and can't be
-    split. UserError where such a one is asked to be.
+    bn_splits=None: what `splits.resolve` says, or 1 where there is no batch norm, or one that does
+    more and can't be split. UserError where such a one is asked to be.
     """
     processes = distributed.world_size()
     taken = splits.resolve(bn_splits, processes, batch_size)
-    kinds = {type(child) for child in backbone.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)}
+    kinds = {
+        type(child)
+        for child in backbone.modules()
+        if isinstance(child, nn.modules.batchnorm._BatchNorm)
+    }
     if bn_splits is None and not (kinds and kinds <= layers.SPLITTABLE):
         taken = 1
     if taken > 1:
         layers.split_batch_norm_(backbone, taken)
     if kinds and distributed.rank() == 0:
         parts = taken * processes
-        level = logging.INFO if parts == splits.GPUS or (bn_splits and parts > 1) else logging.WARNING
+        level = (
+            logging.INFO if parts == splits.GPUS or (bn_splits and parts > 1) else logging.WARNING
+        )
         said = f"in {parts} shuffled parts; the authors had {splits.GPUS}"
         if parts == 1:
             said = "whole, not shuffled: its statistics may give the positive away"
@@ -50,13 +57,14 @@ def split_(backbone: nn.Module, bn_splits: int | None, batch_size: int | None) -
 
 
 class MoCo(Method):
-    """A query is told from the keys of earlier batches by its own key, encoded by a slow copy of the encoder.
+    """A query is told from the keys of earlier batches by its own key, encoded by a slow copy of
+    the encoder.
 
     dim: width D of the embeddings. queue_size: number K of negatives. momentum: of the key encoder.
     mlp: v2's projection head, Linear-ReLU-Linear, instead of v1's Linear.
-    bn_splits: batch norm sees the batch in this many parts, each as if on a GPU of its own (section 3.3): with the
-    shuffle this keeps one device from solving the task through batch statistics. None: see `split_`; that wants
-    batch_size, which is global.
+    bn_splits: batch norm sees the batch in this many parts, each as if on a GPU of its own (section
+    3.3): with the shuffle this keeps one device from solving the task through batch statistics.
+    None: see `split_`; that wants batch_size, which is global.
     """
 
     def __init__(
@@ -80,7 +88,9 @@ class MoCo(Method):
         self.queue = layers.Queue(dim, queue_size)
 
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
-        """views: query and key images, (N, 3, H, W) each. `accuracy`: how often the positive scores highest."""
+        """views: query and key images, (N, 3, H, W) each. `accuracy`: how often the positive scores
+        highest.
+        """
         if len(views[0]) % self.bn_splits:
             raise UserError(
                 f"method.bn_splits={self.bn_splits} does not divide the {len(views[0])} images of a process: "
@@ -93,7 +103,8 @@ class MoCo(Method):
             keys = self.encode_keys(views[1])  # (world * N, D)
             key = keys.view(distributed.world_size(), *query.shape)[distributed.rank()]
         logits = info_nce_logits(query, key, self.queue.keys, self.temperature)
-        self.newest = keys  # enqueued by `update`: the backward pass has yet to read the queue as it is
+        # enqueued by `update`: the backward pass has yet to read the queue as it is
+        self.newest = keys
         target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         accuracy = (logits[:, 0] > logits[:, 1:].amax(dim=1)).float().mean()
         loss = F.cross_entropy(logits, target)

@@ -18,19 +18,24 @@ log = logging.getLogger(__name__)
 
 @layers.full_precision
 def contrastive_loss(query: Tensor, key: Tensor, temperature: float) -> Tensor:
-    """query, key (N, D), not normalised -> InfoNCE within the batch, of all ranks, times 2T (algorithm 1)."""
-    query, keys = F.normalize(query, dim=1), distributed.all_gather(F.normalize(key, dim=1))  # no gradient to keys
+    """query, key (N, D), not normalised -> InfoNCE within the batch, of all ranks, times 2T
+    (algorithm 1).
+    """
+    # no gradient to keys
+    query, keys = F.normalize(query, dim=1), distributed.all_gather(F.normalize(key, dim=1))
     logits = query @ keys.T / temperature  # (N, world * N)
     target = torch.arange(len(query), device=query.device) + len(query) * distributed.rank()
     return F.cross_entropy(logits, target) * 2 * temperature
 
 
 class MoCoV3(Method):
-    """MoCo without a queue: the keys are the batch's own, encoded by a slow copy; queries pass a predictor as well.
+    """MoCo without a queue: the keys are the batch's own, encoded by a slow copy; queries pass a
+    predictor as well.
 
-    The heads are those of the authors' ResNet: projector Linear-BN-ReLU-Linear-BN, predictor Linear-BN-ReLU-Linear.
-    For ViTs they have projector_layers=3, and predictor_norm: batch norm after the predictor's last layer, too.
-    momentum: of the key encoder; it rises to 1 along a cosine.
+    The heads are those of the authors' ResNet: projector Linear-BN-ReLU-Linear-BN, predictor
+    Linear-BN-ReLU-Linear. For ViTs they have projector_layers=3, and predictor_norm: batch norm
+    after the predictor's last layer, too. momentum: of the key encoder; it rises to 1 along a
+    cosine.
     """
 
     def __init__(
@@ -48,9 +53,15 @@ class MoCoV3(Method):
         hidden = (hidden_dim,) * (projector_layers - 1)
         self.projector = layers.mlp(backbone.dim, *hidden, dim, norm=True, final_norm="plain")
         final_norm = "plain" if predictor_norm else None
-        self.predictor = layers.mlp(dim, hidden_dim, dim, norm=True, final_norm=final_norm, final_bias=False)
-        if projector_layers == 2 and any("Attention" in type(module).__name__ for module in backbone.modules()):
-            log.warning("method=moco_v3 is the authors' recipe for ResNets; for ViTs they have method=moco_v3_vit")
+        self.predictor = layers.mlp(
+            dim, hidden_dim, dim, norm=True, final_norm=final_norm, final_bias=False
+        )
+        if projector_layers == 2 and any(
+            "Attention" in type(module).__name__ for module in backbone.modules()
+        ):
+            log.warning(
+                "method=moco_v3 is the authors' recipe for ResNets; for ViTs they have method=moco_v3_vit"
+            )
         self.key_backbone = momentum_copy(self.backbone)
         self.key_projector = momentum_copy(self.projector)
 

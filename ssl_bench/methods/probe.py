@@ -13,10 +13,12 @@ IGNORED = -100  # the label of an image that a head doesn't learn from
 
 
 class LinearProbe(Method):
-    """One linear layer on a frozen backbone in eval mode; fc ~ N(0, 0.01), bias 0, as in the authors' main_lincls.py.
+    """One linear layer on a frozen backbone in eval mode; fc ~ N(0, 0.01), bias 0, as in the
+    authors' main_lincls.py.
 
-    normalize: standardise the features by their batch statistics first (batch norm without parameters, as MAE does,
-    arXiv:2111.06377, A.1), so that one learning rate suits features of any scale.
+    normalize: standardise the features by their batch statistics first (batch norm without
+    parameters, as MAE does, arXiv:2111.06377, A.1), so that one learning rate suits features of any
+    scale.
     """
 
     num_views = 1
@@ -50,24 +52,37 @@ class LinearProbe(Method):
 
 
 def restored(backbone: nn.Module, state: Mapping[str, Tensor]) -> LinearProbe:
-    """The probe that a run of lincls or finetune saved, on the CPU in eval mode. state: "model" of its checkpoint."""
-    probe = LinearProbe(backbone, len(state["fc.weight"]), normalize="norm.running_mean" in state).cpu().eval()
+    """The probe that a run of lincls or finetune saved, on the CPU in eval mode. state: "model" of
+    its checkpoint.
+    """
+    probe = (
+        LinearProbe(backbone, len(state["fc.weight"]), normalize="norm.running_mean" in state)
+        .cpu()
+        .eval()
+    )
     probe.load_state_dict({key: state[key] for key in probe.state_dict()})
     return probe
 
 
 class LinearGrid(LinearProbe):
-    """A LinearProbe for each of `cells` settings of the optimizer, all trained at once on features of the backbone.
+    """A LinearProbe for each of `cells` settings of the optimizer, all trained at once on features
+    of the backbone.
 
-    Each has two heads that see the same batches: one learns from all images; the other not from those held out, and is
-    there to be scored on them. All start as `fc` does, and none feels the others: the loss is a sum over heads, each
-    with tensors of its own, which is what LARS and clipping look at. `choose` makes one of them `fc`: then this is a
-    LinearProbe.
-    normalize: by the statistics of all features (`standardise`), not of each batch: every process has the same.
+    Each has two heads that see the same batches: one learns from all images; the other not from
+    those held out, and is there to be scored on them. All start as `fc` does, and none feels the
+    others: the loss is a sum over heads, each with tensors of its own, which is what LARS and
+    clipping look at. `choose` makes one of them `fc`: then this is a LinearProbe.
+    normalize: by the statistics of all features (`standardise`), not of each batch: every process
+    has the same.
     """
 
     def __init__(
-        self, backbone: nn.Module, num_classes: int, cells: int, kept: float = 1.0, normalize: bool = False
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        cells: int,
+        kept: float = 1.0,
+        normalize: bool = False,
     ) -> None:
         super().__init__(backbone, num_classes, normalize)
         self.kept = kept
@@ -75,7 +90,8 @@ class LinearGrid(LinearProbe):
         # of each cell two, (num_classes, dim): the head of all images, then the other
         self.weights = nn.ParameterList(self.fc.weight.clone() for _ in range(2 * cells))
         self.biases = nn.ParameterList(self.fc.bias.clone() for _ in range(2 * cells))
-        self.register_buffer("chosen", torch.zeros((), dtype=torch.int64))  # they start alike: then any is the best
+        # they start alike: then any is the best
+        self.register_buffer("chosen", torch.zeros((), dtype=torch.int64))
         self.finished = False
 
     def pairs(self) -> list[list[nn.Parameter]]:
@@ -95,35 +111,46 @@ class LinearGrid(LinearProbe):
         """Normalise by the mean and variance of features (N, dim) each."""
         mean = torch.stack([features.mean(dim=0) for features in copies]).mean(dim=0)
         self.norm.running_mean.copy_(mean)
-        self.norm.running_var.copy_(torch.stack([(f - mean).square().mean(dim=0) for f in copies]).mean(dim=0))
+        self.norm.running_var.copy_(
+            torch.stack([(f - mean).square().mean(dim=0) for f in copies]).mean(dim=0)
+        )
 
     @layers.full_precision
     def heads(self, features: Tensor) -> Tensor:
         """(N, dim) -> logits (N, cells, 2, num_classes), not in bfloat16."""
-        logits = F.linear(self.norm(features), torch.cat(list(self.weights)), torch.cat(list(self.biases)))
+        logits = F.linear(
+            self.norm(features), torch.cat(list(self.weights)), torch.cat(list(self.biases))
+        )
         return logits.unflatten(1, (len(self.weights) // 2, 2, -1))
 
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
-        """views: one, of features (N, dim). labels (N, 2): for the one head and the other, IGNORED where held out.
+        """views: one, of features (N, dim). labels (N, 2): for the one head and the other, IGNORED
+        where held out.
 
-        Its value, and accuracy, are those of the chosen cell's head of all images, as a LinearProbe has them; its
-        gradient is that of all heads.
+        Its value, and accuracy, are those of the chosen cell's head of all images, as a LinearProbe
+        has them; its gradient is that of all heads.
         """
         logits = self.heads(views[0])
         each, examined = _cross_entropy(logits, labels[:, None]).mean(dim=0).unbind(dim=1)
-        # Not by how many images this batch keeps, which may be none, and isn't the same on each process.
+        # Not by how many images this batch keeps, which may be none, and isn't the same on each
+        # process.
         loss = each.sum() + examined.sum() / self.kept
         right = (logits[:, :, 0].argmax(dim=2) == labels[:, :1]).float().mean(dim=0)
         self.seen = torch.stack([each.detach(), right])  # (2, cells), for a choice after this step
-        mine, accuracy = self.seen.index_select(1, self.chosen[None])[:, 0]  # the host doesn't wait to know which
+        # the host doesn't wait to know which
+        mine, accuracy = self.seen.index_select(1, self.chosen[None])[:, 0]
         return {"loss": loss - loss.detach() + mine, "accuracy": accuracy}
 
     @torch.no_grad()
     def score(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Held-out features (N, dim), labels (N,) -> (cells, 2): how many are right, their summed cross-entropy."""
+        """Held-out features (N, dim), labels (N,) -> (cells, 2): how many are right, their summed
+        cross-entropy.
+        """
         logits = self.heads(features)[:, :, 1]
         right = logits.argmax(dim=2) == labels[:, None]
-        return torch.stack([right.sum(dim=0), _cross_entropy(logits, labels[:, None]).sum(dim=0)], dim=1)
+        return torch.stack(
+            [right.sum(dim=0), _cross_entropy(logits, labels[:, None]).sum(dim=0)], dim=1
+        )
 
     @torch.no_grad()
     def choose(self, cell: int) -> None:

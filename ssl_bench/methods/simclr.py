@@ -14,12 +14,14 @@ from ssl_bench.runtime import distributed
 
 @layers.full_precision
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    """Embeddings (N, D) of two views, not normalised -> mean cross-entropy over all 2N anchors (section 2.1).
+    """Embeddings (N, D) of two views, not normalised -> mean cross-entropy over all 2N anchors
+    (section 2.1).
 
     The authors' code has twice that, which LARS makes good for weights, but not for biases.
     """
     z = F.normalize(torch.cat([z1, z2]), dim=1)  # (2N, D)
-    logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)  # (2N, 2N); an image is no negative of itself
+    # (2N, 2N); an image is no negative of itself
+    logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
     positives = torch.arange(len(z), device=z.device).roll(len(z1))
     return F.cross_entropy(logits, positives)
 
@@ -27,7 +29,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 class SimCLR(Method):
     """Each view of an image is told from all other images of the batch by the other view.
 
-    dim: width D of the embeddings. hidden_dim: of the projector, Linear-BN-ReLU-Linear-BN; None: that of the features.
+    dim: width D of the embeddings. hidden_dim: of the projector, Linear-BN-ReLU-Linear-BN; None:
+    that of the features.
     """
 
     def __init__(
@@ -39,8 +42,11 @@ class SimCLR(Method):
     ) -> None:
         super().__init__(backbone)
         self.temperature = temperature
-        # batch norm at the end too, which scales and doesn't shift, as in the authors' model_util.py
-        self.projector = layers.mlp(backbone.dim, hidden_dim or backbone.dim, dim, norm=True, final_norm="scaled")
+        # batch norm at the end too, which scales and doesn't shift, as in the authors'
+        # model_util.py
+        self.projector = layers.mlp(
+            backbone.dim, hidden_dim or backbone.dim, dim, norm=True, final_norm="scaled"
+        )
 
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
         # In one pass: batch norm sees both views together, as in the authors' code.

@@ -19,7 +19,8 @@ IDLE = {"method.queue_length=0": ("method.queue_start",)}  # see `typed`
 @torch.no_grad()
 @layers.full_precision
 def sinkhorn(scores: Tensor, epsilon: float, num_iterations: int) -> Tensor:
-    """Scores (B, K) of B images and K prototypes -> codes (B, K), an image's sum to 1, prototypes are used alike.
+    """Scores (B, K) of B images and K prototypes -> codes (B, K), an image's sum to 1, prototypes
+    are used alike.
 
     Equations 3 to 5, by the algorithm of Cuturi, arXiv:1306.0895.
     """
@@ -40,10 +41,11 @@ def swapped_prediction_loss(
     num_iterations: int = 3,
     queue: Tensor | None = None,
 ) -> Tensor:
-    """Crops V x (N, D), prototypes (K, D) of norm 1 -> each of the first two crops' codes predicted from all others.
+    """Crops V x (N, D), prototypes (K, D) of norm 1 -> each of the first two crops' codes predicted
+    from all others.
 
-    queue (2, Q, D): normalised embeddings of earlier images, which join the batch when codes are made, a part for each
-    of the two crops. Codes are made of the batches of all ranks.
+    queue (2, Q, D): normalised embeddings of earlier images, which join the batch when codes are
+    made, a part for each of the two crops. Codes are made of the batches of all ranks.
     """
     scores = [F.normalize(crop, dim=1) @ prototypes.T for crop in embeddings]  # (N, K)
     predictions = [F.log_softmax(score / temperature, dim=1) for score in scores]
@@ -54,16 +56,20 @@ def swapped_prediction_loss(
         codes = sinkhorn(torch.cat([*stored, everyone]), epsilon, num_iterations)[-len(everyone) :]
         code = codes.view(distributed.world_size(), *scores[coded].shape)[distributed.rank()]
         others = [prediction for crop, prediction in enumerate(predictions) if crop != coded]
-        loss = loss - sum((code * prediction).sum(dim=1).mean() for prediction in others) / len(others)
+        loss = loss - sum((code * prediction).sum(dim=1).mean() for prediction in others) / len(
+            others
+        )
     return loss / NUM_CODED
 
 
 class SwAV(Method):
-    """Crops of an image predict each other's assignment to prototypes, which are assigned evenly within the batch.
+    """Crops of an image predict each other's assignment to prototypes, which are assigned evenly
+    within the batch.
 
-    dim: width D of the embeddings. hidden_dim: of the projector, Linear-BN-ReLU-Linear. num_prototypes: K.
-    frozen_epochs: as long the prototypes don't move. queue_length: embeddings of earlier images that join the batch
-    from epoch `queue_start` on, for batches that are small beside K; 0: none.
+    dim: width D of the embeddings. hidden_dim: of the projector, Linear-BN-ReLU-Linear.
+    num_prototypes: K. frozen_epochs: as long the prototypes don't move. queue_length: embeddings of
+    earlier images that join the batch from epoch `queue_start` on, for batches that are small
+    beside K; 0: none.
     """
 
     takes_small_views = True
@@ -86,7 +92,8 @@ class SwAV(Method):
         self.frozen_epochs, self.queue_start = frozen_epochs, queue_start
         self.projector = layers.mlp(backbone.dim, hidden_dim, dim, norm=True)
         self.prototypes = nn.Linear(dim, num_prototypes, bias=False)
-        self.register_buffer("queue", torch.zeros(NUM_CODED, queue_length, dim))  # newest first, zeros where empty
+        # newest first, zeros where empty
+        self.register_buffer("queue", torch.zeros(NUM_CODED, queue_length, dim))
         self.queueing = self.queue_full = False
 
     def param_groups(self) -> list[dict]:
@@ -97,7 +104,8 @@ class SwAV(Method):
         ]
 
     def begin(self, epoch: float, epochs: int) -> None:
-        with torch.no_grad():  # in place: the gradient is that of a weight which happens to have norm 1
+        # in place: the gradient is that of a weight which happens to have norm 1
+        with torch.no_grad():
             self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
         self.queueing = self.queue.shape[1] > 0 and epoch >= self.queue_start
         if self.queueing and not self.queue_full:  # a sync, until it is full
@@ -123,4 +131,6 @@ class SwAV(Method):
     def enqueue(self, crops: Sequence[Tensor]) -> None:
         newest = torch.stack([distributed.all_gather(F.normalize(crop, dim=1)) for crop in crops])
         newest = newest[:, : self.queue.shape[1]]
-        self.queue.copy_(torch.cat([newest, self.queue[:, : self.queue.shape[1] - newest.shape[1]]], dim=1))
+        self.queue.copy_(
+            torch.cat([newest, self.queue[:, : self.queue.shape[1] - newest.shape[1]]], dim=1)
+        )

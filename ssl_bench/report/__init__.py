@@ -1,3 +1,3 @@
-"""Results for people: `grouping` of runs, `tables`, `sweeps`, `charts` and `page` (report.html), `figure`
-(overview.png), `dashboard` (W&B's).
+"""Results for people: `grouping` of runs, `tables`, `sweeps`, `charts` and `page` (report.html),
+`figure` (overview.png), `dashboard` (W&B's).
 """

@@ -1,6 +1,8 @@
-"""Charts as SVG for a page: text in the page's font, colours by its CSS variables, a tooltip for each line.
+"""Charts as SVG for a page: text in the page's font, colours by its CSS variables, a tooltip for
+each line.
 
-`--s0` ... `--s7` are the colours of series, `--ink` is that of text, `--rule` of axes, `--grid` of what lies behind.
+`--s0` ... `--s7` are the colours of series, `--ink` is that of text, `--rule` of axes, `--grid` of
+what lies behind.
 """
 
 import io
@@ -30,7 +32,8 @@ _SVG = "http://www.w3.org/2000/svg"
 
 
 class Series(NamedTuple):
-    """number: of its colour and dashes, the same on the whole page. curves: (points, 2) for each sample, x ascending.
+    """number: of its colour and dashes, the same on the whole page. curves: (points, 2) for each
+    sample, x ascending.
 
     values: of each sample, what its finished runs came to.
     """
@@ -42,7 +45,9 @@ class Series(NamedTuple):
 
 
 def band(curves: Sequence[np.ndarray]) -> np.ndarray:
-    """(points, 2) each, x ascending -> (M, 3): every x there is, `mean_std` of the curves that cover it."""
+    """(points, 2) each, x ascending -> (M, 3): every x there is, `mean_std` of the curves that
+    cover it.
+    """
     x = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
     values = np.stack([np.interp(x, *curve.T, left=np.nan, right=np.nan) for curve in curves])
     spread = [mean_std(column[np.isfinite(column)].tolist()) for column in values.T]
@@ -57,7 +62,9 @@ def smooth(points: np.ndarray) -> np.ndarray:
 
 
 def lines(metric: str, series: Sequence[Series], x: str = "epoch") -> str:
-    """SVG: a line a series, the mean of its samples, in a band of one sample standard deviation to either side."""
+    """SVG: a line a series, the mean of its samples, in a band of one sample standard deviation to
+    either side.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -73,10 +80,14 @@ def lines(metric: str, series: Sequence[Series], x: str = "epoch") -> str:
             axes.fill_between(points[:, 0], low, high, where=there, alpha=0.18, linewidth=0, **look)
             marker = "o" if len(points) == 1 else None
             dashes = DASHES[number // len(COLOURS) % len(DASHES)]
-            axes.plot(points[:, 0], points[:, 1], linewidth=1.8, linestyle=dashes, marker=marker, **look)
+            axes.plot(
+                points[:, 0], points[:, 1], linewidth=1.8, linestyle=dashes, marker=marker, **look
+            )
             last = max(curve[-1, 0] for curve in curves)
             came_to = values or [curve[-1, 1] for curve in curves]
-            titles[number] = f"{name}: {shown(metric, came_to)}, n = {len(came_to)}, at {x} {last:g}"
+            titles[number] = (
+                f"{name}: {shown(metric, came_to)}, n = {len(came_to)}, at {x} {last:g}"
+            )
         axes.set_xlabel(x)
         axes.grid(axis="y")
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
@@ -84,7 +95,9 @@ def lines(metric: str, series: Sequence[Series], x: str = "epoch") -> str:
 
 
 def dots(metric: str, rows: Sequence[tuple[str, int, list[float]]]) -> str:
-    """SVG: a line a row (name, number as of Series, a value for each sample): these, their mean ± std."""
+    """SVG: a line a row (name, number as of Series, a value for each sample): these, their mean ±
+    std.
+    """
     from matplotlib.figure import Figure
 
     scale = unit(metric).scale
@@ -97,19 +110,30 @@ def dots(metric: str, rows: Sequence[tuple[str, int, list[float]]]) -> str:
             mean, std = mean_std(scaled)
             colour, gid = COLOURS[number % len(COLOURS)], f"series-{number}"
             if len(values) > 1:
-                axes.plot([mean - std, mean + std], [y, y], color=colour, alpha=0.35, linewidth=7, gid=gid)
+                axes.plot(
+                    [mean - std, mean + std], [y, y], color=colour, alpha=0.35, linewidth=7, gid=gid
+                )
                 axes.plot([mean, mean], [y - 0.28, y + 0.28], color=colour, linewidth=2.4, gid=gid)
             axes.plot(scaled, [y] * len(values), "o", color=colour, markersize=4.5, gid=gid)
             titles[number] = f"{name}: {shown(metric, values)}, n = {len(values)}"
             place = {"xycoords": ("axes fraction", "data"), "annotation_clip": False}
-            axes.annotate(shown(metric, values), (1, y), (12, 0), textcoords="offset points", va="center", **place)
+            axes.annotate(
+                shown(metric, values),
+                (1, y),
+                (12, 0),
+                textcoords="offset points",
+                va="center",
+                **place,
+            )
         axes.set_yticks(range(len(rows)), [_short(name) for name, *_ in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.margins(x=0.04)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
         axes.set_xlabel(unit(metric).label)
-        return _svg(page, f"{unit(metric).label} of each sample. {'; '.join(titles.values())}", titles)
+        return _svg(
+            page, f"{unit(metric).label} of each sample. {'; '.join(titles.values())}", titles
+        )
 
 
 def _within(metric: str, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -131,9 +155,16 @@ def _short(name: str) -> str:
 
 
 def _svg(page: "Figure", description: str, titles: dict[int, str]) -> str:
-    """What matplotlib draws, without what a page already has or must not have twice: fonts, colours, ids, styles."""
+    """What matplotlib draws, without what a page already has or must not have twice: fonts,
+    colours, ids, styles.
+    """
     file = io.StringIO()
-    page.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    page.savefig(
+        file,
+        format="svg",
+        transparent=True,
+        metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
+    )
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     text = file.getvalue()
@@ -142,7 +173,8 @@ def _svg(page: "Figure", description: str, titles: dict[int, str]) -> str:
     needed = set(re.findall(r'(?:href="|url\()#([\w-]+)', text))
     for parent in list(root.iter()):
         for child in list(parent):
-            if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):  # a style in a page would be for all of it
+            # a style in a page would be for all of it
+            if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
                 parent.remove(child)
     for node in root.iter():
         name = node.attrib.pop("id", "")

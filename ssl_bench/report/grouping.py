@@ -1,4 +1,6 @@
-"""Runs as groups and boards: those that differ in their seeds alone make a row, named by what differs."""
+"""Runs as groups and boards: those that differ in their seeds alone make a row, named by what
+differs.
+"""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,8 +28,14 @@ def repeated(runs: Iterable[Ran]) -> dict[Ran, Ran]:
     for ran in runs:
         alike.setdefault(tuple(ran.identity.seeds), []).append(ran)
     found: dict[Ran, Ran] = {}
-    for same in (group for runs in alike.values() for group in identity.grouped(runs, lambda ran: ran.identity)):
-        newest = max(same, key=lambda ran: (ran.summary is not None, ran.environment.get("started") or ""))
+    for same in (
+        group
+        for runs in alike.values()
+        for group in identity.grouped(runs, lambda ran: ran.identity)
+    ):
+        newest = max(
+            same, key=lambda ran: (ran.summary is not None, ran.environment.get("started") or "")
+        )
         found |= {ran: newest for ran in same if ran is not newest}
     return found
 
@@ -40,7 +48,7 @@ def left_out(runs: Iterable[Ran]) -> str:
     return f"Left out, for the newest of the same configuration and seed counts: {names}."
 
 
-# -- groups of them ----------------------------------------------------------------------------------------------------
+# -- groups of them --------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -70,11 +78,14 @@ class Group:
         return list(shared.values()) if len(shared) > 1 else [[ran] for ran in self.runs]
 
     def values(self, metric: str) -> list[float]:
-        """A value for each sample with a finished run that has the metric; of what is one pretraining's, one.
+        """A value for each sample with a finished run that has the metric; of what is one
+        pretraining's, one.
 
         Every mean ± std that is shown is `mean_std` of these.
         """
-        means = self.by_sample({ran: ran.values[metric] for ran in self.runs if metric in ran.values})
+        means = self.by_sample(
+            {ran: ran.values[metric] for ran in self.runs if metric in ran.values}
+        )
         return means[:1] if metric.startswith(PRETRAINING) and self.pretrainings == 1 else means
 
     def by_sample(self, values: Mapping[Ran, float]) -> list[float]:
@@ -100,7 +111,8 @@ class Group:
 
 @dataclass
 class Board:
-    """The groups of a stage, best first by `metric`; in the order of their names where it can't rank them.
+    """The groups of a stage, best first by `metric`; in the order of their names where it can't
+    rank them.
 
     metric: "" for a stage that measures nothing, like export.
     """
@@ -124,7 +136,9 @@ class Board:
 
 
 def groups(runs: Iterable[Ran]) -> list[Group]:
-    """Of those that differ in seeds alone, without what is `repeated`: what has a row in a table; not named yet."""
+    """Of those that differ in seeds alone, without what is `repeated`: what has a row in a table;
+    not named yet.
+    """
     runs = list(runs)
     older = repeated(runs)
     found = identity.grouped([ran for ran in runs if ran not in older], lambda ran: ran.identity)
@@ -145,11 +159,15 @@ def boards(runs: Sequence[Ran], metric: str | None = None) -> list[Board]:
 
 
 def ranked(groups: Sequence[Group], asked: str | None) -> tuple[str, bool, list[Group]]:
-    """What judges them, whether it can rank them, and they, best first if it can; who isn't finished comes last."""
+    """What judges them, whether it can rank them, and they, best first if it can; who isn't
+    finished comes last.
+    """
     metric, able = _judge(groups, asked)
     if able:
         sign = 1 if smaller_is_better(metric) else -1
-        groups = sorted(groups, key=lambda group: sign * mean_std(group.values(metric) or [sign * math.inf])[0])
+        groups = sorted(
+            groups, key=lambda group: sign * mean_std(group.values(metric) or [sign * math.inf])[0]
+        )
     return metric, able, sorted(groups, key=lambda group: not group.finished)
 
 
@@ -159,20 +177,30 @@ def _place(stage: str) -> tuple[float, str]:
 
 
 def _judge(groups: Sequence[Group], asked: str | None) -> tuple[str, bool]:
-    """The metric that judges a stage, of those that its runs have, and whether it can rank its groups."""
+    """The metric that judges a stage, of those that its runs have, and whether it can rank its
+    groups.
+    """
     known = {key for group in groups for ran in group.runs for key in ran.values}
-    alike = groups[0].stage != "pretrain" or not identity.other_losses(group.runs[0].identity for group in groups)
+    alike = groups[0].stage != "pretrain" or not identity.other_losses(
+        group.runs[0].identity for group in groups
+    )
     if asked in known:
         return asked, alike or "loss" not in asked
-    named = [key for key in (group.runs[0].config.get("metric") for group in groups) if key in known]
+    named = [
+        key for key in (group.runs[0].config.get("metric") for group in groups) if key in known
+    ]
     able = [key for key in named if alike or "loss" not in key]
-    able += [key for key in UNITS if key in known and (key.endswith("top1") or (alike and key == "loss"))]
+    able += [
+        key for key in UNITS if key in known and (key.endswith("top1") or (alike and key == "loss"))
+    ]
     # A pretraining in a pipeline has that one's metric in its configuration.
     return (able or named or ["loss" if "loss" in known else ""])[0], bool(able)
 
 
 def differences(runs: Sequence[Ran]) -> dict[str, list[str]]:
-    """{key: its value for each of the runs}, of what differs besides the seed; "" where a run has no such key."""
+    """{key: its value for each of the runs}, of what differs besides the seed; "" where a run has
+    no such key.
+    """
     told = [ran.identity.told for ran in runs]
     differing = {}
     for key in sorted({key for one in told for key in one}):
@@ -186,7 +214,9 @@ def differences(runs: Sequence[Ran]) -> dict[str, list[str]]:
 
 
 def _names(firsts: Sequence[Ran]) -> list[str]:
-    """A name for each of these runs, which are configured differently: the method; if need be, what differs, too."""
+    """A name for each of these runs, which are configured differently: the method; if need be, what
+    differs, too.
+    """
     names = [ran.name for ran in firsts]
     for name in set(names):
         same = [i for i, other in enumerate(names) if other == name]
@@ -194,9 +224,15 @@ def _names(firsts: Sequence[Ran]) -> list[str]:
             continue
         differing = differences([firsts[i] for i in same])
         chosen = {key.rpartition(".")[0] for key in differing if key.endswith(".name")}
-        keys = [key for key in differing if key.endswith(".name") or key.rpartition(".")[0] not in chosen]
+        keys = [
+            key
+            for key in differing
+            if key.endswith(".name") or key.rpartition(".")[0] not in chosen
+        ]
         for place, i in enumerate(same):
-            words = [_assignment(key, differing[key][place]) for key in keys if differing[key][place]]
+            words = [
+                _assignment(key, differing[key][place]) for key in keys if differing[key][place]
+            ]
             names[i] = " ".join([name, *words[:3]])
         for again in {n for n in names if names.count(n) > 1}:
             for number, i in enumerate([i for i in same if names[i] == again], start=1):
@@ -212,15 +248,24 @@ def _assignment(key: str, value: str) -> str:
 
 
 def _word(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n").removesuffix("\n...")
+    return (
+        yaml.safe_dump(value, default_flow_style=True, width=math.inf)
+        .removesuffix("\n")
+        .removesuffix("\n...")
+    )
 
 
 def evaluations(runs: Sequence[Ran]) -> list[dict]:
-    """A row for each kind of evaluation that these runs of one network are, named by its stage and its labels; where a
-    stage has several, by what differs, too."""
+    """A row for each kind of evaluation that these runs of one network are, named by its stage and
+    its labels; where a stage has several, by what differs, too.
+    """
     rows = []
     for board in boards(runs):
         for group, row in zip(board.groups, board.rows, strict=True):
-            words = [board.title, group.runs[0].identity.labels, row["name"] if len(board.groups) > 1 else ""]
+            words = [
+                board.title,
+                group.runs[0].identity.labels,
+                row["name"] if len(board.groups) > 1 else "",
+            ]
             rows.append(row | {"name": ", ".join(filter(None, words))})
     return rows

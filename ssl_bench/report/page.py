@@ -1,4 +1,5 @@
-"""report.html: one file that needs no other. Groups of runs and what their checkpoints say in, HTML out.
+"""report.html: one file that needs no other. Groups of runs and what their checkpoints say in, HTML
+out.
 
 page.html is its template (Jinja), page.css and page.js go into it.
 """
@@ -55,7 +56,13 @@ class Detail:
     notes: list[str] = field(default_factory=list)  # what is left out, and why
 
     def class_name(self, label: int) -> str:
-        return self.classes[label] if 0 <= label < len(self.classes) else "unlabelled" if label < 0 else str(label)
+        return (
+            self.classes[label]
+            if 0 <= label < len(self.classes)
+            else "unlabelled"
+            if label < 0
+            else str(label)
+        )
 
 
 def render(
@@ -66,15 +73,24 @@ def render(
     pictures: dict[str, tuple[Path, list[str]]],
     notes: Sequence[str],
 ) -> str:
-    """The page. pictures: of augmented views, with the names of the groups that were shown such. notes: for its top."""
+    """The page. pictures: of augmented views, with the names of the groups that were shown such.
+    notes: for its top.
+    """
     import jinja2
 
     folder = Path(__file__).parent
     loader = jinja2.FileSystemLoader(folder)
     template = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=loader,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     ).get_template("page.html")
-    numbers = {name: i for i, name in enumerate(dict.fromkeys(g.name for board in boards for g in board.groups))}
+    numbers = {
+        name: i
+        for i, name in enumerate(dict.fromkeys(g.name for board in boards for g in board.groups))
+    }
     sheets: dict[str, str] = {}
     return template.render(
         title=heading,
@@ -100,7 +116,7 @@ def render(
     )
 
 
-# -- tables and curves -------------------------------------------------------------------------------------------------
+# -- tables and curves -----------------------------------------------------------------------------
 
 
 def _board(board: Board, numbers: dict[str, int]) -> dict:
@@ -113,17 +129,27 @@ def _board(board: Board, numbers: dict[str, int]) -> dict:
             values = row["values"].get(column, [])
             order = mean_std(values)[0] if values else row.get(column)
             cells.append({"text": tables.cell(row, column), "order": order})
-        lines.append({"name": group.name, "number": numbers[group.name], "n": row["n"], "cells": cells})
-    drawn = [(g.name, numbers[g.name], values) for g in board.groups if (values := _finite(g.values(board.metric)))]
+        lines.append(
+            {"name": group.name, "number": numbers[group.name], "n": row["n"], "cells": cells}
+        )
+    drawn = [
+        (g.name, numbers[g.name], values)
+        for g in board.groups
+        if (values := _finite(g.values(board.metric)))
+    ]
     return {
         "id": board.stage,
         "title": board.title,
         "metric": units.unit(board.metric).label,
         "unranked": not board.ranked and len(board.groups) > 1,
-        "best": units.shown(board.metric, board.groups[0].values(board.metric)) if board.ranked else "",
+        "best": units.shown(board.metric, board.groups[0].values(board.metric))
+        if board.ranked
+        else "",
         "columns": [tables.heading(column) for column in columns],
         "rows": lines,
-        "chart": charts.dots(board.metric, drawn[: charts.LIMIT]) if board.ranked and len(drawn) > 1 else None,
+        "chart": charts.dots(board.metric, drawn[: charts.LIMIT])
+        if board.ranked and len(drawn) > 1
+        else None,
         "undrawn": max(0, len(drawn) - charts.LIMIT) if board.ranked else 0,
     }
 
@@ -133,17 +159,27 @@ def _finite(values: list[float]) -> list[float]:
 
 
 def _curves(board: Board, numbers: dict[str, int]) -> dict | None:
-    """The panels of a stage: its metric, other results, health; and apart from them what is technical."""
+    """The panels of a stage: its metric, other results, health; and apart from them what is
+    technical.
+    """
     groups = [group for group in board.groups if any(ran.lines for ran in group.runs)]
     drawn = groups[: charts.LIMIT]
     methods = {group.name: group.runs[0].name for group in drawn}
     keys = {key for group in drawn for ran in group.runs for line in ran.lines for key in line}
     keys -= {"step", "epoch", "images_seen"}
     order = [board.metric, *units.UNITS]
-    main = sorted(keys - {*HEALTH, *TECHNICAL}, key=lambda key: (order.index(key) if key in order else len(order), key))
-    training = [key for key in ("loss", "accuracy") if key in keys and any(key.startswith("val_") for key in keys)]
+    main = sorted(
+        keys - {*HEALTH, *TECHNICAL},
+        key=lambda key: (order.index(key) if key in order else len(order), key),
+    )
+    training = [
+        key
+        for key in ("loss", "accuracy")
+        if key in keys and any(key.startswith("val_") for key in keys)
+    ]
     main = [key for key in main if key not in training]
-    judged = [key for key in HEALTH if key in keys and key.endswith("top1")]  # results rather than health
+    # results rather than health
+    judged = [key for key in HEALTH if key in keys and key.endswith("top1")]
     panels = {"results": [], "health": [], "technical": []}
     for kind, wanted in (
         ("results", [*judged, *main]),
@@ -153,13 +189,23 @@ def _curves(board: Board, numbers: dict[str, int]) -> dict | None:
         for key in wanted:
             series = [one for group in drawn if (one := _series(group, key, numbers)).curves]
             parts = {"": series}
-            if key == "loss" and board.stage == "pretrain":  # it means something else for each method: a panel each
-                parts = {name: [one for one in series if methods[one.name] == name] for name in methods.values()}
+            # it means something else for each method: a panel each
+            if key == "loss" and board.stage == "pretrain":
+                parts = {
+                    name: [one for one in series if methods[one.name] == name]
+                    for name in methods.values()
+                }
             for name, part in parts.items():
                 label = units.unit(key).label
                 title = f"{label}: {name}" if len(parts) > 1 else label
                 if part:
-                    panels[kind].append({"title": title, "note": HEALTH.get(key, ""), "svg": charts.lines(key, part)})
+                    panels[kind].append(
+                        {
+                            "title": title,
+                            "note": HEALTH.get(key, ""),
+                            "svg": charts.lines(key, part),
+                        }
+                    )
     if not any(panels.values()):
         return None
     return {
@@ -181,7 +227,9 @@ def _series(group: Group, key: str, numbers: dict[str, int]) -> charts.Series:
 
 
 def _points(ran: Ran, key: str) -> np.ndarray:
-    points = np.array([(line["epoch"], line[key]) for line in ran.lines if key in line], dtype=float).reshape(-1, 2)
+    points = np.array(
+        [(line["epoch"], line[key]) for line in ran.lines if key in line], dtype=float
+    ).reshape(-1, 2)
     return points[np.isfinite(points).all(axis=1)]
 
 
@@ -198,14 +246,17 @@ def _differences(board: Board) -> dict:
 def _runs(boards: Sequence[Board], runs: Sequence[Ran]) -> list[dict]:
     names = {ran: group.name for board in boards for group in board.groups for ran in group.runs}
     names |= {
-        ran: names[newest] for ran, newest in grouping.repeated(ran for ran in runs if not ran.holds_runs).items()
+        ran: names[newest]
+        for ran, newest in grouping.repeated(ran for ran in runs if not ran.holds_runs).items()
     }
     lines = []
     for ran in runs:
         metric = ran.config.get("metric") or ""
         value = ran.values.get(metric)
         last = ran.lines[-1] if ran.lines else {}
-        commit = (ran.environment.get("git_commit") or "")[:7] + ("+" if ran.environment.get("git_dirty") else "")
+        commit = (ran.environment.get("git_commit") or "")[:7] + (
+            "+" if ran.environment.get("git_dirty") else ""
+        )
         lines.append(
             {
                 "name": names.get(ran, ran.name),
@@ -214,9 +265,13 @@ def _runs(boards: Sequence[Board], runs: Sequence[Ran]) -> list[dict]:
                 "state": ran.state.name,
                 "note": " ".join(ran.state.note.split()),
                 "epoch": f"{last.get('epoch', 0):g} of {ran.config['epochs']}" if last else "",
-                "result": f"{units.unit(metric).label} {units.shown(metric, [value])}" if value is not None else "",
+                "result": f"{units.unit(metric).label} {units.shown(metric, [value])}"
+                if value is not None
+                else "",
                 "order": value,
-                "hours": units.shown("hours", [hours]) if (hours := ran.values.get("hours")) is not None else "",
+                "hours": units.shown("hours", [hours])
+                if (hours := ran.values.get("hours")) is not None
+                else "",
                 "device": ran.device,
                 "started": (ran.environment.get("started") or "")[:16].replace("T", " "),
                 "commit": commit,
@@ -226,7 +281,7 @@ def _runs(boards: Sequence[Board], runs: Sequence[Ran]) -> list[dict]:
     return lines
 
 
-# -- what the checkpoints say ------------------------------------------------------------------------------------------
+# -- what the checkpoints say ----------------------------------------------------------------------
 
 
 def _confusion(detail: Detail) -> dict:
@@ -234,11 +289,18 @@ def _confusion(detail: Detail) -> dict:
     size = len(present)
     counts = np.zeros((size, size))
     for predicted in detail.predictions.values():
-        np.add.at(counts, (np.searchsorted(present, detail.labels), np.searchsorted(present, predicted)), 1)
+        np.add.at(
+            counts,
+            (np.searchsorted(present, detail.labels), np.searchsorted(present, predicted)),
+            1,
+        )
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     names = [detail.class_name(label) for label in present]
     wrong = np.where(np.eye(size, dtype=bool), 0, counts)
-    pairs = [np.unravel_index(place, wrong.shape) for place in np.argsort(-wrong, axis=None, kind="stable")[:PAIRS]]
+    pairs = [
+        np.unravel_index(place, wrong.shape)
+        for place in np.argsort(-wrong, axis=None, kind="stable")[:PAIRS]
+    ]
     return {
         "name": detail.group.name,
         "runs": len(detail.predictions),
@@ -247,7 +309,12 @@ def _confusion(detail: Detail) -> dict:
         "shares": shares.tolist() if size <= CELLS else None,
         "picture": None if size <= CELLS else _encode(_shade(shares)),
         "pairs": [
-            {"true": names[i], "predicted": names[j], "share": shares[i, j], "count": int(counts[i, j])}
+            {
+                "true": names[i],
+                "predicted": names[j],
+                "share": shares[i, j],
+                "count": int(counts[i, j]),
+            }
             for i, j in pairs
             if wrong[i, j]
         ],
@@ -255,12 +322,19 @@ def _confusion(detail: Detail) -> dict:
 
 
 def _shade(shares: np.ndarray) -> np.ndarray:
-    """(C, C) of 0 ... 1 -> uint8 (B, B, 4), at most BLOCKS a side: the largest of each block, as opacity."""
+    """(C, C) of 0 ... 1 -> uint8 (B, B, 4), at most BLOCKS a side: the largest of each block, as
+    opacity.
+    """
     side = -(-len(shares) // BLOCKS)  # classes of a block
     padding = -len(shares) % side
-    blocks = np.pad(shares, (0, padding)).reshape(-(-len(shares) // side), side, -1, side).max(axis=(1, 3))
+    blocks = (
+        np.pad(shares, (0, padding))
+        .reshape(-(-len(shares) // side), side, -1, side)
+        .max(axis=(1, 3))
+    )
     shade = np.full((*blocks.shape, 4), (58, 123, 200, 0), dtype=np.uint8)
-    shade[..., 3] = (255 * np.sqrt(blocks)).round()  # or the few wrong ones of each class would not be seen
+    # or the few wrong ones of each class would not be seen
+    shade[..., 3] = (255 * np.sqrt(blocks)).round()
     return shade
 
 
@@ -274,10 +348,20 @@ def _classes(details: Sequence[Detail]) -> dict | None:
         mine = labels == label
         cells = []
         for detail in same:
-            right = {ran: 100 * float((said[mine] == label).mean()) for ran, said in detail.predictions.items()}
+            right = {
+                ran: 100 * float((said[mine] == label).mean())
+                for ran, said in detail.predictions.items()
+            }
             values = detail.group.by_sample(right)
             cells.append({"text": units.shown("val_top1", values), "mean": mean_std(values)[0]})
-        rows.append({"name": same[0].class_name(label), "order": int(label), "count": int(mine.sum()), "cells": cells})
+        rows.append(
+            {
+                "name": same[0].class_name(label),
+                "order": int(label),
+                "count": int(mine.sum()),
+                "cells": cells,
+            }
+        )
     return {"names": [detail.group.name for detail in same], "rows": rows}
 
 
@@ -288,7 +372,9 @@ def _neighbours(detail: Detail) -> dict:
         rest = np.setdiff1d(np.arange(len(detail.labels)), first)
         first = np.sort(np.concatenate([first, rest[: QUERIES - len(first)]]))
     queries = first[np.linspace(0, len(first) - 1, min(QUERIES, len(first))).round().astype(int)]
-    features = detail.features / np.maximum(np.linalg.norm(detail.features, axis=1, keepdims=True), 1e-12)
+    features = detail.features / np.maximum(
+        np.linalg.norm(detail.features, axis=1, keepdims=True), 1e-12
+    )
     rows = []
     for query in queries:
         near = features @ features[query]
@@ -296,19 +382,34 @@ def _neighbours(detail: Detail) -> dict:
         found = np.argsort(-near, kind="stable")[: min(NEIGHBOURS, len(near) - 1)]
         rows.append([_tile(detail, query), *(_tile(detail, i, query, near[i]) for i in found)])
     labelled = (detail.labels >= 0).all()
-    return {"name": detail.group.name, "split": detail.split, "rows": rows, "labelled": bool(labelled)}
+    return {
+        "name": detail.group.name,
+        "split": detail.split,
+        "rows": rows,
+        "labelled": bool(labelled),
+    }
 
 
 def _tile(detail: Detail, place: int, query: int | None = None, cosine: float = 1.0) -> dict:
     label = int(detail.labels[place])
     text = f"class {detail.class_name(label)}" if label >= 0 else f"image {place}"
-    kind = "query" if query is None else "" if label < 0 else "same" if label == detail.labels[query] else "other"
+    kind = (
+        "query"
+        if query is None
+        else ""
+        if label < 0
+        else "same"
+        if label == detail.labels[query]
+        else "other"
+    )
     title = text if query is None else f"{text}, cosine {cosine:.2f}"
     return {"src": _encode(detail.image(place)), "kind": kind, "title": title}
 
 
 def _map(detail: Detail, sheets: dict[str, str]) -> dict:
-    """Points of 0 ... 100, with the pictures they stand for in a sheet that the maps of the same images share."""
+    """Points of 0 ... 100, with the pictures they stand for in a sheet that the maps of the same
+    images share.
+    """
     rng = np.random.default_rng(0)
     count = min(MAP_IMAGES, len(detail.labels))
     chosen = np.sort(rng.choice(len(detail.labels), count, replace=False))
@@ -321,7 +422,8 @@ def _map(detail: Detail, sheets: dict[str, str]) -> dict:
     for i, label in enumerate(present):
         mine = np.flatnonzero(detail.labels[chosen] == label)
         shades = (
-            f"oklch({light} 0.14 {360 * i / len(present) + 20:.0f})" for light in ((0.52, 0.78), (0.66, 0.64))[i % 2]
+            f"oklch({light} 0.14 {360 * i / len(present) + 20:.0f})"
+            for light in ((0.52, 0.78), (0.66, 0.64))[i % 2]
         )
         classes.append(
             {
@@ -352,11 +454,14 @@ def _sheet(images: Sequence[np.ndarray]) -> str:
     columns = _columns(len(images))
     sheet = Image.new("RGB", (columns * THUMB, -(-len(images) // columns) * THUMB))
     for i, image in enumerate(images):
-        sheet.paste(Image.fromarray(image).resize((THUMB, THUMB)), (i % columns * THUMB, i // columns * THUMB))
+        sheet.paste(
+            Image.fromarray(image).resize((THUMB, THUMB)),
+            (i % columns * THUMB, i // columns * THUMB),
+        )
     return _data(sheet, quality=70)
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+# -- pictures --------------------------------------------------------------------------------------
 
 
 def _encode(image: np.ndarray) -> str:

@@ -1,10 +1,11 @@
 """Rows of results as Markdown, and the files that keep them.
 
-A results file (`save`, `load`) keeps rows of `grouping`, so that a table can be made again where the runs are gone
-(`fill`): {"rows": [{"stage": "lincls", "name": "moco_v2", "values": {"val_top1": [46.9, 46.8], "hours": [...]}}]}, a
-value a seed; a row may also have "metric", which it is judged by, "n" and "members", how many seeds are finished and
-how many there should be, "pretrainings", how many its runs stand on, and "runs", what these are (`record.evidence`).
-Other keys of the file are remarks.
+A results file (`save`, `load`) keeps rows of `grouping`, so that a table can be made again where
+the runs are gone (`fill`): {"rows": [{"stage": "lincls", "name": "moco_v2", "values": {"val_top1":
+[46.9, 46.8], "hours": [...]}}]}, a value a seed; a row may also have "metric", which it is judged
+by, "n" and "members", how many seeds are finished and how many there should be, "pretrainings", how
+many its runs stand on, and "runs", what these are (`record.evidence`). Other keys of the file are
+remarks.
 """
 
 import json
@@ -17,13 +18,24 @@ from ssl_bench import files
 from ssl_bench.errors import UserError, unknown
 from ssl_bench.runs.units import PRETRAINING, UNITS, shown, unit
 
-COSTS = ("hours", "images_per_second", "memory_gb", f"{PRETRAINING}hours", f"{PRETRAINING}images_per_second")
+COSTS = (
+    "hours",
+    "images_per_second",
+    "memory_gb",
+    f"{PRETRAINING}hours",
+    f"{PRETRAINING}images_per_second",
+)
 
 
 def columns(rows: Sequence[dict]) -> list[str]:
-    """The metrics worth a column: the one they are judged by, results, `n`, costs. Others can be asked for."""
-    known = list(dict.fromkeys(metric for row in rows for metric, values in row["values"].items() if values))
-    if any(metric.startswith("val_") for metric in known):  # what it learnt by is of no interest then
+    """The metrics worth a column: the one they are judged by, results, `n`, costs. Others can be
+    asked for.
+    """
+    known = list(
+        dict.fromkeys(metric for row in rows for metric, values in row["values"].items() if values)
+    )
+    # what it learnt by is of no interest then
+    if any(metric.startswith("val_") for metric in known):
         known = [metric for metric in known if metric not in ("loss", "accuracy")]
     order = list(UNITS)
     known.sort(key=lambda metric: order.index(metric) if metric in order else len(order))
@@ -50,7 +62,11 @@ def heading(column: str) -> str:
 def table(rows: Sequence[dict], wanted: Sequence[str]) -> str:
     """Markdown: the name of each row and these columns, mean ± std over its n seeds."""
     header = ["", *map(heading, wanted)]
-    return markdown(header, [[row["name"], *(cell(row, column) for column in wanted)] for row in rows], len(wanted))
+    return markdown(
+        header,
+        [[row["name"], *(cell(row, column) for column in wanted)] for row in rows],
+        len(wanted),
+    )
 
 
 def save(path: Path, rows: Sequence[dict], **remarks: Any) -> None:
@@ -59,7 +75,11 @@ def save(path: Path, rows: Sequence[dict], **remarks: Any) -> None:
 
 def remarks(path: Path) -> dict[str, Any]:
     """What a results file says besides its rows."""
-    return {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key != "rows"}
+    return {
+        key: value
+        for key, value in json.loads(path.read_text(encoding="utf-8")).items()
+        if key != "rows"
+    }
 
 
 def load(path: Path) -> list[dict]:
@@ -68,11 +88,15 @@ def load(path: Path) -> list[dict]:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         assert all(isinstance(row["name"], str) and isinstance(row["values"], dict) for row in rows)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
-        raise UserError(f"{path}: not a results file; `ssl-bench stage=report runs=...` writes results.json") from None
+        raise UserError(
+            f"{path}: not a results file; `ssl-bench stage=report runs=...` writes results.json"
+        ) from None
     return rows
 
 
-BLOCK = re.compile(r"(?ms)(<!-- results: (\S+)((?: \w+=\S+)*) -->\n)(.*?)(^<!-- end of results -->)")
+BLOCK = re.compile(
+    r"(?ms)(<!-- results: (\S+)((?: \w+=\S+)*) -->\n)(.*?)(^<!-- end of results -->)"
+)
 
 
 def fill(text: str, folder: Path) -> str:
@@ -81,17 +105,23 @@ def fill(text: str, folder: Path) -> str:
         <!-- results: FILE.json stage=lincls columns=val_top1,n,hours -->
         <!-- end of results -->
 
-    FILE: relative to `folder`. stage: rows of this stage only. columns: all that `columns` finds, if left out.
-    UserError for a file or an option that isn't there, and for a text without a block.
+    FILE: relative to `folder`. stage: rows of this stage only. columns: all that `columns` finds,
+    if left out. UserError for a file or an option that isn't there, and for a text without a block.
     """
     if not BLOCK.search(text):
-        raise UserError("no table to fill: write a line <!-- results: FILE.json --> and one <!-- end of results -->")
+        raise UserError(
+            "no table to fill: write a line <!-- results: FILE.json --> and one <!-- end of results -->"
+        )
 
     def made(block: re.Match) -> str:
         options = dict(word.split("=", 1) for word in block[3].split())
         if others := sorted(options.keys() - {"stage", "columns"}):
             raise UserError(f"{block[2]}: {unknown('option', others[0], ['stage', 'columns'])}")
-        rows = [row for row in load(folder / block[2]) if options.get("stage") in (None, row.get("stage"))]
+        rows = [
+            row
+            for row in load(folder / block[2])
+            if options.get("stage") in (None, row.get("stage"))
+        ]
         wanted = options["columns"].split(",") if "columns" in options else columns(rows)
         known = {"n", "pretrainings", *(metric for row in rows for metric in row["values"])}
         if missing := [column for column in wanted if column not in known]:
@@ -102,20 +132,28 @@ def fill(text: str, folder: Path) -> str:
 
 
 def markdown(header: list[str], rows: list[list[str]], right: int = 0) -> str:
-    """A table that also lines up in a terminal. right: how many columns at the end are aligned to the right."""
+    """A table that also lines up in a terminal. right: how many columns at the end are aligned to
+    the right.
+    """
     lines = [[plain(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     left = len(header) - right
     text = [
-        "| " + " | ".join(f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(line)) + " |"
+        "| "
+        + " | ".join(f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(line))
+        + " |"
         for line in lines
     ]
-    rule = "|".join("-" * (width + 2) if i < left else "-" * (width + 1) + ":" for i, width in enumerate(widths))
+    rule = "|".join(
+        "-" * (width + 2) if i < left else "-" * (width + 1) + ":" for i, width in enumerate(widths)
+    )
     return "\n".join([text[0], f"|{rule}|", *text[1:]])
 
 
 def plain(text: str) -> str:
-    """A text that may come from elsewhere, as a cell or a sentence of Markdown, which a terminal shows as well: in one
-    line, without markup that would be more than this text, or characters that move the cursor."""
+    """A text that may come from elsewhere, as a cell or a sentence of Markdown, which a terminal
+    shows as well: in one line, without markup that would be more than this text, or characters that
+    move the cursor.
+    """
     text = "".join(char if char.isprintable() else " " for char in text)
     return re.sub(r"[|<]|(?<=\])\(", r"\\\g<0>", text)

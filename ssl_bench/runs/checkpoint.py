@@ -1,4 +1,6 @@
-"""Checkpoints `{run, step, model, optimizer}` and, with fp16, `scaler`: atomic, no code in them, strictly loaded."""
+"""Checkpoints `{run, step, model, optimizer}` and, with fp16, `scaler`: atomic, no code in them,
+strictly loaded.
+"""
 
 import errno
 import logging
@@ -22,8 +24,9 @@ ZIP, FOLDER = b"PK\x03\x04", 0x10
 def verify(path: Path) -> None:
     """UserError for a file of torch.save whose bytes aren't those that were written.
 
-    torch writes a CRC-32 of each record, and doesn't look at it when it reads: a tensor with a flipped bit is a tensor.
-    Files of before torch 1.6 have none, nor do those of torch.serialization.set_crc32_options(False).
+    torch writes a CRC-32 of each record, and doesn't look at it when it reads: a tensor with a
+    flipped bit is a tensor. Files of before torch 1.6 have none, nor do those of
+    torch.serialization.set_crc32_options(False).
     """
     with open(path, "rb") as file:
         if file.read(len(ZIP)) != ZIP:
@@ -33,7 +36,8 @@ def verify(path: Path) -> None:
                 records = archive.infolist()
                 if all(record.CRC == 0 for record in records):
                     return
-                # torch reads nothing of what is marked as a folder, and leaves the tensor as the memory was
+                # torch reads nothing of what is marked as a folder, and leaves the tensor as the
+                # memory was
                 folders = [record.filename for record in records if record.external_attr & FOLDER]
                 damaged = next(iter(folders), None) or archive.testzip()
         except Exception:  # zipfile raises many kinds for a directory that isn't what was written
@@ -44,26 +48,38 @@ def verify(path: Path) -> None:
 
 
 def read(path: Path) -> object:
-    """What torch.save wrote, where that is tensors and plain data, and whole; no code in it is run. UserError."""
+    """What torch.save wrote, where that is tensors and plain data, and whole; no code in it is run.
+    UserError.
+    """
     verify(path)
     try:
-        with warnings.catch_warnings(action="ignore"):  # about the pickle protocol of files that are refused anyway
+        # about the pickle protocol of files that are refused anyway
+        with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that isn't whole, or isn't one of its own
+    # torch raises many kinds for a file that isn't whole, or isn't one of its own
+    except Exception as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds a {found[1]}" if found else type(error).__name__
-        raise UserError(f"{path}: truncated, or not a PyTorch file of tensors and plain data ({reason})") from None
+        raise UserError(
+            f"{path}: truncated, or not a PyTorch file of tensors and plain data ({reason})"
+        ) from None
 
 
 class Checkpoint:
-    """The newest `keep` states of one run. `identity` names the run: a file of another run is refused."""
+    """The newest `keep` states of one run. `identity` names the run: a file of another run is
+    refused.
+    """
 
     def __init__(self, directory: Path, identity: str, keep: int = 2) -> None:
         self.directory, self.identity, self.keep = directory, identity, keep
 
     def save(self, step: int, **state: object) -> Path:
         """state: objects with a `state_dict()`. Rank 0 alone calls this."""
-        content = {"run": self.identity, "step": step, **{key: value.state_dict() for key, value in state.items()}}
+        content = {
+            "run": self.identity,
+            "step": step,
+            **{key: value.state_dict() for key, value in state.items()},
+        }
         path = self.directory / "checkpoints" / f"step{step:010d}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
@@ -79,7 +95,9 @@ class Checkpoint:
         return path
 
     def restore(self, **state: object) -> int:
-        """Load the newest usable state into the objects, in place; returns its step, 0 where there is none."""
+        """Load the newest usable state into the objects, in place; returns its step, 0 where there
+        is none.
+        """
         paths = complete(self.directory)
         for path in paths:
             try:
@@ -105,5 +123,7 @@ class Checkpoint:
         return content
 
     def _is_mine(self, run: object) -> bool:
-        """Earlier its name was a number, in which paths were: there the configuration beside it must do."""
+        """Earlier its name was a number, in which paths were: there the configuration beside it
+        must do.
+        """
         return run == self.identity or (isinstance(run, str) and run.isdecimal())

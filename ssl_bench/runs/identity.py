@@ -1,7 +1,8 @@
-"""What a run is: what its configuration says that decides its result, and the content of what it stands on.
+"""What a run is: what its configuration says that decides its result, and the content of what it
+stands on.
 
-No path is part of it, nor where and how fast it ran. Its place, its name and row in tables, its group on a dashboard
-and whether it may continue follow from here.
+No path is part of it, nor where and how fast it ran. Its place, its name and row in tables, its
+group on a dashboard and whether it may continue follow from here.
 """
 
 import json
@@ -20,9 +21,20 @@ from ssl_bench import files
 from ssl_bench.methods import splits
 from ssl_bench.runs import layout
 
-# A run may continue when these differ: they don't change what it computes, only where, how fast, and what is shown.
-# (`devices` does where each process does something by itself: see `_by_process`.)
-FREE_KEYS = ("dir", "sweep", "metric", "launcher", "tracking", "device", "devices", "log_every", "save_every")
+# A run may continue when these differ: they don't change what it computes, only where, how fast,
+# and what is shown. (`devices` does where each process does something by itself: see
+# `_by_process`.)
+FREE_KEYS = (
+    "dir",
+    "sweep",
+    "metric",
+    "launcher",
+    "tracking",
+    "device",
+    "devices",
+    "log_every",
+    "save_every",
+)
 FREE_KEYS += ("eval_every", "data.root", "data.cache", "data.workers", "runs", "source")
 # Texts that are paths, of every stage that has them. Two spellings of a place are one.
 PATHS = ("pretrained", "stage.images", "stage.out")
@@ -30,9 +42,16 @@ KEPT_IN = {"select": "stage.features"}  # of lincls that is no path
 BELOW_ROOT = ("data.extra_labels", "stage.requested")  # lists of files, relative to data.root
 OVERRIDES = ("stage.protocol", "stage.rows")  # of a pipeline: what its evaluations are started with
 PARTS = "devices x bn_splits"
-LOSS_OF = ("method", "augmentation", "batch_size", "data.name", PARTS)  # what the loss of a pretraining depends on
+# what the loss of a pretraining depends on
+LOSS_OF = ("method", "augmentation", "batch_size", "data.name", PARTS)
 NUMBER = int | float
-ENVIRONMENT = {"world_size": NUMBER, "gpus": list, "cpu_threads": NUMBER, "git_commit": str, "started": str}
+ENVIRONMENT = {
+    "world_size": NUMBER,
+    "gpus": list,
+    "cpu_threads": NUMBER,
+    "git_commit": str,
+    "started": str,
+}
 ORIGIN = "origin.json"  # in the directory of a run: the run that made what it stands on
 T = TypeVar("T")
 
@@ -45,8 +64,9 @@ def is_free(key: str) -> bool:
 class Identity:
     """config: plain, resolved. processes: that took part; None is what the configuration says.
 
-    weights: the sha256 of the file that `pretrained` names, "" where that isn't known; below: the run that made it;
-    step: of it, unless it is the last of a finished run. images: the fingerprint of each split, where that is known.
+    weights: the sha256 of the file that `pretrained` names, "" where that isn't known; below: the
+    run that made it; step: of it, unless it is the last of a finished run. images: the fingerprint
+    of each split, where that is known.
     """
 
     config: Mapping[str, Any]
@@ -112,18 +132,33 @@ class Identity:
 
     @cached_property
     def experiment(self) -> dict[str, Any]:
-        """What decides the result, but for the seeds: of what it stands on, too, under "pretrained."."""
-        ours = {key: value for key, value in self.own.items() if key != "seed"} | {"pretrained": self.stands_on}
+        """What decides the result, but for the seeds: of what it stands on, too, under
+        "pretrained.".
+        """
+        ours = {key: value for key, value in self.own.items() if key != "seed"} | {
+            "pretrained": self.stands_on
+        }
         if self.below is None:
             return ours
-        ours |= {"pretrained": self.below.name, "pretrained.step": "last" if self.step is None else self.step}
+        ours |= {
+            "pretrained": self.below.name,
+            "pretrained.step": "last" if self.step is None else self.step,
+        }
         return ours | {f"pretrained.{key}": value for key, value in self.below.experiment.items()}
 
     @property
     def told(self) -> dict[str, Any]:
         """`experiment`, and the images as far as they are known."""
-        below = {f"pretrained.{key}": value for key, value in self.below.told.items()} if self.below else {}
-        return self.experiment | below | {f"images of {split}": text[:8] for split, text in self.images.items()}
+        below = (
+            {f"pretrained.{key}": value for key, value in self.below.told.items()}
+            if self.below
+            else {}
+        )
+        return (
+            self.experiment
+            | below
+            | {f"images of {split}": text[:8] for split, text in self.images.items()}
+        )
 
     @cached_property
     def key(self) -> str:
@@ -140,14 +175,19 @@ class Identity:
         return _hash(self.experiment) == _hash(other.experiment) and self._same_images(other)
 
     def _same_images(self, other: "Identity") -> bool:
-        here = all(self.images[split] == other.images[split] for split in self.images.keys() & other.images.keys())
-        return here and (self.below is None or other.below is None or self.below._same_images(other.below))
+        here = all(
+            self.images[split] == other.images[split]
+            for split in self.images.keys() & other.images.keys()
+        )
+        return here and (
+            self.below is None or other.below is None or self.below._same_images(other.below)
+        )
 
     def origin(self) -> "Identity":
         """The run at the bottom, from which it all came."""
         return self.below.origin() if self.below else self
 
-    # -- for people ---------------------------------------------------------------------------------------------------
+    # -- for people --------------------------------------------------------------------------------
 
     @property
     def stage(self) -> str:
@@ -162,12 +202,20 @@ class Identity:
             return self.below.name + (f" at step {self.step:,}" if self.step is not None else "")
         if self.config.get("pretrained"):
             return Path(self.config["pretrained"]).name.partition(".")[0]
-        return "raw pixels" if node(self.config, "backbone").get("name") == "pixels" else "random init"
+        return (
+            "raw pixels" if node(self.config, "backbone").get("name") == "pixels" else "random init"
+        )
 
     @property
     def title(self) -> str:
-        """For dashboards: moco_v2-resnet18-digits; on top of it moco_v2-resnet18-digits-knn-10-labels-a-class."""
-        words = [self.below.title] if self.below else [self.name, node(self.config, "backbone").get("name"), self.data]
+        """For dashboards: moco_v2-resnet18-digits; on top of it
+        moco_v2-resnet18-digits-knn-10-labels-a-class.
+        """
+        words = (
+            [self.below.title]
+            if self.below
+            else [self.name, node(self.config, "backbone").get("name"), self.data]
+        )
         if self.below and self.data != self.below.data:
             words.append(self.data)
         if not self.config.get("method") or self.stage not in ("pretrain", ""):
@@ -186,7 +234,11 @@ class Identity:
         stage = node(self.config, "stage")
         if stage.get("labels_per_class"):
             return f"{stage['labels_per_class']} labels a class"
-        return f"{100 * stage['label_fraction']:g} % of the labels" if stage.get("label_fraction") else ""
+        return (
+            f"{100 * stage['label_fraction']:g} % of the labels"
+            if stage.get("label_fraction")
+            else ""
+        )
 
 
 def node(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -199,7 +251,10 @@ def grouped(things: Iterable[T], of: Callable[[T], Identity]) -> list[list[T]]:
     groups: dict[str, list[list[T]]] = {}
     for thing in things:
         near = groups.setdefault(_hash(of(thing).experiment), [])
-        same = next((group for group in near if all(of(thing)._same_images(of(other)) for other in group)), None)
+        same = next(
+            (group for group in near if all(of(thing)._same_images(of(other)) for other in group)),
+            None,
+        )
         if same is None:
             near.append([thing])
         else:
@@ -209,7 +264,9 @@ def grouped(things: Iterable[T], of: Callable[[T], Identity]) -> list[list[T]]:
 
 def changes(before: Identity, now: Identity) -> str:
     """In words, what decides the result of a run and differs between two; "" where nothing does."""
-    differing = sorted(key for key in before.own.keys() | now.own.keys() if before.own.get(key) != now.own.get(key))
+    differing = sorted(
+        key for key in before.own.keys() | now.own.keys() if before.own.get(key) != now.own.get(key)
+    )
     said = [f"{key} was {before.own.get(key)}, is {now.own.get(key)}" for key in differing[:8]]
     known = before.weights and now.weights
     if before.weights != now.weights if known else before.place != now.place:
@@ -220,9 +277,11 @@ def changes(before: Identity, now: Identity) -> str:
 
 
 def other_losses(several: Iterable[Identity]) -> list[str]:
-    """The keys that make of a loss another one, and differ: it says nothing then of which pretraining is better.
+    """The keys that make of a loss another one, and differ: it says nothing then of which
+    pretraining is better.
 
-    Of temperature or queue_size the loss has another scale, and the easier the views, the smaller it is.
+    Of temperature or queue_size the loss has another scale, and the easier the views, the smaller
+    it is.
     """
     values: dict[str, set[str]] = {}
     for one in several:
@@ -253,7 +312,9 @@ def known_by(
 
 
 def inputs(directory: Path) -> dict[str, dict[str, Any]]:
-    """The images that a run has opened: {split: {"fingerprint": hex digits, "images": how many}}. UserError."""
+    """The images that a run has opened: {split: {"fingerprint": hex digits, "images": how many}}.
+    UserError.
+    """
     known = _parsed(path := directory / "inputs.json", json.loads)
     if not all(_has(facts, {"fingerprint": str, "images": int}) for facts in known.values()):
         raise files.damaged(path)
@@ -261,7 +322,9 @@ def inputs(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def environment(directory: Path) -> dict[str, Any]:
-    """What a run began with besides its configuration (`run.environment`), as far as that is known. UserError."""
+    """What a run began with besides its configuration (`run.environment`), as far as that is known.
+    UserError.
+    """
     known = _parsed(path := directory / "environment.json", json.loads)
     told = {key: kind for key, kind in ENVIRONMENT.items() if key in known}
     if not _has(known, told):
@@ -270,7 +333,9 @@ def environment(directory: Path) -> dict[str, Any]:
 
 
 def _has(node: Any, kinds: Mapping[str, Any]) -> bool:
-    return isinstance(node, dict) and all(isinstance(node.get(key), kind) for key, kind in kinds.items())
+    return isinstance(node, dict) and all(
+        isinstance(node.get(key), kind) for key, kind in kinds.items()
+    )
 
 
 def recorded(directory: Path) -> str:
@@ -296,7 +361,9 @@ def with_origin(config: Mapping[str, Any], directory: Path) -> Identity:
 
 
 def remember(weights: Path, directory: Path) -> None:
-    """Leave in the directory of a run which run made the file that it stands on: that one may move, or be deleted."""
+    """Leave in the directory of a run which run made the file that it stands on: that one may move,
+    or be deleted.
+    """
     run, known = layout.run_of(weights), directory / ORIGIN
     if run is None or not (run / "config.yaml").is_file():
         return
@@ -309,7 +376,13 @@ def remember(weights: Path, directory: Path) -> None:
 
 def _restored(saved: Mapping[str, Any]) -> Identity:
     """KeyError, TypeError."""
-    whole = {"config": dict, "images": dict, "weights": str, "step": int | None, "processes": int | None}
+    whole = {
+        "config": dict,
+        "images": dict,
+        "weights": str,
+        "step": int | None,
+        "processes": int | None,
+    }
     if not _has(saved, whole):
         raise TypeError
     return Identity(**{**saved, "below": saved["below"] and _restored(saved["below"])})
@@ -320,7 +393,9 @@ def _parsed(path: Path, parser: Callable[[str], Any]) -> dict:
 
 
 def older(weights: Path, finished: bool, last: list[int]) -> int | None:
-    """The step of a checkpoint, unless it is the last of a finished training, as far as that is known."""
+    """The step of a checkpoint, unless it is the last of a finished training, as far as that is
+    known.
+    """
     if not weights.match("step*.pt"):
         return None
     return None if finished and last == [layout.step_of(weights)] else layout.step_of(weights)
@@ -333,8 +408,11 @@ def slug(value: object) -> str:
 
 
 def place_slug(path: object) -> str:
-    """A path as part of a folder name: the same for each of its spellings, and wherever the folder of the runs lies."""
-    if path is None or not os.path.exists(os.path.expanduser(str(path))):  # the name of known weights, say
+    """A path as part of a folder name: the same for each of its spellings, and wherever the folder
+    of the runs lies.
+    """
+    # the name of known weights, say
+    if path is None or not os.path.exists(os.path.expanduser(str(path))):
         return slug(path)
     for base in ("runs", "."):
         if not os.path.isabs(inside := _inside(str(path), base)):
@@ -350,16 +428,18 @@ def _is_ours(key: str, value: object) -> bool:
 def _by_process(flat: dict[str, Any], config: Mapping[str, Any], count: int) -> dict[str, Any]:
     """The number of processes, where each does something by itself that changes the result.
 
-    Batch norm that isn't synchronised sees the batch in devices x method.bn_splits parts, so that only this product
-    counts: two processes of four parts compute what one of eight does (tests/test_distributed.py). In networks that
-    aren't ours, bn_splits=null may find nothing that it can split. Mixup and the dropping of activations draw in each
-    process.
+    Batch norm that isn't synchronised sees the batch in devices x method.bn_splits parts, so that
+    only this product counts: two processes of four parts compute what one of eight does
+    (tests/test_distributed.py). In networks that aren't ours, bn_splits=null may find nothing that
+    it can split. Mixup and the dropping of activations draw in each process.
     """
     stage, method, backbone = (node(config, key) for key in ("stage", "method", "backbone"))
     trains = bool(method) or stage.get("name") == "finetune"
     parts = splits.resolve(flat.get("method.bn_splits", 1), count, config.get("batch_size"))
     if trains and (parts > 1 or not config.get("sync_batch_norm", True)):
-        flat = {key: value for key, value in flat.items() if key != "method.bn_splits"} | {PARTS: count * parts}
+        flat = {key: value for key, value in flat.items() if key != "method.bn_splits"} | {
+            PARTS: count * parts
+        }
     drops = any("drop" in key and value for key, value in (backbone.get("options") or {}).items())
     ours = re.match(r"ssl_bench\..*\.(resnet|vit)\w*$", str(backbone.get("_target_")))
     unsure = "bn_splits" in method and method["bn_splits"] is None and not ours
@@ -394,5 +474,9 @@ def _inside(path: str, base: str, mark: str = "") -> str:
 def _unquoted(value: str) -> str:
     """Of an override, as `shell.quote` has it."""
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
-        return re.sub(rf"(\\*)\\{value[0]}", lambda found: found[1][: len(found[1]) // 2] + value[0], value[1:-1])
+        return re.sub(
+            rf"(\\*)\\{value[0]}",
+            lambda found: found[1][: len(found[1]) // 2] + value[0],
+            value[1:-1],
+        )
     return value

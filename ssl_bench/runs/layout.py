@@ -26,7 +26,9 @@ def step_of(path: Path) -> int:
 
 
 def weights_of(source: Path) -> Path | None:
-    """The file that `pretrained` means: itself, or the newest of a run directory or an export; None without one."""
+    """The file that `pretrained` means: itself, or the newest of a run directory or an export; None
+    without one.
+    """
     if source.is_dir():
         return next(iter([*complete(source), *source.glob("model.safetensors")]), None)
     return source if source.is_file() else None
@@ -34,7 +36,9 @@ def weights_of(source: Path) -> Path | None:
 
 def own(run: Path) -> list[str]:
     """What a finished run consists of: the files of its directory, and its last checkpoint."""
-    names = [path.name for path in run.iterdir() if path.is_file() and not path.name.startswith(".")]
+    names = [
+        path.name for path in run.iterdir() if path.is_file() and not path.name.startswith(".")
+    ]
     names += [path.relative_to(run).as_posix() for path in complete(run)[:1]]
     return [name for name in names if name not in UNLISTED and not name.endswith(".partial")]
 

@@ -20,16 +20,25 @@ class Weights(NamedTuple):
 
 TIMEOUT = 30  # seconds without a byte
 BASE_URL = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/"
-# https://github.com/facebookresearch/moco: model table of the README; ImageNet top-1 of a linear classifier
+# https://github.com/facebookresearch/moco: model table of the README; ImageNet top-1 of a linear
+# classifier
 WEIGHTS = {
-    "moco_v1_200ep": Weights("moco_v1_200ep/moco_v1_200ep_pretrain.pth.tar", "b251726a", "resnet50", "60.6 top-1"),
-    "moco_v2_200ep": Weights("moco_v2_200ep/moco_v2_200ep_pretrain.pth.tar", "59fd9945", "resnet50", "67.7 top-1"),
-    "moco_v2_800ep": Weights("moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar", "a04e12f8", "resnet50", "71.1 top-1"),
+    "moco_v1_200ep": Weights(
+        "moco_v1_200ep/moco_v1_200ep_pretrain.pth.tar", "b251726a", "resnet50", "60.6 top-1"
+    ),
+    "moco_v2_200ep": Weights(
+        "moco_v2_200ep/moco_v2_200ep_pretrain.pth.tar", "59fd9945", "resnet50", "67.7 top-1"
+    ),
+    "moco_v2_800ep": Weights(
+        "moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar", "a04e12f8", "resnet50", "71.1 top-1"
+    ),
 }
 
 
 def fetch(name: str) -> Path:
-    """The verified local file of a zoo name; downloaded with a progress bar when it isn't there yet."""
+    """The verified local file of a zoo name; downloaded with a progress bar when it isn't there
+    yet.
+    """
     weights, path = WEIGHTS[name], place(name)
     if not path.exists():
         _download(name, path)
@@ -46,7 +55,11 @@ def _download(name: str, path: Path) -> None:
     from filelock import FileLock
     from tqdm import tqdm
 
-    url, md5, partial = BASE_URL + WEIGHTS[name].path, WEIGHTS[name].md5, path.with_name(path.name + ".partial")
+    url, md5, partial = (
+        BASE_URL + WEIGHTS[name].path,
+        WEIGHTS[name].md5,
+        path.with_name(path.name + ".partial"),
+    )
     advice = f"fetch {url} elsewhere and put it at {path} (its md5 begins with {md5})"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):  # ranks, and members of a sweep, ask together
@@ -55,7 +68,9 @@ def _download(name: str, path: Path) -> None:
         try:
             with (
                 urllib.request.urlopen(url, timeout=TIMEOUT) as reply,
-                tqdm.wrapattr(reply, "read", total=reply.length, desc=path.name, disable=None) as source,
+                tqdm.wrapattr(
+                    reply, "read", total=reply.length, desc=path.name, disable=None
+                ) as source,
                 open(partial, "wb") as file,
             ):
                 shutil.copyfileobj(source, file)
@@ -70,4 +85,6 @@ def _download(name: str, path: Path) -> None:
 def verify(path: Path, md5: str, advice: str) -> None:
     """UserError, with `advice`, unless the file's md5 begins so."""
     if not (found := digest(path, "md5")).startswith(md5):
-        raise UserError(f"{path}: its md5 is {found[:8]}..., not {md5}: a broken or another file; {advice}")
+        raise UserError(
+            f"{path}: its md5 is {found[:8]}..., not {md5}: a broken or another file; {advice}"
+        )

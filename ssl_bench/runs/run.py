@@ -41,10 +41,13 @@ STALLED = 10  # seconds that a step that is to be the last may wait for its imag
 class Run:
     """`directory=None` is a stage that leaves nothing behind: no files, no tracker.
 
-    config: the resolved configuration as plain data. make_tracker: called on rank 0 once the directory is known good.
+    config: the resolved configuration as plain data. make_tracker: called on rank 0 once the
+    directory is known good.
     """
 
-    def __init__(self, config: dict, device: torch.device, make_tracker: Callable[[], Tracker]) -> None:
+    def __init__(
+        self, config: dict, device: torch.device, make_tracker: Callable[[], Tracker]
+    ) -> None:
         self.directory = Path(config["dir"]) if config["dir"] else None
         self.device = device
         self.is_main = distributed.rank() == 0
@@ -56,7 +59,7 @@ class Run:
         self._signum = 0
         self._at_once = False  # nothing would be lost by stopping now
 
-    # -- opening and closing ------------------------------------------------------------------------------------------
+    # -- opening and closing -----------------------------------------------------------------------
 
     def __enter__(self) -> "Run":
         with ExitStack() as stack:
@@ -67,7 +70,8 @@ class Run:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if kind is not None:
-            log.debug("%s", error or kind.__name__)  # for log.txt; the console hears it from `train.main`
+            # for log.txt; the console hears it from `train.main`
+            log.debug("%s", error or kind.__name__)
             self.status = "preempted" if kind is Interrupted else "failed"
             self._mistaken = kind is UserError
         self._stack.close()
@@ -91,9 +95,11 @@ class Run:
             stack.callback(self.metrics.close)
         if threading.current_thread() is threading.main_thread():
             watched = [signal.SIGTERM, signal.SIGINT]
-            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a closed terminal, unless nohup keeps it away
+            # a closed terminal, unless nohup keeps it away
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
                 watched.append(signal.SIGHUP)
-            if callable(signal.getsignal(signal.SIGUSR2)):  # Slurm's warning: somebody waits for it, when we have saved
+            # Slurm's warning: somebody waits for it, when we have saved
+            if callable(signal.getsignal(signal.SIGUSR2)):
                 watched.append(signal.SIGUSR2)
             for signum in watched:
                 stack.callback(signal.signal, signum, signal.signal(signum, self._on_signal))
@@ -124,7 +130,8 @@ class Run:
             directory.mkdir(parents=True, exist_ok=True)
             held = self._acquire(directory)
             self._check_same(directory)
-            if not layout.has_state(directory):  # of another configuration, perhaps, that saved nothing
+            # of another configuration, perhaps, that saved nothing
+            if not layout.has_state(directory):
                 for name in (layout.WEIGHTS, identity.ORIGIN, "inputs.json"):
                     (directory / name).unlink(missing_ok=True)
             if not (directory / "summary.json").exists():  # else the files say what ran
@@ -145,18 +152,24 @@ class Run:
         try:
             return lock.acquire()
         except filelock.Timeout:
-            raise UserError(f"dir={directory} is in use by another process: wait, or choose another dir=") from None
+            raise UserError(
+                f"dir={directory} is in use by another process: wait, or choose another dir="
+            ) from None
 
     def _write_config(self, directory: Path) -> None:
         files.write(directory / "config.yaml", yaml.safe_dump(self._config, sort_keys=False))
 
     def _check_same(self, directory: Path) -> None:
-        """A result is of a configuration and of the content of a file: its path may hold another training by now."""
+        """A result is of a configuration and of the content of a file: its path may hold another
+        training by now.
+        """
         known = directory / "config.yaml"
         if not known.exists() or not layout.has_state(directory):
             return
         before = identity.left_by(files.parse(known, yaml.safe_load), directory)
-        if shown := identity.changes(before, identity.Identity(self._config, weights=self._weights)):
+        if shown := identity.changes(
+            before, identity.Identity(self._config, weights=self._weights)
+        ):
             raise UserError(
                 f"dir={directory} holds a run with another configuration: {shown}. Choose another dir=, or delete it"
             )
@@ -164,25 +177,38 @@ class Run:
     @cached_property
     def _weights(self) -> str:
         """The sha256 of what it stands on; "" for nothing."""
-        return files.digest(Path(self._config["pretrained"])) if self._config.get("pretrained") else ""
+        return (
+            files.digest(Path(self._config["pretrained"])) if self._config.get("pretrained") else ""
+        )
 
     def _discard(self, directory: Path) -> None:
-        """A mistake found before the first step leaves no run behind, which reports would stumble over."""
-        if self._mistaken and not self.metrics.path.stat().st_size and not any(p.is_dir() for p in directory.iterdir()):
+        """A mistake found before the first step leaves no run behind, which reports would stumble
+        over.
+        """
+        if (
+            self._mistaken
+            and not self.metrics.path.stat().st_size
+            and not any(p.is_dir() for p in directory.iterdir())
+        ):
             shutil.rmtree(directory)
 
     def _on_signal(self, signum: int, frame: object) -> None:
         if self._signum == signal.SIGINT == signum:
             raise KeyboardInterrupt
-        if signum == signal.SIGUSR2 and not self._signum and callable(signal.getsignal(signal.SIGALRM)):
-            signal.alarm(int(os.environ.get("SSL_BENCH_GRACE", 0)))  # s until it is too late to finish a step
+        if (
+            signum == signal.SIGUSR2
+            and not self._signum
+            and callable(signal.getsignal(signal.SIGALRM))
+        ):
+            # s until it is too late to finish a step
+            signal.alarm(int(os.environ.get("SSL_BENCH_GRACE", 0)))
         self._signum = signum
         if self._at_once:
             self.interrupt()
         again = " (Ctrl-C again: now)" if signum == signal.SIGINT else ""
         log.info("%s: stopping after this step%s", signal.Signals(signum).name, again)
 
-    # -- while it runs ------------------------------------------------------------------------------------------------
+    # -- while it runs -----------------------------------------------------------------------------
 
     def every(self, what: str, step: int) -> bool:
         """Is it time to "log" or "save" (step: of training), or to "eval" (step: an epoch)?"""
@@ -201,7 +227,9 @@ class Run:
         return False
 
     def restore(self, **state: object) -> int:
-        """Load the newest checkpoint; what was logged after it is forgotten, since it will be logged again."""
+        """Load the newest checkpoint; what was logged after it is forgotten, since it will be
+        logged again.
+        """
         step = self.checkpoint.restore(**state)
         if self.is_main:
             self.metrics.truncate(step)
@@ -227,8 +255,9 @@ class Run:
     def waiting(self, seconds: float) -> None:
         """For a step whose images don't come: a signal is honoured after some time without them.
 
-        Each process sees to itself, since those that wait for it in a collective can't be asked: rank 0 saves if it is
-        one that has no images; if it has, it ends with the group, and the steps since its last save are repeated.
+        Each process sees to itself, since those that wait for it in a collective can't be asked:
+        rank 0 saves if it is one that has no images; if it has, it ends with the group, and the
+        steps since its last save are repeated.
         """
         if self._signum and seconds > STALLED:
             self.interrupt()
@@ -239,7 +268,11 @@ class Run:
     def diverge(self, step: int) -> None:
         """Stop: loss or weights are not finite since this step."""
         good = complete(self.directory)
-        kept = f"the last good state, of step {step_of(good[0]):,}, is kept" if good else "no state was saved yet"
+        kept = (
+            f"the last good state, of step {step_of(good[0]):,}, is kept"
+            if good
+            else "no state was saved yet"
+        )
         raise UserError(
             f"diverged at step {step:,}: loss or weights are not finite; {kept}; try a lower optimizer.base_lr, a "
             "longer schedule.warmup_epochs, or precision=fp32"
@@ -250,15 +283,25 @@ class Run:
             self.metrics.log(step, line)
             self.tracker.log(step, line)
             values = "  ".join(f"{key} {units.spoken(key, value)}" for key, value in line.items())
-            left = (self._total - step) * (time.monotonic() - self._began) / max(step - self._start, 1)
-            log.info("step %s/%s  %s  left %s", f"{step:,}", f"{self._total:,}", values, timedelta(seconds=round(left)))
+            left = (
+                (self._total - step) * (time.monotonic() - self._began) / max(step - self._start, 1)
+            )
+            log.info(
+                "step %s/%s  %s  left %s",
+                f"{step:,}",
+                f"{self._total:,}",
+                values,
+                timedelta(seconds=round(left)),
+            )
 
     def log_image(self, step: int, name: str, path: Path) -> None:
         if self.is_main:
             self.tracker.log_image(step, name, path)
 
     def uses(self, split: str, fingerprint: str, images: int) -> None:
-        """Remember the data, for the lineage of the result. UserError where the run began with other images."""
+        """Remember the data, for the lineage of the result. UserError where the run began with
+        other images.
+        """
         if self.is_main and self.directory is not None:
             known = identity.inputs(self.directory)
             now = {"fingerprint": fingerprint, "images": images}
@@ -268,16 +311,23 @@ class Run:
                     f"{known[split]['images']:,}, has {images:,} now, not the same. Choose another dir=, or delete it"
                 )
             if known.get(split) != now:
-                files.write(self.directory / "inputs.json", json.dumps(known | {split: now}, indent=2) + "\n")
+                files.write(
+                    self.directory / "inputs.json",
+                    json.dumps(known | {split: now}, indent=2) + "\n",
+                )
 
     def check_data(self, split: Callable[[str], Split] | None = None) -> None:
         """UserError unless the images of a finished run are those that it would use now.
 
-        split: where they are by its name; None: below `data.root`, looked at where that isn't the one it was.
+        split: where they are by its name; None: below `data.root`, looked at where that isn't the
+        one it was.
         """
         if not self.is_main or not (known := identity.inputs(self.directory)):
             return
-        ran, now = files.parse(self.directory / "config.yaml", yaml.safe_load)["data"], self._config["data"]
+        ran, now = (
+            files.parse(self.directory / "config.yaml", yaml.safe_load)["data"],
+            self._config["data"],
+        )
         if split is None and ran.get("root") == now.get("root"):
             return
         split = split or construct(now).split
@@ -300,7 +350,9 @@ class Run:
         self._start, self._total, self._began = start, total, time.monotonic()
         watched = self.is_main and sys.stderr.isatty()
         title = str(self._config["stage"]["name"])
-        return tqdm(steps, title, total, initial=start, disable=not watched, unit="step", dynamic_ncols=True)
+        return tqdm(
+            steps, title, total, initial=start, disable=not watched, unit="step", dynamic_ncols=True
+        )
 
 
 def environment() -> dict:
@@ -311,18 +363,30 @@ def environment() -> dict:
 
     def git(*command: str) -> str:
         try:
-            return subprocess.run(["git", "-C", package, *command], capture_output=True, text=True).stdout.strip()
+            return subprocess.run(
+                ["git", "-C", package, *command], capture_output=True, text=True
+            ).stdout.strip()
         except OSError:  # there is no git here
             return ""
 
-    packages = ("torch", "torchvision", "hydra-core", "omegaconf", "numpy", "pydantic", "wandb", "pillow")
+    packages = (
+        "torch",
+        "torchvision",
+        "hydra-core",
+        "omegaconf",
+        "numpy",
+        "pydantic",
+        "wandb",
+        "pillow",
+    )
     return {
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": platform.node(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "packages": {"ssl_bench": __version__} | {name: metadata.version(name) for name in packages},
+        "packages": {"ssl_bench": __version__}
+        | {name: metadata.version(name) for name in packages},
         "git_commit": git("rev-parse", "HEAD"),
         "git_dirty": bool(git("status", "--porcelain")),
         "world_size": distributed.world_size(),
@@ -334,7 +398,9 @@ def environment() -> dict:
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """Nothing for a full disk: what must be written tells of it, in a line; this would be a traceback for each."""
+        """Nothing for a full disk: what must be written tells of it, in a line; this would be a
+        traceback for each.
+        """
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 

@@ -1,4 +1,5 @@
-"""A sweep on disk: its members as they were composed, what became of them, and the table of their results.
+"""A sweep on disk: its members as they were composed, what became of them, and the table of their
+results.
 
 SWEEP/.members/NAME.json     the member: overrides, resolved configuration, working directory, Slurm job
 SWEEP/.members/NAME.failed   why its last attempt failed
@@ -58,7 +59,9 @@ class Member:
 
     @property
     def directory(self) -> Path:
-        """Of its run: in the folder of the sweep, wherever that is by now, unless `dir=` put it elsewhere."""
+        """Of its run: in the folder of the sweep, wherever that is by now, unless `dir=` put it
+        elsewhere.
+        """
         chosen = Path(self.cwd, self.config["dir"])
         return self.file.parents[1] / self.name if chosen.name == self.name else chosen
 
@@ -83,7 +86,11 @@ class Member:
     @property
     def output(self) -> Path | None:
         """Of the process or the Slurm job that it has of its own."""
-        path = self.file.parents[1] / ".submitit" / self.job if self.job else self.file.with_suffix(".log")
+        path = (
+            self.file.parents[1] / ".submitit" / self.job
+            if self.job
+            else self.file.with_suffix(".log")
+        )
         if not path.exists():
             return None
         return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
@@ -113,7 +120,9 @@ class Member:
             return None
         if (ran := self._read("config.yaml", yaml.safe_load)) is None or self._changes(ran):
             return None
-        then, now = (identity.real(config["data"].get("root") or ".") for config in (ran, self.config))
+        then, now = (
+            identity.real(config["data"].get("root") or ".") for config in (ran, self.config)
+        )
         return summary if then == now else None  # else it looks itself
 
     @property
@@ -130,11 +139,17 @@ class Member:
         return weights is not None and files.digest(weights) != known
 
     def _changes(self, ran: dict) -> str:
-        """But for what the weights decided when it was launched: there is the very file, and how images looked."""
+        """But for what the weights decided when it was launched: there is the very file, and how
+        images looked.
+        """
         look, then = (config.get("augmentation") or {} for config in (self.config, ran))
-        look = look | {key: then.get(key) for key in ("mean", "std") if key in look and look[key] is None}
+        look = look | {
+            key: then.get(key) for key in ("mean", "std") if key in look and look[key] is None
+        }
         before = identity.left_by(ran | {"pretrained": None}, self.directory)
-        return identity.changes(before, Identity(self.config | {"pretrained": None, "augmentation": look}))
+        return identity.changes(
+            before, Identity(self.config | {"pretrained": None, "augmentation": look})
+        )
 
     def _read(self, name: str, parse: Callable[[str], Any]) -> Any:
         path = self.directory / name
@@ -147,11 +162,21 @@ class Member:
         node: Any = self.config
         for part in key.split("."):
             node = node.get(part) if isinstance(node, dict) else None
-        return str(node.get("name", "")) if isinstance(node, dict) else "" if node is None else str(node)
+        return (
+            str(node.get("name", ""))
+            if isinstance(node, dict)
+            else ""
+            if node is None
+            else str(node)
+        )
 
     @cached_property
     def choices(self) -> dict[str, str]:
-        return {key_of(word): word.partition("=")[2] for word in self.overrides if not identity.is_free(key_of(word))}
+        return {
+            key_of(word): word.partition("=")[2]
+            for word in self.overrides
+            if not identity.is_free(key_of(word))
+        }
 
 
 def name(overrides: Sequence[str]) -> str:
@@ -160,8 +185,12 @@ def name(overrides: Sequence[str]) -> str:
     digest = blake2b("\n".join(sorted(words)).encode(), digest_size=4).hexdigest()
     pairs = (word.partition("=") for word in words)
     # Of a path what it ends in, or there would be no room for it.
-    shown = [f"{key.rpartition('.')[2]}-{value.rstrip('/').rpartition('/')[2]}" for key, _, value in pairs]
-    while len(shown) > 1 and len("-".join(shown)) > 80:  # what is swept tends to come last on the command line
+    shown = [
+        f"{key.rpartition('.')[2]}-{value.rstrip('/').rpartition('/')[2]}"
+        for key, _, value in pairs
+    ]
+    # what is swept tends to come last on the command line
+    while len(shown) > 1 and len("-".join(shown)) > 80:
         shown.pop(0)
     return f"{identity.slug('-'.join(shown))}-{digest}"
 
@@ -170,11 +199,12 @@ def members(folder: Path) -> list[Member]:
     return [Member.load(file) for file in sorted((folder / ".members").glob("*.json"))]
 
 
-# -- what became of them -----------------------------------------------------------------------------------------------
+# -- what became of them ---------------------------------------------------------------------------
 
 
 class State(NamedTuple):
-    name: str  # finished, running, pending, failed, stopped (it will continue), waiting, or Slurm's word
+    # finished, running, pending, failed, stopped (it will continue), waiting, or Slurm's word
+    name: str
     note: str = ""
 
     def __str__(self) -> str:
@@ -221,7 +251,9 @@ def queued() -> dict[str, State] | None:
 def accounted(jobs: Sequence[str]) -> dict[str, str]:
     """How Slurm's accounting says that jobs ended, where there is one: {job: "timeout"}."""
     lines = _ask("sacct", "-n", "-P", "-X", "-o", "JobID,State", "-j", ",".join(jobs)) or []
-    return {job: state.split()[0].lower() for job, _, state in (line.partition("|") for line in lines)}
+    return {
+        job: state.split()[0].lower() for job, _, state in (line.partition("|") for line in lines)
+    }
 
 
 def _ask(*command: str) -> list[str] | None:
@@ -251,7 +283,14 @@ def twin(config: Mapping, members: Mapping[str, Sequence[Member]]) -> Member | N
             return member
     source = config.get("pretrained")
     weights = layout.weights_of(Path(source)) if alike and source else None  # which may have moved
-    return next((one for one in alike if weights and identity.recorded(one.directory) == files.digest(weights)), None)
+    return next(
+        (
+            one
+            for one in alike
+            if weights and identity.recorded(one.directory) == files.digest(weights)
+        ),
+        None,
+    )
 
 
 def by_key(members: Iterable[Member]) -> dict[str, list[Member]]:

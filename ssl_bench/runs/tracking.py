@@ -1,4 +1,6 @@
-"""Metrics: `metrics.jsonl` is the truth; a tracker mirrors it to a dashboard and may fail without hurting the run."""
+"""Metrics: `metrics.jsonl` is the truth; a tracker mirrors it to a dashboard and may fail without
+hurting the run.
+"""
 
 import csv
 import json
@@ -25,14 +27,18 @@ from ssl_bench.shell import override, quoted
 
 log = logging.getLogger(__name__)
 
-AXES = ("epoch", "images_seen")  # of every chart: they mean the same in all stages, and bear no stage's name
+# of every chart: they mean the same in all stages, and bear no stage's name
+AXES = ("epoch", "images_seen")
 TABLE_ROWS = 10_000  # of a table: W&B shows no more
-# What W&B takes; wandb 0.31.0: validate_project and validate_run_tags in sdk/wandb_settings.py, INVALID_URL_CHARS,
-# NAME_MAXLEN and MAX_ARTIFACT_METADATA_KEYS in sdk/artifacts/_validators.py. That names of runs and groups end at 128,
-# only its server says (github.com/NVIDIA-NeMo/Skills, issue 842).
+# What W&B takes; wandb 0.31.0: validate_project and validate_run_tags in sdk/wandb_settings.py,
+# INVALID_URL_CHARS, NAME_MAXLEN and MAX_ARTIFACT_METADATA_KEYS in sdk/artifacts/_validators.py.
+# That names of runs and groups end at 128, only its server says (github.com/NVIDIA-NeMo/Skills,
+# issue 842).
 NAME_LENGTH, TAG_LENGTH, METADATA = 128, 64, 100
 NOT_IN_URLS = "/\\#?%:\r\n"
-_SECRET = re.compile(r"(^|_)(api_?key|access_?key|token|password|passwd|secret|credentials?)$", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(^|_)(api_?key|access_?key|token|password|passwd|secret|credentials?)$", re.IGNORECASE
+)
 
 
 def _takes(most: int, without: str = "") -> AfterValidator:
@@ -64,7 +70,9 @@ class Tracker(Protocol):
 
 
 class NoTracker:
-    """`tracking=local`: the run directory only. Takes what every tracker is given, and needs none of it."""
+    """`tracking=local`: the run directory only. Takes what every tracker is given, and needs none
+    of it.
+    """
 
     def __init__(self, *, directory: Path | None = None, config: dict[str, Any] | None = None):
         pass
@@ -83,18 +91,21 @@ class NoTracker:
 
 
 class WandbTracker:
-    """Mirrors a run to Weights & Biases; never prompts, never hangs, never stops the run once it has begun.
+    """Mirrors a run to Weights & Biases; never prompts, never hangs, never stops the run once it
+    has begun.
 
-    `mode=auto` is $WANDB_MODE if set, else online with an API key (environment, netrc or W&B settings), else offline.
-    WANDB_MODE=disabled is no tracking at all.
-    Online without an answer within 20 s goes on offline. The id in `<directory>/wandb_id` makes a restart continue the
-    same W&B run. None for `group`, `job_type` and `name`: what the run is but for its seeds, its stage, both with seeds
-    (see `identity`). `config` has that of its pretraining, too, under "pretraining".
-    Names are those of metrics.jsonl after the stage's: pretrain/loss. When it is finished: what the stage returned, the
-    best of what isn't measured on val (pretrain/best/loss), tables of the *.csv, and as artifacts what the run came
-    from (inputs.json, `pretrained`) and came to, between which W&B draws the lineage.
-    `directory` (the run's) and `config` (plain, resolved) come from the caller; `rebuilt` from `rebuild`.
-    UserError: mode=online without an API key, a malformed key, an unknown $WANDB_MODE.
+    `mode=auto` is $WANDB_MODE if set, else online with an API key (environment, netrc or W&B
+    settings), else offline. WANDB_MODE=disabled is no tracking at all.
+    Online without an answer within 20 s goes on offline. The id in `<directory>/wandb_id` makes a
+    restart continue the same W&B run. None for `group`, `job_type` and `name`: what the run is but
+    for its seeds, its stage, both with seeds (see `identity`). `config` has that of its
+    pretraining, too, under "pretraining".
+    Names are those of metrics.jsonl after the stage's: pretrain/loss. When it is finished: what the
+    stage returned, the best of what isn't measured on val (pretrain/best/loss), tables of the
+    *.csv, and as artifacts what the run came from (inputs.json, `pretrained`) and came to, between
+    which W&B draws the lineage.
+    `directory` (the run's) and `config` (plain, resolved) come from the caller; `rebuilt` from
+    `rebuild`. UserError: mode=online without an API key, a malformed key, an unknown $WANDB_MODE.
     """
 
     def __init__(
@@ -134,13 +145,20 @@ class WandbTracker:
         )
         try:
             self._begin(mode, words)
-        except Exception as error:  # of any kind, like a full disk: metrics.jsonl is the truth, and goes on
+        # of any kind, like a full disk: metrics.jsonl is the truth, and goes on
+        except Exception as error:
             if rebuilt and isinstance(error, OSError):
                 raise
             if rebuilt:
-                raise UserError(f"{self.directory}: W&B doesn't take it ({_line(error)})") from error
+                raise UserError(
+                    f"{self.directory}: W&B doesn't take it ({_line(error)})"
+                ) from error
             self._run = None
-            log.warning("W&B can't be used (%s); later: ssl-bench stage=sync runs=%s", _line(error), self.directory)
+            log.warning(
+                "W&B can't be used (%s); later: ssl-bench stage=sync runs=%s",
+                _line(error),
+                self.directory,
+            )
 
     def _begin(self, mode: str, words: dict[str, Any]) -> None:
         self._files.mkdir(parents=True, exist_ok=True)
@@ -153,8 +171,10 @@ class WandbTracker:
             console="off",
             init_timeout=20,  # s; the default, 90, holds a node for nothing
             finish_timeout=300,  # s; by default a finish without network waits for ever
-            x_transaction_log_flush_interval=2,  # s; at the default, 15, a killed run loses its tail
-            disable_git=True,  # of the folder it was started from, which may be any project's: ours is
+            # s; at the default, 15, a killed run loses its tail
+            x_transaction_log_flush_interval=2,
+            # of the folder it was started from, which may be any project's: ours is
+            disable_git=True,
             git_commit=_commit(self.directory),
             **machine,
         )
@@ -177,7 +197,8 @@ class WandbTracker:
         log.info("W&B %s: %s", mode, self._run.url if mode == "online" else self._files / "wandb")
         self._run.define_metric("images_seen")
         self._run.define_metric("epoch")
-        self._run.define_metric("*", step_metric="epoch")  # an axis for every batch size; the step stays at hand
+        # an axis for every batch size; the step stays at hand
+        self._run.define_metric("*", step_metric="epoch")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._step = step
@@ -192,10 +213,16 @@ class WandbTracker:
         """Keep the file as a model artifact, if `log_checkpoint`."""
         if self.log_checkpoint:
             with self._staging():
-                self._mirror(lambda run: run.log_artifact(str(path), name=f"checkpoint-{run.id}", type="model"))
+                self._mirror(
+                    lambda run: run.log_artifact(
+                        str(path), name=f"checkpoint-{run.id}", type="model"
+                    )
+                )
 
     def close(self, status: str, summary: Mapping[str, float]) -> None:
-        """`status` "finished" is a success, "preempted" is what will be continued, anything else a failure."""
+        """`status` "finished" is a success, "preempted" is what will be continued, anything else a
+        failure.
+        """
 
         def finish(run):
             try:
@@ -221,12 +248,16 @@ class WandbTracker:
         return f"ssl-bench stage=sync {override('runs', self.directory)}"
 
     def _named(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        return {name if name in AXES else self._prefix + name: value for name, value in metrics.items()}
+        return {
+            name if name in AXES else self._prefix + name: value for name, value in metrics.items()
+        }
 
     def _best(self) -> dict[str, float]:
-        """The least of each loss, and the greatest of each accuracy (percent or fraction), in the whole of the run.
+        """The least of each loss, and the greatest of each accuracy (percent or fraction), in the
+        whole of the run.
 
-        Not of those measured on val: the best of its epochs would be chosen by what it is measured on.
+        Not of those measured on val: the best of its epochs would be chosen by what it is measured
+        on.
         """
         best: dict[str, float] = {}
         path = self.directory / "metrics.jsonl"
@@ -250,7 +281,9 @@ class WandbTracker:
                 run.log({f"{self._prefix}tables/{path.stem}": table}, step=self._step)
 
     def _log_lineage(self, run: Any, summary: Mapping[str, float]) -> None:
-        """Small artifacts that stand for data, weights and result. W&B sees by their content which are the same."""
+        """Small artifacts that stand for data, weights and result. W&B sees by their content which
+        are the same.
+        """
         for split, facts in identity.inputs(self.directory).items():
             name = f"data-{identity.slug(self._what.data or 'data')}-{split}"
             _use(run, _artifact(name, "dataset", facts["fingerprint"], facts))
@@ -259,7 +292,9 @@ class WandbTracker:
         newest = max(self.directory.glob("checkpoints/step*.pt"), default=None)
         if newest and self._prefix != "predict/":  # whose checkpoints hold a position
             run.log_artifact(_weights(newest))
-        run.log_artifact(_artifact(f"result-{run.id}", "result", json.dumps(dict(summary)), summary))
+        run.log_artifact(
+            _artifact(f"result-{run.id}", "result", json.dumps(dict(summary)), summary)
+        )
 
     @contextmanager
     def _staging(self) -> Iterator[None]:
@@ -278,7 +313,8 @@ class WandbTracker:
             return
         try:
             call(self._run)
-        except Exception as error:  # the mirror's trouble, of any kind, is not the run's: metrics.jsonl goes on
+        # the mirror's trouble, of any kind, is not the run's: metrics.jsonl goes on
+        except Exception as error:
             if self._rebuilt:
                 raise
             self._run = None
@@ -286,11 +322,13 @@ class WandbTracker:
 
 
 def rebuild(run_dir: str | Path, settings: Mapping[str, Any] | None = None) -> None:
-    """Write one whole W&B run from `metrics.jsonl`, `config.yaml`, `summary.json` and `*.png` of a run directory.
+    """Write one whole W&B run from `metrics.jsonl`, `config.yaml`, `summary.json` and `*.png` of a
+    run directory.
 
-    It keeps the run's id and replaces `<run_dir>/wandb-synced`, which nothing else writes; everything else there stays.
-    Without `summary.json` the run counts as failed. UserError for damaged files, before anything is replaced.
-    `settings`: arguments of WandbTracker; None: the run's own, else the defaults, in either case online if logged in.
+    It keeps the run's id and replaces `<run_dir>/wandb-synced`, which nothing else writes;
+    everything else there stays. Without `summary.json` the run counts as failed. UserError for
+    damaged files, before anything is replaced. `settings`: arguments of WandbTracker; None: the
+    run's own, else the defaults, in either case online if logged in.
     """
     run_dir = Path(run_dir)
     rows = MetricsFile.read(run_dir / "metrics.jsonl")
@@ -299,7 +337,11 @@ def rebuild(run_dir: str | Path, settings: Mapping[str, Any] | None = None) -> N
     summary = files.parse(summary_file, json.loads) if finished else {}
     if settings is None:
         own = config.get("tracking") or {}  # tracking=local has none of these
-        settings = {key: own[key] for key in ("project", "entity", "group", "job_type", "name", "tags") if key in own}
+        settings = {
+            key: own[key]
+            for key in ("project", "entity", "group", "job_type", "name", "tags")
+            if key in own
+        }
     shutil.rmtree(run_dir / "wandb-synced", ignore_errors=True)
     tracker = WandbTracker(**settings, directory=run_dir, config=config, rebuilt=True)
     step = 0
@@ -351,7 +393,9 @@ def _artifact(name: str, kind: str, content: str, metadata: Mapping[str, Any]) -
 
 
 def _weights(path: Path) -> Any:
-    """The artifact of a checkpoint: the same from the run that writes it and from one that reads it."""
+    """The artifact of a checkpoint: the same from the run that writes it and from one that reads
+    it.
+    """
     facts = {"file": path.name}
     if run := layout.run_of(path.resolve()):
         facts["run"] = identity.with_origin(_config(run), run).title
@@ -366,8 +410,8 @@ def _weights(path: Path) -> Any:
 def _use(run: Any, artifact: Any) -> None:
     """An input of the run, whether W&B has seen it or not.
 
-    Online, `use_artifact` writes this record for an artifact that isn't logged yet, and waits for an answer; offline it
-    refuses, though the record says all that `wandb sync` needs to know.
+    Online, `use_artifact` writes this record for an artifact that isn't logged yet, and waits for
+    an answer; offline it refuses, though the record says all that `wandb sync` needs to know.
     """
     run._log_artifact(artifact, aliases=["latest"], is_user_created=True, use_after_commit=True)
 
@@ -380,26 +424,33 @@ def _number(cell: str) -> float | str:
 
 
 def save_workspace(workspace: Any) -> str:
-    """Make it a saved view in its project, of the account's default entity if it names none; its address. UserError."""
+    """Make it a saved view in its project, of the account's default entity if it names none; its
+    address. UserError.
+    """
     import wandb
 
     try:
         workspace.entity = workspace.entity or wandb.Api().default_entity
         workspace.save()
     except Exception as error:  # of many kinds: no network, no such entity, no right to write there
-        raise UserError(f"W&B made no dashboard ({_line(error)}): check tracking.entity and tracking.project") from None
+        raise UserError(
+            f"W&B made no dashboard ({_line(error)}): check tracking.entity and tracking.project"
+        ) from None
     return workspace.url
 
 
 def check(settings: Mapping[str, Any]) -> None:
-    """UserError where a tracker of these settings, the node `tracking`, could not be made: before the work is done."""
+    """UserError where a tracker of these settings, the node `tracking`, could not be made: before
+    the work is done.
+    """
     if settings["_target_"].endswith("WandbTracker"):
         choose_mode(settings.get("mode", "auto"))
 
 
 def choose_mode(mode: str) -> str:
     """ "online", "offline" or "disabled" for what was asked: see WandbTracker. UserError."""
-    # W&B reports on itself unless told not to; behind a firewall that drops packets, those reports hold up the exit
+    # W&B reports on itself unless told not to; behind a firewall that drops packets, those reports
+    # hold up the exit
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     asked = f"tracking.mode={mode}"
     if mode == "auto" and (mode := os.environ.get("WANDB_MODE") or "auto") != "auto":
@@ -411,16 +462,22 @@ def choose_mode(mode: str) -> str:
     import wandb
 
     wandb.finish()  # a run left open blocks login()
-    silent = wandb.Settings(silent=True)  # or login() reports on stderr, and asks the server who the user is
-    if wandb.setup(silent).settings.mode != "online":  # an earlier run of this process: login() would pass
+    # or login() reports on stderr, and asks the server who the user is
+    silent = wandb.Settings(silent=True)
+    # an earlier run of this process: login() would pass
+    if wandb.setup(silent).settings.mode != "online":
         wandb.teardown()
         wandb.setup(silent)
     try:
         logged_in = wandb.login(prompt=False, verify=False)
     except wandb.errors.AuthenticationError as error:
-        raise UserError(f"{str(error).rstrip('.')}; run `wandb login`, or add tracking.mode=offline") from None
+        raise UserError(
+            f"{str(error).rstrip('.')}; run `wandb login`, or add tracking.mode=offline"
+        ) from None
     if mode == "online" and not logged_in:
-        raise UserError(f"{asked}, but W&B has no API key; run `wandb login`, or add tracking.mode=offline")
+        raise UserError(
+            f"{asked}, but W&B has no API key; run `wandb login`, or add tracking.mode=offline"
+        )
     return "online" if logged_in else "offline"
 
 

@@ -45,7 +45,9 @@ def unit(metric: str) -> Unit:
     if metric.startswith(PRETRAINING):
         own = unit(metric.removeprefix(PRETRAINING))
         return own._replace(label=f"pretraining {own.label}")
-    return UNITS.get(metric) or Unit(metric.replace("_", " "), form=".1f" if re.search(r"top-?\d$", metric) else ".4g")
+    return UNITS.get(metric) or Unit(
+        metric.replace("_", " "), form=".1f" if re.search(r"top-?\d$", metric) else ".4g"
+    )
 
 
 def shown(metric: str, values: Sequence[float]) -> str:
@@ -54,14 +56,18 @@ def shown(metric: str, values: Sequence[float]) -> str:
         return ""
     _, scale, form = unit(metric)
     mean, std = mean_std([scale * value for value in values])
-    return f"{mean:{form}}" + ("" if math.isnan(std) else f" ± {std:{'.2g' if form.endswith('g') else form}}")
+    return f"{mean:{form}}" + (
+        "" if math.isnan(std) else f" ± {std:{'.2g' if form.endswith('g') else form}}"
+    )
 
 
 def spoken(metric: str, value: float) -> str:
     """One value as people read it beside others: shares are percent, as in tables."""
     label, scale, _ = unit(metric)
     value *= scale
-    return (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}") + " %" * label.endswith("(%)")
+    return (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}") + " %" * label.endswith(
+        "(%)"
+    )
 
 
 def mean_std(values: list[float]) -> tuple[float, float]:

@@ -1,9 +1,10 @@
 """Weights from and for other programs. Keys are matched exactly, and what was loaded is said.
 
-Read: a run directory, a checkpoint of ours, an official MoCo `.pth.tar`, a torchvision state dict, a folder or file of
-stage=export, a zoo name.
-Written: the official MoCo layout (facebookresearch/moco, main_moco.py), which `main_lincls.py` and the detection
-converter read; and by stage=export the backbone's own names, which for a ResNet are torchvision's and timm's.
+Read: a run directory, a checkpoint of ours, an official MoCo `.pth.tar`, a torchvision state dict,
+a folder or file of stage=export, a zoo name.
+Written: the official MoCo layout (facebookresearch/moco, main_moco.py), which `main_lincls.py` and
+the detection converter read; and by stage=export the backbone's own names, which for a ResNet are
+torchvision's and timm's.
 """
 
 import json
@@ -24,8 +25,10 @@ from ssl_bench.methods.moco import MoCo
 from ssl_bench.runs import checkpoint, layout, published
 
 State = dict[str, Tensor]
-DIGEST = "ssl_bench.xxh3_128"  # in the metadata of a safetensors file: of its tensors, and what else it says
-CLASSES = "classes.json"  # in the directory of a run that learns from labels: the names of its classes
+# in the metadata of a safetensors file: of its tensors, and what else it says
+DIGEST = "ssl_bench.xxh3_128"
+# in the directory of a run that learns from labels: the names of its classes
+CLASSES = "classes.json"
 
 
 class Loaded(NamedTuple):
@@ -39,17 +42,31 @@ def load_backbone(backbone: nn.Module, source: str) -> Loaded:
     """Fill `backbone` from `source`, every tensor of it or an error. Returns what was read."""
     path, wanted = find(source), backbone.state_dict()
     state, layout, prefix = _backbone_state(read(path), path, wanted)
-    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    if layout != "ssl_bench":  # fc: a classifier or projection of the authors', of torchvision, of stage=export
-        beside = ("fc.", *(backbone.classifier_keys() if hasattr(backbone, "classifier_keys") else ()))
-        found = {key: value for key, value in found.items() if key in wanted or not key.startswith(beside)}
+    found = {
+        key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+    }
+    # fc: a classifier or projection of the authors', of torchvision, of stage=export
+    if layout != "ssl_bench":
+        beside = (
+            "fc.",
+            *(backbone.classifier_keys() if hasattr(backbone, "classifier_keys") else ()),
+        )
+        found = {
+            key: value
+            for key, value in found.items()
+            if key in wanted or not key.startswith(beside)
+        }
     missing = [key for key in wanted if key not in found]
     unexpected = [key for key in found if key not in wanted]
     reshaped = [key for key in wanted if key in found and wanted[key].shape != found[key].shape]
     if missing or unexpected or reshaped:
         differences = [
             f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-            for keys, what in ((missing, "missing"), (unexpected, "unexpected"), (reshaped, "of another shape"))
+            for keys, what in (
+                (missing, "missing"),
+                (unexpected, "unexpected"),
+                (reshaped, "of another shape"),
+            )
             if keys
         ]
         raise UserError(
@@ -62,7 +79,9 @@ def load_backbone(backbone: nn.Module, source: str) -> Loaded:
             f"pretrained={source}: {len(broken)} of its tensors are not finite ({broken[0]}, ...): choose another file"
         )
     backbone.load_state_dict(found)
-    return Loaded(path, layout, len(found), [key for key in state if key.removeprefix(prefix) not in found])
+    return Loaded(
+        path, layout, len(found), [key for key in state if key.removeprefix(prefix) not in found]
+    )
 
 
 def _backbone_of(source: str, path: Path) -> str:
@@ -82,7 +101,9 @@ def find(source: str) -> Path:
     if file := layout.weights_of(path):
         return file
     if path.is_dir():
-        raise UserError(f"pretrained={source}: no checkpoint in this directory; give a run directory or a file")
+        raise UserError(
+            f"pretrained={source}: no checkpoint in this directory; give a run directory or a file"
+        )
     if source in published.WEIGHTS:
         return published.fetch(source)
     raise UserError(
@@ -92,14 +113,20 @@ def find(source: str) -> Path:
 
 
 def read(path: Path) -> object:
-    """What is in the file; no code in it is run. UserError where it can't be read, or isn't what was written."""
+    """What is in the file; no code in it is run. UserError where it can't be read, or isn't what
+    was written.
+    """
     try:
         files.check(path)
         return _safetensors(path)[0] if path.suffix == ".safetensors" else checkpoint.read(path)
     except UserError as error:
         run = layout.run_of(path)
         older = [file for file in layout.complete(run) if file.name < path.name] if run else []
-        hint = f"; the state before it, of step {layout.step_of(older[0]):,}, is pretrained={older[0]}" if older else ""
+        hint = (
+            f"; the state before it, of step {layout.step_of(older[0]):,}, is pretrained={older[0]}"
+            if older
+            else ""
+        )
         raise UserError(f"{error}{hint}") from None
 
 
@@ -115,7 +142,9 @@ def _safetensors(path: Path) -> tuple[State, dict[str, str]]:
     except SafetensorError as error:
         raise UserError(f"{path}: truncated, or not a safetensors file ({error})") from None
     if DIGEST in metadata and metadata[DIGEST] != digest(state, metadata.get("ssl_bench", "")):
-        raise UserError(f"{path}: damaged: its tensors aren't those that were written; export or copy it again")
+        raise UserError(
+            f"{path}: damaged: its tensors aren't those that were written; export or copy it again"
+        )
     return state, metadata
 
 
@@ -126,7 +155,9 @@ def _metadata(path: Path, state: tuple[int, ...]) -> dict[str, str]:
 
 
 def digest(state: State, text: str = "") -> str:
-    """xxh3_128 of tensors, as they are on the CPU, with their names, and of a text: changed by a flipped bit of any."""
+    """xxh3_128 of tensors, as they are on the CPU, with their names, and of a text: changed by a
+    flipped bit of any.
+    """
     whole = xxhash.xxh3_128(text.encode())
     for key, value in sorted(state.items()):
         whole.update(f"{key} {value.dtype} {tuple(value.shape)} ".encode())
@@ -135,12 +166,18 @@ def digest(state: State, text: str = "") -> str:
 
 
 def recipe(path: Path) -> dict | None:
-    """The configuration of the run that made the file: from the run's directory, or from a file of stage=export.
+    """The configuration of the run that made the file: from the run's directory, or from a file of
+    stage=export.
 
-    The state dict of an export holds tensors alone; the file beside it, of the same list of digests, has the rest.
+    The state dict of an export holds tensors alone; the file beside it, of the same list of
+    digests, has the rest.
     """
     beside = path.with_suffix(".safetensors")
-    if path.suffix == ".pth" and {path.name, beside.name} <= files.listed(path.parent).keys() and beside.is_file():
+    if (
+        path.suffix == ".pth"
+        and {path.name, beside.name} <= files.listed(path.parent).keys()
+        and beside.is_file()
+    ):
         files.check(path)
         return recipe(beside)
     if path.suffix == ".safetensors":
@@ -155,35 +192,57 @@ def recipe(path: Path) -> dict | None:
 
 
 def look(path: Path) -> dict[str, list[float]]:
-    """The mean and std that images had when the file's network was trained, as far as that is known."""
+    """The mean and std that images had when the file's network was trained, as far as that is
+    known.
+    """
     node, said = (recipe(path) or {}).get("augmentation"), {}
     for key in ("mean", "std"):
         value = node.get(key) if isinstance(node, dict) else None
         if value is not None:
-            numbers = isinstance(value, list) and len(value) == 3 and all(isinstance(x, int | float) for x in value)
+            numbers = (
+                isinstance(value, list)
+                and len(value) == 3
+                and all(isinstance(x, int | float) for x in value)
+            )
             if not numbers or (key == "std" and min(value) <= 0):
-                raise UserError(f"{path}: its configuration has augmentation.{key}={value}, which can't be: mend it")
+                raise UserError(
+                    f"{path}: its configuration has augmentation.{key}={value}, which can't be: mend it"
+                )
             said[key] = value
     return said
 
 
 def class_names(path: Path) -> list[str]:
-    """Of the outputs of the classifier in the file, in their order; nothing where the classes have no names."""
+    """Of the outputs of the classifier in the file, in their order; nothing where the classes have
+    no names.
+    """
     run = layout.run_of(path)
-    known = files.parse(run / CLASSES, json.loads) if run and (run / CLASSES).is_file() else recipe(path) or {}
+    known = (
+        files.parse(run / CLASSES, json.loads)
+        if run and (run / CLASSES).is_file()
+        else recipe(path) or {}
+    )
     names = known.get("classes", [])
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise UserError(f"{path}: the names of its classes are {str(names)[:40]}, no list of texts: mend it")
+        raise UserError(
+            f"{path}: the names of its classes are {str(names)[:40]}, no list of texts: mend it"
+        )
     return names
 
 
 def load_classifier(source: str) -> nn.Linear | None:
-    """The linear classifier (classes, dim) in a file of stage=lincls, finetune or export, or in a torchvision file.
+    """The linear classifier (classes, dim) in a file of stage=lincls, finetune or export, or in a
+    torchvision file.
 
-    Where its features are standardised first (stage.normalize=true), that is folded into its weights.
+    Where its features are standardised first (stage.normalize=true), that is folded into its
+    weights.
     """
     content = read(find(source))
-    state = content.get("model", content.get("state_dict", content)) if isinstance(content, Mapping) else {}
+    state = (
+        content.get("model", content.get("state_dict", content))
+        if isinstance(content, Mapping)
+        else {}
+    )
     if not {"fc.weight", "fc.bias"} <= state.keys():
         return None
     weight, bias = state["fc.weight"].double(), state["fc.bias"].double()
@@ -198,11 +257,15 @@ def load_classifier(source: str) -> nn.Linear | None:
 def _backbone_state(content: object, path: Path, wanted: State) -> tuple[State, str, str]:
     """(tensors, layout, prefix of the backbone's keys). wanted: the backbone's own."""
     if not isinstance(content, Mapping):
-        raise UserError(f"{path}: holds a {type(content).__name__}, where a dictionary of tensors was expected")
+        raise UserError(
+            f"{path}: holds a {type(content).__name__}, where a dictionary of tensors was expected"
+        )
     ours = "model" in content and "step" in content
     state = content["model"] if ours else content.get("state_dict", content)
     keys = [str(key) for key in (state if isinstance(state, Mapping) else content)]
-    plain = isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    plain = isinstance(state, Mapping) and all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    )
     if plain:
         if ours:
             return state, "ssl_bench", "backbone."
@@ -219,16 +282,24 @@ def _backbone_state(content: object, path: Path, wanted: State) -> tuple[State, 
 
 
 def official_moco_state_dict(method: MoCo) -> State:
-    """The `state_dict` entry of the authors' checkpoints: module.encoder_q.*, module.encoder_k.*, module.queue*."""
+    """The `state_dict` entry of the authors' checkpoints: module.encoder_q.*, module.encoder_k.*,
+    module.queue*.
+    """
     state = {f"module.{theirs}": value for theirs, value in _official_names(method)}
     return state | {"module.queue": method.queue.keys, "module.queue_ptr": method.queue.pointer}
 
 
 def load_official_moco(method: MoCo, state_dict: State) -> None:
-    """Fill a whole MoCo, both encoders and the queue, from the authors' `state_dict`; ValueError unless all fits."""
+    """Fill a whole MoCo, both encoders and the queue, from the authors' `state_dict`; ValueError
+    unless all fits.
+    """
     wanted = official_moco_state_dict(method)
     wrong = sorted(wanted.keys() ^ state_dict.keys())
-    wrong += [key for key in wanted.keys() & state_dict.keys() if wanted[key].shape != state_dict[key].shape]
+    wrong += [
+        key
+        for key in wanted.keys() & state_dict.keys()
+        if wanted[key].shape != state_dict[key].shape
+    ]
     if wrong:
         raise UserError(
             f"not this method's official state: {len(wrong)} tensors are missing, unexpected or of another shape "
@@ -246,4 +317,8 @@ def _official_names(method: MoCo) -> list[tuple[str, Tensor]]:
         "encoder_k.": method.key_backbone,
         "encoder_k.fc.": method.key_head,
     }
-    return [(prefix + key, value) for prefix, module in pairs.items() for key, value in module.state_dict().items()]
+    return [
+        (prefix + key, value)
+        for prefix, module in pairs.items()
+        for key, value in module.state_dict().items()
+    ]

@@ -29,7 +29,9 @@ def pick_device(name: str, local_rank: int) -> "torch.device":
                 torch.version.cuda,
             )
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device={name}: torch {torch.__version__} sees no GPU here; use device=cpu or device=auto")
+        raise UserError(
+            f"device={name}: torch {torch.__version__} sees no GPU here; use device=cpu or device=auto"
+        )
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("device=mps: not available here; use device=cpu or device=auto")
     if name != "cuda":
@@ -43,10 +45,14 @@ def pick_device(name: str, local_rank: int) -> "torch.device":
 
 
 def check_compiler() -> None:
-    """UserError unless torch.compile finds what it calls, on the CPU and, through Triton, for a GPU."""
+    """UserError unless torch.compile finds what it calls, on the CPU and, through Triton, for a
+    GPU.
+    """
     compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
     if not any(shutil.which(name) for name in compilers if name):
-        raise UserError("compile=true needs a C++ compiler, and finds none: apt-get install g++, or type compile=false")
+        raise UserError(
+            "compile=true needs a C++ compiler, and finds none: apt-get install g++, or type compile=false"
+        )
     if not Path(header := sysconfig.get_path("include"), "Python.h").exists():
         raise UserError(
             f"compile=true needs Python's headers, and finds none in {header}: apt-get install python3-dev, or type "

@@ -1,4 +1,6 @@
-"""The only module that knows `torch.distributed`. Without a process group every function is a no-op."""
+"""The only module that knows `torch.distributed`. Without a process group every function is a
+no-op.
+"""
 
 import inspect
 import os
@@ -16,7 +18,9 @@ from torch import Tensor, nn
 from ssl_bench.errors import Abandoned, UserError
 
 # What the backends say when a process at the other end is gone.
-GONE = re.compile(r"(closed|reset) by peer|Broken pipe|remote process exited|ncclRemoteError|unhandled system error")
+GONE = re.compile(
+    r"(closed|reset) by peer|Broken pipe|remote process exited|ncclRemoteError|unhandled system error"
+)
 
 
 class World(NamedTuple):
@@ -27,7 +31,9 @@ class World(NamedTuple):
 
 
 def launched() -> World | None:
-    """The world somebody else started this process in (torchrun, or srun with several tasks), or None."""
+    """The world somebody else started this process in (torchrun, or srun with several tasks), or
+    None.
+    """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return World(
@@ -55,7 +61,9 @@ def find_rank_0() -> None:
     if "MASTER_ADDR" in os.environ:
         return
     if "SLURM_STEP_NODELIST" not in os.environ:
-        raise UserError("RANK and WORLD_SIZE are set, and MASTER_ADDR isn't: start it by torchrun, or unset them")
+        raise UserError(
+            "RANK and WORLD_SIZE are set, and MASTER_ADDR isn't: start it by torchrun, or unset them"
+        )
     os.environ["MASTER_ADDR"] = first_node(os.environ["SLURM_STEP_NODELIST"])
     # Below 32768, from where on the system gives ports to anyone.
     os.environ["MASTER_PORT"] = str(20000 + int(os.environ["SLURM_JOB_ID"]) % 12000)
@@ -65,7 +73,8 @@ def find_rank_0() -> None:
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the world of `launched()` for the time of the context.
 
-    UserError where its processes don't meet within $SSL_BENCH_RENDEZVOUS seconds (300), Abandoned where one leaves.
+    UserError where its processes don't meet within $SSL_BENCH_RENDEZVOUS seconds (300), Abandoned
+    where one leaves.
     """
     world = launched()
     if world is None or dist.is_initialized():
@@ -76,12 +85,15 @@ def process_group(device: torch.device) -> Iterator[None]:
     patience = timedelta(seconds=float(os.environ.get("SSL_BENCH_RENDEZVOUS", 300)))
     try:
         store, *_ = next(dist.rendezvous("env://", world.rank, world.size, timeout=patience))
-        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=patience)
+        dist.init_process_group(
+            backend, store=store, rank=world.rank, world_size=world.size, timeout=patience
+        )
     except RuntimeError as error:
         raise UserError(_not_met(world, patience, error)) from None
     # Rank 0 may pack a large dataset while the others wait at the first collective.
     store.set_timeout(packing := timedelta(hours=2))
-    (getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout)(packing)  # its name since torch 2.14
+    # its name since torch 2.14
+    (getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout)(packing)
     try:
         yield
     except RuntimeError as error:
@@ -121,7 +133,9 @@ def all_gather(tensor: Tensor) -> Tensor:
     """(N, ...) of every rank -> (world * N, ...) in rank order. No gradient."""
     if world_size() == 1:
         return tensor
-    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    parts = [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())
+    ]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
 
@@ -149,8 +163,8 @@ class _Total(torch.autograd.Function):
 def gather(tensor: Tensor) -> Tensor:
     """`all_gather` with gradient: what every rank's loss wants of this rank's part, summed.
 
-    Where each rank then computes the loss of the whole batch, the gradients that DDP averages are those of one process
-    that has the whole batch.
+    Where each rank then computes the loss of the whole batch, the gradients that DDP averages are
+    those of one process that has the whole batch.
     """
     return tensor if world_size() == 1 else _Gather.apply(tensor)
 
@@ -169,7 +183,9 @@ def broadcast(tensor: Tensor) -> Tensor:
 
 
 def share_buffers(module: nn.Module) -> None:
-    """Rank 0's, which are those saved: where batch norm is each rank's own, so are its running statistics."""
+    """Rank 0's, which are those saved: where batch norm is each rank's own, so are its running
+    statistics.
+    """
     for buffer in module.buffers():
         broadcast(buffer)
 
@@ -189,7 +205,9 @@ def total(tensor: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """True on every rank if true on one. Where there are several, a collective on the CPU: no GPU waits."""
+    """True on every rank if true on one. Where there are several, a collective on the CPU: no GPU
+    waits.
+    """
     return flag if world_size() == 1 else bool(total(torch.tensor(float(flag))))
 
 
@@ -199,12 +217,15 @@ def barrier() -> None:
 
 
 def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` for the forward pass: gradients are averaged over ranks. Keep `model` itself for its state."""
+    """`model` for the forward pass: gradients are averaged over ranks. Keep `model` itself for its
+    state.
+    """
     if world_size() == 1:
         return model
     ddp = nn.parallel.DistributedDataParallel
-    # A queue of 65536 x 128 must not travel each step; every rank enqueues the same gathered keys instead.
-    renamed = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters  # since torch 2.15
+    # A queue of 65536 x 128 must not travel each step; every rank enqueues the same gathered keys
+    # instead. since torch 2.15
+    renamed = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters
     quiet = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     ids = [device] if device.type == "cuda" else None
     return ddp(model, device_ids=ids, gradient_as_bucket_view=True, **quiet)

@@ -13,7 +13,9 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def keep_freed() -> None:
-    """glibc gives large freed blocks back to the system, and gets the next ones page by page: a fifth of a step."""
+    """glibc gives large freed blocks back to the system, and gets the next ones page by page: a
+    fifth of a step.
+    """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
@@ -36,7 +38,8 @@ def peak(device: torch.device) -> float:
     """GB: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    if STATUS.exists() and (line := re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())):  # gVisor has no such line
+    # gVisor has no such line
+    if STATUS.exists() and (line := re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())):
         return int(line[1]) * 1024 / 1e9
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used * (1 if sys.platform == "darwin" else 1024) / 1e9

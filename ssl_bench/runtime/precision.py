@@ -1,4 +1,6 @@
-"""What `precision=` means: which numbers are multiplied, and how gradients of float16 are kept from vanishing."""
+"""What `precision=` means: which numbers are multiplied, and how gradients of float16 are kept from
+vanishing.
+"""
 
 import warnings
 
@@ -10,26 +12,34 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def prepare(precision: str, device: torch.device) -> None:
-    """Torch's switches for speed, in this process. UserError for bfloat16 on a GPU that only emulates it."""
+    """Torch's switches for speed, in this process. UserError for bfloat16 on a GPU that only
+    emulates it.
+    """
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # torch.compile's advice, which is not its to give
+    # torch.compile's advice, which is not its to give
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes are static
         torch.backends.cudnn.allow_tf32 = precision != "fp32"  # torch's default is true
         if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             name = torch.cuda.get_device_name(device)
-            raise UserError(f"precision=bf16: {name} has no bfloat16; type precision=fp16, which is as fast there")
+            raise UserError(
+                f"precision=bf16: {name} has no bfloat16; type precision=fp16, which is as fast there"
+            )
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST)
 
 
-def gradient_scaler(precision: str, device: torch.device, optimizer: torch.optim.Optimizer) -> torch.amp.GradScaler:
-    """For fp16: multiplies the loss so that gradients don't underflow, and skips the steps that overflow nevertheless.
+def gradient_scaler(
+    precision: str, device: torch.device, optimizer: torch.optim.Optimizer
+) -> torch.amp.GradScaler:
+    """For fp16: multiplies the loss so that gradients don't underflow, and skips the steps that
+    overflow nevertheless.
 
-    To skip, the host waits for the device. A fused kernel would not, but torch's SGD, told to skip its first step, goes
-    on with momentum that was never initialised (torch 2.14, `_fused_sgd`).
+    To skip, the host waits for the device. A fused kernel would not, but torch's SGD, told to skip
+    its first step, goes on with momentum that was never initialised (torch 2.14, `_fused_sgd`).
     """
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if scaler.is_enabled():

@@ -5,7 +5,8 @@ READS in a stage's module are the shared keys that it reads (see `typed`), made 
 
 RUN = ("dir", "sweep", "metric", "tracking", "seed", "device")  # of a stage that leaves a run
 IMAGES = ("source", "batch_size", "precision")  # of one that shows images to a network
-LOOK = ("augmentation.name", "augmentation.image_size", "augmentation.mean", "augmentation.std")  # of a test view
+# of a test view
+LOOK = ("augmentation.name", "augmentation.image_size", "augmentation.mean", "augmentation.std")
 EVERY = ("log_every", "eval_every", "save_every")
 RECIPE = ("augmentation", "optimizer", "schedule", "epochs", "compile")
 TRAINING = (*RUN, *IMAGES, *RECIPE, *EVERY, "devices", "data", "backbone")

@@ -1,8 +1,9 @@
-"""Which labels a network's weights have learnt from: held out, these say nothing of it, and choose nothing.
+"""Which labels a network's weights have learnt from: held out, these say nothing of it, and choose
+nothing.
 
-A run that leaves a backbone writes labels.json: {"seen": [a data set, ...], "known": bool}, its own data set and what
-the weights that it began with had seen. stage=export hands that on. known is false where it began with a file that
-doesn't say, as weights from elsewhere don't.
+A run that leaves a backbone writes labels.json: {"seen": [a data set, ...], "known": bool}, its own
+data set and what the weights that it began with had seen. stage=export hands that on. known is
+false where it began with a file that doesn't say, as weights from elsewhere don't.
 """
 
 import json
@@ -41,7 +42,12 @@ def data_set(cfg: DictConfig, split: Split) -> dict[str, Any]:
     """What tells whether labels are those of this split."""
     root = cfg.data.get("root")
     extra = [str(name) for name in cfg.data.get("extra_labels") or ()]
-    return {"data": cfg.data.name, "images": split.origin, "root": root and identity.real(root), "extra": extra}
+    return {
+        "data": cfg.data.name,
+        "images": split.origin,
+        "root": root and identity.real(root),
+        "extra": extra,
+    }
 
 
 def seen_by(pretrained: str | None) -> Labels:
@@ -50,22 +56,31 @@ def seen_by(pretrained: str | None) -> Labels:
         return Labels()
     path = weights.find(pretrained)
     place = (layout.run_of(path) or Path()) / FILE
-    content = files.parse(place, json.loads) if place.is_file() else (weights.recipe(path) or {}).get("labels")
+    content = (
+        files.parse(place, json.loads)
+        if place.is_file()
+        else (weights.recipe(path) or {}).get("labels")
+    )
     if content is None:
         return Labels(known=False)
     try:
         return Labels(tuple(dict(one) for one in content["seen"]), content["known"] is True)
     except (TypeError, ValueError, KeyError):
-        raise UserError(f"{path}: it doesn't say in our words which labels it has learnt from; make it again") from None
+        raise UserError(
+            f"{path}: it doesn't say in our words which labels it has learnt from; make it again"
+        ) from None
 
 
 def learns_labels(method: DictConfig) -> bool:
     """Does this method learn from labels, which the train split alone has?"""
-    return build.locate(method._target_, "method").split == "train" or build.takes(method, "num_classes")
+    return build.locate(method._target_, "method").split == "train" or build.takes(
+        method, "num_classes"
+    )
 
 
 def check_unseen(cfg: DictConfig, split: Split, chooser: str, instead: str) -> None:
-    """UserError where the weights have learnt from the labels of the train split, of which `chooser` holds some out.
+    """UserError where the weights have learnt from the labels of the train split, of which
+    `chooser` holds some out.
 
     A line in the log where that isn't known. instead: what to type.
     """
@@ -88,7 +103,9 @@ def refusal(cfg: DictConfig, chooser: str, instead: str) -> str:
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Have they labels in common? The same images, whatever their size; or the same folder, or with other labels."""
+    """Have they labels in common? The same images, whatever their size; or the same folder, or with
+    other labels.
+    """
     if one.get("images") == other["images"]:
         return True
     placed = one.get("root") is not None and one.get("root") == other["root"]

@@ -1,4 +1,6 @@
-"""Linear classification from cached features: a grid of classifiers, one of them chosen without the val split."""
+"""Linear classification from cached features: a grid of classifiers, one of them chosen without the
+val split.
+"""
 
 import csv
 import logging
@@ -65,13 +67,17 @@ def check_unused(options: GridOptions) -> None:
     for key, default in GridOptions()._asdict().items():
         if (value := getattr(options, key)) != default:
             shown = listed(value) if isinstance(value, tuple) else value
-            raise UserError(f"stage.{key}={shown} would be ignored: it is for stage.features=cached; add that")
+            raise UserError(
+                f"stage.{key}={shown} would be ignored: it is for stage.features=cached; add that"
+            )
 
 
 def check_holdout(holdout: float, exam: bool) -> None:
     """UserError for a share that is held out of nothing."""
     if not exam and holdout != GridOptions().holdout:
-        raise UserError(f"stage.holdout={holdout:g} would be ignored: one cell leaves nothing to choose; leave it out")
+        raise UserError(
+            f"stage.holdout={holdout:g} would be ignored: one cell leaves nothing to choose; leave it out"
+        )
 
 
 def train_grid(
@@ -85,27 +91,40 @@ def train_grid(
     views: Views,
     test_view: EvalView,
 ) -> dict[str, float]:
-    """Train a pair of heads for each cell (lr, weight decay), choose a pair by an exam, measure it on val. held: (N,).
+    """Train a pair of heads for each cell (lr, weight decay), choose a pair by an exam, measure it
+    on val. held: (N,).
 
-    One head of a pair (see LinearGrid) learns without the held-out images, and is examined on their test views. The
-    pair with most right answers is chosen; a small exam has ties, which the lower cross-entropy decides. Its other
-    head, which learnt from all images, is measured on val, once, at the end: nothing else depends on the val split.
-    No exam where nothing is held out, and one cell is all there is.
-    Both in one `fit`: the exam's heads cost little, and a restart has one checkpoint to continue from.
+    One head of a pair (see LinearGrid) learns without the held-out images, and is examined on their
+    test views. The pair with most right answers is chosen; a small exam has ties, which the lower
+    cross-entropy decides. Its other head, which learnt from all images, is measured on val, once,
+    at the end: nothing else depends on the val split. No exam where nothing is held out, and one
+    cell is all there is.
+    Both in one `fit`: the exam's heads cost little, and a restart has one checkpoint to continue
+    from.
 
-    copies=0 trains on features of test views, which cost one pass; k on those of the augmented views that the first k
-    epochs of the official protocol draw, in turn: with k=epochs this is that protocol.
+    copies=0 trains on features of test views, which cost one pass; k on those of the augmented
+    views that the first k epochs of the official protocol draw, in turn: with k=epochs this is that
+    protocol.
 
-    Returns what `evaluate` does and, of an exam, holdout_top1 (percent), lr (as in stage.lrs: before scaling),
-    weight_decay. Writes grid.csv of the exam. The features stay in memory, on every process: 25,600 images x 2048 are
-    0.2 GB a copy.
+    Returns what `evaluate` does and, of an exam, holdout_top1 (percent), lr (as in stage.lrs:
+    before scaling), weight_decay. Writes grid.csv of the exam. The features stay in memory, on
+    every process: 25,600 images x 2048 are 0.2 GB a copy.
     """
     labels = torch.from_numpy(source.labels[source.rows])
     backbone, cells = grid.train().backbone, options.cells
 
-    clean = extract_all(cfg.precision, run, backbone, source, lambda images, indices: test_view(images), "features")
+    clean = extract_all(
+        cfg.precision, run, backbone, source, lambda images, indices: test_view(images), "features"
+    )
     drawn = [
-        extract_all(cfg.precision, run, backbone, source, _draw(views, cfg.seed, epoch), f"features, copy {epoch + 1}")
+        extract_all(
+            cfg.precision,
+            run,
+            backbone,
+            source,
+            _draw(views, cfg.seed, epoch),
+            f"features, copy {epoch + 1}",
+        )
         for epoch in range(options.copies)
     ]
     shown = drawn or [clean]
@@ -125,12 +144,20 @@ def train_grid(
     rank, world = distributed.rank(), distributed.world_size()
     targets = torch.stack([labels, labels.masked_fill(held, IGNORED)], dim=1)
     features = FeatureSource(shown, targets, cfg.batch_size, cfg.seed, run.device, rank, world)
-    exam = list(zip(clean[held][rank::world].split(CHUNK), labels[held][rank::world].split(CHUNK), strict=True))
+    exam = list(
+        zip(
+            clean[held][rank::world].split(CHUNK),
+            labels[held][rank::world].split(CHUNK),
+            strict=True,
+        )
+    )
 
     def measure() -> dict[str, float]:
         best, line = 0, {}
         if held.any():
-            scores = sum(grid.score(x.to(run.device), y.to(run.device)).cpu().double() for x, y in exam)
+            scores = sum(
+                grid.score(x.to(run.device), y.to(run.device)).cpu().double() for x, y in exam
+            )
             right, loss = (distributed.total(scores) / held.sum()).T.tolist()
             best = max(range(len(cells)), key=lambda cell: (right[cell], -loss[cell]))
             line["holdout_top1"] = 100 * right[best]
@@ -141,11 +168,19 @@ def train_grid(
         line |= {"loss": mine, "accuracy": accuracy}
         if grid.finished:
             lr, decay = cells[best]
-            line |= {"lr": lr, "weight_decay": decay, **evaluate(grid, test.epoch_pass(), test_view)}
+            line |= {
+                "lr": lr,
+                "weight_decay": decay,
+                **evaluate(grid, test.epoch_pass(), test_view),
+            }
         return line
 
     groups = [
-        {"params": pair, "lr": scaled_lr(lr, cfg.batch_size, cfg.optimizer.scaling), "weight_decay": decay}
+        {
+            "params": pair,
+            "lr": scaled_lr(lr, cfg.batch_size, cfg.optimizer.scaling),
+            "weight_decay": decay,
+        }
         for (lr, decay), pair in zip(cells, grid.pairs(), strict=True)
     ]
     return train(cfg, run, grid, features, lambda batch, keys: [batch], measure, groups)
@@ -156,9 +191,16 @@ def _draw(views: Views, seed: int, epoch: int) -> Callable[[Tensor, Tensor], Ten
     return lambda images, indices: views(images, keys(seed, epoch, indices))[0]
 
 
-def report(run: Run, options: GridOptions, right: list[float], loss: list[float], best: int, asked: int) -> None:
-    """The grid for people: in the log, with a warning where the best is at its edge, and in grid.csv."""
-    rows = [(*cell, 100 * share, value) for cell, share, value in zip(options.cells, right, loss, strict=True)]
+def report(
+    run: Run, options: GridOptions, right: list[float], loss: list[float], best: int, asked: int
+) -> None:
+    """The grid for people: in the log, with a warning where the best is at its edge, and in
+    grid.csv.
+    """
+    rows = [
+        (*cell, 100 * share, value)
+        for cell, share, value in zip(options.cells, right, loss, strict=True)
+    ]
     with open(run.directory / "grid.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("lr", "weight_decay", "holdout_top1", "holdout_loss"), *rows])
     log.info("top-1 (%) on held-out images, a line for each lr, a column for each weight decay:")
@@ -166,7 +208,17 @@ def report(run: Run, options: GridOptions, right: list[float], loss: list[float]
     for lr in options.lrs:
         log.info("%10g%s", lr, "".join(f"{top1:>10.1f}" for rate, _, top1, _ in rows if rate == lr))
     lr, decay, top1, _ = rows[best]
-    error = 100 * math.sqrt(right[best] * (1 - right[best]) / asked)  # of a share, measured on so many
-    log.info("chosen: lr %g, weight decay %g (%.1f ± %.1f on %s held-out images)", lr, decay, top1, error, f"{asked:,}")
+    # of a share, measured on so many
+    error = 100 * math.sqrt(right[best] * (1 - right[best]) / asked)
+    log.info(
+        "chosen: lr %g, weight decay %g (%.1f ± %.1f on %s held-out images)",
+        lr,
+        decay,
+        top1,
+        error,
+        f"{asked:,}",
+    )
     if len(options.lrs) > 1 and lr in (min(options.lrs), max(options.lrs)):
-        log.warning("lr %g is at the edge of stage.lrs: the best may lie outside; add one beyond it", lr)
+        log.warning(
+            "lr %g is at the edge of stage.lrs: the best may lie outside; add one beyond it", lr
+        )

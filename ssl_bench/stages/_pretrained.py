@@ -37,17 +37,24 @@ def load_pretrained(cfg: DictConfig) -> nn.Module:
         if now and then and list(now) == list(then):
             log.info("augmentation.%s=%s, as it was trained with", key, listed(now))
         elif now and then:
-            log.warning("augmentation.%s=%s, but it was trained with %s", key, listed(now), listed(then))
+            log.warning(
+                "augmentation.%s=%s, but it was trained with %s", key, listed(now), listed(then)
+            )
     return backbone
 
 
 def tell(loaded: weights.Loaded) -> None:
     log.info(
-        "loaded all %s tensors of the backbone from %s (%s layout)", loaded.num_tensors, loaded.source, loaded.layout
+        "loaded all %s tensors of the backbone from %s (%s layout)",
+        loaded.num_tensors,
+        loaded.source,
+        loaded.layout,
     )
     if loaded.left_out:
         more = ", ..." if len(loaded.left_out) > 4 else ""
-        log.info("left out %s others: %s%s", len(loaded.left_out), ", ".join(loaded.left_out[:4]), more)
+        log.info(
+            "left out %s others: %s%s", len(loaded.left_out), ", ".join(loaded.left_out[:4]), more
+        )
     if distributed.rank() == 0 and (reached := record.unfinished(loaded.source)):
         log.warning("%s is not finished: %s", layout.run_of(loaded.source), reached)
 
@@ -73,7 +80,9 @@ def digest(*modules: nn.Module) -> str:
 def check_directory(cfg: DictConfig) -> None:
     """UserError for a stage that couldn't leave its result in a directory, or with the tracker."""
     if cfg.dir is None:
-        raise UserError(f"dir=null: stage={cfg.stage.name} writes its result there; type dir=... or leave it out")
+        raise UserError(
+            f"dir=null: stage={cfg.stage.name} writes its result there; type dir=... or leave it out"
+        )
     check_tracking(cfg)
 
 
@@ -88,7 +97,8 @@ class Pretrained(NamedTuple):
     classes: list[str]  # names of what it tells apart; empty where they have none
 
     def view(self, image_size: int | None, resize: float | None) -> tuple[int, EvalView]:
-        """How its run shows test images: (size they are packed at, test view); None is what the run has.
+        """How its run shows test images: (size they are packed at, test view); None is what the run
+        has.
 
         ImageNet's 224 pixels, mean and std where nothing is known.
         """
@@ -99,8 +109,11 @@ class Pretrained(NamedTuple):
         return packed, view
 
 
-def view_of(config: Mapping, place: Path, image_size: int | None = None, resize: float | None = None) -> EvalView:
-    """As the configuration that was read from `place` shows test images, unless size (pixels) or resize say so.
+def view_of(
+    config: Mapping, place: Path, image_size: int | None = None, resize: float | None = None
+) -> EvalView:
+    """As the configuration that was read from `place` shows test images, unless size (pixels) or
+    resize say so.
 
     ImageNet's 224 pixels, mean and std where it doesn't say; UserError where it says what can't be.
     """
@@ -108,14 +121,22 @@ def view_of(config: Mapping, place: Path, image_size: int | None = None, resize:
     try:
         size = image_size or int(augmentation.get("image_size", 224))
         resize = resize or float(stage.get("test_resize", 256 / 224))
-        look = {key: tuple(float(x) for x in augmentation[key]) for key in ("mean", "std") if augmentation.get(key)}
+        look = {
+            key: tuple(float(x) for x in augmentation[key])
+            for key in ("mean", "std")
+            if augmentation.get(key)
+        }
         return EvalView(size, resize, **look)
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{place}: its configuration doesn't say how to show images ({error})") from None
+        raise UserError(
+            f"{place}: its configuration doesn't say how to show images ({error})"
+        ) from None
 
 
 def open_pretrained(cfg: DictConfig) -> Pretrained:
-    """What `cfg.pretrained` names, with the backbone of its run unless the command line chose another."""
+    """What `cfg.pretrained` names, with the backbone of its run unless the command line chose
+    another.
+    """
     if cfg.pretrained is None:
         raise UserError(
             f"stage={cfg.stage.name} needs weights: type pretrained=... (a run directory, a file, a zoo name)"
@@ -128,13 +149,17 @@ def open_pretrained(cfg: DictConfig) -> Pretrained:
     if chosen is not None:
         node = OmegaConf.to_container(chosen, resolve=True)
     elif not config.get("backbone"):
-        raise UserError(f"pretrained={cfg.pretrained}: doesn't say which of our networks it is of: {advice}")
+        raise UserError(
+            f"pretrained={cfg.pretrained}: doesn't say which of our networks it is of: {advice}"
+        )
     else:
         node = build.found(config, "backbone", cfg, path)
     try:
         backbone = build.construct(node)
     except ValidationError:
-        raise UserError(f"pretrained={cfg.pretrained}: its backbone is of another version: {advice}") from None
+        raise UserError(
+            f"pretrained={cfg.pretrained}: its backbone is of another version: {advice}"
+        ) from None
     tell(weights.load_backbone(backbone, cfg.pretrained))
     classifier = weights.load_classifier(cfg.pretrained)
     if classifier is not None and classifier.in_features != backbone.dim:

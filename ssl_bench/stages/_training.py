@@ -35,7 +35,9 @@ def check_tracking(cfg: DictConfig) -> None:
 
 
 def check_batch(cfg: DictConfig, num_images: int) -> int:
-    """Images of a batch on each process; UserError where the batch doesn't fit the dataset or the processes."""
+    """Images of a batch on each process; UserError where the batch doesn't fit the dataset or the
+    processes.
+    """
     check_tracking(cfg)
     if cfg.dir is None:
         raise UserError("dir=null: training needs a directory; type dir=... or leave it out")
@@ -46,24 +48,33 @@ def check_batch(cfg: DictConfig, num_images: int) -> int:
         )
     processes = distributed.world_size()
     if cfg.batch_size % processes:
-        raise UserError(f"batch_size={cfg.batch_size} is global, and can't be divided among {processes} processes")
+        raise UserError(
+            f"batch_size={cfg.batch_size} is global, and can't be divided among {processes} processes"
+        )
     return cfg.batch_size // processes
 
 
 def check_optimizer(cfg: DictConfig, *own: str) -> None:
-    """UserError for one whose options can't go with parameters that have these keys of their own, as the stage will
-    give them: "lr", "weight_decay"."""
-    group = {"params": [nn.Parameter(torch.zeros(1, 1)), nn.Parameter(torch.zeros(1))], **dict.fromkeys(own, 0.0)}
+    """UserError for one whose options can't go with parameters that have these keys of their own,
+    as the stage will give them: "lr", "weight_decay".
+    """
+    group = {
+        "params": [nn.Parameter(torch.zeros(1, 1)), nn.Parameter(torch.zeros(1))],
+        **dict.fromkeys(own, 0.0),
+    }
     build.construct(cfg.optimizer, params=[group], batch_size=cfg.batch_size)
 
 
 def check_norm(cfg: DictConfig, model: nn.Module, synced: bool, splits: int = 1) -> None:
-    """UserError where a batch norm of the model would see a single image. splits: in so many parts it sees a batch.
+    """UserError where a batch norm of the model would see a single image. splits: in so many parts
+    it sees a batch.
 
     synced: those of several processes see the whole batch.
     """
     parts = splits if synced else splits * distributed.world_size()
-    learning = (module.training for module in model.train().modules() if isinstance(module, _BatchNorm))
+    learning = (
+        module.training for module in model.train().modules() if isinstance(module, _BatchNorm)
+    )
     if cfg.batch_size // parts < 2 and any(learning):
         of = f", and sees one of {parts} parts" if parts > 1 else ""
         raise UserError(
@@ -76,15 +87,29 @@ def seed_init(cfg: DictConfig) -> None:
     seed_torch(fold(cfg.seed, "init"), torch.device("cpu"))
 
 
-def open_source(cfg: DictConfig, run: Run, data: Dataset, split: str, subset: np.ndarray | None = None) -> Source:
+def open_source(
+    cfg: DictConfig, run: Run, data: Dataset, split: str, subset: np.ndarray | None = None
+) -> Source:
     """The images of a split, kept where `cfg.source` says; packed first when needed."""
     run.uses(split, data.split(split).fingerprint, data.split(split).length)
     if split == "train" and data.class_names and run.is_main and run.directory:
-        files.write(run.directory / weights.CLASSES, json.dumps({"classes": list(data.class_names)}) + "\n")
-    share = (cfg.batch_size, cfg.seed, run.device, distributed.rank(), distributed.world_size(), subset)
+        files.write(
+            run.directory / weights.CLASSES, json.dumps({"classes": list(data.class_names)}) + "\n"
+        )
+    share = (
+        cfg.batch_size,
+        cfg.seed,
+        run.device,
+        distributed.rank(),
+        distributed.world_size(),
+        subset,
+    )
     kind = cfg.source
     if kind == "auto" and distributed.any_rank(not data.has_room(split)):
-        log.warning("no room on the disk to keep %s decoded: streaming; data.cache= sets another disk", split)
+        log.warning(
+            "no room on the disk to keep %s decoded: streaming; data.cache= sets another disk",
+            split,
+        )
         kind = "streamed"
     if kind == "streamed":
         if data.on_error == "skip" and cfg.stage.name != "pretrain":
@@ -92,8 +117,12 @@ def open_source(cfg: DictConfig, run: Run, data: Dataset, split: str, subset: np
                 "data.on_error=skip with streamed images puts the next one in the place of one that can't be decoded, "
                 "and it would count twice: type source=host (and data.cache= for another disk), or remove the bad ones"
             )
-        log.info("%s: %s images, decoded as they are needed", split, f"{data.split(split).length:,}")
-        streamed = StreamedSource(data.split(split), *share, workers=data.workers, on_error=data.on_error)
+        log.info(
+            "%s: %s images, decoded as they are needed", split, f"{data.split(split).length:,}"
+        )
+        streamed = StreamedSource(
+            data.split(split), *share, workers=data.workers, on_error=data.on_error
+        )
         streamed.waiting = run.waiting
         return streamed
     with run.ends_at_once():
@@ -101,20 +130,32 @@ def open_source(cfg: DictConfig, run: Run, data: Dataset, split: str, subset: np
     if kind == "auto":
         kind = "resident" if fits(store.images.nbytes, run.device) else "host"
     place = run.device if kind == "resident" else store.directory / "images.npy"
-    log.info("%s: %s images, %.2f GB, on %s", split, f"{len(store.images):,}", store.images.nbytes / 1e9, place)
+    log.info(
+        "%s: %s images, %.2f GB, on %s",
+        split,
+        f"{len(store.images):,}",
+        store.images.nbytes / 1e9,
+        place,
+    )
     return SOURCES[kind](store.images, store.labels, store.indices, *share)
 
 
 def check_sizes(cfg: DictConfig, backbone: nn.Module) -> None:
     """UserError for views of a size that the backbone doesn't take, before any image is read."""
-    for key in ("image_size", "small_size") if cfg.augmentation.get("num_small_views") else ("image_size",):
+    for key in (
+        ("image_size", "small_size") if cfg.augmentation.get("num_small_views") else ("image_size",)
+    ):
         check_size(f"augmentation.{key}", cfg.augmentation[key], backbone, cfg.backbone.name)
 
 
 def check_size(key: str, size: int, backbone: nn.Module, name: str) -> None:
-    """UserError where the backbone of this name doesn't take images of `size` pixels, which `key` sets."""
+    """UserError where the backbone of this name doesn't take images of `size` pixels, which `key`
+    sets.
+    """
     if hasattr(backbone, "refuses") and (why := backbone.refuses(size)):
-        raise UserError(f"{key}={size} {why}; backbone={name} doesn't take it: change one of the two")
+        raise UserError(
+            f"{key}={size} {why}; backbone={name} doesn't take it: change one of the two"
+        )
 
 
 def make_views(cfg: DictConfig, run: Run, method: type[Method] | Method) -> Views:
@@ -146,8 +187,12 @@ def train(
     evaluate: Callable[[], dict[str, float]] | None = None,
     groups: list[dict] | None = None,
 ) -> dict[str, float]:
-    """`fit` as the configuration says. groups: of parameters, with their own rates, in place of the optimizer's."""
-    optimizer = build.construct(cfg.optimizer, params=groups or model.param_groups(), batch_size=cfg.batch_size)
+    """`fit` as the configuration says. groups: of parameters, with their own rates, in place of the
+    optimizer's.
+    """
+    optimizer = build.construct(
+        cfg.optimizer, params=groups or model.param_groups(), batch_size=cfg.batch_size
+    )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rates = [group["lr"] for group in optimizer.param_groups]
     log.info(
@@ -180,8 +225,8 @@ def train(
 def compile_(model: nn.Module, device: torch.device) -> None:
     """In place; on one GPU also as CUDA graphs, which replay the thousand launches of a step.
 
-    A fast GPU is through with 512 images before the host has launched them all. Not for several processes, which talk
-    to each other in between.
+    A fast GPU is through with 512 images before the host has launched them all. Not for several
+    processes, which talk to each other in between.
     """
     graphs = device.type == "cuda" and distributed.world_size() == 1
     model.compile(mode="reduce-overhead" if graphs else None)

@@ -15,13 +15,16 @@ READS = ("tracking",)
 
 
 def dashboard(cfg: DictConfig, run: Run, out: Place = "dashboard.json") -> dict[str, float]:
-    """A saved view in the project of `tracking`, if logged in; else `out`, which says what it will be. Counts panels.
+    """A saved view in the project of `tracking`, if logged in; else `out`, which says what it will
+    be. Counts panels.
 
     UserError without the extra, where W&B can't be reached, and where `out` can't be written.
     """
     project, entity = cfg.tracking.get("project"), cfg.tracking.get("entity")
     if project is None:
-        raise UserError("stage=dashboard is for W&B: leave tracking=wandb, and name its project with tracking.project=")
+        raise UserError(
+            "stage=dashboard is for W&B: leave tracking=wandb, and name its project with tracking.project="
+        )
     made = panels.workspace(project, entity)
     mode = tracking.choose_mode(cfg.tracking.mode)
     if mode == "online":
@@ -29,7 +32,9 @@ def dashboard(cfg: DictConfig, run: Run, out: Place = "dashboard.json") -> dict[
     else:
         with writable("stage.out", out):
             files.write(Path(out), panels.to_json(made))
-        print(f"W&B is {mode} here: the dashboard is in {out}; online, after `wandb login`, the same command makes it")
+        print(
+            f"W&B is {mode} here: the dashboard is in {out}; online, after `wandb login`, the same command makes it"
+        )
     return {"panels": sum(len(section.panels) for section in made.sections)}
 
 

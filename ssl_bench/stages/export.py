@@ -35,7 +35,8 @@ log = logging.getLogger(__name__)
 
 RECIPE = ("method", "backbone", "data", "augmentation", "optimizer", "schedule")
 RECIPE += ("epochs", "batch_size", "precision", "seed")
-PLACES = ("_target_", "root", "cache", "workers")  # keys of a recipe that are about this machine or this program
+# keys of a recipe that are about this machine or this program
+PLACES = ("_target_", "root", "cache", "workers")
 TOLERANCE = 1e-3  # of ONNX's outputs, relative to the largest: it sums in another order
 
 
@@ -45,22 +46,32 @@ READS = ("pretrained", "runs", "backbone")
 def export(
     cfg: DictConfig, run: Run, out: Place, image_size: PositiveInt | None = None, onnx: bool = True
 ) -> dict[str, float]:
-    """Write the folder `out`: the backbone and, where the file has one, its classifier as fc.weight and fc.bias.
+    """Write the folder `out`: the backbone and, where the file has one, its classifier as fc.weight
+    and fc.bias.
 
-    model.safetensors, model.pth (a state dict), model.onnx, README.md with the recipe and the numbers of `cfg.runs`,
-    as far as they measured these very weights, SHA256SUMS. An export that is there is replaced as a whole. What ONNX
-    can't express costs model.onnx alone, with a warning. Returns the number of tensors. UserError for a folder that
-    holds something else or can't be written, and where none of the runs did.
+    model.safetensors, model.pth (a state dict), model.onnx, README.md with the recipe and the
+    numbers of `cfg.runs`, as far as they measured these very weights, SHA256SUMS. An export that is
+    there is replaced as a whole. What ONNX can't express costs model.onnx alone, with a warning.
+    Returns the number of tensors. UserError for a folder that holds something else or can't be
+    written, and where none of the runs did.
     """
     if not run.is_main:
         return {}
     folder = Path(out)
-    if folder.exists() and not (folder / files.SUMS).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if (
+        folder.exists()
+        and not (folder / files.SUMS).is_file()
+        and (not folder.is_dir() or any(folder.iterdir()))
+    ):
         raise UserError(f"stage.out={out}: is there already, and is no export; name a new folder")
     with writable("stage.out", out):
-        for place in (next(parent for parent in folder.absolute().parents if parent.exists()), folder):
+        for place in (
+            next(parent for parent in folder.absolute().parents if parent.exists()),
+            folder,
+        ):
             if place.exists():
-                tempfile.TemporaryFile(dir=place).close()  # said now, and not after the weights are loaded
+                # said now, and not after the weights are loaded
+                tempfile.TemporaryFile(dir=place).close()
     given = record.find(files.places(cfg.runs))
     pretrained = open_pretrained(cfg)
     measured = record.measured(given, pretrained.path)
@@ -69,7 +80,9 @@ def export(
             f"runs={cfg.runs}: none of its {len(given)} runs measured {pretrained.path}; name runs that did"
         )
     if given:
-        log.info("numbers of %d of %d runs: those that measured these weights", len(measured), len(given))
+        log.info(
+            "numbers of %d of %d runs: those that measured these weights", len(measured), len(given)
+        )
     if said := grouping.left_out(measured):
         log.warning(said)
     size = pretrained.view(image_size, None)[1].image_size
@@ -93,7 +106,9 @@ def export(
         replace(folder, partial)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"written to {folder}: {', '.join(names)}; ssl-bench reads it with {override('pretrained', folder)}")
+    print(
+        f"written to {folder}: {', '.join(names)}; ssl-bench reads it with {override('pretrained', folder)}"
+    )
     return {"tensors": len(state)}
 
 
@@ -101,7 +116,9 @@ export.single_process = True
 
 
 def replace(folder: Path, partial: Path) -> None:
-    """Put the files of `partial` in place of the export in `folder`, and delete what only that one had."""
+    """Put the files of `partial` in place of the export in `folder`, and delete what only that one
+    had.
+    """
     before, now = files.listed(folder), files.listed(partial)
     if before and before.get("model.pth") != now["model.pth"]:
         log.warning("%s held an export of other weights, which this one replaces", folder)
@@ -111,7 +128,8 @@ def replace(folder: Path, partial: Path) -> None:
     for name in before.keys() - now.keys():
         if Path(name).name == name:  # a list from elsewhere may name what lies outside
             (folder / name).unlink(missing_ok=True)
-    os.replace(partial / files.SUMS, folder / files.SUMS)  # last: until then a repeated command knows what to delete
+    # last: until then a repeated command knows what to delete
+    os.replace(partial / files.SUMS, folder / files.SUMS)
 
 
 def write_weights(state: weights.State, pretrained: Pretrained, folder: Path) -> None:
@@ -128,33 +146,44 @@ def write_weights(state: weights.State, pretrained: Pretrained, folder: Path) ->
         }
         metadata["ssl_bench"] = json.dumps(kept)
     metadata[weights.DIGEST] = weights.digest(state, metadata.get("ssl_bench", ""))
-    (folder / "model.safetensors").write_bytes(save(state, metadata))  # save_file's are for the owner only
+    # save_file's are for the owner only
+    (folder / "model.safetensors").write_bytes(save(state, metadata))
     torch.save(state, folder / "model.pth")
 
 
 def try_onnx(pretrained: Pretrained, image_size: int, path: Path) -> str:
-    """`write_onnx`. Returns why there is no such file, where the network has what ONNX or its exporter doesn't know."""
+    """`write_onnx`. Returns why there is no such file, where the network has what ONNX or its
+    exporter doesn't know.
+    """
     network = nn.Sequential(pretrained.backbone, pretrained.classifier or nn.Identity()).eval()
     try:
         write_onnx(network, image_size, path)
     except OSError:  # a full disk
         raise
-    except Exception as error:  # of torch's exporter, onnxscript and onnxruntime, which have many kinds
+    # of torch's exporter, onnxscript and onnxruntime, which have many kinds
+    except Exception as error:
         path.unlink(missing_ok=True)
         while error.__cause__:  # the exporter wraps what it stumbled over in pages of advice
             error = error.__cause__
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
         log.warning("no model.onnx, but all else: %s", reason)
         return reason
     return ""
 
 
 def write_onnx(network: nn.Module, image_size: int, path: Path) -> None:
-    """Normalised images (batch, 3, image_size, image_size) -> features, or logits. Needs onnx and onnxscript; without
-    them says so, and writes nothing. Where onnxruntime is installed, its outputs are compared with torch's.
+    """Normalised images (batch, 3, image_size, image_size) -> features, or logits. Needs onnx and
+    onnxscript; without them says so, and writes nothing. Where onnxruntime is installed, its
+    outputs are compared with torch's.
     """
-    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
-        log.warning("no model.onnx, for want of %s: pip install 'ssl_bench[onnx]'", " and ".join(missing))
+    if missing := [
+        name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None
+    ]:
+        log.warning(
+            "no model.onnx, for want of %s: pip install 'ssl_bench[onnx]'", " and ".join(missing)
+        )
         return
     images = torch.randn(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     with warnings.catch_warnings(action="ignore"):
@@ -180,24 +209,40 @@ def write_onnx(network: nn.Module, image_size: int, path: Path) -> None:
     (outputs,) = session.run(None, {"images": images[:2].numpy()})
     error = ((torch.from_numpy(outputs) - expected).abs().max() / expected.abs().max()).item()
     if not error < TOLERANCE:
-        raise RuntimeError(f"onnxruntime's outputs differ from torch's by {error:.2g} of the largest")
+        raise RuntimeError(
+            f"onnxruntime's outputs differ from torch's by {error:.2g} of the largest"
+        )
     log.info("model.onnx: onnxruntime's outputs differ from torch's by %.1g of the largest", error)
 
 
-# -- the model card ----------------------------------------------------------------------------------------------------
+# -- the model card --------------------------------------------------------------------------------
 
 
-def card(name: str, pretrained: Pretrained, measured: list[Ran], image_size: int | None, no_onnx: str = "") -> str:
+def card(
+    name: str,
+    pretrained: Pretrained,
+    measured: list[Ran],
+    image_size: int | None,
+    no_onnx: str = "",
+) -> str:
     """no_onnx: why there is no model.onnx, where that was tried."""
-    config, classifier, rows = pretrained.config, pretrained.classifier, grouping.evaluations(measured)
+    config, classifier, rows = (
+        pretrained.config,
+        pretrained.classifier,
+        grouping.evaluations(measured),
+    )
     packed, view = pretrained.view(image_size, None)
-    mean, std = (tuple(round(x, 4) for x in values.flatten().tolist()) for values in view.normalize.buffers())
+    mean, std = (
+        tuple(round(x, 4) for x in values.flatten().tolist()) for values in view.normalize.buffers()
+    )
     resized = round(view.image_size * view.resize)
     parts = [
         f"# {name}",
         plain(about(pretrained)),
         "## Numbers",
-        tables.table(rows, ["val_top1", "val_top5", "n"]) if rows else "None were given (`runs=` of `stage=export`).",
+        tables.table(rows, ["val_top1", "val_top5", "n"])
+        if rows
+        else "None were given (`runs=` of `stage=export`).",
         "On the val split: mean ± standard deviation over n seeds." if rows else "",
         "## Input",
         f"RGB, uint8: the centre square at {packed} pixels, resized to {resized} (bilinear, antialiased, rounded to "
@@ -232,7 +277,11 @@ def recipe(config: dict[str, Any]) -> dict[str, Any]:
     """What another person needs of a configuration."""
 
     def portable(node: Any) -> Any:
-        return {key: value for key, value in node.items() if key not in PLACES} if isinstance(node, dict) else node
+        return (
+            {key: value for key, value in node.items() if key not in PLACES}
+            if isinstance(node, dict)
+            else node
+        )
 
     return {key: portable(config[key]) for key in RECIPE if config.get(key) is not None}
 
@@ -242,7 +291,9 @@ def about(pretrained: Pretrained) -> str:
     network = pretrained.network.get("name", "network")
     if not config:
         return f"A {network}, exported by ssl_bench {__version__} from {pretrained.path.name}."
-    method, stage, data = ((config.get(group) or {}).get("name") for group in ("method", "stage", "data"))
+    method, stage, data = (
+        (config.get(group) or {}).get("name") for group in ("method", "stage", "data")
+    )
     text = f"A {network}: {method or stage} on {data}, {config.get('epochs')} epochs, batch {config.get('batch_size')}"
     text += f", exported by ssl_bench {__version__} from `{pretrained.path.name}`"
     if (folder := layout.run_of(pretrained.path)) is None:
@@ -257,14 +308,18 @@ def about(pretrained: Pretrained) -> str:
 
 
 def usage(pretrained: Pretrained) -> str:
-    own = {key: value for key, value in pretrained.network.items() if key not in ("name", "_target_")}
+    own = {
+        key: value for key, value in pretrained.network.items() if key not in ("name", "_target_")
+    }
     module, _, name = current(pretrained.network["_target_"]).rpartition(".")
     classes = pretrained.classifier and pretrained.classifier.out_features
     resnet, output = name.startswith("resnet"), "logits" if classes else "features"
     lines = ["import torch", "from safetensors.torch import load_file"]
     if resnet and (own.get("stem", "imagenet"), own.get("width", 64)) == ("imagenet", 64):
         lines += [f"from torchvision.models import {name}", ""]
-        lines += [f"network = {name}(num_classes={classes})"] if classes else [f"network = {name}()"]
+        lines += (
+            [f"network = {name}(num_classes={classes})"] if classes else [f"network = {name}()"]
+        )
         lines += [] if classes else ["network.fc = torch.nn.Identity()"]
     else:
         arguments = ", ".join(f"{key}={value!r}" for key, value in own.items())
@@ -272,5 +327,9 @@ def usage(pretrained: Pretrained) -> str:
         lines += [f"network.fc = torch.nn.Linear(network.dim, {classes})"] if classes else []
     call = "network.fc(network(images))" if classes and not resnet else "network(images)"
     return "\n".join(
-        [*lines, 'network.load_state_dict(load_file("model.safetensors"))', f"network.eval()  # {call}: {output}"]
+        [
+            *lines,
+            'network.load_state_dict(load_file("model.safetensors"))',
+            f"network.eval()  # {call}: {output}",
+        ]
     )

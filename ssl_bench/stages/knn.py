@@ -30,7 +30,8 @@ from ssl_bench.stages._training import check_sizes, normalization, on_device, op
 log = logging.getLogger(__name__)
 
 Cell = tuple[int, float]  # k, temperature
-CHOICE = ("stage=knn", "one of each: stage.k=[20] stage.temperatures=[0.07]")  # of a hold_out that can't be made
+# of a hold_out that can't be made
+CHOICE = ("stage=knn", "one of each: stage.k=[20] stage.temperatures=[0.07]")
 
 
 READS = (*RUN, *IMAGES, *LOOK, "devices", "data", "backbone", "pretrained")
@@ -46,11 +47,13 @@ def knn(
     temperatures: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.03, 0.07, 0.2),
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.2,
 ) -> dict[str, float]:
-    """Returns top-1 and top-5 (percent) on the val split, by the k and temperature that are best on held-out images.
+    """Returns top-1 and top-5 (percent) on the val split, by the k and temperature that are best on
+    held-out images.
 
-    Features are those of test views. In the exam the bank is the training split without the held-out images; for the
-    result it is all of it, and nothing but the result depends on the val split. Also returns k, temperature and
-    holdout_top1 (percent), and writes grid.csv. One k and one temperature need no exam. See `neighbours.weighted_knn`.
+    Features are those of test views. In the exam the bank is the training split without the
+    held-out images; for the result it is all of it, and nothing but the result depends on the val
+    split. Also returns k, temperature and holdout_top1 (percent), and writes grid.csv. One k and
+    one temperature need no exam. See `neighbours.weighted_knn`.
     """
     check_directory(cfg)
     check_holdout(holdout, exam := chooses(cfg.stage))
@@ -68,28 +71,49 @@ def knn(
             f"stage.k={list(k)}: more than the {room:,} images of the bank; choose at most stage.k=[{room}]"
         )
     if left_out := [number for number in k if number > room]:
-        log.info("k %s left out: more than the %s images of the bank", ", ".join(map(str, left_out)), f"{room:,}")
+        log.info(
+            "k %s left out: more than the %s images of the bank",
+            ", ".join(map(str, left_out)),
+            f"{room:,}",
+        )
     backbone = on_device(load_pretrained(cfg), run).eval()
     check_sizes(cfg, backbone)
-    test_view = EvalView(cfg.augmentation.image_size, test_resize, *normalization(cfg)).to(run.device)
+    test_view = EvalView(cfg.augmentation.image_size, test_resize, *normalization(cfg)).to(
+        run.device
+    )
     source = open_source(cfg, run, data, "train", subset)
     test = open_source(cfg, run, data, "val")
 
     bank = extract_all(
-        cfg.precision, run, backbone, source, lambda images, indices: test_view(images), "features of train"
+        cfg.precision,
+        run,
+        backbone,
+        source,
+        lambda images, indices: test_view(images),
+        "features of train",
     )
     labels, result, best = torch.from_numpy(source.labels[source.rows]), {}, cells[0]
     if exam:
         held = torch.from_numpy(hold_out(source.labels[source.rows], holdout, cfg.seed, *CHOICE))
-        scores = accuracy(run, bank[held], labels[held], bank[~held], labels[~held], data.num_classes, cells)
+        scores = accuracy(
+            run, bank[held], labels[held], bank[~held], labels[~held], data.num_classes, cells
+        )
         best = max(cells, key=lambda cell: scores[cell][0])  # the first of equals
         result["holdout_top1"] = scores[best][0]
         if run.is_main:
             report(run, {cell: top1 for cell, (top1, _) in scores.items()}, best, int(held.sum()))
             if best[0] == max(k) > min(k):
-                log.warning("k %d is the largest tried: the best may lie beyond; add a larger one to stage.k", best[0])
+                log.warning(
+                    "k %d is the largest tried: the best may lie beyond; add a larger one to stage.k",
+                    best[0],
+                )
     queries = extract_all(
-        cfg.precision, run, backbone, test, lambda images, indices: test_view(images), "features of val"
+        cfg.precision,
+        run,
+        backbone,
+        test,
+        lambda images, indices: test_view(images),
+        "features of val",
     )
     targets = torch.from_numpy(test.labels[test.rows])
     top1, top5 = accuracy(run, queries, targets, bank, labels, data.num_classes, [best])[best]
@@ -107,15 +131,26 @@ knn.chooses, knn.choice = chooses, CHOICE
 
 
 def accuracy(
-    run: Run, queries: Tensor, targets: Tensor, bank: Tensor, labels: Tensor, num_classes: int, cells: list[Cell]
+    run: Run,
+    queries: Tensor,
+    targets: Tensor,
+    bank: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    cells: list[Cell],
 ) -> dict[Cell, tuple[float, float]]:
-    """Top-1 and top-5 (percent) of queries (M, D) by a bank (N, D), for each cell; each process computes its share.
+    """Top-1 and top-5 (percent) of queries (M, D) by a bank (N, D), for each cell; each process
+    computes its share.
 
     Only classes that have a vote count among the five.
     """
     if fits(bank.nbytes, run.device):
         bank = bank.to(run.device)  # once, not for each block of queries
-    rank, world, most = distributed.rank(), distributed.world_size(), max(number for number, _ in cells)
+    rank, world, most = (
+        distributed.rank(),
+        distributed.world_size(),
+        max(number for number, _ in cells),
+    )
     right = torch.zeros(len(cells), 2, dtype=torch.float64)
     share = queries[rank::world].split(QUERIES), targets[rank::world].split(QUERIES)
     with Progress(len(queries[rank::world]), "neighbours", run.is_main) as progress:
@@ -123,7 +158,9 @@ def accuracy(
             similarities, rows = nearest(block.to(run.device), bank, most)
             neighbours, wanted = labels[rows.cpu()].to(run.device), wanted.to(run.device)
             for i, (number, temperature) in enumerate(cells):
-                votes = vote(similarities[:, :number], neighbours[:, :number], num_classes, temperature)
+                votes = vote(
+                    similarities[:, :number], neighbours[:, :number], num_classes, temperature
+                )
                 top = votes.topk(min(5, num_classes))
                 hits = (top.indices == wanted[:, None]) & (top.values > 0)
                 right[i] += torch.stack([hits[:, 0].sum(), hits.sum()]).cpu()
@@ -136,11 +173,21 @@ def report(run: Run, scores: dict[Cell, float], best: Cell, asked: int) -> None:
     """The exam for people: in the log and in grid.csv."""
     with open(run.directory / "grid.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(
-            [("k", "temperature", "holdout_top1"), *((*cell, top1) for cell, top1 in scores.items())]
+            [
+                ("k", "temperature", "holdout_top1"),
+                *((*cell, top1) for cell, top1 in scores.items()),
+            ]
         )
     numbers, temperatures = (list(dict.fromkeys(values)) for values in zip(*scores, strict=True))
-    log.info("top-1 (%%) on %s held-out images, a line for each k, a column for each temperature:", f"{asked:,}")
+    log.info(
+        "top-1 (%%) on %s held-out images, a line for each k, a column for each temperature:",
+        f"{asked:,}",
+    )
     log.info("%10s%s", "", "".join(f"{temperature:>10g}" for temperature in temperatures))
     for number in numbers:
-        log.info("%10d%s", number, "".join(f"{scores[number, temperature]:>10.1f}" for temperature in temperatures))
+        log.info(
+            "%10d%s",
+            number,
+            "".join(f"{scores[number, temperature]:>10.1f}" for temperature in temperatures),
+        )
     log.info("chosen: k %d, temperature %g", *best)

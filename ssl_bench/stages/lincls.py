@@ -18,7 +18,13 @@ from ssl_bench.methods.probe import LinearGrid, LinearProbe
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
 from ssl_bench.stages import TRAINING, _labels
-from ssl_bench.stages._lincls_grid import GridOptions, check_holdout, check_options, check_unused, train_grid
+from ssl_bench.stages._lincls_grid import (
+    GridOptions,
+    check_holdout,
+    check_options,
+    check_unused,
+    train_grid,
+)
 from ssl_bench.stages._pretrained import digest, load_pretrained
 from ssl_bench.stages._training import (
     check_batch,
@@ -51,14 +57,17 @@ def lincls(
     features: Literal["official", "cached"] = "official",
     copies: WholeEpochs = DEFAULT.copies,
     lrs: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = DEFAULT.lrs,
-    weight_decays: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = DEFAULT.weight_decays,
+    weight_decays: Annotated[
+        tuple[NonNegativeFloat, ...], Field(min_length=1)
+    ] = DEFAULT.weight_decays,
     holdout: Annotated[float, Field(gt=0, lt=1)] = DEFAULT.holdout,
 ) -> dict[str, float]:
     """Returns top-1, top-5 (percent) and cross-entropy on the val split after the last epoch.
 
-    official: the protocol of main_lincls.py, in which the backbone sees freshly augmented images in every epoch. (The
-    images that don't fill the last batch of an epoch are left out of it.)
-    cached: it sees each image once, and a grid of classifiers learns from its features; see `_lincls_grid.train_grid`.
+    official: the protocol of main_lincls.py, in which the backbone sees freshly augmented images in
+    every epoch. (The images that don't fill the last batch of an epoch are left out of it.)
+    cached: it sees each image once, and a grid of classifiers learns from its features; see
+    `_lincls_grid.train_grid`.
     """
     options = GridOptions(copies, lrs, weight_decays, holdout)
     exam = chooses(cfg.stage)
@@ -88,16 +97,22 @@ def lincls(
     before = digest(backbone)
     if features == "cached":
         targets = source.labels[source.rows]
-        held = torch.from_numpy(hold_out(targets, holdout, cfg.seed) if exam else np.zeros(len(targets), bool))
+        held = torch.from_numpy(
+            hold_out(targets, holdout, cfg.seed) if exam else np.zeros(len(targets), bool)
+        )
         kept = 1 - held.double().mean().item()
-        grid = on_device(LinearGrid(backbone, data.num_classes, len(options.cells), kept, normalize), run)
+        grid = on_device(
+            LinearGrid(backbone, data.num_classes, len(options.cells), kept, normalize), run
+        )
         result = train_grid(cfg, run, grid, options, held, source, test, views, test_view)
     else:
         probe = LinearProbe(backbone, data.num_classes, normalize)
         if distributed.world_size() > 1:
             layers.sync_batch_norm_(probe.norm, run.device, cfg.compile)
         on_device(probe, run)
-        result = train(cfg, run, probe, source, views, lambda: evaluate(probe, test.epoch_pass(), test_view))
+        result = train(
+            cfg, run, probe, source, views, lambda: evaluate(probe, test.epoch_pass(), test_view)
+        )
     assert digest(backbone) == before, "the frozen backbone changed"
     return result
 

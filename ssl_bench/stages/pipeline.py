@@ -38,15 +38,22 @@ IDLE = {
 
 
 def pipeline(
-    cfg: DictConfig, run: Run, protocol: list[str], rows: dict[str, list[str] | None], seeds: list[NonNegativeInt]
+    cfg: DictConfig,
+    run: Run,
+    protocol: list[str],
+    rows: dict[str, list[str] | None],
+    seeds: list[NonNegativeInt],
 ) -> dict[str, float]:
-    """Pretrain by cfg, then `stage=lincls` with the overrides `protocol`, those of each row, and each seed.
+    """Pretrain by cfg, then `stage=lincls` with the overrides `protocol`, those of each row, and
+    each seed.
 
-    A row whose overrides begin with another stage, like stage=knn, is that, without the protocol. Every run has a
-    directory below the pipeline's and continues by itself. Returns each row's mean top-1 (percent), and what the
-    pretraining cost.
+    A row whose overrides begin with another stage, like stage=knn, is that, without the protocol.
+    Every run has a directory below the pipeline's and continues by itself. Returns each row's mean
+    top-1 (percent), and what the pretraining cost.
     """
-    pretraining = _with(cfg, dir=f"{cfg.dir}/pretrain", stage=hydra.compose("config", ["stage=pretrain"]).stage)
+    pretraining = _with(
+        cfg, dir=f"{cfg.dir}/pretrain", stage=hydra.compose("config", ["stage=pretrain"]).stage
+    )
     evaluations = {
         name: [evaluation(cfg, name, protocol, overrides, seed) for seed in seeds]
         for name, overrides in rows.items()
@@ -88,9 +95,13 @@ pipeline.single_process = True  # its members start their own
 
 
 def check_choice(member: DictConfig, pretraining: DictConfig) -> None:
-    """UserError for an evaluation that would choose by labels which the pretraining has learnt from."""
+    """UserError for an evaluation that would choose by labels which the pretraining has learnt
+    from.
+    """
     stage = build.locate(member.stage._target_, "stage")
-    on = member.pretrained is not None and identity.real(member.pretrained) == identity.real(pretraining.dir)
+    on = member.pretrained is not None and identity.real(member.pretrained) == identity.real(
+        pretraining.dir
+    )
     chooses = on and member.data.name == pretraining.data.name and hasattr(stage, "chooses")
     if chooses and stage.chooses(member.stage):
         raise UserError(_labels.refusal(member, *stage.choice))
@@ -104,12 +115,18 @@ def cost(lines: list[dict[str, float]]) -> dict[str, float]:
     return {"images_per_second": rate, "memory_gb": max(line.get("memory_gb", 0) for line in lines)}
 
 
-def evaluation(cfg: DictConfig, name: str, protocol: list[str], own: list[str], seed: int) -> DictConfig:
+def evaluation(
+    cfg: DictConfig, name: str, protocol: list[str], own: list[str], seed: int
+) -> DictConfig:
     """The configuration of a row's run. UserError for overrides that it would ignore."""
     overrides = own if own and own[0].startswith("stage=") else ["stage=lincls", *protocol, *own]
     keys = {word: typed.key_of(word) for word in overrides}
     chosen = {*keys.values()}  # of a group that isn't, single keys may be changed
-    changed = [word for word, key in keys.items() if (root := key.partition(".")[0]) in SHARED and root not in chosen]
+    changed = [
+        word
+        for word, key in keys.items()
+        if (root := key.partition(".")[0]) in SHARED and root not in chosen
+    ]
     member = hydra.compose("config", [word for word in overrides if word not in changed])
     shared = {key: cfg[key] for key in SHARED if key not in chosen}
     made = _with(member, seed=seed, dir=f"{cfg.dir}/{identity.slug(name)}/seed{seed}", **shared)
@@ -131,14 +148,21 @@ def _with(cfg: DictConfig, **nodes: object) -> DictConfig:
     changed = OmegaConf.create(OmegaConf.to_container(cfg))
     with open_dict(changed):
         for key, node in nodes.items():
-            changed[key] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+            changed[key] = (
+                OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+            )
     return changed
 
 
 def draw(
-    cfg: DictConfig, run: Run, evaluations: dict[str, list[DictConfig]], results: dict[str, list[float]], path: Path
+    cfg: DictConfig,
+    run: Run,
+    evaluations: dict[str, list[DictConfig]],
+    results: dict[str, list[float]],
+    path: Path,
 ) -> None:
-    """overview.png: curves, accuracies, augmented views, and a map of the pretrained features of the test split.
+    """overview.png: curves, accuracies, augmented views, and a map of the pretrained features of
+    the test split.
 
     All processes compute the features; rank 0 draws.
     """
@@ -149,7 +173,11 @@ def draw(
     weights.load_backbone(backbone, f"{cfg.dir}/pretrain")
     test_view = EvalView(views.image_size, 1.0, *normalization(cfg)).to(run.device)
     features = extract_all(
-        cfg.precision, run, on_device(backbone, run).eval(), test, lambda images, _: test_view(images)
+        cfg.precision,
+        run,
+        on_device(backbone, run).eval(),
+        test,
+        lambda images, _: test_view(images),
     )
     if not run.is_main:
         return
@@ -159,4 +187,6 @@ def draw(
     for name in results:
         curves[name] = MetricsFile.read(Path(evaluations[name][0].dir) / "metrics.jsonl")
     title = f"{cfg.method.name}, {cfg.backbone.name}, {cfg.data.name}"
-    figure.overview(path, title, curves, shown.cpu(), features.numpy(), test.labels[test.rows], results)
+    figure.overview(
+        path, title, curves, shown.cpu(), features.numpy(), test.labels[test.rows], results
+    )

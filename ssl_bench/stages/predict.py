@@ -50,16 +50,20 @@ def predict(
     bit_depth: BitDepth | None = None,
     value_range: ValueRange | None = None,
 ) -> dict[str, float]:
-    """Write images.csv, a row for each image below the folder `images`, and features.npy, float32 (rows, dim).
+    """Write images.csv, a row for each image below the folder `images`, and features.npy, float32
+    (rows, dim).
 
-    A row is the path below the folder and, where `cfg.pretrained` has a classifier, the likeliest label, its
-    probability and, where its classes have names, that. Images are shown as its run showed test images, unless
-    image_size (pixels) or test_resize say so; likewise what values of more than 8 bits mean.
+    A row is the path below the folder and, where `cfg.pretrained` has a classifier, the likeliest
+    label, its probability and, where its classes have names, that. Images are shown as its run
+    showed test images, unless image_size (pixels) or test_resize say so; likewise what values of
+    more than 8 bits mean.
     Returns the number of images.
     """
     check_directory(cfg)
     if distributed.world_size() > 1:
-        raise UserError("stage=predict writes one row after the other: start it without torchrun or srun")
+        raise UserError(
+            "stage=predict writes one row after the other: start it without torchrun or srun"
+        )
     root = Path(images)
     if not root.is_dir():
         raise UserError(f"stage.images={images}: no such folder")
@@ -70,7 +74,9 @@ def predict(
             "of stage=lincls or stage=finetune"
         )
     packed, view = pretrained.view(image_size, test_resize)
-    check_size("stage.image_size", view.image_size, pretrained.backbone, pretrained.network.get("name"))
+    check_size(
+        "stage.image_size", view.image_size, pretrained.backbone, pretrained.network.get("name")
+    )
     data = open_images(cfg, pretrained, packed)
     split = data.split("pretrain")
     source = open_source(cfg, run, data, "pretrain")
@@ -84,10 +90,18 @@ def predict(
     source.rows = source.rows[done:]
     path, array = run.directory / "features.npy", None
     if features:
-        array = np.load(path, mmap_mode="r+") if done else new_array(path, np.float32, (total, backbone.dim))
+        array = (
+            np.load(path, mmap_mode="r+")
+            if done
+            else new_array(path, np.float32, (total, backbone.dim))
+        )
     with (
         open(
-            run.directory / "images.csv", "r+" if done else "w", newline="", encoding="utf-8", errors="surrogateescape"
+            run.directory / "images.csv",
+            "r+" if done else "w",
+            newline="",
+            encoding="utf-8",
+            errors="surrogateescape",
         ) as file,
         Progress(total - done, "predictions") as progress,
         torch.inference_mode(),
@@ -96,7 +110,13 @@ def predict(
         file.truncate()  # rows after the last save
         table = csv.writer(file)
         if done == 0:
-            table.writerow(["image", *(("label", "probability") if classifier else ()), *(("name",) if names else ())])
+            table.writerow(
+                [
+                    "image",
+                    *(("label", "probability") if classifier else ()),
+                    *(("name",) if names else ()),
+                ]
+            )
         for batch, _, indices in source.epoch_pass():
             with autocast(cfg.precision, run.device):
                 seen = backbone(view(batch))
@@ -104,7 +124,10 @@ def predict(
             columns = [[os.path.relpath(split.where(index), root) for index in indices.tolist()]]
             if classifier is not None:
                 best = classifier(seen).softmax(dim=1).max(dim=1)
-                columns += [best.indices.tolist(), [f"{value:.4f}" for value in best.values.tolist()]]
+                columns += [
+                    best.indices.tolist(),
+                    [f"{value:.4f}" for value in best.values.tolist()],
+                ]
             if names:
                 columns.append([names[label] for label in columns[1]])
             table.writerows(zip(*columns, strict=True))
@@ -120,15 +143,21 @@ def predict(
             if stop and done < total:
                 run.interrupt(done)
     log_result(run, {"images": total})
-    print(f"{total:,} images in {run.directory}: images.csv" + (", features.npy" if features else ""))
+    print(
+        f"{total:,} images in {run.directory}: images.csv" + (", features.npy" if features else "")
+    )
     return {"images": total}
 
 
 def open_images(cfg: DictConfig, pretrained: Pretrained, image_size: int) -> Images:
     root = Path(cfg.stage.images)
-    given = {key: cfg.stage[key] for key in ("bit_depth", "value_range") if cfg.stage[key] is not None}
+    given = {
+        key: cfg.stage[key] for key in ("bit_depth", "value_range") if cfg.stage[key] is not None
+    }
     known = pretrained.config.get("data", {})
-    values = given or {key: known[key] for key in ("bit_depth", "value_range") if known.get(key) is not None}
+    values = given or {
+        key: known[key] for key in ("bit_depth", "value_range") if known.get(key) is not None
+    }
     kept = {"on_error": cfg.data.on_error, "cache": cfg.data.cache, "workers": cfg.data.workers}
     return Images(str(root), image_size, **values, **kept)
 

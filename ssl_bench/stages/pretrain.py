@@ -44,14 +44,16 @@ IDLE = {
     "method.name=random": (*RECIPE, *EVERY, *IMAGES, "stage.online_images"),
     "eval_every=0": ("stage.online_images",),
     "stage.online_images=0": ("eval_every",),
-    "method.name=supervised": ("eval_every", "stage.online_images"),  # learns from all labels that could judge it
+    # learns from all labels that could judge it
+    "method.name=supervised": ("eval_every", "stage.online_images"),
 }
 
 
 def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) -> dict[str, float]:
     """Returns what the last step logged.
 
-    online_images: so many labelled images show every `eval_every` epochs what is learnt; see `online`.
+    online_images: so many labelled images show every `eval_every` epochs what is learnt; see
+    `online`.
     """
     if str(cfg.metric).startswith("val_"):
         raise UserError(
@@ -78,7 +80,9 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
             )
         layers.sync_batch_norm_(model, run.device, cfg.compile)
     model = on_device(model, run)
-    learnt = [_labels.data_set(cfg, data.split("train"))] if _labels.learns_labels(cfg.method) else []
+    learnt = (
+        [_labels.data_set(cfg, data.split("train"))] if _labels.learns_labels(cfg.method) else []
+    )
     _labels.Labels(tuple(learnt)).record(run)
     if not model.learns:
         run.save(0, model=model)
@@ -87,7 +91,10 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
     source = open_source(cfg, run, data, model.split)
     judged = cfg.eval_every and online_images and not learnt
     if learnt:
-        log.info("method=%s learns from all labels of the train split: none are left to judge by", cfg.method.name)
+        log.info(
+            "method=%s learns from all labels of the train split: none are left to judge by",
+            cfg.method.name,
+        )
     evaluate = online(cfg, run, data, model, views, online_images) if judged else None
     if run.is_main:
         show_views(cfg, run, source, views)
@@ -113,7 +120,8 @@ def check_fit(cfg: DictConfig, num_images: int) -> None:
 def online(
     cfg: DictConfig, run: Run, data: Dataset, model: Method, views: Views, num_images: int
 ) -> Callable[[], dict[str, float]] | None:
-    """Measures the backbone on `num_images` images of the train split, a fifth of which is asked for by the others.
+    """Measures the backbone on `num_images` images of the train split, a fifth of which is asked
+    for by the others.
 
     None where there are no labels, or too few. The test split is never looked at.
     """
@@ -127,7 +135,11 @@ def online(
 
     def evaluate() -> dict[str, float]:
         features = extract_all(
-            cfg.precision, run, model.backbone.eval(), source, lambda images, indices: test_view(images)
+            cfg.precision,
+            run,
+            model.backbone.eval(),
+            source,
+            lambda images, indices: test_view(images),
         )
         return knn_and_ridge(features, torch.from_numpy(targets), asked)
 
@@ -135,7 +147,9 @@ def online(
 
 
 def judges(cfg: DictConfig, run: Run, data: Dataset, num_images: int) -> Source | None:
-    """At most so many images of the train split, of two classes or more and two of each or more; None without them."""
+    """At most so many images of the train split, of two classes or more and two of each or more;
+    None without them.
+    """
     try:
         known = data.split("train").labels
     except UserError:
@@ -148,30 +162,40 @@ def judges(cfg: DictConfig, run: Run, data: Dataset, num_images: int) -> Source 
     if not len(chosen):
         return None
     source = open_source(cfg, run, data, "train", chosen)
-    source.rows = source.rows[paired(source.labels[source.rows])]  # again: those that can't be decoded are left out
+    # again: those that can't be decoded are left out
+    source.rows = source.rows[paired(source.labels[source.rows])]
     return source if len(source.rows) else None
 
 
 def paired(targets: np.ndarray) -> np.ndarray:
-    """Mask of the images whose class has another one, to learn from and to ask for; none where that is one class."""
+    """Mask of the images whose class has another one, to learn from and to ask for; none where that
+    is one class.
+    """
     _, of, counts = np.unique(targets, return_inverse=True, return_counts=True)
     return (counts > 1)[of] & ((counts > 1).sum() > 1)
 
 
 @torch.no_grad()
-def show_views(cfg: DictConfig, run: Run, source: Source, views: Views, num_images: int = 8) -> None:
+def show_views(
+    cfg: DictConfig, run: Run, source: Source, views: Views, num_images: int = 8
+) -> None:
     """views.png: what the network sees of the first images; a column an image, the original on top."""
     from torchvision.utils import make_grid, save_image
 
     images, _, indices = next(source.epoch_pass())
     # Of a whole batch: a compiled augmentation would be compiled for every other size.
     shown = picture(views, images, keys(cfg.seed, 0, indices))[:, :num_images]
-    save_image(make_grid(shown.flatten(0, 1).float() / 255, nrow=shown.shape[1]), run.directory / "views.png")
+    save_image(
+        make_grid(shown.flatten(0, 1).float() / 255, nrow=shown.shape[1]),
+        run.directory / "views.png",
+    )
     run.log_image(0, "views", run.directory / "views.png")
 
 
 def picture(views: Views, images: Tensor, image_keys: Tensor) -> Tensor:
-    """uint8 images (N, 3, H, W) -> (1 + V, N, 3, S, S) uint8: themselves, then their V views, all of one size."""
+    """uint8 images (N, 3, H, W) -> (1 + V, N, 3, S, S) uint8: themselves, then their V views, all
+    of one size.
+    """
     from torchvision.transforms.v2.functional import resize
 
     rows = [images, *(views.denormalize(view) for view in views(images, image_keys))]

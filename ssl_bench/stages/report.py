@@ -26,24 +26,51 @@ from ssl_bench.stages._training import check_size, on_device, open_source
 
 log = logging.getLogger(__name__)
 
-KEPT = ("started", "platform", "python", "packages", "git_commit", "git_dirty", "cpu_threads", "gpus")
+KEPT = (
+    "started",
+    "platform",
+    "python",
+    "packages",
+    "git_commit",
+    "git_dirty",
+    "cpu_threads",
+    "gpus",
+)
 TOLERANCE = 0.05  # points of top-1 by which predictions made again may miss the run's own
 
 
-READS = ("runs", "metric", "data.name", "data.root", "data.cache", "data.workers", "source", "batch_size", "device")
+READS = (
+    "runs",
+    "metric",
+    "data.name",
+    "data.root",
+    "data.cache",
+    "data.workers",
+    "source",
+    "batch_size",
+    "device",
+)
 
 
 def report(
-    cfg: DictConfig, run: Run, out: Place | None = None, details: NonNegativeInt = 3, readme: Place | None = None
+    cfg: DictConfig,
+    run: Run,
+    out: Place | None = None,
+    details: NonNegativeInt = 3,
+    readme: Place | None = None,
 ) -> dict[str, float]:
-    """Write report.html, results.md and results.json of the runs at or below `cfg.runs`; fill the tables of `readme`.
+    """Write report.html, results.md and results.json of the runs at or below `cfg.runs`; fill the
+    tables of `readme`.
 
-    details: of the best groups of runs, so many are loaded, for what needs a network: predictions, neighbours, a map.
-    Returns how many runs there are and how many are finished. UserError where there is nothing to report.
+    details: of the best groups of runs, so many are loaded, for what needs a network: predictions,
+    neighbours, a map. Returns how many runs there are and how many are finished. UserError where
+    there is nothing to report.
     """
     paths = files.places(cfg.runs)
     if not paths and readme is None:
-        raise UserError("runs= needs a value: a run, a sweep, a folder of them, or a list: runs=DIR or runs=[DIR,DIR]")
+        raise UserError(
+            "runs= needs a value: a run, a sweep, a folder of them, or a list: runs=DIR or runs=[DIR,DIR]"
+        )
     folder = Path(out or (paths[0] if len(paths) == 1 else "runs/report"))
     counts = write(cfg, run, paths, folder, details) if paths else {}
     if readme is not None:
@@ -54,7 +81,9 @@ def report(
 report.single_process = True
 
 
-def write(cfg: DictConfig, run: Run, paths: list[Path], folder: Path, details: int) -> dict[str, float]:
+def write(
+    cfg: DictConfig, run: Run, paths: list[Path], folder: Path, details: int
+) -> dict[str, float]:
     """The three files. Returns what `report` does."""
     runs = record.find(paths)
     boards = grouping.boards(runs, cfg.metric)
@@ -67,7 +96,10 @@ def write(cfg: DictConfig, run: Run, paths: list[Path], folder: Path, details: i
         shown = [examine(cfg, run, group) for group in candidates[:details]]
         title = " and ".join(map(str, paths)) if len(paths) < 4 else f"{len(paths)} folders of runs"
         notes = remarks(runs, len(candidates), details)
-        files.write(folder / "report.html", page.render(title, runs, boards, shown, view_pictures(boards), notes))
+        files.write(
+            folder / "report.html",
+            page.render(title, runs, boards, shown, view_pictures(boards), notes),
+        )
         files.write(folder / "results.md", write_markdown(title, boards, runs))
         rows = [
             row | {"runs": [record.evidence(ran) for ran in group.finished]}
@@ -76,7 +108,10 @@ def write(cfg: DictConfig, run: Run, paths: list[Path], folder: Path, details: i
             for group, row in zip(board.groups, board.rows, strict=True)
             if row["n"]
         ]
-        newest = max((ran.environment for ran in runs), key=lambda environment: environment.get("started") or "")
+        newest = max(
+            (ran.environment for ran in runs),
+            key=lambda environment: environment.get("started") or "",
+        )
         tables.save(
             folder / "results.json",
             rows,
@@ -92,7 +127,9 @@ def remarks(runs: list[Ran], candidates: int, details: int) -> list[str]:
     """What the reader must know first: what is left out."""
     notes = []
     if unfinished := sum(ran.summary is None for ran in runs):
-        notes.append(f"{unfinished} of {len(runs)} runs are not finished: tables hold those that are.")
+        notes.append(
+            f"{unfinished} of {len(runs)} runs are not finished: tables hold those that are."
+        )
     if said := grouping.left_out(runs):
         log.warning(said)
         notes.append(said)
@@ -102,7 +139,9 @@ def remarks(runs: list[Ran], candidates: int, details: int) -> list[str]:
     elif not details:
         notes.append(f"{what} are left out, as asked by stage.details=0.")
     elif candidates > details:
-        notes.append(f"{what} are of the best {details} of {candidates}: stage.details={candidates} shows all.")
+        notes.append(
+            f"{what} are of the best {details} of {candidates}: stage.details={candidates} shows all."
+        )
     return notes
 
 
@@ -127,7 +166,9 @@ def leaderboards(boards: list[Board]) -> list[str]:
 
 
 def write_markdown(title: str, boards: list[Board], runs: list[Ran]) -> str:
-    """results.md: the leaderboards, what differs between configurations, the runs that aren't finished."""
+    """results.md: the leaderboards, what differs between configurations, the runs that aren't
+    finished.
+    """
     parts = [
         f"# {title}",
         "Mean ± sample standard deviation (n - 1) over n seeds; "
@@ -141,7 +182,10 @@ def write_markdown(title: str, boards: list[Board], runs: list[Ran]) -> str:
             header = ["", *(group.name for group in board.groups)]
             parts.append(markdown(header, [[key, *words] for key, words in differing.items()]))
     if unfinished := [ran for ran in runs if ran.summary is None]:
-        rows = [[str(ran.directory), ran.state.name, " ".join(ran.state.note.split())] for ran in unfinished]
+        rows = [
+            [str(ran.directory), ran.state.name, " ".join(ran.state.note.split())]
+            for ran in unfinished
+        ]
         parts += ["## Not finished", markdown(["run", "state", ""], rows)]
     return "\n\n".join(parts) + "\n"
 
@@ -151,24 +195,30 @@ def view_pictures(boards: list[Board]) -> dict[str, tuple[Path, list[str]]]:
     pictures: dict[str, tuple[Path, list[str]]] = {}
     for board in boards:
         for group in board.groups:
-            for path in [path for ran in group.runs if (path := ran.directory / "views.png").exists()][:1]:
+            for path in [
+                path for ran in group.runs if (path := ran.directory / "views.png").exists()
+            ][:1]:
                 pictures.setdefault(files.digest(path), (path, []))[1].append(group.name)
     return pictures
 
 
-# -- what needs the network and the images -----------------------------------------------------------------------------
+# -- what needs the network and the images ---------------------------------------------------------
 
 
 def choose(boards: list[Board]) -> list[Group]:
-    """The groups with checkpoints, best first: evaluations, since their classifiers predict; else pretrainings."""
+    """The groups with checkpoints, best first: evaluations, since their classifiers predict; else
+    pretrainings.
+    """
     found = (
-        [g for g in board.groups if any(checkpoint.complete(ran.directory) for ran in g.finished)] for board in boards
+        [g for g in board.groups if any(checkpoint.complete(ran.directory) for ran in g.finished)]
+        for board in boards
     )
     return next(filter(None, found), [])
 
 
 def examine(cfg: DictConfig, run: Run, group: Group) -> page.Detail:
-    """Features of the val split (pretrain where there is none), and predictions where there is a classifier.
+    """Features of the val split (pretrain where there is none), and predictions where there is a
+    classifier.
 
     What can't be had becomes a note.
     """
@@ -178,7 +228,10 @@ def examine(cfg: DictConfig, run: Run, group: Group) -> page.Detail:
         detail.split = labelled_split(data)
         source = open_source(cfg, run, data, detail.split)
     except (ValueError, OSError) as error:
-        _leave_out(detail, f"predictions, neighbours and map are left out, since its data isn't here: {error}")
+        _leave_out(
+            detail,
+            f"predictions, neighbours and map are left out, since its data isn't here: {error}",
+        )
         return detail
     split = data.split(detail.split)
     detail.labels, detail.classes = source.labels[source.rows], data.class_names
@@ -209,7 +262,9 @@ def look(cfg: DictConfig, run: Run, detail: page.Detail, ran: Ran, source: Sourc
     check_size("augmentation.image_size", view.image_size, backbone, node.get("name", ""))
     weights.load_backbone(backbone, str(paths[0]))
     state = checkpoint.read(paths[0])["model"]
-    features, labels = extract(on_device(backbone, run).eval(), source.epoch_pass(), view.to(run.device))
+    features, labels = extract(
+        on_device(backbone, run).eval(), source.epoch_pass(), view.to(run.device)
+    )
     if detail.features is None:
         detail.features = features.numpy()
     if "fc.weight" not in state or detail.split != "val":
@@ -228,9 +283,11 @@ def look(cfg: DictConfig, run: Run, detail: page.Detail, ran: Ran, source: Sourc
 
 
 def open_data(cfg: DictConfig, ran: Ran) -> Dataset:
-    """The data that a run was made with; in `cfg.data.root` where that names a folder for the same data set.
+    """The data that a run was made with; in `cfg.data.root` where that names a folder for the same
+    data set.
 
-    Where packed images are kept is this command's to say: a run from elsewhere has no folder written or cleared here.
+    Where packed images are kept is this command's to say: a run from elsewhere has no folder
+    written or cleared here.
     """
     node = build.found(ran.config, "data", cfg, ran.directory / "config.yaml")
     if node.get("name") == cfg.data.name and "root" in cfg.data:

@@ -39,7 +39,16 @@ SHOWN = 144  # images on the contact sheet
 
 
 READS = (*RUN, *IMAGES, *LOOK, "devices", "data", "backbone", "pretrained")
-IDLE = {"stage.strategy=random": ("pretrained", "backbone", *LOOK, "stage.dim", "stage.test_resize", "stage.features")}
+IDLE = {
+    "stage.strategy=random": (
+        "pretrained",
+        "backbone",
+        *LOOK,
+        "stage.dim",
+        "stage.test_resize",
+        "stage.features",
+    )
+}
 
 
 def select(
@@ -57,26 +66,37 @@ def select(
 ) -> dict[str, float]:
     """Choose `budget` images of the "pretrain" split by a strategy of `selection`.
 
-    Images that data.extra_labels or the files `requested` name are never chosen, and count as covered. So do those of
-    the train split, if cover_train and they aren't the unlabelled images themselves.
+    Images that data.extra_labels or the files `requested` name are never chosen, and count as
+    covered. So do those of the train split, if cover_train and they aren't the unlabelled images
+    themselves.
 
-    Writes request_NN.csv, an index a line, the most wanted first; NN is the next that is free in the folder of the data
-    and in `out`. Also chosen.csv, with the images' names, and chosen.png. Returns counts and, where features were
-    needed, the mean distance of an unlabelled image to the nearest that is covered or chosen (of unit vectors: 0 to 2).
+    Writes request_NN.csv, an index a line, the most wanted first; NN is the next that is free in
+    the folder of the data and in `out`. Also chosen.csv, with the images' names, and chosen.png.
+    Returns counts and, where features were needed, the mean distance of an unlabelled image to the
+    nearest that is covered or chosen (of unit vectors: 0 to 2).
     """
     check_directory(cfg)
     if out is not None and not os.access(Path(out), os.W_OK):
-        raise UserError(f"stage.out={out}: not a folder that can be written; leave it out for the run directory")
+        raise UserError(
+            f"stage.out={out}: not a folder that can be written; leave it out for the run directory"
+        )
     if max_clusters is not None and strategy != "typiclust":
-        raise UserError(f"stage.max_clusters={max_clusters} would be ignored: it is for stage.strategy=typiclust")
+        raise UserError(
+            f"stage.max_clusters={max_clusters} would be ignored: it is for stage.strategy=typiclust"
+        )
     classifier = read_classifier(cfg.pretrained) if strategy == "margin" else {}
     data = build.construct(cfg.data)
-    split, named = data.split("pretrain"), [requested] if isinstance(requested, str) else list(requested or [])
+    split, named = (
+        data.split("pretrain"),
+        [requested] if isinstance(requested, str) else list(requested or []),
+    )
     known = data.requested(named)
     check_budget(budget, split.length - len(known))
     others = cover_train and data.num_classes and data.split("train").store_name != split.store_name
     if cover_train and data.num_classes and not others:
-        log.info("the images to choose from are those of the train split: they are chosen though they have labels")
+        log.info(
+            "the images to choose from are those of the train split: they are chosen though they have labels"
+        )
     if strategy != "random":
         backbone = load_pretrained(cfg)
         check_sizes(cfg, backbone)
@@ -151,21 +171,38 @@ def read_classifier(pretrained: str | None) -> dict[str, Tensor]:
 
 
 def compute(
-    cfg: DictConfig, run: Run, backbone: nn.Module, source: Source, split: Split, test_resize: float, folder: Path
+    cfg: DictConfig,
+    run: Run,
+    backbone: nn.Module,
+    source: Source,
+    split: Split,
+    test_resize: float,
+    folder: Path,
 ) -> np.ndarray:
-    """Features (N, dim) of the test views, in a file of the folder whose name tells all that they depend on."""
+    """Features (N, dim) of the test views, in a file of the folder whose name tells all that they
+    depend on.
+    """
     look = (cfg.augmentation.image_size, test_resize, normalization(cfg))
     whose = fold(digest(backbone), cfg.precision, repr(look), split.store_name, source.num_images)
     view = EvalView(*look[:2], *look[2]).to(run.device)
-    return stored_features(cfg.precision, run, backbone, source, view, folder / f"{split.name}-{whose:016x}.npy")
+    return stored_features(
+        cfg.precision, run, backbone, source, view, folder / f"{split.name}-{whose:016x}.npy"
+    )
 
 
 @torch.no_grad()
-def margins(state: dict[str, Tensor], backbone: nn.Module, features: np.ndarray, rows: np.ndarray) -> Tensor:
-    """(M,): the margin of a trained LinearProbe's two likeliest classes, for these rows of the features (N, dim)."""
+def margins(
+    state: dict[str, Tensor], backbone: nn.Module, features: np.ndarray, rows: np.ndarray
+) -> Tensor:
+    """(M,): the margin of a trained LinearProbe's two likeliest classes, for these rows of the
+    features (N, dim).
+    """
     probe = restored(backbone, state)
-    result = torch.empty(len(rows))  # first: small pieces that stay keep the system's allocator from using memory again
-    for part, now in zip(torch.from_numpy(rows).split(selection.ROWS), result.split(selection.ROWS), strict=True):
+    # first: small pieces that stay keep the system's allocator from using memory again
+    result = torch.empty(len(rows))
+    for part, now in zip(
+        torch.from_numpy(rows).split(selection.ROWS), result.split(selection.ROWS), strict=True
+    ):
         now.copy_(selection.margin(probe.fc(probe.norm(torch.from_numpy(features[part]).float()))))
     return result
 
@@ -180,18 +217,29 @@ def take(order: Iterable[int], budget: int, run: Run) -> list[int]:
     return chosen
 
 
-def write(run: Run, split: Split, chosen: np.ndarray, root: str, named: list[str], out: str | None) -> None:
-    """request_NN.csv, chosen.csv, chosen.png. chosen: indices in the split; named: the index files that were given."""
+def write(
+    run: Run, split: Split, chosen: np.ndarray, root: str, named: list[str], out: str | None
+) -> None:
+    """request_NN.csv, chosen.csv, chosen.png. chosen: indices in the split; named: the index files
+    that were given.
+    """
     table = io.StringIO()
-    csv.writer(table).writerows([("index", "image"), *((index, split.where(index)) for index in chosen.tolist())])
+    csv.writer(table).writerows(
+        [("index", "image"), *((index, split.where(index)) for index in chosen.tolist())]
+    )
     files.write(run.directory / "chosen.csv", table.getvalue())
     contact_sheet(split, chosen, run.directory / "chosen.png")
     run.log_image(1, "chosen", run.directory / "chosen.png")
     folders = [Path(folder) for folder in (root, out) if folder]
     taken = [path.name for folder in folders for path in folder.glob("request_*.csv")]
     if others := sorted(set(taken) - {Path(name).name for name in named}):
-        log.warning("images of %s may be among the chosen: stage.requested= doesn't name it", ", ".join(others))
-    numbers = [int(match[1]) for name in taken if (match := re.fullmatch(r"request_(\d+)\.csv", name))]
+        log.warning(
+            "images of %s may be among the chosen: stage.requested= doesn't name it",
+            ", ".join(others),
+        )
+    numbers = [
+        int(match[1]) for name in taken if (match := re.fullmatch(r"request_(\d+)\.csv", name))
+    ]
     number = f"{max(numbers, default=-1) + 1:02d}"
     path = (folders[-1] if out else run.directory) / f"request_{number}.csv"
     files.write(path, "".join(f"{index}\n" for index in chosen.tolist()))
@@ -206,5 +254,7 @@ def contact_sheet(split: Split, chosen: np.ndarray, path: Path) -> None:
     from torchvision.utils import make_grid, save_image
 
     shown = chosen[np.linspace(0, len(chosen) - 1, min(SHOWN, len(chosen))).round().astype(int)]
-    images = torch.from_numpy(np.stack([split.read(int(index)) for index in shown])).permute(0, 3, 1, 2)
+    images = torch.from_numpy(np.stack([split.read(int(index)) for index in shown])).permute(
+        0, 3, 1, 2
+    )
     save_image(make_grid(images.float() / 255, nrow=12), path)

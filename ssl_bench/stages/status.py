@@ -34,7 +34,9 @@ def status(cfg: DictConfig, run: Run) -> dict[str, float]:
             raise UserError(f"runs={path}: no sweep there; name the folder of one{hint}")
         known = list(dict.fromkeys(key for member in members for key in member.result() or {}))
         if known and cfg.metric and cfg.metric not in known:
-            raise UserError(unknown("value", f"metric={cfg.metric}", [f"metric={key}" for key in known]))
+            raise UserError(
+                unknown("value", f"metric={cfg.metric}", [f"metric={key}" for key in known])
+            )
         states = sweep.states(members)
         if len(paths) > 1:
             print(f"\n{path}\n")

@@ -12,12 +12,17 @@ READS = ("runs", "tracking")
 
 
 def sync(cfg: DictConfig, run: Any) -> dict[str, float]:
-    """Rebuild every run at or below `cfg.runs`. UserError where there is none, where W&B is disabled, and at the end
-    for those that could not be rebuilt.
+    """Rebuild every run at or below `cfg.runs`. UserError where there is none, where W&B is
+    disabled, and at the end for those that could not be rebuilt.
 
-    `tracking=wandb` on the command line sets project, group and so on; without it each run's own settings hold.
+    `tracking=wandb` on the command line sets project, group and so on; without it each run's own
+    settings hold.
     """
-    directories = {file.parent.resolve() for path in files.places(cfg.runs) for file in path.rglob("metrics.jsonl")}
+    directories = {
+        file.parent.resolve()
+        for path in files.places(cfg.runs)
+        for file in path.rglob("metrics.jsonl")
+    }
     if not directories:
         raise UserError(
             f"runs={cfg.runs}: no metrics.jsonl at or below it; name run directories: runs=DIR or runs=[DIR,DIR]"
@@ -25,7 +30,9 @@ def sync(cfg: DictConfig, run: Any) -> dict[str, float]:
     tracking = OmegaConf.to_container(cfg.tracking, resolve=True)
     wandb_asked = tracking.pop("_target_").endswith("WandbTracker")
     if choose_mode(tracking.get("mode", "auto")) == "disabled":
-        raise UserError("WANDB_MODE=disabled: there is nothing for stage=sync to do; unset it, or set it to offline")
+        raise UserError(
+            "WANDB_MODE=disabled: there is nothing for stage=sync to do; unset it, or set it to offline"
+        )
     failed = []
     for directory in sorted(directories):
         try:
@@ -35,5 +42,7 @@ def sync(cfg: DictConfig, run: Any) -> dict[str, float]:
         except UserError as error:
             failed.append(str(error))
     if failed:
-        raise UserError("\n".join([f"{len(failed)} of {len(directories)} runs are not rebuilt:", *failed]))
+        raise UserError(
+            "\n".join([f"{len(failed)} of {len(directories)} runs are not rebuilt:", *failed])
+        )
     return {"runs": len(directories)}

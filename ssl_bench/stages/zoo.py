@@ -17,10 +17,11 @@ READS = ("runs",)
 
 
 def zoo(cfg: DictConfig, run: Run, verify: Place | None = None) -> dict[str, float]:
-    """Show the published weights, and the finished runs at or below `cfg.runs` with what was measured of them.
+    """Show the published weights, and the finished runs at or below `cfg.runs` with what was
+    measured of them.
 
-    verify: a file, in place of that: which weights it holds; UserError where they are none of these, nor as SHA256SUMS
-    beside it says. Returns how many there are of each kind.
+    verify: a file, in place of that: which weights it holds; UserError where they are none of
+    these, nor as SHA256SUMS beside it says. Returns how many there are of each kind.
     """
     if not run.is_main:
         return {}
@@ -30,13 +31,24 @@ def zoo(cfg: DictConfig, run: Run, verify: Place | None = None) -> dict[str, flo
         print(identify(Path(verify), own))
         return {"verified": 1}
     published = [
-        [name, weights.backbone, weights.note, f"md5 {weights.md5}", "yes" if place(name).is_file() else "no"]
+        [
+            name,
+            weights.backbone,
+            weights.note,
+            f"md5 {weights.md5}",
+            "yes" if place(name).is_file() else "no",
+        ]
         for name, weights in WEIGHTS.items()
     ]
     print(tables.markdown(["pretrained=", "backbone", "ImageNet", "hash", "downloaded"], published))
     if own:
         rows = [
-            [str(ran.directory), recipe(ran), numbers(ran, runs), f"sha256 {files.digest(ran.weights)[:8]}"]
+            [
+                str(ran.directory),
+                recipe(ran),
+                numbers(ran, runs),
+                f"sha256 {files.digest(ran.weights)[:8]}",
+            ]
             for ran in own
         ]
         print("\n" + tables.markdown(["pretrained=", "recipe", "top-1 (%)", "hash"], rows))
@@ -72,7 +84,11 @@ def recipe(ran: Ran) -> str:
     config = ran.config
     names = [(config.get("method") or {}).get("name") or ran.stage, ran.identity.labels]
     names += [config[group]["name"] for group in ("backbone", "data") if group in config]
-    names += [f"{config['epochs']} epochs", f"batch {config['batch_size']}", f"seed {config['seed']}"]
+    names += [
+        f"{config['epochs']} epochs",
+        f"batch {config['batch_size']}",
+        f"seed {config['seed']}",
+    ]
     return ", ".join(filter(None, names))
 
 

@@ -35,11 +35,15 @@ def fit(
     precision: str = "fp32",
     evaluate: Callable[[], dict[str, float]] | None = None,
 ) -> dict[str, float]:
-    """Train for `epochs`, from where the run's checkpoint stands. Returns the last line logged (rank 0)."""
+    """Train for `epochs`, from where the run's checkpoint stands. Returns the last line logged
+    (rank 0).
+    """
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     scaler = gradient_scaler(precision, run.device, optimizer)
-    state = {"model": model, "optimizer": optimizer} | ({"scaler": scaler} if scaler.is_enabled() else {})
+    state = {"model": model, "optimizer": optimizer} | (
+        {"scaler": scaler} if scaler.is_enabled() else {}
+    )
     per_epoch, total = source.steps_per_epoch, epochs * source.steps_per_epoch
     start = run.restore(**state)
     parallel = distributed.data_parallel(model, run.device)
@@ -48,10 +52,12 @@ def fit(
     diverged, warned = torch.zeros((), dtype=torch.int64, device=run.device), False
 
     def check(done: int, saving: bool) -> None:
-        # When saving not the loss alone: its gradient may have spoilt the weights, and good checkpoints are few.
+        # When saving not the loss alone: its gradient may have spoilt the weights, and good
+        # checkpoints are few.
         saved = model.state_dict().values() if saving else ()
         finite = torch.stack([diverged == 0, *(value.isfinite().all() for value in saved)]).all()
-        if not finite or scaler.get_scale() < 1:  # it halves with each step that it skips, from 65,536
+        # it halves with each step that it skips, from 65,536
+        if not finite or scaler.get_scale() < 1:
             run.diverge(int(diverged) or done)
 
     def batches() -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
@@ -60,7 +66,8 @@ def fit(
             for batch in source.stream(start, total):
                 yield batch
                 done = batch[0] + 1
-        except Interrupted:  # while images didn't come: between two steps, of which the first is whole
+        # while images didn't come: between two steps, of which the first is whole
+        except Interrupted:
             if done > start:
                 check(done, saving=True)
                 run.save(done, **state)
@@ -68,7 +75,8 @@ def fit(
 
     for step, images, labels, indices in run.progress(batches(), start, total):
         epoch, done, last, at = step // per_epoch, step + 1, step + 1 == total, step / per_epoch
-        # All of what varies is a function of the step: nothing of it is saved, and a restart repeats it exactly.
+        # All of what varies is a function of the step: nothing of it is saved, and a restart
+        # repeats it exactly.
         seed_torch(fold(seed, "step", step, distributed.rank()), run.device)
         schedule_(optimizer, schedule(at, epochs), at, epochs)
         model.begin(at, epochs)
@@ -87,8 +95,8 @@ def fit(
         scaler.update()
         model.update(done / total)
 
-        # The first step whose loss isn't finite, noted without waiting for the device. In float16 that may be one step,
-        # which the scaler skips.
+        # The first step whose loss isn't finite, noted without waiting for the device. In float16
+        # that may be one step, which the scaler skips.
         if not scaler.is_enabled():
             diverged = diverged.where((diverged > 0) | output["loss"].detach().isfinite(), done)
         stop, logging_now = run.stopping(done), run.every("log", done) or last
@@ -101,13 +109,16 @@ def fit(
             now = time.perf_counter()
             line |= {
                 "lr": optimizer.param_groups[0]["lr"],
-                "grad_norm": nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item(),
+                "grad_norm": nn.utils.get_total_norm(
+                    [p.grad for p in model.parameters() if p.grad is not None]
+                ).item(),
                 "images_per_second": (done - since) * source.batch_size / (now - clock),
                 "data_wait": (source.wait_seconds - waited) / (now - clock),
                 "memory_gb": memory.peak(run.device),
             }
             since, clock, waited = done, now, source.wait_seconds
-            if embeddings is not None and embeddings.isfinite().all():  # in float16 a step may overflow
+            # in float16 a step may overflow
+            if embeddings is not None and embeddings.isfinite().all():
                 line = health(embeddings) | line  # a method may know better
                 if run.is_main and at >= 1 and not warned and (told := collapse(line)):
                     log.warning("step %s: the run has collapsed: %s", f"{done:,}", told)
@@ -117,7 +128,9 @@ def fit(
             line |= evaluate()
             model.train()
         if line:
-            run.log(done, {"epoch": done / per_epoch, "images_seen": done * source.batch_size, **line})
+            run.log(
+                done, {"epoch": done / per_epoch, "images_seen": done * source.batch_size, **line}
+            )
         if saving:
             run.save(done, **state)
         if stop and not last:

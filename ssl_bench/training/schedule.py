@@ -1,4 +1,6 @@
-"""Learning-rate schedules: pure functions of how far training is. The rate is `initial_lr` times what they return."""
+"""Learning-rate schedules: pure functions of how far training is. The rate is `initial_lr` times
+what they return.
+"""
 
 import math
 
@@ -8,7 +10,9 @@ from ssl_bench.config.fields import Epochs, Fraction
 
 
 class Schedule:
-    """warmup_epochs: rises linearly from 0, step by step. per_epoch: afterwards changes only between epochs."""
+    """warmup_epochs: rises linearly from 0, step by step. per_epoch: afterwards changes only
+    between epochs.
+    """
 
     def __init__(self, warmup_epochs: Epochs = 0.0, per_epoch: bool = False) -> None:
         self.warmup_epochs, self.per_epoch = warmup_epochs, per_epoch
@@ -18,10 +22,15 @@ class Schedule:
         if epoch < self.warmup_epochs:
             return epoch / self.warmup_epochs
         epoch = math.floor(epoch) if self.per_epoch else epoch
-        return self.decay(max(epoch - self.warmup_epochs, 0) / max(epochs - self.warmup_epochs, 1e-9), epoch / epochs)
+        return self.decay(
+            max(epoch - self.warmup_epochs, 0) / max(epochs - self.warmup_epochs, 1e-9),
+            epoch / epochs,
+        )
 
     def decay(self, progress: float, elapsed: float) -> float:
-        """progress: share done of what follows the warm-up; elapsed: share done of the whole training."""
+        """progress: share done of what follows the warm-up; elapsed: share done of the whole
+        training.
+        """
         raise NotImplementedError
 
 
@@ -33,7 +42,9 @@ class Constant(Schedule):
 class Cosine(Schedule):
     """Half a cosine from 1 to `final`."""
 
-    def __init__(self, warmup_epochs: Epochs = 0.0, per_epoch: bool = False, final: NonNegativeFloat = 0.0) -> None:
+    def __init__(
+        self, warmup_epochs: Epochs = 0.0, per_epoch: bool = False, final: NonNegativeFloat = 0.0
+    ) -> None:
         super().__init__(warmup_epochs, per_epoch)
         self.final = final
 
@@ -42,7 +53,9 @@ class Cosine(Schedule):
 
 
 class Step(Schedule):
-    """Multiplied by `gamma` at each milestone, a share of the whole training: (0.6, 0.8) is 120 and 160 of 200."""
+    """Multiplied by `gamma` at each milestone, a share of the whole training: (0.6, 0.8) is 120 and
+    160 of 200.
+    """
 
     def __init__(
         self,

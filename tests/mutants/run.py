@@ -1,9 +1,11 @@
-"""Faults on purpose: each mutant of mutants.toml in a copy of the program, and the quick tests that bear on it.
+"""Faults on purpose: each mutant of mutants.toml in a copy of the program, and the quick tests that
+bear on it.
 
     python tests/mutants/run.py [--only NAME ...] [--jobs 2] [--out benchmarks/results]
 
-First all of these tests on the copy as it is, which must not alarm; then each mutant, until a test fails: it is caught.
-One that passes them has escaped. `make mutants` writes mutants.json and mutants.md.
+First all of these tests on the copy as it is, which must not alarm; then each mutant, until a test
+fails: it is caught. One that passes them has escaped. `make mutants` writes mutants.json and
+mutants.md.
 """
 
 import argparse
@@ -26,10 +28,34 @@ ROOT = Path(__file__).parents[2]
 TABLE = Path(__file__).with_name("mutants.toml")
 COPIED = ("ssl_bench", "conf", "launchers", "hydra_plugins", "tests", "benchmarks")
 COPIED += ("setup.cfg", "pyproject.toml", "README.md", "CONTRIBUTING.md", "Makefile")
-# What the tests import beside the program, once for all of them: it takes longer than most of the tests.
-PRELOADED = ("pytest", "hypothesis", "hydra", "omegaconf", "pydantic", "filelock", "tqdm", "yaml", "numpy", "PIL.Image")
-PRELOADED += ("scipy.stats", "sklearn.linear_model", "sklearn.pipeline", "sklearn.preprocessing", "torch")
-PRELOADED += ("torch._dynamo", "torch.distributed", "torch.testing", "torch.utils.data", "torchvision.models")
+# What the tests import beside the program, once for all of them: it takes longer than most of the
+# tests.
+PRELOADED = (
+    "pytest",
+    "hypothesis",
+    "hydra",
+    "omegaconf",
+    "pydantic",
+    "filelock",
+    "tqdm",
+    "yaml",
+    "numpy",
+    "PIL.Image",
+)
+PRELOADED += (
+    "scipy.stats",
+    "sklearn.linear_model",
+    "sklearn.pipeline",
+    "sklearn.preprocessing",
+    "torch",
+)
+PRELOADED += (
+    "torch._dynamo",
+    "torch.distributed",
+    "torch.testing",
+    "torch.utils.data",
+    "torchvision.models",
+)
 PRELOADED += ("torchvision.transforms.v2.functional",)
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 SECONDS = 300  # a mutant that hangs is noticed, too
@@ -50,15 +76,22 @@ class Mutant:
 
     @classmethod
     def of(cls, entry: dict[str, Any]) -> "Mutant":
-        several = {key: (entry[key],) if isinstance(entry[key], str) else tuple(entry[key]) for key in ("old", "new")}
+        several = {
+            key: (entry[key],) if isinstance(entry[key], str) else tuple(entry[key])
+            for key in ("old", "new")
+        }
         return cls(**{**entry, **several, "tests": tuple(entry["tests"])})
 
     def apply(self, text: str) -> str:
         """ValueError unless each `old` is there once."""
         for old in self.old:
             if text.count(old) != 1:
-                raise ValueError(f"{self.name}: found {text.count(old)} times in {self.file}: {old}")
-        places = sorted((text.index(old), old, new) for old, new in zip(self.old, self.new, strict=True))
+                raise ValueError(
+                    f"{self.name}: found {text.count(old)} times in {self.file}: {old}"
+                )
+        places = sorted(
+            (text.index(old), old, new) for old, new in zip(self.old, self.new, strict=True)
+        )
         for place, old, new in reversed(places):  # of the text as it was: one may become another
             text = text[:place] + new + text[place + len(old) :]
         return text
@@ -86,7 +119,9 @@ class Outcome:
 
 
 def copy(source: Path, tree: Path, mutant: Mutant | None = None) -> None:
-    """The program and its tests, as the file system has them. With the compiled files of the copy that has run."""
+    """The program and its tests, as the file system has them. With the compiled files of the copy
+    that has run.
+    """
     skipped = shutil.ignore_patterns(".*", "runs")
     for name in COPIED:
         if (source / name).is_dir():
@@ -103,7 +138,9 @@ def copy(source: Path, tree: Path, mutant: Mutant | None = None) -> None:
 
 
 def run(jobs: Iterable[Job], at_once: int) -> Iterator[Outcome]:
-    """Each in a process of its own, forked from this one, which has imported everything but the program."""
+    """Each in a process of its own, forked from this one, which has imported everything but the
+    program.
+    """
     running: dict[int, tuple[Job, float]] = {}
     jobs = iter(jobs)
     while True:
@@ -171,11 +208,18 @@ def _work(job: Job) -> NoReturn:
                 self.names.append(f"{report.nodeid} (import)")
 
     # what fails is not made smaller; the examples are the same in each run
-    hypothesis.settings.register_profile("mutants", phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
+    hypothesis.settings.register_profile(
+        "mutants", phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
+    )
     hypothesis.settings.load_profile("mutants")
-    seen, options = Failures(), ["-q", "-m", "not slow", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+    seen, options = (
+        Failures(),
+        ["-q", "-m", "not slow", "-p", "no:cacheprovider", "--hypothesis-seed=0"],
+    )
     options += ["-x"] if job.seconds == SECONDS else []
-    status = int(pytest.main([*options, f"--basetemp={job.tree}/tmp/pytest", *job.tests], plugins=[seen]))
+    status = int(
+        pytest.main([*options, f"--basetemp={job.tree}/tmp/pytest", *job.tests], plugins=[seen])
+    )
     import ssl_bench
 
     if not str(ssl_bench.__file__).startswith(f"{job.tree}{os.sep}"):
@@ -196,7 +240,11 @@ def alarms(base: Path, tests: Iterable[str], at_once: int) -> tuple[list[str], f
         copy(base, tree)
         jobs.append(Job(name, tree, tuple(f"tests/{test}" for test in mine), ALARMS))
     for outcome in run(jobs, at_once):
-        names = list(outcome.failed) if outcome.status in (PASSED, FAILED) else [f"{outcome.job.name} (no result)"]
+        names = (
+            list(outcome.failed)
+            if outcome.status in (PASSED, FAILED)
+            else [f"{outcome.job.name} (no result)"]
+        )
         if names:
             print((outcome.job.tree / "output.txt").read_text(), file=sys.stderr)
         found += names
@@ -209,7 +257,9 @@ def alarms(base: Path, tests: Iterable[str], at_once: int) -> tuple[list[str], f
     return found, needed
 
 
-def hunt(base: Path, mutants: Sequence[Mutant], at_once: int, keep: bool) -> Iterator[dict[str, Any]]:
+def hunt(
+    base: Path, mutants: Sequence[Mutant], at_once: int, keep: bool
+) -> Iterator[dict[str, Any]]:
     """A row for each mutant: caught by which test, in what time."""
     known = {mutant.name: mutant for mutant in mutants}
 
@@ -227,17 +277,34 @@ def hunt(base: Path, mutants: Sequence[Mutant], at_once: int, keep: bool) -> Ite
             print(f"{mutant.name}: pytest ended with {outcome.status}", file=sys.stderr)
         if keep:
             print((outcome.job.tree / "output.txt").read_text())
-        row = {"name": mutant.name, "kind": mutant.kind, "file": mutant.file, "caught": bool(by), "by": by}
+        row = {
+            "name": mutant.name,
+            "kind": mutant.kind,
+            "file": mutant.file,
+            "caught": bool(by),
+            "by": by,
+        }
         print(f"{outcome.seconds:6.1f} s  {mutant.name}: {by or 'ESCAPED'}", flush=True)
         shutil.rmtree(outcome.job.tree, ignore_errors=True)
-        yield row | {"seconds": round(outcome.seconds, 1), "cpu_seconds": round(outcome.cpu_seconds, 1)}
+        yield row | {
+            "seconds": round(outcome.seconds, 1),
+            "cpu_seconds": round(outcome.cpu_seconds, 1),
+        }
 
 
 def markdown(result: dict[str, Any]) -> str:
     rows = [["kind", "change", "in", "noticed by", "CPU s"]]
     for row in result["mutants"]:
         by = f"`{row['by']}`" if row["caught"] else "**escaped**"
-        rows.append([row["kind"], row["name"], f"`{row['file']}`", by.replace("|", "\\|"), f"{row['cpu_seconds']:.1f}"])
+        rows.append(
+            [
+                row["kind"],
+                row["name"],
+                f"`{row['file']}`",
+                by.replace("|", "\\|"),
+                f"{row['cpu_seconds']:.1f}",
+            ]
+        )
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(
         [
@@ -263,14 +330,20 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Faults on purpose, and the tests that notice them.")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants, with what pytest says of them")
+    parser = argparse.ArgumentParser(
+        description="Faults on purpose, and the tests that notice them."
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="these mutants, with what pytest says of them"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="at once")
     parser.add_argument("--out", type=Path, help="folder for mutants.json and mutants.md")
     args = parser.parse_args()
     mutants = [mutant for mutant in read() if args.only is None or mutant.name in args.only]
     if args.only and len(mutants) < len(args.only):
-        parser.error(f"no such mutant: {', '.join({*args.only} - {mutant.name for mutant in mutants})}")
+        parser.error(
+            f"no such mutant: {', '.join({*args.only} - {mutant.name for mutant in mutants})}"
+        )
     os.environ.update(ENVIRONMENT)
     began = time.monotonic()
     for module in PRELOADED:
@@ -279,14 +352,30 @@ def main() -> None:
         base = Path(folder).resolve() / "base"
         base.mkdir()
         copy(ROOT, base)
-        told, needed = alarms(base, {test for mutant in mutants for test in mutant.tests}, args.jobs)
-        print(f"unchanged: {len(told)} alarms in {time.monotonic() - began:.0f} s", *told, sep="\n", flush=True)
+        told, needed = alarms(
+            base, {test for mutant in mutants for test in mutant.tests}, args.jobs
+        )
+        print(
+            f"unchanged: {len(told)} alarms in {time.monotonic() - began:.0f} s",
+            *told,
+            sep="\n",
+            flush=True,
+        )
         rows = list(hunt(base, mutants, args.jobs, keep=bool(args.only)))
     order = {mutant.name: number for number, mutant in enumerate(mutants)}
     rows.sort(key=lambda row: order[row["name"]])
-    result = {"command": "make mutants", "at_once": args.jobs, "seconds": round(time.monotonic() - began)}
+    result = {
+        "command": "make mutants",
+        "at_once": args.jobs,
+        "seconds": round(time.monotonic() - began),
+    }
     used = needed + sum(row["cpu_seconds"] for row in rows)
-    result |= {"cpu_seconds": round(used), "cpu_seconds_unchanged": round(needed), "alarms": told, "mutants": rows}
+    result |= {
+        "cpu_seconds": round(used),
+        "cpu_seconds_unchanged": round(needed),
+        "alarms": told,
+        "mutants": rows,
+    }
     print(summary(result))
     if args.out:
         sys.path.insert(0, str(ROOT / "benchmarks"))

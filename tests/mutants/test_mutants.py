@@ -17,9 +17,20 @@ def quick(file: str) -> set[str]:
     """The tests of a file that aren't marked slow."""
     tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
     marks = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign)]
-    assert not any(mark.startswith("pytestmark") and "slow" in mark for mark in marks), f"{file} is slow"
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
-    slow = {node.name for node in functions for mark in node.decorator_list if ast.unparse(mark) == "pytest.mark.slow"}
+    assert not any(mark.startswith("pytestmark") and "slow" in mark for mark in marks), (
+        f"{file} is slow"
+    )
+    functions = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+    slow = {
+        node.name
+        for node in functions
+        for mark in node.decorator_list
+        if ast.unparse(mark) == "pytest.mark.slow"
+    }
     return {node.name for node in functions} - slow
 
 
@@ -36,5 +47,7 @@ def test_it_can_be_made_and_its_tests_are_there(mutant: Mutant) -> None:
 
 
 def test_each_has_a_name_of_its_own() -> None:
-    assert not [name for name, count in Counter(mutant.name for mutant in MUTANTS).items() if count > 1]
+    assert not [
+        name for name, count in Counter(mutant.name for mutant in MUTANTS).items() if count > 1
+    ]
     assert not [mutant.name for mutant in MUTANTS if "|" in mutant.name + mutant.kind]

@@ -1,7 +1,8 @@
-"""A throwaway Slurm on this machine for the tests: real daemons, one directory, loopback only, no systemd, no cgroups.
+"""A throwaway Slurm on this machine for the tests: real daemons, one directory, loopback only, no
+systemd, no cgroups.
 
-`sacct` needs slurmdbd and that a MariaDB; without their programs the cluster starts without accounting.
-Debian 12's Slurm is 22.05; what is said below of defaults was seen there.
+`sacct` needs slurmdbd and that a MariaDB; without their programs the cluster starts without
+accounting. Debian 12's Slurm is 22.05; what is said below of defaults was seen there.
 """
 
 import os
@@ -95,10 +96,16 @@ class Cluster:
         """folder: a short path, since Unix sockets are made in it."""
         self.folder = folder
         self.host = socket.gethostname().partition(".")[0]
-        self.env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
+        self.env = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("SLURM_", "SBATCH_"))
+        }
         self.env |= {"SLURM_CONF": f"{folder}/slurm.conf", "PATH": PATH, "OMP_NUM_THREADS": "1"}
         # A version ago this was another option.
-        library = self("bash", "-c", "ldd $(command -v slurmctld) | awk '/libslurmfull/ {print $3}'").strip()
+        library = self(
+            "bash", "-c", "ldd $(command -v slurmctld) | awk '/libslurmfull/ {print $3}'"
+        ).strip()
         newer = b"PreemptParameters" in Path(library).read_bytes()
         ports = iter(_free_ports(4))
         values = {
@@ -116,9 +123,15 @@ class Cluster:
             "accounting": "accounting_storage/none",
             "database": "",
         }
-        accounting = all(shutil.which(program, path=PATH) for program in ("slurmdbd", "mariadbd", "mariadb-install-db"))
+        accounting = all(
+            shutil.which(program, path=PATH)
+            for program in ("slurmdbd", "mariadbd", "mariadb-install-db")
+        )
         if accounting:
-            values |= {"accounting": "accounting_storage/slurmdbd", "database": DATABASE.format(**values)}
+            values |= {
+                "accounting": "accounting_storage/slurmdbd",
+                "database": DATABASE.format(**values),
+            }
         (folder / "state").mkdir(parents=True)
         (folder / "spool").mkdir()
         self._write("slurm.conf", SLURM.format(**values))
@@ -139,22 +152,30 @@ class Cluster:
         self.start_node()
 
     def __call__(self, *command: str) -> str:
-        return subprocess.run(command, env=self.env, check=True, capture_output=True, text=True, timeout=60).stdout
+        return subprocess.run(
+            command, env=self.env, check=True, capture_output=True, text=True, timeout=60
+        ).stdout
 
     def answers(self, *command: str) -> bool:
-        return subprocess.run(command, env=self.env, capture_output=True, timeout=60).returncode == 0
+        return (
+            subprocess.run(command, env=self.env, capture_output=True, timeout=60).returncode == 0
+        )
 
     def start_node(self) -> None:
         self("slurmd")
         wait(lambda: self("sinfo", "-h", "-p", "low", "-o", "%t").startswith("idle"), 60)
 
     def kill_node(self) -> None:
-        """The daemon of the node, without a warning. The tasks that it started live on until another one starts."""
+        """The daemon of the node, without a warning. The tasks that it started live on until
+        another one starts.
+        """
         os.kill(int((self.folder / "slurmd.pid").read_text()), signal.SIGKILL)
 
     def jobs(self) -> dict[str, str]:
         """{job: state} of what is queued or runs."""
-        return dict(line.split("|") for line in self("squeue", "-h", "-r", "-o", "%i|%T").splitlines())
+        return dict(
+            line.split("|") for line in self("squeue", "-h", "-r", "-o", "%i|%T").splitlines()
+        )
 
     def stop(self) -> None:
         self.answers("scancel", "--user", self("id", "-un").strip())
@@ -164,7 +185,10 @@ class Cluster:
         for pid in pids:  # each before the one it needs
             try:
                 os.kill(pid, signal.SIGTERM)
-                wait(lambda pid=pid: not Path(f"/proc/{pid}/cmdline").exists() or not _command(pid), 20)
+                wait(
+                    lambda pid=pid: not Path(f"/proc/{pid}/cmdline").exists() or not _command(pid),
+                    20,
+                )
             except ProcessLookupError:
                 pass
         shutil.rmtree(self.folder)
@@ -175,15 +199,27 @@ class Cluster:
 
     def _start_accounting(self, port: int) -> None:
         user, data = self("id", "-un").strip(), f"--datadir={self.folder}/mysql"
-        options = ["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve"]
+        options = [
+            "--auth-root-authentication-method=normal",
+            "--skip-test-db",
+            "--skip-name-resolve",
+        ]
         self("mariadb-install-db", "--no-defaults", f"--user={user}", data, *options)
         self._write(
             "init.sql",
             "CREATE DATABASE slurm_acct_db;\nCREATE USER 'slurm'@'127.0.0.1' IDENTIFIED BY 'slurm';\n"
             "GRANT ALL ON slurm_acct_db.* TO 'slurm'@'127.0.0.1';\n",
         )
-        place = [f"--socket={self.folder}/mysql.socket", f"--pid-file={self.folder}/mariadbd.pid", f"--port={port}"]
-        place += ["--bind-address=127.0.0.1", "--skip-name-resolve", f"--init-file={self.folder}/init.sql"]
+        place = [
+            f"--socket={self.folder}/mysql.socket",
+            f"--pid-file={self.folder}/mariadbd.pid",
+            f"--port={port}",
+        ]
+        place += [
+            "--bind-address=127.0.0.1",
+            "--skip-name-resolve",
+            f"--init-file={self.folder}/init.sql",
+        ]
         small = ["--innodb-buffer-pool-size=64M", "--innodb-flush-log-at-trx-commit=0"]
         with open(self.folder / "mariadbd.log", "w") as log:
             command = ["mariadbd", "--no-defaults", f"--user={user}", data, *place, *small]

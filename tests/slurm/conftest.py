@@ -14,7 +14,8 @@ from conftest import TINY_PRETRAIN
 
 from slurm import cluster
 
-# A user's own method, in the folder where she starts: MoCo, slow until it is interrupted, and with mishaps.
+# A user's own method, in the folder where she starts: MoCo, slow until it is interrupted, and with
+# mishaps.
 MINE = """
 import os, time
 from pathlib import Path
@@ -43,7 +44,8 @@ class Mine(MoCo):
 CLUSTER = ["launcher=slurm", "hydra.launcher.gres=null", "hydra.launcher.cpus_per_task=1"]
 
 
-@pytest.hookimpl(tryfirst=True)  # the groups are read by another such hook, and the order by a third
+# the groups are read by another such hook, and the order by a third
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
@@ -70,7 +72,8 @@ class Sweeps:
         self.slurm, self.folder = slurm, folder
         folder.mkdir(exist_ok=True)
         self.root = folder / "runs" / "sweeps" / "pretrain"
-        self.task = f"^{sys.executable} -u -m submitit.core._submit {folder}/"  # the processes of its jobs, for pgrep
+        # the processes of its jobs, for pgrep
+        self.task = f"^{sys.executable} -u -m submitit.core._submit {folder}/"
         (folder / "mine.py").write_text(MINE)
 
     def start(self, *words: str, launcher: list[str] = CLUSTER, **env: str) -> subprocess.Popen:
@@ -86,12 +89,16 @@ class Sweeps:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
-    def __call__(self, *words: str, launcher: list[str] = CLUSTER, **env: str) -> subprocess.CompletedProcess:
+    def __call__(
+        self, *words: str, launcher: list[str] = CLUSTER, **env: str
+    ) -> subprocess.CompletedProcess:
         return ended(self.start(*words, launcher=launcher, **env))
 
     def status(self) -> str:
         command = [sys.executable, "-m", "ssl_bench.train", "stage=status", f"runs={self.root}"]
-        result = subprocess.run(command, cwd=self.folder, env=self.slurm.env, capture_output=True, text=True)
+        result = subprocess.run(
+            command, cwd=self.folder, env=self.slurm.env, capture_output=True, text=True
+        )
         assert result.returncode == 0, result.stderr
         return result.stdout
 
@@ -102,13 +109,18 @@ class Sweeps:
 
     def steps(self) -> int:
         """What the only member has logged."""
-        if not list(self.root.glob(".members/*.json")) or not (path := self.run() / "metrics.jsonl").exists():
+        if (
+            not list(self.root.glob(".members/*.json"))
+            or not (path := self.run() / "metrics.jsonl").exists()
+        ):
             return 0
         return path.read_bytes().count(b"\n")
 
     def saved(self) -> int:
         """The step of its last checkpoint."""
-        steps = (int(path.stem.removeprefix("step")) for path in self.run().glob("checkpoints/step*.pt"))
+        steps = (
+            int(path.stem.removeprefix("step")) for path in self.run().glob("checkpoints/step*.pt")
+        )
         return max(steps, default=0)
 
     def wait_for_step(self, step: int, process: subprocess.Popen) -> str:

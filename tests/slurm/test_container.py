@@ -9,7 +9,14 @@ from pathlib import Path
 
 from slurm.cluster import Cluster
 from slurm.conftest import Sweeps, ended
-from slurm.test_interruptions import AT, LONG, PACE, assert_as_if_nothing_happened, continued_after, whole
+from slurm.test_interruptions import (
+    AT,
+    LONG,
+    PACE,
+    assert_as_if_nothing_happened,
+    continued_after,
+    whole,
+)
 
 __all__ = ["whole"]  # a fixture
 
@@ -35,7 +42,16 @@ exec "$@"
 
 
 def test_the_header_is_shown() -> None:
-    command = [sys.executable, "-m", "ssl_bench.train", "launcher=nyu_t4x2", "--cfg", "hydra", "-p", "hydra.launcher"]
+    command = [
+        sys.executable,
+        "-m",
+        "ssl_bench.train",
+        "launcher=nyu_t4x2",
+        "--cfg",
+        "hydra",
+        "-p",
+        "hydra.launcher",
+    ]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     lines = {line.strip().replace("'", "") for line in shown}
     for option in HEADER:
@@ -44,7 +60,9 @@ def test_the_header_is_shown() -> None:
 
 
 def test_the_job(sweeps: Sweeps, slurm: Cluster, whole: Callable[..., tuple]) -> None:
-    """Two tasks in a container, with data that was copied to the node; warned, requeued from outside, resumed."""
+    """Two tasks in a container, with data that was copied to the node; warned, requeued from
+    outside, resumed.
+    """
     folder = sweeps.folder
     (folder / "inside").mkdir()
     for program in ("bash", "sh", "env", "git", "uname", "dirname"):
@@ -52,9 +70,13 @@ def test_the_job(sweeps: Sweeps, slurm: Cluster, whole: Callable[..., tuple]) ->
     (folder / "bin").mkdir()
     (folder / "bin" / "singularity").write_text(SINGULARITY.format(folder=folder))
     (folder / "bin" / "singularity").chmod(0o755)
-    (folder / "env.sh").write_text(f"PATH={Path(sys.executable).parent}:$PATH\nexport SOURCED=yes\n")
+    (folder / "env.sh").write_text(
+        f"PATH={Path(sys.executable).parent}:$PATH\nexport SOURCED=yes\n"
+    )
     (folder / "student_dataset.sqsh").write_text("images\n")
-    (folder / "mine_too.py").write_text("import os\nassert os.environ['SOURCED'] == 'yes'\nfrom mine import Mine\n")
+    (folder / "mine_too.py").write_text(
+        "import os\nassert os.environ['SOURCED'] == 'yes'\nfrom mine import Mine\n"
+    )
     words = [
         *LONG,
         "method._target_=mine_too.Mine",

@@ -30,8 +30,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple]:
     def run(*words: str) -> tuple:
         if words not in results:
             folder = tmp_path_factory.mktemp("whole")
-            command = [sys.executable, "-m", "ssl_bench.train", *TINY_PRETRAIN, *LONG, *words, "dir=run"]
-            env = os.environ | {"OMP_NUM_THREADS": "1"}  # as in the jobs: sums differ with the number of threads
+            command = [
+                sys.executable,
+                "-m",
+                "ssl_bench.train",
+                *TINY_PRETRAIN,
+                *LONG,
+                *words,
+                "dir=run",
+            ]
+            # as in the jobs: sums differ with the number of threads
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
             subprocess.run(command, cwd=folder, check=True, capture_output=True, env=env)
             results[words] = final(folder / "run")
         return results[words]
@@ -48,10 +57,14 @@ def assert_as_if_nothing_happened(run: Path, whole: tuple) -> None:
 
 
 def continued_after(run: Path) -> list[int]:
-    return [int(step) for step in re.findall(r"continuing after step (\d+)", (run / "log.txt").read_text())]
+    return [
+        int(step)
+        for step in re.findall(r"continuing after step (\d+)", (run / "log.txt").read_text())
+    ]
 
 
-# -- the ways of being interrupted: each starts a sweep of one member in its own folder, and sees it through -----------
+# -- the ways of being interrupted: each starts a sweep of one member in its own folder, and sees it
+# through
 
 
 def requeued(sweeps: Sweeps, slurm: Cluster) -> None:
@@ -91,20 +104,26 @@ def before_python_is_ready(sweeps: Sweeps, slurm: Cluster) -> None:
     slurm("scancel", "--signal=USR2", sweeps.job())
     result = ended(process)
     assert result.returncode == 0, result.stderr
-    assert len(slurm("sacct", "-n", "-D", "-X", "-j", sweeps.job()).splitlines()) == 2  # it was requeued
+    # it was requeued
+    assert len(slurm("sacct", "-n", "-D", "-X", "-j", sweeps.job()).splitlines()) == 2
 
 
 def at_the_time_limit(sweeps: Sweeps, slurm: Cluster) -> None:
     """submitit's own default gives up here."""
     limit = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=18"]
-    result = sweeps(*LONG, *limit, PAUSE="0.9")  # Slurm looks every 30 s, and warns early rather than late
+    # Slurm looks every 30 s, and warns early rather than late
+    result = sweeps(*LONG, *limit, PAUSE="0.9")
     assert result.returncode == 0, result.stderr
     assert continued_after(sweeps.run())  # more than once, where the machine is slow
 
 
 def in_a_step_longer_than_the_warning(sweeps: Sweeps, slurm: Cluster) -> None:
-    """It can't be finished; the job is requeued all the same, and continues from the last checkpoint."""
-    process = sweeps.start(*LONG, "save_every=10", "hydra.launcher.signal_delay_s=4", STUCK="1", **PACE)
+    """It can't be finished; the job is requeued all the same, and continues from the last
+    checkpoint.
+    """
+    process = sweeps.start(
+        *LONG, "save_every=10", "hydra.launcher.signal_delay_s=4", STUCK="1", **PACE
+    )
     wait(lambda: (sweeps.folder / "stuck-once").exists(), 120)
     slurm("scancel", "--signal=USR2", sweeps.job())
     result = ended(process)
@@ -132,7 +151,9 @@ def ended_for_good(sweeps: Sweeps, slurm: Cluster, end: Callable[[str], object],
     end(job)
     result = ended(process)
     assert result.returncode == 2
-    assert re.search(rf"1 of 1 members are not finished; .*:\n{sweeps.run().name}: {word}", result.stderr)
+    assert re.search(
+        rf"1 of 1 members are not finished; .*:\n{sweeps.run().name}: {word}", result.stderr
+    )
     assert job not in slurm.jobs()
     assert f"| {word} " in sweeps.status()
     saved = sweeps.saved()
@@ -144,7 +165,15 @@ def ended_for_good(sweeps: Sweeps, slurm: Cluster, end: Callable[[str], object],
 
 def test_interrupted(slurm: Cluster, tmp_path: Path, whole: Callable[..., tuple]) -> None:
     """Side by side, since they spend most of their time waiting."""
-    ways = (at_the_time_limit, in_a_step_longer_than_the_warning, requeued, cancelled, killed, usr2, term)
+    ways = (
+        at_the_time_limit,
+        in_a_step_longer_than_the_warning,
+        requeued,
+        cancelled,
+        killed,
+        usr2,
+        term,
+    )
     ways += (usr2_to_all_processes, before_python_is_ready)
     with ThreadPoolExecutor(4) as pool:
         sweeps = {way: Sweeps(slurm, tmp_path / way.__name__) for way in ways}
@@ -157,7 +186,8 @@ def test_interrupted(slurm: Cluster, tmp_path: Path, whole: Callable[..., tuple]
 
 def test_a_lost_node(sweeps: Sweeps, slurm: Cluster, whole: Callable[..., tuple]) -> None:
     """No warning reaches the run: what it did since the last checkpoint is done again."""
-    process = sweeps.start(*LONG, "save_every=10", PAUSE="0.8")  # the task outlives its daemon: not to its end
+    # the task outlives its daemon: not to its end
+    process = sweeps.start(*LONG, "save_every=10", PAUSE="0.8")
     job = sweeps.wait_for_step(AT, process)
     slurm.kill_node()
     wait(lambda: slurm.jobs().get(job) != "RUNNING", 60)
@@ -170,8 +200,17 @@ def test_a_lost_node(sweeps: Sweeps, slurm: Cluster, whole: Callable[..., tuple]
 
 
 def test_two_tasks(sweeps: Sweeps, slurm: Cluster, whole: Callable[..., tuple]) -> None:
-    """One process group, one voice, one W&B run; preempted by a job of a partition that goes first, and resumed."""
-    first = ["sbatch", "--quiet", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+    """One process group, one voice, one W&B run; preempted by a job of a partition that goes first,
+    and resumed.
+    """
+    first = [
+        "sbatch",
+        "--quiet",
+        "--partition=high",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap=sleep 1",
+    ]
     warned(sweeps, lambda job: slurm(*first), "tracking=wandb", "hydra.launcher.tasks_per_node=2")
     run = sweeps.run()
     assert json.loads((run / "environment.json").read_text())["world_size"] == 2

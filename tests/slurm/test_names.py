@@ -12,7 +12,9 @@ from slurm.conftest import Sweeps, ended
     ("name", "beside"), [("r9 with space", "file"), ("r9 with space", "folder"), ("r9; a'$b\"", "")]
 )
 def test_a_folder_of_any_name(slurm: Cluster, tmp_path: Path, name: str, beside: str) -> None:
-    """Cut at what a shell would cut it at, it is something of the user's: removed, or there for every requeue."""
+    """Cut at what a shell would cut it at, it is something of the user's: removed, or there for
+    every requeue.
+    """
     if beside:
         other = tmp_path / "r9"
         other.mkdir() if beside == "folder" else other.write_text("mine\n")

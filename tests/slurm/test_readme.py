@@ -1,4 +1,6 @@
-"""The README's page "From laptop to cluster", its shell blocks typed as they stand, on a smaller WHAT."""
+"""The README's page "From laptop to cluster", its shell blocks typed as they stand, on a smaller
+WHAT.
+"""
 
 import re
 import subprocess
@@ -16,14 +18,20 @@ PAGE = README.partition("## From laptop to cluster")[2].partition("\n## ")[0]
 
 def test_from_laptop_to_cluster(sweeps: Sweeps) -> None:
     blocks = re.findall(r"^( *)```sh\n(.*?)^ *```", PAGE, re.DOTALL | re.MULTILINE)
-    script = "".join(re.sub(f"^{indent}", "", block, flags=re.MULTILINE) for indent, block in blocks)
+    script = "".join(
+        re.sub(f"^{indent}", "", block, flags=re.MULTILINE) for indent, block in blocks
+    )
     tiny = " ".join([*TINY_PRETRAIN, "epochs=1"])
     script, replaced = re.subn("data=dl21 .* backbone=resnet50", tiny, script)
     assert (len(blocks), replaced) == (2, 1)
     script = script.replace("module load cuda", "true")
     program = f'ssl-bench() {{ "{sys.executable}" -m ssl_bench.train "$@"; }}\n'
     result = subprocess.run(
-        ["bash", "-ec", program + script], cwd=sweeps.folder, env=sweeps.slurm.env, capture_output=True, text=True
+        ["bash", "-ec", program + script],
+        cwd=sweeps.folder,
+        env=sweeps.slurm.env,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
     wait(lambda: not sweeps.slurm.jobs(), 120)  # those that were left

@@ -1,4 +1,6 @@
-"""Sweeps on a real Slurm: what is submitted, what fails, what is done again, and the table at the end."""
+"""Sweeps on a real Slurm: what is submitted, what fails, what is done again, and the table at the
+end.
+"""
 
 import csv
 import json
@@ -21,7 +23,9 @@ def accounted(slurm: Cluster) -> list[str]:
 
 
 def test_a_grid(sweeps: Sweeps, slurm: Cluster) -> None:
-    """2 x 2 x 2 seeds; one member raises, the others finish, and the same command does only that one again."""
+    """2 x 2 x 2 seeds; one member raises, the others finish, and the same command does only that
+    one again.
+    """
     before = len(accounted(slurm))
     result = sweeps(*GRID, FAIL="one")
     assert result.returncode == 2
@@ -66,7 +70,10 @@ def assert_table_is_right(root: Path) -> None:
         header, *rows = csv.reader(file)
     keys = ["method.temperature", "optimizer.base_lr", "probe_top1 mean", "probe_top1 std"]
     assert header == [*keys, "images_per_second", "memory_gb", "finished", "members"]
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (root / "table.md").read_text().splitlines()]
+    table = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in (root / "table.md").read_text().splitlines()
+    ]
     means = [float(row[2]) for row in rows]
     assert means == sorted(means, reverse=True)
     for temperature, rate, mean, std, speed, _, *counts in rows:
@@ -76,7 +83,10 @@ def assert_table_is_right(root: Path) -> None:
         assert float(speed) > 0
         assert counts == ["2", "2"]
         (shown,) = (cells for cells in table if cells[:2] == [temperature, rate])
-        assert shown[2:4] == [f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}", "2"]
+        assert shown[2:4] == [
+            f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}",
+            "2",
+        ]
 
 
 def test_what_sbatch_refuses(sweeps: Sweeps) -> None:
@@ -108,7 +118,9 @@ def test_any_rank_can_fail(sweeps: Sweeps, slurm: Cluster) -> None:
 
 
 def test_what_is_queued_stays_as_it_was_composed(sweeps: Sweeps, slurm: Cluster) -> None:
-    """Neither a key nor what a pipeline composes later follows a YAML file that is edited while the job is pending."""
+    """Neither a key nor what a pipeline composes later follows a YAML file that is edited while the
+    job is pending.
+    """
     for group, text in {
         "method": "# @package _global_\ndefaults: [moco_v2]\nmethod: {temperature: 0.15}\n",
         "augmentation": "defaults: [none]\nmean: [0.25, 0.25, 0.25]\n",
@@ -134,6 +146,9 @@ def test_what_is_queued_stays_as_it_was_composed(sweeps: Sweeps, slurm: Cluster)
     wait(lambda: not slurm.jobs(), 180)
     assert "finished" in sweeps.status()
     run = sweeps.run()
-    assert yaml.safe_load((run / "pretrain" / "config.yaml").read_text())["method"]["temperature"] == 0.15
+    assert (
+        yaml.safe_load((run / "pretrain" / "config.yaml").read_text())["method"]["temperature"]
+        == 0.15
+    )
     evaluation = yaml.safe_load((run / "random-init" / "seed0" / "config.yaml").read_text())
     assert evaluation["augmentation"]["mean"] == [0.25, 0.25, 0.25]

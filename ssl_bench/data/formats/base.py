@@ -17,14 +17,16 @@ from ssl_bench.data.pictures import Values
 from ssl_bench.data.store import LAYOUT, OnError, Split, Store, has_room, open_store
 from ssl_bench.errors import UserError
 
-VERSION = 2  # of the decoding of image files: raise it when pixels change, so that packed stores are made anew
+# of the decoding of image files: raise it when pixels change, so that packed stores are made anew
+VERSION = 2
 
 
 class Dataset(ABC):
     """Up to three splits: "pretrain" (no labels), "train" and "val".
 
-    `on_error`: "raise" or "skip" images that can't be decoded. `cache`: folder of the packed stores, by default
-    $SSL_BENCH_CACHE/stores or ~/.cache/ssl_bench/stores. `workers`: packing processes, by default one a CPU.
+    `on_error`: "raise" or "skip" images that can't be decoded. `cache`: folder of the packed
+    stores, by default $SSL_BENCH_CACHE/stores or ~/.cache/ssl_bench/stores. `workers`: packing
+    processes, by default one a CPU.
     """
 
     class_names: Sequence[str] = ()  # where the classes have names, in the order of their numbers
@@ -33,9 +35,18 @@ class Dataset(ABC):
     values = Values()  # what the values of its image files mean
 
     def __init__(
-        self, image_size: int, on_error: OnError = "raise", cache: Place | None = None, workers: int | None = None
+        self,
+        image_size: int,
+        on_error: OnError = "raise",
+        cache: Place | None = None,
+        workers: int | None = None,
     ):
-        self.image_size, self.on_error, self.cache, self.workers = image_size, on_error, cache, workers
+        self.image_size, self.on_error, self.cache, self.workers = (
+            image_size,
+            on_error,
+            cache,
+            workers,
+        )
         self._splits: dict[str, Split] = {}
 
     @property
@@ -54,49 +65,71 @@ class Dataset(ABC):
             try:
                 self._splits[name] = self._list(name)
             except OSError as error:  # a dangling link, a folder that may not be read
-                raise UserError(f"cannot list split '{name}' ({error}); mend that, or set data.root=") from error
+                raise UserError(
+                    f"cannot list split '{name}' ({error}); mend that, or set data.root="
+                ) from error
         return self._splits[name]
 
     def open(self, name: Literal["pretrain", "train", "val"]) -> Store:
         """The decoded images of a split, packed first when needed. Raises UserError."""
-        return open_store(self.split(name), self.image_size, self.cache, self.workers, self.on_error)
+        return open_store(
+            self.split(name), self.image_size, self.cache, self.workers, self.on_error
+        )
 
     def has_room(self, name: Literal["pretrain", "train", "val"]) -> bool:
         """Can `open` pack the split, as far as the disk goes?"""
         return has_room(self.split(name), self.image_size, self.cache)
 
     def requested(self, files: Sequence[str] = ()) -> np.ndarray:
-        """int64, ascending: images of "pretrain" that have extra labels, or that index files (one index a line) name.
+        """int64, ascending: images of "pretrain" that have extra labels, or that index files (one
+        index a line) name.
 
         files: relative to the root. Raises UserError.
         """
         length = self.split("pretrain").length
         found = [np.empty(0, np.int64)]
         for name in [*self.extra[:1], *files]:
-            found.append(load_indices(folder_at(self.root) / name.strip(), "stage.requested= names index files"))
+            found.append(
+                load_indices(
+                    folder_at(self.root) / name.strip(), "stage.requested= names index files"
+                )
+            )
             if len(found[-1]) and found[-1].max() >= length:
-                raise UserError(f"{name} names image {found[-1].max()} of {length:,}; does it belong to this data set?")
+                raise UserError(
+                    f"{name} names image {found[-1].max()} of {length:,}; does it belong to this data set?"
+                )
         return np.unique(np.concatenate(found))
 
     def _decoder(self, paths) -> "Decoder":
         return Decoder(paths, self.image_size, self.values)
 
     def _split(self, name, images, digests, labels, read, where) -> Split:
-        """A Split of the image set `images` ("unlabeled", "train", ...), whose sources have these digests."""
+        """A Split of the image set `images` ("unlabeled", "train", ...), whose sources have these
+        digests.
+        """
         kind = f"{type(self).__name__.lower()}-{images}"
-        # What isn't decoded has the number that all had first: runs of it go on, whatever becomes of the decoding.
-        pixels = (VERSION, self.image_size, self.values) if isinstance(read, Decoder) else (1, self.image_size)
+        # What isn't decoded has the number that all had first: runs of it go on, whatever becomes
+        # of the decoding.
+        pixels = (
+            (VERSION, self.image_size, self.values)
+            if isinstance(read, Decoder)
+            else (1, self.image_size)
+        )
         store_name = f"{kind}-{hashed(LAYOUT, *pixels, digests.files)[:16]}"
         facts = digests.content, b"" if labels is None else labels.tobytes()
         fingerprint = hashed(kind, *pixels, *facts)
         length = len(read)
         if length == 0:
             raise UserError(f"split '{name}' of {type(self).__name__} holds no images")
-        return Split(name, length, labels, store_name, fingerprint, hashed(kind, *facts), read, where)
+        return Split(
+            name, length, labels, store_name, fingerprint, hashed(kind, *facts), read, where
+        )
 
 
 class Digests(NamedTuple):
-    """Of the sources of a split: by their names, sizes and times, and without the times, as a copy has them."""
+    """Of the sources of a split: by their names, sizes and times, and without the times, as a copy
+    has them.
+    """
 
     files: str
     content: str
@@ -132,7 +165,9 @@ def load_indices(path: Path, key: str) -> np.ndarray:
             if not row:
                 continue
             if not row[0].strip().isdecimal():
-                raise UserError(f"line {line} of {path} is '{','.join(row)[:40]}'; expected one image index a line")
+                raise UserError(
+                    f"line {line} of {path} is '{','.join(row)[:40]}'; expected one image index a line"
+                )
             rows.append(int(row[0]))
     return np.array(rows, np.int64)
 
@@ -143,7 +178,11 @@ def values_of(bit_depth: int | None, value_range: list[float] | None) -> Values:
     low, high = value_range
     given = f"data.value_range=[{low:g},{high:g}]"
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise UserError(f"{given}: type what is black and what is white, the lower first: data.value_range=[0,4095]")
+        raise UserError(
+            f"{given}: type what is black and what is white, the lower first: data.value_range=[0,4095]"
+        )
     if bit_depth is not None:
-        raise UserError(f"data.bit_depth={bit_depth} and {given} both say what 16 bits mean: give one of the two")
+        raise UserError(
+            f"data.bit_depth={bit_depth} and {given} both say what 16 bits mean: give one of the two"
+        )
     return Values(None, (float(low), float(high)))

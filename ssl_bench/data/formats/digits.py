@@ -12,8 +12,9 @@ from ssl_bench.data.store import OnError, Split
 
 
 class Digits(Dataset):
-    """The 1797 handwritten digits (8x8) that scikit-learn ships, upsampled. They come in the order of their writers, so
-    the last 500, the val split, hardly share a writer with train. "pretrain" is train without its labels.
+    """The 1797 handwritten digits (8x8) that scikit-learn ships, upsampled. They come in the order
+    of their writers, so the last 500, the val split, hardly share a writer with train. "pretrain"
+    is train without its labels.
     """
 
     num_classes = 10
@@ -51,4 +52,6 @@ class _DigitReader:
     def __call__(self, index: int) -> np.ndarray:
         from PIL import Image
 
-        return pictures.centre_square(Image.fromarray(self.images[index]).convert("RGB"), self.image_size)
+        return pictures.centre_square(
+            Image.fromarray(self.images[index]).convert("RGB"), self.image_size
+        )

@@ -19,10 +19,11 @@ from ssl_bench.errors import UserError
 
 
 class DL21(Dataset):
-    """Numbered PNG files: ROOT/unlabeled/{i}.png, and ROOT/train, ROOT/val with ROOT/{split}_label_tensor.pt (int64).
+    """Numbered PNG files: ROOT/unlabeled/{i}.png, and ROOT/train, ROOT/val with
+    ROOT/{split}_label_tensor.pt (int64).
 
-    `extra_labels`: "request_NN.csv,label_NN.pt" or a list of the two, relative to ROOT: indices into unlabeled/ (one a
-    line) and their labels. These images are appended to the train split.
+    `extra_labels`: "request_NN.csv,label_NN.pt" or a list of the two, relative to ROOT: indices
+    into unlabeled/ (one a line) and their labels. These images are appended to the train split.
     """
 
     def __init__(
@@ -38,7 +39,9 @@ class DL21(Dataset):
     ):
         super().__init__(image_size, on_error, cache, workers)
         self.root, self.values = root, values_of(bit_depth, value_range)
-        self.extra = extra_labels.split(",") if isinstance(extra_labels, str) else list(extra_labels or [])
+        self.extra = (
+            extra_labels.split(",") if isinstance(extra_labels, str) else list(extra_labels or [])
+        )
         if len(self.extra) not in (0, 2):
             raise UserError(
                 f"data.extra_labels={extra_labels} names {len(self.extra)} files; "
@@ -77,7 +80,8 @@ class DL21(Dataset):
             )
         if name == "train" and self.extra:
             chosen = load_indices(
-                folder_at(self.root) / self.extra[0].strip(), "data.extra_labels= names an index file and a label file"
+                folder_at(self.root) / self.extra[0].strip(),
+                "data.extra_labels= names an index file and a label file",
             )
             if len(chosen) != len(self._train_labels[1]):
                 raise UserError(
@@ -101,12 +105,16 @@ def _list_numbered(folder: Path) -> tuple[Numbered, np.ndarray]:
                 yield int(match[1]), entry.stat()
             else:
                 hidden = is_service(entry.name)
-                passed.add("hidden or service files" if hidden else "names other than NUMBER.png", entry.name)
+                passed.add(
+                    "hidden or service files" if hidden else "names other than NUMBER.png",
+                    entry.name,
+                )
 
     with os.scandir(folder) as entries:
         rows = numbered(entries)
         flat = np.fromiter(
-            (value for i, status in rows for value in (i, status.st_size, status.st_mtime_ns)), dtype=np.int64
+            (value for i, status in rows for value in (i, status.st_size, status.st_mtime_ns)),
+            dtype=np.int64,
         )
     passed.tell(folder)
     stats = flat.reshape(-1, 3)
@@ -118,7 +126,9 @@ def _list_numbered(folder: Path) -> tuple[Numbered, np.ndarray]:
             "files must be numbered 0, 1, 2, ... without a gap"
         )
     if len(stats) == 0:
-        raise UserError(f"no files 0.png, 1.png, ... in {folder}; data.root= sets where the data set is")
+        raise UserError(
+            f"no files 0.png, 1.png, ... in {folder}; data.root= sets where the data set is"
+        )
     return Numbered(folder, len(stats)), stats
 
 
@@ -140,7 +150,9 @@ def _load_labels(path: Path) -> np.ndarray:
     import torch
 
     if not path.is_file():
-        raise UserError(f"no label file {path}; labelled stages need it, data.root= sets where the data set is")
+        raise UserError(
+            f"no label file {path}; labelled stages need it, data.root= sets where the data set is"
+        )
     try:
         labels = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that isn't one of its own
@@ -148,10 +160,14 @@ def _load_labels(path: Path) -> np.ndarray:
             f"{path} is not a tensor file of torch ({type(error).__name__}); expected int64 labels"
         ) from None
     if not isinstance(labels, torch.Tensor):
-        raise UserError(f"{path} holds a {type(labels).__name__}; expected a one-dimensional int64 tensor")
+        raise UserError(
+            f"{path} holds a {type(labels).__name__}; expected a one-dimensional int64 tensor"
+        )
     if labels.dtype != torch.int64 or labels.ndim != 1:
         found = f"{labels.dtype} of shape {tuple(labels.shape)}"
-        raise UserError(f"{path} holds a tensor of {found}; expected a one-dimensional int64 tensor")
+        raise UserError(
+            f"{path} holds a tensor of {found}; expected a one-dimensional int64 tensor"
+        )
     if len(labels) and labels.min() < 0:
         raise UserError(f"{path} has the label {int(labels.min())}; labels count from 0")
     return labels.numpy()

@@ -17,9 +17,10 @@ log = logging.getLogger(__name__)
 
 
 class Folder(Dataset):
-    """Any tree of images. With class folders ROOT/train/<class> and ROOT/val/<class> (in upper case, too) it is
-    labelled, the classes in sorted order, and "pretrain" is train without its labels; otherwise all images under ROOT
-    are "pretrain". Refused where folders at any depth are called after a training and a held-out split.
+    """Any tree of images. With class folders ROOT/train/<class> and ROOT/val/<class> (in upper
+    case, too) it is labelled, the classes in sorted order, and "pretrain" is train without its
+    labels; otherwise all images under ROOT are "pretrain". Refused where folders at any depth are
+    called after a training and a held-out split.
     """
 
     def __init__(
@@ -65,21 +66,29 @@ class Folder(Dataset):
             return self._split(name, "all", digests, None, self._decoder(paths), paths)
         folder = self._part("val" if name == "val" else "train")
         if unknown := sorted(set(subfolders(folder)) - set(self.class_names)):
-            raise UserError(f"val/ has the class {unknown[0]!r}, which train/ lacks; both need the same class folders")
+            raise UserError(
+                f"val/ has the class {unknown[0]!r}, which train/ lacks; both need the same class folders"
+            )
         # a class may be called "test"
         paths, digests, counts = list_tree(folder, guarded=None if name == "val" else 1)
         if counts.pop("", 0):
-            raise UserError(f"{folder} has images outside the class folders; move them into one or away")
+            raise UserError(
+                f"{folder} has images outside the class folders; move them into one or away"
+            )
         if name != "val" and (empty := [name for name in self.class_names if not counts.get(name)]):
             raise UserError(f"no images in {folder / empty[0]}; fill or remove that class folder")
-        labels = np.repeat([self.class_names.index(name) for name in counts], list(counts.values())).astype(np.int64)
+        labels = np.repeat(
+            [self.class_names.index(name) for name in counts], list(counts.values())
+        ).astype(np.int64)
         labels = None if name == "pretrain" else labels
         images = "val" if name == "val" else "train"
         return self._split(name, images, digests, labels, self._decoder(paths), paths)
 
 
 class Images(Folder):
-    """Every image under ROOT as "pretrain", whatever the folders are called: what stage=predict looks at."""
+    """Every image under ROOT as "pretrain", whatever the folders are called: what stage=predict
+    looks at.
+    """
 
     class_names = ()
 

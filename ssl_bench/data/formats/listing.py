@@ -17,8 +17,18 @@ from ssl_bench.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# What file servers, file managers and notebooks leave in folders; whatever begins with a dot is passed over, too.
-SERVICE = {"@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx", "__pycache__"}
+# What file servers, file managers and notebooks leave in folders; whatever begins with a dot is
+# passed over, too.
+SERVICE = {
+    "@eadir",
+    "@tmp",
+    "@recycle",
+    "@recently-snapshot",
+    "#recycle",
+    "#snapshot",
+    "__macosx",
+    "__pycache__",
+}
 SERVICE |= {"lost+found", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
 TRAIN = {"train", "training"}
 HELD_OUT = {"val", "valid", "validation", "test", "testing", "eval", "dev", "holdout"}
@@ -32,7 +42,9 @@ def subfolders(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if not is_service(entry.name) and entry.is_dir())
+        return sorted(
+            entry.name for entry in entries if not is_service(entry.name) and entry.is_dir()
+        )
 
 
 class Passed:
@@ -49,13 +61,17 @@ class Passed:
         """One line."""
         if self.kinds:
             most = sorted(self.kinds.items(), key=lambda item: (-item[1][0], item[0]))
-            shown = ", ".join(f"{kind} ({count:,}, {first} for one)" for kind, (count, first) in most[:12])
+            shown = ", ".join(
+                f"{kind} ({count:,}, {first} for one)" for kind, (count, first) in most[:12]
+            )
             more = f", and {len(most) - 12} kinds more" if len(most) > 12 else ""
             log.info("passed over in %s: %s%s", root, shown, more)
 
 
 class _Guard:
-    """Of an unlabelled tree: are folders called after splits, so that test images would be trained on?"""
+    """Of an unlabelled tree: are folders called after splits, so that test images would be trained
+    on?
+    """
 
     def __init__(self, root: Path, depth: int):
         """depth: of the first folders that aren't classes."""
@@ -81,21 +97,35 @@ class _Guard:
                 f"type data.root={self.root / self.train}, or sort both into train/<class>/ and val/<class>/"
             )
         if self.held_out:
-            log.warning("%s images are in folders like %s/ and are trained on, too", f"{self.count:,}", self.held_out)
+            log.warning(
+                "%s images are in folders like %s/ and are trained on, too",
+                f"{self.count:,}",
+                self.held_out,
+            )
 
 
 @functools.cache
 def _split_of(folder: str) -> str:
-    """The one word of a folder's name, but for what says nothing: train2017 and train_images are "train"."""
+    """The one word of a folder's name, but for what says nothing: train2017 and train_images are
+    "train".
+    """
     words = [word for word in re.split(r"[\W\d_]+", folder.casefold()) if word]
-    words = [word for word in words if word not in ("set", "data", "image", "images", "img", "imgs", "split")]
+    words = [
+        word
+        for word in words
+        if word not in ("set", "data", "image", "images", "img", "imgs", "split")
+    ]
     return words[0].removesuffix("set") if len(words) == 1 else ""
 
 
-def list_tree(root: Path, key: str = "data.root", guarded: int | None = None) -> tuple[Paths, Digests, dict[str, int]]:
-    """The image files under root in sorted order, their digests, and how many lie in each folder of its first level.
+def list_tree(
+    root: Path, key: str = "data.root", guarded: int | None = None
+) -> tuple[Paths, Digests, dict[str, int]]:
+    """The image files under root in sorted order, their digests, and how many lie in each folder of
+    its first level.
 
-    guarded: from this depth on, UserError for folders that are called after a training and a held-out split.
+    guarded: from this depth on, UserError for folders that are called after a training and a
+    held-out split.
     """
     text, ends, counts = bytearray(), array("q", [0]), {}
     files, content = hashlib.sha256(), hashlib.sha256()
@@ -115,12 +145,18 @@ def list_tree(root: Path, key: str = "data.root", guarded: int | None = None) ->
     passed.tell(root)
     if not text:
         known = " ".join(sorted(pictures.extensions()))
-        raise UserError(f"no images under {root}; {key}= sets the folder; known extensions are {known}")
+        raise UserError(
+            f"no images under {root}; {key}= sets the folder; known extensions are {known}"
+        )
     return Paths(root, bytes(text), ends), Digests(files.hexdigest(), content.hexdigest()), counts
 
 
-def _walk(root: Path, below: str, above: frozenset, passed: Passed) -> Iterator[tuple[str, int, int]]:
-    """(path relative to root, size, mtime in ns), sorted folder by folder; follows links, but not in circles."""
+def _walk(
+    root: Path, below: str, above: frozenset, passed: Passed
+) -> Iterator[tuple[str, int, int]]:
+    """(path relative to root, size, mtime in ns), sorted folder by folder; follows links, but not
+    in circles.
+    """
     folder = os.path.join(root, below)
     status = os.stat(folder)
     identity = (status.st_dev, status.st_ino)

@@ -24,7 +24,9 @@ class Paths:
         return len(self.ends) - 1
 
     def __call__(self, index: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self.text[self.ends[index] : self.ends[index + 1]].tobytes()))
+        return os.path.join(
+            self.root, os.fsdecode(self.text[self.ends[index] : self.ends[index + 1]].tobytes())
+        )
 
 
 @dataclass(frozen=True)

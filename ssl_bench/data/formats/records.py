@@ -11,7 +11,9 @@ from ssl_bench.errors import UserError
 
 @dataclass(frozen=True)
 class Records:
-    """Images of `record` bytes each in binary files, the pixels last, `order` of axes (channel, second, third)."""
+    """Images of `record` bytes each in binary files, the pixels last, `order` of axes (channel,
+    second, third).
+    """
 
     files: tuple[str, ...]
     lengths: tuple[int, ...]
@@ -40,13 +42,19 @@ class Records:
         return f"image {row} of {path}"
 
 
-def records_of(paths: list[Path], record: int, image_size: int, order: tuple[int, int, int]) -> tuple[Records, Digests]:
-    """The records of these files and their digests. Raises UserError for a size that isn't whole records."""
+def records_of(
+    paths: list[Path], record: int, image_size: int, order: tuple[int, int, int]
+) -> tuple[Records, Digests]:
+    """The records of these files and their digests. Raises UserError for a size that isn't whole
+    records.
+    """
     lengths, stats = [], []
     for path in paths:
         status = path.stat()
         if status.st_size % record or status.st_size == 0:
-            raise UserError(f"{path} has {status.st_size} bytes, not a multiple of {record}; download it again")
+            raise UserError(
+                f"{path} has {status.st_size} bytes, not a multiple of {record}; download it again"
+            )
         lengths.append(status.st_size // record)
         stats.append((path.name, status.st_size, status.st_mtime_ns))
     digests = Digests(hashed(*stats), hashed(*((name, size) for name, size, _ in stats)))
@@ -55,4 +63,6 @@ def records_of(paths: list[Path], record: int, image_size: int, order: tuple[int
 
 def check_range(labels: np.ndarray, num_classes: int, path: Path) -> None:
     if labels.min() < 0 or labels.max() >= num_classes:
-        raise UserError(f"{path} has labels outside its {num_classes} classes; is it the right file, unpacked whole?")
+        raise UserError(
+            f"{path} has labels outside its {num_classes} classes; is it the right file, unpacked whole?"
+        )

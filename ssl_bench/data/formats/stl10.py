@@ -14,8 +14,9 @@ from ssl_bench.errors import UserError
 
 
 class STL10(Dataset):
-    """The binary files of STL-10 (train_X.bin, train_y.bin, test_X.bin, test_y.bin, unlabeled_X.bin) in ROOT or
-    ROOT/stl10_binary: 96x96, 10 classes. "pretrain" is unlabeled, "val" is test. https://cs.stanford.edu/~acoates/stl10
+    """The binary files of STL-10 (train_X.bin, train_y.bin, test_X.bin, test_y.bin,
+    unlabeled_X.bin) in ROOT or ROOT/stl10_binary: 96x96, 10 classes. "pretrain" is unlabeled, "val"
+    is test. https://cs.stanford.edu/~acoates/stl10
     """
 
     num_classes = 10
@@ -41,7 +42,9 @@ class STL10(Dataset):
             path = self._file(f"{part}_y.bin")
             labels = np.fromfile(path, np.uint8).astype(np.int64) - 1
             if len(labels) != len(records):
-                raise UserError(f"{path} has {len(labels)} labels for {len(records)} images; unpack both files again")
+                raise UserError(
+                    f"{path} has {len(labels)} labels for {len(records)} images; unpack both files again"
+                )
             check_range(labels, 10, path)
         return self._split(name, part, digests, labels, records, records.where)
 
