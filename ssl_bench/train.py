@@ -1,4 +1,4 @@
-"""`ssl-bench`: the one command. Composes the configuration, checks it, and hands it to its stage."""
+"""`ssl-bench`, the one command: composes the configuration, checks it, hands it to its stage."""
 
 import errno
 import logging
@@ -109,7 +109,8 @@ class Check(Callback):
         if not config.hydra.launcher._target_.endswith("launchers.Local"):
             fail(
                 UserError(
-                    "hydra/launcher is for sweeps, and would be ignored here: add -m, or choose a launcher="
+                    "hydra/launcher is for sweeps, and would be ignored here: "
+                    "add -m, or choose a launcher="
                 )
             )
 
@@ -181,7 +182,8 @@ def main() -> None:
         return
     if not words:
         print(
-            "ssl-bench, with nothing typed, is ssl-bench experiment=quickstart; all else: ssl-bench --help"
+            "ssl-bench, with nothing typed, is ssl-bench experiment=quickstart; "
+            "all else: ssl-bench --help"
         )
         words = ["experiment=quickstart"]
     if mistaken := _no_option(words):
@@ -208,7 +210,8 @@ def main() -> None:
         where = f": {error.filename}" if error.filename else ""
         fail(
             UserError(
-                f"the disk is full{where}; make room, and the same command continues from the last state saved"
+                f"the disk is full{where}; "
+                "make room, and the same command continues from the last state saved"
             )
         )
     except Interrupted as stop:
@@ -234,7 +237,10 @@ def _no_option(words: list[str]) -> str:
             value = "true" if following.startswith("-") or "=" in following else following
         if key.partition(".")[0] in {*build.Root.model_fields, *build.SUPPLIED, *typed.ALWAYS}:
             return f"{word}: keys have no dashes: type {key}={value}"
-        return f"{word}: no such option, and keys have no dashes: KEY=VALUE; ssl-bench --help shows them"
+        return (
+            f"{word}: no such option, and keys have no dashes: KEY=VALUE; "
+            "ssl-bench --help shows them"
+        )
     return ""
 
 

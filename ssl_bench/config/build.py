@@ -103,8 +103,8 @@ def check(cfg: DictConfig, quoted: Mapping[str, str] | None = None) -> None:
     if not problems and (rest := plain["batch_size"] % plain["devices"]):
         nearest = plain["batch_size"] - rest + plain["devices"]
         problems.append(
-            f"batch_size={plain['batch_size']} is global, and can't be divided among devices={plain['devices']} "
-            f"processes: choose a multiple, like batch_size={nearest}"
+            f"batch_size={plain['batch_size']} is global, and can't be divided among "
+            f"devices={plain['devices']} processes: choose a multiple, like batch_size={nearest}"
         )
     if problems:
         raise UserError("\n".join(problems))
@@ -115,9 +115,15 @@ def _other_recipe(nodes: Mapping[str, dict[str, Any]]) -> str | None:
     method, backbone = (nodes.get(group, {}).get("name") for group in ("method", "backbone"))
     vit = str(backbone).startswith("vit_")
     if method == "moco_v3" and vit:
-        return f"method=moco_v3 is a recipe for ResNets: with backbone={backbone} type method=moco_v3_vit"
+        return (
+            f"method=moco_v3 is a recipe for ResNets: with backbone={backbone} "
+            "type method=moco_v3_vit"
+        )
     if method == "moco_v3_vit" and not vit:
-        return f"method=moco_v3_vit is a recipe for vit_tiny, vit_small: with backbone={backbone} type method=moco_v3"
+        return (
+            f"method=moco_v3_vit is a recipe for vit_tiny, vit_small: with backbone={backbone} "
+            "type method=moco_v3"
+        )
     return None
 
 
@@ -223,7 +229,8 @@ def found(config: Mapping, group: str, cfg: DictConfig, place: Path) -> dict[str
     options = node.get("options")
     if isinstance(options, Mapping) and (fetching := sorted(set(FETCHING) & options.keys())):
         raise UserError(
-            f"{place}: {group}.options.{fetching[0]} fetches or unpickles what it names: take it out"
+            f"{place}: {group}.options.{fetching[0]} fetches or unpickles what it names: "
+            "take it out"
         )
     return dict(node)
 
@@ -285,8 +292,8 @@ def _permit(
         return
     where = f"{place}: " if place else ""
     raise UserError(
-        f"{where}{group}._target_={path} is not ours, and this command doesn't name it: it is not called. If it is "
-        "your own, add --config-dir=DIR with the YAML that names it"
+        f"{where}{group}._target_={path} is not ours, and this command doesn't name it: "
+        "it is not called. If it is your own, add --config-dir=DIR with the YAML that names it"
     )
 
 
@@ -403,8 +410,8 @@ def _too_late(schema: type[BaseModel], node: dict, group: str, config: Mapping) 
             if late and typed.is_read(config, key):
                 enough = int(value) + (not mark.or_at_the_end)
                 problems.append(
-                    f"{key}={value:g} isn't reached within epochs={epochs}: type less, like {key}=0, or "
-                    f"epochs={enough} or more"
+                    f"{key}={value:g} isn't reached within epochs={epochs}: "
+                    f"type less, like {key}=0, or epochs={enough} or more"
                 )
     return problems
 

@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 
 class InEpochs(NamedTuple):
-    """Marks a setting that is a time in epochs: `build.check` wants it in the course of `epochs`."""
+    """Marks a setting that is a time in epochs; `build.check` wants it within `epochs`."""
 
     or_at_the_end: bool = False
 

@@ -29,7 +29,10 @@ def message(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         key, mark, value = str(error.override).partition("=")
         as_text = quoted(_as_texts(key, value)) if mark else "'KEY=\"VALUE\"'"
-        return f"{error.override}: not KEY=VALUE; put quotes around a VALUE with special characters: type {as_text}"
+        return (
+            f"{error.override}: not KEY=VALUE; put quotes around a VALUE with special characters: "
+            f"type {as_text}"
+        )
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         return unknown(

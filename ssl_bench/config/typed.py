@@ -27,7 +27,7 @@ def key_of(override: str) -> str:
 
 
 def quote(text: str) -> str:
-    """As an override has a text that looks like something else; an interpolation in it stays one."""
+    """A text that looks like something else, quoted for an override; interpolations in it stay."""
     return in_quotes(text, '"')
 
 
@@ -132,7 +132,7 @@ def _off(config: Mapping) -> set[str]:
 
 
 def _stands_in(nodes: Mapping[str, Mapping], declared: Sequence[str], key: str) -> bool:
-    """Is it an argument of a constructor that is read, as zero_init_residual is of some backbones?"""
+    """Does an argument of a constructor that is read stand for it, as with zero_init_residual?"""
     read = (node for name, node in nodes.items() if covers(declared, name))
     return any(value == f"${{{key}}}" for node in read for value in node.values())
 

@@ -78,7 +78,8 @@ class SweepLauncher(Launcher):
                 str(path) for path in directories if sum(path == m.directory for m in members) > 1
             )
             raise UserError(
-                f"dir={same} is that of several members: leave out dir=, or sweep over what tells them apart"
+                f"dir={same} is that of several members: "
+                "leave out dir=, or sweep over what tells them apart"
             )
         # Without Slurm here, jobs of earlier commands can't be seen; the lock of the run directory
         # keeps them apart.
@@ -88,7 +89,8 @@ class SweepLauncher(Launcher):
         queue = sweep.queued() if jobs else {}
         if queue is None:
             raise UserError(
-                "squeue doesn't answer, and earlier jobs of this sweep may still be there: try again later"
+                "squeue doesn't answer, and earlier jobs of this sweep may still be there: "
+                "try again later"
             )
         under_way = [member for member in members if member.job in queue]
         elsewhere = [
@@ -106,13 +108,14 @@ class SweepLauncher(Launcher):
         for member in todo:
             if conflict := member.conflict:
                 raise UserError(
-                    f"{member.name} was run with another configuration: {conflict}. Choose another sweep=, or delete "
-                    f"{member.directory}"
+                    f"{member.name} was run with another configuration: {conflict}. "
+                    f"Choose another sweep=, or delete {member.directory}"
                 )
         if stale := [member for member in members if member not in (*todo, *busy) and member.stale]:
             raise UserError(
-                f"{stale[0].name} stands on other weights than pretrained={stale[0].config['pretrained']} holds now: "
-                f"choose another sweep=, or delete {stale[0].directory}"
+                f"{stale[0].name} stands on other weights than "
+                f"pretrained={stale[0].config['pretrained']} holds now: choose another sweep=, or "
+                f"delete {stale[0].directory}"
             )
         for member in todo:
             member.job = None
@@ -149,7 +152,8 @@ class SweepLauncher(Launcher):
             differing = sorted(key for key in searched if key.startswith(identity.LOSS_OF))
             if metric is None:
                 raise UserError(
-                    f"metric=null: a search needs what to find: type one of the values of stage={stage}"
+                    "metric=null: a search needs what to find: "
+                    f"type one of the values of stage={stage}"
                 )
             direction = self.config.hydra.sweeper.get("direction")
             if getattr(direction, "name", direction) == "minimize" and re.search(
@@ -161,8 +165,9 @@ class SweepLauncher(Launcher):
                 )
         if stage == "pretrain" and "loss" in (metric or "") and differing:
             raise UserError(
-                f"metric={metric} would rank runs that differ in {', '.join(differing[:4])}, and their losses are of "
-                "different things: type metric=probe_top1, by labelled images, or metric=null for a table without order"
+                f"metric={metric} would rank runs that differ in {', '.join(differing[:4])}, and "
+                "their losses are of different things: type metric=probe_top1, by labelled images, "
+                "or metric=null for a table without order"
             )
 
     @property
@@ -206,7 +211,8 @@ class SweepLauncher(Launcher):
         config = OmegaConf.to_container(build.at_home(own), resolve=True)
         if config["dir"] is None:
             raise UserError(
-                f"stage={config['stage']['name']} leaves nothing behind: it can't be part of a sweep"
+                f"stage={config['stage']['name']} leaves nothing behind: "
+                "it can't be part of a sweep"
             )
         own_name = name(overrides)
         config["devices"] = self._processes(config["devices"])
@@ -275,8 +281,10 @@ class SweepLauncher(Launcher):
         )
         by_name = {member.name: state for member, state in zip(members, states, strict=True)}
         ended = [f"{name}: {state}" for name, state in by_name.items() if state.name != "finished"]
-        of = f"{len(ended)} of {len(by_name)} members are not finished; the same command runs only those:\n"
-        failure = UserError(of + "\n".join(ended))
+        failure = UserError(
+            f"{len(ended)} of {len(by_name)} members are not finished; "
+            "the same command runs only those:\n" + "\n".join(ended)
+        )
         returns: list[JobReturn] = []
         for member, result in zip(members, results, strict=True):
             if result is None and self.wait:
@@ -290,7 +298,8 @@ class SweepLauncher(Launcher):
                     done.return_value = float(result[metric])
                 elif not self._is_grid or "metric" in map(key_of, member.overrides):
                     raise UserError(
-                        f"metric={metric}: {member.name} has no such value; choose from {', '.join(result)}"
+                        f"metric={metric}: {member.name} has no such value; "
+                        f"choose from {', '.join(result)}"
                     )
             returns.append(done)
         return returns
@@ -308,8 +317,9 @@ def _refuse_processes() -> None:
 
     if (world := distributed.launched()) and world.size > 1:
         raise UserError(
-            f"a sweep in the {world.size} processes of torchrun or srun: start it once, without these; each member "
-            "then has devices=2 or more, or with launcher=slurm hydra.launcher.tasks_per_node=2, processes of its own"
+            f"a sweep in the {world.size} processes of torchrun or srun: start it once, without "
+            "these; each member then has devices=2 or more, or with launcher=slurm "
+            "hydra.launcher.tasks_per_node=2, processes of its own"
         )
 
 
@@ -326,8 +336,8 @@ def _refuse_free(job_overrides: Sequence[Sequence[str]], members: Sequence["Memb
         differing = set(overrides) ^ set(first.setdefault(member.file, overrides))
         if free := sorted({key_of(word) for word in differing if identity.is_free(key_of(word))}):
             raise UserError(
-                f"{' and '.join(free)}: no run is named by that, so several values would be one run; give one value, "
-                "or each its own command and sweep="
+                f"{' and '.join(free)}: no run is named by that, so several values would "
+                "be one run; give one value, or each its own command and sweep="
             )
 
 
@@ -370,7 +380,8 @@ class Workstation(SweepLauncher):
         at_once = (len(gpus) or len(cores)) if self.at_once is None else self.at_once
         if at_once < 1 or (gpus and at_once > len(gpus)):
             raise UserError(
-                f"hydra.launcher.at_once={at_once}: there are {len(gpus)} GPUs here, one for each member"
+                f"hydra.launcher.at_once={at_once}: "
+                f"there are {len(gpus)} GPUs here, one for each member"
             )
         share = max(1, len(cores) // at_once)
         slots, waiting, running = list(range(at_once)), list(todo), {}

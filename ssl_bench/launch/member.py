@@ -63,10 +63,10 @@ class SlurmTask:
     """What submitit pickles and calls, once a task of the job.
 
     A job ends in one of four ways:
-    - Slurm warns of the time limit or of a preemption: SIGUSR2, or SIGTERM while the job counts as running. The run
-      saves, then submitit's own handler has the job requeued.
-    - Slurm takes it away (scancel, scontrol requeue): SIGTERM, when it doesn't count as running any more. The run
-      saves; the rest is Slurm's.
+    - Slurm warns of the time limit or of a preemption: SIGUSR2, or SIGTERM while the job counts as
+      running. The run saves, then submitit's own handler has the job requeued.
+    - Slurm takes it away (scancel, scontrol requeue): SIGTERM, when it doesn't count as running any
+      more. The run saves; the rest is Slurm's.
     - It fails: exit status 1, and srun's --kill-on-bad-exit ends the other tasks.
     - It finishes.
     """

@@ -97,8 +97,8 @@ def _run(cfg: DictConfig) -> dict[str, float]:
         except torch.OutOfMemoryError as error:
             said = ". ".join(str(error).split(". ")[:3])  # then follow the allocator's details
             raise UserError(
-                f"batch_size={cfg.batch_size} doesn't fit: {said}. Type a smaller batch_size=, precision=bf16, more "
-                "devices=, or source=host, which leaves the images to the host"
+                f"batch_size={cfg.batch_size} doesn't fit: {said}. Type a smaller batch_size=, "
+                "precision=bf16, more devices=, or source=host, which leaves the images to the host"
             ) from None
         return run.summary
 
@@ -112,7 +112,8 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
 
     if cfg.device.startswith("cuda:"):
         raise UserError(
-            f"device={cfg.device} is one GPU, and devices={cfg.devices} need as many: type device=cuda"
+            f"device={cfg.device} is one GPU, and devices={cfg.devices} need as many: "
+            "type device=cuda"
         )
     device = pick_device(cfg.device, 0)  # here and not in the ranks: a mistake is told sooner
     if device.type == "cuda" and cfg.devices > (gpus := torch.cuda.device_count()):
@@ -149,8 +150,9 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
                 -failure.exitcode for failure in error.failures.values() if failure.exitcode < 0
             ]:
                 raise UserError(
-                    f"one of the {cfg.devices} processes was ended by {signal.Signals(killed[0]).name}, often for want "
-                    "of memory; the same command continues from the last state saved"
+                    f"one of the {cfg.devices} processes was ended by "
+                    f"{signal.Signals(killed[0]).name}, often for want of memory; the same command "
+                    "continues from the last state saved"
                 ) from None
             if status - 128 in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
                 raise Interrupted(status - 128) from None

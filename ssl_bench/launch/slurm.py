@@ -123,20 +123,22 @@ class Slurm(SweepLauncher):
             # else the nodes may see it
             if "$" not in str(file) and file.parent.is_dir() and not file.exists():
                 raise UserError(
-                    f"hydra.launcher.stage_in: no file {file}; give the path of what each node copies"
+                    f"hydra.launcher.stage_in: no file {file}; "
+                    "give the path of what each node copies"
                 )
         minutes, delay = self.parameters["timeout_min"], self.parameters["signal_delay_s"]
         if 60 * minutes <= delay:
             raise UserError(
-                f"hydra.launcher.timeout_min={minutes} leaves none before Slurm's warning, {delay} s before the "
-                "end: give more minutes, or a smaller hydra.launcher.signal_delay_s"
+                f"hydra.launcher.timeout_min={minutes} leaves none before Slurm's warning, "
+                f"{delay} s before the end: "
+                "give more minutes, or a smaller hydra.launcher.signal_delay_s"
             )
         tasks = self._tasks
         for member in todo:
             if (batch := member.config["batch_size"]) % tasks:
                 raise UserError(
-                    f"batch_size={batch} of {member.name} can't be divided among the {tasks} processes of "
-                    "hydra.launcher.nodes and tasks_per_node: choose a multiple"
+                    f"batch_size={batch} of {member.name} can't be divided among the {tasks} "
+                    "processes of hydra.launcher.nodes and tasks_per_node: choose a multiple"
                 )
         if todo:
             try:
@@ -144,7 +146,8 @@ class Slurm(SweepLauncher):
                 executor = AutoExecutor(folder=self.folder, cluster="slurm", **init)
             except RuntimeError as error:
                 raise UserError(
-                    f"{error} This launcher needs sbatch and srun; without them: launcher=workstation"
+                    f"{error} This launcher needs sbatch and srun; "
+                    "without them: launcher=workstation"
                 ) from None
             shared = OmegaConf.structured(BaseQueueConf).keys()
             executor.update_parameters(
@@ -157,7 +160,8 @@ class Slurm(SweepLauncher):
                 )
             except FailedJobError as error:  # sbatch has said why
                 raise UserError(
-                    f"{' '.join(str(error).split())}: change hydra.launcher, whose keys are sbatch's"
+                    f"{' '.join(str(error).split())}: "
+                    "change hydra.launcher, whose keys are sbatch's"
                 ) from None
             for member, job in zip(todo, jobs, strict=True):
                 member.job = job.job_id
@@ -179,19 +183,21 @@ class Slurm(SweepLauncher):
             raise
 
     def _refuse_names(self) -> None:
-        """UserError for what `#SBATCH` lines and Slurm's patterns of file names have no quotes for."""
+        """UserError for characters that no quotes keep from `#SBATCH` or Slurm's file patterns."""
         from ssl_bench.errors import UserError
 
         if found := re.search(r"[%\\\n]", str(folder := self.folder.parents[1])):
             raise UserError(
-                f"{found[0]!r} is in the sweep's folder, {str(folder)!r}, and Slurm takes it for a pattern of "
-                "its own, or the end of a line: start from another folder, or choose another sweep="
+                f"{found[0]!r} is in the sweep's folder, {str(folder)!r}, and Slurm takes it for a "
+                "pattern of its own, or the end of a line: start from another folder, or choose "
+                "another sweep="
             )
         options = self.parameters | self.parameters["additional_parameters"]
         for key, value in options.items():
             if isinstance(value, str) and "\n" in value:
                 raise UserError(
-                    f"hydra.launcher: {key}={value!r} has a line break, which no option of sbatch can have"
+                    f"hydra.launcher: {key}={value!r} has a line break, "
+                    "which no option of sbatch can have"
                 )
 
     def _wait(self, members: list["Member"]) -> None:

@@ -137,7 +137,7 @@ def dots(metric: str, rows: Sequence[tuple[str, int, list[float]]]) -> str:
 
 
 def _within(metric: str, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The edges of a band, where there can be values: not below 0 if no value is, not above 100 %."""
+    """The edges of a band, kept to possible values: not below 0 if no value is, nor above 100 %."""
     low, high = points[:, 1] - points[:, 2], points[:, 1] + points[:, 2]
     if (points[:, 1] >= 0).all():
         low = np.maximum(low, 0)

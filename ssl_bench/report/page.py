@@ -24,10 +24,14 @@ from ssl_bench.runs.units import mean_std
 
 # What is healthy, and who measured it so.
 HEALTH = {
-    "embedding_std": "1 where embeddings are spread evenly, 0 where they have collapsed (Chen & He, arXiv:2011.10566)",
-    "effective_rank": "directions that the embeddings use: more is richer (Garrido et al., arXiv:2210.02885)",
-    "alignment": "distance of two views of an image: smaller is closer (Wang & Isola, arXiv:2005.10242)",
-    "uniformity": "crowding of different images: smaller is more even (Wang & Isola, arXiv:2005.10242)",
+    "embedding_std": "1 where embeddings are spread evenly, 0 where they have collapsed "
+    "(Chen & He, arXiv:2011.10566)",
+    "effective_rank": "directions that the embeddings use: more is richer "
+    "(Garrido et al., arXiv:2210.02885)",
+    "alignment": "distance of two views of an image: smaller is closer "
+    "(Wang & Isola, arXiv:2005.10242)",
+    "uniformity": "crowding of different images: smaller is more even "
+    "(Wang & Isola, arXiv:2005.10242)",
     "knn_top1": "of held-out training images, by their neighbours, while it learns",
     "probe_top1": "of held-out training images, by a linear classifier, while it learns",
 }

@@ -110,7 +110,8 @@ def fill(text: str, folder: Path) -> str:
     """
     if not BLOCK.search(text):
         raise UserError(
-            "no table to fill: write a line <!-- results: FILE.json --> and one <!-- end of results -->"
+            "no table to fill: "
+            "write a line <!-- results: FILE.json --> and one <!-- end of results -->"
         )
 
     def made(block: re.Match) -> str:

@@ -110,7 +110,8 @@ class Checkpoint:
             return content["step"]
         if paths:
             raise UserError(
-                f"{paths[0].parent}: none of its {len(paths)} checkpoints can be used; delete this folder to start anew"
+                f"{paths[0].parent}: none of its {len(paths)} checkpoints can be used; "
+                "delete this folder to start anew"
             )
         return 0
 

@@ -122,7 +122,7 @@ class Identity:
 
     @property
     def stands_on(self) -> str | None:
-        """What tells its weights from others: their content; where that isn't known, their place."""
+        """Identifies its weights: by their content or, where that isn't known, by their place."""
         return f"sha256 {self.weights[:16]}" if self.weights else self.place
 
     @property
@@ -171,7 +171,7 @@ class Identity:
         return _hash(self.told)
 
     def alike(self, other: "Identity") -> bool:
-        """Do they differ in seeds alone? Other images are another experiment, where both are known."""
+        """Do they differ in seeds alone? Other images, where both are known, are a difference."""
         return _hash(self.experiment) == _hash(other.experiment) and self._same_images(other)
 
     def _same_images(self, other: "Identity") -> bool:
@@ -421,7 +421,7 @@ def place_slug(path: object) -> str:
 
 
 def _is_ours(key: str, value: object) -> bool:
-    """Is it a constructor of ours? Nodes have names: where in the package it lies changes nothing."""
+    """Is it a constructor of ours? Its node has a name, and its place in the package may change."""
     return key.endswith("_target_") and str(value).startswith("ssl_bench.")
 
 

@@ -60,7 +60,8 @@ class MetricsFile:
                 assert all(isinstance(value, int | float) for value in row.values())
             except (ValueError, TypeError, KeyError, AssertionError):
                 raise UserError(
-                    f"{path}, line {number} is not a JSON object of numbers with a step: {line[:60]!r}; delete it"
+                    f"{path}, line {number} is not a JSON object of numbers with a step: "
+                    f"{line[:60]!r}; delete it"
                 ) from None
             rows.append(row)
         return rows

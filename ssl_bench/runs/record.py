@@ -207,7 +207,8 @@ def find(paths: Iterable[Path]) -> list[Ran]:
                 runs.setdefault(member.directory.resolve(), made).state = state
         if not any(directory.is_relative_to(path.resolve()) for directory in runs):
             raise UserError(
-                f"runs={path}: no run at or below it; name run directories, sweeps, or a folder of them"
+                f"runs={path}: no run at or below it; "
+                "name run directories, sweeps, or a folder of them"
             )
     for directory, ran in runs.items():
         ran.holds_runs = any(

@@ -171,7 +171,8 @@ class Run:
             before, identity.Identity(self._config, weights=self._weights)
         ):
             raise UserError(
-                f"dir={directory} holds a run with another configuration: {shown}. Choose another dir=, or delete it"
+                f"dir={directory} holds a run with another configuration: {shown}. "
+                "Choose another dir=, or delete it"
             )
 
     @cached_property
@@ -274,8 +275,8 @@ class Run:
             else "no state was saved yet"
         )
         raise UserError(
-            f"diverged at step {step:,}: loss or weights are not finite; {kept}; try a lower optimizer.base_lr, a "
-            "longer schedule.warmup_epochs, or precision=fp32"
+            f"diverged at step {step:,}: loss or weights are not finite; {kept}; "
+            "try a lower optimizer.base_lr, a longer schedule.warmup_epochs, or precision=fp32"
         )
 
     def log(self, step: int, line: dict[str, float]) -> None:
@@ -308,7 +309,8 @@ class Run:
             if layout.has_state(self.directory) and known.get(split, now) != now:
                 raise UserError(
                     f"dir={self.directory} holds a run of other images: split '{split}' had "
-                    f"{known[split]['images']:,}, has {images:,} now, not the same. Choose another dir=, or delete it"
+                    f"{known[split]['images']:,}, has {images:,} now, not the same. Choose another "
+                    "dir=, or delete it"
                 )
             if known.get(split) != now:
                 files.write(

@@ -1,11 +1,10 @@
-"""A sweep on disk: its members as they were composed, what became of them, and the table of their
-results.
+"""A sweep on disk: its members as composed, what became of them, and the table of their results.
 
-SWEEP/.members/NAME.json     the member: overrides, resolved configuration, working directory, Slurm job
+SWEEP/.members/NAME.json     a member: overrides, resolved configuration, directory, Slurm job
 SWEEP/.members/NAME.failed   why its last attempt failed
 SWEEP/.members/conf-HASH/    the YAML files as they were, for the stages that compose more
 SWEEP/NAME/                  its run directory
-SWEEP/table.md, table.csv    of their results; see `report.sweeps.sweep_table`
+SWEEP/table.md, table.csv    the results of all members; see `report.sweeps.sweep_table`
 """
 
 import json

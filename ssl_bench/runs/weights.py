@@ -76,7 +76,8 @@ def load_backbone(backbone: nn.Module, source: str) -> Loaded:
     broken = [key for key in wanted if not found[key].isfinite().all()]
     if broken:
         raise UserError(
-            f"pretrained={source}: {len(broken)} of its tensors are not finite ({broken[0]}, ...): choose another file"
+            f"pretrained={source}: {len(broken)} of its tensors are not finite ({broken[0]}, ...): "
+            "choose another file"
         )
     backbone.load_state_dict(found)
     return Loaded(
@@ -206,7 +207,8 @@ def look(path: Path) -> dict[str, list[float]]:
             )
             if not numbers or (key == "std" and min(value) <= 0):
                 raise UserError(
-                    f"{path}: its configuration has augmentation.{key}={value}, which can't be: mend it"
+                    f"{path}: its configuration has augmentation.{key}={value}, which can't be: "
+                    "mend it"
                 )
             said[key] = value
     return said
@@ -276,8 +278,9 @@ def _backbone_state(content: object, path: Path, wanted: State) -> tuple[State, 
         if wanted and wanted.keys() <= state.keys():
             return state, "plain", ""
     raise UserError(
-        f"{path}: unknown layout (first keys: {', '.join(keys[:3])}); expected a checkpoint of ssl_bench, an "
-        "official MoCo file (module.encoder_q.*) or a torchvision state dict (conv1.weight, ...)"
+        f"{path}: unknown layout (first keys: {', '.join(keys[:3])}); expected a checkpoint of "
+        "ssl_bench, an official MoCo file (module.encoder_q.*) or a torchvision state dict "
+        "(conv1.weight, ...)"
     )
 
 
@@ -302,8 +305,9 @@ def load_official_moco(method: MoCo, state_dict: State) -> None:
     ]
     if wrong:
         raise UserError(
-            f"not this method's official state: {len(wrong)} tensors are missing, unexpected or of another shape "
-            f"({', '.join(wrong[:5])}): check backbone, method.mlp, method.dim and method.queue_size"
+            f"not this method's official state: {len(wrong)} tensors are missing, unexpected or of "
+            f"another shape ({', '.join(wrong[:5])}): check backbone, method.mlp, method.dim and "
+            "method.queue_size"
         )
     with torch.no_grad():
         for key, value in wanted.items():  # these are the method's own tensors, not copies

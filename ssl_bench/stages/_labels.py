@@ -89,16 +89,16 @@ def check_unseen(cfg: DictConfig, split: Split, chooser: str, instead: str) -> N
         raise UserError(refusal(cfg, chooser, instead))
     if not labels.known:
         log.info(
-            "nothing is known of the labels that %s has learnt from: if they are those of data=%s, a choice by some of "
-            "them is worth nothing",
+            "nothing is known of the labels that %s has learnt from: "
+            "if they are those of data=%s, a choice by some of them is worth nothing",
             *(cfg.pretrained, cfg.data.name),
         )
 
 
 def refusal(cfg: DictConfig, chooser: str, instead: str) -> str:
     return (
-        f"pretrained={cfg.pretrained} has learnt from the labels of data={cfg.data.name}, so that {chooser} can't "
-        f"choose by holding some out: type {instead}"
+        f"pretrained={cfg.pretrained} has learnt from the labels of data={cfg.data.name}, "
+        f"so that {chooser} can't choose by holding some out: type {instead}"
     )
 
 

@@ -51,14 +51,15 @@ def check_options(cfg: DictConfig, options: GridOptions) -> None:
         if (value := cfg.optimizer[key]) not in (RECIPE[key], *getattr(options, tried)):
             raise UserError(
                 f"optimizer.{key}={value:g} would be ignored: stage.features=cached tries "
-                f"stage.{tried}={listed(getattr(options, tried))}; type stage.{tried}=[{value:g}], with others to try"
+                f"stage.{tried}={listed(getattr(options, tried))}; type stage.{tried}=[{value:g}], "
+                "with others to try"
             )
     check_optimizer(cfg, "lr", "weight_decay")
     lr, decay = max(options.lrs), max(options.weight_decays)
     if (shrink := scaled_lr(lr, cfg.batch_size, cfg.optimizer.scaling) * decay) >= 1:
         raise UserError(
-            f"stage.weight_decays has {decay:g} and stage.lrs {lr:g}: a step would take {shrink:.3g} times the weights "
-            "from the weights; leave out the largest of either"
+            f"stage.weight_decays has {decay:g} and stage.lrs {lr:g}: a step would take "
+            f"{shrink:.3g} times the weights from the weights; leave out the largest of either"
         )
 
 
@@ -76,7 +77,8 @@ def check_holdout(holdout: float, exam: bool) -> None:
     """UserError for a share that is held out of nothing."""
     if not exam and holdout != GridOptions().holdout:
         raise UserError(
-            f"stage.holdout={holdout:g} would be ignored: one cell leaves nothing to choose; leave it out"
+            f"stage.holdout={holdout:g} would be ignored: "
+            "one cell leaves nothing to choose; leave it out"
         )
 
 
@@ -129,8 +131,9 @@ def train_grid(
     ]
     shown = drawn or [clean]
     log.info(
-        "cached %s features of %s images and %s augmented copies, %.2f GB; %s learning rates x %s weight decays in "
-        "place of optimizer.base_lr and optimizer.weight_decay, %s images held out to choose by",
+        "cached %s features of %s images and %s augmented copies, %.2f GB; %s learning rates x %s "
+        "weight decays in place of optimizer.base_lr and optimizer.weight_decay, %s images held "
+        "out to choose by",
         clean.shape[1],
         f"{len(labels):,}",
         len(drawn),

@@ -81,7 +81,8 @@ def check_directory(cfg: DictConfig) -> None:
     """UserError for a stage that couldn't leave its result in a directory, or with the tracker."""
     if cfg.dir is None:
         raise UserError(
-            f"dir=null: stage={cfg.stage.name} writes its result there; type dir=... or leave it out"
+            f"dir=null: stage={cfg.stage.name} writes its result there; "
+            "type dir=... or leave it out"
         )
     check_tracking(cfg)
 
@@ -139,7 +140,8 @@ def open_pretrained(cfg: DictConfig) -> Pretrained:
     """
     if cfg.pretrained is None:
         raise UserError(
-            f"stage={cfg.stage.name} needs weights: type pretrained=... (a run directory, a file, a zoo name)"
+            f"stage={cfg.stage.name} needs weights: type pretrained=... "
+            "(a run directory, a file, a zoo name)"
         )
     path = weights.find(cfg.pretrained)
     config = weights.recipe(path) or {}

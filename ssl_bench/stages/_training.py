@@ -43,13 +43,14 @@ def check_batch(cfg: DictConfig, num_images: int) -> int:
         raise UserError("dir=null: training needs a directory; type dir=... or leave it out")
     if cfg.batch_size > num_images:
         raise UserError(
-            f"batch_size={cfg.batch_size} is larger than the dataset ({num_images:,} training images): "
-            f"choose at most batch_size={num_images}"
+            f"batch_size={cfg.batch_size} is larger than the dataset ({num_images:,} "
+            f"training images): choose at most batch_size={num_images}"
         )
     processes = distributed.world_size()
     if cfg.batch_size % processes:
         raise UserError(
-            f"batch_size={cfg.batch_size} is global, and can't be divided among {processes} processes"
+            f"batch_size={cfg.batch_size} is global, "
+            f"and can't be divided among {processes} processes"
         )
     return cfg.batch_size // processes
 
@@ -78,7 +79,8 @@ def check_norm(cfg: DictConfig, model: nn.Module, synced: bool, splits: int = 1)
     if cfg.batch_size // parts < 2 and any(learning):
         of = f", and sees one of {parts} parts" if parts > 1 else ""
         raise UserError(
-            f"batch_size={cfg.batch_size}: batch norm needs two images{of}: choose batch_size={2 * parts} or more"
+            f"batch_size={cfg.batch_size}: batch norm needs two images{of}: "
+            f"choose batch_size={2 * parts} or more"
         )
 
 
@@ -114,8 +116,9 @@ def open_source(
     if kind == "streamed":
         if data.on_error == "skip" and cfg.stage.name != "pretrain":
             raise UserError(
-                "data.on_error=skip with streamed images puts the next one in the place of one that can't be decoded, "
-                "and it would count twice: type source=host (and data.cache= for another disk), or remove the bad ones"
+                "data.on_error=skip with streamed images puts the next one in the place of one "
+                "that can't be decoded, and it would count twice: type source=host (and "
+                "data.cache= for another disk), or remove the bad ones"
             )
         log.info(
             "%s: %s images, decoded as they are needed", split, f"{data.split(split).length:,}"
@@ -196,7 +199,8 @@ def train(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rates = [group["lr"] for group in optimizer.param_groups]
     log.info(
-        "%s images, %s steps an epoch, batch %s on %s x %s, lr %s, %.1f M trained parameters, in %s",
+        "%s images, %s steps an epoch, batch %s on %s x %s, "
+        "lr %s, %.1f M trained parameters, in %s",
         f"{source.num_images:,}",
         f"{source.steps_per_epoch:,}",
         cfg.batch_size,

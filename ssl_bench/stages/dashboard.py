@@ -23,7 +23,8 @@ def dashboard(cfg: DictConfig, run: Run, out: Place = "dashboard.json") -> dict[
     project, entity = cfg.tracking.get("project"), cfg.tracking.get("entity")
     if project is None:
         raise UserError(
-            "stage=dashboard is for W&B: leave tracking=wandb, and name its project with tracking.project="
+            "stage=dashboard is for W&B: leave tracking=wandb, "
+            "and name its project with tracking.project="
         )
     made = panels.workspace(project, entity)
     mode = tracking.choose_mode(cfg.tracking.mode)
@@ -33,7 +34,8 @@ def dashboard(cfg: DictConfig, run: Run, out: Place = "dashboard.json") -> dict[
         with writable("stage.out", out):
             files.write(Path(out), panels.to_json(made))
         print(
-            f"W&B is {mode} here: the dashboard is in {out}; online, after `wandb login`, the same command makes it"
+            f"W&B is {mode} here: the dashboard is in {out}; "
+            "online, after `wandb login`, the same command makes it"
         )
     return {"panels": sum(len(section.panels) for section in made.sections)}
 

@@ -77,7 +77,8 @@ def export(
     measured = record.measured(given, pretrained.path)
     if given and not measured:
         raise UserError(
-            f"runs={cfg.runs}: none of its {len(given)} runs measured {pretrained.path}; name runs that did"
+            f"runs={cfg.runs}: none of its {len(given)} runs measured {pretrained.path}; "
+            "name runs that did"
         )
     if given:
         log.info(
@@ -107,7 +108,8 @@ def export(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(
-        f"written to {folder}: {', '.join(names)}; ssl-bench reads it with {override('pretrained', folder)}"
+        f"written to {folder}: {', '.join(names)}; "
+        f"ssl-bench reads it with {override('pretrained', folder)}"
     )
     return {"tensors": len(state)}
 
@@ -245,18 +247,19 @@ def card(
         else "None were given (`runs=` of `stage=export`).",
         "On the val split: mean ± standard deviation over n seeds." if rows else "",
         "## Input",
-        f"RGB, uint8: the centre square at {packed} pixels, resized to {resized} (bilinear, antialiased, rounded to "
-        f"uint8), the centre {view.image_size} x {view.image_size} cut out, divided by 255; mean {mean}, std {std}. "
-        f"Output: {pretrained.backbone.dim} features"
+        f"RGB, uint8: the centre square at {packed} pixels, resized to {resized} (bilinear, "
+        f"antialiased, rounded to uint8), the centre {view.image_size} x {view.image_size} cut "
+        f"out, divided by 255; mean {mean}, std {std}. Output: {pretrained.backbone.dim} features"
         + (f", then {classifier.out_features} logits." if classifier else "."),
         plain(f"Classes, in the order of the logits: {', '.join(map(str, pretrained.classes))}.")
         if pretrained.classes
         else "",
         "## Use",
         fenced("python", usage(pretrained)),
-        "A ResNet's names are torchvision's and timm's alike. `model.pth` holds the same tensors for "
-        "`torch.load(..., weights_only=True)`; `model.onnx`, where it is there, takes `images` (batch, 3, "
-        f"{view.image_size}, {view.image_size}). `sha256sum --check {files.SUMS}` proves the files.",
+        "A ResNet's names are torchvision's and timm's alike. `model.pth` holds the same tensors "
+        "for `torch.load(..., weights_only=True)`; `model.onnx`, where it is there, takes `images` "
+        f"(batch, 3, {view.image_size}, {view.image_size}). `sha256sum --check {files.SUMS}` "
+        "proves the files.",
         f"There is no `model.onnx`: its export failed ({no_onnx})." if no_onnx else "",
         "## Recipe",
     ]
@@ -294,7 +297,8 @@ def about(pretrained: Pretrained) -> str:
     method, stage, data = (
         (config.get(group) or {}).get("name") for group in ("method", "stage", "data")
     )
-    text = f"A {network}: {method or stage} on {data}, {config.get('epochs')} epochs, batch {config.get('batch_size')}"
+    epochs, batch_size = config.get("epochs"), config.get("batch_size")
+    text = f"A {network}: {method or stage} on {data}, {epochs} epochs, batch {batch_size}"
     text += f", exported by ssl_bench {__version__} from `{pretrained.path.name}`"
     if (folder := layout.run_of(pretrained.path)) is None:
         return text + "."

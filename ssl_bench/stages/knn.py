@@ -68,7 +68,8 @@ def knn(
     cells = list(product([number for number in k if number <= room], temperatures))
     if not cells:
         raise UserError(
-            f"stage.k={list(k)}: more than the {room:,} images of the bank; choose at most stage.k=[{room}]"
+            f"stage.k={list(k)}: more than the {room:,} images of the bank; "
+            f"choose at most stage.k=[{room}]"
         )
     if left_out := [number for number in k if number > room]:
         log.info(
@@ -104,7 +105,8 @@ def knn(
             report(run, {cell: top1 for cell, (top1, _) in scores.items()}, best, int(held.sum()))
             if best[0] == max(k) > min(k):
                 log.warning(
-                    "k %d is the largest tried: the best may lie beyond; add a larger one to stage.k",
+                    "k %d is the largest tried: the best may lie beyond; "
+                    "add a larger one to stage.k",
                     best[0],
                 )
     queries = extract_all(

@@ -70,8 +70,8 @@ def predict(
     pretrained = open_pretrained(cfg)
     if pretrained.classifier is None and not features:
         raise UserError(
-            f"stage.features=false: {pretrained.path} has no classifier, so that nothing is left to write; name a run "
-            "of stage=lincls or stage=finetune"
+            f"stage.features=false: {pretrained.path} has no classifier, "
+            "so that nothing is left to write; name a run of stage=lincls or stage=finetune"
         )
     packed, view = pretrained.view(image_size, test_resize)
     check_size(

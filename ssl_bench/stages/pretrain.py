@@ -57,8 +57,8 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
     """
     if str(cfg.metric).startswith("val_"):
         raise UserError(
-            f"metric={cfg.metric}: stage=pretrain never looks at val: type metric=knn_top1 or metric=probe_top1, which "
-            "held-out training images give, or metric=loss"
+            f"metric={cfg.metric}: stage=pretrain never looks at val: type metric=knn_top1 "
+            "or metric=probe_top1, which held-out training images give, or metric=loss"
         )
     data = build.construct(cfg.data)
     given = {}
@@ -75,8 +75,8 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
     if cfg.sync_batch_norm and distributed.world_size() > 1:
         if splits > 1:
             raise UserError(
-                f"sync_batch_norm=true, but batch norm is to see parts of the batch (method.bn_splits={splits}): "
-                "type sync_batch_norm=false, or method.bn_splits=1"
+                "sync_batch_norm=true, but batch norm is to see parts of the batch "
+                f"(method.bn_splits={splits}): type sync_batch_norm=false, or method.bn_splits=1"
             )
         layers.sync_batch_norm_(model, run.device, cfg.compile)
     model = on_device(model, run)
@@ -107,13 +107,14 @@ def check_fit(cfg: DictConfig, num_images: int) -> None:
     queue_size = cfg.method.get("queue_size", 0)
     if queue_size > num_images:
         raise UserError(
-            f"method.queue_size={queue_size} is larger than the dataset ({num_images:,} images), so that every image "
-            f"would meet its own old key as a negative: choose at most method.queue_size={num_images}"
+            f"method.queue_size={queue_size} is larger than the dataset ({num_images:,} images), "
+            "so that every image would meet its own old key as a negative: choose at most "
+            f"method.queue_size={num_images}"
         )
     if local_batch % (splits := cfg.method.get("bn_splits") or 1):
         raise UserError(
-            f"method.bn_splits={splits} does not divide the {local_batch} images of a process: change one of "
-            "method.bn_splits, batch_size, devices"
+            f"method.bn_splits={splits} does not divide the {local_batch} images of a process: "
+            "change one of method.bn_splits, batch_size, devices"
         )
 
 
@@ -179,7 +180,7 @@ def paired(targets: np.ndarray) -> np.ndarray:
 def show_views(
     cfg: DictConfig, run: Run, source: Source, views: Views, num_images: int = 8
 ) -> None:
-    """views.png: what the network sees of the first images; a column an image, the original on top."""
+    """views.png: the views of the first images; a column an image, the original on top."""
     from torchvision.utils import make_grid, save_image
 
     images, _, indices = next(source.epoch_pass())

@@ -69,7 +69,8 @@ def report(
     paths = files.places(cfg.runs)
     if not paths and readme is None:
         raise UserError(
-            "runs= needs a value: a run, a sweep, a folder of them, or a list: runs=DIR or runs=[DIR,DIR]"
+            "runs= needs a value: a run, a sweep, a folder of them, or a list: "
+            "runs=DIR or runs=[DIR,DIR]"
         )
     folder = Path(out or (paths[0] if len(paths) == 1 else "runs/report"))
     counts = write(cfg, run, paths, folder, details) if paths else {}
@@ -140,7 +141,8 @@ def remarks(runs: list[Ran], candidates: int, details: int) -> list[str]:
         notes.append(f"{what} are left out, as asked by stage.details=0.")
     elif candidates > details:
         notes.append(
-            f"{what} are of the best {details} of {candidates}: stage.details={candidates} shows all."
+            f"{what} are of the best {details} of {candidates}: "
+            f"stage.details={candidates} shows all."
         )
     return notes
 
@@ -276,8 +278,8 @@ def look(cfg: DictConfig, run: Run, detail: page.Detail, ran: Ran, source: Sourc
     log.info("%s, seed %s: top-1 %.2f on %s", detail.group.name, ran.seed, top1, detail.split)
     if abs(top1 - ran.summary.get("val_top1", top1)) > TOLERANCE:
         detail.notes.append(
-            f"seed {ran.seed} has a top-1 of {top1:.2f} here, and had {ran.summary['val_top1']:.2f} when it ran: "
-            "are these other images?"
+            f"seed {ran.seed} has a top-1 of {top1:.2f} here, "
+            f"and had {ran.summary['val_top1']:.2f} when it ran: are these other images?"
         )
     detail.predictions[ran] = predicted.numpy()
 

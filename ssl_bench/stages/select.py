@@ -82,7 +82,8 @@ def select(
         )
     if max_clusters is not None and strategy != "typiclust":
         raise UserError(
-            f"stage.max_clusters={max_clusters} would be ignored: it is for stage.strategy=typiclust"
+            f"stage.max_clusters={max_clusters} would be ignored: "
+            "it is for stage.strategy=typiclust"
         )
     classifier = read_classifier(cfg.pretrained) if strategy == "margin" else {}
     data = build.construct(cfg.data)
@@ -95,7 +96,8 @@ def select(
     others = cover_train and data.num_classes and data.split("train").store_name != split.store_name
     if cover_train and data.num_classes and not others:
         log.info(
-            "the images to choose from are those of the train split: they are chosen though they have labels"
+            "the images to choose from are those of the train split: "
+            "they are chosen though they have labels"
         )
     if strategy != "random":
         backbone = load_pretrained(cfg)
@@ -148,8 +150,8 @@ def select(
 def check_budget(budget: int, free: int) -> None:
     if budget > free:
         raise UserError(
-            f"stage.budget={budget} is more than the {free:,} images without a label: choose at most "
-            f"stage.budget={free}"
+            f"stage.budget={budget} is more than the {free:,} images without a label: "
+            f"choose at most stage.budget={free}"
         )
 
 
@@ -159,13 +161,13 @@ def read_classifier(pretrained: str | None) -> dict[str, Tensor]:
     state = content.get("model", {}) if isinstance(content, dict) else {}
     if "fc.weight" not in state:
         raise UserError(
-            f"pretrained={pretrained} holds no classifier, which stage.strategy=margin needs: name the directory of a "
-            "run of stage=lincls, which holds the backbone too"
+            f"pretrained={pretrained} holds no classifier, which stage.strategy=margin needs: "
+            "name the directory of a run of stage=lincls, which holds the backbone too"
         )
     if len(state["fc.weight"]) < 2:
         raise UserError(
-            f"pretrained={pretrained}: its classifier knows one class, and stage.strategy=margin compares two: choose "
-            "another stage.strategy="
+            f"pretrained={pretrained}: its classifier knows one class, "
+            "and stage.strategy=margin compares two: choose another stage.strategy="
         )
     return state
 
@@ -244,8 +246,9 @@ def write(
     path = (folders[-1] if out else run.directory) / f"request_{number}.csv"
     files.write(path, "".join(f"{index}\n" for index in chosen.tolist()))
     print(
-        f"written: {path}: {len(chosen):,} images to label. With their labels, in the same order, in label_{number}.pt "
-        f"in the folder of data=dl21, it is for data.extra_labels=[request_{number}.csv,label_{number}.pt]"
+        f"written: {path}: {len(chosen):,} images to label. With their labels, in the same order, "
+        f"in label_{number}.pt in the folder of data=dl21, it is for "
+        f"data.extra_labels=[request_{number}.csv,label_{number}.pt]"
     )
 
 

@@ -25,13 +25,15 @@ def sync(cfg: DictConfig, run: Any) -> dict[str, float]:
     }
     if not directories:
         raise UserError(
-            f"runs={cfg.runs}: no metrics.jsonl at or below it; name run directories: runs=DIR or runs=[DIR,DIR]"
+            f"runs={cfg.runs}: no metrics.jsonl at or below it; "
+            "name run directories: runs=DIR or runs=[DIR,DIR]"
         )
     tracking = OmegaConf.to_container(cfg.tracking, resolve=True)
     wandb_asked = tracking.pop("_target_").endswith("WandbTracker")
     if choose_mode(tracking.get("mode", "auto")) == "disabled":
         raise UserError(
-            "WANDB_MODE=disabled: there is nothing for stage=sync to do; unset it, or set it to offline"
+            "WANDB_MODE=disabled: there is nothing for stage=sync to do; "
+            "unset it, or set it to offline"
         )
     failed = []
     for directory in sorted(directories):

@@ -57,7 +57,8 @@ def verify(
     near, paths = files.places(cfg.runs), files.places(what)
     if not near and not paths:
         raise UserError(
-            "stage.what= needs a value: a run, a folder of runs, weights, a results.json or a README.md"
+            "stage.what= needs a value: "
+            "a run, a folder of runs, weights, a results.json or a README.md"
         )
     known = record.find(near) if near else []
     found: list[Finding] = []

@@ -69,14 +69,15 @@ def identify(path: Path, own: list[Ran]) -> str:
             return f"{path}: {name}, {weights.backbone}, {weights.note}"
         if path.name == Path(weights.path).name:
             raise UserError(
-                f"{path}: its md5 is {md5[:8]}..., not {weights.md5}, which {name} has: a broken or another file"
+                f"{path}: its md5 is {md5[:8]}..., not {weights.md5}, which {name} has: "
+                "a broken or another file"
             )
     for ran in own:
         if files.digest(ran.weights) == sha256:
             return f"{path}: {ran.weights}, {recipe(ran)}"
     raise UserError(
-        f"{path}: none of the known weights (md5 {md5[:8]}..., sha256 {sha256[:8]}...); runs=DIR compares it with your "
-        "own, too"
+        f"{path}: none of the known weights (md5 {md5[:8]}..., sha256 {sha256[:8]}...); "
+        "runs=DIR compares it with your own, too"
     )
 
 
