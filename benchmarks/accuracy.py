@@ -1,8 +1,8 @@
 """Does speed cost accuracy? bfloat16 and batched augmentation beside float32 and torchvision's,
 over seeds.
 
-    python benchmarks/accuracy.py                  an hour on 2 cores
-    python benchmarks/accuracy.py --folder DIR     keeps data and runs, and goes on with what is there
+    python benchmarks/accuracy.py               an hour on 2 cores
+    python benchmarks/accuracy.py --folder DIR  keeps data and runs, and goes on with what is there
 
 Both pretrain by `experiment=synthetic_dl21` (fewer images), the same but for the seed, and are
 measured by its linear classifier in float32. The images of torchvision are made one by one by
@@ -74,7 +74,7 @@ class TorchvisionViews(Views):
 
 
 def pretrain(folder: Path, row: str, seed: int) -> dict[str, float]:
-    """Top-1 (percent) of the classifiers after one pretraining, and of the network as initialised."""
+    """Top-1 (percent) of the classifiers after one pretraining, and of the untrained network."""
     run = folder / f"{slug(row)}-seed{seed}"
     where = [
         f"data.root={folder / 'data'}",

@@ -1,7 +1,7 @@
 """What it costs that damage is found: to save, read and seal a checkpoint, to open a packed store,
 with and without.
 
-    python benchmarks/digests.py                              a 2 GB checkpoint, a 5 GB store: 10 GB of disk
+    python benchmarks/digests.py    a 2 GB checkpoint, a 5 GB store: 10 GB of disk
     python benchmarks/digests.py --checkpoint-gb 0.1 --store-gb 0.1 --folder DIR --out digests.json
 
 Each figure is the median of three: [on the clock, of the processor], which differ where other work

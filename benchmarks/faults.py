@@ -1,8 +1,10 @@
 """A fault campaign: real commands, disturbed as machines and people disturb them. What was lost,
 and what was said?
 
-    python benchmarks/faults.py                  # all of them, as root for those that mount something; about 15 minutes
+    python benchmarks/faults.py    # all of them: about 15 minutes
     python benchmarks/faults.py --only kill-pretrain disk-full-checkpoint
+
+Faults that mount something need root.
 
 A row of benchmarks/results/faults.json a fault; those that --only doesn't name stay as they were.
 Nothing is lost where the same command afterwards ends with what an undisturbed run ends with:
@@ -95,7 +97,10 @@ class Done(NamedTuple):
     def said(self) -> str:
         """Our own line, or the last warning."""
         ours = re.findall(r"^ssl-bench: (.*)$", self.text, re.M)
-        words = "damaged|truncated|another run|stopp|skipped|offline|is left out|passed over|in use|finished|packed again"
+        words = (
+            "damaged|truncated|another run|stopp|skipped|offline|is left out|passed over|in use|"
+            "finished|packed again"
+        )
         warned = re.findall(rf"^\d\d:\d\d:\d\d (.*(?:{words}).*)$", self.text, re.M)
         return next(iter([*ours, *warned[-1:]]), "")
 

@@ -1,8 +1,11 @@
 """Linear classification by the official protocol against cached features: time and accuracy.
 
-    python benchmarks/lincls.py                      data, a pretraining, 17 classifiers: an hour on 2 cores, 0.3 GB
-    python benchmarks/lincls.py --folder DIR         keeps all that, and goes on with what is there
-    python benchmarks/lincls.py --folder DIR --only official --seeds 0      one of them, e.g. while nothing else runs
+    python benchmarks/lincls.py               data, a pretraining, 17 classifiers
+    python benchmarks/lincls.py --folder DIR  keeps all that, and goes on with what is there
+    python benchmarks/lincls.py --folder DIR --only official --seeds 0
+                                              one of them, e.g. while nothing else runs
+
+The whole takes an hour on 2 cores and 0.3 GB of disk.
 
 Every run is the real command, on one thread. Times are those of the first seed, from the start of
 the process to its end: of the processor, which other work on the machine changes little, and on the

@@ -1,6 +1,6 @@
 """Private memory and speed of packing and training as the number of images grows.
 
-    python benchmarks/memory.py                                       5k, 20k and 100k images: 10 minutes, 6 GB of disk
+    python benchmarks/memory.py    5k, 20k and 100k images: 10 minutes, 6 GB of disk
     python benchmarks/memory.py --counts 1000 2000 --out memory.json
 
 For each count: synthetic 96x96 PNG files in the dl21 layout in a temporary folder, then the real
@@ -103,7 +103,8 @@ def measure(root: Path, cache: Path, run: Path) -> dict:
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "| images | packing, GB private | training, GB private | packing, images/s | training, images/s |"
+        "| images | packing, GB private | training, GB private | packing, images/s "
+        "| training, images/s |"
     ]
     lines.append("| ---: | ---: | ---: | ---: | ---: |")
     for row in rows:

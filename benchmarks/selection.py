@@ -1,9 +1,11 @@
 """Do chosen labels teach more than random ones, and what does it cost to choose among 512,000
 images?
 
-    python benchmarks/selection.py                 two backbones, 100 choices with their classifiers: minutes on a core
-    python benchmarks/selection.py --folder DIR    keeps all that, and goes on with what is there
-    python benchmarks/selection.py --scale         the strategies on simulated features of 512,000 images, 3 GB of disk
+    python benchmarks/selection.py               two backbones, 100 choices with their classifiers:
+                                                 minutes on a core
+    python benchmarks/selection.py --folder DIR  keeps all that, and goes on with what is there
+    python benchmarks/selection.py --scale       the strategies on simulated features of 512,000
+                                                 images, 3 GB of disk
 
 Labels are asked for of images among which one class is many times as frequent as another, as in the
 long-tailed CIFAR (Cui et al., arXiv:1901.05555). A linear classifier that has these labels is

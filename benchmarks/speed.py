@@ -1,8 +1,9 @@
 """Speed of pretraining beside its peers, by batch and data set, and of its parts beside their
 floors.
 
-    pip install -e ".[bench]" && python benchmarks/speed.py     on two CPU cores: twenty minutes, 9 GB of disk
-    python benchmarks/speed.py --quick                          a smoke test of a minute; its figures mean nothing
+    pip install -e ".[bench]"
+    python benchmarks/speed.py            on two CPU cores: twenty minutes, 9 GB of disk
+    python benchmarks/speed.py --quick    a smoke test of a minute; its figures mean nothing
     python benchmarks/speed.py --only contenders parts --cases resnet50:512 --repeats 1 --workers 16
                                                                 the shortest that tells something,
                                                                 on a GPU: minutes

@@ -71,7 +71,8 @@ def contenders(result: dict) -> str:
     )
     note = f"""## End to end, images/s
 
-MoCo v2 at {shape}, from {packing["images"]:,} PNG names of {plan["files"]:,} files, in the page cache for all.
+MoCo v2 at {shape}, from {packing["images"]:,} PNG names of {plan["files"]:,} files, \
+in the page cache for all.
 Median (least-most) of {result["repeats"]} turns, windows of {plan["steps"]} steps, once warm.
 The peers: float32, eager, contiguous; data workers, {choice}: {workers}.
 Ours: `{" ".join(plan["ours"])}`, after packing once in {cost}.
@@ -84,8 +85,8 @@ Ours: `{" ".join(plan["ours"])}`, after packing once in {cost}.
 def startup(result: dict) -> str:
     rows = [[name, middle(found, 2)] for name, found in result["startup"].items()]
     return (
-        "## From the start of the process, s\n\nWith a packed store; the first step is part of it.\n\n"
-        + table(["to", "s"], *rows)
+        "## From the start of the process, s\n\n"
+        "With a packed store; the first step is part of it.\n\n" + table(["to", "s"], *rows)
     )
 
 
@@ -117,8 +118,10 @@ def parts(row: dict) -> str:
     note = f"""## Parts of our step: {row["backbone"]}, batch {row["batch"]}
 
 {whole(row)}Not compiled.
-Floor: operations at the measured rate of a large matrix product ({rates["flops"] / 1e9:,.0f} GFLOP/s),
-or bytes that must move at the measured rate of memory ({rates["bytes"] / 1e9:,.1f} GB/s), whichever takes longer.
+Floor: operations at the measured rate of a large matrix product \
+({rates["flops"] / 1e9:,.0f} GFLOP/s),
+or bytes that must move at the measured rate of memory ({rates["bytes"] / 1e9:,.1f} GB/s), \
+whichever takes longer.
 
 """
     return note + table(["part", "ms a step", "share, %", "floor, ms", "times the floor"], *rows)
@@ -129,8 +132,9 @@ def whole(row: dict) -> str:
         return ""
     busy, augmenting = (1000 * row["profile"][key] for key in ("busy", "augmenting"))
     return (
-        f"As the program runs it the GPU computes {busy:.1f} ms a step, {augmenting:.1f} ms of them the augmentation "
-        f"({100 * augmenting / busy:.1f} %).\nThe parts are timed by waiting after each, one kernel after another. "
+        f"As the program runs it the GPU computes {busy:.1f} ms a step, "
+        f"{augmenting:.1f} ms of them the augmentation ({100 * augmenting / busy:.1f} %).\n"
+        "The parts are timed by waiting after each, one kernel after another. "
     )
 
 

@@ -104,8 +104,8 @@ def check(path: Path) -> Path | None:
         said = listed(folder).get(path.relative_to(folder).as_posix()) if path.is_file() else None
         if said and said != (found := digest(path)):
             raise UserError(
-                f"{path}: its sha256 is {found[:8]}..., not {said[:8]}... as {folder / SUMS} says: a broken or another "
-                "file; put back the one that was written"
+                f"{path}: its sha256 is {found[:8]}..., not {said[:8]}... as {folder / SUMS} says: "
+                "a broken or another file; put back the one that was written"
             )
         if said:
             return folder / SUMS

@@ -1,4 +1,4 @@
-"""What somebody's path or value becomes in a line that a shell, or our own command line, will read."""
+"""How a path or value is quoted in a line that a shell, or our own command line, will read."""
 
 import re
 import shlex

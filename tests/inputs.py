@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def U(name: str, *shape: int) -> Tensor:
-    """float64 in [-1, 1): SplitMix64, element i from 1 on, offset by the name's CRC-32, in C order."""
+    """float64 in [-1, 1): SplitMix64 of i = 1, 2, ... in C order, offset by the name's CRC-32."""
     i = np.arange(1, np.prod(shape, dtype=int) + 1, dtype=np.uint64)
     with np.errstate(over="ignore"):
         z = i * np.uint64(0x9E3779B97F4A7C15) + np.uint64(zlib.crc32(name.encode()))

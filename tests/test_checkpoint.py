@@ -166,7 +166,7 @@ def equal(one: object, other: object) -> bool:
 def test_a_flipped_bit_is_found_or_harmless(
     two: tuple[Checkpoint, bytes], place: float, bit: int, directory: bool
 ) -> None:
-    """Wherever it is: in a tensor, a record's name or length, the directory at the end of the file."""
+    """Wherever it is: in a tensor, a record's name or length, the directory at the file's end."""
     checkpoint, whole = two
     newest = complete(checkpoint.directory)[0]
     newest.write_bytes(whole)

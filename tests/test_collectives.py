@@ -171,9 +171,12 @@ def test_no_collective_where_rank_0_is_alone() -> None:
 
 def test_the_reading_knows_what_talks() -> None:
     talking = Reading(TREES).talking
-    names = "runtime.distributed.any_rank runs.run.stopping stages._training.open_source evaluate.features.extract_all"
-    names += " launch.process.launch evaluate.features.watched evaluate.passes.evaluate training.engine.fit"
-    names += " evaluate.features.stored_features stages.pipeline.draw"
+    names = (
+        "runtime.distributed.any_rank runs.run.stopping stages._training.open_source "
+        "evaluate.features.extract_all launch.process.launch evaluate.features.watched "
+        "evaluate.passes.evaluate training.engine.fit evaluate.features.stored_features "
+        "stages.pipeline.draw"
+    )
     assert set(names.split()) <= talking
     assert (
         not {
@@ -240,10 +243,13 @@ def test_a_pipeline_of_two_processes(ssl_bench: Command, tmp_path: Path) -> None
     rows.parent.mkdir(parents=True)
     on = "'pretrained=${quote:${dir}/pretrain}'"
     rows.write_text(
-        "# @package _global_\nstage:\n  rows:\n"
+        "# @package _global_\n"
+        "stage:\n"
+        "  rows:\n"
         f"    kNN: [stage=knn, {on}]\n"
         f"    whole: [stage=finetune, {on}, augmentation.flip_p=0, batch_size=50, epochs=1]\n"
-        f"    cached: [stage=lincls, {on}, stage.features=cached, batch_size=50, epochs=1, 'stage.lrs=[1,10]']\n"
+        f"    cached: [stage=lincls, {on}, stage.features=cached, batch_size=50, epochs=1, "
+        "'stage.lrs=[1,10]']\n"
         f"    next: [stage=select, {on}, stage.budget=20, stage.cover_train=false]\n"
         f"    file: [stage=export, {on}, stage.out=out, stage.onnx=false]\n"
     )
@@ -302,8 +308,8 @@ def test_processes_that_do_not_meet_say_so(tmp_path: Path, port: int, address: s
     assert "Traceback" not in said
     last = said.splitlines()[-1]
     assert (
-        f"process 1 of 2 didn't meet the others at {address}:{port} within 3 s ($SSL_BENCH_RENDEZVOUS)"
-        in last
+        f"process 1 of 2 didn't meet the others at {address}:{port} within 3 s "
+        "($SSL_BENCH_RENDEZVOUS)" in last
     )
     assert ("is no name that" in last) == (address != "127.0.0.1")
 
@@ -312,8 +318,13 @@ def test_processes_that_do_not_meet_say_so(tmp_path: Path, port: int, address: s
 def test_a_process_that_comes_late_is_waited_for_at_collectives(tmp_path: Path, port: int) -> None:
     """Meeting has a limit of seconds here; packing, which the others wait for, hasn't."""
     (tmp_path / "mine.py").write_text(
-        "import os, time\nfrom ssl_bench.data.formats.digits import Digits\n\n\nclass Mine(Digits):\n"
-        "    def open(self, split):\n        time.sleep(6 * (os.environ['RANK'] == '0'))\n"
+        "import os, time\n"
+        "from ssl_bench.data.formats.digits import Digits\n"
+        "\n"
+        "\n"
+        "class Mine(Digits):\n"
+        "    def open(self, split):\n"
+        "        time.sleep(6 * (os.environ['RANK'] == '0'))\n"
         "        return super().open(split)\n"
     )
     words = ["epochs=1", "data._target_=mine.Mine"]

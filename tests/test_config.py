@@ -179,8 +179,10 @@ def test_a_signature_that_is_read_is_the_one_that_is_imported(group: str, choice
 
 def test_a_mistake_is_found_before_torch_is_imported() -> None:
     script = (
-        "import sys, ssl_bench.train as train; sys.argv[1:] = ['method.temperature=-1', 'batch_size=many']\n"
-        "try: train.main()\nfinally: print('torch' in sys.modules)"
+        "import sys, ssl_bench.train as train; sys.argv[1:] = ['method.temperature=-1', "
+        "'batch_size=many']\n"
+        "try: train.main()\n"
+        "finally: print('torch' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (result.returncode, result.stdout.strip()) == (2, "False"), result.stderr

@@ -144,7 +144,7 @@ def test_images_and_tables(runs: dict[str, Recorded]) -> None:
 
 
 def test_lineage(runs: dict[str, Recorded]) -> None:
-    """What one run made and another came from has one name and one content: to W&B, one artifact."""
+    """What one run made and another came from has one name and content: to W&B, one artifact."""
     pretrain, lincls, select = runs["pretrain"], runs["lincls"], runs["select"]
     weights = f"weights-{pretrain.id}"
     # by `online`

@@ -195,7 +195,7 @@ def test_torchrun_is_joined(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_features_standardised_by_two_processes(ssl_bench: Command, tmp_path: Path) -> None:
-    """By the statistics of the whole batch, and every process evaluates the network that is saved."""
+    """By the statistics of the whole batch; every process evaluates the network that is saved."""
     command = [
         "stage=lincls",
         "stage.normalize=true",

@@ -84,7 +84,7 @@ def train(
 
 
 def test_stopped_while_no_images_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The state of the last whole step is saved, and it goes on from there as if nothing had been."""
+    """The state of the last whole step is saved, and it goes on from there as if nothing was."""
     whole, _ = train(tmp_path / "whole")
     stream = HostSource.stream
 

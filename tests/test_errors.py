@@ -56,7 +56,7 @@ LINCLS = ["data=dl21", "data.root=dl21", "stage=lincls", "batch_size=4", *SMALL]
 
 
 def complaint(result: subprocess.CompletedProcess) -> str:
-    """What the command said of the mistake; asserts that it is nothing but this, after log lines."""
+    """What the command said of the mistake; asserts that, after log lines, it said nothing else."""
     assert result.returncode == 2, result.stderr
     assert result.stdout == ""
     logged, mark, said = result.stderr.rstrip("\n").partition("ssl-bench: ")
@@ -79,19 +79,22 @@ CONFIGURATION = {
     "nested key": (
         ["method.temprature=0.1"],
         [
-            "method.temprature: no such key; did you mean method.temperature? Valid: method.bn_splits, method.dim, "
+            "method.temprature: no such key; did you mean method.temperature? Valid: "
+            "method.bn_splits, method.dim, "
         ],
     ),
     "key of a launcher": (
         ["launcher=slurm", "hydra.launcher.partiton=gpu", "seed=0"],
         [
-            "hydra.launcher.partiton: no such key; did you mean hydra.launcher.partition? Valid: hydra.launcher.acc"
+            "hydra.launcher.partiton: no such key; did you mean hydra.launcher.partition? Valid: "
+            "hydra.launcher.acc"
         ],
     ),
     "key of a launcher in a sweep": (
         ["launcher=slurm", "hydra.launcher.partiton=gpu", "seed=0,1"],
         [
-            "hydra.launcher.partiton: no such key; did you mean hydra.launcher.partition? Valid: hydra.launcher.acc"
+            "hydra.launcher.partiton: no such key; did you mean hydra.launcher.partition? Valid: "
+            "hydra.launcher.acc"
         ],
     ),
     "key of a value": (["seed.x=1"], ["seed.x: no such key; seed has none"]),
@@ -102,13 +105,15 @@ CONFIGURATION = {
     "interval": (
         ["method.temperature=interval(0.05,0.5)"],
         [
-            "method.temperature=interval(0.05,0.5): an interval is for a search: add -m hydra/sweeper=optuna"
+            "method.temperature=interval(0.05,0.5): an interval is for a search: "
+            "add -m hydra/sweeper=optuna"
         ],
     ),
     "interval in a sweep": (
         ["-m", "method.temperature=interval(0.05,0.5)"],
         [
-            "method.temperature=interval(0.05,0.5): an interval is for a search: add -m hydra/sweeper=optuna"
+            "method.temperature=interval(0.05,0.5): an interval is for a search: "
+            "add -m hydra/sweeper=optuna"
         ],
     ),
     "glob": (["method=glob(*)"], ["method=glob(*): several values are for a sweep: add -m"]),
@@ -216,11 +221,13 @@ ADVICE = re.compile(
     "mistake",
     [
         "sweep=1e5", "dir=1e5", "dir=true", "dir=[x,y]", "dir={a:b}", "pretrained=12", "runs=1.50",
-        "method=moko_v2", "backbone=resnt18", "epochs=10 schedule.warmup_epochs=20", "batch_size=7 devices=2",
-        "stage=lincls stage.features=cached stage.copies=200", "data.cache=1_000", 'dir="it\'s [1]"', "tracking=wand",
-        "method=swav epochs=1 method.queue_length=0", "stage=predic stage.images=x", "optimizer=sdg", 
+        "method=moko_v2", "backbone=resnt18", "epochs=10 schedule.warmup_epochs=20",
+        "batch_size=7 devices=2", "stage=lincls stage.features=cached stage.copies=200",
+        "data.cache=1_000", 'dir="it\'s [1]"', "tracking=wand", "optimizer=sdg",
+        "method=swav epochs=1 method.queue_length=0", "stage=predic stage.images=x",
         "--precision bf16", "--epochs=20", "--method.dim 64", "--compile",
-        "stage=pipeline stage.rows.pretrained=[stage=knn,stage.k=[9]]", "stage=pipeline stage.protocol=[batch_size=3]",
+        "stage=pipeline stage.rows.pretrained=[stage=knn,stage.k=[9]]",
+        "stage=pipeline stage.protocol=[batch_size=3]",
     ],
 )  # fmt: skip
 def test_what_is_advised_works_when_it_is_typed(mistake: str) -> None:
@@ -326,7 +333,10 @@ def test_full_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     monkeypatch.setattr("ssl_bench.stages._training.fit", full)
-    said = f"batch_size=128 doesn't fit: CUDA out of memory. Tried to allocate 2.00 GiB. {free}. Type a smaller"
+    said = (
+        f"batch_size=128 doesn't fit: CUDA out of memory. Tried to allocate 2.00 GiB. {free}. "
+        "Type a smaller"
+    )
     with pytest.raises(UserError, match=re.escape(said)):
         launch(compose(*TINY_PRETRAIN, "device=cpu", f"dir={tmp_path / 'run'}"))
 
@@ -369,7 +379,8 @@ def test_a_mistyped_key_in_a_sweep(ssl_bench: Command, tmp_path: Path) -> None:
     assert said[0] == "nothing was started."
     for line, value in zip(said[1:], ("0.1", "0.2"), strict=True):
         assert line.startswith(
-            f"method.temprature={value} batch_size=128: method.temprature: no such key; did you mean "
+            f"method.temprature={value} batch_size=128: method.temprature: no such key; "
+            "did you mean "
         )
     assert files(tmp_path) == set()
 
@@ -396,11 +407,13 @@ def test_a_mistyped_key_in_a_launcher_of_ones_own(ssl_bench: Command, tmp_path: 
     folder = tmp_path / "my conf" / "launcher"
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_text(
-        "# @package _global_\ndefaults: [slurm]\nhydra: {launcher: {partiton: gpu, timeout_min: 9}}\n"
+        "# @package _global_\ndefaults: [slurm]\n"
+        "hydra: {launcher: {partiton: gpu, timeout_min: 9}}\n"
     )
     said = complaint(ssl_bench("seed=0,1", "--config-dir", "my conf", "launcher=mine"))
     assert said.startswith(
-        "launcher/mine.yaml: hydra.launcher.partiton: no such key; did you mean hydra.launcher.partition? Valid: "
+        "launcher/mine.yaml: hydra.launcher.partiton: no such key; "
+        "did you mean hydra.launcher.partition? Valid: "
     )
     (folder / "mine.yaml").write_text(
         "# @package _global_\ndefaults: [slurm]\nhydra: {launcher: {timeout_min: long}}\n"
@@ -465,18 +478,23 @@ def test_a_zoo_name_without_a_network(
         (["method.momentum=1.1"], "method.momentum=1.1: input should be less than or equal to 1"),
         (["method.mlp=2"], "method.mlp=2: input should be a valid boolean"),
         (["augmentation.mean=[0.5,0.5]"], "augmentation.mean.2 needs a value"),
-        (["optimizer.scaling=cubic"], "scaling=cubic: input should be 'linear', 'sqrt', 'three_quarters' or 'none'"),
+        (["optimizer.scaling=cubic"],
+         "scaling=cubic: input should be 'linear', 'sqrt', 'three_quarters' or 'none'"),
         (["data.on_error=ignore"], "data.on_error=ignore: input should be 'raise' or 'skip'"),
-        (["data=cifar10", "data.root=x", "data.image_size=64"], "data.image_size=64: input should be 32"),
+        (["data=cifar10", "data.root=x", "data.image_size=64"],
+         "data.image_size=64: input should be 32"),
         (["data=stl10"], "data.root needs a value: type data.root=..."),
-        (["stage=lincls", "stage.labels_per_class=0"], "stage.labels_per_class=0: input should be greater than 0"),
+        (["stage=lincls", "stage.labels_per_class=0"],
+         "stage.labels_per_class=0: input should be greater than 0"),
         *(
-            ([f"stage={stage}", "stage.test_resize=0.9"], "stage.test_resize=0.9: input should be greater than")
+            ([f"stage={stage}", "stage.test_resize=0.9"],
+             "stage.test_resize=0.9: input should be greater than")
             for stage in ("lincls", "knn", "finetune", "select")
         ),
         (["batch_size=10", "devices=4"], "choose a multiple, like batch_size=12"),
         (["+method.foo=1"], "method.foo: no such key; "),
-        (["method._target_=ssl_bench.methods.moco.X"], "method._target_=ssl_bench.methods.moco.X: can't be imported"),
+        (["method._target_=ssl_bench.methods.moco.X"],
+         "method._target_=ssl_bench.methods.moco.X: can't be imported"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
@@ -646,14 +664,16 @@ SLOW = {  # a rule each that a test of its module knows too
         nothing,
         [*PRETRAIN, "augmentation.num_views=3"],
         [
-            "augmentation.num_views=3, but method=moco_v2 takes 2: type augmentation.num_views=2, or choose another"
+            "augmentation.num_views=3, but method=moco_v2 takes 2: type augmentation.num_views=2, "
+            "or choose another"
         ],
     ),
     "two views": (
         nothing,
         [*LINCLS, "augmentation=moco_v2"],
         [
-            "augmentation.num_views=2, but stage=lincls takes 1: type augmentation.num_views=1, or choose another"
+            "augmentation.num_views=2, but stage=lincls takes 1: type augmentation.num_views=1, "
+            "or choose another"
         ],
     ),
     "interval": (

@@ -130,8 +130,8 @@ def test_torchvision_and_timm_read_it(tmp_path: Path, name: str) -> None:
 def test_a_vit_is_read_by_its_own_names(tmp_path: Path) -> None:
     torch.manual_seed(0)
     probe = LinearProbe(vit.vit_tiny(32), 5).eval()
-    out = export(Checkpoint(tmp_path, "run").save(1, model=probe), tmp_path / "out", "backbone=vit_tiny",
-                 "backbone.image_size=32")  # fmt: skip
+    saved = Checkpoint(tmp_path, "run").save(1, model=probe)
+    out = export(saved, tmp_path / "out", "backbone=vit_tiny", "backbone.image_size=32")
     again = vit.vit_tiny(32)
     assert load_backbone(again, str(out)).layout == "plain"
     assert same(again, probe.backbone)
@@ -336,13 +336,19 @@ def test_an_export_leaves_nothing_of_the_one_before(
     [
         (["stage=export"], "stage=export needs weights: type pretrained=..."),
         (["stage=predict", "stage.images=."], "stage=predict needs weights: type pretrained=..."),
-        (["stage=export", "pretrained={file}"], "doesn't say which of our networks it is of: type backbone="),
-        (["stage=export", "pretrained={place}/moco", "runs={place}/moco"], "none of its 1 runs measured"),
+        (["stage=export", "pretrained={file}"],
+         "doesn't say which of our networks it is of: type backbone="),
+        (["stage=export", "pretrained={place}/moco", "runs={place}/moco"],
+         "none of its 1 runs measured"),
         (["stage=export", "pretrained={place}/moco", "runs={place}/data"], "no run at or below it"),
-        (["stage=export", "pretrained={file}", "stage.out={file}/a"], "can't be written (Not a directory); choose"),
-        (["stage=predict", "pretrained={place}/moco", "stage.images=/no"], "stage.images=/no: no such folder"),
-        (["stage=predict", "pretrained={place}/moco", "stage.images={place}/knn"], "stage.images= sets the folder"),
-        (["stage=predict", "pretrained={place}/moco", "stage.images=.", "stage.features=false"], "has no classifier"),
+        (["stage=export", "pretrained={file}", "stage.out={file}/a"],
+         "can't be written (Not a directory); choose"),
+        (["stage=predict", "pretrained={place}/moco", "stage.images=/no"],
+         "stage.images=/no: no such folder"),
+        (["stage=predict", "pretrained={place}/moco", "stage.images={place}/knn"],
+         "stage.images= sets the folder"),
+        (["stage=predict", "pretrained={place}/moco", "stage.images=.", "stage.features=false"],
+         "has no classifier"),
         (["stage=zoo", "stage.verify=/nowhere"], "stage.verify=/nowhere: no such file"),
     ],
 )  # fmt: skip

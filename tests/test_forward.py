@@ -239,7 +239,7 @@ def test_batch_norm_sees_the_keys_mixed_anew(splits: int) -> None:
 
 
 def test_the_teachers_temperature() -> None:
-    """numpy.linspace over the epochs of the warm-up in DINO's authors' main_dino.py, then constant."""
+    """numpy.linspace over the warm-up's epochs in the authors' main_dino.py, then constant."""
     criterion = DINOLoss(4, 0.04, 0.07, warmup_epochs=4)
     found = []
     for epoch in range(6):

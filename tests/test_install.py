@@ -120,7 +120,7 @@ def test_help_and_configuration(installed: Callable[..., str]) -> None:
 
 
 def test_a_sweep(installed: Callable[..., str]) -> None:
-    """Hydra finds the launchers, and the members, in processes of their own, find everything else."""
+    """Hydra finds the launchers; members, in processes of their own, find everything else."""
     installed("ssl-bench", "launcher=workstation", *TINY_PRETRAIN, "epochs=1")
     listing = installed("ssl-bench", "stage=status", "runs=runs/sweeps/pretrain")
     assert "| finished | 10/10" in listing

@@ -156,10 +156,13 @@ def test_a_signal_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["stage.labels_per_class=3", "stage.k=[30]"], r"stage.k=\[30\]: more than the 20 images of the bank; choose"),
-        (["stage.labels_per_class=1"], r"stage=knn chooses by held-out labels, .* type one of each: stage.k=\[20\]"),
+        (["stage.labels_per_class=3", "stage.k=[30]"],
+         r"stage.k=\[30\]: more than the 20 images of the bank; choose"),
+        (["stage.labels_per_class=1"],
+         r"stage=knn chooses by held-out labels, .* type one of each: stage.k=\[20\]"),
         (["stage.labels_per_class=1", "stage.label_fraction=0.1"], "give one of the two"),
-        (["stage.label_fraction=0.001"], "of 1,297 images is 1, and one of each class makes 10: choose a larger share"),
+        (["stage.label_fraction=0.001"],
+         "of 1,297 images is 1, and one of each class makes 10: choose a larger share"),
         (["dir=null"], "dir=null: stage=knn writes its result there"),
     ],
 )  # fmt: skip

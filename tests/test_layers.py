@@ -159,5 +159,6 @@ def test_pickles_are_never_read() -> None:
 if __name__ == "__main__":
     arrows = sum(map(len, ARROWS.values()))
     print(
-        f"{len(GRAPH)} modules in {len(ARROWS)} rooms, {arrows} arrows between them, {len(circles(GRAPH))} in circles"
+        f"{len(GRAPH)} modules in {len(ARROWS)} rooms, {arrows} arrows between them, "
+        f"{len(circles(GRAPH))} in circles"
     )

@@ -80,8 +80,9 @@ def test_features_are_standardised_and_a_head_is_examined_and_chosen() -> None:
     torch.testing.assert_close(
         many.norm(x).var(dim=0, correction=0), torch.ones(6).double(), rtol=1e-3, atol=1e-3
     )
-    train(many, torch.optim.SGD([{"params": pair, "lr": 0.1 * i} for i, pair in enumerate(many.pairs())], lr=1), x,
-          torch.stack([y, y.masked_fill(y == 0, IGNORED)], dim=1))  # fmt: skip
+    groups = [{"params": pair, "lr": 0.1 * i} for i, pair in enumerate(many.pairs())]
+    targets = torch.stack([y, y.masked_fill(y == 0, IGNORED)], dim=1)
+    train(many, torch.optim.SGD(groups, lr=1), x, targets)
     scores = many.score(x, y)
     for cell in range(3):
         one = LinearProbe(Features(), 4).double()
@@ -323,9 +324,11 @@ def test_the_choice_is_the_best_of_the_exam(
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["optimizer.base_lr=0.07"], "base_lr=0.07 would be ignored: stage.features=cached tries stage.lrs=[0.01,"),
+        (["optimizer.base_lr=0.07"],
+         "base_lr=0.07 would be ignored: stage.features=cached tries stage.lrs=[0.01,"),
         (["optimizer.weight_decay=0.5"], "type stage.weight_decays=[0.5], with others to try"),
-        (["batch_size=4096", "stage.weight_decays=[0,0.1]"], "a step would take 160 times the weights from"),
+        (["batch_size=4096", "stage.weight_decays=[0,0.1]"],
+         "a step would take 160 times the weights from"),
     ],
     ids=["lr", "weight decay", "both too large"],
 )  # fmt: skip

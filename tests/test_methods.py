@@ -198,8 +198,8 @@ def test_batch_norm_is_shuffled_unless_told_otherwise(caplog: pytest.LogCaptureF
         ("INFO", said),
         (
             "WARNING",
-            "BatchNorm2d sees a batch whole, not shuffled: its statistics may give the positive away "
-            "(method.bn_splits=1)",
+            "BatchNorm2d sees a batch whole, not shuffled: its statistics may give the positive "
+            "away (method.bn_splits=1)",
         ),
     ]
     caplog.clear()

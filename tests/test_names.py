@@ -60,8 +60,8 @@ def test_names_that_are_not_utf8(tmp_path: Path, capfd: pytest.CaptureFixture) -
         )
     )
     launch(compose("stage=report", f"runs={runs}", f"stage.out={tmp_path}/report", "device=cpu"))
-    launch(compose("stage=select", "stage.budget=3", "stage.cover_train=false", *words[:-1], "backbone.stem=small",
-                   f"dir={runs}/chosen"))  # fmt: skip
+    choose = ["stage=select", "stage.budget=3", "stage.cover_train=false", "backbone.stem=small"]
+    launch(compose(*choose, *words[:-1], f"dir={runs}/chosen"))
     assert "Classes, in the order of the logits: b, caf" in (
         tmp_path / "out" / "README.md"
     ).read_text(encoding="utf-8")
@@ -77,7 +77,8 @@ def test_names_that_are_not_utf8(tmp_path: Path, capfd: pytest.CaptureFixture) -
 )
 def test_a_terminal_without_the_character(how: dict[str, str], tmp_path: Path) -> None:
     script = (
-        "import logging, sys; from ssl_bench.launch.process import set_up_logging; set_up_logging()\n"
+        "import logging, sys; from ssl_bench.launch.process import set_up_logging; "
+        "set_up_logging()\n"
         "print('92.2 \\xb1 0.2'); print('\\xb1', file=sys.stderr)\n"
         "logging.getLogger('ssl_bench').warning('\\xb1 %s', '\\udce9')"
     )
@@ -91,8 +92,9 @@ def test_a_terminal_without_the_character(how: dict[str, str], tmp_path: Path) -
 
 
 PLACES = {  # every setting that is a path, with what its stage needs besides
-    "dir": "", "pretrained": "stage=lincls", "runs": "stage=report", "data.root": "data=dl21", "data.cache": "",
-    "data.extra_labels": "data=dl21 data.root=/x", "stage.out": "stage=select", "stage.features": "stage=select",
+    "dir": "", "pretrained": "stage=lincls", "runs": "stage=report", "data.root": "data=dl21",
+    "data.cache": "", "data.extra_labels": "data=dl21 data.root=/x",
+    "stage.out": "stage=select", "stage.features": "stage=select",
     "stage.requested": "stage=select", "stage.images": "stage=predict", "stage.verify": "stage=zoo",
     "stage.readme": "stage=report", "stage.what": "stage=verify",
 }  # fmt: skip

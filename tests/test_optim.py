@@ -185,16 +185,18 @@ LARS = ["optimizer=lars", "optimizer.base_lr=0.1", "optimizer.weight_decay=0"]
 MISTAKES = {
     "cached, decay": (
         [*CACHED, *ADAMW, "optimizer.final_weight_decay=0.4"],
-        "optimizer.final_weight_decay=0.4 would overwrite the weight_decay that parameters have of their own here",
+        "optimizer.final_weight_decay=0.4 would overwrite the weight_decay that parameters have of "
+        "their own here",
     ),
     "cached, rate": (
         [*CACHED, *LARS, "optimizer.base_lr_biases=0.1"],
-        "optimizer.base_lr_biases=0.1 would overwrite the lr that parameters have of their own here: type "
-        "optimizer.base_lr_biases=null",
+        "optimizer.base_lr_biases=0.1 would overwrite the lr that parameters have of their own "
+        "here: type optimizer.base_lr_biases=null",
     ),
     "finetune": (
         ["stage=finetune", "optimizer=barlow_twins"],
-        "optimizer.base_lr_biases=0.0048 would overwrite the lr that parameters have of their own here",
+        "optimizer.base_lr_biases=0.0048 would overwrite the lr that parameters have of their own "
+        "here",
     ),
 }
 

@@ -116,7 +116,8 @@ def test_any_list_of_evaluations_follows(ssl_bench: Command, tmp_path: Path) -> 
     rows = [
         f"pretrained: ['{on}']",
         f"kNN: [stage=knn, '{on}', augmentation.image_size=16]",
-        f"whole: [stage=finetune, '{on}', augmentation.flip_p=0, stage.labels_per_class=10, batch_size=50, epochs=1]",
+        f"whole: [stage=finetune, '{on}', augmentation.flip_p=0, stage.labels_per_class=10, "
+        "batch_size=50, epochs=1]",
         f"file: [stage=export, '{on}', stage.out=out, stage.onnx=false]",
     ]
     command = [
@@ -164,8 +165,8 @@ def test_a_newer_checkpoint_is_not_answered_with_an_old_result(
     result = ssl_bench(*lincls)
     assert result.returncode == 2
     assert (
-        "pretrained was pretrain/checkpoints/step0000000008.pt, is pretrain/checkpoints/step0000000010.pt"
-        in result.stderr
+        "pretrained was pretrain/checkpoints/step0000000008.pt, is "
+        "pretrain/checkpoints/step0000000010.pt" in result.stderr
     )
 
 

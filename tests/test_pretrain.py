@@ -65,7 +65,8 @@ MISTAKES = {
     ),
     "small views": (
         [*VIT, "method=dino", "augmentation.small_size=4"],
-        "augmentation.small_size=4 is no multiple of backbone.patch_size=8; backbone=vit_tiny doesn't take it",
+        "augmentation.small_size=4 is no multiple of backbone.patch_size=8; "
+        "backbone=vit_tiny doesn't take it",
     ),
 }
 

@@ -132,7 +132,8 @@ def test_predictions_are_those_that_were_measured(runs: Path, opened) -> None:
     means = np.array([float(cell.split(" ± ")[0]) for cell in shown])
     assert (means * counts).sum() / 500 == pytest.approx(np.mean(measured), abs=0.1)
     diagonal = opened.execute_script(
-        "return [...document.querySelector('.confusion').querySelectorAll('td.right')].map((cell) => cell.title)"
+        "return [...document.querySelector('.confusion').querySelectorAll('td.right')].map((cell) "
+        "=> cell.title)"
     )
     assert [float(title.split(": ")[1].split()[0]) for title in diagonal] == pytest.approx(
         means, abs=0.11
@@ -173,7 +174,8 @@ def test_opens_from_disk_without_network_or_errors(reported: Path, opened) -> No
         == wanted
     )
     links = opened.execute_script(
-        "return [...document.querySelectorAll('nav a')].map((a) => document.querySelector(a.hash) !== null)"
+        "return [...document.querySelectorAll('nav a')].map((a) => document.querySelector(a.hash) "
+        "!== null)"
     )
     assert links == [True] * len(wanted)
 
@@ -236,13 +238,14 @@ def test_charts_render_whole(opened) -> None:
     charts = opened.execute_script("""
         return [...document.querySelectorAll("figure svg")].map((svg) => {
           const box = svg.getBoundingClientRect();
-          const inside = (one) => one.left >= box.left - 1 && one.right <= box.right + 1 && one.top >= box.top - 1
-            && one.bottom <= box.bottom + 1;
+          const inside = (one) => one.left >= box.left - 1 && one.right <= box.right + 1
+            && one.top >= box.top - 1 && one.bottom <= box.bottom + 1;
           const shapes = [...svg.querySelectorAll(".series path, circle, .series use")];
           return {
             label: svg.ariaLabel, width: box.width, height: box.height,
             drawn: shapes.filter((one) => one.getBoundingClientRect().width > 0).length,
-            cut: [...svg.querySelectorAll("text")].filter((one) => !inside(one.getBoundingClientRect()))
+            cut: [...svg.querySelectorAll("text")]
+              .filter((one) => !inside(one.getBoundingClientRect()))
               .map((one) => one.textContent),
           };
         })""")
@@ -273,7 +276,10 @@ def test_curves_are_the_metrics_with_a_band_over_the_seeds(opened) -> None:
         title.startswith("moco_v2: ") and " ± " in title and "at epoch 2" in title
         for title in titles
     )
-    bands = "return document.querySelectorAll('#curves .panel:first-of-type .series [style*=fill-opacity]').length"
+    bands = (
+        "return document.querySelectorAll('#curves .panel:first-of-type .series "
+        "[style*=fill-opacity]').length"
+    )
     assert opened.execute_script(bands) >= 2
     assert texts(opened, "#curves .legend button") == [
         "moco_v2 n = 2",
@@ -290,7 +296,8 @@ def test_text_is_readable(browser, reported: Path, scheme: str) -> None:
         "for (const one of document.querySelectorAll('details')) one.open = true"
     )
     found = browser.execute_script("""
-        const context = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+        const canvas = document.createElement("canvas");
+        const context = canvas.getContext("2d", { willReadFrequently: true });
         const rgba = (colour) => {
           context.clearRect(0, 0, 1, 1);
           context.fillStyle = colour;
@@ -308,10 +315,12 @@ def test_text_is_readable(browser, reported: Path, scheme: str) -> None:
           .reduce((sum, value, place) => sum + value * [0.2126, 0.7152, 0.0722][place], 0);
         const low = [];
         for (const node of document.querySelectorAll("body *")) {
-          if (!node.checkVisibility() || ![...node.childNodes].some((c) => c.nodeType === 3 && c.data.trim())) continue;
+          const words = [...node.childNodes].filter((one) => one.nodeType === 3 && one.data.trim());
+          if (!node.checkVisibility() || !words.length) continue;
           const style = getComputedStyle(node);
           if (node.tagName === "title") continue;
-          const [text, ground] = [rgba(node.tagName === "text" ? style.fill : style.color), behind(node)].map(light);
+          const ink = rgba(node.tagName === "text" ? style.fill : style.color);
+          const [text, ground] = [ink, behind(node)].map(light);
           const contrast = (Math.max(text, ground) + 0.05) / (Math.min(text, ground) + 0.05);
           if (contrast < 4.5) low.push([node.outerHTML.slice(0, 120), contrast]);
         }
@@ -350,7 +359,8 @@ def test_a_name_pointed_at_is_seen_alone(opened) -> None:
     def dim() -> set[str]:
         return set(
             opened.execute_script(
-                "return [...document.querySelectorAll('.series.dim')].map((one) => one.dataset.series)"
+                "return [...document.querySelectorAll('.series.dim')].map((one) => "
+                "one.dataset.series)"
             )
         )
 
@@ -378,8 +388,10 @@ def test_a_point_of_the_map_shows_its_picture(opened) -> None:
 def test_everything_has_a_name_for_those_who_cannot_see_it(opened) -> None:
     assert opened.execute_script("return document.documentElement.lang") == "en"
     unnamed = """
-        return [...document.querySelectorAll("button, a, img, svg, [role=group]")].filter((one) => !(one.ariaLabel
-          || one.alt || one.textContent.trim() || one.ariaLabelledByElements)).map((one) => one.outerHTML)"""
+        return [...document.querySelectorAll("button, a, img, svg, [role=group]")]
+          .filter((one) => !(one.ariaLabel || one.alt || one.textContent.trim()
+            || one.ariaLabelledByElements))
+          .map((one) => one.outerHTML)"""
     assert opened.execute_script(unnamed) == []
     assert texts(opened, "th:not([scope])") == []
     levels = [
@@ -450,8 +462,8 @@ def test_runs_without_checkpoints(tmp_path: Path) -> None:
     launch(compose("stage=report", f"runs={tmp_path}"))
     html = (tmp_path / "report.html").read_text()
     assert (
-        "Confusion matrix, neighbours and feature map are left out: no finished run here has a checkpoint."
-        in html
+        "Confusion matrix, neighbours and feature map are left out: "
+        "no finished run here has a checkpoint." in html
     )
     assert "1 of 2 runs are not finished" in html
     assert "## Not finished" in (tmp_path / "results.md").read_text()

@@ -201,7 +201,7 @@ def test_features_are_shared_by_runs_of_the_same_backbone_only(
 def test_labels_of_the_images_themselves_choose_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The digits to train on are those that are chosen from: no image is covered, and that is said."""
+    """The digits to train on are those to choose from: no image is covered, and that is said."""
     caplog.set_level(logging.INFO, "ssl_bench")
     command = [*TINY, "stage=select", "data=digits", "stage.budget=25", f"dir={tmp_path}/run"]
     assert launch(compose(*command))["num_covered"] == 0

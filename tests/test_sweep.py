@@ -36,7 +36,8 @@ from ssl_bench.methods.moco import MoCo
 
 class Mine(MoCo):
     def forward(self, views, labels=None):
-        given = os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"], *sorted(os.sched_getaffinity(0))
+        given = [os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"]]
+        given += sorted(os.sched_getaffinity(0))
         Path(f"given-{os.getpid()}").write_text(" ".join(map(str, given)))
         time.sleep(float(os.environ.get("PAUSE", 0)))
         return super().forward(views, labels)
@@ -216,7 +217,7 @@ def test_running_whatever_failed_before(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_that_grows(ssl_bench: Command, tmp_path: Path) -> None:
-    """What was the default is no other member when it is typed; what is edited meanwhile is told."""
+    """What was the default is no other member when it is typed; an edit meanwhile is told."""
     (tmp_path / "mine" / "method").mkdir(parents=True)
     mine = tmp_path / "mine" / "method" / "mine.yaml"
     mine.write_text("# @package _global_\ndefaults: [moco_v2]\nmethod: {name: mine}\n")
@@ -231,8 +232,8 @@ def test_a_sweep_that_grows(ssl_bench: Command, tmp_path: Path) -> None:
     assert edited.returncode == 2
     told = edited.stderr.splitlines()[-1]
     assert (
-        "was run with another configuration: optimizer.base_lr was 0.03, is 0.5. Choose another sweep="
-        in told
+        "was run with another configuration: optimizer.base_lr was 0.03, is 0.5. "
+        "Choose another sweep=" in told
     )
     status = ssl_bench("stage=status", "runs=runs/sweeps/grows", check=True).stdout
     assert status.count("finished") == 4
@@ -269,7 +270,8 @@ def test_losses_that_cannot_be_compared_rank_no_sweep(
         ),
         (
             ["metric=loss"],
-            "metric=loss would rank runs that differ in method.temperature, and their losses are of",
+            "metric=loss would rank runs that differ in method.temperature, "
+            "and their losses are of",
         ),
         (
             ["eval_every=0"],
@@ -334,8 +336,8 @@ def test_other_images_are_other_runs(ssl_bench: Command, tmp_path: Path) -> None
     other = ssl_bench(*words, "data.root=two")
     assert other.returncode == 2
     assert other.stderr.splitlines()[-1] == (
-        "ssl-bench: dir=run holds a run of other images: split 'train' had 40, has 50 now, not the same. "
-        "Choose another dir=, or delete it"
+        "ssl-bench: dir=run holds a run of other images: split 'train' had 40, has 50 now, "
+        "not the same. Choose another dir=, or delete it"
     )
 
 

@@ -107,16 +107,19 @@ TEST_VIT = ["backbone=timm", "backbone.model=test_vit"]  # of 160 pixels, and wi
 MISTAKES = {
     "a ViT": (
         ["backbone=timm", "backbone.model=vit_tiny_patch16_224"],
-        "augmentation.image_size=32 fails in vit_tiny_patch16_224 (Input height (32) doesn't match model (224)), but "
-        "not with backbone.options={dynamic_img_size:true}; backbone=timm doesn't take it: change one of the two",
+        "augmentation.image_size=32 fails in vit_tiny_patch16_224 (Input height (32) doesn't match "
+        "model (224)), but not with backbone.options={dynamic_img_size:true}; "
+        "backbone=timm doesn't take it: change one of the two",
     ),
     "a Swin": (
         ["backbone=timm", "backbone.model=swin_tiny_patch4_window7_224"],
-        "augmentation.image_size=32 fails in swin_tiny_patch4_window7_224 (Input height (32) doesn't match",
+        "augmentation.image_size=32 fails in swin_tiny_patch4_window7_224 (Input height (32) "
+        "doesn't match",
     ),
     "patches": (
         [*TEST_VIT, "augmentation.image_size=24"],
-        "augmentation.image_size=24 fails in test_vit (Input height (24) should be divisible by patch size (16))",
+        "augmentation.image_size=24 fails in test_vit (Input height (24) should be divisible by "
+        "patch size (16))",
     ),
     "multi-crop": (
         [*TEST_VIT, "method=dino", "augmentation.num_small_views=2", "augmentation.small_size=20"],

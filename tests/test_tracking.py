@@ -1,4 +1,4 @@
-"""metrics.jsonl survives kills; W&B mirrors it offline, never asks, and is rebuilt whole from it."""
+"""metrics.jsonl survives kills; W&B mirrors it offline, never asks, is rebuilt whole from it."""
 
 import json
 import logging
@@ -531,7 +531,7 @@ def test_what_is_let_through_wandb_takes(name: str, tags: list[str]) -> None:
 
 
 def test_any_names_are_fit_for_wandb(tmp_path: Path) -> None:
-    """Of data, methods and backbones of one's own: an artifact, a tag and a group are made of them."""
+    """Data, methods and backbones of one's own: an artifact, a tag and a group are made of them."""
     long = "x/y:z " * 40
     record = tracked(
         tmp_path / "run" / "seed0",

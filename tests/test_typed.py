@@ -208,10 +208,18 @@ def test_a_row_changes_single_keys_of_what_it_shares() -> None:
 def test_the_command(ssl_bench: Command, tmp_path: Path) -> None:
     """Before any data is looked at: there is none."""
     for words, line in {
-        "stage=pretrain pretrained=RUN data=dl21 data.root=none": "pretrained=RUN would be ignored: stage=pretrain",
-        "+runs=x data=dl21 data.root=none": "+runs=x would be ignored: stage=pretrain doesn't read runs; it is for",
-        "-m stage=knn data=dl21 data.root=none seed=1,2 stage.k=[1] epochs=7": "epochs=7 would be ignored: stage=knn",
-        "-m stage=lincls data=dl21 data.root=none method=glob(moco_v1)": "method=moco_v1 would be ignored: stage=",
+        "stage=pretrain pretrained=RUN data=dl21 data.root=none": (
+            "pretrained=RUN would be ignored: stage=pretrain"
+        ),
+        "+runs=x data=dl21 data.root=none": (
+            "+runs=x would be ignored: stage=pretrain doesn't read runs; it is for"
+        ),
+        "-m stage=knn data=dl21 data.root=none seed=1,2 stage.k=[1] epochs=7": (
+            "epochs=7 would be ignored: stage=knn"
+        ),
+        "-m stage=lincls data=dl21 data.root=none method=glob(moco_v1)": (
+            "method=moco_v1 would be ignored: stage="
+        ),
         "sweep=x data=dl21 data.root=none": "sweep=x names a sweep, and this is one run: add -m",
     }.items():
         result = ssl_bench(*words.split())

@@ -148,7 +148,7 @@ def _mix_by_bags(images: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def _mix_by_matrices(images: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """A matrix for each image, mostly of zeros: on a GPU, which multiplies faster than it gathers."""
+    """The same by a matrix for each image, mostly 0: a GPU multiplies faster than it gathers."""
     matrices = weights.new_zeros(*rows.shape[:2], images.shape[-2]).scatter_add_(2, rows, weights)
     inputs = images.movedim(-2, 1)  # (B, N, ..., K)
     return torch.bmm(matrices, inputs.flatten(2)).unflatten(2, inputs.shape[2:]).movedim(1, -2)
@@ -164,7 +164,7 @@ class Op(nn.Module):
         return (applied > 0).long()
 
     def apply_some(self, images: Tensor, kinds: Tensor, *params: Tensor) -> Tensor:
-        """`apply`, without most of what would change none of these images, which it may overwrite."""
+        """`apply`, mostly to the images that it would change; may overwrite `images`."""
         if not len(changed := kinds.nonzero()):
             return images
         span = slice(int(changed[0]), int(changed[-1]) + 1)

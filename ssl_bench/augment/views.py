@@ -280,7 +280,8 @@ def _layout(images: Tensor) -> torch.memory_format:
 def _check_interval(name: str, interval: tuple[float, float], low: float, high: float) -> None:
     if not low < interval[0] <= interval[1] <= high:
         raise UserError(
-            f"augmentation.{name} is {list(interval)}: give [low, high] with {low} < low <= high <= {high}"
+            f"augmentation.{name} is {list(interval)}: "
+            f"give [low, high] with {low} < low <= high <= {high}"
         )
 
 
@@ -289,7 +290,7 @@ def _each(name: str, values: float | Sequence[float], kinds: int) -> Sequence[fl
         return (values,) * kinds
     if len(values) != kinds:
         raise UserError(
-            f"augmentation.{name} has {len(values)} values, and there are {kinds} kinds of views (each of full size, "
-            f"and the small ones together): give one value for all, or {kinds}"
+            f"augmentation.{name} has {len(values)} values, and there are {kinds} kinds of views "
+            f"(each of full size, and the small ones together): give one value for all, or {kinds}"
         )
     return values

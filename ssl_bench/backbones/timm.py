@@ -23,12 +23,14 @@ def timm(model: str, options: dict[str, Any] | None = None) -> nn.Module:
     if model not in (known := list_models()):
         close = difflib.get_close_matches(model, known, n=3)
         raise UserError(
-            f"backbone.model={model}: timm has no such model; did you mean {', '.join(close) or 'another'}?"
+            f"backbone.model={model}: timm has no such model; did you mean "
+            f"{', '.join(close) or 'another'}?"
         )
     options = options or {}
     if "num_classes" in options:
         raise UserError(
-            f"backbone.options has num_classes={options['num_classes']}: leave it out; a backbone has none"
+            f"backbone.options has num_classes={options['num_classes']}: leave it out; "
+            "a backbone has none"
         )
 
     def plan(**changed: Any) -> nn.Module:
@@ -65,7 +67,8 @@ def timm(model: str, options: dict[str, Any] | None = None) -> nn.Module:
         if not options:
             raise
         raise UserError(
-            f"backbone.options={{{_typed(options)}}}: not for timm's {model} ({str(error).partition(chr(10))[0]})"
+            f"backbone.options={{{_typed(options)}}}: not for timm's {model} "
+            f"({str(error).partition(chr(10))[0]})"
         ) from None
     # not num_features: that is before the layers which some heads begin with
     network.dim = network.head_hidden_size

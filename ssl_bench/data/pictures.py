@@ -8,12 +8,12 @@ PIL gives the upper 8.
 
 Values of more than 8 bits, which only grey pictures keep in PIL:
 
-- integers of 16 bits: from 0 to what the file says that it holds (as a TIFF of 12 bits does), else to 65,535, or to
-  what `bit_depth` says;
-- integers of 32 bits, signed ones and floats have no agreed range: each picture is stretched from its lowest to its
-  highest value. A value that stands alone, so far outside that the others would share less than a
-  tenth of the range, doesn't count, and pixels that are no finite number or the "no data" of a
-  GeoTIFF are shown as the lowest;
+- integers of 16 bits: from 0 to what the file says that it holds (as a TIFF of 12 bits does), else
+  to 65,535, or to what `bit_depth` says;
+- integers of 32 bits, signed ones and floats have no agreed range: each picture is stretched from
+  its lowest to its highest value. A value that stands alone, so far outside that the others would
+  share less than a tenth of the range, doesn't count, and pixels that are no finite number or the
+  "no data" of a GeoTIFF are shown as the lowest;
 - `value_range` (low, high) says for all of these what is black and what is white.
 """
 
@@ -39,15 +39,30 @@ UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Imag
 Noticed = dict[str, tuple[int, int]]
 
 KINDS = {
-    "dim": "{count} of {total} pictures use less than a tenth of the range from black to white: label masks, or values "
-    "of fewer bits? Rewrite such; the first is {first}",
-    "wide_dim": "{count} of {total} pictures of 16 bits use less than a tenth of their range: say how many bits their "
-    "values have (data.bit_depth=12), or what is black and white (data.value_range=[low,high]); the first is {first}",
-    "outliers": "{count} pictures hold values far outside of all others, which don't set their range "
-    "(data.value_range=[low,high] does, for all pictures alike); the first is {first}",
-    "not_finite": "{count} pictures have pixels without a value, shown as their lowest; the first is {first}",
-    "exif": "{count} pictures have EXIF data that can't be read, and are shown as stored; the first is {first}",
-    "frames": "{count} files hold several frames or pages, of which one is shown; the first is {first}",
+    "dim": (
+        "{count} of {total} pictures use less than a tenth of the range from black to white: "
+        "label masks, or values of fewer bits? Rewrite such; the first is {first}"
+    ),
+    "wide_dim": (
+        "{count} of {total} pictures of 16 bits use less than a tenth of their range: "
+        "say how many bits their values have (data.bit_depth=12), "
+        "or what is black and white (data.value_range=[low,high]); the first is {first}"
+    ),
+    "outliers": (
+        "{count} pictures hold values far outside of all others, "
+        "which don't set their range (data.value_range=[low,high] does, for all pictures alike); "
+        "the first is {first}"
+    ),
+    "not_finite": (
+        "{count} pictures have pixels without a value, shown as their lowest; the first is {first}"
+    ),
+    "exif": (
+        "{count} pictures have EXIF data that can't be read, and are shown as stored; "
+        "the first is {first}"
+    ),
+    "frames": (
+        "{count} files hold several frames or pages, of which one is shown; the first is {first}"
+    ),
 }
 SHARES = {"dim": "all", "wide_dim": "wide"}  # told where most of these are so
 
@@ -156,8 +171,8 @@ def _to_rgb(image, file, values: Values, wide_colour: bool, kinds: list[str]):
         kinds.append("wide")
         if values != AS_STORED:
             raise ValueError(
-                "a picture of 16 bits a colour, of which PIL gives the upper 8, so that data.bit_depth= and "
-                "data.value_range= can't hold: rewrite it with 8 bits"
+                "a picture of 16 bits a colour, of which PIL gives the upper 8, "
+                "so that data.bit_depth= and data.value_range= can't hold: rewrite it with 8 bits"
             )
     if image.mode == "RGB" and "transparency" not in image.info:
         return image

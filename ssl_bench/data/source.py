@@ -194,7 +194,7 @@ class HostSource(Source):
 
 
 class ResidentSource(Source):
-    """All packed images on the device, where a batch costs one gather. images: uint8 (N, H, W, 3)."""
+    """All packed images, uint8 (N, H, W, 3), on the device, where a batch costs one gather."""
 
     def __init__(
         self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray, *args, **kwargs
@@ -268,8 +268,8 @@ class StreamedSource(Source):
         self.waiting(seconds)
         if seconds > PATIENCE:
             raise UserError(
-                f"no image was decoded for {seconds:.0f} s, in a batch with {self.split.where(int(chunk[0][0]))}; is "
-                "the disk, or its server, there?"
+                f"no image was decoded for {seconds:.0f} s, in a batch with "
+                f"{self.split.where(int(chunk[0][0]))}; is the disk, or its server, there?"
             )
 
 

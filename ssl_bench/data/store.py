@@ -1,10 +1,11 @@
 """Images decoded once into one memory-mapped uint8 array, reused by every later run.
 
-    <cache>/<split.store_name>/images.npy    uint8 (N, H, W, 3)
-                               indices.npy   int64 (N,)  index in the split of each row
-                               digests.npy   uint64: xxh3_64 of each BLOCK rows
-                               meta.json     what was left out, what was noticed, digests of the files beside it
-                               verified      when that was last compared, and the files' sizes and times then
+    <cache>/<split.store_name>/
+        images.npy     uint8 (N, H, W, 3)
+        indices.npy    int64 (N,): the index in the split of each row
+        digests.npy    uint64: xxh3_64 of each BLOCK rows
+        meta.json      what was left out, what was noticed, digests of the files beside it
+        verified       when the digests were last compared, and the files' sizes and times then
 
 Labels stay with the split: two splits with the same pixels (pretrain and train of a labelled set)
 share one store.
@@ -102,7 +103,8 @@ def open_store(
         loaded = _load(split, image_size, directory)
     except OSError as error:
         raise UserError(
-            f"cannot pack '{split.name}' into {directory.parent} ({error}); data.cache= sets the folder"
+            f"cannot pack '{split.name}' into {directory.parent} ({error}); "
+            "data.cache= sets the folder"
         ) from error
     if loaded is None:
         raise UserError(
@@ -151,8 +153,8 @@ def _ensure(
                 )
                 if lock is None:
                     raise UserError(
-                        f"the packed images in {directory} are damaged ({why}), and that folder can't be written: "
-                        "have it deleted, or set data.cache="
+                        f"the packed images in {directory} are damaged ({why}), "
+                        "and that folder can't be written: have it deleted, or set data.cache="
                     )
                 shutil.rmtree(directory)
         if not directory.is_dir():
@@ -233,7 +235,7 @@ def _digest_of(meta: dict) -> str:
 
 
 def _lock(directory: Path, wait: bool):
-    """The right to write this store; without `wait`, filelock.Timeout when another process has it."""
+    """The right to write this store; filelock.Timeout if another process has it, unless `wait`."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(f"{directory}.lock")
@@ -293,8 +295,9 @@ def _pack(
     need, free = _need(split, image_size), _free(directory.parent)
     if free < need:
         raise UserError(
-            f"packing '{split.name}' ({split.length} images) needs {need / 1e9:.1f} GB and {directory.parent} has "
-            f"{free / 1e9:.1f} GB free; set data.cache= to a folder on a larger disk, or source=streamed"
+            f"packing '{split.name}' ({split.length} images) needs {need / 1e9:.1f} GB and "
+            f"{directory.parent} has {free / 1e9:.1f} GB free; set data.cache= to a folder on a "
+            "larger disk, or source=streamed"
         )
     log.info("packing '%s': %d images into %s", split.name, split.length, directory)
     partial = _partial(directory)
@@ -321,7 +324,8 @@ def _pack(
             results.close()
         if len(skipped) == split.length:
             raise UserError(
-                f"none of the {split.length} images of '{split.name}' can be decoded: {_names(split, skipped, 1)}"
+                f"none of the {split.length} images of '{split.name}' can be decoded: "
+                f"{_names(split, skipped, 1)}"
             )
         keep = (
             np.setdiff1d(np.arange(split.length), list(skipped))
@@ -492,4 +496,7 @@ def _names(split: Split, bad: dict[int, str], most: int) -> str:
 
 def cannot_decode(split: Split, bad: dict[int, str]) -> str:
     """What to tell a person of images that can't be decoded."""
-    return f"cannot decode {_names(split, bad, 3)}; mend or remove, or leave such images out with data.on_error=skip"
+    return (
+        f"cannot decode {_names(split, bad, 3)}; mend or remove, or leave such images out with "
+        "data.on_error=skip"
+    )

@@ -221,11 +221,13 @@ def write_dl21(
         raise UserError(f"{root} is not empty; name a new folder, or empty this one")
     if num_request > num_unlabeled:
         raise UserError(
-            f"num_request={num_request} is more than the {num_unlabeled} unlabeled images; ask for fewer"
+            f"num_request={num_request} is more than the {num_unlabeled} unlabeled images; "
+            "ask for fewer"
         )
     if not 1 <= num_classes <= len(SHAPES):
         raise UserError(
-            f"num_classes={num_classes} is not possible; choose 1 to {len(SHAPES)}, the number of shapes"
+            f"num_classes={num_classes} is not possible; choose 1 to {len(SHAPES)}, "
+            "the number of shapes"
         )
     root.mkdir(parents=True, exist_ok=True)
     for split, folder, count in zip(

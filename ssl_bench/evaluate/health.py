@@ -52,5 +52,8 @@ def collapse(values: dict[str, float]) -> str | None:
     """What to tell of collapsed embeddings, or None."""
     std, rank = values["embedding_std"], values["effective_rank"]
     if std < COLLAPSED_STD or rank < COLLAPSED_RANK:
-        return f"all images have nearly the same embedding: spread {std:.2g} of 1, effective rank {rank:.3g}"
+        return (
+            f"all images have nearly the same embedding: spread {std:.2g} of 1, "
+            f"effective rank {rank:.3g}"
+        )
     return None

@@ -23,8 +23,8 @@ def hold_out(
     classes, counts = np.unique(labels, return_counts=True)
     if counts.min() < 2:
         raise UserError(
-            f"{chooser} chooses by held-out labels, and class {classes[counts.argmin()]} has only 1: "
-            f"give each class 2 (stage.labels_per_class=2 or more), or type {instead}"
+            f"{chooser} chooses by held-out labels, and class {classes[counts.argmin()]} has only "
+            f"1: give each class 2 (stage.labels_per_class=2 or more), or type {instead}"
         )
     held = np.zeros(len(labels), dtype=bool)
     for label, count in zip(classes, counts, strict=True):
@@ -49,22 +49,24 @@ def few_labels(
         return None
     if per_class is not None and fraction is not None:
         raise UserError(
-            f"stage.labels_per_class={per_class} and stage.label_fraction={fraction:g}: give one of the two"
+            f"stage.labels_per_class={per_class} and stage.label_fraction={fraction:g}: "
+            "give one of the two"
         )
     classes, counts = np.unique(labels, return_counts=True)
     if per_class is not None:
         if (fewest := counts.min()) < per_class:
             raise UserError(
-                f"stage.labels_per_class={per_class}: class {classes[counts.argmin()]} has only {fewest} images: "
-                f"choose at most stage.labels_per_class={fewest}"
+                f"stage.labels_per_class={per_class}: class {classes[counts.argmin()]} has only "
+                f"{fewest} images: choose at most stage.labels_per_class={fewest}"
             )
         wanted = np.full(len(classes), per_class)
     else:
         wanted = np.maximum(np.round(fraction * counts).astype(int), 1)
         if (total := wanted.sum()) > 1.5 * fraction * len(labels):
             raise UserError(
-                f"stage.label_fraction={fraction:g} of {len(labels):,} images is {fraction * len(labels):.0f}, and one "
-                f"of each class makes {total:,}: choose a larger share, or type stage.labels_per_class=1"
+                f"stage.label_fraction={fraction:g} of {len(labels):,} images is "
+                f"{fraction * len(labels):.0f}, and one of each class makes {total:,}: "
+                "choose a larger share, or type stage.labels_per_class=1"
             )
     chosen = []
     for label, number in zip(classes, wanted, strict=True):
@@ -83,6 +85,7 @@ def few_labels(
 def check_classes(labels: np.ndarray) -> None:
     if labels.min() == labels.max():
         raise UserError(
-            f"all {len(labels):,} labelled images are of one class, and what tells nothing apart is always right: give "
-            "data.root= a data set of two classes or more"
+            f"all {len(labels):,} labelled images are of one class, "
+            "and what tells nothing apart is always right: give data.root= a data set of two "
+            "classes or more"
         )

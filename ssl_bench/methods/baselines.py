@@ -1,4 +1,4 @@
-"""The floor and the ceiling of a table: a network as initialised, and one that learnt from labels."""
+"""The floor and the ceiling of a table: an untrained network, and one trained with labels."""
 
 from collections.abc import Sequence
 

@@ -67,7 +67,7 @@ class DINOLoss(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """Three layers with GELU to a bottleneck, normalised, then weights of norm 1 each (appendix C)."""
+    """Three layers with GELU to a normalised bottleneck, then weights of norm 1 (appendix C)."""
 
     def __init__(self, width: int, out_dim: int, hidden_dim: int, bottleneck_dim: int) -> None:
         super().__init__()

@@ -74,8 +74,8 @@ class FineTune(Method):
         parts = blocks(backbone)
         if trained_blocks is not None and trained_blocks >= len(parts):
             raise UserError(
-                f"stage.trained_blocks={trained_blocks}: the backbone has {len(parts) - 1} blocks: choose at most so "
-                "many, or null for all of it"
+                f"stage.trained_blocks={trained_blocks}: the backbone has {len(parts) - 1} blocks: "
+                "choose at most so many, or null for all of it"
             )
         first = 0 if trained_blocks is None else len(parts) - trained_blocks
         self.trained = [parameters(part) for part in parts[first:]]  # from the input to the output

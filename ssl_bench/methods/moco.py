@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def info_nce_logits(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """query, key (N, D) and queue (D, K), all normalised -> (N, 1 + K); the positive comes first."""
+    """Normalised query, key (N, D) and queue (D, K) -> (N, 1 + K); the positive comes first."""
     query = query / temperature  # here and not the logits, which are a thousand times as many
     positive = (query * key).sum(dim=1, keepdim=True)  # (N, 1)
     negative = query @ queue  # (N, K)
@@ -93,8 +93,8 @@ class MoCo(Method):
         """
         if len(views[0]) % self.bn_splits:
             raise UserError(
-                f"method.bn_splits={self.bn_splits} does not divide the {len(views[0])} images of a process: "
-                "change method.bn_splits or batch_size"
+                f"method.bn_splits={self.bn_splits} does not divide the {len(views[0])} images of "
+                "a process: change method.bn_splits or batch_size"
             )
         query = self.normalized(self.head(self.backbone(views[0])))  # (N, D)
         with torch.no_grad():

@@ -60,7 +60,8 @@ class MoCoV3(Method):
             "Attention" in type(module).__name__ for module in backbone.modules()
         ):
             log.warning(
-                "method=moco_v3 is the authors' recipe for ResNets; for ViTs they have method=moco_v3_vit"
+                "method=moco_v3 is the authors' recipe for ResNets; "
+                "for ViTs they have method=moco_v3_vit"
             )
         self.key_backbone = momentum_copy(self.backbone)
         self.key_projector = momentum_copy(self.projector)

@@ -15,7 +15,7 @@ from ssl_bench.runtime import distributed
 def vicreg_loss(
     z1: Tensor, z2: Tensor, sim_coeff: float, std_coeff: float, cov_coeff: float
 ) -> Tensor:
-    """Embeddings (N, D) of two views -> weighted invariance, variance and covariance (section 4.1)."""
+    """Embeddings (N, D) of two views -> weighted invariance, variance, covariance (section 4.1)."""
     variance = covariance = z1.new_zeros(())
     for z in (z1, z2):
         z = z - z.mean(dim=0)

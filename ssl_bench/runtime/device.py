@@ -24,13 +24,15 @@ def pick_device(name: str, local_rank: int) -> "torch.device":
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
         if name == "cpu" and Path("/dev/nvidia0").exists() and not hidden:
             log.warning(
-                "device=auto: on the CPU, because torch %s, built for CUDA %s, can't use the GPU here (see nvidia-smi)",
+                "device=auto: on the CPU, because torch %s, built for CUDA %s, "
+                "can't use the GPU here (see nvidia-smi)",
                 torch.__version__,
                 torch.version.cuda,
             )
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(
-            f"device={name}: torch {torch.__version__} sees no GPU here; use device=cpu or device=auto"
+            f"device={name}: torch {torch.__version__} sees no GPU here; "
+            "use device=cpu or device=auto"
         )
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("device=mps: not available here; use device=cpu or device=auto")
@@ -38,7 +40,8 @@ def pick_device(name: str, local_rank: int) -> "torch.device":
         return torch.device(name)
     if local_rank >= (gpus := torch.cuda.device_count()) > 1:
         raise UserError(
-            f"{local_rank + 1} processes or more on this machine, and torch sees {gpus} GPUs: start one each"
+            f"{local_rank + 1} processes or more on this machine, and torch sees {gpus} GPUs: "
+            "start one each"
         )
     # With one visible GPU per task, as Slurm may arrange it, every local rank has GPU 0.
     return torch.device("cuda", local_rank % gpus)
@@ -51,10 +54,11 @@ def check_compiler() -> None:
     compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
     if not any(shutil.which(name) for name in compilers if name):
         raise UserError(
-            "compile=true needs a C++ compiler, and finds none: apt-get install g++, or type compile=false"
+            "compile=true needs a C++ compiler, and finds none: apt-get install g++, "
+            "or type compile=false"
         )
     if not Path(header := sysconfig.get_path("include"), "Python.h").exists():
         raise UserError(
-            f"compile=true needs Python's headers, and finds none in {header}: apt-get install python3-dev, or type "
-            "compile=false"
+            f"compile=true needs Python's headers, and finds none in {header}: "
+            "apt-get install python3-dev, or type compile=false"
         )

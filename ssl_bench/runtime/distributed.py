@@ -19,7 +19,8 @@ from ssl_bench.errors import Abandoned, UserError
 
 # What the backends say when a process at the other end is gone.
 GONE = re.compile(
-    r"(closed|reset) by peer|Broken pipe|remote process exited|ncclRemoteError|unhandled system error"
+    r"(closed|reset) by peer|Broken pipe|remote process exited|ncclRemoteError|"
+    r"unhandled system error"
 )
 
 
@@ -62,7 +63,8 @@ def find_rank_0() -> None:
         return
     if "SLURM_STEP_NODELIST" not in os.environ:
         raise UserError(
-            "RANK and WORLD_SIZE are set, and MASTER_ADDR isn't: start it by torchrun, or unset them"
+            "RANK and WORLD_SIZE are set, and MASTER_ADDR isn't: start it by torchrun, "
+            "or unset them"
         )
     os.environ["MASTER_ADDR"] = first_node(os.environ["SLURM_STEP_NODELIST"])
     # Below 32768, from where on the system gives ports to anyone.
@@ -99,8 +101,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     except RuntimeError as error:
         if GONE.search(str(error)):
             raise Abandoned(
-                f"another of the {world.size} processes has ended, and says why, if it could; the same command "
-                "continues from the last state saved"
+                f"another of the {world.size} processes has ended, and says why, if it could; "
+                "the same command continues from the last state saved"
             ) from None
         raise
     finally:
@@ -113,7 +115,10 @@ def _not_met(world: World, patience: timedelta, error: RuntimeError) -> str:
     try:
         socket.getaddrinfo(address, None)
     except OSError:
-        reason = f"{address} is no name that {socket.gethostname()} knows: set MASTER_ADDR to one, or to an address"
+        reason = (
+            f"{address} is no name that {socket.gethostname()} knows: set MASTER_ADDR to one, "
+            "or to an address"
+        )
     return (
         f"process {world.rank} of {world.size} didn't meet the others at {address}:{port} within "
         f"{patience.total_seconds():g} s ($SSL_BENCH_RENDEZVOUS): {reason}"

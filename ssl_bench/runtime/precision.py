@@ -24,7 +24,8 @@ def prepare(precision: str, device: torch.device) -> None:
         if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             name = torch.cuda.get_device_name(device)
             raise UserError(
-                f"precision=bf16: {name} has no bfloat16; type precision=fp16, which is as fast there"
+                f"precision=bf16: {name} has no bfloat16; type precision=fp16, "
+                "which is as fast there"
             )
 
 

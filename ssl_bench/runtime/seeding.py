@@ -17,7 +17,7 @@ def fold(*parts: int | str) -> int:
 
 
 def seed_torch(seed: int, device: torch.device) -> None:
-    """Seed the generators a step can draw from. `torch.manual_seed` costs 190 us; this one a few."""
+    """Seed the generators a step can draw from, in a few us; `torch.manual_seed` takes 190."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)

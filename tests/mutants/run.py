@@ -65,7 +65,7 @@ PASSED, FAILED = 0, 1  # pytest's exit status
 
 @dataclass(frozen=True)
 class Mutant:
-    """A small change of one file: each text of `old`, which is there once, becomes that of `new`."""
+    """A small change of one file: each text of `old`, found once, becomes that of `new`."""
 
     name: str
     kind: str
@@ -324,8 +324,9 @@ def summary(result: dict[str, Any]) -> str:
     caught, total = sum(row["caught"] for row in result["mutants"]), len(result["mutants"])
     share = 100 * caught / max(total, 1)
     return (
-        f"{caught} of {total} mutants caught ({share:.0f} %), {len(result['alarms'])} alarms on the unchanged program, "
-        f"{result['seconds'] / 60:.1f} minutes on {result['at_once']} cores ({result['cpu_seconds'] / 60:.1f} of CPU)"
+        f"{caught} of {total} mutants caught ({share:.0f} %), {len(result['alarms'])} alarms on "
+        f"the unchanged program, {result['seconds'] / 60:.1f} minutes on {result['at_once']} cores "
+        f"({result['cpu_seconds'] / 60:.1f} of CPU)"
     )
 
 

@@ -29,7 +29,8 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job stays ineligible for cred_expire + 1 s, by default 121. Below KillWait + 3 it would meet its own end.
+# A requeued job stays ineligible for cred_expire + 1 s, by default 121.
+# Below KillWait + 3 it would meet its own end.
 AuthInfo=socket={folder}/munge.socket,cred_expire={cred_expire}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
@@ -56,11 +57,12 @@ SlurmdTimeout=6
 GresTypes=gpu
 AccountingStorageType={accounting}
 {database}
-NodeName={host} NodeAddr=127.0.0.1 Port={slurmd_port} CPUs=16 RealMemory=16000 Gres=gpu:2 State=UNKNOWN
+NodeName={host} NodeAddr=127.0.0.1 Port={slurmd_port} CPUs=16 RealMemory=16000 Gres=gpu:2 \
+    State=UNKNOWN
 PartitionName=low        Nodes={host} Default=YES PriorityTier=1  GraceTime=5 State=UP
-PartitionName=high       Nodes={host}             PriorityTier=10 GraceTime=0 State=UP
-PartitionName=gpu        Nodes={host}             PriorityTier=1  GraceTime=5 State=UP
-PartitionName=n1s16-t4-2 Nodes={host}             PriorityTier=1  GraceTime=5 State=UP MaxTime=1-00:00:00
+PartitionName=high       Nodes={host} PriorityTier=10 GraceTime=0 State=UP
+PartitionName=gpu        Nodes={host} PriorityTier=1  GraceTime=5 State=UP
+PartitionName=n1s16-t4-2 Nodes={host} PriorityTier=1  GraceTime=5 State=UP MaxTime=1-00:00:00
 """
 
 DATABASE = """
@@ -179,8 +181,9 @@ class Cluster:
 
     def stop(self) -> None:
         self.answers("scancel", "--user", self("id", "-un").strip())
-        pids = [int(file.read_text()) for name in ("slurmd", "slurmctld", "slurmdbd", "mariadbd", "munged")
-                if (file := self.folder / f"{name}.pid").exists()]  # fmt: skip
+        names = ("slurmd", "slurmctld", "slurmdbd", "mariadbd", "munged")
+        written = [self.folder / f"{name}.pid" for name in names]
+        pids = [int(file.read_text()) for file in written if file.exists()]
         wait(lambda: not self.jobs())
         for pid in pids:  # each before the one it needs
             try:
@@ -207,7 +210,8 @@ class Cluster:
         self("mariadb-install-db", "--no-defaults", f"--user={user}", data, *options)
         self._write(
             "init.sql",
-            "CREATE DATABASE slurm_acct_db;\nCREATE USER 'slurm'@'127.0.0.1' IDENTIFIED BY 'slurm';\n"
+            "CREATE DATABASE slurm_acct_db;\n"
+            "CREATE USER 'slurm'@'127.0.0.1' IDENTIFIED BY 'slurm';\n"
             "GRANT ALL ON slurm_acct_db.* TO 'slurm'@'127.0.0.1';\n",
         )
         place = [
@@ -240,7 +244,7 @@ def wait(happened: Callable[[], object], seconds: float = 30) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Not of those that the system gives to anyone, from 32768: it is seconds until ours are bound."""
+    """Ports below 32768, where the system gives none to anyone before ours are bound."""
     ports = random.sample(range(25_000, 32_768), 100)
     return [port for port in ports if not _listens(port)][:count]
 

@@ -35,7 +35,8 @@ class Mine(MoCo):
             raise RuntimeError("out of luck")
         if os.environ.get("FAIL") == "rank1" and os.environ["SLURM_PROCID"] == "1":
             raise RuntimeError("out of luck")
-        if os.environ.get("STUCK") and next(Path().glob("runs/*/*/*/checkpoints/*.pt"), None) and once("stuck-once"):
+        saved = next(Path().glob("runs/*/*/*/checkpoints/*.pt"), None)
+        if os.environ.get("STUCK") and saved and once("stuck-once"):
             time.sleep(600)
         return super().forward(views, labels)
 """
@@ -58,7 +59,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def slurm() -> Iterator[cluster.Cluster]:
     if missing := cluster.missing():
         pytest.skip(
-            f"Slurm isn't installed ({', '.join(missing)}): apt-get install munge slurmctld slurmd slurm-client"
+            f"Slurm isn't installed ({', '.join(missing)}): apt-get install munge slurmctld slurmd "
+            "slurm-client"
         )
     throwaway = cluster.Cluster(Path(f"/tmp/slurm-{os.getpid()}"))
     yield throwaway

@@ -94,7 +94,10 @@ def test_the_job(sweeps: Sweeps, slurm: Cluster, whole: Callable[..., tuple]) ->
     assert (folder / "node" / "student_dataset.sqsh").read_text() == "images\n"
     for rank in range(2):
         arguments = (folder / f"arguments-{rank}").read_text().splitlines()
-        said = "exec --nv --bind /scratch --overlay conda.sqsh:ro --overlay /tmp/student_dataset.sqsh:ro image.sif"
+        said = (
+            "exec --nv --bind /scratch --overlay conda.sqsh:ro --overlay "
+            "/tmp/student_dataset.sqsh:ro image.sif"
+        )
         assert arguments[: len(shlex.split(said))] == shlex.split(said)
         assert arguments[len(shlex.split(said)) :][:2] == ["/bin/bash", "-c"]
     slurm("scancel", "--signal=USR2", job)

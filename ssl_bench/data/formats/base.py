@@ -96,7 +96,8 @@ class Dataset(ABC):
             )
             if len(found[-1]) and found[-1].max() >= length:
                 raise UserError(
-                    f"{name} names image {found[-1].max()} of {length:,}; does it belong to this data set?"
+                    f"{name} names image {found[-1].max()} of {length:,}; "
+                    "does it belong to this data set?"
                 )
         return np.unique(np.concatenate(found))
 
@@ -166,7 +167,8 @@ def load_indices(path: Path, key: str) -> np.ndarray:
                 continue
             if not row[0].strip().isdecimal():
                 raise UserError(
-                    f"line {line} of {path} is '{','.join(row)[:40]}'; expected one image index a line"
+                    f"line {line} of {path} is '{','.join(row)[:40]}'; "
+                    "expected one image index a line"
                 )
             rows.append(int(row[0]))
     return np.array(rows, np.int64)
@@ -179,10 +181,12 @@ def values_of(bit_depth: int | None, value_range: list[float] | None) -> Values:
     given = f"data.value_range=[{low:g},{high:g}]"
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise UserError(
-            f"{given}: type what is black and what is white, the lower first: data.value_range=[0,4095]"
+            f"{given}: type what is black and what is white, the lower first: "
+            "data.value_range=[0,4095]"
         )
     if bit_depth is not None:
         raise UserError(
-            f"data.bit_depth={bit_depth} and {given} both say what 16 bits mean: give one of the two"
+            f"data.bit_depth={bit_depth} and {given} both say what 16 bits mean: "
+            "give one of the two"
         )
     return Values(None, (float(low), float(high)))

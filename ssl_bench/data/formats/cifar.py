@@ -70,6 +70,6 @@ class CIFAR(Dataset):
             else ""
         )
         raise UserError(
-            f"no {folder}/{name} in {root}; {found}unpack {archive} (from https://www.cs.toronto.edu/~kriz/cifar.html) "
-            "there, or set data.root= to where it is"
+            f"no {folder}/{name} in {root}; {found}unpack {archive} (from "
+            "https://www.cs.toronto.edu/~kriz/cifar.html) there, or set data.root= to where it is"
         )

@@ -45,7 +45,8 @@ class DL21(Dataset):
         if len(self.extra) not in (0, 2):
             raise UserError(
                 f"data.extra_labels={extra_labels} names {len(self.extra)} files; "
-                "give an index file and a label file: data.extra_labels=[request_18.csv,label_18.pt]"
+                "give an index file and a label file: "
+                "data.extra_labels=[request_18.csv,label_18.pt]"
             )
 
     @functools.cached_property
@@ -68,15 +69,16 @@ class DL21(Dataset):
             labels = _load_labels(folder_at(self.root) / "val_label_tensor.pt")
             if labels.max(initial=0) >= (self.num_classes or math.inf):
                 raise UserError(
-                    f"val_label_tensor.pt in {self.root} has label {labels.max()} and the train labels end at "
-                    f"{self.num_classes - 1}; both must number the classes in the same way"
+                    f"val_label_tensor.pt in {self.root} has label {labels.max()} and the train "
+                    f"labels end at {self.num_classes - 1}; both must number the classes in the "
+                    "same way"
                 )
         else:
             labels = self._train_labels[0]
         if len(labels) != len(paths):
             raise UserError(
-                f"{folder}_label_tensor.pt in {self.root} has {len(labels)} labels for {len(paths)} images; "
-                "they must be as many"
+                f"{folder}_label_tensor.pt in {self.root} has {len(labels)} labels for "
+                f"{len(paths)} images; they must be as many"
             )
         if name == "train" and self.extra:
             chosen = load_indices(
@@ -85,8 +87,9 @@ class DL21(Dataset):
             )
             if len(chosen) != len(self._train_labels[1]):
                 raise UserError(
-                    f"{self.extra[0]} has {len(chosen)} indices and {self.extra[1]} has {len(self._train_labels[1])} "
-                    "labels; data.extra_labels= needs two files that belong together"
+                    f"{self.extra[0]} has {len(chosen)} indices and {self.extra[1]} has "
+                    f"{len(self._train_labels[1])} labels; data.extra_labels= needs two files that "
+                    "belong together"
                 )
             unlabeled = Numbered(folder_at(self.root, "unlabeled"), 0)
             stats = np.concatenate([stats, _stat_chosen(unlabeled, chosen, self.extra[0])])
@@ -122,8 +125,8 @@ def _list_numbered(folder: Path) -> tuple[Numbered, np.ndarray]:
     wrong = np.flatnonzero(stats[:, 0] != np.arange(len(stats)))
     if len(wrong):
         raise UserError(
-            f"{folder / f'{wrong[0]}.png'} is missing, though the folder goes up to {stats[-1, 0]}.png; "
-            "files must be numbered 0, 1, 2, ... without a gap"
+            f"{folder / f'{wrong[0]}.png'} is missing, though the folder goes up to "
+            f"{stats[-1, 0]}.png; files must be numbered 0, 1, 2, ... without a gap"
         )
     if len(stats) == 0:
         raise UserError(
@@ -139,14 +142,15 @@ def _stat_chosen(paths: Numbered, chosen: np.ndarray, source: str) -> np.ndarray
             status = os.stat(paths(index))
         except OSError:
             raise UserError(
-                f"{source} asks for {paths(index)}, which is not there; does it belong to this data set?"
+                f"{source} asks for {paths(index)}, which is not there; "
+                "does it belong to this data set?"
             ) from None
         rows.append((index, status.st_size, status.st_mtime_ns))
     return np.array(rows, np.int64).reshape(-1, 3)
 
 
 def _load_labels(path: Path) -> np.ndarray:
-    """int64 (n,) from a tensor file. Raises UserError for anything else, and for negative labels."""
+    """int64 (n,) from a tensor file; UserError for anything else, and for negative labels."""
     import torch
 
     if not path.is_file():

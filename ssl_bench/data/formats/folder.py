@@ -67,7 +67,8 @@ class Folder(Dataset):
         folder = self._part("val" if name == "val" else "train")
         if unknown := sorted(set(subfolders(folder)) - set(self.class_names)):
             raise UserError(
-                f"val/ has the class {unknown[0]!r}, which train/ lacks; both need the same class folders"
+                f"val/ has the class {unknown[0]!r}, which train/ lacks; "
+                "both need the same class folders"
             )
         # a class may be called "test"
         paths, digests, counts = list_tree(folder, guarded=None if name == "val" else 1)

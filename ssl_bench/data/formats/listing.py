@@ -93,8 +93,10 @@ class _Guard:
     def check(self) -> None:
         if self.held_out and self.train:
             raise UserError(
-                f"{self.root} has {self.train}/ and {self.held_out}/, whose {self.count:,} images would be trained on: "
-                f"type data.root={self.root / self.train}, or sort both into train/<class>/ and val/<class>/"
+                f"{self.root} has {self.train}/ and {self.held_out}/, "
+                f"whose {self.count:,} images would be trained on: type "
+                f"data.root={self.root / self.train}, or sort both into train/<class>/ and "
+                "val/<class>/"
             )
         if self.held_out:
             log.warning(

@@ -64,5 +64,6 @@ def records_of(
 def check_range(labels: np.ndarray, num_classes: int, path: Path) -> None:
     if labels.min() < 0 or labels.max() >= num_classes:
         raise UserError(
-            f"{path} has labels outside its {num_classes} classes; is it the right file, unpacked whole?"
+            f"{path} has labels outside its {num_classes} classes; is it the right file, "
+            "unpacked whole?"
         )

@@ -43,7 +43,8 @@ class STL10(Dataset):
             labels = np.fromfile(path, np.uint8).astype(np.int64) - 1
             if len(labels) != len(records):
                 raise UserError(
-                    f"{path} has {len(labels)} labels for {len(records)} images; unpack both files again"
+                    f"{path} has {len(labels)} labels for {len(records)} images; "
+                    "unpack both files again"
                 )
             check_range(labels, 10, path)
         return self._split(name, part, digests, labels, records, records.where)
