@@ -21,6 +21,7 @@ class Method(nn.Module):
     takes_small_views: bool = False  # any number of them after the others (multi-crop)
     split: str = "pretrain"  # the images it learns from
     learns: bool = True
+    bn_splits: int = 1  # in so many parts its batch norm sees the batch of a process
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -35,6 +36,12 @@ class Method(nn.Module):
         return [
             {"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}
         ]
+
+    def check(self, num_images: int, local_batch: int) -> None:
+        """UserError where it can't learn from so many images, in batches of so many on each process.
+
+        Called before any image is read.
+        """
 
     def begin(self, epoch: float, epochs: int) -> None:
         """Called before each step: at `epoch` (a fraction inside an epoch) of `epochs`."""

@@ -87,15 +87,27 @@ class MoCo(Method):
         self.key_head = momentum_copy(self.head)
         self.queue = layers.Queue(dim, queue_size)
 
+    def check(self, num_images: int, local_batch: int) -> None:
+        if (queue_size := self.queue.keys.shape[1]) > num_images:
+            raise UserError(
+                f"method.queue_size={queue_size} is larger than the dataset ({num_images:,} images), so "
+                "that every image would meet its own old key as a negative: choose at most "
+                f"method.queue_size={num_images}"
+            )
+        self.check_splits(local_batch)
+
+    def check_splits(self, local_batch: int) -> None:
+        if local_batch % self.bn_splits:
+            raise UserError(
+                f"method.bn_splits={self.bn_splits} does not divide the {local_batch} images of a "
+                "process: change one of method.bn_splits, batch_size, devices"
+            )
+
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
         """views: query and key images, (N, 3, H, W) each. `accuracy`: how often the positive scores
         highest.
         """
-        if len(views[0]) % self.bn_splits:
-            raise UserError(
-                f"method.bn_splits={self.bn_splits} does not divide the {len(views[0])} images of "
-                "a process: change method.bn_splits or batch_size"
-            )
+        self.check_splits(len(views[0]))
         query = self.normalized(self.head(self.backbone(views[0])))  # (N, D)
         with torch.no_grad():
             if self.training:  # here, between query and key, as in the authors' code

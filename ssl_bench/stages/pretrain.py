@@ -70,8 +70,9 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
     seed_init(cfg)
     model = build.construct(cfg.method, backbone=build.construct(cfg.backbone), **given)
     check_sizes(cfg, model.backbone)
-    check_fit(cfg, data.split(model.split).length)
-    check_norm(cfg, model, cfg.sync_batch_norm, splits := getattr(model, "bn_splits", 1))
+    num_images = data.split(model.split).length
+    model.check(num_images, local_batch=check_batch(cfg, num_images))
+    check_norm(cfg, model, cfg.sync_batch_norm, splits := model.bn_splits)
     if cfg.sync_batch_norm and distributed.world_size() > 1:
         if splits > 1:
             raise UserError(
@@ -99,23 +100,6 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
     if run.is_main:
         show_views(cfg, run, source, views)
     return train(cfg, run, model, source, views, evaluate)
-
-
-def check_fit(cfg: DictConfig, num_images: int) -> None:
-    """UserError for combinations that can't work, before any image is read."""
-    local_batch = check_batch(cfg, num_images)
-    queue_size = cfg.method.get("queue_size", 0)
-    if queue_size > num_images:
-        raise UserError(
-            f"method.queue_size={queue_size} is larger than the dataset ({num_images:,} images), "
-            "so that every image would meet its own old key as a negative: choose at most "
-            f"method.queue_size={num_images}"
-        )
-    if local_batch % (splits := cfg.method.get("bn_splits") or 1):
-        raise UserError(
-            f"method.bn_splits={splits} does not divide the {local_batch} images of a process: "
-            "change one of method.bn_splits, batch_size, devices"
-        )
 
 
 def online(
