@@ -38,7 +38,7 @@ class Method(nn.Module):
         ]
 
     def check(self, num_images: int, local_batch: int) -> None:
-        """UserError where it can't learn from so many images, in batches of so many on each process.
+        """UserError if it can't learn from so many images, or in such batches on each process.
 
         Called before any image is read.
         """

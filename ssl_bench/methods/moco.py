@@ -88,11 +88,12 @@ class MoCo(Method):
         self.queue = layers.Queue(dim, queue_size)
 
     def check(self, num_images: int, local_batch: int) -> None:
-        if (queue_size := self.queue.keys.shape[1]) > num_images:
+        queue_size = self.queue.keys.shape[1]
+        if queue_size > num_images:
             raise UserError(
-                f"method.queue_size={queue_size} is larger than the dataset ({num_images:,} images), so "
-                "that every image would meet its own old key as a negative: choose at most "
-                f"method.queue_size={num_images}"
+                f"method.queue_size={queue_size} is larger than the dataset ({num_images:,} "
+                "images), so that every image would meet its own old key as a negative: choose at "
+                f"most method.queue_size={num_images}"
             )
         self.check_splits(local_batch)
 

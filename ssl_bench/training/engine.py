@@ -1,4 +1,4 @@
-"""The only loops: `fit` trains, `evaluate` measures."""
+"""`fit`: the loop that every training goes through."""
 
 import logging
 import time
@@ -35,28 +35,29 @@ def fit(
     precision: str = "fp32",
     evaluate: Callable[[], dict[str, float]] | None = None,
 ) -> dict[str, float]:
-    """Train for `epochs`, from where the run's checkpoint stands. Returns the last line logged
-    (rank 0).
-    """
+    """Train up to `epochs` from the run's checkpoint on. Returns the last line logged (rank 0)."""
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     scaler = gradient_scaler(precision, run.device, optimizer)
-    state = {"model": model, "optimizer": optimizer} | (
-        {"scaler": scaler} if scaler.is_enabled() else {}
-    )
-    per_epoch, total = source.steps_per_epoch, epochs * source.steps_per_epoch
+    state = {"model": model, "optimizer": optimizer}
+    if scaler.is_enabled():
+        state["scaler"] = scaler
+    per_epoch = source.steps_per_epoch
+    total = epochs * per_epoch
     start = run.restore(**state)
     parallel = distributed.data_parallel(model, run.device)
     model.train()
-    since, clock, waited = start, time.perf_counter(), 0.0  # of the last log line
-    diverged, warned = torch.zeros((), dtype=torch.int64, device=run.device), False
+    meter = Meter(model, optimizer, source, run, start)
+    # the first step whose loss wasn't finite; 0 while there is none
+    diverged = torch.zeros((), dtype=torch.int64, device=run.device)
 
     def check(done: int, saving: bool) -> None:
-        # When saving not the loss alone: its gradient may have spoilt the weights, and good
-        # checkpoints are few.
+        """End the run if it has diverged. Waits for the device."""
+        # Good checkpoints are few, and a gradient may have spoilt the weights while the loss was
+        # finite: before saving, look at the weights too.
         saved = model.state_dict().values() if saving else ()
         finite = torch.stack([diverged == 0, *(value.isfinite().all() for value in saved)]).all()
-        # it halves with each step that it skips, from 65,536
+        # The scale starts at 65,536 and halves with each step that the scaler skips.
         if not finite or scaler.get_scale() < 1:
             run.diverge(int(diverged) or done)
 
@@ -66,17 +67,20 @@ def fit(
             for batch in source.stream(start, total):
                 yield batch
                 done = batch[0] + 1
-        # while images didn't come: between two steps, of which the first is whole
-        except Interrupted:
+        except Interrupted:  # while waiting for images: the last step is whole, the next not begun
             if done > start:
                 check(done, saving=True)
                 run.save(done, **state)
             run.interrupt(done)
 
     for step, images, labels, indices in run.progress(batches(), start, total):
-        epoch, done, last, at = step // per_epoch, step + 1, step + 1 == total, step / per_epoch
-        # All of what varies is a function of the step: nothing of it is saved, and a restart
-        # repeats it exactly.
+        done = step + 1
+        last = done == total
+        epoch = step // per_epoch
+        at = step / per_epoch  # epochs, with their fraction
+
+        # Whatever changes from step to step is a function of the step: none of it is saved, and a
+        # restart repeats it exactly.
         seed_torch(fold(seed, "step", step, distributed.rank()), run.device)
         schedule_(optimizer, schedule(at, epochs), at, epochs)
         model.begin(at, epochs)
@@ -86,6 +90,7 @@ def fit(
         with autocast(precision, run.device):
             output = parallel(batch, labels)
         embeddings = output.pop("embeddings", None)
+
         optimizer.zero_grad()
         scaler.scale(output["loss"]).backward()
         scaler.unscale_(optimizer)
@@ -95,44 +100,70 @@ def fit(
         scaler.update()
         model.update(done / total)
 
-        # The first step whose loss isn't finite, noted without waiting for the device. In float16
-        # that may be one step, which the scaler skips.
+        # Noted on the device, without waiting for it. In float16 a single step may overflow, which
+        # the scaler skips.
         if not scaler.is_enabled():
             diverged = diverged.where((diverged > 0) | output["loss"].detach().isfinite(), done)
-        stop, logging_now = run.stopping(done), run.every("log", done) or last
+
+        stop = run.stopping(done)
+        logging_now = run.every("log", done) or last
         saving = run.every("save", done) or last or stop
-        if logging_now or saving:  # the host sync
+        if logging_now or saving:
             check(done, saving)
+
         line: dict[str, float] = {}
         if logging_now:
-            line = {name: distributed.mean(value.detach()).item() for name, value in output.items()}
-            now = time.perf_counter()
-            line |= {
-                "lr": optimizer.param_groups[0]["lr"],
-                "grad_norm": nn.utils.get_total_norm(
-                    [p.grad for p in model.parameters() if p.grad is not None]
-                ).item(),
-                "images_per_second": (done - since) * source.batch_size / (now - clock),
-                "data_wait": (source.wait_seconds - waited) / (now - clock),
-                "memory_gb": memory.peak(run.device),
-            }
-            since, clock, waited = done, now, source.wait_seconds
-            # in float16 a step may overflow
-            if embeddings is not None and embeddings.isfinite().all():
-                line = health(embeddings) | line  # a method may know better
-                if run.is_main and at >= 1 and not warned and (told := collapse(line)):
-                    log.warning("step %s: the run has collapsed: %s", f"{done:,}", told)
-                    warned = True
+            line = meter.measure(done, at, output, embeddings)
         if evaluate and (last or (done % per_epoch == 0 and run.every("eval", done // per_epoch))):
             distributed.share_buffers(model)
             line |= evaluate()
             model.train()
         if line:
-            run.log(
-                done, {"epoch": done / per_epoch, "images_seen": done * source.batch_size, **line}
-            )
+            progress = {"epoch": done / per_epoch, "images_seen": done * source.batch_size}
+            run.log(done, progress | line)
         if saving:
             run.save(done, **state)
         if stop and not last:
             run.interrupt(done)
     return run.last_line()
+
+
+class Meter:
+    """What a log line says of the training itself; its speeds are those since the line before."""
+
+    def __init__(
+        self,
+        model: Method,
+        optimizer: torch.optim.Optimizer,
+        source: Source,
+        run: Run,
+        start: int,
+    ) -> None:
+        self.model, self.optimizer, self.source, self.run = model, optimizer, source, run
+        self.step, self.clock, self.waited = start, time.perf_counter(), 0.0  # at the line before
+        self.warned = False
+
+    def measure(
+        self, step: int, epoch: float, output: dict[str, Tensor], embeddings: Tensor | None
+    ) -> dict[str, float]:
+        """output: scalars of this step, averaged over the processes; embeddings: (V, N, D)."""
+        line = {name: distributed.mean(value.detach()).item() for name, value in output.items()}
+        now = time.perf_counter()
+        seconds = now - self.clock
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        line |= {
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": nn.utils.get_total_norm(gradients).item(),
+            "images_per_second": (step - self.step) * self.source.batch_size / seconds,
+            "data_wait": (self.source.wait_seconds - self.waited) / seconds,
+            "memory_gb": memory.peak(self.run.device),
+        }
+        self.step, self.clock, self.waited = step, now, self.source.wait_seconds
+        if embeddings is None or not embeddings.isfinite().all():  # a step in float16 may overflow
+            return line
+        line = health(embeddings) | line  # a method may know better
+        watched = self.run.is_main and epoch >= 1 and not self.warned
+        if watched and (told := collapse(line)):
+            log.warning("step %s: the run has collapsed: %s", f"{step:,}", told)
+            self.warned = True
+        return line
