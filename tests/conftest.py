@@ -34,7 +34,8 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Only tests/test_cuda.py sees GPUs: the others ask for bits that these don't repeat, and for
+    """Only tests/runtime/test_cuda.py sees GPUs: the others ask for bits that these don't repeat,
+    and for
     two devices.
     """
     with pytest.MonkeyPatch.context() as patch:

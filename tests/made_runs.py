@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
+from commands import compose
 from omegaconf import OmegaConf
-from test_config import compose
 
 from ssl_bench import files
 from ssl_bench.runs import layout

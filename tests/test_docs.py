@@ -5,8 +5,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+from commands import CHOICES, compose
 from omegaconf import OmegaConf
-from test_config import CHOICES, compose
 
 from ssl_bench.config import build, typed
 

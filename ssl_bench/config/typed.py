@@ -4,8 +4,8 @@ A stage's module declares READS, the shared keys that it reads: "optimizer" is t
 its keys, "data.root" that key alone, "data.name" the choice of the group. IDLE, in the module of
 any constructor, says which keys do nothing where another has a certain value:
 {"method.name=random": ("optimizer", ...)}. Both are literals, which are read without the imports of
-the module; tests/test_typed.py compares READS with what the code reads. A stage without READS, as a
-user's own may be, is taken to read everything.
+the module; tests/config/test_typed.py compares READS with what the code reads. A stage without
+READS, as a user's own may be, is taken to read everything.
 """
 
 import re

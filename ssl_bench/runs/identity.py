@@ -430,7 +430,8 @@ def _by_process(flat: dict[str, Any], config: Mapping[str, Any], count: int) -> 
 
     Batch norm that isn't synchronised sees the batch in devices x method.bn_splits parts, so that
     only this product counts: two processes of four parts compute what one of eight does
-    (tests/test_distributed.py). In networks that aren't ours, bn_splits=null may find nothing that
+    (tests/runtime/test_distributed.py). In networks that aren't ours, bn_splits=null may find
+    nothing that
     it can split. Mixup and the dropping of activations draw in each process.
     """
     stage, method, backbone = (node(config, key) for key in ("stage", "method", "backbone"))

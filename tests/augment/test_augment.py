@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import compose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 from scipy import stats
-from test_config import compose
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import RandomResizedCrop as TorchvisionCrop
 from torchvision.transforms.v2 import functional as tv
@@ -451,7 +451,7 @@ def test_frequencies_and_sigma():
 
 # ---- views ----
 
-POLICIES = sorted((Path(__file__).parents[1] / "conf" / "augmentation").glob("*.yaml"))
+POLICIES = sorted((Path(__file__).parents[2] / "conf" / "augmentation").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.stem)

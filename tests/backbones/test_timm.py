@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import compose
 from safetensors.torch import save_file
-from test_config import compose
 from torch import nn
 from torchvision.models import VisionTransformer
 

@@ -7,48 +7,14 @@ import sys
 from pathlib import Path
 from typing import get_type_hints
 
-import hydra
 import pytest
+from commands import CHOICES, CONF, NEEDED, compose
 from omegaconf import DictConfig, OmegaConf
 
-import ssl_bench.train
 from ssl_bench.config import build, signatures, typed
 from ssl_bench.config.fields import InEpochs
 from ssl_bench.errors import UserError
 from ssl_bench.training.optim import scaled_lr
-
-CONF = Path(ssl_bench.train.__file__).with_name("conf")
-GROUPS = (
-    "data",
-    "backbone",
-    "method",
-    "augmentation",
-    "optimizer",
-    "schedule",
-    "tracking",
-    "stage",
-    "experiment",
-    "launcher",
-)
-CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
-NEEDED = {
-    "dl21": ["data.root=/x"],
-    "folder": ["data.root=/x"],
-    "stl10": ["data.root=/x"],
-    "cifar10": ["data.root=/x"],
-}
-NEEDED |= {f"{name}_moco_v2": ["data.root=/x"] for name in ("imagenet", "cifar10", "stl10", "dl21")}
-NEEDED |= {"predict": ["stage.images=/x"]}
-NEEDED |= {
-    "cifar100": ["data.root=/x"],
-    "synthetic_dl21": ["data.root=/x"],
-    "synthesize": ["stage.out=/x"],
-}
-
-
-def compose(*overrides: str) -> DictConfig:
-    with hydra.initialize_config_module("ssl_bench.conf", version_base="1.3"):
-        return hydra.compose("config", list(overrides))
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids="=".join)

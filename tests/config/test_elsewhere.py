@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import compose
 from conftest import TINY
 from made_runs import classified, pretrained
 from safetensors.torch import load_file
-from test_config import compose
 
 import ssl_bench
 from ssl_bench.config import build

@@ -7,7 +7,6 @@ import pickle
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +15,13 @@ from unittest.mock import Mock
 import pytest
 import torch
 import yaml
+from commands import complaint, compose
 from conftest import TINY, TINY_PRETRAIN, Command
 from hydra.errors import HydraException
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
-from test_config import compose
 
 import ssl_bench
 from ssl_bench import train
@@ -53,16 +52,6 @@ PRETRAIN = [
     *SMALL,
 ]
 LINCLS = ["data=dl21", "data.root=dl21", "stage=lincls", "batch_size=4", *SMALL]
-
-
-def complaint(result: subprocess.CompletedProcess) -> str:
-    """What the command said of the mistake; asserts that, after log lines, it said nothing else."""
-    assert result.returncode == 2, result.stderr
-    assert result.stdout == ""
-    logged, mark, said = result.stderr.rstrip("\n").partition("ssl-bench: ")
-    assert mark, result.stderr
-    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in logged.splitlines()), result.stderr
-    return said
 
 
 def files(folder: Path) -> set[str]:

@@ -8,11 +8,9 @@ from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
+from commands import CHOICES, SMALL_IMAGES, compose, plain
 from omegaconf import OmegaConf
 from PIL import Image
-from test_config import CHOICES, compose
-from test_hand_made import SMALL
-from test_typed import plain
 
 from ssl_bench import files
 from ssl_bench.config import build, signatures
@@ -41,7 +39,7 @@ def test_names_that_are_not_utf8(tmp_path: Path, capfd: pytest.CaptureFixture) -
         "data.workers=1",
         "batch_size=8",
         "epochs=1",
-        *SMALL,
+        *SMALL_IMAGES,
     ]
     launch(compose("stage=lincls", *words, f"dir={runs}/lincls"))
     predict = [
@@ -157,7 +155,7 @@ def test_what_a_run_writes_stands_in_home(tmp_path: Path, monkeypatch: pytest.Mo
     """
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    launch(compose("method=random", 'dir="~/made"', *SMALL))
+    launch(compose("method=random", 'dir="~/made"', *SMALL_IMAGES))
     launch(
         compose(
             "stage=lincls",
@@ -165,7 +163,7 @@ def test_what_a_run_writes_stands_in_home(tmp_path: Path, monkeypatch: pytest.Mo
             'dir="~/judged"',
             "epochs=1",
             "stage.labels_per_class=30",
-            *SMALL,
+            *SMALL_IMAGES,
         )
     )
     assert not (tmp_path / "~").exists()

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from commands import compose
 from conftest import TINY, TINY_PRETRAIN
-from test_config import compose
 
 from ssl_bench import files
 from ssl_bench.config import build, renamed

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import hydra
 import pytest
+from commands import CHOICES, plain
 from conftest import Command
 from omegaconf import OmegaConf
-from test_config import CHOICES, NEEDED, compose
 
 import ssl_bench
 from ssl_bench.config import build, signatures, typed
@@ -22,12 +22,6 @@ ROOT = Path(ssl_bench.__file__).parent
 STAGES = [choice for group, choice in CHOICES if group == "stage"]
 GROUPS = [group for group in build.SUPPLIED if group != "stage"]
 KEYS = [*build.Root.model_fields, *GROUPS]
-
-
-@cache
-def plain(*overrides: str) -> dict:
-    needed = [word for override in overrides for word in NEEDED.get(override.partition("=")[2], [])]
-    return OmegaConf.to_container(compose(*overrides, *needed))
 
 
 def declared(stage: str) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from ssl_bench.data.formats.synthetic import Synthetic
 from ssl_bench.data.pool import receive, run_chunks, send, started
 from ssl_bench.errors import UserError
 
-CONF = Path(__file__).parents[1] / "conf" / "data"
+CONF = Path(__file__).parents[2] / "conf" / "data"
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""What is shown of an image file, and what is said of it. tests/cases/: a ramp from black to white
+"""What is shown of an image file, and what is said of it. tests/data/cases/: a ramp from black to
+white
 that failed once.
 """
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from compared import assert_identical, final
 from conftest import TINY_PRETRAIN, Command
-from test_resume import assert_identical, final
 
 from ssl_bench.data.source import permutation
 

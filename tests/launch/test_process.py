@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import compose
 from omegaconf import DictConfig, OmegaConf, open_dict
-from test_config import compose
 from torch import nn
 
 from ssl_bench.launch.process import launch

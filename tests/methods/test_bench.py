@@ -11,97 +11,37 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_config import CONF, compose
-from test_distributed import in_processes
-from test_resume import assert_identical
+from commands import compose
+from compared import assert_identical
+from processes import in_processes
+from small_methods import (
+    LEARNING,
+    METHODS,
+    SMALL,
+    TwoLayers,
+    differing,
+    learnt,
+    make,
+    optimizer_of,
+    overrides,
+    views_of,
+)
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ssl_bench.backbones.resnet import resnet18
-from ssl_bench.config import build
 from ssl_bench.evaluate.health import collapse, effective_rank, health
 from ssl_bench.launch.process import launch
 from ssl_bench.methods import layers
-from ssl_bench.methods.base import Method
 from ssl_bench.runs.checkpoint import complete
 from ssl_bench.runtime import distributed
-from ssl_bench.stages._training import compile_
 from ssl_bench.training.optim import clip_, freeze_, schedule_
 
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
-LEARNING = [name for name in METHODS if name != "random"]
-MULTI_CROP = ("swav", "dino")
-# heads of the size of the images
-SMALL = {
-    "moco_v1": ["method.queue_size=512", "method.dim=16"],
-    "moco_v2": ["method.queue_size=512", "method.dim=16"],
-    "simclr": ["method.dim=16"],
-    "byol": ["method.dim=16", "method.hidden_dim=32"],
-    "simsiam": ["method.dim=32", "method.predictor_dim=16"],
-    "barlow_twins": ["method.dim=32"],
-    "vicreg": ["method.dim=32"],
-    "moco_v3": ["method.dim=16", "method.hidden_dim=32"],
-    "moco_v3_vit": [
-        "method.dim=16",
-        "method.hidden_dim=32",
-        "backbone=vit_tiny",
-        "optimizer.base_lr=1e-3",
-    ],
-    "swav": [
-        "method.dim=16",
-        "method.hidden_dim=32",
-        "method.num_prototypes=20",
-        "method.queue_length=256",
-    ],
-    "dino": ["method.out_dim=64", "method.hidden_dim=32", "method.bottleneck_dim=16"],
-}
 SMALL["swav"] += [
     "method.queue_start=0.2",
     "method.frozen_epochs=0.4",
     "augmentation.num_small_views=2",
 ]
 SMALL["dino"] += ["method.warmup_teacher_temperature_epochs=2", "augmentation.num_small_views=2"]
-RUN = [
-    "stage=pretrain",
-    "data=digits",
-    "data.image_size=16",
-    "backbone.width=8",
-    "backbone.stem=small",
-    "epochs=2",
-]
-RUN += [
-    "batch_size=256",
-    "augmentation.small_size=8",
-    "log_every=1",
-    "device=cpu",
-    "schedule.warmup_epochs=0",
-]
-
-
-def overrides(name: str, *more: str) -> list[str]:
-    words = [*RUN, f"method={name}", *SMALL.get(name, []), *more]
-    return [
-        word
-        for word in words
-        if "vit" not in name or not word.startswith(("backbone.width", "backbone.stem"))
-    ]
-
-
-def resnet() -> nn.Module:
-    return resnet18(stem="small", width=8)
-
-
-def make(name: str, backbone: Callable[[], nn.Module] = resnet) -> Method:
-    torch.manual_seed(0)
-    cfg = compose(*overrides(name))
-    given = {"num_classes": 10} if build.takes(cfg.method, "num_classes") else {}
-    return build.construct(cfg.method, backbone=backbone(), **given)
-
-
-def views_of(name: str, batch: int, step: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    sizes = [16] * make(name).num_views + [8, 8] * (name in MULTI_CROP)
-    return [torch.rand(batch, 3, size, size, generator=generator) for size in sizes]
 
 
 def test_a_small_setting_for_each() -> None:
@@ -221,18 +161,6 @@ def test_losses_and_heads_are_in_full_precision(name: str) -> None:
     assert spy.half == set()
 
 
-class TwoLayers(nn.Sequential):
-    """What compiles in seconds."""
-
-    dim = 16
-
-    def __init__(self) -> None:
-        layers = [
-            (nn.Conv2d(i, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()) for i in (3, 16)
-        ]
-        super().__init__(*layers[0], *layers[1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
 @pytest.mark.parametrize("name", LEARNING)
 def test_only_what_learns_drops(name: str) -> None:
     """A copy that gives targets isn't random."""
@@ -251,38 +179,6 @@ def test_only_what_learns_drops(name: str) -> None:
         )
 
 
-def learnt(name: str, compiled: bool, device: str = "cpu", num_steps: int = 2) -> dict[str, Tensor]:
-    """The loss and each gradient of a few steps over a change of epoch."""
-    method = make(name, TwoLayers).to(device).train()
-    if compiled:
-        torch._dynamo.reset()
-        compile_(method, torch.device(device))
-    trained = {key: p for key, p in method.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.SGD(trained.values(), lr=1e-3)
-    found = {}
-    for step in range(num_steps):
-        torch.manual_seed(step)
-        method.begin(2 * step / num_steps, 2)
-        views = [view.to(device) for view in views_of(name, 16, step)]
-        loss = method(views, torch.arange(16, device=device) % 10)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        found |= {
-            f"{step} {key}": p.grad.clone() for key, p in trained.items() if p.grad is not None
-        }
-        found[f"{step} loss"] = loss.detach().clone()
-        optimizer.step()
-        method.update((step + 1) / num_steps)
-    return found
-
-
-def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> set[str]:
-    assert found.keys() == expected.keys()
-    return {
-        key for key in found if (found[key] - expected[key]).norm() > 1e-3 * expected[key].norm()
-    }
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNING)
 def test_compiled(name: str) -> None:
@@ -297,7 +193,7 @@ def steps(rank: int, size: int) -> dict[str, Tensor]:
     found = {}
     for name in LEARNING:
         if name in ("moco_v1", "moco_v2"):
-            continue  # batch norm isn't synchronised: tests/test_distributed.py
+            continue  # batch norm isn't synchronised: tests/runtime/test_distributed.py
         method = make(name).double().train()
         if size > 1:
             layers.sync_batch_norm_(method, torch.device("cpu"), compiled=False)
@@ -336,16 +232,6 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         )
         if "loss" not in key:
             assert torch.equal(first[key], second[key]), key
-
-
-def optimizer_of(method: Method, batch_size: int, *overrides: str) -> torch.optim.Optimizer:
-    """With its rates noted, as `fit` does."""
-    optimizer = build.construct(
-        compose(*overrides).optimizer, params=method.param_groups(), batch_size=batch_size
-    )
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
-    return optimizer
 
 
 def test_frozen_layers_stay_and_constant_rates_too() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from test_bench import TwoLayers, optimizer_of
+from small_methods import TwoLayers, optimizer_of
 from torch import Tensor, nn
 
 from ssl_bench.methods.barlow_twins import BarlowTwins

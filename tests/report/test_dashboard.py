@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import wandb
+from commands import compose
 from conftest import TINY, TINY_PRETRAIN
+from offline_wandb import folders, history, kind, records
 from PIL import Image
 from pydantic import TypeAdapter
-from test_config import compose
-from test_tracking import folders, history, kind, records
 
 import ssl_bench
 from ssl_bench.errors import UserError

@@ -13,19 +13,18 @@ from typing import BinaryIO
 import numpy as np
 import pytest
 import yaml
+from commands import compose, member
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_runs import checkpoint, classified, classified_from, pretrained
 from omegaconf import OmegaConf
-from test_config import compose
-from test_sweep import member
 
 from ssl_bench.errors import UserError
 from ssl_bench.report import grouping, page, sweeps, tables
 from ssl_bench.runs import identity, record, sweep, units
 from ssl_bench.stages import report
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def boards(folder: Path, metric: str | None = None) -> dict[str, grouping.Board]:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import compose
 from conftest import TINY, TINY_PRETRAIN
 from made_runs import classified, pretrained
-from test_config import compose
 
 from ssl_bench import files
 from ssl_bench.errors import UserError

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import compose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_runs import checkpoint, classified, classified_from, pretrained
 from omegaconf import OmegaConf
-from test_config import compose
 
 from ssl_bench import files
 from ssl_bench.errors import UserError
@@ -207,8 +207,8 @@ def test_the_number_of_processes_counts_where_it_changes_the_result(
 
 
 def test_parts_of_batch_norm_are_what_counts() -> None:
-    """tests/test_distributed.py proves that two processes of four parts compute what one of eight
-    does.
+    """tests/runtime/test_distributed.py proves that two processes of four parts compute what one of
+    eight does.
     """
     alike = [
         of("stage=pretrain", "dir=x", f"devices={devices}", f"method.bn_splits={splits}")

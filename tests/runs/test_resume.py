@@ -2,7 +2,6 @@
 bit for bit.
 """
 
-import json
 import os
 import random
 import signal
@@ -12,38 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
+from compared import assert_identical, final
 from conftest import TINY, TINY_PRETRAIN, Command
 
 pytestmark = pytest.mark.slow
-
-DERIVED = ("loss", "accuracy", "lr", "grad_norm", "epoch", "images_seen", "val_top1", "val_loss")
-DERIVED += ("holdout_top1", "knn_top1", "probe_top1")
-
-
-def final(run: Path) -> tuple[dict, list[dict]]:
-    """The last checkpoint, and what was logged."""
-    last = max((run / "checkpoints").glob("step*.pt"))
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return torch.load(last, weights_only=True), [
-        {k: line.get(k) for k in ("step", *DERIVED)} for line in lines
-    ]
-
-
-def assert_identical(one: object, other: object, path: str = "") -> None:
-    assert type(one) is type(other), path
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key in one:
-            assert_identical(one[key], other[key], f"{path}.{key}")
-    elif isinstance(one, list):
-        assert len(one) == len(other), path
-        for i, pair in enumerate(zip(one, other, strict=True)):
-            assert_identical(*pair, f"{path}[{i}]")
-    else:
-        assert one == other, path
 
 
 def interrupt(command: list[str], cwd: Path, run: Path, step: int, signum: int) -> int:

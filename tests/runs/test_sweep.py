@@ -17,9 +17,8 @@ from pathlib import Path
 import filelock
 import pytest
 import yaml
+from commands import compose, member
 from conftest import TINY_PRETRAIN, Command
-from omegaconf import OmegaConf
-from test_config import compose
 
 from ssl_bench.data import synthetic
 from ssl_bench.errors import UserError
@@ -42,34 +41,6 @@ class Mine(MoCo):
         time.sleep(float(os.environ.get("PAUSE", 0)))
         return super().forward(views, labels)
 """
-
-
-def member(
-    folder: Path, summary: dict | None, *overrides: str, metric: str = "loss"
-) -> sweep.Member:
-    """On disk, finished if there is a summary."""
-    name = sweep.name(overrides)
-    config = {"dir": f"{folder.name}/{name}", "metric": metric, "pretrained": None, "epochs": 2}
-    config |= {
-        "stage": {"name": "pretrain"},
-        "batch_size": 2,
-        "device": "cpu",
-        "seed": 0,
-        "data": {"root": "/images"},
-    }
-    config |= {"method": {"name": "moco_v2"}, "optimizer": {"base_lr": 0.2}}
-    given = OmegaConf.from_dotlist([word for word in overrides if not word.startswith("launcher=")])
-    config = OmegaConf.to_container(OmegaConf.merge(config, given))
-    made = sweep.Member(
-        folder / ".members" / f"{name}.json", list(overrides), config, str(folder.parent), ""
-    )
-    made.save()
-    if summary is not None:
-        made.directory.mkdir(parents=True)
-        (made.directory / "summary.json").write_text(json.dumps(summary))
-        (made.directory / "config.yaml").write_text(yaml.safe_dump(config))
-        (made.directory / "metrics.jsonl").write_text("")
-    return made
 
 
 def test_name_says_what_not_where() -> None:

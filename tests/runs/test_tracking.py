@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 import wandb
+from commands import compose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_runs import checkpoint, pretrained
+from offline_wandb import folders, history, kind, records
 from omegaconf import OmegaConf
-from test_config import compose
 
 from ssl_bench.config import build
 from ssl_bench.errors import UserError
@@ -143,29 +144,6 @@ def picture(path, shade):
 
     Image.new("RGB", (4, 4), (shade, 0, 0)).save(path)
     return path
-
-
-def records(folder: Path) -> list[dict]:
-    """Every record of an offline run, through W&B's own reader."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
-
-
-def folders(path: Path) -> list[Path]:
-    return sorted((path / "wandb").glob("offline-run-*"))
-
-
-def kind(recorded, name):
-    return [record[name] for record in recorded if record["type"] == name]
-
-
-def history(recorded):
-    """step -> the metrics that were logged."""
-    items = [record["item"] for record in kind(recorded, "history")]
-    return {
-        item["_step"]: {k: v for k, v in item.items() if not k.startswith("_")} for item in items
-    }
 
 
 def test_offline_run_holds_everything(run_dir):

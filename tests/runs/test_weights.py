@@ -14,11 +14,12 @@ from threading import Thread
 import pytest
 import safetensors.torch
 import torch
+from compared import features, moco, same, tiny
 from conftest import TINY, Command
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torchvision import models
 
 from ssl_bench.backbones import resnet
@@ -27,38 +28,6 @@ from ssl_bench.methods.moco import MoCo
 from ssl_bench.runs import published, weights
 from ssl_bench.runs.checkpoint import Checkpoint
 from ssl_bench.runs.weights import load_backbone, load_official_moco, official_moco_state_dict
-
-
-def moco(
-    arch: str = "resnet18", seed: int = 0, mlp: bool = True, queue_size: int = 16, **shape
-) -> MoCo:
-    """A MoCo whose every tensor is its own: running statistics, key encoder and pointer too."""
-    torch.manual_seed(seed)
-    method = MoCo(getattr(resnet, arch)(**shape), 8, queue_size, mlp=mlp)
-    for value in method.state_dict().values():
-        if value.is_floating_point():
-            value.add_(0.01 * torch.randn_like(value))
-        else:
-            value.fill_(3 + seed)
-    return method
-
-
-def tiny(seed: int = 0) -> MoCo:
-    return moco(seed=seed, stem="small", width=8)
-
-
-def images() -> Tensor:
-    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(7))
-
-
-@torch.no_grad()
-def features(network: nn.Module) -> Tensor:
-    return network.eval()(images())
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    ours, theirs = one.state_dict(), other.state_dict()
-    return list(ours) == list(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def write_official(method: MoCo, path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What only a GPU can show. `pytest tests/test_cuda.py` on a machine that has one; skipped
+"""What only a GPU can show. `pytest tests/runtime/test_cuda.py` on a machine that has one; skipped
 elsewhere.
 """
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_PRETRAIN, Command
-from test_bench import LEARNING, differing, learnt
+from small_methods import LEARNING, differing, learnt
 
 from ssl_bench.augment.draws import keys
 from ssl_bench.augment.views import Views

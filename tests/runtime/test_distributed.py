@@ -11,10 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import yaml
 from conftest import TINY_PRETRAIN, Command
+from processes import in_processes
 from torch import Tensor, nn
 
 from ssl_bench.backbones import resnet
@@ -80,21 +79,6 @@ def frozen(rank: int, size: int) -> dict[str, Tensor]:
 
 def split(rank: int, size: int) -> dict[str, Tensor]:
     return train(build(2 // size), rank, size)
-
-
-def work(rank: int, size: int, job: Callable, folder: str) -> None:
-    torch.set_num_threads(1)
-    # They meet in a file: a port that is free now may be taken when it is wanted.
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(f"{folder}/store", size), rank=rank, world_size=size
-    )
-    torch.save(job(rank, size), Path(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
-
-
-def in_processes(job: Callable, folder: Path, size: int = 2) -> list[dict[str, Tensor]]:
-    mp.spawn(work, (size, job, str(folder)), nprocs=size)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
 
 @pytest.mark.parametrize(

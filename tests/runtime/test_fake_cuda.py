@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_bench import LEARNING
-from test_config import compose
+from commands import compose
+from small_methods import LEARNING
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode

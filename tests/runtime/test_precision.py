@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_config import compose
-from test_resume import assert_identical
+from commands import compose
+from compared import assert_identical
 
 from ssl_bench.errors import UserError
 from ssl_bench.launch.process import launch

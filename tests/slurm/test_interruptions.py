@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from compared import assert_identical, final
 from conftest import TINY_PRETRAIN
-from test_resume import assert_identical, final
 
 from slurm.cluster import Cluster, wait
 from slurm.conftest import Sweeps, ended

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import compose
 from PIL import Image
-from test_config import compose
 
 from ssl_bench.errors import UserError
 from ssl_bench.launch.process import launch

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from commands import CHOICES, compose
+from compared import features, images, same, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_config import CHOICES, compose
-from test_interop import features, images, same, tiny
 from torch import nn
 from torchvision import models
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cached_lincls import state
+from commands import compose
+from compared import assert_identical, final
 from conftest import Command
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_config import compose
-from test_lincls import state
-from test_resume import assert_identical, final
 from torch import nn
 from torchvision.models import VisionTransformer, resnet18, resnet50
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import SMALL_IMAGES, compose
 from omegaconf import OmegaConf
-from test_config import compose
 
 from ssl_bench.config import build
 from ssl_bench.errors import UserError
@@ -82,7 +82,6 @@ FOLDERS = {
     "empty": {"config.yaml": "", "metrics.jsonl": "", "summary.json": ""},
     "bytes": {"config.yaml": "\udcff", "metrics.jsonl": "\udcff\n", "summary.json": "\udcff"},
 }
-SMALL = ["data.image_size=16", "backbone.width=8", "backbone.stem=small", "device=cpu"]
 COMMANDS = {
     "report": ["stage=report", "runs={folder}", "stage.out={out}", "stage.details=1", "device=cpu"],
     "zoo": ["stage=zoo", "runs={folder}"],
@@ -94,7 +93,7 @@ COMMANDS = {
         "dir={out}",
         "epochs=1",
         "stage.labels_per_class=10",
-        *SMALL,
+        *SMALL_IMAGES,
     ],
     "predict": ["stage=predict", "pretrained={folder}", "dir={out}", "stage.images={folder}"],
     "export": ["stage=export", "pretrained={folder}", "stage.out={out}"],
@@ -110,7 +109,7 @@ COMMANDS = {
         "method.queue_size=256",
         "epochs=1",
         "method.bn_splits=1",
-        *SMALL,
+        *SMALL_IMAGES,
     ],
 }
 

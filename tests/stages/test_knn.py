@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import complaint, compose
 from conftest import Command
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_config import compose
-from test_errors import complaint
 
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import Interrupted, UserError

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_config import CHOICES, NEEDED, compose
-from test_interop import tiny
-from test_lincls import state
+from cached_lincls import state
+from commands import CHOICES, NEEDED, compose
+from compared import tiny
 
 from ssl_bench.config import build
 from ssl_bench.data.synthetic import write_dl21

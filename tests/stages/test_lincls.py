@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cached_lincls import CACHED, DIGITS, Features, state, train
+from commands import complaint, compose
 from conftest import Command
 from PIL import Image
-from test_config import compose
-from test_errors import complaint
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from ssl_bench.config import build
@@ -26,22 +26,6 @@ from ssl_bench.evaluate.labels import hold_out
 from ssl_bench.launch.process import launch
 from ssl_bench.methods.probe import IGNORED, LinearGrid, LinearProbe
 from ssl_bench.stages._lincls_grid import GridOptions, check_options
-from ssl_bench.training.optim import clip_
-
-# 1,297 digits, 10 steps an epoch
-DIGITS = [
-    "stage=lincls",
-    "data=digits",
-    "data.image_size=16",
-    "backbone.width=8",
-    "backbone.stem=small",
-]
-DIGITS += ["augmentation.flip_p=0", "batch_size=128", "log_every=1", "epochs=2"]
-CACHED = [*DIGITS, "stage.features=cached"]
-
-
-def state(run: Path) -> dict[str, Tensor]:
-    return torch.load(max((run / "checkpoints").glob("step*.pt")), weights_only=True)["model"]
 
 
 def grid(run: Path) -> list[dict[str, float]]:
@@ -49,29 +33,8 @@ def grid(run: Path) -> list[dict[str, float]]:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
-class Features(nn.Identity):
-    dim = 6
-
-
-def train(probe: LinearProbe, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
-    """Five epochs of batches of 8. A probe of one head is shown only the images whose label isn't
-    IGNORED.
-    """
-    for _ in range(5):
-        for features, labels in zip(x.split(8), y.split(8), strict=True):
-            keep, share = torch.ones(8, dtype=torch.bool), 1.0
-            if labels.ndim == 1:  # its loss is a mean over the images of the batch that it keeps
-                keep = labels != IGNORED
-                share = keep.double().mean() / (y != IGNORED).double().mean()
-            loss = share * probe([features[keep]], labels[keep])["loss"]
-            optimizer.zero_grad()
-            loss.backward()
-            clip_(optimizer)
-            optimizer.step()
-
-
 def test_features_are_standardised_and_a_head_is_examined_and_chosen() -> None:
-    """That heads learn as if alone: tests/test_optim.py."""
+    """That heads learn as if alone: tests/training/test_optim.py."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 6, generator=generator, dtype=torch.float64) * 3 + 1
     y = torch.randint(4, (64,), generator=generator)

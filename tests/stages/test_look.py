@@ -11,10 +11,10 @@ import hydra
 import pytest
 import torch
 import yaml
+from commands import compose
+from compared import tiny
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
-from test_config import compose
-from test_interop import tiny
 
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import UserError

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import compose
 from conftest import TINY, TINY_PRETRAIN, Command
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from test_config import compose
 
 from ssl_bench.shell import quote
 

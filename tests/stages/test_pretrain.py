@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_config import compose
+from commands import compose
 
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import UserError

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import complaint, compose
 from conftest import Command
 from PIL import Image
-from test_config import compose
-from test_errors import complaint
 
 from ssl_bench.augment.views import EvalView
 from ssl_bench.config import build

@@ -10,8 +10,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from commands import compose
 from conftest import TINY, TINY_PRETRAIN
-from test_config import compose
 
 from ssl_bench import files
 from ssl_bench.errors import UserError
@@ -226,7 +226,7 @@ def test_an_export(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -
 
 def test_the_readmes_tables(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Each is what its results file gives, to the last digit."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     counts, said = verified(capsys, f"stage.what={root}/README.md")
     assert counts["differs"] == 0, said
     assert counts["whole"] >= 3

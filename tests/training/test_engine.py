@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_distributed import in_processes
+from processes import in_processes
 from torch import Tensor, nn
 
 from ssl_bench.augment.draws import keys

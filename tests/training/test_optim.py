@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from cached_lincls import CACHED, Features, train
+from commands import compose
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_config import compose
-from test_lincls import CACHED, Features, train
 from torch import Tensor, nn
 
 from ssl_bench.errors import UserError

@@ -1,0 +1,95 @@
+"""Commands as the tests compose them."""
+
+import json
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import hydra
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+import ssl_bench
+import ssl_bench.train
+from ssl_bench.runs import sweep
+
+CONF = Path(ssl_bench.train.__file__).with_name("conf")
+GROUPS = (
+    "data",
+    "backbone",
+    "method",
+    "augmentation",
+    "optimizer",
+    "schedule",
+    "tracking",
+    "stage",
+    "experiment",
+    "launcher",
+)
+CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+NEEDED = {
+    "dl21": ["data.root=/x"],
+    "folder": ["data.root=/x"],
+    "stl10": ["data.root=/x"],
+    "cifar10": ["data.root=/x"],
+}
+NEEDED |= {f"{name}_moco_v2": ["data.root=/x"] for name in ("imagenet", "cifar10", "stl10", "dl21")}
+NEEDED |= {"predict": ["stage.images=/x"]}
+NEEDED |= {
+    "cifar100": ["data.root=/x"],
+    "synthetic_dl21": ["data.root=/x"],
+    "synthesize": ["stage.out=/x"],
+}
+
+
+def compose(*overrides: str) -> DictConfig:
+    with hydra.initialize_config_module("ssl_bench.conf", version_base="1.3"):
+        return hydra.compose("config", list(overrides))
+
+
+def complaint(result: subprocess.CompletedProcess) -> str:
+    """What the command said of the mistake; asserts that, after log lines, it said nothing else."""
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == ""
+    logged, mark, said = result.stderr.rstrip("\n").partition("ssl-bench: ")
+    assert mark, result.stderr
+    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in logged.splitlines()), result.stderr
+    return said
+
+
+@cache
+def plain(*overrides: str) -> dict:
+    needed = [word for override in overrides for word in NEEDED.get(override.partition("=")[2], [])]
+    return OmegaConf.to_container(compose(*overrides, *needed))
+
+
+def member(
+    folder: Path, summary: dict | None, *overrides: str, metric: str = "loss"
+) -> sweep.Member:
+    """On disk, finished if there is a summary."""
+    name = sweep.name(overrides)
+    config = {"dir": f"{folder.name}/{name}", "metric": metric, "pretrained": None, "epochs": 2}
+    config |= {
+        "stage": {"name": "pretrain"},
+        "batch_size": 2,
+        "device": "cpu",
+        "seed": 0,
+        "data": {"root": "/images"},
+    }
+    config |= {"method": {"name": "moco_v2"}, "optimizer": {"base_lr": 0.2}}
+    given = OmegaConf.from_dotlist([word for word in overrides if not word.startswith("launcher=")])
+    config = OmegaConf.to_container(OmegaConf.merge(config, given))
+    made = sweep.Member(
+        folder / ".members" / f"{name}.json", list(overrides), config, str(folder.parent), ""
+    )
+    made.save()
+    if summary is not None:
+        made.directory.mkdir(parents=True)
+        (made.directory / "summary.json").write_text(json.dumps(summary))
+        (made.directory / "config.yaml").write_text(yaml.safe_dump(config))
+        (made.directory / "metrics.jsonl").write_text("")
+    return made
+
+
+SMALL_IMAGES = ["data.image_size=16", "backbone.width=8", "backbone.stem=small", "device=cpu"]
