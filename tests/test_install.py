@@ -1,16 +1,19 @@
-"""A wheel, installed in another environment, runs from another directory."""
+"""A wheel, built from an sdist and installed without a network, runs elsewhere."""
 
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import TINY_PRETRAIN
+
+import ssl_bench
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("install")]  # one wheel, one environment
 
@@ -20,10 +23,12 @@ CONFIGS = sorted(
 )
 # a link in conf/
 CONFIGS += [f"launcher/{path.name}" for path in sorted((ROOT / "launchers").glob("*.yaml"))]
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
+OFFLINE = {"PIP_NO_INDEX": "1"} | dict.fromkeys(PROXIES, "http://127.0.0.1:9")  # nobody listens
 
 
 def call(*command: str | Path, cwd: Path) -> str:
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | OFFLINE
     result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -33,21 +38,26 @@ def call(*command: str | Path, cwd: Path) -> str:
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of what is installed, so that the checkout stays clean."""
     copy = tmp_path_factory.mktemp("copy")
-    for name in ("conf", "hydra_plugins", "launchers", "ssl_bench"):
+    for name in ("conf", "hydra_plugins", "launchers", "ssl_bench", "tests"):
         shutil.copytree(
             ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
         )
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     return copy
 
 
 @pytest.fixture(scope="module")
-def wheel(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    call(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, copy, cwd=out)
-    (built,) = out.glob("ssl_bench-*.whl")
-    return built
+def dist(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an sdist, and of the wheel that was built from it."""
+    out = tmp_path_factory.mktemp("dist")
+    call(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, copy, cwd=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    return dist / f"ssl_bench-{ssl_bench.__version__}-py3-none-any.whl"
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +99,16 @@ def install(tmp_path_factory: pytest.TempPathFactory, *what: str | Path) -> Call
     return program
 
 
+def test_the_sdist_holds_what_the_wheel_is_built_of(dist: Path) -> None:
+    """And nothing half: the tests need the repository."""
+    name = f"ssl_bench-{ssl_bench.__version__}"
+    with tarfile.open(dist / f"{name}.tar.gz") as archive:
+        held = {file.removeprefix(f"{name}/").split("/")[0] for file in archive.getnames()}
+    packages = {"ssl_bench", "hydra_plugins", "ssl_bench.egg-info"}
+    texts = {"setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "PKG-INFO"}
+    assert held - {name} == packages | texts
+
+
 def test_the_wheel_holds_every_configuration(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     held = sorted(name.removeprefix("ssl_bench/conf/") for name in names if name.endswith(".yaml"))
@@ -99,7 +119,7 @@ def test_the_wheel_holds_every_configuration(wheel: Path) -> None:
         if "conf" not in path.parts
     }
     assert modules <= set(names)
-    assert {f"ssl_bench/page.{kind}" for kind in ("html", "css", "js")} <= set(names)
+    assert {f"ssl_bench/report/page.{kind}" for kind in ("html", "css", "js")} <= set(names)
     strangers = {name.split("/")[0] for name in names} - {"ssl_bench", "hydra_plugins"}
     assert len(strangers) == 1  # ssl_bench-*.dist-info: neither conf, launchers nor tests beside it
     assert [name for name in names if name.startswith("hydra_plugins/")] == [
