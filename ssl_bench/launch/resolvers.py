@@ -22,6 +22,11 @@ def run_dir(default: str) -> str:
     return os.path.join(HydraConfig.get().sweep.dir, sweep.name(HydraConfig.get().overrides.task))
 
 
+def began(pretrained: str | None) -> str:
+    """Resolver: of a training that begins with weights, what its directory's name has of them."""
+    return f"-from-{identity.place_slug(pretrained)}" if pretrained is not None else ""
+
+
 def judge(eval_every: int, online_images: int) -> str | None:
     """Resolver: what ranks pretrainings, where there is something that can."""
     return "probe_top1" if eval_every and online_images else None
@@ -58,6 +63,7 @@ def register() -> None:
     for name, resolver in {
         "slug": identity.place_slug,
         "quote": quote,
+        "began": began,
         "judge": judge,
         "run_dir": run_dir,
     }.items():

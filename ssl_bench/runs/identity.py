@@ -183,9 +183,9 @@ class Identity:
             self.below is None or other.below is None or self.below._same_images(other.below)
         )
 
-    def origin(self) -> "Identity":
-        """The run at the bottom, from which it all came."""
-        return self.below.origin() if self.below else self
+    def line(self) -> "list[Identity]":
+        """The run at the bottom, from which it all came, what stands on it, ..., this one."""
+        return [*(self.below.line() if self.below else ()), self]
 
     # -- for people --------------------------------------------------------------------------------
 
@@ -209,13 +209,15 @@ class Identity:
     @property
     def title(self) -> str:
         """For dashboards: moco_v2-resnet18-digits; on top of it
-        moco_v2-resnet18-digits-knn-10-labels-a-class.
+        moco_v2-resnet18-digits-knn-10-labels-a-class, or another training, -simclr.
         """
         words = (
             [self.below.title]
             if self.below
             else [self.name, node(self.config, "backbone").get("name"), self.data]
         )
+        if self.below and self.config.get("method"):
+            words.append(self.name)
         if self.below and self.data != self.below.data:
             words.append(self.data)
         if not self.config.get("method") or self.stage not in ("pretrain", ""):

@@ -367,9 +367,9 @@ def _name(what: Identity) -> str:
 
 def _tags(what: Identity, more: Sequence[str]) -> list[str]:
     """What it is, and those that were asked for: each once, and as long as W&B takes them."""
-    origin = what.origin()
     backbone = identity.node(what.config, "backbone").get("name", "")
-    own = (what.stage, origin.name if origin.config.get("method") else "", backbone, what.data)
+    methods = [one.name for one in what.line() if one.config.get("method")]
+    own = (what.stage, *methods, backbone, what.data)
     return list(dict.fromkeys([*(word[:TAG_LENGTH] for word in own if word), *more]))
 
 

@@ -80,19 +80,27 @@ def learns_labels(method: DictConfig) -> bool:
 
 def check_unseen(cfg: DictConfig, split: Split, chooser: str, instead: str) -> None:
     """UserError where the weights have learnt from the labels of the train split, of which
-    `chooser` holds some out.
+    `chooser` holds some out. instead: what to type.
+    """
+    if are_seen(cfg, split):
+        raise UserError(refusal(cfg, chooser, instead))
 
-    A line in the log where that isn't known. instead: what to type.
+
+def are_seen(cfg: DictConfig, split: Split) -> bool:
+    """Have the weights that cfg begins with learnt from the labels of this train split?
+
+    A line in the log where that isn't known.
     """
     labels, ours = seen_by(cfg.pretrained), data_set(cfg, split)
     if any(_same(one, ours) for one in labels.seen):
-        raise UserError(refusal(cfg, chooser, instead))
+        return True
     if not labels.known:
         log.info(
             "nothing is known of the labels that %s has learnt from: "
             "if they are those of data=%s, a choice by some of them is worth nothing",
             *(cfg.pretrained, cfg.data.name),
         )
+    return False
 
 
 def refusal(cfg: DictConfig, chooser: str, instead: str) -> str:

@@ -23,11 +23,14 @@ log = logging.getLogger(__name__)
 
 
 def load_pretrained(cfg: DictConfig) -> nn.Module:
-    """The backbone of cfg, filled from `cfg.pretrained`; as initialised where that is null."""
+    """The backbone of cfg, filled from `cfg.pretrained`; as initialised where that is null.
+
+    Whatever is made after it has the same random numbers in both cases.
+    """
     seed_init(cfg)
     backbone = build.construct(cfg.backbone)
     if cfg.pretrained is None:
-        log.info("pretrained=null: the backbone stays as initialised")
+        log.info("pretrained=null: the backbone begins as initialised")
         return backbone
     loaded = weights.load_backbone(backbone, cfg.pretrained)
     tell(loaded)

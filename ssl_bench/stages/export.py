@@ -23,7 +23,7 @@ from ssl_bench.config.renamed import current
 from ssl_bench.errors import UserError, writable
 from ssl_bench.report import grouping, tables
 from ssl_bench.report.tables import plain
-from ssl_bench.runs import layout, record, units, weights
+from ssl_bench.runs import identity, layout, record, units, weights
 from ssl_bench.runs.record import Ran
 from ssl_bench.runs.run import Run
 from ssl_bench.shell import override
@@ -303,6 +303,9 @@ def about(pretrained: Pretrained) -> str:
     if (folder := layout.run_of(pretrained.path)) is None:
         return text + "."
     text += f" of `{folder.parent.name}/{folder.name}`."
+    if source := config.get("pretrained"):
+        below = identity.with_origin(config, folder).below
+        text += f" It stands on the weights of {below.title if below else Path(source).name}."
     if (run := record.of(pretrained.path)) is None:
         return text + " The run had not finished."
     metric = config.get("metric")

@@ -24,6 +24,7 @@ from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
 from ssl_bench.runtime.seeding import fold
 from ssl_bench.stages import EVERY, IMAGES, PRETRAINING, RECIPE, _labels
+from ssl_bench.stages._pretrained import load_pretrained
 from ssl_bench.stages._training import (
     check_batch,
     check_norm,
@@ -32,16 +33,15 @@ from ssl_bench.stages._training import (
     normalization,
     on_device,
     open_source,
-    seed_init,
     train,
 )
 
 log = logging.getLogger(__name__)
 
 
-READS = PRETRAINING
+READS = (*PRETRAINING, "pretrained")
 IDLE = {
-    "method.name=random": (*RECIPE, *EVERY, *IMAGES, "stage.online_images"),
+    "method.name=random": (*RECIPE, *EVERY, *IMAGES, "stage.online_images", "pretrained"),
     "eval_every=0": ("stage.online_images",),
     "stage.online_images=0": ("eval_every",),
     # learns from all labels that could judge it
@@ -52,6 +52,8 @@ IDLE = {
 def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) -> dict[str, float]:
     """Returns what the last step logged.
 
+    The backbone begins with the weights of `cfg.pretrained`, the rest of the method as its seed
+    has it, whatever the backbone begins with.
     online_images: so many labelled images show every `eval_every` epochs what is learnt; see
     `online`.
     """
@@ -67,8 +69,7 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
         given = {"num_classes": data.num_classes}
     if build.takes(cfg.method, "batch_size"):
         given |= {"batch_size": cfg.batch_size}
-    seed_init(cfg)
-    model = build.construct(cfg.method, backbone=build.construct(cfg.backbone), **given)
+    model = build.construct(cfg.method, backbone=load_pretrained(cfg), **given)
     check_sizes(cfg, model.backbone)
     num_images = data.split(model.split).length
     model.check(num_images, local_batch=check_batch(cfg, num_images))
@@ -81,17 +82,17 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
             )
         layers.sync_batch_norm_(model, run.device, cfg.compile)
     model = on_device(model, run)
-    learnt = (
-        [_labels.data_set(cfg, data.split("train"))] if _labels.learns_labels(cfg.method) else []
-    )
-    _labels.Labels(tuple(learnt)).record(run)
+    before = _labels.seen_by(cfg.pretrained)
+    learns_labels = _labels.learns_labels(cfg.method)
+    own = [_labels.data_set(cfg, data.split("train"))] if learns_labels else []
+    before._replace(seen=(*before.seen, *own)).record(run)
     if not model.learns:
         run.save(0, model=model)
         return {}
     views = make_views(cfg, run, model)
     source = open_source(cfg, run, data, model.split)
-    judged = cfg.eval_every and online_images and not learnt
-    if learnt:
+    judged = cfg.eval_every and online_images and not learns_labels
+    if learns_labels:
         log.info(
             "method=%s learns from all labels of the train split: none are left to judge by",
             cfg.method.name,
@@ -111,6 +112,13 @@ def online(
     None where there are no labels, or too few. The test split is never looked at.
     """
     source = judges(cfg, run, data, num_images)
+    if source and _labels.are_seen(cfg, data.split("train")):
+        log.info(
+            "pretrained=%s has learnt from the labels of the train split: "
+            "none are left to judge by",
+            cfg.pretrained,
+        )
+        return None
     if source is None:
         log.info("no labelled images to judge the features by while they are learnt")
         return None

@@ -202,8 +202,11 @@ def test_a_row_changes_single_keys_of_what_it_shares() -> None:
 def test_the_command(ssl_bench: Command, tmp_path: Path) -> None:
     """Before any data is looked at: there is none."""
     for words, line in {
-        "stage=pretrain pretrained=RUN data=dl21 data.root=none": (
-            "pretrained=RUN would be ignored: stage=pretrain"
+        "stage=synthesize pretrained=RUN stage.out=x": (
+            "pretrained=RUN would be ignored: stage=synthesize"
+        ),
+        "method=random pretrained=RUN data=dl21 data.root=none": (
+            "pretrained=RUN would be ignored: stage=pretrain with method=random"
         ),
         "+runs=x data=dl21 data.root=none": (
             "+runs=x would be ignored: stage=pretrain doesn't read runs; it is for"
@@ -346,7 +349,8 @@ def test_what_is_declared_is_what_is_read(stage: str) -> None:
         read -= {"seed"}  # passed on to a source, which is read in order
     ours = set(declared(stage))
     if stage == "pipeline":
-        assert ours == set(declared("pretrain"))  # it is one, and then others
+        # it is one, from scratch, and then others
+        assert {*ours, "pretrained"} == set(declared("pretrain"))
         assert set(SHARED) <= ours | {"zero_init_residual"}
         return
     wholes, parts = ({key for key in ours if ("." in key) is dotted} for dotted in (False, True))

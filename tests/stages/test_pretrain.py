@@ -1,15 +1,21 @@
 """Stage pretrain: what it measures while it learns, and what it refuses."""
 
+import json
+import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from commands import compose
+from compared import assert_identical
+from conftest import TINY, TINY_PRETRAIN
 
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import UserError
 from ssl_bench.launch.process import launch
+from ssl_bench.runs import layout, record, tracking
 from ssl_bench.runtime import distributed
 from ssl_bench.stages.pretrain import pretrain
 
@@ -50,6 +56,102 @@ def test_the_judges_are_pairs_that_can_be_decoded(
 def test_one_image_judges_nothing(command: list[str]) -> None:
     assert "knn_top1" not in launch(compose(*command, "stage.online_images=1"))
 
+
+# -- from weights there are ------------------------------------------------------------------------
+
+STILL = ["optimizer.base_lr=1e-30", "optimizer.weight_decay=0"]
+DIGITS = [*TINY_PRETRAIN, "epochs=1"]
+
+
+@pytest.fixture
+def simclr(tmp_path: Path) -> Path:
+    """A run of another method."""
+    run = tmp_path / "simclr" / "seed0"
+    launch(compose(*TINY, "stage=pretrain", "method=simclr", "epochs=1", f"dir={run}"))
+    return run
+
+
+def parameters(run: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """Without what batch norm has seen, which moves at any rate."""
+    state = torch.load(layout.complete(run)[0], weights_only=True)["model"]
+    found = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
+    return {key: x for key, x in found.items() if "running" not in key and "num_batches" not in key}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_it_begins_with_the_weights_given(tmp_path: Path, simclr: Path) -> None:
+    """In every copy of the backbone; heads are those of a run without."""
+    for name, words in {"on": [f"pretrained={simclr}"], "scratch": []}.items():
+        launch(compose(*DIGITS, *STILL, *words, f"dir={tmp_path}/{name}"))
+    theirs, on, scratch = simclr, tmp_path / "on", tmp_path / "scratch"
+    assert same(parameters(on, "backbone."), parameters(theirs, "backbone."))
+    assert same(parameters(on, "key_backbone."), parameters(theirs, "backbone."))
+    assert same(parameters(on, "head."), parameters(scratch, "head."))
+    assert not same(parameters(on, "backbone."), parameters(scratch, "backbone."))
+
+
+def test_it_goes_on_bit_for_bit_and_says_what_it_stands_on(tmp_path: Path, simclr: Path) -> None:
+    command = [*DIGITS, f"pretrained={simclr}", f"dir={tmp_path}/on/seed0"]
+    whole = launch(compose(*command))
+    run = tmp_path / "on" / "seed0"
+    last = layout.complete(run)[0]
+    before = torch.load(last, weights_only=True)
+    for path in (last, run / "summary.json", run / "SHA256SUMS"):
+        path.unlink()
+    again = launch(compose(*command))
+    assert_identical(torch.load(last, weights_only=True), before)
+    assert again["loss"] == whole["loss"]
+
+    (ran,) = [ran for ran in record.find([tmp_path]) if ran.directory == run]
+    assert ran.identity.below.name == "simclr"
+    assert ran.identity.title == "simclr-resnet18-digits-moco_v2"
+    assert tracking._tags(ran.identity, ()) == [
+        "pretrain",
+        "simclr",
+        "moco_v2",
+        "resnet18",
+        "digits",
+    ]
+    scratch = launch(compose(*DIGITS, f"dir={tmp_path}/scratch/seed0"))
+    assert scratch["loss"] != whole["loss"]
+    launch(compose("stage=report", f"runs={tmp_path}", "metric=loss"))
+    table = (tmp_path / "results.md").read_text()
+    assert "| moco_v2 pretrained=simclr" in table
+
+    command[-1] = f"dir={tmp_path}/scratch/seed0"
+    with pytest.raises(UserError, match=r"another configuration: pretrained was None, is .*simclr"):
+        launch(compose(*command))
+
+
+def test_its_place_is_named_after_the_weights(simclr: Path) -> None:
+    plain, on = (str(compose(*DIGITS, *words).dir) for words in ([], [f"pretrained={simclr}"]))
+    assert plain == "runs/moco_v2-resnet18-digits/seed0"
+    assert re.fullmatch(r"runs/moco_v2-resnet18-digits-from-\S*simclr-seed0/seed0", on)
+
+
+def test_labels_that_the_weights_have_learnt_judge_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ssl_bench")
+    supervised = tmp_path / "supervised"
+    method = ["stage=pretrain", "method=supervised", "epochs=1"]
+    launch(compose(*TINY, *method, f"dir={supervised}"))
+    result = launch(compose(*DIGITS, f"pretrained={supervised}", f"dir={tmp_path}/on"))
+    assert "probe_top1" not in result
+    assert any("none are left to judge by" in message for message in caplog.messages)
+    assert json.loads((tmp_path / "on" / "labels.json").read_text())["seen"]
+
+
+def test_weights_that_are_not_there_are_told_first(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^pretrained=none: no such file or run directory"):
+        launch(compose(*DIGITS, "pretrained=none", f"dir={tmp_path}/run"))
+    assert not (tmp_path / "run").exists()
+
+
+# -- mistakes --------------------------------------------------------------------------------------
 
 PIXELS = ["backbone=pixels", "augmentation.image_size=8"]
 VIT = ["backbone=vit_tiny", "backbone.patch_size=8"]
