@@ -30,26 +30,17 @@ log = logging.getLogger("ssl_bench.train")  # also as __main__
 
 # Options of Hydra that are followed by a value. Not --info, whose value may be left out: it stays
 # where it is.
-VALUED = (
-    "--cfg",
-    "-c",
-    "--package",
-    "-p",
-    "--config-path",
-    "-cp",
-    "--config-name",
-    "-cn",
-    "--config-dir",
-    "-cd",
-)
-HOME = re.compile(r"^([\w.+]+)=(~[\w./~-]*)$")  # as a shell leaves it, and Hydra doesn't take it
+LONG = ("--cfg", "--package", "--config-path", "--config-name", "--config-dir")
+VALUED = (*LONG, "-c", "-p", "-cp", "-cn", "-cd")
+# KEY=~/PATH: shells leave the ~ as it is, and Hydra can't parse it
+HOME = re.compile(r"^([\w.+]+)=(~[\w./~-]*)$")
 # a comma here makes a list, not a sweep
 LIST = re.compile(r"^(data\.extra_labels|runs)=([^\[].*,.*)$")
 
 
 def register_launchers() -> None:
-    """Hydra finds them by itself, but not in an editable install, whose folders it can't list."""
-    plugins = Plugins.instance()  # searches, and would load again what is imported before
+    """Register our launchers: Hydra can't list the folders of an editable install to find them."""
+    plugins = Plugins.instance()  # it searches, and would load again what was imported before
     from hydra_plugins.ssl_bench_launchers import Local, Slurm, Workstation
 
     for launcher in (Local, Workstation, Slurm):
@@ -62,37 +53,32 @@ resolvers.register()
 
 @hydra.main(version_base="1.3", config_path="pkg://ssl_bench.conf", config_name="config")
 def run(cfg: DictConfig) -> float | None:
-    """One run. Members of a sweep are run by its launcher, but by this where another launcher than
-    ours was chosen.
+    """One run.
+
+    Our launchers run the members of a sweep themselves; other launchers call this.
     """
+    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    words = [] if is_sweep else _typed(HydraConfig.get().overrides.task)
     try:
-        words = (
-            _typed(HydraConfig.get().overrides.task)
-            if HydraConfig.get().mode == RunMode.RUN
-            else []
-        )
         build.check(cfg, typed.quoted(words))
         refuse_in_vain(cfg, words)
         return launch(cfg).get(cfg.metric)
     except UserError as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
+        if is_sweep:
             raise  # Hydra says which member it was, and goes on with the others
         fail(error)
 
 
 def _typed(overrides: ListConfig) -> list[str]:
-    """As they were typed: a list of OmegaConf's would fill in ${...}."""
+    """Overrides as they were typed: OmegaConf would resolve the ${...} in its own list."""
     return OmegaConf.to_container(overrides)
 
 
 def refuse_in_vain(cfg: DictConfig, overrides: list[str]) -> None:
-    """UserError for what was typed for one run and would be ignored."""
+    """UserError for overrides of one run that would be ignored."""
     lines = [*typed.in_vain(OmegaConf.to_container(cfg), overrides).values()]
-    lines += [
-        f"{word} names a sweep, and this is one run: add -m"
-        for word in overrides
-        if word.startswith("sweep=")
-    ]
+    sweeps = [word for word in overrides if word.startswith("sweep=")]
+    lines += [f"{word} names a sweep, and this is one run: add -m" for word in sweeps]
     if lines:
         raise UserError("\n".join(lines))
 
@@ -122,32 +108,29 @@ class Check(Callback):
         except Exception as error:
             if isinstance(error, UserError | HydraException | OmegaConfBaseException):
                 fail(error)
-            # Hydra would only warn of it, and start members that nobody has checked
+            # Hydra would only warn, and start members that weren't checked
             traceback.print_exc()
             sys.exit(1)
 
     def _check_sweep(self, config: DictConfig, config_name: str | None) -> None:
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-        # its members are not known beforehand
+        task = _typed(config.hydra.overrides.task)
+        # a search chooses its members while it runs: check what they have in common
         if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
             own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-            if lines := typed.in_vain(
-                OmegaConf.to_container(own), _typed(config.hydra.overrides.task)
-            ):
+            if lines := typed.in_vain(OmegaConf.to_container(own), task):
                 raise UserError("\n".join(lines.values()))
             return
         params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-        task = _typed(config.hydra.overrides.task)
         overrides = messages.parsed([*params, *task])
-        if searched := [
-            override.input_line for override in overrides if override.is_interval_sweep()
-        ]:
-            raise UserError(f"{searched[0]}: {messages.SEARCH}")
-        if empty := [
-            override.input_line for override in overrides if messages.first_value(override) is None
-        ]:
-            raise UserError(f"{empty[0]}: there is no such value, and so no member of the sweep")
+        for override in overrides:
+            if override.is_interval_sweep():
+                raise UserError(f"{override.input_line}: {messages.SEARCH}")
+        for override in overrides:
+            if messages.first_value(override) is None:
+                word = override.input_line
+                raise UserError(f"{word}: there is no such value, and so no member of the sweep")
         problems, composed, quoted = [], [], typed.quoted([*params, *task])
         (members,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
         if len(members) > 20:
@@ -165,16 +148,16 @@ class Check(Callback):
                 problems.append(f"{' '.join(member)}: {messages.message(error)}")
         if not problems:
             problems = typed.swept_in_vain(composed)
-        if problems:  # Hydra only warns of a callback's exceptions
+        if problems:  # not raised: Hydra only warns of a callback's exceptions
             print("ssl-bench: nothing was started.", *problems, sep="\n", file=sys.stderr)
             sys.exit(2)
 
 
 def main() -> None:
-    """Console entry. A person's mistake is one line and exit code 2; a bug keeps its traceback."""
-    # one voice of many
-    set_up_logging(quiet=os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0")
-    # a user's own methods; last, for the folder may have come from elsewhere
+    """Console entry. A user's mistake is one line and exit code 2; a bug keeps its traceback."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    set_up_logging(quiet=rank != "0")  # one process speaks for all
+    # for a user's own modules; last, so that a folder from elsewhere replaces none of ours
     sys.path.append(os.getcwd())
     words = sys.argv[1:]
     if "--version" in words:
@@ -188,15 +171,14 @@ def main() -> None:
         words = ["experiment=quickstart"]
     if mistaken := _no_option(words):
         fail(UserError(mistaken))
-    sys.argv[1:] = _options_first(
-        [HOME.sub(r'\1="\2"', LIST.sub(r"\1=[\2]", word)) for word in words]
-    )
+    words = [HOME.sub(r'\1="\2"', LIST.sub(r"\1=[\2]", word)) for word in words]
+    sys.argv[1:] = _options_first(words)
     parser = get_args_parser()
-    # not a page of usage
+    # one line in place of argparse's page of usage
     parser.error = lambda message: fail(UserError(f"{message}; ssl-bench --help shows all"))
     parser.parse_args()
     wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    # Hydra then lets exceptions through, and the wording is ours
+    # Hydra then lets exceptions through, for us to put in words
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         run()
@@ -222,12 +204,9 @@ def main() -> None:
 
 
 def _no_option(words: list[str]) -> str:
-    """A line about the first word with dashes that isn't an option, but may be a key; "" where
-    there is none.
-    """
-    known = {name for action in get_args_parser()._actions for name in action.option_strings} - {
-        "--experimental-rerun"
-    }
+    """A line about the first word with dashes that is no option, and perhaps a key; "": none is."""
+    known = {name for action in get_args_parser()._actions for name in action.option_strings}
+    known.discard("--experimental-rerun")
     for word, following in zip(words, [*words[1:], "-"], strict=True):
         name, mark, value = word.partition("=")
         if not word.startswith("-") or name in known:
@@ -245,7 +224,10 @@ def _no_option(words: list[str]) -> str:
 
 
 def _options_first(words: list[str]) -> list[str]:
-    """As argparse wants them. With --cfg without -m: Hydra takes one of the two."""
+    """The words with options before overrides, as argparse wants them.
+
+    -m is left out beside --cfg: Hydra takes only one of the two.
+    """
     options, overrides, rest = [], [], iter(words)
     for word in rest:
         if not word.startswith("-") or word in ("--info", "-i"):

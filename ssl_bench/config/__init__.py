@@ -1,3 +1,6 @@
-"""From words to objects: `build` checks and constructs, `signatures` reads constructors, `fields`
-are their types, `typed` tells what was typed in vain, `messages` puts Hydra's errors in a line.
+"""From words to objects.
+
+`build` checks and constructs, `signatures` reads constructors, `fields` holds their types, `typed`
+finds keys that were typed in vain, `messages` puts Hydra's errors in one line, `renamed` knows
+where constructors used to lie.
 """

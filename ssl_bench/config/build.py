@@ -1,5 +1,6 @@
-"""The only place where configuration becomes objects: checked against the constructor's signature,
-then constructed.
+"""The only place where configuration becomes objects.
+
+A node is checked against its constructor's signature, then constructed.
 """
 
 import logging
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
 from hydra.core.global_hydra import GlobalHydra
@@ -30,10 +31,6 @@ from ssl_bench.config import signatures, typed
 from ssl_bench.config.fields import InEpochs, Place, is_path
 from ssl_bench.config.renamed import current
 from ssl_bench.errors import UserError, unknown
-
-if TYPE_CHECKING:
-    pass
-
 
 log = logging.getLogger(__name__)
 
@@ -75,10 +72,10 @@ class Root(BaseModel):
 
 
 def check(cfg: DictConfig, quoted: Mapping[str, str] | None = None) -> None:
-    """UserError with every mistake of the configuration, a line each; nothing but the constructors'
-    modules is read.
+    """UserError with every mistake of the configuration, one a line.
 
-    quoted: {key: what was typed for it, as a text} (`typed.quoted`).
+    quoted: {key: what was typed for it, as a text} (`typed.quoted`). Of the code, only the modules
+    of the constructors are read.
     """
     if missing := sorted(_missing(OmegaConf.to_container(cfg))):
         raise UserError("; ".join(f"{key} needs a value: type {key}=..." for key in missing))
@@ -91,7 +88,7 @@ def check(cfg: DictConfig, quoted: Mapping[str, str] | None = None) -> None:
     problems = _problems(Root, roots, "", quoted or {})
     if wrong := _other_recipe(nodes):
         problems.append(wrong)
-        del nodes["backbone"]  # with keys of the recipe's, which another may not have
+        del nodes["backbone"]  # it may have keys of the recipe that this backbone lacks
     for group, node in nodes.items():
         try:
             schema = _schema(node.get("_target_"), group, SUPPLIED[group])
@@ -111,7 +108,7 @@ def check(cfg: DictConfig, quoted: Mapping[str, str] | None = None) -> None:
 
 
 def _other_recipe(nodes: Mapping[str, dict[str, Any]]) -> str | None:
-    """What to type instead of a method that is another one for such a backbone."""
+    """What to type instead of a method whose recipe is for another kind of backbone, or None."""
     method, backbone = (nodes.get(group, {}).get("name") for group in ("method", "backbone"))
     vit = str(backbone).startswith("vit_")
     if method == "moco_v3" and vit:
@@ -128,9 +125,7 @@ def _other_recipe(nodes: Mapping[str, dict[str, Any]]) -> str | None:
 
 
 def at_home(cfg: DictConfig) -> DictConfig:
-    """A copy in which ~ is home, at the beginning of whatever the schema says is a path. Not
-    resolved.
-    """
+    """A copy, not resolved, in which a leading ~ of whatever the schema calls a path is home."""
     made, plain = cfg.copy(), OmegaConf.to_container(cfg)
     places = {
         name: plain.get(name)
@@ -139,12 +134,11 @@ def at_home(cfg: DictConfig) -> DictConfig:
     }
     for group, supplied in SUPPLIED.items():
         node = plain.get(group) or {}
-        parameters = signatures.parameters(node["_target_"], supplied) if "_target_" in node else {}
-        places |= {
-            f"{group}.{name}": node.get(name)
-            for name, (hint, _) in parameters.items()
-            if is_path(hint)
-        }
+        if "_target_" not in node:
+            continue
+        for name, (hint, _) in signatures.parameters(node["_target_"], supplied).items():
+            if is_path(hint):
+                places[f"{group}.{name}"] = node.get(name)
     for key, value in places.items():
         if isinstance(value, str) and value.startswith("~"):
             OmegaConf.update(made, key, os.path.expanduser(value))
@@ -154,18 +148,17 @@ def at_home(cfg: DictConfig) -> DictConfig:
 
 
 def construct(node: Mapping, **supplied: Any) -> Any:
-    """The object a checked node describes: `_target_` called with its other keys and what the code
-    supplies.
+    """The object that a checked node describes: `_target_` called with its other keys.
+
+    supplied: further arguments, from the code.
     """
-    plain = (
-        OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
-    )
+    resolved = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
+    plain = dict(resolved)
     path = plain["_target_"]
     schema = _schema(path, "node", tuple(supplied))
     values = schema.model_validate(_arguments(plain, schema))
-    return locate(path, "node")(
-        **{key: getattr(values, key) for key in values.model_fields_set}, **supplied
-    )
+    arguments = {key: getattr(values, key) for key in values.model_fields_set}
+    return locate(path, "node")(**arguments, **supplied)
 
 
 def takes(node: Mapping, name: str) -> bool:
@@ -174,8 +167,9 @@ def takes(node: Mapping, name: str) -> bool:
 
 
 def locate(path: str, group: str) -> Callable:
-    """The class or function of a dotted path. The current folder is searched too, for a user's own
-    modules.
+    """The class or function with this dotted path, imported. UserError.
+
+    The current folder is searched too, for a user's own modules.
     """
     with _told(path, group):
         return signatures.locate(path)
@@ -193,10 +187,10 @@ def _told(path: str | None, group: str) -> Iterator[None]:
 
 # -- what comes from elsewhere is data -------------------------------------------------------------
 
-# (group, dotted path) of what a process may call that runs a file's configuration; None: this one
-# composed its own
+# The (group, dotted path) pairs that this process may call, if it runs the configuration of a file;
+# None in a process that composed its own configuration.
 _permitted: set[tuple[str, str]] | None = None
-# Keys of timm's that fetch or unpickle what they name.
+# Options of timm that fetch or unpickle what they name.
 FETCHING = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
 
 
@@ -207,7 +201,7 @@ def read_back(
     try:
         config = parser(text)
         groups = [config[group] for group in SUPPLIED if config.get(group) is not None]
-    except Exception:  # yaml's and json's have no common kind
+    except Exception:  # errors of yaml and json have no common class
         groups = [None]
     if not all(isinstance(group, dict) for group in groups):
         raise UserError(f"{place}: its configuration is damaged: put it back, or delete it")
@@ -215,11 +209,11 @@ def read_back(
 
 
 def found(config: Mapping, group: str, cfg: DictConfig, place: Path) -> dict[str, Any]:
-    """The node of this group in a configuration that was read from `place`, as data for
-    `construct`.
+    """The node of `group` in a configuration that was read from `place`, for `construct`.
 
-    It chooses among our constructors and those that `cfg`, composed by this command, or a
-    --config-dir names. UserError for any other: whoever wrote the file names no code to run.
+    The node chooses among our constructors and those named in a --config-dir or in `cfg`, which
+    this command composed. UserError for any other: the writer of a file must not choose which code
+    runs.
     """
     node = config.get(group)
     if not isinstance(node, Mapping) or not isinstance(path := node.get("_target_"), str):
@@ -236,12 +230,13 @@ def found(config: Mapping, group: str, cfg: DictConfig, place: Path) -> dict[str
 
 
 def named(cfg: DictConfig) -> set[tuple[str, str]]:
-    """(group, dotted path) of the constructors in `cfg`, in the overrides it holds, and in the YAML
-    of --config-dir.
+    """The (group, dotted path) of every constructor that this command names.
+
+    Such a name stands in `cfg`, in the overrides that it holds, or in the YAML of --config-dir.
     """
     plain = OmegaConf.to_container(cfg)
     paths = _targets(plain)
-    for word in _texts(plain):  # of a pipeline's rows
+    for word in _texts(plain):  # overrides, in the rows of a pipeline
         if override := re.fullmatch(r"\+{0,2}(\w+)\._target_=(\S+)", word):
             paths.add((override[1], current(override[2])))
     if GlobalHydra.instance().is_initialized():
@@ -252,15 +247,17 @@ def named(cfg: DictConfig) -> set[tuple[str, str]]:
 
 
 def strange(cfg: DictConfig) -> list[str]:
-    """What `named` finds and isn't ours, as one types it: for the process that runs this `cfg` from
-    a file.
+    """The constructors that `cfg` names and that aren't ours, each as an override.
+
+    A process that runs this `cfg` from a file is given them (`restrict`).
     """
     return sorted(f"{group}._target_={path}" for group, path in named(cfg) - _ours())
 
 
 def restrict(words: Iterable[str]) -> None:
-    """From now on, this process calls our constructors and those of these words of `strange`,
-    whatever a file says.
+    """Limit this process to our constructors and those in `words`, whatever a file says.
+
+    words: overrides, as `strange` returns them.
     """
     global _permitted
     pairs = (word.partition("._target_=") for word in words)
@@ -268,9 +265,7 @@ def restrict(words: Iterable[str]) -> None:
 
 
 def literal(config: Mapping) -> DictConfig:
-    """Plain data as a configuration in which "${" stands for itself: what a file says is never an
-    interpolation.
-    """
+    """Plain data as a configuration without interpolations: "${" in a file stands for itself."""
 
     def escaped(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -286,9 +281,8 @@ def _permit(
     path: str | None, group: str, permitted: set[tuple[str, str]], place: Path | None = None
 ) -> None:
     path = current(path) if path else path
-    if (group, path) in permitted or (
-        group == "node" and any(path == known for _, known in permitted)
-    ):
+    known_path = any(path == known for _, known in permitted)
+    if (group, path) in permitted or (group == "node" and known_path):
         return
     where = f"{place}: " if place else ""
     raise UserError(
@@ -303,22 +297,18 @@ def _ours() -> set[tuple[str, str]]:
 
 
 def _targets_below(folder: Path) -> set[tuple[str, str]]:
-    """What the YAML files of a folder name, read and not composed."""
+    """The constructors that the YAML files of a folder name; the files aren't composed."""
     paths: set[tuple[str, str]] = set()
     for file in folder.rglob("*.yaml"):
         try:
             text = file.read_text(encoding="utf-8")
             content = yaml.safe_load(text)
         except (OSError, ValueError, yaml.YAMLError):
-            continue  # Hydra tells it of a file that is chosen
-        package = re.match(r"#\s*@package\s+(\S+)", text)
+            continue  # if the file is chosen, Hydra reports it
+        header = re.match(r"#\s*@package\s+(\S+)", text)
         own = file.parent.relative_to(folder).as_posix()
-        group = (
-            (package[1] if package else own)
-            .removeprefix("_global_")
-            .removeprefix(".")
-            .replace("_group_", own)
-        )
+        package = header[1] if header else own
+        group = package.removeprefix("_global_").removeprefix(".").replace("_group_", own)
         if isinstance(content, dict):
             paths |= _targets({group: content} if group in SUPPLIED else content)
     return paths
@@ -339,7 +329,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _arguments(node: dict, schema: type[BaseModel]) -> dict:
-    """Without what it is called, unless that is an argument, as of a tracker."""
+    """The keys of a node that are arguments: `name` only where the constructor takes it."""
     left_out = ("_target_",) if "name" in schema.model_fields else ("_target_", "name")
     return {key: value for key, value in node.items() if key not in left_out}
 
@@ -356,16 +346,15 @@ def _schema(path: str | None, group: str, supplied: tuple[str, ...]) -> type[Bas
 
 
 def _missing(node: object, path: str = "") -> Iterator[str]:
-    """Keys without a value, of a configuration that isn't resolved."""
+    """The keys without a value in a configuration that isn't resolved."""
     if node == "???":
         yield path
-    items = (
-        node.items()
-        if isinstance(node, dict)
-        else enumerate(node)
-        if isinstance(node, list)
-        else ()
-    )
+    if isinstance(node, dict):
+        items = node.items()
+    elif isinstance(node, list):
+        items = enumerate(node)
+    else:
+        items = ()
     for key, value in items:
         yield from _missing(value, f"{path}.{key}" if path else str(key))
 
@@ -376,7 +365,8 @@ def _problems(
     try:
         schema.model_validate(values)
     except ValidationError as error:
-        # of a key that may be this or that the first, or that it should be a text
+        # A key of several possible types has a mistake for each: keep the first, or the one that
+        # asks for a text.
         found: dict[str, Mapping] = {}
         for detail in error.errors():
             key = prefix + ".".join(map(str, _place(detail, values)))
@@ -387,21 +377,20 @@ def _problems(
 
 
 def _place(detail: Mapping, values: Any) -> Iterator[str | int]:
-    """The keys and indices of a mistake: pydantic adds which of several types it tried."""
+    """The keys and indices of a mistake, without the type names that pydantic puts in between."""
     for part in detail["loc"]:
         in_list = isinstance(values, list) and isinstance(part, int)
-        if in_list or (
-            isinstance(values, dict) and (part in values or detail["type"] == "missing")
-        ):
+        in_dict = isinstance(values, dict) and (part in values or detail["type"] == "missing")
+        if in_list or in_dict:
             yield part
             there = part < len(values) if in_list else part in values
             values = values[part] if there else None
 
 
 def _too_late(schema: type[BaseModel], node: dict, group: str, config: Mapping) -> list[str]:
-    """Of settings in epochs, those that `epochs` doesn't reach, where the stage reads them."""
+    """A line for each setting in epochs that the stage reads and that `epochs` doesn't reach."""
     problems, epochs = [], config.get("epochs")
-    if not isinstance(epochs, int):  # which is told by itself
+    if not isinstance(epochs, int):  # `Root` reports it
         return []
     for name, field in schema.model_fields.items():
         for mark in (part for part in field.metadata if isinstance(part, InEpochs)):
@@ -426,7 +415,7 @@ def _problem(
         return f"{key} needs a value: type {key}=..."
     if detail["type"] == "string_type":
         given = detail["input"]
-        if isinstance(given, list):  # of a text in brackets
+        if isinstance(given, list):  # a text in brackets was typed
             given = f"[{','.join(map(str, given))}]"
         as_text = shell.quoted(f"{key}={quoted.get(key, typed.quote(str(given)))}")
         return f"{key}={given}: should be a text; quote it: {as_text}"

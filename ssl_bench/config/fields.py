@@ -1,5 +1,6 @@
-"""Annotated types for constructors. A constructor's signature is the schema of its YAML node (see
-`build.check`).
+"""Annotated types for constructors.
+
+A constructor's signature is the schema of its YAML node (see `build.check`).
 """
 
 from typing import Annotated, Any, Literal, NamedTuple, get_args
@@ -18,10 +19,10 @@ class IsPath(NamedTuple):
 
 
 def is_path(annotation: Any) -> bool:
-    """Is it a path, or may it be one, or a list of them?"""
-    return IsPath() in getattr(annotation, "__metadata__", ()) or any(
-        map(is_path, get_args(annotation))
-    )
+    """Does the annotation stand for a path, a list of paths, or a choice that has one of these?"""
+    if IsPath() in getattr(annotation, "__metadata__", ()):
+        return True
+    return any(map(is_path, get_args(annotation)))
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]  # a probability, a ratio, a momentum
@@ -29,12 +30,12 @@ Fraction = Annotated[float, Field(ge=0, le=1)]  # a probability, a ratio, a mome
 Interval = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
 Share = Annotated[float, Field(gt=0, le=1)]  # a part of something
 Interpolation = Literal["bilinear", "bicubic"]
-# of a test view, times its size, before the centre is cut out
+# the size of a test image before its centre is cut out, in sizes of the view
 Resize = Annotated[float, Field(ge=1)]
-# of a warm-up, of what stays frozen, of what begins later
+# the length of a warm-up, how long a layer stays frozen, when something begins
 Epochs = Annotated[NonNegativeFloat, InEpochs()]
-WholeEpochs = Annotated[NonNegativeInt, InEpochs(or_at_the_end=True)]  # as many, counted
-BitDepth = Annotated[int, Field(ge=8, le=16)]  # of values in files that hold 16
-# what is black, and what is white
+WholeEpochs = Annotated[NonNegativeInt, InEpochs(or_at_the_end=True)]  # a number of whole epochs
+BitDepth = Annotated[int, Field(ge=8, le=16)]  # bits used of the 16 that a file has for a value
+# [the value that is black, the value that is white]
 ValueRange = Annotated[list[float], Field(min_length=2, max_length=2)]
 Place = Annotated[str, IsPath()]

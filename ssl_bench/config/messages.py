@@ -1,4 +1,4 @@
-"""What Hydra and OmegaConf say in paragraphs, in a line that says what to type."""
+"""Errors of Hydra and OmegaConf, which fill paragraphs, in one line that says what to type."""
 
 import os
 import re
@@ -19,10 +19,12 @@ from ssl_bench.shell import quote, quoted
 SEARCH = (
     "an interval is for a search: add -m hydra/sweeper=optuna (pip install hydra-optuna-sweeper)"
 )
+# what Hydra says where several values are given for one
+SEVERAL = r"(?:Ambiguous value for argument|Sweep parameters) '([^=]+)=(.+?)'"
 
 
 def message(error: Exception) -> str:
-    """What Hydra says in paragraphs, in a line."""
+    """An error of Hydra's, OmegaConf's or ours in one line."""
     text = str(error)
     if isinstance(error, UserError):
         return text
@@ -35,18 +37,13 @@ def message(error: Exception) -> str:
         )
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        return unknown(
-            "choice", f"{group}={choice}", [f"{group}={option}" for option in error.options]
-        )
-    if several := re.match(
-        r"(?:Ambiguous value for argument|Sweep parameters) '([^=]+)=(.+?)'", text
-    ):
+        options = [f"{group}={option}" for option in error.options]
+        return unknown("choice", f"{group}={choice}", options)
+    if several := re.match(SEVERAL, text):
         return _several(*several.groups())
     composing = re.match(r"In '(.+)': .+ raised while composing config:", text)
-    file, cause = (
-        f"{composing[1]}.yaml: " if composing else "",
-        error.__cause__ or error.__context__,
-    )
+    file = f"{composing[1]}.yaml: " if composing else ""
+    cause = error.__cause__ or error.__context__
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.parent_node is not None:
         return file + _unknown_key(cause)
     if file and isinstance(cause, OmegaConfBaseException):
@@ -55,26 +52,23 @@ def message(error: Exception) -> str:
 
 
 def _as_texts(key: str, value: str) -> str:
-    """An override of a value that Hydra can't read: of a list with each entry as a text, where that
-    is readable.
+    """An override whose value Hydra can't read, with that value quoted.
+
+    Each entry of a list is quoted, if Hydra reads the result; else the whole value.
     """
     if value.startswith("[") and value.endswith("]"):
-        entries = re.findall(
-            r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|\[[^][]*\]|[^,])+""", value[1:-1]
-        )
-        texts = [
-            entry if entry[0] in "\"'" else typed.quote(entry)
-            for entry in map(str.strip, entries)
-            if entry
-        ]
+        entry = r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|\[[^][]*\]|[^,])+"""
+        entries = filter(None, map(str.strip, re.findall(entry, value[1:-1])))
+        texts = [text if text[0] in "\"'" else typed.quote(text) for text in entries]
         with suppress(HydraException):
             return OverridesParser.create().parse_override(f"{key}=[{','.join(texts)}]").input_line
     return f"{key}={typed.quote(value)}"
 
 
 def _several(key: str, value: str) -> str:
-    """Of several values where one is wanted. First of another mistake: with that Hydra sees no
-    sweep.
+    """One line about several values where one is wanted.
+
+    Another mistake of the command is reported in its place: -m wouldn't mend it.
     """
     args = get_args_parser().parse_args()
     words = []
@@ -101,23 +95,25 @@ def _several(key: str, value: str) -> str:
 
 
 def _unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
-    """One line about a key that isn't there, from the place where it was looked for."""
+    """One line about a key that isn't there, with the keys that are in its place."""
     parent = error.full_key.rpartition(".")[0]
     names = [str(name) for name in error.parent_node if not str(name).startswith("_")]
     if not names:
         return f"{error.full_key}: no such key; {parent} has none"
-    return unknown(
-        "key", error.full_key, [f"{parent}.{name}" if parent else name for name in names]
-    )
+    valid = [f"{parent}.{name}" if parent else name for name in names]
+    return unknown("key", error.full_key, valid)
 
 
 def parsed(words: list[str]) -> list[Override]:
-    """With the choices of this configuration, which a glob() looks among."""
+    """Overrides, parsed; a glob() looks among the choices of the present configuration."""
     return OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(words)
 
 
 def first_value(override: Override) -> str | None:
-    """The first of the values that it gives, one by one; None where there is none."""
+    """The first value of an override, or the override itself if it isn't a list of values.
+
+    None: it gives no value.
+    """
     if not override.is_discrete_sweep():
         return override.input_line
     return next(iter(override.sweep_string_iterator()), None)

@@ -1,5 +1,6 @@
-"""Where constructors lay before: configurations of earlier runs, sweeps and exports name them by
-those places.
+"""Where constructors used to lie.
+
+Configurations of earlier runs, sweeps and exports still name them by those places.
 """
 
 BEFORE = {

@@ -1,8 +1,8 @@
 """What a constructor accepts, read from its source.
 
 A configuration is checked before anything runs. Importing the constructors would import torch, and
-two seconds are long for a line that says "did you mean". Where the source isn't plain enough, the
-constructor is imported after all.
+two seconds are a long wait for a line that says "did you mean". Only where the source isn't plain
+enough is the constructor imported.
 """
 
 import ast
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 from ssl_bench.config.renamed import current
 
-# modules that are imported for an annotation
+# Modules that may be imported to evaluate an annotation: quick ones.
 LIGHT = ("typing", "pydantic", "collections.abc", "ssl_bench.config.fields")
 
 
@@ -31,26 +31,24 @@ class _NotPlain(Exception):
 
 
 def locate(path: str) -> Callable:
-    """The class or function with this dotted path, imported. ImportError, AttributeError,
-    ValueError.
-    """
+    """The class or function with this dotted path. ImportError, AttributeError, ValueError."""
     module, _, name = current(path).rpartition(".")
     return getattr(import_module(module), name)
 
 
 @cache
 def parameters(path: str, supplied: tuple[str, ...]) -> dict[str, Parameter]:
-    """Those of the class or function with this dotted path, but for the `supplied`. ImportError,
-    AttributeError.
+    """The parameters of the class or function with this dotted path, but for the `supplied`.
+
+    ImportError, AttributeError.
     """
     module, _, name = current(path).rpartition(".")
     try:
         return _Module(module).parameters(name, supplied)
     except _NotPlain:
         target = locate(path)
-    hints = get_type_hints(
-        target.__init__ if inspect.isclass(target) else target, include_extras=True
-    )
+    function = target.__init__ if inspect.isclass(target) else target
+    hints = get_type_hints(function, include_extras=True)
     return {
         name: Parameter(hints.get(name, Any), parameter.default is parameter.empty)
         for name, parameter in inspect.signature(target).parameters.items()
@@ -60,10 +58,9 @@ def parameters(path: str, supplied: tuple[str, ...]) -> dict[str, Parameter]:
 
 @cache
 def constant(path: str, name: str) -> Any:
-    """The literal of this name in the module of the class or function with this dotted path; None:
-    there is none.
+    """The literal called `name` in the module of the class or function with this dotted path.
 
-    It may name literals of other modules. ImportError, ValueError.
+    None: there is none. It may refer to literals of other modules. ImportError, ValueError.
     """
     module = current(path).rpartition(".")[0]
     try:
@@ -73,7 +70,7 @@ def constant(path: str, name: str) -> Any:
 
 
 class _Module:
-    """What stands at the top level of a source file."""
+    """The definitions at the top level of a source file."""
 
     def __init__(self, name: str) -> None:
         spec = find_spec(name)
@@ -111,16 +108,14 @@ class _Module:
             raise _NotPlain
         positional = args.posonlyargs + args.args
         optional = positional[len(positional) - len(args.defaults) :]
-        optional += [
-            arg for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True) if default
-        ]
-        return {
-            arg.arg: Parameter(
-                self._value(arg.annotation) if arg.annotation else Any, arg not in optional
-            )
-            for arg in positional + args.kwonlyargs
-            if arg.arg not in ("self", *supplied)
-        }
+        keyword_only = zip(args.kwonlyargs, args.kw_defaults, strict=True)
+        optional += [arg for arg, default in keyword_only if default]
+        found = {}
+        for arg in positional + args.kwonlyargs:
+            if arg.arg not in ("self", *supplied):
+                annotation = self._value(arg.annotation) if arg.annotation else Any
+                found[arg.arg] = Parameter(annotation, required=arg not in optional)
+        return found
 
     def literal(self, name: str) -> Any:
         match self.defined.get(name):
@@ -128,11 +123,8 @@ class _Module:
                 return _Module(origin).literal(name)
             case ast.Assign(value=value):
                 names = {node.id for node in ast.walk(value) if isinstance(node, ast.Name)}
-                return eval(
-                    ast.unparse(value),
-                    {"__builtins__": {}},
-                    {name: self.literal(name) for name in names},
-                )
+                literals = {name: self.literal(name) for name in names}
+                return eval(ast.unparse(value), {"__builtins__": {}}, literals)
         raise _NotPlain
 
     def _value(self, expression: ast.expr) -> Any:

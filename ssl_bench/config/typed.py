@@ -1,11 +1,11 @@
-"""Nothing typed is ignored: what a stage reads of the shared keys, and what was typed in vain.
+"""Nothing typed is ignored: which shared keys a stage reads, and which were typed in vain.
 
 A stage's module declares READS, the shared keys that it reads: "optimizer" is the group with all of
 its keys, "data.root" that key alone, "data.name" the choice of the group. IDLE, in the module of
-any constructor, says which keys do nothing where another has a certain value:
-{"method.name=random": ("optimizer", ...)}. Both are literals, which are read without the imports of
-the module; tests/config/test_typed.py compares READS with what the code reads. A stage without
-READS, as a user's own may be, is taken to read everything.
+any constructor, lists the keys that do nothing where another key has a certain value:
+{"method.name=random": ("optimizer", ...)}. Both are literals and are read without importing the
+module; tests/config/test_typed.py compares READS with what the code reads. A stage without READS,
+such as a user's own, is taken to read everything.
 """
 
 import re
@@ -17,12 +17,12 @@ from typing import Any
 from ssl_bench.config import signatures
 from ssl_bench.shell import in_quotes
 
-# how a configuration is made, and where it runs
+# Keys that choose how a configuration is composed and where it runs, for every stage.
 ALWAYS = ("stage", "experiment", "settings", "launcher", "hydra")
 
 
 def key_of(override: str) -> str:
-    """optimizer.base_lr of "+optimizer.base_lr=1"."""
+    """The key of an override: optimizer.base_lr for "+optimizer.base_lr=1"."""
     return re.split("[=@]", override.lstrip("+~"), maxsplit=1)[0]
 
 
@@ -32,22 +32,21 @@ def quote(text: str) -> str:
 
 
 def quoted(overrides: Iterable[str]) -> dict[str, str]:
-    """{key: its value as a text} of what was typed; several values are quoted each."""
-    pairs = (override.partition("=") for override in overrides)
+    """{key: its value, quoted as a text} of overrides; each of several values is quoted."""
     several = re.compile(r"[^\[\](){}'\",]+(,[^\[\](){}'\",]+)+")
-    return {
-        key_of(key): ",".join(map(quote, value.split(",")))
-        if several.fullmatch(value)
-        else quote(value)
-        for key, _, value in pairs
-    }
+    found = {}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        values = value.split(",") if several.fullmatch(value) else [value]
+        found[key_of(key)] = ",".join(map(quote, values))
+    return found
 
 
 def in_vain(config: Mapping, overrides: Iterable[str]) -> dict[str, str]:
-    """{override: a line about it} of those that the stage of this configuration doesn't read.
+    """{override: a line about it} for each override that the stage of `config` doesn't read.
 
-    config: plain, not resolved. What asks for nothing is left alone: KEY=null, and what makes
-    others idle, as eval_every=0 does.
+    config: plain, not resolved. An override that asks for nothing is left alone: KEY=null, or one
+    that makes other keys idle, such as eval_every=0.
     """
     lines = {}
     for override in overrides:
@@ -61,18 +60,15 @@ def in_vain(config: Mapping, overrides: Iterable[str]) -> dict[str, str]:
 
 
 def swept_in_vain(members: Sequence[tuple[Mapping, Sequence[str]]]) -> list[str]:
-    """As `in_vain`, a line each, of a sweep's members (configuration, overrides).
+    """The lines of `in_vain` for the members of a sweep, each (configuration, overrides).
 
-    What all of them share must be read by one of them at least; what tells them apart by each that
-    has it, or one run would be several members.
+    An override that all members share must be read by at least one of them. One that tells members
+    apart must be read by each member that has it, or several members would be the same run.
     """
     shared = set.intersection(*(set(overrides) for _, overrides in members))
     unread = [in_vain(config, overrides) for config, overrides in members]
-    lines = [
-        line
-        for word, line in unread[0].items()
-        if word in shared and all(word in other for other in unread)
-    ]
+    by_none = {word for word in shared if all(word in one for one in unread)}
+    lines = [line for word, line in unread[0].items() if word in by_none]
     lines += [line for each in unread for word, line in each.items() if word not in shared]
     return list(dict.fromkeys(lines))
 
@@ -82,34 +78,28 @@ def is_read(config: Mapping, key: str) -> bool:
 
 
 def reads(stage: str) -> tuple[str, ...] | None:
-    """What the stage with this dotted path declares; None where it declares nothing."""
+    """The READS of the stage with this dotted path; None: it declares none."""
     return signatures.constant(stage, "READS")
 
 
 def covers(declared: Iterable[str], key: str) -> bool:
-    """Is the key, or the choice of a group, among the declared?"""
+    """Is the key, or the choice of the group `key`, among the declared ones?"""
     return any(name in (key, f"{key}.name") or key.startswith(name + ".") for name in declared)
 
 
 def _ignored_by(config: Mapping, key: str) -> str:
-    """What doesn't read the key, in words; "" where it is read."""
+    """The stage that doesn't read the key, as it was typed; "" where the key is read."""
     root = key.partition(".")[0]
     stage, declared = config["stage"], reads(config["stage"]["_target_"])
     if root in ALWAYS and not key.startswith("stage."):
         return ""
-    nodes = {
-        name: node
-        for name, node in config.items()
-        if isinstance(node, Mapping) and "_target_" in node
-    }
-    if (
-        declared is not None
-        and not covers((*ALWAYS, *declared), key)
-        and not _stands_in(nodes, declared, key)
-    ):
-        return f"stage={stage['name']}"
+    nodes = _nodes(config)
+    if declared is not None:
+        read = covers((*ALWAYS, *declared), key) or _stands_in(nodes, declared, key)
+        if not read:
+            return f"stage={stage['name']}"
     for node in nodes.values():
-        for condition, idle in (signatures.constant(node["_target_"], "IDLE") or {}).items():
+        for condition, idle in _idle(node).items():
             where, _, value = condition.partition("=")
             if str(_select(config, where)) == value and covers(idle, key):
                 return f"stage={stage['name']} with {where.removesuffix('.name')}={value}"
@@ -117,22 +107,24 @@ def _ignored_by(config: Mapping, key: str) -> str:
 
 
 def _off(config: Mapping) -> set[str]:
-    """The conditions under which keys are idle that no choice of a group is."""
-    targets = [
-        node["_target_"]
-        for node in config.values()
-        if isinstance(node, Mapping) and "_target_" in node
-    ]
-    conditions = {
-        condition for path in targets for condition in signatures.constant(path, "IDLE") or {}
-    }
-    return {
-        condition for condition in conditions if not condition.partition("=")[0].endswith(".name")
-    }
+    """The conditions of IDLE that switch something off (eval_every=0), not those that choose."""
+    conditions = {condition for node in _nodes(config).values() for condition in _idle(node)}
+    return {word for word in conditions if not key_of(word).endswith(".name")}
+
+
+def _nodes(config: Mapping) -> dict[str, Mapping]:
+    """{name: node} of the nodes that describe an object."""
+    items = config.items()
+    return {name: node for name, node in items if isinstance(node, Mapping) and "_target_" in node}
+
+
+def _idle(node: Mapping) -> Mapping[str, Sequence[str]]:
+    """IDLE of the constructor that a node names."""
+    return signatures.constant(node["_target_"], "IDLE") or {}
 
 
 def _stands_in(nodes: Mapping[str, Mapping], declared: Sequence[str], key: str) -> bool:
-    """Does an argument of a constructor that is read stand for it, as with zero_init_residual?"""
+    """Is the key passed on as an argument of a node that is read, as is zero_init_residual?"""
     read = (node for name, node in nodes.items() if covers(declared, name))
     return any(value == f"${{{key}}}" for node in read for value in node.values())
 
@@ -146,7 +138,7 @@ def _select(config: Mapping, key: str) -> Any:
 
 @cache
 def _readers(key: str) -> list[str]:
-    """Our stages that read it, as one types them."""
+    """Our stages that read the key, as one types them."""
     names = sorted(path.stem for path in (Path(__file__).parents[1] / "stages").glob("[!_]*.py"))
     declared = {name: reads(f"ssl_bench.stages.{name}.{name}") for name in names}
     return [f"stage={name}" for name, keys in declared.items() if keys and covers(keys, key)]

@@ -1,8 +1,7 @@
-"""Hydra launchers of our sweeps, here and on a workstation. `launchers/*.yaml` choose and configure
-them.
+"""Hydra launchers of our sweeps, in this process and on a workstation.
 
-Hydra imports this module at every start of every application: what is heavy is imported where it is
-used.
+`launchers/*.yaml` choose and configure them. Hydra imports this module whenever any Hydra
+application starts, so heavy modules are imported where they are used.
 """
 
 import json
@@ -15,6 +14,7 @@ import subprocess
 import sys
 import time
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import blake2b
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class _Failed(JobReturn):
-    """Hydra's own writes all overrides to stderr before it raises."""
+    """A result that raises its exception, without first printing all overrides, as Hydra's does."""
 
     @property
     def return_value(self) -> Any:
@@ -42,8 +42,9 @@ class _Failed(JobReturn):
 
 
 class SweepLauncher(Launcher):
-    """Members are composed at the start and run from that copy; finished ones are left alone; files
-    tell the rest.
+    """Composes the members of a sweep, then runs those that aren't finished from these copies.
+
+    The state of the sweep is in its files alone (`runs.sweep`).
     """
 
     wait = True
@@ -71,47 +72,40 @@ class SweepLauncher(Launcher):
         if self._is_grid:
             _refuse_free(job_overrides, asked)
         self._check_metric(asked)
-        # an optimiser may ask for one twice
+        # a search may ask for the same member twice
         members = list({member.file: member for member in asked}.values())
-        if len(directories := {member.directory for member in members}) < len(members):
-            same = next(
-                str(path) for path in directories if sum(path == m.directory for m in members) > 1
-            )
+        counts = Counter(member.directory for member in members)
+        if shared := [directory for directory, count in counts.items() if count > 1]:
             raise UserError(
-                f"dir={same} is that of several members: "
+                f"dir={shared[0]} is that of several members: "
                 "leave out dir=, or sweep over what tells them apart"
             )
-        # Without Slurm here, jobs of earlier commands can't be seen; the lock of the run directory
-        # keeps them apart.
-        jobs = shutil.which("squeue") and any(
-            member.job and member.result() is None for member in members
-        )
-        queue = sweep.queued() if jobs else {}
+        # Jobs of earlier commands can't be seen from a machine without Slurm; there the locks of
+        # the run directories keep members from running twice.
+        submitted = any(member.job and member.result() is None for member in members)
+        queue = sweep.queued() if submitted and shutil.which("squeue") else {}
         if queue is None:
             raise UserError(
                 "squeue doesn't answer, and earlier jobs of this sweep may still be there: "
                 "try again later"
             )
         under_way = [member for member in members if member.job in queue]
-        elsewhere = [
-            member for member in members if member not in under_way and sweep.locked(member.lock)
-        ]
+        others = [member for member in members if member not in under_way]
+        elsewhere = [member for member in others if sweep.locked(member.lock)]
         busy = [*under_way, *elsewhere]
         todo = [member for member in members if member.result() is None and member not in busy]
-        finished = len(members) - len(todo) - len(busy)
-        log.info(
-            "%s: %s finished, %s under way, %s to start", folder, finished, len(busy), len(todo)
-        )
-        log.info(
-            "its members at any time: ssl-bench stage=status %s", shell.override("runs", folder)
-        )
+        finished = [member for member in members if member not in (*todo, *busy)]
+        counts = len(finished), len(busy), len(todo)
+        log.info("%s: %s finished, %s under way, %s to start", folder, *counts)
+        runs = shell.override("runs", folder)
+        log.info("its members at any time: ssl-bench stage=status %s", runs)
         for member in todo:
             if conflict := member.conflict:
                 raise UserError(
                     f"{member.name} was run with another configuration: {conflict}. "
                     f"Choose another sweep=, or delete {member.directory}"
                 )
-        if stale := [member for member in members if member not in (*todo, *busy) and member.stale]:
+        if stale := [member for member in finished if member.stale]:
             raise UserError(
                 f"{stale[0].name} stands on other weights than "
                 f"pretrained={stale[0].config['pretrained']} holds now: choose another sweep=, or "
@@ -132,33 +126,26 @@ class SweepLauncher(Launcher):
         return self._returns(asked)
 
     def _check_metric(self, members: list["Member"]) -> None:
-        """UserError where what they are judged by says nothing of which is better, before any of
-        them starts.
-        """
+        """UserError, before any member starts, for a metric that can't tell which is better."""
         from ssl_bench.config.typed import key_of
         from ssl_bench.errors import UserError
         from ssl_bench.runs import identity
 
         metric, stage = members[0].config["metric"], members[0].config["stage"]["name"]
         if self._is_grid:
-            differing = identity.other_losses(
-                identity.Identity(member.config) for member in members
-            )
+            differing = identity.other_losses(identity.Identity(one.config) for one in members)
         else:
-            typed = set(self.config.hydra.overrides.task)
-            searched = {
-                key_of(word) for member in members for word in member.overrides if word not in typed
-            }
-            differing = sorted(key for key in searched if key.startswith(identity.LOSS_OF))
+            words = {word for member in members for word in member.overrides}
+            searched = map(key_of, words.difference(self.config.hydra.overrides.task))
+            differing = sorted({key for key in searched if key.startswith(identity.LOSS_OF)})
             if metric is None:
                 raise UserError(
                     "metric=null: a search needs what to find: "
                     f"type one of the values of stage={stage}"
                 )
             direction = self.config.hydra.sweeper.get("direction")
-            if getattr(direction, "name", direction) == "minimize" and re.search(
-                r"top\d$|accuracy$|top-1$", metric
-            ):
+            minimizes = getattr(direction, "name", direction) == "minimize"
+            if minimizes and re.search(r"top\d$|accuracy$|top-1$", metric):
                 raise UserError(
                     f"hydra.sweeper.direction=minimize would find the worst {metric}: type "
                     "hydra.sweeper.direction=maximize"
@@ -175,7 +162,7 @@ class SweepLauncher(Launcher):
         return self.config.hydra.sweeper._target_.endswith("BasicSweeper")
 
     def _wait_elsewhere(self, members: list["Member"]) -> None:
-        """For those that a process of another command runs."""
+        """Wait for the members that processes of other commands run."""
         from ssl_bench.runs import sweep
 
         def busy() -> bool:
@@ -188,25 +175,27 @@ class SweepLauncher(Launcher):
 
     @abstractmethod
     def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
-        """Start those to do, and unless `wait` is false, return when all of both have ended."""
+        """Start `todo`; unless `wait` is false, return when all of `todo` and `under_way` ended."""
 
     def _compose(
         self, folder: Path, conf: Path, overrides: list[str], known: dict[str, list["Member"]]
     ) -> "Member":
-        """known: `sweep.by_key` of the members there are: what is typed in other words isn't run
-        again.
+        """The member with these overrides.
+
+        known: `sweep.by_key` of the sweep's members. One that was typed in other words but is the
+        same run is taken instead, so that nothing runs twice.
         """
         from ssl_bench.config import build
         from ssl_bench.errors import UserError
         from ssl_bench.runs.sweep import Member, name, twin
 
-        # what was chosen comes last, as on a command line: names have room for so many
+        # what the sweeper chose comes last, as on a command line: a name has room for so many words
         if not self._is_grid:
             overrides.sort(key=lambda word: word not in self.config.hydra.overrides.task)
         cfg = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
         HydraConfig.instance().set_config(cfg)  # for the resolver of `dir`
         own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-        if not self._is_grid:  # the members of a grid are checked before any starts
+        if not self._is_grid:  # `train.Check` has checked the members of a grid
             build.check(own)
         config = OmegaConf.to_container(build.at_home(own), resolve=True)
         if config["dir"] is None:
@@ -217,11 +206,9 @@ class SweepLauncher(Launcher):
         own_name = name(overrides)
         config["devices"] = self._processes(config["devices"])
         if (other := twin(config, known)) and Path(config["dir"]).name == own_name:
-            # of the other's file only its name counts: what runs is what was composed here
-            here = config["dir"]
-            there, here = (
-                json.dumps(str(one))[1:-1] for one in (Path(here).with_name(other.name), here)
-            )
+            # Only the name and directory are the other's: what runs is what was composed here.
+            here = json.dumps(config["dir"])[1:-1]
+            there = json.dumps(str(Path(config["dir"]).with_name(other.name)))[1:-1]
             config = json.loads(json.dumps(config).replace(here, there))
             return replace(other, config=config, cwd=os.getcwd(), conf=str(conf))
         file = folder / ".members" / f"{own_name}.json"
@@ -229,33 +216,28 @@ class SweepLauncher(Launcher):
         return Member(file, overrides, config, os.getcwd(), str(conf), job)
 
     def _processes(self, devices: int) -> int:
-        """Of a member: their number may change its result."""
+        """How many processes a member has: their number may change its result."""
         return devices
 
     def _freeze_files(self, folder: Path) -> Path:
-        """A copy of the YAML files, ours and the user's, as one folder; the same files give the
-        same folder.
-        """
+        """A copy of the YAML files, ours and the user's, in one folder named by their hash."""
         import ssl_bench
 
         texts: dict[str, str] = {}
-        # the first one wins
+        # reversed: the first folder of the search path wins
         for element in reversed(self.hydra_context.config_loader.get_search_path().get_path()):
             scheme, _, path = element.path.partition("://")
-            if scheme == "file" or element.path == "pkg://ssl_bench.conf":
-                root = (
-                    Path(path) if scheme == "file" else Path(ssl_bench.__file__).with_name("conf")
-                )
-                for parent, _, names in os.walk(root, followlinks=True):
-                    files = (Path(parent, name) for name in names if name.endswith(".yaml"))
-                    texts |= {
-                        str(file.relative_to(root)): file.read_text(encoding="utf-8")
-                        for file in files
-                    }
-        copy = (
-            folder
-            / f"conf-{blake2b(repr(sorted(texts.items())).encode(), digest_size=4).hexdigest()}"
-        )
+            if scheme == "file":
+                root = Path(path)
+            elif element.path == "pkg://ssl_bench.conf":
+                root = Path(ssl_bench.__file__).with_name("conf")
+            else:
+                continue
+            for parent, _, names in os.walk(root, followlinks=True):
+                for file in (Path(parent, name) for name in names if name.endswith(".yaml")):
+                    texts[str(file.relative_to(root))] = file.read_text(encoding="utf-8")
+        content = repr(sorted(texts.items())).encode()
+        copy = folder / f"conf-{blake2b(content, digest_size=4).hexdigest()}"
         if not copy.exists():
             partial = copy.with_name(f"{copy.name}.{os.getpid()}")
             for path, text in texts.items():
@@ -268,17 +250,15 @@ class SweepLauncher(Launcher):
         return copy
 
     def _returns(self, members: list["Member"]) -> list[JobReturn]:
-        """For the sweeper: each member's metric, or the exception that says what became of those
-        without.
-        """
+        """For the sweeper: each member's metric, or an exception that lists the unfinished ones."""
         from ssl_bench.config.typed import key_of
         from ssl_bench.errors import UserError
         from ssl_bench.runs import sweep
 
         results = [member.result() for member in members]
-        states = (
-            sweep.states(members) if None in results else [sweep.State("finished")] * len(members)
-        )
+        states = [sweep.State("finished")] * len(members)
+        if None in results:
+            states = sweep.states(members)
         by_name = {member.name: state for member, state in zip(members, states, strict=True)}
         ended = [f"{name}: {state}" for name, state in by_name.items() if state.name != "finished"]
         failure = UserError(
@@ -288,9 +268,8 @@ class SweepLauncher(Launcher):
         returns: list[JobReturn] = []
         for member, result in zip(members, results, strict=True):
             if result is None and self.wait:
-                returns.append(
-                    _Failed(member.overrides, status=JobStatus.FAILED, _return_value=failure)
-                )
+                failed = _Failed(member.overrides, status=JobStatus.FAILED, _return_value=failure)
+                returns.append(failed)
                 continue
             done = JobReturn(overrides=member.overrides, status=JobStatus.COMPLETED)
             if result is not None and (metric := member.config["metric"]) is not None:
@@ -306,9 +285,7 @@ class SweepLauncher(Launcher):
 
 
 def _refuse_processes() -> None:
-    """UserError for a sweep in several processes: each would compose, claim and run the members
-    that all share.
-    """
+    """UserError for a sweep started in several processes: each would run all the members."""
     from ssl_bench.errors import UserError
 
     if not {"RANK", "SLURM_STEP_NUM_TASKS"} & os.environ.keys():
@@ -324,9 +301,7 @@ def _refuse_processes() -> None:
 
 
 def _refuse_free(job_overrides: Sequence[Sequence[str]], members: Sequence["Member"]) -> None:
-    """UserError for several members of a grid that would be one run, since what tells them apart
-    doesn't name it.
-    """
+    """UserError for members of a grid that would be one run: they differ in keys that name none."""
     from ssl_bench.config.typed import key_of
     from ssl_bench.errors import UserError
     from ssl_bench.runs import identity
@@ -365,9 +340,7 @@ class Local(SweepLauncher):
 
 
 class Workstation(SweepLauncher):
-    """Several members at once, each with one GPU (where there are any) and its share of the CPU
-    cores.
-    """
+    """Several members at once, each with one GPU, if there are any, and a share of the cores."""
 
     def __init__(self, at_once: int | None) -> None:
         self.at_once = at_once
@@ -389,33 +362,23 @@ class Workstation(SweepLauncher):
         def stop(signum: int, frame: object) -> None:
             raise Interrupted(signum)
 
-        before = {
-            signum: signal.signal(signum, stop)
-            for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        }
+        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        before = {signum: signal.signal(signum, stop) for signum in signals}
         try:
             while waiting or running:
                 while waiting and slots:
                     member, slot = waiting.pop(0), slots.pop(0)
                     mine = {cores[(slot * share + i) % len(cores)] for i in range(share)}
-                    env = os.environ | {
-                        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(share))
-                    }
+                    env = {"OMP_NUM_THREADS": str(share)} | os.environ
                     if gpus:
                         env["CUDA_VISIBLE_DEVICES"] = gpus[slot]
+                    words = [str(member.file), *build.strange(build.literal(member.config))]
+                    command = [sys.executable, "-m", "ssl_bench.launch.member", *words]
                     with open(member.file.with_suffix(".log"), "a") as output:
-                        named = build.strange(build.literal(member.config))
-                        command = [
-                            sys.executable,
-                            "-m",
-                            "ssl_bench.launch.member",
-                            str(member.file),
-                            *named,
-                        ]
                         process = subprocess.Popen(
                             command, env=env, stdout=output, stderr=output, start_new_session=True
                         )
-                    os.sched_setaffinity(process.pid, mine)  # before it has any threads
+                    os.sched_setaffinity(process.pid, mine)  # before it starts any threads
                     running[process] = member, slot
                     log.info("started: %s (see %s)", member.name, member.output)
                 for process in [process for process in running if process.poll() is not None]:
@@ -425,7 +388,7 @@ class Workstation(SweepLauncher):
                 time.sleep(0.2)
         except BaseException:
             for process in running:
-                process.terminate()  # they save
+                process.terminate()  # each saves its state
             for process in running:
                 process.wait()
             raise
@@ -435,7 +398,7 @@ class Workstation(SweepLauncher):
 
 
 def visible_gpus() -> list[str]:
-    """As CUDA_VISIBLE_DEVICES names them."""
+    """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [gpu for gpu in visible.split(",") if gpu]
     import torch
@@ -444,16 +407,13 @@ def visible_gpus() -> list[str]:
 
 
 def tell(member: "Member", status: int = 0) -> None:
-    """What became of it; status: of its process."""
+    """Log what became of a member; status: the exit status of its process."""
     from ssl_bench.runs import sweep
 
     if (result := member.result()) is not None:
         metric = member.config["metric"]
-        log.info(
-            "finished: %s%s",
-            member.name,
-            f"  {metric} {result[metric]:.4g}" if metric in result else "",
-        )
+        value = f"  {metric} {result[metric]:.4g}" if metric in result else ""
+        log.info("finished: %s%s", member.name, value)
     else:
         (state,) = sweep.states([member])
         how = f"  exit status {status}" if status and not state.note else ""

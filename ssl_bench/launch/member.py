@@ -1,9 +1,9 @@
-"""One member of a sweep, from its file, in a process of its own or as a Slurm job.
+"""One member of a sweep, run from its file, in a process or as a Slurm job.
 
 `python -m ssl_bench.launch.member FILE` starts one by hand.
 
-The file chooses among our constructors. Those of a user's own are named by who starts it, as its
-launcher does: `python -m ssl_bench.launch.member FILE method._target_=my_module.Mine`.
+The file chooses among our constructors. A user's own constructors are named by whoever starts the
+member, as launchers do: `python -m ssl_bench.launch.member FILE method._target_=my_module.Mine`.
 """
 
 import os
@@ -25,8 +25,9 @@ from ssl_bench.runs import sweep
 
 
 def run(file: Path, named: Sequence[str] = ()) -> None:
-    """As one of its ranks. What goes wrong is written beside the file, and raised. named: see
-    `build.strange`.
+    """Run one rank of the member in `file`. An error is written beside the file, and raised.
+
+    named: the user's constructors that the member may call (`build.strange`).
     """
     resolvers.register()
     build.restrict(named)
@@ -40,7 +41,7 @@ def run(file: Path, named: Sequence[str] = ()) -> None:
     os.chdir(member.cwd)
     if named:
         sys.path.append(member.cwd)  # a user's own modules
-    # a pipeline composes its parts
+    # a pipeline composes the configurations of its parts
     with hydra.initialize_config_dir(member.conf, version_base="1.3"):
         attempt(member, rank)
 
@@ -48,25 +49,24 @@ def run(file: Path, named: Sequence[str] = ()) -> None:
 def attempt(member: sweep.Member, rank: int = 0) -> None:
     try:
         cfg = build.literal(member.config)
-        build.check(cfg)  # a file's, and by the code of today
+        build.check(cfg)  # the file may be older than the code
         launch(cfg)
     except Exception as error:
         if isinstance(error, Abandoned):
-            time.sleep(1)  # until the other one has said why
-        member.fail(
-            str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}", rank
-        )
+            time.sleep(1)  # until the rank that failed has written why
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        member.fail(f"{kind}{error}", rank)
         raise
 
 
 class SlurmTask:
-    """What submitit pickles and calls, once a task of the job.
+    """What submitit pickles, and calls once in each task of the job.
 
     A job ends in one of four ways:
     - Slurm warns of the time limit or of a preemption: SIGUSR2, or SIGTERM while the job counts as
-      running. The run saves, then submitit's own handler has the job requeued.
-    - Slurm takes it away (scancel, scontrol requeue): SIGTERM, when it doesn't count as running any
-      more. The run saves; the rest is Slurm's.
+      running. The run saves, then submitit's handler has the job requeued.
+    - Slurm ends it (scancel, scontrol requeue): SIGTERM when the job no longer counts as running.
+      The run saves; Slurm does the rest.
     - It fails: exit status 1, and srun's --kill-on-bad-exit ends the other tasks.
     - It finishes.
     """
@@ -77,25 +77,26 @@ class SlurmTask:
     def __call__(self) -> None:
         if shutil.which("scontrol") is None:
             _leave_requeue_to_the_script()
-        # submitit's: rank 0 has the job requeued and exits, others return
+        # submitit's handler: rank 0 has the job requeued and exits, the others return
         requeue = signal.getsignal(signal.SIGUSR2)
-        # set by `Run` at a warning: a long step must not cost the requeue
+        # `Run` sets an alarm at a warning: a long step must not cost the requeue
         signal.signal(signal.SIGALRM, requeue)
         try:
             run(self.file, self.named)
         except Interrupted as stop:
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # one requeue is enough
             member = sweep.Member.load(self.file)
-            if stop.signum != signal.SIGUSR2 and not (
-                stop.signum == signal.SIGTERM and _counts_as_running(member.job)
-            ):
+            warned = stop.signum == signal.SIGUSR2
+            if stop.signum == signal.SIGTERM:
+                warned = _counts_as_running(member.job)
+            if not warned:
                 sys.exit(128 + stop.signum)
             try:
                 requeue(signal.SIGUSR2, None)
             except Exception as error:
                 member.fail(f"{stop}, but it can't be requeued: {error}")
                 raise
-            sys.exit(0)  # not with a failure: it would end rank 0, which is busy requeueing
+            sys.exit(0)  # a failure here would end rank 0, which is requeueing the job
 
     def checkpoint(self) -> object:
         """submitit: what to run after a requeue."""
@@ -105,14 +106,18 @@ class SlurmTask:
 
 
 def _counts_as_running(job: str) -> bool:
-    """Where Slurm can't be asked, as in a container, the batch script will ask."""
+    """Does Slurm list the job as running? True where it can't be asked, as in a container.
+
+    There the batch script asks.
+    """
     queue = sweep.queued()
     return queue is None or (job in queue and queue[job].name == "running")
 
 
 def _leave_requeue_to_the_script() -> None:
-    """In a container without Slurm's programs: an `scontrol` that leaves a note for the batch
-    script outside.
+    """Put an `scontrol` on the PATH of a container that lacks Slurm's programs.
+
+    It leaves a note for the batch script, which runs outside.
     """
     folder = Path(tempfile.mkdtemp())
     (folder / "scontrol").write_text('#!/bin/sh\n: > "$SSL_BENCH_REQUEUE"\n')

@@ -1,4 +1,4 @@
-"""One stage, in as many processes as it wants."""
+"""Runs one stage, in this process or in several."""
 
 import io
 import json
@@ -21,8 +21,9 @@ log = logging.getLogger(__name__)
 
 
 def launch(cfg: DictConfig) -> dict[str, float]:
-    """Run cfg's stage: in this process, in `cfg.devices` new ones, or as one of those that torchrun
-    or srun started.
+    """Run the stage of `cfg`, and return its metrics.
+
+    It runs in this process, in `cfg.devices` new ones, or in those that torchrun or srun started.
     """
     from ssl_bench.runtime import distributed
 
@@ -36,9 +37,10 @@ def launch(cfg: DictConfig) -> dict[str, float]:
 
 
 def _settled(cfg: DictConfig) -> DictConfig:
-    """cfg with all that the weights decide, which the run then says in its config.yaml: the very
-    file in place of a run directory, where there may be a newer one when the next looks; a mean and
-    std that are null.
+    """cfg with the settings that the weights decide filled in, so that config.yaml states them.
+
+    They are the checkpoint, where `pretrained` is a run directory (a later look might find a newer
+    one), and a mean or std that is null.
     """
     from ssl_bench.augment.views import IMAGENET_MEAN, IMAGENET_STD
     from ssl_bench.runs import weights
@@ -70,32 +72,30 @@ def _run(cfg: DictConfig) -> dict[str, float]:
         if world.local_size > 1:
             torch.set_num_threads(max(1, default_workers() // world.local_size))
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # where collectives put what they need
+        torch.cuda.set_device(device)  # where collectives allocate memory
     memory.reset_peak(device)
     precision.prepare(cfg.precision, device)
     plain = OmegaConf.to_container(cfg, resolve=True)
-    if distributed.launched():  # elsewhere than here: their number may change the result
+    if distributed.launched():  # torchrun or srun chose the number, which may change the result
         plain["devices"] = world.size
-    if cfg.pretrained is not None:  # of a zoo name, too
+    if cfg.pretrained is not None:  # a zoo name becomes its file
         plain["pretrained"] = str(weights.find(cfg.pretrained))
     tracker = partial(build.construct, cfg.tracking, directory=Path(cfg.dir or "."), config=plain)
     with distributed.process_group(device), Run(plain, device, tracker) as run:
         if run.summary is not None:
             split = getattr(build.locate(cfg.stage._target_, "stage"), "split", None)
             run.check_data(split and partial(split, cfg))
-            values = ", ".join(
-                f"{key} {units.spoken(key, value)}" for key, value in run.summary.items()
-            )
+            values = [f"{key} {units.spoken(key, value)}" for key, value in run.summary.items()]
             log.info(
                 "%s is finished already (%s); to run it again, delete it or choose another dir=",
                 cfg.dir,
-                values,
+                ", ".join(values),
             )
             return run.summary
         try:
             run.finish(build.construct(cfg.stage, cfg=cfg, run=run))
         except torch.OutOfMemoryError as error:
-            said = ". ".join(str(error).split(". ")[:3])  # then follow the allocator's details
+            said = ". ".join(str(error).split(". ")[:3])  # without the allocator's details
             raise UserError(
                 f"batch_size={cfg.batch_size} doesn't fit: {said}. Type a smaller batch_size=, "
                 "precision=bf16, more devices=, or source=host, which leaves the images to the host"
@@ -115,7 +115,7 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
             f"device={cfg.device} is one GPU, and devices={cfg.devices} need as many: "
             "type device=cuda"
         )
-    device = pick_device(cfg.device, 0)  # here and not in the ranks: a mistake is told sooner
+    device = pick_device(cfg.device, 0)  # here, so that a mistake is reported before ranks start
     if device.type == "cuda" and cfg.devices > (gpus := torch.cuda.device_count()):
         raise UserError(
             f"devices={cfg.devices}: torch sees {gpus} GPUs here; choose at most devices={gpus}"
@@ -123,7 +123,7 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     signals = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR2"]  # the last is Slurm's warning
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup sets
         signals.append("SIGHUP")
     settings = LaunchConfig(
         min_nodes=1,
@@ -145,19 +145,17 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
         except ChildFailedError as error:
             for message in sorted(Path(folder).glob("*.json")):
                 raise UserError(json.loads(message.read_text(encoding="utf-8"))) from None
-            status = max(failure.exitcode for failure in error.failures.values())
-            if killed := [
-                -failure.exitcode for failure in error.failures.values() if failure.exitcode < 0
-            ]:
+            codes = [failure.exitcode for failure in error.failures.values()]
+            if killed := [signal.Signals(-code).name for code in codes if code < 0]:
                 raise UserError(
-                    f"one of the {cfg.devices} processes was ended by "
-                    f"{signal.Signals(killed[0]).name}, often for want of memory; the same command "
-                    "continues from the last state saved"
+                    f"one of the {cfg.devices} processes was ended by {killed[0]}, often for want "
+                    "of memory; the same command continues from the last state saved"
                 ) from None
-            if status - 128 in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
-                raise Interrupted(status - 128) from None
+            signum = max(codes) - 128
+            if signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
+                raise Interrupted(signum) from None
             raise RuntimeError(f"a process failed: {error.format_msg()}") from None
-        # it has passed the signal on, and waited for the ranks to save
+        # the launcher has passed the signal on, and waited for the ranks to save
         except SignalException as stop:
             raise Interrupted(stop.sigval) from None
     return results[0]
@@ -166,16 +164,15 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
 def _rank(config: str, folder: str) -> dict[str, float]:
     from ssl_bench.runtime import distributed
 
-    signal.signal(signal.SIGUSR2, lambda *_: None)  # outside of a run it must not end this process
+    signal.signal(signal.SIGUSR2, lambda *_: None)  # before and after `Run` handles it: go on
     rank = distributed.launched().rank
     set_up_logging(quiet=rank > 0)
     try:
         return _run(build.literal(json.loads(config)))
     except Abandoned:
-        raise SystemExit(2) from None  # the other one is told of
+        raise SystemExit(2) from None  # the rank that failed reports its error
     except UserError as error:
-        # Told by file: of a child's exception the launcher passes on only text meant for
-        # developers.
+        # By file: the launcher passes on a child's exception only as text for developers.
         Path(folder, f"{rank}.json").write_text(json.dumps(str(error)), encoding="utf-8")
         raise SystemExit(2) from None
     except Interrupted as stop:
@@ -183,9 +180,9 @@ def _rank(config: str, folder: str) -> dict[str, float]:
 
 
 def set_up_logging(quiet: bool = False) -> None:
-    """Log lines of ours to stderr, above a progress bar where there is one. quiet: warnings only.
+    """Log to stderr, above a progress bar if there is one. quiet: warnings only.
 
-    A terminal that lacks a character, as "±" in ASCII, is shown its number.
+    A character that a terminal can't show, such as "±" in ASCII, is printed as its number.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

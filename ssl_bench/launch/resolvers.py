@@ -14,21 +14,19 @@ from ssl_bench.shell import quote
 
 
 def run_dir(default: str) -> str:
-    """Resolver of `dir`: the stage's own directory, or for a member of a sweep one named after its
-    overrides.
-    """
+    """Resolver of `dir`: `default`, or in a sweep the directory named after the overrides."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return default
     return os.path.join(HydraConfig.get().sweep.dir, sweep.name(HydraConfig.get().overrides.task))
 
 
 def began(pretrained: str | None) -> str:
-    """Resolver: of a training that begins with weights, what its directory's name has of them."""
+    """Resolver: the part of a directory's name that says which weights a training began with."""
     return f"-from-{identity.place_slug(pretrained)}" if pretrained is not None else ""
 
 
 def judge(eval_every: int, online_images: int) -> str | None:
-    """Resolver: what ranks pretrainings, where there is something that can."""
+    """Resolver: the metric that ranks pretrainings; None where nothing that can is measured."""
     return "probe_top1" if eval_every and online_images else None
 
 
@@ -59,20 +57,13 @@ class SlurmConf(SlurmQueueConf):
 
 
 def register() -> None:
-    """Before a configuration is composed."""
-    for name, resolver in {
-        "slug": identity.place_slug,
-        "quote": quote,
-        "began": began,
-        "judge": judge,
-        "run_dir": run_dir,
-    }.items():
-        OmegaConf.register_new_resolver(name, resolver, replace=True)
-    for choice, node in {
-        "local": LocalConf,
-        "workstation": WorkstationConf,
-        "slurm": SlurmConf,
-    }.items():
-        ConfigStore.instance().store(
-            "ssl_bench_" + choice, node, group="hydra/launcher", provider="ssl_bench"
-        )
+    """Make resolvers and launchers known to Hydra, before a configuration is composed."""
+    OmegaConf.register_new_resolver("slug", identity.place_slug, replace=True)
+    OmegaConf.register_new_resolver("quote", quote, replace=True)
+    OmegaConf.register_new_resolver("began", began, replace=True)
+    OmegaConf.register_new_resolver("judge", judge, replace=True)
+    OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
+    launchers = {"local": LocalConf, "workstation": WorkstationConf, "slurm": SlurmConf}
+    for choice, node in launchers.items():
+        name = f"ssl_bench_{choice}"
+        ConfigStore.instance().store(name, node, group="hydra/launcher", provider="ssl_bench")

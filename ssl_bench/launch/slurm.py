@@ -1,7 +1,7 @@
 """Hydra launcher of our sweeps on Slurm.
 
-Hydra imports this module at every start of every application: what is heavy is imported where it is
-used.
+Hydra imports this module whenever any Hydra application starts, so heavy modules are imported where
+they are used.
 """
 
 import logging
@@ -16,9 +16,6 @@ from typing import TYPE_CHECKING, Any
 from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from omegaconf import OmegaConf
 
-if TYPE_CHECKING:
-    from ssl_bench.runs.sweep import Member
-
 from ssl_bench.launch.launchers import SweepLauncher, tell
 
 if TYPE_CHECKING:
@@ -26,12 +23,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# why a job waits that will start
+# squeue's reasons for which a job waits that will start by itself
 ORDINARY = ("", "Priority", "Resources", "JobArrayTaskLimit", "BeginTime", "Cleaning")
 
 
 class Slurm(SweepLauncher):
-    """A job array, through submitit. What its own Hydra plugin lacks, in version 1.2, is here."""
+    """A job array, through submitit, with what submitit's Hydra plugin lacks in version 1.2."""
 
     def __init__(
         self,
@@ -50,11 +47,8 @@ class Slurm(SweepLauncher):
     ) -> None:
         from ssl_bench.shell import quoted
 
-        self.wait, self.folder, self.max_num_timeout = (
-            wait,
-            Path(submitit_folder).absolute(),
-            max_num_timeout,
-        )
+        self.wait, self.max_num_timeout = wait, max_num_timeout
+        self.folder = Path(submitit_folder).absolute()
         self.stage_in = [os.path.expanduser(file) for file in stage_in]
         here = "python" if container else quoted(sys.executable)
         inside = here if python is None else quoted(os.path.expanduser(python), variables=True)
@@ -66,24 +60,23 @@ class Slurm(SweepLauncher):
         self.python = " ".join(words)
         delay = parameters["signal_delay_s"]
         note = f"{quoted(str(self.folder.parent))}/requeue-$SLURM_JOB_ID"
+        additional = OmegaConf.to_container(parameters["additional_parameters"], resolve=True)
         self.parameters = parameters | {
-            "additional_parameters": OmegaConf.to_container(
-                parameters["additional_parameters"], resolve=True
-            ),
+            "additional_parameters": additional,
             "setup": [
                 *(setup or []),
                 f"export SSL_BENCH_GRACE={math.ceil(0.75 * delay)} SSL_BENCH_REQUEUE={note}",
-                # of a life of this job that ended before its teardown
+                # one may be left from a start of this job that ended before its teardown
                 'rm -f -- "$SSL_BENCH_REQUEUE"',
                 *(_stage(file, os.path.expanduser(stage_dir)) for file in self.stage_in),
             ],
             "teardown": [
                 "status=$?",
-                # Left where there is no scontrol inside; or USR2 (12) came before Python could
-                # attend to it.
+                # The member left a note, for want of scontrol; or USR2 (12) came before Python
+                # could handle it.
                 'if [ -f "$SSL_BENCH_REQUEUE" ] || [ $status = 140 ]; then',
                 '    rm -f -- "$SSL_BENCH_REQUEUE"',
-                # What is cancelled doesn't count as running any more.
+                # A cancelled job doesn't count as running any more.
                 '    if [ "$(squeue -h -j $SLURM_JOB_ID -o %T)" = RUNNING ]; then',
                 "        scontrol requeue $SLURM_JOB_ID && sleep 300",
                 "    fi",
@@ -93,7 +86,7 @@ class Slurm(SweepLauncher):
             ],
             "srun_args": [
                 "--kill-on-bad-exit=1",
-                # Since Slurm 22.05, srun doesn't take this over from sbatch.
+                # since Slurm 22.05, srun doesn't inherit this option from sbatch
                 *([f"--cpus-per-task={cpus}"] if (cpus := parameters["cpus_per_task"]) else []),
                 *srun_args,
             ],
@@ -120,7 +113,7 @@ class Slurm(SweepLauncher):
                 "hydra.launcher.wait=false: this sweeper chooses by results; leave it out"
             )
         for file in map(Path, self.stage_in):
-            # else the nodes may see it
+            # a folder that isn't here may be on the nodes
             if "$" not in str(file) and file.parent.is_dir() and not file.exists():
                 raise UserError(
                     f"hydra.launcher.stage_in: no file {file}; "
@@ -150,15 +143,18 @@ class Slurm(SweepLauncher):
                     "without them: launcher=workstation"
                 ) from None
             shared = OmegaConf.structured(BaseQueueConf).keys()
+            items = self.parameters.items()
             executor.update_parameters(
-                **{k if k in shared else f"slurm_{k}": v for k, v in self.parameters.items()}
+                **{key if key in shared else f"slurm_{key}": value for key, value in items}
             )
+            configs = [build.literal(member.config) for member in todo]
+            array = [
+                SlurmTask(member.file, build.strange(config))
+                for member, config in zip(todo, configs, strict=True)
+            ]
             try:
-                named = [build.strange(build.literal(member.config)) for member in todo]
-                jobs = executor.submit_array(
-                    [SlurmTask(m.file, words) for m, words in zip(todo, named, strict=True)]
-                )
-            except FailedJobError as error:  # sbatch has said why
+                jobs = executor.submit_array(array)
+            except FailedJobError as error:  # its text is what sbatch said
                 raise UserError(
                     f"{' '.join(str(error).split())}: "
                     "change hydra.launcher, whose keys are sbatch's"
@@ -183,7 +179,7 @@ class Slurm(SweepLauncher):
             raise
 
     def _refuse_names(self) -> None:
-        """UserError for characters that no quotes keep from `#SBATCH` or Slurm's file patterns."""
+        """UserError for characters that can't be quoted in `#SBATCH` lines and file patterns."""
         from ssl_bench.errors import UserError
 
         if found := re.search(r"[%\\\n]", str(folder := self.folder.parents[1])):
@@ -201,15 +197,14 @@ class Slurm(SweepLauncher):
                 )
 
     def _wait(self, members: list["Member"]) -> None:
-        """A job has ended when Slurm lists it no more, twice in a row: a requeued one is listed
-        again.
+        """Return when all jobs have ended: when squeue hasn't listed them twice in a row.
+
+        Twice, because a job that is being requeued is missing for a moment.
         """
         from ssl_bench.runs import sweep
 
-        waiting, missed = (
-            {member.job: member for member in members},
-            dict.fromkeys((m.job for m in members), 0),
-        )
+        waiting = {member.job: member for member in members}
+        missed = dict.fromkeys(waiting, 0)
         began, told = time.monotonic(), set(ORDINARY)
         while waiting:
             time.sleep(min(15, 1 + (time.monotonic() - began) / 60))
@@ -227,8 +222,9 @@ class Slurm(SweepLauncher):
 
 
 def _stage(file: str, folder: str) -> str:
-    """Shell: copy a file to each node's disk, where it isn't there yet; a copy that was cut off is
-    never used.
+    """Shell: copy a file to the disk of each node that lacks it.
+
+    The copy has its name only once it is whole, so that one that was cut off is never used.
     """
     from ssl_bench.shell import quoted
 
