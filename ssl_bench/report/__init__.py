@@ -1,3 +1,5 @@
-"""Results for people: `grouping` of runs, `tables`, `sweeps`, `charts` and `page` (report.html),
-`figure` (overview.png), `dashboard` (W&B's).
+"""Results for people.
+
+`grouping` puts runs into rows and boards. `tables` writes Markdown, `sweeps` the table of a sweep,
+`page` report.html with its `charts`, `figure` overview.png, `dashboard` the panels of W&B.
 """

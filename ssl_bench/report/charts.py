@@ -1,8 +1,7 @@
-"""Charts as SVG for a page: text in the page's font, colours by its CSS variables, a tooltip for
-each line.
+"""Charts as SVG for a page, with its font and colours, and a tooltip for each line.
 
-`--s0` ... `--s7` are the colours of series, `--ink` is that of text, `--rule` of axes, `--grid` of
-what lies behind.
+Colours are CSS variables: `--s0` ... `--s7` of series, `--ink` of text, `--rule` of axes, `--grid`
+of the lines behind.
 """
 
 import io
@@ -21,21 +20,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = (*LINES, "#1f8f8f", "#9b6a3c")
-DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))  # for more series than colours
-LIMIT = len(COLOURS) * len(DASHES)  # series that can be told apart
-POINTS = 200  # of a line; a screen shows no more
+DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))  # for more series than there are colours
+LIMIT = len(COLOURS) * len(DASHES)  # how many series can be told apart
+POINTS = 200  # points of a line; a screen shows no more
 VARIABLES = {INK: "--ink", GREY: "--rule", STYLE["grid.color"]: "--grid"}
 VARIABLES |= {colour: f"--s{i}" for i, colour in enumerate(COLOURS)}
-WIDTH = 4.4  # inches of 72 units, of which the page makes some 400 pixels
+WIDTH = 4.4  # inches of 72 units; some 400 pixels on the page
 _STYLE = STYLE | {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "ssl_bench"}
 _SVG = "http://www.w3.org/2000/svg"
 
 
 class Series(NamedTuple):
-    """number: of its colour and dashes, the same on the whole page. curves: (points, 2) for each
-    sample, x ascending.
+    """A group of runs in a chart.
 
-    values: of each sample, what its finished runs came to.
+    number: chooses its colour and dashes, the same on the whole page. curves: (points, 2) of each
+    sample, x ascending. values: the final value of each sample with a finished run.
     """
 
     name: str
@@ -45,9 +44,7 @@ class Series(NamedTuple):
 
 
 def band(curves: Sequence[np.ndarray]) -> np.ndarray:
-    """(points, 2) each, x ascending -> (M, 3): every x there is, `mean_std` of the curves that
-    cover it.
-    """
+    """Curves (points, 2), x ascending -> (M, 3): each x, and `mean_std` of the curves there."""
     x = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
     values = np.stack([np.interp(x, *curve.T, left=np.nan, right=np.nan) for curve in curves])
     spread = [mean_std(column[np.isfinite(column)].tolist()) for column in values.T]
@@ -55,16 +52,14 @@ def band(curves: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def smooth(points: np.ndarray) -> np.ndarray:
-    """(M, 3) -> at most POINTS of its running mean over a thirtieth of it."""
+    """(M, 3) -> at most POINTS rows of its running mean, over a thirtieth of the rows."""
     if (window := len(points) // 30) > 1:
         points = np.lib.stride_tricks.sliding_window_view(points, window, axis=0).mean(axis=-1)
     return points[np.linspace(0, len(points) - 1, min(len(points), POINTS)).round().astype(int)]
 
 
 def lines(metric: str, series: Sequence[Series], x: str = "epoch") -> str:
-    """SVG: a line a series, the mean of its samples, in a band of one sample standard deviation to
-    either side.
-    """
+    """SVG with a line for each series: the mean of its samples, in a band of ± one sample std."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -78,16 +73,13 @@ def lines(metric: str, series: Sequence[Series], x: str = "epoch") -> str:
             there = np.isfinite(points[:, 2])
             low, high = _within(metric, points)
             axes.fill_between(points[:, 0], low, high, where=there, alpha=0.18, linewidth=0, **look)
-            marker = "o" if len(points) == 1 else None
-            dashes = DASHES[number // len(COLOURS) % len(DASHES)]
-            axes.plot(
-                points[:, 0], points[:, 1], linewidth=1.8, linestyle=dashes, marker=marker, **look
-            )
+            look["marker"] = "o" if len(points) == 1 else None
+            look["linestyle"] = DASHES[number // len(COLOURS) % len(DASHES)]
+            axes.plot(points[:, 0], points[:, 1], linewidth=1.8, **look)
             last = max(curve[-1, 0] for curve in curves)
-            came_to = values or [curve[-1, 1] for curve in curves]
-            titles[number] = (
-                f"{name}: {shown(metric, came_to)}, n = {len(came_to)}, at {x} {last:g}"
-            )
+            finals = values or [curve[-1, 1] for curve in curves]
+            count = f"n = {len(finals)}"
+            titles[number] = f"{name}: {shown(metric, finals)}, {count}, at {x} {last:g}"
         axes.set_xlabel(x)
         axes.grid(axis="y")
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
@@ -95,8 +87,9 @@ def lines(metric: str, series: Sequence[Series], x: str = "epoch") -> str:
 
 
 def dots(metric: str, rows: Sequence[tuple[str, int, list[float]]]) -> str:
-    """SVG: a line a row (name, number as of Series, a value for each sample): these, their mean ±
-    std.
+    """SVG with a line for each row: a dot for each sample, and their mean ± std.
+
+    rows: (name, number as in Series, a value for each sample).
     """
     from matplotlib.figure import Figure
 
@@ -108,32 +101,23 @@ def dots(metric: str, rows: Sequence[tuple[str, int, list[float]]]) -> str:
         for y, (name, number, values) in enumerate(rows):
             scaled = [scale * value for value in values]
             mean, std = mean_std(scaled)
-            colour, gid = COLOURS[number % len(COLOURS)], f"series-{number}"
+            look = {"color": COLOURS[number % len(COLOURS)], "gid": f"series-{number}"}
             if len(values) > 1:
-                axes.plot(
-                    [mean - std, mean + std], [y, y], color=colour, alpha=0.35, linewidth=7, gid=gid
-                )
-                axes.plot([mean, mean], [y - 0.28, y + 0.28], color=colour, linewidth=2.4, gid=gid)
-            axes.plot(scaled, [y] * len(values), "o", color=colour, markersize=4.5, gid=gid)
-            titles[number] = f"{name}: {shown(metric, values)}, n = {len(values)}"
-            place = {"xycoords": ("axes fraction", "data"), "annotation_clip": False}
-            axes.annotate(
-                shown(metric, values),
-                (1, y),
-                (12, 0),
-                textcoords="offset points",
-                va="center",
-                **place,
-            )
+                axes.plot([mean - std, mean + std], [y, y], alpha=0.35, linewidth=7, **look)
+                axes.plot([mean, mean], [y - 0.28, y + 0.28], linewidth=2.4, **look)
+            axes.plot(scaled, [y] * len(values), "o", markersize=4.5, **look)
+            text = shown(metric, values)
+            titles[number] = f"{name}: {text}, n = {len(values)}"
+            place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+            axes.annotate(text, (1, y), (12, 0), va="center", annotation_clip=False, **place)
         axes.set_yticks(range(len(rows)), [_short(name) for name, *_ in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.margins(x=0.04)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
         axes.set_xlabel(unit(metric).label)
-        return _svg(
-            page, f"{unit(metric).label} of each sample. {'; '.join(titles.values())}", titles
-        )
+        description = f"{unit(metric).label} of each sample. {'; '.join(titles.values())}"
+        return _svg(page, description, titles)
 
 
 def _within(metric: str, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -155,16 +139,14 @@ def _short(name: str) -> str:
 
 
 def _svg(page: "Figure", description: str, titles: dict[int, str]) -> str:
-    """What matplotlib draws, without what a page already has or must not have twice: fonts,
-    colours, ids, styles.
+    """What matplotlib draws, fit for a page.
+
+    Fonts and colours become the page's, styles are dropped, and ids are made unlike those of other
+    charts. titles: {number of a series: its tooltip}.
     """
     file = io.StringIO()
-    page.savefig(
-        file,
-        format="svg",
-        transparent=True,
-        metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
-    )
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    page.savefig(file, format="svg", transparent=True, metadata=nothing)
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     text = file.getvalue()
@@ -173,7 +155,7 @@ def _svg(page: "Figure", description: str, titles: dict[int, str]) -> str:
     needed = set(re.findall(r'(?:href="|url\()#([\w-]+)', text))
     for parent in list(root.iter()):
         for child in list(parent):
-            # a style in a page would be for all of it
+            # a style element would hold for the whole page
             if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
                 parent.remove(child)
     for node in root.iter():

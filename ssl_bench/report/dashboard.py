@@ -1,7 +1,6 @@
-"""A W&B workspace for runs of this program, defined in code: panels of the names that
-`WandbTracker` logs.
+"""A W&B workspace for runs of this program: panels for the names that `WandbTracker` logs.
 
-wandb-workspaces (the `dashboard` extra) is W&B's own and only way to define one.
+It is defined with wandb-workspaces (the `dashboard` extra), the only way that W&B offers.
 """
 
 import json
@@ -16,15 +15,13 @@ EVALUATIONS = ("lincls", "knn", "finetune")  # stages that measure on the val sp
 
 
 def workspace(project: str, entity: str | None) -> "Workspace":
-    """Sections: results, pretraining, its health and speed, classification, images, tables,
-    differences.
+    """The workspace: results, pretraining, classification, images, tables, differences.
 
-    UserError without the extra.
-    A group is what a run is but for its seeds (see `identity`): bars are the mean of its runs and
-    their deviation, as W&B makes them. It doesn't average the runs of each pretraining first, as
-    our tables do.
-    entity: None is the account's default, which only W&B knows; it must be there when the workspace
-    is saved.
+    Runs of a group differ in seeds alone (see `identity`). Bars are the mean of a group and its
+    standard deviation as W&B computes them: it doesn't average the runs of each pretraining first,
+    as our tables do.
+    entity: None is the account's default, which only W&B knows; it must be set when the workspace
+    is saved. UserError without the extra.
     """
     try:
         import wandb_workspaces.reports.v2 as wr
@@ -38,17 +35,18 @@ def workspace(project: str, entity: str | None) -> "Workspace":
         return wr.LinePlot(title=title, x=x, y=[y], title_x=x.replace("_", " "), **options)
 
     def bars(title: str, metric: str) -> "wr.BarPlot":
-        spread = {
-            "groupby": wr.Metric("Group"),
-            "groupby_aggfunc": "mean",
-            "groupby_rangefunc": "stddev",
-        }
-        return wr.BarPlot(title=title, metrics=[metric], **spread)
+        spread = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
+        return wr.BarPlot(title=title, metrics=[metric], groupby=wr.Metric("Group"), **spread)
 
+    def browser(title: str, key: str) -> "wr.MediaBrowser":
+        return wr.MediaBrowser(title=title, media_keys=[key], num_columns=2)
+
+    def table(name: str) -> "wr.WeavePanelSummaryTable":
+        return wr.WeavePanelSummaryTable(table_name=name)
+
+    waiting = "share of time waiting for data"
     sections = {
-        "Results": [
-            bars(f"{stage}: top-1 on val (%)", f"{stage}/val_top1") for stage in EVALUATIONS
-        ],
+        "Results": [bars(f"{name}: top-1 on val (%)", f"{name}/val_top1") for name in EVALUATIONS],
         "Pretraining": [
             line("loss", "pretrain/loss"),
             line("loss by images", "pretrain/loss", "images_seen"),
@@ -73,26 +71,15 @@ def workspace(project: str, entity: str | None) -> "Workspace":
         ],
         "Speed": [
             line("images per second", "pretrain/images_per_second", "images_seen"),
-            line(
-                "share of time waiting for data",
-                "pretrain/data_wait",
-                "images_seen",
-                range_y=(0, 1),
-            ),
+            line(waiting, "pretrain/data_wait", "images_seen", range_y=(0, 1)),
             line("memory (GB)", "pretrain/memory_gb", "images_seen"),
         ],
         "Images": [
-            wr.MediaBrowser(title=title, media_keys=[key], num_columns=2)
-            for title, key in (
-                ("augmented views", "pretrain/views"),
-                ("chosen to be labelled", "select/chosen"),
-                ("overview", "pipeline/overview"),
-            )
+            browser("augmented views", "pretrain/views"),
+            browser("chosen to be labelled", "select/chosen"),
+            browser("overview", "pipeline/overview"),
         ],
-        "Tables": [
-            wr.WeavePanelSummaryTable(table_name=f"{stage}/tables/grid")
-            for stage in ("lincls", "knn")
-        ],
+        "Tables": [table("lincls/tables/grid"), table("knn/tables/grid")],
         "Differences": [wr.RunComparer(diff_only="split")],
     }
     shown = ("Results", "Pretraining", "Classification")
@@ -111,20 +98,14 @@ def workspace(project: str, entity: str | None) -> "Workspace":
 
 
 def to_json(made: "Workspace") -> str:
-    """What `pydantic.TypeAdapter(Workspace).validate_json` reads back: its dump, without the parts
-    that are private.
-    """
+    """The public parts of a workspace as JSON, which `pydantic.TypeAdapter(Workspace)` reads."""
     from pydantic import TypeAdapter
 
     def public(node: Any) -> Any:
         if isinstance(node, dict):
-            return {
-                key: public(value)
-                for key, value in node.items()
-                if not key.startswith("_") and value is not None
-            }
+            keys = (key for key in node if not key.startswith("_") and node[key] is not None)
+            return {key: public(node[key]) for key in keys}
         return [public(item) for item in node] if isinstance(node, list) else node
 
-    return (
-        json.dumps(public(TypeAdapter(type(made)).dump_python(made, mode="json")), indent=1) + "\n"
-    )
+    dump = TypeAdapter(type(made)).dump_python(made, mode="json")
+    return json.dumps(public(dump), indent=1) + "\n"

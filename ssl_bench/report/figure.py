@@ -1,6 +1,4 @@
-"""What a run comes to, for people: a table and one picture. Numbers and arrays in, markdown and PNG
-out.
-"""
+"""Results of a pipeline for people: a Markdown table and one PNG, from numbers and arrays."""
 
 import math
 import os
@@ -17,8 +15,8 @@ if TYPE_CHECKING:
 from ssl_bench.report.tables import markdown
 from ssl_bench.runs.units import mean_std
 
-# Figures are drawn without a window. A notebook's choice, as its terminal has it, would end `import
-# matplotlib`.
+# Figures are drawn without a window. In a terminal of a notebook this variable names the notebook's
+# backend, with which `import matplotlib` fails.
 os.environ["MPLBACKEND"] = "agg"
 
 GREY, INK = "#b4bac2", "#30353b"
@@ -48,17 +46,16 @@ STYLE = {
 def table(rows: dict[str, list[float]], metric: str, percent: bool = True) -> str:
     """Markdown that also lines up in a terminal: name | mean ± std (n), largest mean first.
 
-    rows: a value per seed or draw. percent: they are percentages, shown with one decimal instead of
-    three.
+    rows: a value for each seed or draw. percent: are they percentages, shown with one decimal
+    instead of three?
     """
     header = ["", f"{metric} (%)" if percent else metric]
-    return markdown(
-        header, [[name, _format(values, percent)] for name, values in _best_first(rows)], right=1
-    )
+    cells = [[name, _format(values, percent)] for name, values in _best_first(rows)]
+    return markdown(header, cells, right=1)
 
 
 def overview(path: str | Path, *args: Any, **kwargs: Any) -> None:
-    """Write `figure(...)` as a PNG of 1600 x 1000 pixels. Arguments: those of `figure`."""
+    """Write `figure(...)`, with these arguments, as a PNG of 1600 x 1000 pixels."""
     figure(*args, **kwargs).savefig(path, format="png")
 
 
@@ -72,11 +69,11 @@ def figure(
 ) -> "Figure":
     """Curves, accuracies, augmented views and a map of the features on one page.
 
-    curves: rows of metrics.jsonl by name, against `epoch`. A curve with `val_top1` (percent) is a
-    classification's and shows that, in the colour of its row; any other is a pretraining's and
-    shows `loss` and, where it is there, `accuracy` (fraction of positives picked). views: uint8 (1
-    + V, N, 3, S, S), a column an image: the original, then its V views; None leaves the panel out.
-    features: (M, D), labels: (M,) classes. rows: percentages, one per draw.
+    curves: {name: lines of metrics.jsonl}. Lines with `val_top1` (percent) are those of a
+    classification; it is drawn against `epoch`, in the colour of its row. Others are those of a
+    pretraining: `loss` is drawn and, if it is there, `accuracy` (fraction of positives picked).
+    views: uint8 (1 + V, N, 3, S, S), the N images, then their V views; None leaves the panel out.
+    features: (M, D), labels: (M,) classes. rows: {name: percentages, one for each draw}.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -85,9 +82,8 @@ def figure(
         page = Figure(figsize=(16, 10), dpi=100, layout="constrained")
         page.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.04, hspace=0.05)
         page.suptitle(title, fontsize=17, fontweight="bold")
-        colours = dict(
-            zip([name for name, _ in _best_first(rows)], _cycle(LINES, len(rows)), strict=True)
-        )
+        names = [name for name, _ in _best_first(rows)]
+        colours = dict(zip(names, _cycle(LINES, len(rows)), strict=True))
         panels = _split(curves)
         grid = page.add_gridspec(2, 1, height_ratios=(1, 1.15))
         top = grid[0].subgridspec(1, len(panels) + 1, width_ratios=(*(1 for _ in panels), 2))
@@ -112,13 +108,11 @@ def _split(
         ("Positive picked", "accuracy (%)", "accuracy", 100, curves.keys() - probes),
         ("Classification", "top-1 (%)", "val_top1", 1, probes),
     ):
-        lines = {
-            name: np.array(
-                [(row["epoch"], scale * row[key]) for row in curves[name] if key in row]
-            ).reshape(-1, 2)
-            for name in curves  # in their order
-            if name in names
-        }
+        lines = {}
+        for name, rows in curves.items():
+            if name in names:
+                points = [(row["epoch"], scale * row[key]) for row in rows if key in row]
+                lines[name] = np.array(points).reshape(-1, 2)
         if any(map(len, lines.values())):
             panels.append((title, label, lines))
     return panels
@@ -138,20 +132,14 @@ def _curves(
 
 
 def _line(axes: "Axes", points: np.ndarray, name: str, colour: str) -> None:
-    """A curve; one of many points is shown pale, under its running mean."""
+    """Draw a curve; one of many points is drawn pale, under its running mean."""
     window = max(1, len(points) // 30)
     if window > 1:
         axes.plot(points[:, 0], points[:, 1], color=colour, alpha=0.25, linewidth=1)
         centre = np.lib.stride_tricks.sliding_window_view(points, window, axis=0)
         points = centre.mean(axis=-1)
-    axes.plot(
-        points[:, 0],
-        points[:, 1],
-        color=colour,
-        linewidth=2,
-        label=name,
-        marker="o" if len(points) == 1 else None,
-    )
+    marker = "o" if len(points) == 1 else None
+    axes.plot(points[:, 0], points[:, 1], color=colour, linewidth=2, label=name, marker=marker)
 
 
 def _accuracies(axes: "Axes", rows: dict[str, list[float]], colours: dict[str, str]) -> None:
@@ -161,18 +149,12 @@ def _accuracies(axes: "Axes", rows: dict[str, list[float]], colours: dict[str, s
         mean, std = mean_std(values)
         axes.barh(y, mean, height=0.55, color=colours[name])
         axes.errorbar(mean, y, xerr=std, color=INK, capsize=5, linewidth=1.5)
-        # or equal draws would hide one another
+        # at different heights, or equal draws would hide one another
         heights = np.linspace(y - 0.15, y + 0.15, len(values) + 2)[1:-1]
         axes.plot(values, heights, "o", color="white", markeredgecolor=INK, markersize=6)
         right = max(mean + (0 if math.isnan(std) else std), *values)
-        axes.annotate(
-            _format(values),
-            (right, y),
-            (10, 0),
-            textcoords="offset points",
-            va="center",
-            fontweight="bold",
-        )
+        place = {"xytext": (10, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(_format(values), (right, y), fontweight="bold", **place)
     axes.set_yticks(range(len(ranked)), [name for name, _ in ranked])
     axes.set_ylim(len(ranked) - 0.4, -0.6)
     axes.set_xlim(0, 138)  # room for the numbers
@@ -185,11 +167,13 @@ def _accuracies(axes: "Axes", rows: dict[str, list[float]], colours: dict[str, s
 
 def _views(axes: "Axes", views: "torch.Tensor") -> None:
     num_views, num_images, _, size, _ = views.shape
-    # Wrapped into blocks of columns, as many as fill the panel best.
-    blocks = min(
-        range(1, num_images + 1),
-        key=lambda b: abs(math.log(math.ceil(num_images / b) / (b * num_views * 1.5))),
-    )
+
+    def misfit(blocks: int) -> float:
+        """How far a sheet of this many blocks, one above the other, is from 3 : 2."""
+        width, height = math.ceil(num_images / blocks), blocks * num_views
+        return abs(math.log(width / (height * 1.5)))
+
+    blocks = min(range(1, num_images + 1), key=misfit)
     columns = math.ceil(num_images / blocks)
     pitch = size + max(1, size // 16)
     tops = [row * pitch + (row // num_views) * size // 4 for row in range(blocks * num_views)]
@@ -200,10 +184,8 @@ def _views(axes: "Axes", views: "torch.Tensor") -> None:
             sheet[top : top + size, left : left + size] = views[v, n].permute(1, 2, 0).cpu().numpy()
     axes.imshow(sheet, interpolation="nearest")
     axes.set_anchor("NW")
-    axes.set_yticks(
-        [top + size / 2 for top in tops],
-        ["image", *(f"view {v}" for v in range(1, num_views))] * blocks,
-    )
+    names = ["image", *(f"view {v}" for v in range(1, num_views))]
+    axes.set_yticks([top + size / 2 for top in tops], names * blocks)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -217,25 +199,19 @@ def _features(axes: "Axes", features: np.ndarray, labels: np.ndarray) -> None:
     classes = np.unique(labels)
     palette = matplotlib.colormaps["tab10" if len(classes) <= 10 else "tab20"].colors
     for label, colour in zip(classes, _cycle(palette, len(classes)), strict=True):
-        mine = points[labels == label]
-        axes.scatter(
-            mine[:, 0], mine[:, 1], s=14, color=[colour], alpha=0.8, linewidths=0, label=str(label)
-        )
+        x, y = points[labels == label].T
+        axes.scatter(x, y, s=14, color=[colour], alpha=0.8, linewidths=0, label=str(label))
     axes.set(xticks=[], yticks=[], xlabel=f"{name} 1", ylabel=f"{name} 2")
     axes.set_title(f"Features of {len(features):,} images, coloured by class")
     if len(classes) <= 20:  # more would repeat colours
-        axes.legend(
-            title="class",
-            loc="center left",
-            bbox_to_anchor=(1, 0.5),
-            markerscale=2,
-            ncols=1 + (len(classes) > 12),
-        )
+        place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        axes.legend(title="class", markerscale=2, ncols=1 + (len(classes) > 12), **place)
 
 
 def project(features: np.ndarray) -> tuple[str, np.ndarray]:
-    """(M, D) -> the name of the map and (M, 2): t-SNE up to TSNE_LIMIT rows, PCA beyond. The same
-    every time.
+    """(M, D) -> the name of the map and (M, 2): t-SNE up to TSNE_LIMIT rows, PCA beyond.
+
+    The same features give the same map.
     """
     if len(features) > TSNE_LIMIT:
         from sklearn.decomposition import PCA
@@ -245,11 +221,10 @@ def project(features: np.ndarray) -> tuple[str, np.ndarray]:
     from threadpoolctl import threadpool_limits
 
     perplexity = min(30, (len(features) - 1) / 3)  # sklearn wants fewer neighbours than rows
+    tsne = TSNE(2, perplexity=perplexity, init="pca", random_state=0)
     # its threads spin while they wait: on a shared machine, seconds become half a minute
     with threadpool_limits(1):
-        return "t-SNE", TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(
-            features
-        )
+        return "t-SNE", tsne.fit_transform(features)
 
 
 def _best_first(rows: dict[str, list[float]]) -> list[tuple[str, list[float]]]:
@@ -259,11 +234,8 @@ def _best_first(rows: dict[str, list[float]]) -> list[tuple[str, list[float]]]:
 def _format(values: list[float], percent: bool = True) -> str:
     digits = 1 if percent else 3
     mean, std = mean_std(values)
-    return (
-        f"{mean:.{digits}f}"
-        + ("" if math.isnan(std) else f" ± {std:.{digits}f}")
-        + f" ({len(values)})"
-    )
+    spread = "" if math.isnan(std) else f" ± {std:.{digits}f}"
+    return f"{mean:.{digits}f}{spread} ({len(values)})"
 
 
 def _cycle(colours: tuple, count: int) -> list:

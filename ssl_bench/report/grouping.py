@@ -1,5 +1,6 @@
-"""Runs as groups and boards: those that differ in their seeds alone make a row, named by what
-differs.
+"""Runs in groups and boards. Runs that differ in their seeds alone are a group, a row of a table.
+
+It is named by what tells it from the other groups.
 """
 
 import math
@@ -13,7 +14,7 @@ from ssl_bench.runs import identity
 from ssl_bench.runs.record import Ran
 from ssl_bench.runs.units import PRETRAINING, UNITS, mean_std, smaller_is_better
 
-# In the order of boards; other stages stand before the last.
+# In the order of boards; other stages come before the last one.
 TITLES = {
     "lincls": "Linear classification of frozen features",
     "knn": "Nearest neighbours as a classifier",
@@ -23,37 +24,39 @@ TITLES = {
 
 
 def repeated(runs: Iterable[Ran]) -> dict[Ran, Ran]:
-    """{run: the newest of the same configuration, seeds and data}: as samples they are one."""
+    """{run: the newest one of the same configuration, seeds and data}: only that one is a sample.
+
+    A finished run counts as newer than one that isn't.
+    """
     alike: dict[tuple[int, ...], list[Ran]] = {}
     for ran in runs:
         alike.setdefault(tuple(ran.identity.seeds), []).append(ran)
+
+    def age(ran: Ran) -> tuple[bool, str]:
+        return ran.summary is not None, ran.environment.get("started") or ""
+
     found: dict[Ran, Ran] = {}
-    for same in (
-        group
-        for runs in alike.values()
-        for group in identity.grouped(runs, lambda ran: ran.identity)
-    ):
-        newest = max(
-            same, key=lambda ran: (ran.summary is not None, ran.environment.get("started") or "")
-        )
-        found |= {ran: newest for ran in same if ran is not newest}
+    for with_seeds in alike.values():
+        for same in identity.grouped(with_seeds, lambda ran: ran.identity):
+            newest = max(same, key=age)
+            found |= {ran: newest for ran in same if ran is not newest}
     return found
 
 
 def left_out(runs: Iterable[Ran]) -> str:
-    """A sentence about those that aren't counted; "" where all are."""
+    """A sentence about the runs that aren't counted; "": all are."""
     if not (older := repeated(ran for ran in runs if not ran.holds_runs)):
         return ""
     names = ", ".join(str(ran.directory) for ran in older)
     return f"Left out, for the newest of the same configuration and seed counts: {names}."
 
 
-# -- groups of them --------------------------------------------------------------------------------
+# -- groups and boards -----------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
 class Group:
-    """Runs that differ in nothing but the seed."""
+    """Runs that differ in seeds alone."""
 
     name: str
     runs: list[Ran]
@@ -68,7 +71,7 @@ class Group:
 
     @property
     def samples(self) -> list[list[Ran]]:
-        """What `n` counts: runs, or where they stand on several pretrainings, those that share one.
+        """What `n` counts: the runs or, if they evaluate several pretrainings, these.
 
         Evaluations of one pretraining vary less than pretrainings do, and aren't independent.
         """
@@ -78,28 +81,27 @@ class Group:
         return list(shared.values()) if len(shared) > 1 else [[ran] for ran in self.runs]
 
     def values(self, metric: str) -> list[float]:
-        """A value for each sample with a finished run that has the metric; of what is one
-        pretraining's, one.
+        """A value for each sample with a finished run that has the metric.
 
-        Every mean ± std that is shown is `mean_std` of these.
+        Every mean ± std that is shown is `mean_std` of these. If all evaluate one pretraining, its
+        own metrics have one value.
         """
-        means = self.by_sample(
-            {ran: ran.values[metric] for ran in self.runs if metric in ran.values}
-        )
+        values = {ran: ran.values[metric] for ran in self.runs if metric in ran.values}
+        means = self.by_sample(values)
         return means[:1] if metric.startswith(PRETRAINING) and self.pretrainings == 1 else means
 
     def by_sample(self, values: Mapping[Ran, float]) -> list[float]:
-        """The mean of each sample that has runs among these."""
+        """The mean value of each sample that has runs in `values`."""
         having = [[values[ran] for ran in sample if ran in values] for sample in self.samples]
         return [sum(of_one) / len(of_one) for of_one in having if of_one]
 
     @property
     def pretrainings(self) -> int:
-        """How many different ones its finished runs stand on."""
+        """How many different pretrainings its finished runs evaluate."""
         return len({ran.source for ran in self.finished if ran.source})
 
     def row(self, metric: str) -> dict:
-        """Of a results file."""
+        """The row of the group in a results file (see `tables`)."""
         metrics = list(dict.fromkeys(metric for ran in self.runs for metric in ran.values))
         row = {"stage": self.stage, "name": self.name, "metric": metric}
         done = [sample for sample in self.samples if any(ran.summary is not None for ran in sample)]
@@ -111,10 +113,9 @@ class Group:
 
 @dataclass
 class Board:
-    """The groups of a stage, best first by `metric`; in the order of their names where it can't
-    rank them.
+    """The groups of a stage, best first by `metric` or, if it can't rank them, by their names.
 
-    metric: "" for a stage that measures nothing, like export.
+    metric: "" for a stage that measures nothing, such as export.
     """
 
     stage: str
@@ -136,17 +137,16 @@ class Board:
 
 
 def groups(runs: Iterable[Ran]) -> list[Group]:
-    """Of those that differ in seeds alone, without what is `repeated`: what has a row in a table;
-    not named yet.
-    """
+    """The groups of runs, without those that are `repeated`; they have no names yet."""
     runs = list(runs)
     older = repeated(runs)
-    found = identity.grouped([ran for ran in runs if ran not in older], lambda ran: ran.identity)
+    counted = [ran for ran in runs if ran not in older]
+    found = identity.grouped(counted, lambda ran: ran.identity)
     return [Group("", sorted(group, key=lambda ran: ran.seed)) for group in found]
 
 
 def boards(runs: Sequence[Ran], metric: str | None = None) -> list[Board]:
-    """A board for each stage, in the order of TITLES. metric: None is what the runs name."""
+    """A board for each stage, in the order of TITLES. metric: None for the one that runs name."""
     made = groups(ran for ran in runs if not ran.holds_runs)
     found = []
     for stage in sorted({group.stage for group in made}, key=_place):
@@ -159,15 +159,18 @@ def boards(runs: Sequence[Ran], metric: str | None = None) -> list[Board]:
 
 
 def ranked(groups: Sequence[Group], asked: str | None) -> tuple[str, bool, list[Group]]:
-    """What judges them, whether it can rank them, and they, best first if it can; who isn't
-    finished comes last.
+    """(the metric that judges groups of a stage, whether it can rank them, the groups).
+
+    Groups come best first if it can; those without a finished run come last.
     """
     metric, able = _judge(groups, asked)
+    sign = 1 if smaller_is_better(metric) else -1
+
+    def order(group: Group) -> float:
+        return sign * mean_std(group.values(metric) or [sign * math.inf])[0]
+
     if able:
-        sign = 1 if smaller_is_better(metric) else -1
-        groups = sorted(
-            groups, key=lambda group: sign * mean_std(group.values(metric) or [sign * math.inf])[0]
-        )
+        groups = sorted(groups, key=order)
     return metric, able, sorted(groups, key=lambda group: not group.finished)
 
 
@@ -177,35 +180,29 @@ def _place(stage: str) -> tuple[float, str]:
 
 
 def _judge(groups: Sequence[Group], asked: str | None) -> tuple[str, bool]:
-    """The metric that judges a stage, of those that its runs have, and whether it can rank its
-    groups.
-    """
+    """(the metric that judges groups of a stage, whether it can rank them)."""
     known = {key for group in groups for ran in group.runs for key in ran.values}
-    alike = groups[0].stage != "pretrain" or not identity.other_losses(
-        group.runs[0].identity for group in groups
-    )
+    firsts = [group.runs[0] for group in groups]
+    alike = True  # do losses mean the same in all groups?
+    if groups[0].stage == "pretrain":
+        alike = not identity.other_losses(ran.identity for ran in firsts)
     if asked in known:
         return asked, alike or "loss" not in asked
-    named = [
-        key for key in (group.runs[0].config.get("metric") for group in groups) if key in known
-    ]
+    # a pretraining in a pipeline names the pipeline's metric, which it doesn't have
+    named = [ran.config.get("metric") for ran in firsts if ran.config.get("metric") in known]
     able = [key for key in named if alike or "loss" not in key]
-    able += [
-        key for key in UNITS if key in known and (key.endswith("top1") or (alike and key == "loss"))
-    ]
-    # A pretraining in a pipeline has that one's metric in its configuration.
+    usual = [key for key in UNITS if key.endswith("top1") or (alike and key == "loss")]
+    able += [key for key in usual if key in known]
     return (able or named or ["loss" if "loss" in known else ""])[0], bool(able)
 
 
 def differences(runs: Sequence[Ran]) -> dict[str, list[str]]:
-    """{key: its value for each of the runs}, of what differs besides the seed; "" where a run has
-    no such key.
-    """
+    """{key: its value in each run, "" for none} of what differs between runs besides the seed."""
     told = [ran.identity.told for ran in runs]
     differing = {}
     for key in sorted({key for one in told for key in one}):
         words = [_word(one[key]) if key in one else "" for one in told]
-        # What stands on no pretraining differs from one in all of its keys.
+        # A run without a pretraining lacks all of these keys, which isn't worth a line for each.
         known = key.startswith(("pretrained.", "images of "))
         compared = {word for word in words if word} if known else set(words)
         if len(compared) > 1:
@@ -214,8 +211,9 @@ def differences(runs: Sequence[Ran]) -> dict[str, list[str]]:
 
 
 def _names(firsts: Sequence[Ran]) -> list[str]:
-    """A name for each of these runs, which are configured differently: the method; if need be, what
-    differs, too.
+    """A name for each run, all of different configurations: the method and, if need be, more.
+
+    Runs of the same method are told apart by up to three of the settings that differ.
     """
     names = [ran.name for ran in firsts]
     for name in set(names):
@@ -224,15 +222,12 @@ def _names(firsts: Sequence[Ran]) -> list[str]:
             continue
         differing = differences([firsts[i] for i in same])
         chosen = {key.rpartition(".")[0] for key in differing if key.endswith(".name")}
-        keys = [
-            key
-            for key in differing
-            if key.endswith(".name") or key.rpartition(".")[0] not in chosen
-        ]
+        # the choice of a group says more than its single settings
+        single = {key for key in differing if key.rpartition(".")[0] in chosen}
+        keys = [key for key in differing if key.endswith(".name") or key not in single]
         for place, i in enumerate(same):
-            words = [
-                _assignment(key, differing[key][place]) for key in keys if differing[key][place]
-            ]
+            values = {key: differing[key][place] for key in keys}
+            words = [_assignment(key, value) for key, value in values.items() if value]
             names[i] = " ".join([name, *words[:3]])
         for again in {n for n in names if names.count(n) > 1}:
             for number, i in enumerate([i for i in same if names[i] == again], start=1):
@@ -248,24 +243,20 @@ def _assignment(key: str, value: str) -> str:
 
 
 def _word(value: Any) -> str:
-    return (
-        yaml.safe_dump(value, default_flow_style=True, width=math.inf)
-        .removesuffix("\n")
-        .removesuffix("\n...")
-    )
+    """A value in one line of YAML."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def evaluations(runs: Sequence[Ran]) -> list[dict]:
-    """A row for each kind of evaluation that these runs of one network are, named by its stage and
-    its labels; where a stage has several, by what differs, too.
+    """A row for each kind of evaluation of one network.
+
+    It is named by its stage and labels and, if a stage has several, by what tells them apart.
     """
     rows = []
     for board in boards(runs):
+        several = len(board.groups) > 1
         for group, row in zip(board.groups, board.rows, strict=True):
-            words = [
-                board.title,
-                group.runs[0].identity.labels,
-                row["name"] if len(board.groups) > 1 else "",
-            ]
+            words = [board.title, group.runs[0].identity.labels, row["name"] if several else ""]
             rows.append(row | {"name": ", ".join(filter(None, words))})
     return rows

@@ -1,10 +1,14 @@
 """Rows of results as Markdown, and the files that keep them.
 
-A results file (`save`, `load`) keeps rows of `grouping`, so that a table can be made again where
-the runs are gone (`fill`): {"rows": [{"stage": "lincls", "name": "moco_v2", "values": {"val_top1":
-[46.9, 46.8], "hours": [...]}}]}, a value a seed; a row may also have "metric", which it is judged
-by, "n" and "members", how many seeds are finished and how many there should be, "pretrainings", how
-many its runs stand on, and "runs", what these are (`record.evidence`). Other keys of the file are
+A results file (`save`, `load`) keeps rows of `grouping`, so that a table can be made again when the
+runs are gone (`fill`):
+
+    {"rows": [{"stage": "lincls", "name": "moco_v2",
+               "values": {"val_top1": [46.9, 46.8], "hours": [...]}}]}
+
+"values" has a value for each seed. A row may also have "metric", by which it is judged; "n" and
+"members", how many seeds are finished and how many there should be; "pretrainings", how many its
+runs evaluate; and "runs", which identifies these (`record.evidence`). Other keys of the file are
 remarks.
 """
 
@@ -18,23 +22,15 @@ from ssl_bench import files
 from ssl_bench.errors import UserError, unknown
 from ssl_bench.runs.units import PRETRAINING, UNITS, shown, unit
 
-COSTS = (
-    "hours",
-    "images_per_second",
-    "memory_gb",
-    f"{PRETRAINING}hours",
-    f"{PRETRAINING}images_per_second",
-)
+COSTS = ("hours", "images_per_second", "memory_gb")
+COSTS += (f"{PRETRAINING}hours", f"{PRETRAINING}images_per_second")
 
 
 def columns(rows: Sequence[dict]) -> list[str]:
-    """The metrics worth a column: the one they are judged by, results, `n`, costs. Others can be
-    asked for.
-    """
-    known = list(
-        dict.fromkeys(metric for row in rows for metric, values in row["values"].items() if values)
-    )
-    # what it learnt by is of no interest then
+    """The columns of a table by default: the metrics that judge, other results, `n`, costs."""
+    metrics = (metric for row in rows for metric in row["values"] if row["values"][metric])
+    known = list(dict.fromkeys(metrics))
+    # beside results on val, those on the training images are of no interest
     if any(metric.startswith("val_") for metric in known):
         known = [metric for metric in known if metric not in ("loss", "accuracy")]
     order = list(UNITS)
@@ -60,13 +56,9 @@ def heading(column: str) -> str:
 
 
 def table(rows: Sequence[dict], wanted: Sequence[str]) -> str:
-    """Markdown: the name of each row and these columns, mean ± std over its n seeds."""
-    header = ["", *map(heading, wanted)]
-    return markdown(
-        header,
-        [[row["name"], *(cell(row, column) for column in wanted)] for row in rows],
-        len(wanted),
-    )
+    """Markdown with the name of each row and these columns, mean ± std over its n seeds."""
+    cells = [[row["name"], *(cell(row, column) for column in wanted)] for row in rows]
+    return markdown(["", *map(heading, wanted)], cells, right=len(wanted))
 
 
 def save(path: Path, rows: Sequence[dict], **remarks: Any) -> None:
@@ -74,16 +66,13 @@ def save(path: Path, rows: Sequence[dict], **remarks: Any) -> None:
 
 
 def remarks(path: Path) -> dict[str, Any]:
-    """What a results file says besides its rows."""
-    return {
-        key: value
-        for key, value in json.loads(path.read_text(encoding="utf-8")).items()
-        if key != "rows"
-    }
+    """The content of a results file without its rows."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {key: value for key, value in content.items() if key != "rows"}
 
 
 def load(path: Path) -> list[dict]:
-    """The rows of a results file. UserError unless it is one."""
+    """The rows of a results file. UserError for any other file."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         assert all(isinstance(row["name"], str) and isinstance(row["values"], dict) for row in rows)
@@ -94,9 +83,8 @@ def load(path: Path) -> list[dict]:
     return rows
 
 
-BLOCK = re.compile(
-    r"(?ms)(<!-- results: (\S+)((?: \w+=\S+)*) -->\n)(.*?)(^<!-- end of results -->)"
-)
+MARK = r"(<!-- results: (\S+)((?: \w+=\S+)*) -->\n)"
+BLOCK = re.compile(rf"(?ms){MARK}(.*?)(^<!-- end of results -->)")
 
 
 def fill(text: str, folder: Path) -> str:
@@ -105,8 +93,8 @@ def fill(text: str, folder: Path) -> str:
         <!-- results: FILE.json stage=lincls columns=val_top1,n,hours -->
         <!-- end of results -->
 
-    FILE: relative to `folder`. stage: rows of this stage only. columns: all that `columns` finds,
-    if left out. UserError for a file or an option that isn't there, and for a text without a block.
+    FILE: relative to `folder`. stage: only the rows of this stage. columns: by default those of
+    `columns`. UserError for a file or an option that isn't there, and for a text without a block.
     """
     if not BLOCK.search(text):
         raise UserError(
@@ -118,11 +106,8 @@ def fill(text: str, folder: Path) -> str:
         options = dict(word.split("=", 1) for word in block[3].split())
         if others := sorted(options.keys() - {"stage", "columns"}):
             raise UserError(f"{block[2]}: {unknown('option', others[0], ['stage', 'columns'])}")
-        rows = [
-            row
-            for row in load(folder / block[2])
-            if options.get("stage") in (None, row.get("stage"))
-        ]
+        rows, stage = load(folder / block[2]), options.get("stage")
+        rows = [row for row in rows if stage in (None, row.get("stage"))]
         wanted = options["columns"].split(",") if "columns" in options else columns(rows)
         known = {"n", "pretrainings", *(metric for row in rows for metric in row["values"])}
         if missing := [column for column in wanted if column not in known]:
@@ -133,28 +118,24 @@ def fill(text: str, folder: Path) -> str:
 
 
 def markdown(header: list[str], rows: list[list[str]], right: int = 0) -> str:
-    """A table that also lines up in a terminal. right: how many columns at the end are aligned to
-    the right.
-    """
+    """A table that also lines up in a terminal. right: how many of the last columns align right."""
     lines = [[plain(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     left = len(header) - right
-    text = [
-        "| "
-        + " | ".join(f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(line))
-        + " |"
-        for line in lines
-    ]
-    rule = "|".join(
-        "-" * (width + 2) if i < left else "-" * (width + 1) + ":" for i, width in enumerate(widths)
-    )
-    return "\n".join([text[0], f"|{rule}|", *text[1:]])
+    aligns = ["<"] * left + [">"] * right
+    text = []
+    for line in lines:
+        cells = zip(line, aligns, widths, strict=True)
+        text.append(f"| {' | '.join(f'{cell:{align}{width}}' for cell, align, width in cells)} |")
+    rules = ["-" * (width + 2) for width in widths[:left]]
+    rules += ["-" * (width + 1) + ":" for width in widths[left:]]
+    return "\n".join([text[0], f"|{'|'.join(rules)}|", *text[1:]])
 
 
 def plain(text: str) -> str:
-    """A text that may come from elsewhere, as a cell or a sentence of Markdown, which a terminal
-    shows as well: in one line, without markup that would be more than this text, or characters that
-    move the cursor.
+    """A text from elsewhere as a cell or a sentence of Markdown, which a terminal may show, too.
+
+    It is put in one line, without characters that move the cursor, and its markup is escaped.
     """
     text = "".join(char if char.isprintable() else " " for char in text)
     return re.sub(r"[|<]|(?<=\])\(", r"\\\g<0>", text)

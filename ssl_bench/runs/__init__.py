@@ -1,4 +1,7 @@
-"""A run and what it leaves: `run` opens and closes it, `identity` says what it is, `layout` what
-lies where, `record` reads it back; `checkpoint`, `metrics`, `tracking`, `units`; `sweep`; `weights`
-from elsewhere, those `published`.
+"""A run and the files that it leaves.
+
+`run` opens and closes a run, `identity` says what decides its result, `layout` where its files lie;
+`record` reads it back. `checkpoint`, `metrics` and `tracking` write its results, `units` says how
+they are shown. `sweep` holds the members of a sweep. `weights` reads networks, and writes them for
+other programs; `published` lists those that their authors have published.
 """

@@ -1,5 +1,6 @@
-"""Checkpoints `{run, step, model, optimizer}` and, with fp16, `scaler`: atomic, no code in them,
-strictly loaded.
+"""Checkpoints `{run, step, model, optimizer}` and, with fp16, `scaler`.
+
+They are written atomically, hold no code, and are loaded strictly.
 """
 
 import errno
@@ -24,23 +25,23 @@ ZIP, FOLDER = b"PK\x03\x04", 0x10
 def verify(path: Path) -> None:
     """UserError for a file of torch.save whose bytes aren't those that were written.
 
-    torch writes a CRC-32 of each record, and doesn't look at it when it reads: a tensor with a
-    flipped bit is a tensor. Files of before torch 1.6 have none, nor do those of
+    torch writes a CRC-32 of each record but doesn't check it when it reads: a tensor with a flipped
+    bit is read as it is. Files from before torch 1.6 have none, nor have those written under
     torch.serialization.set_crc32_options(False).
     """
     with open(path, "rb") as file:
         if file.read(len(ZIP)) != ZIP:
-            return  # torch doesn't take it for one of these either
+            return  # torch doesn't read it as a zip file either
         try:
             with zipfile.ZipFile(file) as archive:
                 records = archive.infolist()
                 if all(record.CRC == 0 for record in records):
                     return
-                # torch reads nothing of what is marked as a folder, and leaves the tensor as the
-                # memory was
+                # torch reads no record that is marked as a folder; the tensor would be whatever
+                # was in memory
                 folders = [record.filename for record in records if record.external_attr & FOLDER]
                 damaged = next(iter(folders), None) or archive.testzip()
-        except Exception:  # zipfile raises many kinds for a directory that isn't what was written
+        except Exception:  # zipfile raises errors of many classes for a damaged directory
             damaged = "its directory"
     if damaged:
         what = damaged.partition("/")[2] or damaged
@@ -48,15 +49,16 @@ def verify(path: Path) -> None:
 
 
 def read(path: Path) -> object:
-    """What torch.save wrote, where that is tensors and plain data, and whole; no code in it is run.
-    UserError.
+    """The content of a file of torch.save, tensors and plain data. No code in it is run.
+
+    UserError for a file that is damaged or holds anything else.
     """
     verify(path)
     try:
-        # about the pickle protocol of files that are refused anyway
+        # the warnings are about the pickle protocol of files that are refused anyway
         with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
-    # torch raises many kinds for a file that isn't whole, or isn't one of its own
+    # torch raises errors of many classes for a file that is damaged or not torch's
     except Exception as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds a {found[1]}" if found else type(error).__name__
@@ -66,20 +68,15 @@ def read(path: Path) -> object:
 
 
 class Checkpoint:
-    """The newest `keep` states of one run. `identity` names the run: a file of another run is
-    refused.
-    """
+    """The newest `keep` states of one run, which `identity` names: files of others are refused."""
 
     def __init__(self, directory: Path, identity: str, keep: int = 2) -> None:
         self.directory, self.identity, self.keep = directory, identity, keep
 
     def save(self, step: int, **state: object) -> Path:
         """state: objects with a `state_dict()`. Rank 0 alone calls this."""
-        content = {
-            "run": self.identity,
-            "step": step,
-            **{key: value.state_dict() for key, value in state.items()},
-        }
+        content = {"run": self.identity, "step": step}
+        content |= {key: value.state_dict() for key, value in state.items()}
         path = self.directory / "checkpoints" / f"step{step:010d}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
@@ -95,8 +92,9 @@ class Checkpoint:
         return path
 
     def restore(self, **state: object) -> int:
-        """Load the newest usable state into the objects, in place; returns its step, 0 where there
-        is none.
+        """Load the newest usable state into the objects, in place; its step, or 0: there is none.
+
+        UserError where there are files and none of them can be used.
         """
         paths = complete(self.directory)
         for path in paths:
@@ -124,7 +122,9 @@ class Checkpoint:
         return content
 
     def _is_mine(self, run: object) -> bool:
-        """Earlier its name was a number, in which paths were: there the configuration beside it
-        must do.
+        """Does a checkpoint of this run's directory belong to this run?
+
+        Earlier versions named a run by a decimal number, a hash in which paths took part. It can't
+        be compared: the check of config.yaml must do.
         """
         return run == self.identity or (isinstance(run, str) and run.isdecimal())

@@ -1,8 +1,7 @@
-"""What a run is: what its configuration says that decides its result, and the content of what it
-stands on.
+"""What a run is: the settings that decide its result, and the content of the weights below it.
 
-No path is part of it, nor where and how fast it ran. Its place, its name and row in tables, its
-group on a dashboard and whether it may continue follow from here.
+No path is part of it, nor where or how fast it ran. From it follow the run's directory, its name
+and row in tables, its group on a dashboard, and whether it may continue.
 """
 
 import json
@@ -21,38 +20,24 @@ from ssl_bench import files
 from ssl_bench.methods import splits
 from ssl_bench.runs import layout
 
-# A run may continue when these differ: they don't change what it computes, only where, how fast,
-# and what is shown. (`devices` does where each process does something by itself: see
-# `_by_process`.)
-FREE_KEYS = (
-    "dir",
-    "sweep",
-    "metric",
-    "launcher",
-    "tracking",
-    "device",
-    "devices",
-    "log_every",
-    "save_every",
-)
-FREE_KEYS += ("eval_every", "data.root", "data.cache", "data.workers", "runs", "source")
-# Texts that are paths, of every stage that has them. Two spellings of a place are one.
+# A run may continue when these differ: they change where and how fast it runs and what it shows,
+# not what it computes. (`devices` does change that in some runs: see `_by_process`.)
+FREE_KEYS = ("dir", "sweep", "metric", "launcher", "tracking", "device", "devices")
+FREE_KEYS += ("log_every", "save_every", "eval_every")
+FREE_KEYS += ("data.root", "data.cache", "data.workers", "runs", "source")
+# Keys that are paths, in every stage that has them. Two spellings of a place are one.
 PATHS = ("pretrained", "stage.images", "stage.out")
-KEPT_IN = {"select": "stage.features"}  # of lincls that is no path
+KEPT_IN = {"select": "stage.features"}  # a path in this stage alone: lincls has "cached" there
 BELOW_ROOT = ("data.extra_labels", "stage.requested")  # lists of files, relative to data.root
-OVERRIDES = ("stage.protocol", "stage.rows")  # of a pipeline: what its evaluations are started with
+OVERRIDES = ("stage.protocol", "stage.rows")  # overrides that a pipeline starts its parts with
 PARTS = "devices x bn_splits"
-# what the loss of a pretraining depends on
+# The loss of a pretraining depends on these.
 LOSS_OF = ("method", "augmentation", "batch_size", "data.name", PARTS)
 NUMBER = int | float
-ENVIRONMENT = {
-    "world_size": NUMBER,
-    "gpus": list,
-    "cpu_threads": NUMBER,
-    "git_commit": str,
-    "started": str,
-}
-ORIGIN = "origin.json"  # in the directory of a run: the run that made what it stands on
+# The types of what is read back from environment.json.
+ENVIRONMENT = {"world_size": NUMBER, "gpus": list, "cpu_threads": NUMBER}
+ENVIRONMENT |= {"git_commit": str, "started": str}
+ORIGIN = "origin.json"  # file with the identity of the run that made the weights it started from
 T = TypeVar("T")
 
 
@@ -62,11 +47,12 @@ def is_free(key: str) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Identity:
-    """config: plain, resolved. processes: that took part; None is what the configuration says.
+    """What decides the result of a run, and what follows from that.
 
-    weights: the sha256 of the file that `pretrained` names, "" where that isn't known; below: the
-    run that made it; step: of it, unless it is the last of a finished run. images: the fingerprint
-    of each split, where that is known.
+    config: plain, resolved. processes: how many took part; None: as many as `config` says.
+    weights: the sha256 of the file that `pretrained` names; "": not known. below: the identity of
+    the run that made this file; step: the step that it holds, unless it is the last of a finished
+    run. images: {split: fingerprint}, as far as they are known.
     """
 
     config: Mapping[str, Any]
@@ -78,7 +64,7 @@ class Identity:
 
     @cached_property
     def own(self) -> dict[str, Any]:
-        """Flat {key: value} of what decides the result, but for what it stands on."""
+        """Flat {key: value} of the settings that decide the result, without `pretrained`."""
         flat: dict[str, Any] = {}
 
         def walk(node: object, path: str) -> None:
@@ -94,7 +80,7 @@ class Identity:
         return _by_process(flat, self.config, self.processes or self.config.get("devices", 1))
 
     def _placeless(self, key: str, value: Any) -> Any:
-        """The value with a path's one name in place of its spelling."""
+        """The value; a path in it is given its one name, however it was spelt."""
         if key in PATHS or key == KEPT_IN.get(self.stage):
             return value and self._place(value)
         if key in BELOW_ROOT and value:
@@ -111,13 +97,13 @@ class Identity:
         return f"{key}={self._place(_unquoted(value))}" if known else word
 
     def _place(self, path: str) -> str:
-        """Below the run's own directory, or absolute."""
+        """The one name of a path: relative to the run's directory if it is below, or absolute."""
         home = self.config.get("dir")
         return _inside(path, home, "${dir}/") if home else real(path)
 
     @property
     def seeds(self) -> list[int]:
-        """Its own, and those of what it stands on."""
+        """The seed of this run, then those of the runs below it."""
         return [self.config.get("seed", 0), *(self.below.seeds if self.below else ())]
 
     @property
@@ -132,42 +118,33 @@ class Identity:
 
     @cached_property
     def experiment(self) -> dict[str, Any]:
-        """What decides the result, but for the seeds: of what it stands on, too, under
-        "pretrained.".
+        """What decides the result but for the seeds, as a flat {key: value}.
+
+        The settings of the runs below are there too, under "pretrained.".
         """
-        ours = {key: value for key, value in self.own.items() if key != "seed"} | {
-            "pretrained": self.stands_on
-        }
+        ours = {key: value for key, value in self.own.items() if key != "seed"}
+        ours["pretrained"] = self.stands_on
         if self.below is None:
             return ours
-        ours |= {
-            "pretrained": self.below.name,
-            "pretrained.step": "last" if self.step is None else self.step,
-        }
+        ours["pretrained"] = self.below.name
+        ours["pretrained.step"] = "last" if self.step is None else self.step
         return ours | {f"pretrained.{key}": value for key, value in self.below.experiment.items()}
 
     @property
     def told(self) -> dict[str, Any]:
-        """`experiment`, and the images as far as they are known."""
-        below = (
-            {f"pretrained.{key}": value for key, value in self.below.told.items()}
-            if self.below
-            else {}
-        )
-        return (
-            self.experiment
-            | below
-            | {f"images of {split}": text[:8] for split, text in self.images.items()}
-        )
+        """`experiment`, and the fingerprints of the images as far as they are known."""
+        below = self.below.told if self.below else {}
+        known = self.experiment | {f"pretrained.{key}": value for key, value in below.items()}
+        return known | {f"images of {split}": text[:8] for split, text in self.images.items()}
 
     @cached_property
     def key(self) -> str:
-        """Of this run, seed and all."""
+        """Hash that names this run, seed included."""
         return _hash(self.own | {"pretrained": self.stands_on})
 
     @cached_property
     def group(self) -> str:
-        """The same for what differs in seeds alone."""
+        """Hash that runs share which differ in seeds alone."""
         return _hash(self.told)
 
     def alike(self, other: "Identity") -> bool:
@@ -175,16 +152,14 @@ class Identity:
         return _hash(self.experiment) == _hash(other.experiment) and self._same_images(other)
 
     def _same_images(self, other: "Identity") -> bool:
-        here = all(
-            self.images[split] == other.images[split]
-            for split in self.images.keys() & other.images.keys()
-        )
-        return here and (
-            self.below is None or other.below is None or self.below._same_images(other.below)
-        )
+        shared = self.images.keys() & other.images.keys()
+        here = all(self.images[split] == other.images[split] for split in shared)
+        if self.below is None or other.below is None:
+            return here
+        return here and self.below._same_images(other.below)
 
     def line(self) -> "list[Identity]":
-        """The run at the bottom, from which it all came, what stands on it, ..., this one."""
+        """The runs that led to this one, from the bottom up, and this one."""
         return [*(self.below.line() if self.below else ()), self]
 
     # -- for people --------------------------------------------------------------------------------
@@ -195,31 +170,30 @@ class Identity:
 
     @property
     def name(self) -> str:
-        """The method, for an evaluation that of the pretraining."""
+        """What a table calls the run: its method, or for an evaluation that of the pretraining."""
         if method := node(self.config, "method"):
             return method.get("name") or str(method.get("_target_")).rpartition(".")[2]
         if self.below:
             return self.below.name + (f" at step {self.step:,}" if self.step is not None else "")
         if self.config.get("pretrained"):
             return Path(self.config["pretrained"]).name.partition(".")[0]
-        return (
-            "raw pixels" if node(self.config, "backbone").get("name") == "pixels" else "random init"
-        )
+        pixels = node(self.config, "backbone").get("name") == "pixels"
+        return "raw pixels" if pixels else "random init"
 
     @property
     def title(self) -> str:
-        """For dashboards: moco_v2-resnet18-digits; on top of it
-        moco_v2-resnet18-digits-knn-10-labels-a-class, or another training, -simclr.
+        """What a dashboard calls the run, like moco_v2-resnet18-digits.
+
+        An evaluation of it is moco_v2-resnet18-digits-knn-10-labels-a-class; another training that
+        starts from it is moco_v2-resnet18-digits-simclr.
         """
-        words = (
-            [self.below.title]
-            if self.below
-            else [self.name, node(self.config, "backbone").get("name"), self.data]
-        )
-        if self.below and self.config.get("method"):
-            words.append(self.name)
-        if self.below and self.data != self.below.data:
-            words.append(self.data)
+        words = [self.name, node(self.config, "backbone").get("name"), self.data]
+        if self.below:
+            words = [self.below.title]
+            if self.config.get("method"):
+                words.append(self.name)
+            if self.data != self.below.data:
+                words.append(self.data)
         if not self.config.get("method") or self.stage not in ("pretrain", ""):
             cached = "cached" if node(self.config, "stage").get("features") == "cached" else ""
             step = "" if self.step is None else f"at step {self.step}"
@@ -232,44 +206,42 @@ class Identity:
 
     @property
     def labels(self) -> str:
-        """Which part of the labels it was given; "" for all."""
+        """Which part of the labels the run was given; "": all of them."""
         stage = node(self.config, "stage")
         if stage.get("labels_per_class"):
             return f"{stage['labels_per_class']} labels a class"
-        return (
-            f"{100 * stage['label_fraction']:g} % of the labels"
-            if stage.get("label_fraction")
-            else ""
-        )
+        if stage.get("label_fraction"):
+            return f"{100 * stage['label_fraction']:g} % of the labels"
+        return ""
 
 
 def node(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A node of a configuration that may have come from elsewhere; empty where there is none."""
+    """A node of a configuration that may be from a file; empty where it isn't a mapping."""
     return found if isinstance(found := config.get(name), Mapping) else {}
 
 
 def grouped(things: Iterable[T], of: Callable[[T], Identity]) -> list[list[T]]:
-    """Those that differ in seeds alone together, in the order of the first of each group."""
+    """The things in groups that differ in seeds alone, in the order of the first of each group.
+
+    of: gives the identity of a thing.
+    """
     groups: dict[str, list[list[T]]] = {}
     for thing in things:
         near = groups.setdefault(_hash(of(thing).experiment), [])
-        same = next(
-            (group for group in near if all(of(thing)._same_images(of(other)) for other in group)),
-            None,
-        )
-        if same is None:
-            near.append([thing])
+        for group in near:
+            if all(of(thing)._same_images(of(other)) for other in group):
+                group.append(thing)
+                break
         else:
-            same.append(thing)
+            near.append([thing])
     return [group for near in groups.values() for group in near]
 
 
 def changes(before: Identity, now: Identity) -> str:
-    """In words, what decides the result of a run and differs between two; "" where nothing does."""
-    differing = sorted(
-        key for key in before.own.keys() | now.own.keys() if before.own.get(key) != now.own.get(key)
-    )
-    said = [f"{key} was {before.own.get(key)}, is {now.own.get(key)}" for key in differing[:8]]
+    """In words, how two runs differ in what decides their results; "": in nothing."""
+    then, here = before.own, now.own
+    differing = sorted(key for key in then.keys() | here.keys() if then.get(key) != here.get(key))
+    said = [f"{key} was {then.get(key)}, is {here.get(key)}" for key in differing[:8]]
     known = before.weights and now.weights
     if before.weights != now.weights if known else before.place != now.place:
         was, is_now = (one.config.get("pretrained") for one in (before, now))
@@ -279,11 +251,10 @@ def changes(before: Identity, now: Identity) -> str:
 
 
 def other_losses(several: Iterable[Identity]) -> list[str]:
-    """The keys that make of a loss another one, and differ: it says nothing then of which
-    pretraining is better.
+    """The keys that the loss depends on and in which the runs differ.
 
-    Of temperature or queue_size the loss has another scale, and the easier the views, the smaller
-    it is.
+    Where there are any, the loss can't tell which pretraining is better: temperature or queue_size
+    change its scale, and the easier the views, the smaller it is.
     """
     values: dict[str, set[str]] = {}
     for one in several:
@@ -293,7 +264,7 @@ def other_losses(several: Iterable[Identity]) -> list[str]:
 
 
 def left_by(config: Mapping[str, Any], directory: Path) -> Identity:
-    """Of the run that left this configuration in this directory."""
+    """The identity of the run that left `config` in `directory`, without the run below it."""
     return known_by(config, environment(directory), inputs(directory), recorded(directory))
 
 
@@ -305,8 +276,11 @@ def known_by(
     below: Identity | None = None,
     step: int | None = None,
 ) -> Identity:
-    """By what lies in a run's directory, and where it is known, what it stands on."""
-    # Before torchrun's and srun's number was in config.yaml, environment.json alone had it.
+    """The identity of a run, from the content of the files in its directory.
+
+    below, step: as for `Identity`, where they are known.
+    """
+    # Earlier versions wrote the number of torchrun's or srun's processes to environment.json alone.
     counts = (config.get("devices"), environment.get("world_size"))
     count = max((int(count) for count in counts if isinstance(count, NUMBER)), default=1)
     images = {split: facts["fingerprint"] for split, facts in inputs.items()}
@@ -314,8 +288,9 @@ def known_by(
 
 
 def inputs(directory: Path) -> dict[str, dict[str, Any]]:
-    """The images that a run has opened: {split: {"fingerprint": hex digits, "images": how many}}.
-    UserError.
+    """The images that a run has opened: {split: {"fingerprint": hex digits, "images": number}}.
+
+    UserError for a damaged file.
     """
     known = _parsed(path := directory / "inputs.json", json.loads)
     if not all(_has(facts, {"fingerprint": str, "images": int}) for facts in known.values()):
@@ -324,31 +299,33 @@ def inputs(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def environment(directory: Path) -> dict[str, Any]:
-    """What a run began with besides its configuration (`run.environment`), as far as that is known.
-    UserError.
+    """The environment that a run began in (`run.environment`), as far as it is known.
+
+    UserError for a damaged file.
     """
     known = _parsed(path := directory / "environment.json", json.loads)
-    told = {key: kind for key, kind in ENVIRONMENT.items() if key in known}
-    if not _has(known, told):
+    there = {key: kind for key, kind in ENVIRONMENT.items() if key in known}
+    if not _has(known, there):
         raise files.damaged(path)
     return known
 
 
 def _has(node: Any, kinds: Mapping[str, Any]) -> bool:
-    return isinstance(node, dict) and all(
-        isinstance(node.get(key), kind) for key, kind in kinds.items()
-    )
+    """Is it a dict in which each of these keys has a value of its type?"""
+    if not isinstance(node, dict):
+        return False
+    return all(isinstance(node.get(key), kind) for key, kind in kinds.items())
 
 
 def recorded(directory: Path) -> str:
-    """The sha256 of what a run stands on, as it began; "" where that isn't known."""
+    """The sha256 of the weights that a run started from, as it began; "": not known."""
     known = directory / layout.WEIGHTS
     files.check(known)
     return known.read_text(encoding="utf-8", errors="replace").strip() if known.is_file() else ""
 
 
 def with_origin(config: Mapping[str, Any], directory: Path) -> Identity:
-    """As `left_by`, and what it stands on, as far as it was known when it began; see `remember`."""
+    """As `left_by`, with the run below it as far as that was known at the start (`remember`)."""
     mine = left_by(config, directory)
     known = _parsed(path := directory / ORIGIN, json.loads)
     if not known or known.get("weights") != mine.weights:
@@ -363,8 +340,9 @@ def with_origin(config: Mapping[str, Any], directory: Path) -> Identity:
 
 
 def remember(weights: Path, directory: Path) -> None:
-    """Leave in the directory of a run which run made the file that it stands on: that one may move,
-    or be deleted.
+    """Write down in the directory of a run which run made the weights that it starts from.
+
+    That run may move later, or be deleted.
     """
     run, known = layout.run_of(weights), directory / ORIGIN
     if run is None or not (run / "config.yaml").is_file():
@@ -377,15 +355,10 @@ def remember(weights: Path, directory: Path) -> None:
 
 
 def _restored(saved: Mapping[str, Any]) -> Identity:
-    """KeyError, TypeError."""
-    whole = {
-        "config": dict,
-        "images": dict,
-        "weights": str,
-        "step": int | None,
-        "processes": int | None,
-    }
-    if not _has(saved, whole):
+    """An identity from its fields, as `remember` saved them. KeyError, TypeError."""
+    number = int | None
+    kinds = {"config": dict, "images": dict, "weights": str, "step": number, "processes": number}
+    if not _has(saved, kinds):
         raise TypeError
     return Identity(**{**saved, "below": saved["below"] and _restored(saved["below"])})
 
@@ -395,8 +368,9 @@ def _parsed(path: Path, parser: Callable[[str], Any]) -> dict:
 
 
 def older(weights: Path, finished: bool, last: list[int]) -> int | None:
-    """The step of a checkpoint, unless it is the last of a finished training, as far as that is
-    known.
+    """The step of a checkpoint; None: it is the last of a finished run, or not a checkpoint.
+
+    finished: is the run finished? last: the step of its last checkpoint, if there is one.
     """
     if not weights.match("step*.pt"):
         return None
@@ -404,16 +378,17 @@ def older(weights: Path, finished: bool, last: list[int]) -> int | None:
 
 
 def slug(value: object) -> str:
-    """A text as part of a folder name: letters, digits, dots, dashes; at most 80."""
+    """A text as part of a folder name: letters, digits, dots, dashes; at most 80 characters."""
     text = "random" if value is None else re.sub(r"^runs/", "", str(value).rstrip(os.sep))
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[-80:] or "none"
 
 
 def place_slug(path: object) -> str:
-    """A path as part of a folder name: the same for each of its spellings, and wherever the folder
-    of the runs lies.
+    """A path as part of a folder name, the same for all its spellings.
+
+    A path below `runs` or the current folder is relative to it, so that these may move.
     """
-    # the name of known weights, say
+    # not a path: the name of known weights, say
     if path is None or not os.path.exists(os.path.expanduser(str(path))):
         return slug(path)
     for base in ("runs", "."):
@@ -428,21 +403,20 @@ def _is_ours(key: str, value: object) -> bool:
 
 
 def _by_process(flat: dict[str, Any], config: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The number of processes, where each does something by itself that changes the result.
+    """`flat` with the number of processes, where it changes the result.
 
-    Batch norm that isn't synchronised sees the batch in devices x method.bn_splits parts, so that
-    only this product counts: two processes of four parts compute what one of eight does
-    (tests/runtime/test_distributed.py). In networks that aren't ours, bn_splits=null may find
-    nothing that
-    it can split. Mixup and the dropping of activations draw in each process.
+    Batch norm that isn't synchronised sees the batch in devices x method.bn_splits parts, so only
+    this product counts: two processes of four parts compute what one of eight does
+    (tests/runtime/test_distributed.py). In networks that aren't ours, bn_splits=null may find no
+    layer to split; there the number itself counts. It does with mixup and dropout, too, which draw
+    their random numbers in each process.
     """
     stage, method, backbone = (node(config, key) for key in ("stage", "method", "backbone"))
     trains = bool(method) or stage.get("name") == "finetune"
     parts = splits.resolve(flat.get("method.bn_splits", 1), count, config.get("batch_size"))
     if trains and (parts > 1 or not config.get("sync_batch_norm", True)):
-        flat = {key: value for key, value in flat.items() if key != "method.bn_splits"} | {
-            PARTS: count * parts
-        }
+        flat = {key: value for key, value in flat.items() if key != "method.bn_splits"}
+        flat[PARTS] = count * parts
     drops = any("drop" in key and value for key, value in (backbone.get("options") or {}).items())
     ours = re.match(r"ssl_bench\..*\.(resnet|vit)\w*$", str(backbone.get("_target_")))
     unsure = "bn_splits" in method and method["bn_splits"] is None and not ours
@@ -452,14 +426,14 @@ def _by_process(flat: dict[str, Any], config: Mapping[str, Any], count: int) -> 
 
 
 def _plain(value: Any) -> Any:
-    """30 for 30.0: a number's spelling is none of its own either."""
+    """The value with 30 for 30.0: how a number is spelt is no difference."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _hash(values: Mapping[str, Any]) -> str:
-    """A key that is null is one that isn't there: new ones leave older runs what they were."""
+    """Hash of the values that aren't None: a key that is new and null leaves the hash as it was."""
     said = {key: value for key, value in values.items() if value is not None}
     return blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=8).hexdigest()
 
@@ -469,17 +443,18 @@ def real(path: str) -> str:
 
 
 def _inside(path: str, base: str, mark: str = "") -> str:
-    """The one name of a place: below `base` relative to it, after `mark`; else absolute."""
+    """The one name of a path: `mark`, then relative to `base`, if it is below; else absolute."""
     path, base = real(path), real(base)
     return mark + os.path.relpath(path, base) if Path(path).is_relative_to(base) else path
 
 
 def _unquoted(value: str) -> str:
-    """Of an override, as `shell.quote` has it."""
-    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
-        return re.sub(
-            rf"(\\*)\\{value[0]}",
-            lambda found: found[1][: len(found[1]) // 2] + value[0],
-            value[1:-1],
-        )
-    return value
+    """The value of an override without the quotes that `shell.quote` gave it."""
+    quotes = value[0] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else ""
+    if not quotes:
+        return value
+
+    def unescaped(found: re.Match) -> str:
+        return found[1][: len(found[1]) // 2] + quotes
+
+    return re.sub(rf"(\\*)\\{quotes}", unescaped, value[1:-1])

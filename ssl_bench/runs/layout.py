@@ -1,33 +1,34 @@
-"""What lies where in the directory of a run."""
+"""Where the files of a run lie in its directory."""
 
 import re
 from pathlib import Path
 
 from ssl_bench.files import SUMS
 
-WEIGHTS = "pretrained.sha256"  # in the directory of a run: of the file that it stands on
-UNLISTED = (SUMS, "log.txt")  # of a run's own files: these go on
+WEIGHTS = "pretrained.sha256"  # file with the digest of the weights that the run started from
+UNLISTED = (SUMS, "log.txt")  # files that have no digest: they are still written at the end
 
 
 def run_of(path: Path) -> Path | None:
     """The run directory that a checkpoint file lies in; None for a file from elsewhere."""
-    folders = (path.absolute().parent, path.resolve().parent)  # a link to one is one
+    folders = (path.absolute().parent, path.resolve().parent)  # a link to a checkpoint is one
     return next((folder.parent for folder in folders if folder.name == "checkpoints"), None)
 
 
 def complete(directory: Path) -> list[Path]:
-    """Checkpoint files of a run directory, newest first."""
+    """The checkpoint files of a run directory that are whole, newest first."""
     return sorted((directory / "checkpoints").glob(f"step{10 * '[0-9]'}.pt"), reverse=True)
 
 
 def step_of(path: Path) -> int:
-    """Of a checkpoint file, by its name."""
+    """The step of a checkpoint file, from its name."""
     return int(re.search(r"\d+", path.stem)[0])
 
 
 def weights_of(source: Path) -> Path | None:
-    """The file that `pretrained` means: itself, or the newest of a run directory or an export; None
-    without one.
+    """The file that `pretrained` means: itself, or the newest of a run directory or an export.
+
+    None: there is no such file.
     """
     if source.is_dir():
         return next(iter([*complete(source), *source.glob("model.safetensors")]), None)
@@ -35,11 +36,9 @@ def weights_of(source: Path) -> Path | None:
 
 
 def own(run: Path) -> list[str]:
-    """What a finished run consists of: the files of its directory, and its last checkpoint."""
-    names = [
-        path.name for path in run.iterdir() if path.is_file() and not path.name.startswith(".")
-    ]
-    names += [path.relative_to(run).as_posix() for path in complete(run)[:1]]
+    """The files that a finished run consists of, its last checkpoint included."""
+    files = [path for path in run.iterdir() if path.is_file() and not path.name.startswith(".")]
+    names = [path.relative_to(run).as_posix() for path in (*files, *complete(run)[:1])]
     return [name for name in names if name not in UNLISTED and not name.endswith(".partial")]
 
 

@@ -10,30 +10,26 @@ from ssl_bench.errors import UserError
 
 
 class MetricsFile:
-    """Append-only JSON lines, `{"step": int, name: float, ...}`, one write() each: a kill tears the
-    last one at most.
+    """Append-only JSON lines, `{"step": int, name: float, ...}`.
 
-    NaN and infinities are written as Python's json does (`NaN`, `Infinity`) and read back as the
-    same floats.
+    Each is one write(), so that a kill tears the last line at most. NaN and infinities are written
+    as Python's json does (`NaN`, `Infinity`) and read back as the same floats.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._open()
-        # else the next line would be glued to a torn one
+        # without a torn last line, to which the next one would be glued
         self._file.truncate(_complete(self.path.read_bytes()))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         assert "step" not in metrics
-        row = {"step": step} | {
-            name: x if isinstance(x, int) else float(x) for name, x in metrics.items()
-        }
+        row: dict[str, float] = {"step": step}
+        row |= {name: x if isinstance(x, int) else float(x) for name, x in metrics.items()}
         self._file.write(json.dumps(row).encode() + b"\n")  # unbuffered
 
     def truncate(self, step: int) -> None:
-        """Keep the complete lines up to and with `step`, atomically: for a restart from that step's
-        checkpoint.
-        """
+        """Keep the lines up to and with `step`, for a restart from its checkpoint; atomically."""
         kept = [row for row in self.read(self.path) if row["step"] <= step]
         files.write(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file.close()
@@ -47,8 +43,9 @@ class MetricsFile:
 
     @staticmethod
     def read(path: str | Path) -> list[dict[str, Any]]:
-        """All complete lines; a last one without its newline is ignored. UserError names any other
-        broken line.
+        """All complete lines: a last one without its newline is ignored.
+
+        UserError names any other broken line.
         """
         files.check(Path(path))
         data = Path(path).read_bytes()
@@ -68,5 +65,5 @@ class MetricsFile:
 
 
 def _complete(data: bytes) -> int:
-    """Length of the part that ends in a newline."""
+    """Length of the complete lines of `data`, in bytes."""
     return data.rfind(b"\n") + 1

@@ -1,4 +1,4 @@
-"""Known published weights: where they lie, and the hash that proves a file is the one."""
+"""Known published weights: where they lie, and the hash that proves a file to be the right one."""
 
 import http.client
 import shutil
@@ -20,8 +20,8 @@ class Weights(NamedTuple):
 
 TIMEOUT = 30  # seconds without a byte
 BASE_URL = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/"
-# https://github.com/facebookresearch/moco: model table of the README; ImageNet top-1 of a linear
-# classifier
+# The model table of https://github.com/facebookresearch/moco, README.md; the note is the ImageNet
+# top-1 of a linear classifier.
 WEIGHTS = {
     "moco_v1_200ep": Weights(
         "moco_v1_200ep/moco_v1_200ep_pretrain.pth.tar", "b251726a", "resnet50", "60.6 top-1"
@@ -36,9 +36,7 @@ WEIGHTS = {
 
 
 def fetch(name: str) -> Path:
-    """The verified local file of a zoo name; downloaded with a progress bar when it isn't there
-    yet.
-    """
+    """The local file of a zoo name, verified; downloaded if it isn't there yet."""
     weights, path = WEIGHTS[name], place(name)
     if not path.exists():
         _download(name, path)
@@ -55,25 +53,18 @@ def _download(name: str, path: Path) -> None:
     from filelock import FileLock
     from tqdm import tqdm
 
-    url, md5, partial = (
-        BASE_URL + WEIGHTS[name].path,
-        WEIGHTS[name].md5,
-        path.with_name(path.name + ".partial"),
-    )
+    url, md5 = BASE_URL + WEIGHTS[name].path, WEIGHTS[name].md5
+    partial = path.with_name(path.name + ".partial")
     advice = f"fetch {url} elsewhere and put it at {path} (its md5 begins with {md5})"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):  # ranks, and members of a sweep, ask together
+    with FileLock(f"{path}.lock"):  # ranks, and members of a sweep, ask at the same time
         if path.exists():
             return
         try:
-            with (
-                urllib.request.urlopen(url, timeout=TIMEOUT) as reply,
-                tqdm.wrapattr(
-                    reply, "read", total=reply.length, desc=path.name, disable=None
-                ) as source,
-                open(partial, "wb") as file,
-            ):
-                shutil.copyfileobj(source, file)
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as reply, open(partial, "wb") as file:
+                options = {"total": reply.length, "desc": path.name, "disable": None}
+                with tqdm.wrapattr(reply, "read", **options) as source:
+                    shutil.copyfileobj(source, file)
             verify(partial, md5, advice)
             partial.replace(path)
         except (OSError, http.client.HTTPException) as error:
@@ -83,7 +74,7 @@ def _download(name: str, path: Path) -> None:
 
 
 def verify(path: Path, md5: str, advice: str) -> None:
-    """UserError, with `advice`, unless the file's md5 begins so."""
+    """UserError, with `advice`, unless the md5 of the file begins with `md5`."""
     if not (found := digest(path, "md5")).startswith(md5):
         raise UserError(
             f"{path}: its md5 is {found[:8]}..., not {md5}: a broken or another file; {advice}"

@@ -1,4 +1,4 @@
-"""Runs on disk, read back: configuration, metrics, what became of them, what they stand on."""
+"""Runs read back from disk: their configuration, metrics and state, and the runs below them."""
 
 import json
 from collections.abc import Iterable
@@ -19,35 +19,19 @@ from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.units import PRETRAINING
 
 WAITING = sweep.State("waiting")
-# What is read of a run; a finished one has their digests
-READ = (
-    "config.yaml",
-    "metrics.jsonl",
-    "summary.json",
-    "environment.json",
-    "inputs.json",
-    layout.WEIGHTS,
-    identity.ORIGIN,
-)
-# keys without which a configuration is none of a run
+# The files that are read of a run; those of a finished one are compared with their digests.
+READ = ("config.yaml", "metrics.jsonl", "summary.json", "environment.json", "inputs.json")
+READ += (layout.WEIGHTS, identity.ORIGIN)
+# The keys, and their types, without which a configuration isn't that of a run.
 NEEDED = {"stage": str, "dir": str, "device": str, "seed": int, "epochs": int, "batch_size": int}
-# no results
-BESIDE = (
-    "step",
-    "epoch",
-    "images_seen",
-    "lr",
-    "weight_decay",
-    "grad_norm",
-    "data_wait",
-    "k",
-    "temperature",
-)
+# Logged values that are no results.
+BESIDE = ("step", "epoch", "images_seen", "lr", "weight_decay", "grad_norm", "data_wait")
+BESIDE += ("k", "temperature")
 
 
 @dataclass(eq=False)
 class Ran:
-    """A run directory, whatever became of it."""
+    """A run that was started, or a member of a sweep that waits for its start."""
 
     directory: Path
     config: dict
@@ -55,8 +39,8 @@ class Ran:
     summary: dict[str, float] | None = None  # None: not finished
     environment: dict = field(default_factory=dict)
     state: sweep.State = WAITING
-    pretraining: "Ran | None" = None  # what `pretrained` was made by, if it can be found
-    holds_runs: bool = False  # a pipeline: its results are those of its members
+    pretraining: "Ran | None" = None  # the run that made `pretrained`, if it can be found
+    holds_runs: bool = False  # a pipeline, whose results are those of its parts
     inputs: dict = field(default_factory=dict)  # the fingerprint of each split that it opened
 
     @classmethod
@@ -64,11 +48,8 @@ class Ran:
         try:
             for name in READ:
                 files.check(directory / name)
-            summary = (
-                files.parse(done, json.loads)
-                if (done := directory / "summary.json").is_file()
-                else None
-            )
+            done = directory / "summary.json"
+            summary = files.parse(done, json.loads) if done.is_file() else None
             environment, inputs = identity.environment(directory), identity.inputs(directory)
         except UserError as error:
             raise UserError(f"{error}, or leave this run out of runs=") from None
@@ -77,12 +58,11 @@ class Ran:
         known = config | {"stage": (config.get("stage") or {}).get("name")}
         if not all(isinstance(known.get(key), kind) for key, kind in NEEDED.items()):
             raise UserError(f"{path}: no configuration of a run; leave it out of runs=")
-        words = {
-            True: "finished",
-            False: "running" if sweep.locked(directory / ".lock") else "stopped",
-        }
+        if summary is not None:
+            state = sweep.State("finished")
+        else:
+            state = sweep.State("running" if sweep.locked(directory / ".lock") else "stopped")
         lines = MetricsFile.read(directory / "metrics.jsonl")
-        state = sweep.State(words[summary is not None])
         return cls(directory, config, lines, summary, environment, state, inputs=inputs)
 
     @property
@@ -95,21 +75,19 @@ class Ran:
 
     @property
     def weights(self) -> Path | None:
-        """Its newest checkpoint, where that holds a network."""
-        return (
-            None
-            if self.stage == "predict"
-            else next(iter(checkpoint.complete(self.directory)), None)
-        )
+        """Its newest checkpoint; None: it has none, or these hold no network."""
+        if self.stage == "predict":
+            return None
+        return next(iter(checkpoint.complete(self.directory)), None)
 
     def digest_of(self, name: str) -> str:
-        """Of the checkpoint of this name; "" where it has none."""
+        """The sha256 of the checkpoint with this name; "": there is none."""
         path = self.directory / "checkpoints" / name
         return files.digest(path) if path.is_file() else ""
 
     @cached_property
     def stands_on(self) -> str:
-        """The sha256 of the file that `pretrained` was when it began; "" where that isn't known."""
+        """The sha256 of the file that `pretrained` was when the run began; "": not known."""
         return identity.recorded(self.directory)
 
     @property
@@ -122,22 +100,19 @@ class Ran:
 
     @cached_property
     def older(self) -> int | None:
-        """The step of the checkpoint that it stands on, unless that is the last of a finished
-        training.
-        """
+        """The step of the checkpoint `pretrained`; None: the last one of a finished run."""
         if (below := self.pretraining) is None:
             return None
-        last = (
-            [checkpoint.step_of(below.weights)]
-            if below.weights
-            else [line["step"] for line in below.lines[-1:]]
-        )
+        last = [line["step"] for line in below.lines[-1:]]
+        if below.weights:
+            last = [checkpoint.step_of(below.weights)]
         return identity.older(Path(self.config["pretrained"]), below.summary is not None, last)
 
     @cached_property
     def values(self) -> dict[str, float]:
-        """What a finished run came to, the newest of all it logged, what it cost; the same of its
-        pretraining.
+        """The results and costs of a finished run, and the last value of all else that it logged.
+
+        Those of its pretraining are there too, under PRETRAINING.
         """
         if self.summary is None:
             return {}
@@ -145,17 +120,17 @@ class Ran:
         values = {
             key: value
             for key, value in (logged | self.summary).items()
-            if isinstance(value, int | float)
+            if isinstance(value, int | float) and key not in BESIDE
         }
+        values |= self._costs()
         below = self.pretraining.values if self.pretraining and self.older is None else {}
-        values = {key: value for key, value in values.items() if key not in BESIDE} | self._costs()
-        return values | {
-            PRETRAINING + key: x for key, x in below.items() if not key.startswith(PRETRAINING)
-        }
+        own = {key: value for key, value in below.items() if not key.startswith(PRETRAINING)}
+        return values | {PRETRAINING + key: value for key, value in own.items()}
 
     def _costs(self) -> dict[str, float]:
-        """hours: of training and the evaluations in between, not of packing images.
-        images_per_second: the median.
+        """hours: training and the evaluations during it, without packing images.
+
+        images_per_second: the median over the lines.
         """
         seen, seconds, rates = 0, 0.0, []
         for line in self.lines:
@@ -169,8 +144,9 @@ class Ran:
 
     @cached_property
     def identity(self) -> Identity:
-        """With that of what it stands on, wherever this lies by now; gone, as it was known when
-        this run began.
+        """Its identity, with that of its pretraining, wherever that lies by now.
+
+        If the pretraining can't be found, with what was known of it when this run began.
         """
         if self.pretraining is None:
             return identity.with_origin(self.config, self.directory)
@@ -181,7 +157,7 @@ class Ran:
 
     @property
     def source(self) -> str | None:
-        """The key of the run that it stands on; None where none is known."""
+        """The key of its pretraining; None: not known."""
         return self.identity.below and self.identity.below.key
 
     @property
@@ -190,20 +166,20 @@ class Ran:
 
 
 def find(paths: Iterable[Path]) -> list[Ran]:
-    """Every run at or below the paths; members that wait, too. UserError where there is none."""
+    """Every run at or below the paths, and members that wait. UserError: a path has none."""
     runs: dict[Path, Ran] = {}
     for path in paths:
-        found = {
-            file.parent
-            for file in path.rglob("metrics.jsonl")
-            if file.with_name("config.yaml").exists()
-        }
-        runs |= {directory.resolve(): Ran.read(directory) for directory in sorted(found)}
+        for directory in sorted({file.parent for file in path.rglob("metrics.jsonl")}):
+            if (directory / "config.yaml").exists():
+                runs[directory.resolve()] = Ran.read(directory)
         for folder in sorted(file.parent for file in path.rglob(".members")):
             members = sweep.members(folder)
             for member, state in zip(members, sweep.states(members), strict=True):
-                known = (member.directory / "metrics.jsonl").exists()  # it may be elsewhere
-                made = Ran.read(member.directory) if known else Ran(member.directory, member.config)
+                started = (member.directory / "metrics.jsonl").exists()  # perhaps not below `path`
+                if started:
+                    made = Ran.read(member.directory)
+                else:
+                    made = Ran(member.directory, member.config)
                 runs.setdefault(member.directory.resolve(), made).state = state
         if not any(directory.is_relative_to(path.resolve()) for directory in runs):
             raise UserError(
@@ -211,35 +187,34 @@ def find(paths: Iterable[Path]) -> list[Ran]:
                 "name run directories, sweeps, or a folder of them"
             )
     for directory, ran in runs.items():
-        ran.holds_runs = any(
-            other.is_relative_to(directory) for other in runs if other != directory
-        )
+        ran.holds_runs = any(directory in other.parents for other in runs)
         ran.pretraining = _pretraining(ran, runs)
     return list(runs.values())
 
 
 def _pretraining(ran: Ran, runs: dict[Path, Ran]) -> Ran | None:
-    """The run that a run's `pretrained` is a checkpoint of, or the directory of.
+    """The run whose checkpoint, or whose directory, is the `pretrained` of another run.
 
-    Runs move, and a path is relative to where a run was started: where the content of the file is
-    known, it decides.
+    If the digest of the file is known, it decides: runs move, and a path is relative to the folder
+    in which a run was started.
     """
     if not (source := ran.config.get("pretrained")):
         return None
     path = Path(source)
     folder = layout.run_of(path) or path
-    there = runs.get(folder.resolve()) or (
-        Ran.read(folder) if (folder / "metrics.jsonl").exists() else None
-    )
+    there = runs.get(folder.resolve())
+    if there is None and (folder / "metrics.jsonl").exists():
+        there = Ran.read(folder)
     moved = [run for directory, run in runs.items() if directory.parts[-2:] == folder.parts[-2:]]
-    likely = [there] if there else moved if len(moved) == 1 else []
+    likely = there or (moved[0] if len(moved) == 1 else None)
     if ran.stands_on:
-        for other in [*likely, *runs.values()]:  # in this order few files are read
-            if other is not ran and other.digest_of(path.name) == ran.stands_on:
+        # the likely one first: it saves reading the files of the others
+        for other in [likely, *runs.values()]:
+            if other and other is not ran and other.digest_of(path.name) == ran.stands_on:
                 return other
-        # of older checkpoints, which are gone
-        likely = [other for other in likely if not other.digest_of(path.name)]
-    return likely[0] if likely else None
+        if likely and likely.digest_of(path.name):
+            return None  # its checkpoint of this name is another; without one, it has deleted it
+    return likely
 
 
 def of(weights: Path) -> Ran | None:
@@ -249,9 +224,7 @@ def of(weights: Path) -> Ran | None:
 
 
 def unfinished(weights: Path) -> str:
-    """How far a run is that wrote this checkpoint and goes on, like "step 51 of 160"; "" for other
-    files.
-    """
+    """The step of a checkpoint whose run isn't finished, like "step 51 of 160"; "": other files."""
     folder = layout.run_of(weights)
     known = folder and all((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl"))
     if not (known and weights.match("step*.pt")):
@@ -264,8 +237,9 @@ def unfinished(weights: Path) -> str:
 
 
 def measured(runs: Iterable[Ran], weights: Path) -> list[Ran]:
-    """The finished evaluations of the network in this very file, as it is now; by its place where
-    no more is known.
+    """The finished evaluations of the network in this file.
+
+    The digest of the file decides, or its path where a run has recorded no digest.
     """
 
     def same(ran: Ran) -> bool:
@@ -273,17 +247,12 @@ def measured(runs: Iterable[Ran], weights: Path) -> list[Ran]:
             return ran.stands_on == files.digest(weights)
         return Path(ran.config["pretrained"]).resolve() == weights.resolve()
 
-    return [
-        ran
-        for ran in runs
-        if "val_top1" in (ran.summary or {}) and ran.config.get("pretrained") and same(ran)
-    ]
+    evaluations = [ran for ran in runs if "val_top1" in (ran.summary or {})]
+    return [ran for ran in evaluations if ran.config.get("pretrained") and same(ran)]
 
 
 def evidence(ran: Ran) -> dict[str, Any]:
-    """What tells a finished run from any other, for the row of a results file: stage=verify looks
-    for it.
-    """
+    """What identifies a finished run, for its row of a results file; stage=verify compares it."""
     sums = files.listed(ran.directory)
     weights = next((sums[name] for name in sums if name.startswith("checkpoints/")), "")
     return {

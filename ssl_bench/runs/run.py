@@ -1,4 +1,4 @@
-"""A run: its directory, device, metrics, tracker and checkpoint. Opened and closed in one place."""
+"""A run: its directory, device, metrics, tracker and checkpoint, opened and closed in one place."""
 
 import hashlib
 import json
@@ -35,14 +35,14 @@ from ssl_bench.runtime import distributed
 
 log = logging.getLogger(__name__)
 
-STALLED = 10  # seconds that a step that is to be the last may wait for its images
+STALLED = 10  # seconds that the last step before a stop may wait for its images
 
 
 class Run:
-    """`directory=None` is a stage that leaves nothing behind: no files, no tracker.
+    """What a stage runs in. `directory` is None for a stage that leaves nothing behind.
 
-    config: the resolved configuration as plain data. make_tracker: called on rank 0 once the
-    directory is known good.
+    config: the resolved configuration as plain data. make_tracker: called on rank 0, after the
+    directory was checked.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class Run:
         self.directory = Path(config["dir"]) if config["dir"] else None
         self.device = device
         self.is_main = distributed.rank() == 0
-        self.summary: dict | None = None  # final metrics of a run that ended before
+        self.summary: dict | None = None  # the final metrics, of an earlier command too
         self._config = config
         self._make_tracker = make_tracker
-        self.status = "failed"  # until the stage is through
-        self._mistaken = False  # ended by a UserError
-        self._signum = 0
-        self._at_once = False  # nothing would be lost by stopping now
+        self.status = "failed"  # until the stage has ended well
+        self._mistaken = False  # was it ended by a UserError?
+        self._signum = 0  # the last signal that asked for a stop
+        self._at_once = False  # would nothing be lost by stopping now?
 
     # -- opening and closing -----------------------------------------------------------------------
 
@@ -70,7 +70,7 @@ class Run:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if kind is not None:
-            # for log.txt; the console hears it from `train.main`
+            # for log.txt; `train.main` prints it to the console
             log.debug("%s", error or kind.__name__)
             self.status = "preempted" if kind is Interrupted else "failed"
             self._mistaken = kind is UserError
@@ -79,7 +79,7 @@ class Run:
     def _open(self, directory: Path, stack: ExitStack) -> None:
         if self.is_main:
             fresh = not directory.exists()
-            stack.enter_context(self._claim(directory))  # the system frees it with the process
+            stack.enter_context(self._claim(directory))  # a killed process loses the lock
             if fresh:
                 stack.callback(self._discard, directory)
         distributed.barrier()
@@ -95,10 +95,10 @@ class Run:
             stack.callback(self.metrics.close)
         if threading.current_thread() is threading.main_thread():
             watched = [signal.SIGTERM, signal.SIGINT]
-            # a closed terminal, unless nohup keeps it away
+            # the terminal was closed; nohup ignores that
             if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
                 watched.append(signal.SIGHUP)
-            # Slurm's warning: somebody waits for it, when we have saved
+            # Slurm's warning, if somebody handles it once the state is saved
             if callable(signal.getsignal(signal.SIGUSR2)):
                 watched.append(signal.SIGUSR2)
             for signum in watched:
@@ -107,34 +107,37 @@ class Run:
 
     @cached_property
     def tracker(self) -> Tracker:
-        """Made when there is something to show: a stage that only starts others has none."""
+        """The tracker, made when first used: a stage that only starts others has none."""
         tracker = self._make_tracker()
         self._stack.callback(lambda: tracker.close(self.status, self.summary or {}))
         return tracker
 
     def finish(self, summary: dict) -> None:
-        """The stage is through. What it returns is the run's result, and marks it as done."""
+        """Write down what the stage has returned: the run's result, which marks it as finished."""
         self.summary, self.status = summary, "finished"
         if self.directory and self.is_main:
             text = json.dumps(summary, indent=2) + "\n"
             sums = files.sums_of(self.directory, layout.own(self.directory))
             sums["summary.json"] = hashlib.sha256(text.encode()).hexdigest()
-            files.seal(self.directory, sums)  # before it: what has a summary is done
+            files.seal(self.directory, sums)  # first: a run with a summary counts as finished
             files.write(self.directory / "summary.json", text)
             if "tracker" in vars(self) and (checkpoints := complete(self.directory)):
                 self.tracker.log_checkpoint_file(checkpoints[0])
 
     def _claim(self, directory: Path) -> filelock.AcquireReturnProxy:
-        """The lock of the directory, which is held here from now on; or why it can't be had."""
+        """Prepare the directory and return its lock, which this process holds from now on.
+
+        UserError for a directory that is in use, can't be written, or holds another run.
+        """
         with writable("dir", directory):
             directory.mkdir(parents=True, exist_ok=True)
             held = self._acquire(directory)
             self._check_same(directory)
-            # of another configuration, perhaps, that saved nothing
+            # these files may be those of another configuration, of which nothing was saved
             if not layout.has_state(directory):
                 for name in (layout.WEIGHTS, identity.ORIGIN, "inputs.json"):
                     (directory / name).unlink(missing_ok=True)
-            if not (directory / "summary.json").exists():  # else the files say what ran
+            if not (directory / "summary.json").exists():  # of a finished run the files stay
                 (directory / files.SUMS).unlink(missing_ok=True)
                 self._write_config(directory)
                 if self._config.get("pretrained"):
@@ -147,7 +150,7 @@ class Run:
         try:
             return lock.acquire(timeout=0)
         except filelock.Timeout:
-            self._check_same(directory)  # told at once
+            self._check_same(directory)  # another configuration is refused without waiting
             log.info("%s is in use by another process: waiting for a minute", directory)
         try:
             return lock.acquire()
@@ -160,16 +163,16 @@ class Run:
         files.write(directory / "config.yaml", yaml.safe_dump(self._config, sort_keys=False))
 
     def _check_same(self, directory: Path) -> None:
-        """A result is of a configuration and of the content of a file: its path may hold another
-        training by now.
+        """UserError if the directory holds another run: other settings or other weights below it.
+
+        The weights are compared by their content: another training may have written to their path.
         """
         known = directory / "config.yaml"
         if not known.exists() or not layout.has_state(directory):
             return
         before = identity.left_by(files.parse(known, yaml.safe_load), directory)
-        if shown := identity.changes(
-            before, identity.Identity(self._config, weights=self._weights)
-        ):
+        now = identity.Identity(self._config, weights=self._weights)
+        if shown := identity.changes(before, now):
             raise UserError(
                 f"dir={directory} holds a run with another configuration: {shown}. "
                 "Choose another dir=, or delete it"
@@ -177,31 +180,26 @@ class Run:
 
     @cached_property
     def _weights(self) -> str:
-        """The sha256 of what it stands on; "" for nothing."""
-        return (
-            files.digest(Path(self._config["pretrained"])) if self._config.get("pretrained") else ""
-        )
+        """The sha256 of the weights that the run starts from; "": it starts from none."""
+        source = self._config.get("pretrained")
+        return files.digest(Path(source)) if source else ""
 
     def _discard(self, directory: Path) -> None:
-        """A mistake found before the first step leaves no run behind, which reports would stumble
-        over.
+        """Delete the directory of a run that a UserError ended before its first step.
+
+        Reports would stumble over it.
         """
-        if (
-            self._mistaken
-            and not self.metrics.path.stat().st_size
-            and not any(p.is_dir() for p in directory.iterdir())
-        ):
+        if not self._mistaken or self.metrics.path.stat().st_size:
+            return
+        if not any(path.is_dir() for path in directory.iterdir()):
             shutil.rmtree(directory)
 
     def _on_signal(self, signum: int, frame: object) -> None:
         if self._signum == signal.SIGINT == signum:
             raise KeyboardInterrupt
-        if (
-            signum == signal.SIGUSR2
-            and not self._signum
-            and callable(signal.getsignal(signal.SIGALRM))
-        ):
-            # s until it is too late to finish a step
+        first_warning = signum == signal.SIGUSR2 and not self._signum
+        if first_warning and callable(signal.getsignal(signal.SIGALRM)):
+            # seconds until it is too late to finish a step
             signal.alarm(int(os.environ.get("SSL_BENCH_GRACE", 0)))
         self._signum = signum
         if self._at_once:
@@ -212,13 +210,13 @@ class Run:
     # -- while it runs -----------------------------------------------------------------------------
 
     def every(self, what: str, step: int) -> bool:
-        """Is it time to "log" or "save" (step: of training), or to "eval" (step: an epoch)?"""
+        """Is it time to `what`: "log" or "save" after this step, or "eval" after this epoch?"""
         interval = self._config[f"{what}_every"]
         return bool(interval) and step % interval == 0
 
     @property
     def signalled(self) -> bool:
-        """Did a signal arrive on this rank? Where the others aren't there to be asked."""
+        """Did a signal arrive on this rank? For work in which the ranks don't meet."""
         return self._signum != 0
 
     def stopping(self, step: int) -> bool:
@@ -228,8 +226,9 @@ class Run:
         return False
 
     def restore(self, **state: object) -> int:
-        """Load the newest checkpoint; what was logged after it is forgotten, since it will be
-        logged again.
+        """Load the newest checkpoint and return its step; 0: there is none.
+
+        Lines that were logged after it are dropped, since they will be logged again.
         """
         step = self.checkpoint.restore(**state)
         if self.is_main:
@@ -244,7 +243,7 @@ class Run:
 
     @contextmanager
     def ends_at_once(self) -> Iterator[None]:
-        """For long work before the first step: a signal stops it in its midst."""
+        """For long work before the first step: a signal stops it at once."""
         self._at_once = True
         try:
             if self._signum:
@@ -254,11 +253,11 @@ class Run:
             self._at_once = False
 
     def waiting(self, seconds: float) -> None:
-        """For a step whose images don't come: a signal is honoured after some time without them.
+        """Stop, after a signal, if images haven't come for STALLED seconds.
 
-        Each process sees to itself, since those that wait for it in a collective can't be asked:
-        rank 0 saves if it is one that has no images; if it has, it ends with the group, and the
-        steps since its last save are repeated.
+        Each rank decides alone, since those that wait for it in a collective can't be asked. Rank 0
+        saves if it is among those without images. Otherwise it ends with the group, and the steps
+        since its last save are repeated.
         """
         if self._signum and seconds > STALLED:
             self.interrupt()
@@ -267,13 +266,10 @@ class Run:
         raise Interrupted(self._signum or signal.SIGTERM, step)
 
     def diverge(self, step: int) -> None:
-        """Stop: loss or weights are not finite since this step."""
-        good = complete(self.directory)
-        kept = (
-            f"the last good state, of step {step_of(good[0]):,}, is kept"
-            if good
-            else "no state was saved yet"
-        )
+        """Stop a run whose loss or weights are not finite since this step. UserError."""
+        kept = "no state was saved yet"
+        if good := complete(self.directory):
+            kept = f"the last good state, of step {step_of(good[0]):,}, is kept"
         raise UserError(
             f"diverged at step {step:,}: loss or weights are not finite; {kept}; "
             "try a lower optimizer.base_lr, a longer schedule.warmup_epochs, or precision=fp32"
@@ -284,25 +280,16 @@ class Run:
             self.metrics.log(step, line)
             self.tracker.log(step, line)
             values = "  ".join(f"{key} {units.spoken(key, value)}" for key, value in line.items())
-            left = (
-                (self._total - step) * (time.monotonic() - self._began) / max(step - self._start, 1)
-            )
-            log.info(
-                "step %s/%s  %s  left %s",
-                f"{step:,}",
-                f"{self._total:,}",
-                values,
-                timedelta(seconds=round(left)),
-            )
+            rate = (time.monotonic() - self._began) / max(step - self._start, 1)  # s a step
+            left = timedelta(seconds=round((self._total - step) * rate))
+            log.info("step %s  %s  left %s", f"{step:,}/{self._total:,}", values, left)
 
     def log_image(self, step: int, name: str, path: Path) -> None:
         if self.is_main:
             self.tracker.log_image(step, name, path)
 
     def uses(self, split: str, fingerprint: str, images: int) -> None:
-        """Remember the data, for the lineage of the result. UserError where the run began with
-        other images.
-        """
+        """Write down the images of a split. UserError if the run began with other ones."""
         if self.is_main and self.directory is not None:
             known = identity.inputs(self.directory)
             now = {"fingerprint": fingerprint, "images": images}
@@ -313,23 +300,19 @@ class Run:
                     "dir=, or delete it"
                 )
             if known.get(split) != now:
-                files.write(
-                    self.directory / "inputs.json",
-                    json.dumps(known | {split: now}, indent=2) + "\n",
-                )
+                text = json.dumps(known | {split: now}, indent=2) + "\n"
+                files.write(self.directory / "inputs.json", text)
 
     def check_data(self, split: Callable[[str], Split] | None = None) -> None:
         """UserError unless the images of a finished run are those that it would use now.
 
-        split: where they are by its name; None: below `data.root`, looked at where that isn't the
-        one it was.
+        split: gives the images of a split by its name. None: that of `data`, whose images are
+        compared only where `data.root` isn't the one that the run had.
         """
         if not self.is_main or not (known := identity.inputs(self.directory)):
             return
-        ran, now = (
-            files.parse(self.directory / "config.yaml", yaml.safe_load)["data"],
-            self._config["data"],
-        )
+        ran = files.parse(self.directory / "config.yaml", yaml.safe_load)["data"]
+        now = self._config["data"]
         if split is None and ran.get("root") == now.get("root"):
             return
         split = split or construct(now).split
@@ -337,7 +320,7 @@ class Run:
             found = split(name)
             self.uses(name, found.fingerprint, found.length)
         sums = files.listed(self.directory)
-        (self.directory / files.SUMS).unlink(missing_ok=True)  # which is of the former config.yaml
+        (self.directory / files.SUMS).unlink(missing_ok=True)  # it has the former config.yaml's
         self._write_config(self.directory)
         if sums:
             files.seal(self.directory, sums | files.sums_of(self.directory, ["config.yaml"]))
@@ -348,7 +331,7 @@ class Run:
         return {key: value for key, value in lines[-1].items() if key != "step"} if lines else {}
 
     def progress(self, steps: Iterable, start: int, total: int) -> Iterator:
-        """A bar with rate and time left, where somebody watches; log lines say it everywhere."""
+        """`steps`, with a progress bar on a terminal."""
         self._start, self._total, self._began = start, total, time.monotonic()
         watched = self.is_main and sys.stderr.isatty()
         title = str(self._config["stage"]["name"])
@@ -358,37 +341,27 @@ class Run:
 
 
 def environment() -> dict:
-    """What a result depends on besides its configuration."""
+    """What a result depends on besides its configuration: versions, commit, machine."""
     import importlib.util
 
     package = Path(importlib.util.find_spec("ssl_bench").origin).parent
 
     def git(*command: str) -> str:
+        words = ["git", "-C", package, *command]
         try:
-            return subprocess.run(
-                ["git", "-C", package, *command], capture_output=True, text=True
-            ).stdout.strip()
+            return subprocess.run(words, capture_output=True, text=True).stdout.strip()
         except OSError:  # there is no git here
             return ""
 
-    packages = (
-        "torch",
-        "torchvision",
-        "hydra-core",
-        "omegaconf",
-        "numpy",
-        "pydantic",
-        "wandb",
-        "pillow",
-    )
+    names = "torch torchvision hydra-core omegaconf numpy pydantic wandb pillow"
+    packages = {name: metadata.version(name) for name in names.split()}
     return {
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": platform.node(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "packages": {"ssl_bench": __version__}
-        | {name: metadata.version(name) for name in packages},
+        "packages": {"ssl_bench": __version__} | packages,
         "git_commit": git("rev-parse", "HEAD"),
         "git_dirty": bool(git("status", "--porcelain")),
         "world_size": distributed.world_size(),
@@ -400,8 +373,9 @@ def environment() -> dict:
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """Nothing for a full disk: what must be written tells of it, in a line; this would be a
-        traceback for each.
+        """Ignore a full disk, where logging would print a traceback for each record.
+
+        Files that must be written report it, in one line.
         """
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)

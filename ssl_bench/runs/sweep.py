@@ -29,15 +29,18 @@ from ssl_bench.runs.identity import Identity
 
 @dataclass
 class Member:
+    """A member of a sweep, as it is written to its file."""
+
     file: Path
     overrides: list[str]
     config: dict  # plain and resolved: what it will run, whatever becomes of the YAML files
     cwd: str
-    conf: str  # folder of those files
-    job: str | None = None
+    conf: str  # the folder with the copy of those files
+    job: str | None = None  # its last Slurm job
 
     @classmethod
     def load(cls, file: Path) -> "Member":
+        """The member in a file. UserError for a file that is damaged or isn't a member's."""
         values = files.parse(file, json.loads)
         try:
             made = cls(file, **values)
@@ -58,15 +61,16 @@ class Member:
 
     @property
     def directory(self) -> Path:
-        """Of its run: in the folder of the sweep, wherever that is by now, unless `dir=` put it
-        elsewhere.
+        """The directory of its run: in the folder of the sweep, unless `dir=` put it elsewhere.
+
+        The folder may have moved since the member was composed.
         """
         chosen = Path(self.cwd, self.config["dir"])
         return self.file.parents[1] / self.name if chosen.name == self.name else chosen
 
     @property
     def under_way(self) -> tuple[Path, int]:
-        """The directory of its run, or of a pipeline's newest part, and the epochs of that."""
+        """(directory, epochs) of its run or, of a pipeline, of the part that runs now."""
         parts = [path for path in self.directory.glob("**/metrics.jsonl") if path.stat().st_size]
         newest = max(parts, key=lambda path: path.stat().st_mtime_ns, default=None)
         if newest is None or newest.parent == self.directory:
@@ -84,25 +88,24 @@ class Member:
 
     @property
     def output(self) -> Path | None:
-        """Of the process or the Slurm job that it has of its own."""
-        path = (
-            self.file.parents[1] / ".submitit" / self.job
-            if self.job
-            else self.file.with_suffix(".log")
-        )
+        """Where the output of its process or Slurm job is; None: it has none of its own."""
+        path = self.file.with_suffix(".log")
+        if self.job:
+            path = self.file.parents[1] / ".submitit" / self.job
         if not path.exists():
             return None
         return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
     @property
     def failure(self) -> str | None:
+        """Why its last attempt failed; None: it didn't."""
         try:
             return json.loads(self._failed.read_text(encoding="utf-8"))["reason"]
-        except (FileNotFoundError, json.JSONDecodeError):  # not there, or not yet
+        except (FileNotFoundError, json.JSONDecodeError):  # no such file, or still being written
             return None
 
     def fail(self, reason: str, rank: int = 0) -> None:
-        """The first rank to fail has the cause; the others fail because it has left."""
+        """Write down why it failed, unless another rank has: that one is why the others fail."""
         with suppress(FileExistsError), open(self._failed, "x", encoding="utf-8") as file:
             json.dump({"reason": reason, "rank": rank, "job": self.job}, file)
 
@@ -114,81 +117,76 @@ class Member:
         return self.file.with_suffix(".failed")
 
     def result(self) -> dict[str, float] | None:
-        """What its run has come to, if it is finished and was run as configured here."""
+        """The result of its run, if that is finished and ran with this configuration.
+
+        None if `data.root` is another one: the run itself then compares the images.
+        """
         if (summary := self._read("summary.json", json.loads)) is None:
             return None
         if (ran := self._read("config.yaml", yaml.safe_load)) is None or self._changes(ran):
             return None
-        then, now = (
-            identity.real(config["data"].get("root") or ".") for config in (ran, self.config)
-        )
-        return summary if then == now else None  # else it looks itself
+        roots = (config["data"].get("root") or "." for config in (ran, self.config))
+        then, now = map(identity.real, roots)
+        return summary if then == now else None
 
     @property
     def conflict(self) -> str:
-        """In words, how what was run in its directory differs from it."""
+        """In words, how the run in its directory differs from it; "": it doesn't."""
         ran = self._read("config.yaml", yaml.safe_load)
         return self._changes(ran) if ran is not None and layout.has_state(self.directory) else ""
 
     @property
     def stale(self) -> bool:
-        """Did it stand on other weights than `pretrained` means now?"""
+        """Did its run start from other weights than `pretrained` means now?"""
         known, source = identity.recorded(self.directory), self.config.get("pretrained")
         weights = layout.weights_of(Path(self.cwd, source)) if known and source else None
         return weights is not None and files.digest(weights) != known
 
     def _changes(self, ran: dict) -> str:
-        """But for what the weights decided when it was launched: there is the very file, and how
-        images looked.
+        """How the configuration `ran` differs from the member's, in words.
+
+        The settings that the weights decided at the launch don't count: which file `pretrained` is,
+        and a mean and std that were null (`launch.process`).
         """
         look, then = (config.get("augmentation") or {} for config in (self.config, ran))
-        look = look | {
-            key: then.get(key) for key in ("mean", "std") if key in look and look[key] is None
-        }
+        decided = [key for key in ("mean", "std") if key in look and look[key] is None]
+        look = look | {key: then.get(key) for key in decided}
         before = identity.left_by(ran | {"pretrained": None}, self.directory)
-        return identity.changes(
-            before, Identity(self.config | {"pretrained": None, "augmentation": look})
-        )
+        now = Identity(self.config | {"pretrained": None, "augmentation": look})
+        return identity.changes(before, now)
 
     def _read(self, name: str, parse: Callable[[str], Any]) -> Any:
         path = self.directory / name
         return files.parse(path, parse) if path.is_file() else None
 
     def value(self, key: str) -> str:
-        """Of an override, or of the configuration where this member has none."""
+        """The value of a key as it was typed or, if it wasn't, from the configuration."""
         if key in self.choices:
             return self.choices[key]
         node: Any = self.config
         for part in key.split("."):
             node = node.get(part) if isinstance(node, dict) else None
-        return (
-            str(node.get("name", ""))
-            if isinstance(node, dict)
-            else ""
-            if node is None
-            else str(node)
-        )
+        if isinstance(node, dict):
+            node = node.get("name", "")
+        return "" if node is None else str(node)
 
     @cached_property
     def choices(self) -> dict[str, str]:
-        return {
-            key_of(word): word.partition("=")[2]
-            for word in self.overrides
-            if not identity.is_free(key_of(word))
-        }
+        """{key: value} of its overrides, without those that don't name it."""
+        pairs = [(key_of(word), word.partition("=")[2]) for word in self.overrides]
+        return {key: value for key, value in pairs if not identity.is_free(key)}
 
 
 def name(overrides: Sequence[str]) -> str:
-    """Of the member with these overrides: readable, bounded, and the same wherever it runs."""
+    """The name of a member: readable, of bounded length, and the same wherever it runs."""
     words = [word for word in overrides if not identity.is_free(key_of(word))]
     digest = blake2b("\n".join(sorted(words)).encode(), digest_size=4).hexdigest()
-    pairs = (word.partition("=") for word in words)
-    # Of a path what it ends in, or there would be no room for it.
-    shown = [
-        f"{key.rpartition('.')[2]}-{value.rstrip('/').rpartition('/')[2]}"
-        for key, _, value in pairs
-    ]
-    # what is swept tends to come last on the command line
+    shown = []
+    for word in words:
+        key, _, value = word.partition("=")
+        end = value.rstrip("/").rpartition("/")[2]  # of a path: there is no room for all of it
+        shown.append(f"{key.rpartition('.')[2]}-{end}")
+    # drop the first ones: the keys that are swept tend to come last on a command line
     while len(shown) > 1 and len("-".join(shown)) > 80:
         shown.pop(0)
     return f"{identity.slug('-'.join(shown))}-{digest}"
@@ -202,7 +200,11 @@ def members(folder: Path) -> list[Member]:
 
 
 class State(NamedTuple):
-    # finished, running, pending, failed, stopped (it will continue), waiting, or Slurm's word
+    """The state of a member, and a note on it.
+
+    name: finished, running, pending, failed, stopped (it will continue), waiting, or Slurm's word.
+    """
+
     name: str
     note: str = ""
 
@@ -236,7 +238,7 @@ def _see(member: Member) -> str:
 
 
 def queued() -> dict[str, State] | None:
-    """This user's jobs that Slurm will run or is running; None where it doesn't answer."""
+    """{job: state} of this user's jobs that wait or run; None: Slurm doesn't answer."""
     lines = _ask("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r")
     if lines is None:
         return None
@@ -248,14 +250,14 @@ def queued() -> dict[str, State] | None:
 
 
 def accounted(jobs: Sequence[str]) -> dict[str, str]:
-    """How Slurm's accounting says that jobs ended, where there is one: {job: "timeout"}."""
+    """How jobs ended, like {job: "timeout"}, from Slurm's accounting; empty where there is none."""
     lines = _ask("sacct", "-n", "-P", "-X", "-o", "JobID,State", "-j", ",".join(jobs)) or []
-    return {
-        job: state.split()[0].lower() for job, _, state in (line.partition("|") for line in lines)
-    }
+    pairs = (line.split("|", 1) for line in lines)
+    return {job: state.split()[0].lower() for job, state in pairs}
 
 
 def _ask(*command: str) -> list[str] | None:
+    """The lines that a command of Slurm's prints; None: it isn't here, or doesn't answer."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (FileNotFoundError, subprocess.TimeoutExpired):
@@ -264,7 +266,7 @@ def _ask(*command: str) -> list[str] | None:
 
 
 def locked(path: Path) -> bool:
-    """Is a run at work in the directory of this lock?"""
+    """Does a process hold this lock, that of a run directory?"""
     if not path.exists():
         return False
     try:
@@ -275,25 +277,24 @@ def locked(path: Path) -> bool:
 
 
 def twin(config: Mapping, members: Mapping[str, Sequence[Member]]) -> Member | None:
-    """Who computes the same, by whatever words; members: `by_key` of those there are."""
+    """The member that computes the same as `config`, in whatever words it was typed; or None.
+
+    members: `by_key` of the sweep's members.
+    """
     alike, asked = members.get(_key(config), ()), Identity(config)
     for member in alike:
         if Identity(member.config).stands_on == asked.stands_on:
             return member
     source = config.get("pretrained")
-    weights = layout.weights_of(Path(source)) if alike and source else None  # which may have moved
-    return next(
-        (
-            one
-            for one in alike
-            if weights and identity.recorded(one.directory) == files.digest(weights)
-        ),
-        None,
-    )
+    weights = layout.weights_of(Path(source)) if alike and source else None
+    if weights is None:
+        return None
+    digest = files.digest(weights)  # the same weights may lie elsewhere by now
+    return next((one for one in alike if identity.recorded(one.directory) == digest), None)
 
 
 def by_key(members: Iterable[Member]) -> dict[str, list[Member]]:
-    """Members that differ, if at all, in what they stand on."""
+    """Members in groups that differ, if at all, in the weights that they start from."""
     found: dict[str, list[Member]] = {}
     for member in members:
         found.setdefault(_key(member.config), []).append(member)

@@ -1,5 +1,6 @@
-"""Metrics: `metrics.jsonl` is the truth; a tracker mirrors it to a dashboard and may fail without
-hurting the run.
+"""Trackers mirror `metrics.jsonl`, which is the truth, to a dashboard.
+
+One may fail without hurting the run.
 """
 
 import csv
@@ -27,13 +28,13 @@ from ssl_bench.shell import override, quoted
 
 log = logging.getLogger(__name__)
 
-# of every chart: they mean the same in all stages, and bear no stage's name
+# The axes of the charts. They mean the same in all stages, so no stage's name is put before them.
 AXES = ("epoch", "images_seen")
-TABLE_ROWS = 10_000  # of a table: W&B shows no more
-# What W&B takes; wandb 0.31.0: validate_project and validate_run_tags in sdk/wandb_settings.py,
-# INVALID_URL_CHARS, NAME_MAXLEN and MAX_ARTIFACT_METADATA_KEYS in sdk/artifacts/_validators.py.
-# That names of runs and groups end at 128, only its server says (github.com/NVIDIA-NeMo/Skills,
-# issue 842).
+TABLE_ROWS = 10_000  # W&B shows no more rows of a table
+# What W&B accepts, from wandb 0.31.0: validate_project and validate_run_tags in
+# sdk/wandb_settings.py, INVALID_URL_CHARS, NAME_MAXLEN and MAX_ARTIFACT_METADATA_KEYS in
+# sdk/artifacts/_validators.py. Names of runs and groups may have 128 characters, which only the
+# server says (github.com/NVIDIA-NeMo/Skills, issue 842).
 NAME_LENGTH, TAG_LENGTH, METADATA = 128, 64, 100
 NOT_IN_URLS = "/\\#?%:\r\n"
 _SECRET = re.compile(
@@ -42,7 +43,10 @@ _SECRET = re.compile(
 
 
 def _takes(most: int, without: str = "") -> AfterValidator:
-    """A text that W&B doesn't refuse, which it would do when the work is done."""
+    """Validates a text that W&B would refuse only when the work is done.
+
+    most: how many characters it may have; without: characters that it must not have.
+    """
 
     def check(text: str) -> str:
         if not 0 < len(text.strip()) <= len(text) <= most:
@@ -61,7 +65,7 @@ Tag = Annotated[str, _takes(TAG_LENGTH)]
 
 
 class Tracker(Protocol):
-    """What mirrors a run elsewhere. Constructed on rank 0 only."""
+    """Mirrors a run elsewhere. Constructed on rank 0 only."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def log_image(self, step: int, name: str, path: str | Path) -> None: ...
@@ -70,9 +74,7 @@ class Tracker(Protocol):
 
 
 class NoTracker:
-    """`tracking=local`: the run directory only. Takes what every tracker is given, and needs none
-    of it.
-    """
+    """`tracking=local`: the run directory only. The arguments, given to any tracker, are unused."""
 
     def __init__(self, *, directory: Path | None = None, config: dict[str, Any] | None = None):
         pass
@@ -91,21 +93,21 @@ class NoTracker:
 
 
 class WandbTracker:
-    """Mirrors a run to Weights & Biases; never prompts, never hangs, never stops the run once it
-    has begun.
+    """Mirrors a run to Weights & Biases. It never prompts, hangs, or stops a run that has begun.
 
-    `mode=auto` is $WANDB_MODE if set, else online with an API key (environment, netrc or W&B
-    settings), else offline. WANDB_MODE=disabled is no tracking at all.
-    Online without an answer within 20 s goes on offline. The id in `<directory>/wandb_id` makes a
-    restart continue the same W&B run. None for `group`, `job_type` and `name`: what the run is but
-    for its seeds, its stage, both with seeds (see `identity`). `config` has that of its
-    pretraining, too, under "pretraining".
-    Names are those of metrics.jsonl after the stage's: pretrain/loss. When it is finished: what the
-    stage returned, the best of what isn't measured on val (pretrain/best/loss), tables of the
-    *.csv, and as artifacts what the run came from (inputs.json, `pretrained`) and came to, between
-    which W&B draws the lineage.
-    `directory` (the run's) and `config` (plain, resolved) come from the caller; `rebuilt` from
-    `rebuild`. UserError: mode=online without an API key, a malformed key, an unknown $WANDB_MODE.
+    mode: "auto" is $WANDB_MODE if set, else online with an API key (environment, netrc or W&B
+    settings), else offline. WANDB_MODE=disabled is no tracking at all. Without an answer within
+    20 s, an online run goes on offline. UserError: "online" without an API key, a malformed key, an
+    unknown $WANDB_MODE.
+    group, job_type, name: None for the identity of the run without seeds, its stage, and the
+    identity with seeds (see `identity`).
+    directory, config: the run's; config is plain and resolved. rebuilt: is it called by `rebuild`?
+
+    The id in `<directory>/wandb_id` makes a restart continue the same W&B run. Its config has that
+    of the pretraining, too, under "pretraining". The names of metrics begin with the stage:
+    pretrain/loss. A finished run also has what the stage returned, the best of what isn't measured
+    on val (pretrain/best/loss), the *.csv as tables, and as artifacts its inputs (inputs.json,
+    `pretrained`) and results, between which W&B draws the lineage.
     """
 
     def __init__(
@@ -127,7 +129,7 @@ class WandbTracker:
         self.log_checkpoint = log_checkpoint
         self._what = what = identity.with_origin(config, self.directory)
         self._prefix = f"{what.stage}/" if what.stage else ""
-        self._step = 0  # the last that was logged
+        self._step = 0  # the last one that was logged
         self._rebuilt = rebuilt
         self._files = self.directory / "wandb-synced" if rebuilt else self.directory
         self._run = None
@@ -145,46 +147,38 @@ class WandbTracker:
         )
         try:
             self._begin(mode, words)
-        # of any kind, like a full disk: metrics.jsonl is the truth, and goes on
+        # whatever it is, a full disk for example: the run goes on, and so does metrics.jsonl
         except Exception as error:
+            reason = _line(error)
             if rebuilt and isinstance(error, OSError):
                 raise
             if rebuilt:
-                raise UserError(
-                    f"{self.directory}: W&B doesn't take it ({_line(error)})"
-                ) from error
+                raise UserError(f"{self.directory}: W&B doesn't take it ({reason})") from error
             self._run = None
-            log.warning(
-                "W&B can't be used (%s); later: ssl-bench stage=sync runs=%s",
-                _line(error),
-                self.directory,
-            )
+            later = f"ssl-bench stage=sync runs={self.directory}"
+            log.warning("W&B can't be used (%s); later: %s", reason, later)
 
     def _begin(self, mode: str, words: dict[str, Any]) -> None:
         self._files.mkdir(parents=True, exist_ok=True)
         import wandb
 
-        # a rebuilt run must not carry the machine that it was rebuilt on
+        # a rebuilt run must not carry data of the machine that rebuilds it
         machine = {"x_disable_stats": True, "x_disable_machine_info": True} if self._rebuilt else {}
         settings = wandb.Settings(
             silent=True,
             console="off",
-            init_timeout=20,  # s; the default, 90, holds a node for nothing
+            init_timeout=20,  # s; the default, 90, lets a node wait for nothing
             finish_timeout=300,  # s; by default a finish without network waits for ever
-            # s; at the default, 15, a killed run loses its tail
+            # s; at the default, 15, a killed run loses its last lines
             x_transaction_log_flush_interval=2,
-            # of the folder it was started from, which may be any project's: ours is
+            # W&B looks at the folder in which the run was started, which may be another project's
             disable_git=True,
             git_commit=_commit(self.directory),
             **machine,
         )
-        arguments = words | dict(
-            id=_run_id(self.directory),
-            resume="allow",
-            dir=str(self._files),
-            settings=settings,
-        )
-        wandb.finish()  # a run left open (by a sweep's last member) would be handed out again
+        place = dict(id=_run_id(self.directory), resume="allow", dir=str(self._files))
+        arguments = words | place | {"settings": settings}
+        wandb.finish()  # init() would return a run left open, as by a sweep's last member
         try:
             self._run = wandb.init(mode=mode, **arguments)
         except wandb.Error as error:
@@ -197,7 +191,7 @@ class WandbTracker:
         log.info("W&B %s: %s", mode, self._run.url if mode == "online" else self._files / "wandb")
         self._run.define_metric("images_seen")
         self._run.define_metric("epoch")
-        # an axis for every batch size; the step stays at hand
+        # the axis of all charts: comparable between batch sizes, unlike the step
         self._run.define_metric("*", step_metric="epoch")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -211,20 +205,19 @@ class WandbTracker:
 
     def log_checkpoint_file(self, path: str | Path) -> None:
         """Keep the file as a model artifact, if `log_checkpoint`."""
-        if self.log_checkpoint:
-            with self._staging():
-                self._mirror(
-                    lambda run: run.log_artifact(
-                        str(path), name=f"checkpoint-{run.id}", type="model"
-                    )
-                )
+        if not self.log_checkpoint:
+            return
+
+        def keep(run: Any) -> None:
+            run.log_artifact(str(path), name=f"checkpoint-{run.id}", type="model")
+
+        with self._staging():
+            self._mirror(keep)
 
     def close(self, status: str, summary: Mapping[str, float]) -> None:
-        """`status` "finished" is a success, "preempted" is what will be continued, anything else a
-        failure.
-        """
+        """status: "finished"; "preempted", if the run will be continued; any other is a failure."""
 
-        def finish(run):
+        def finish(run: Any) -> None:
             try:
                 run.summary.update(self._named(summary) | self._best())
                 if status == "finished":
@@ -248,16 +241,14 @@ class WandbTracker:
         return f"ssl-bench stage=sync {override('runs', self.directory)}"
 
     def _named(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        return {
-            name if name in AXES else self._prefix + name: value for name, value in metrics.items()
-        }
+        """Metrics with the stage before their names, except the axes."""
+        items = metrics.items()
+        return {name if name in AXES else self._prefix + name: value for name, value in items}
 
     def _best(self) -> dict[str, float]:
-        """The least of each loss, and the greatest of each accuracy (percent or fraction), in the
-        whole of the run.
+        """The least of each loss and the greatest of each accuracy in the whole run.
 
-        Not of those measured on val: the best of its epochs would be chosen by what it is measured
-        on.
+        None of those on val: the best epoch would be chosen by the images that measure it.
         """
         best: dict[str, float] = {}
         path = self.directory / "metrics.jsonl"
@@ -281,8 +272,9 @@ class WandbTracker:
                 run.log({f"{self._prefix}tables/{path.stem}": table}, step=self._step)
 
     def _log_lineage(self, run: Any, summary: Mapping[str, float]) -> None:
-        """Small artifacts that stand for data, weights and result. W&B sees by their content which
-        are the same.
+        """Log small artifacts that stand for data, weights and result.
+
+        Artifacts with the same content are one to W&B; so it connects runs.
         """
         for split, facts in identity.inputs(self.directory).items():
             name = f"data-{identity.slug(self._what.data or 'data')}-{split}"
@@ -290,15 +282,14 @@ class WandbTracker:
         if pretrained := self._what.config.get("pretrained"):
             _use(run, _weights(Path(pretrained)))
         newest = max(self.directory.glob("checkpoints/step*.pt"), default=None)
-        if newest and self._prefix != "predict/":  # whose checkpoints hold a position
+        if newest and self._prefix != "predict/":  # whose checkpoints hold no network
             run.log_artifact(_weights(newest))
-        run.log_artifact(
-            _artifact(f"result-{run.id}", "result", json.dumps(dict(summary)), summary)
-        )
+        text = json.dumps(dict(summary))
+        run.log_artifact(_artifact(f"result-{run.id}", "result", text, summary))
 
     @contextmanager
     def _staging(self) -> Iterator[None]:
-        """W&B keeps a copy of what will be uploaded: here below the run's own directory."""
+        """Have W&B keep its copies of files that it uploads below the run's own directory."""
         ours = "WANDB_DATA_DIR" not in os.environ
         if ours:
             os.environ["WANDB_DATA_DIR"] = str(self._files / "wandb")
@@ -313,7 +304,7 @@ class WandbTracker:
             return
         try:
             call(self._run)
-        # the mirror's trouble, of any kind, is not the run's: metrics.jsonl goes on
+        # whatever it is: the run goes on without its mirror
         except Exception as error:
             if self._rebuilt:
                 raise
@@ -322,13 +313,14 @@ class WandbTracker:
 
 
 def rebuild(run_dir: str | Path, settings: Mapping[str, Any] | None = None) -> None:
-    """Write one whole W&B run from `metrics.jsonl`, `config.yaml`, `summary.json` and `*.png` of a
-    run directory.
+    """Write one whole W&B run from the files of a run directory.
 
-    It keeps the run's id and replaces `<run_dir>/wandb-synced`, which nothing else writes;
-    everything else there stays. Without `summary.json` the run counts as failed. UserError for
-    damaged files, before anything is replaced. `settings`: arguments of WandbTracker; None: the
-    run's own, else the defaults, in either case online if logged in.
+    They are `metrics.jsonl`, `config.yaml`, `summary.json` (without it the run counts as failed)
+    and `*.png`. The W&B run keeps its id. Only `<run_dir>/wandb-synced` is replaced, which nothing
+    else writes. UserError for damaged files, before anything is replaced.
+
+    settings: arguments of WandbTracker; None: those of the run if it has any, else the defaults,
+    in either case online if logged in.
     """
     run_dir = Path(run_dir)
     rows = MetricsFile.read(run_dir / "metrics.jsonl")
@@ -337,11 +329,8 @@ def rebuild(run_dir: str | Path, settings: Mapping[str, Any] | None = None) -> N
     summary = files.parse(summary_file, json.loads) if finished else {}
     if settings is None:
         own = config.get("tracking") or {}  # tracking=local has none of these
-        settings = {
-            key: own[key]
-            for key in ("project", "entity", "group", "job_type", "name", "tags")
-            if key in own
-        }
+        keys = ("project", "entity", "group", "job_type", "name", "tags")
+        settings = {key: own[key] for key in keys if key in own}
     shutil.rmtree(run_dir / "wandb-synced", ignore_errors=True)
     tracker = WandbTracker(**settings, directory=run_dir, config=config, rebuilt=True)
     step = 0
@@ -366,7 +355,7 @@ def _name(what: Identity) -> str:
 
 
 def _tags(what: Identity, more: Sequence[str]) -> list[str]:
-    """What it is, and those that were asked for: each once, and as long as W&B takes them."""
+    """Tags that say what the run is, and `more`: each once, none longer than W&B accepts."""
     backbone = identity.node(what.config, "backbone").get("name", "")
     methods = [one.name for one in what.line() if one.config.get("method")]
     own = (what.stage, *methods, backbone, what.data)
@@ -374,7 +363,7 @@ def _tags(what: Identity, more: Sequence[str]) -> list[str]:
 
 
 def _commit(directory: Path) -> str | None:
-    """Of the code that the run began with."""
+    """The commit of the code that the run began with."""
     return identity.environment(directory).get("git_commit") or None
 
 
@@ -393,25 +382,23 @@ def _artifact(name: str, kind: str, content: str, metadata: Mapping[str, Any]) -
 
 
 def _weights(path: Path) -> Any:
-    """The artifact of a checkpoint: the same from the run that writes it and from one that reads
-    it.
-    """
+    """The artifact of a checkpoint, the same for the run that writes it and those that read it."""
     facts = {"file": path.name}
     if run := layout.run_of(path.resolve()):
         facts["run"] = identity.with_origin(_config(run), run).title
         if (run_id := run / "wandb_id").is_file():
             return _artifact(f"weights-{run_id.read_text().strip()}", "model", path.name, facts)
-    content = path.name  # of elsewhere, or of a run that W&B doesn't know
+    content = path.name  # a file from elsewhere, or of a run that W&B doesn't know
     if path.is_file():
         content = files.digest(path, "blake2b")
     return _artifact("weights-" + re.sub(r"[^\w.-]+", "-", path.stem), "model", content, facts)
 
 
 def _use(run: Any, artifact: Any) -> None:
-    """An input of the run, whether W&B has seen it or not.
+    """Declare an artifact as an input of the run, whether W&B has seen it or not.
 
-    Online, `use_artifact` writes this record for an artifact that isn't logged yet, and waits for
-    an answer; offline it refuses, though the record says all that `wandb sync` needs to know.
+    Online, `use_artifact` writes the same record for an artifact that isn't logged yet, and waits
+    for an answer. Offline it refuses, though the record says all that `wandb sync` needs to know.
     """
     run._log_artifact(artifact, aliases=["latest"], is_user_created=True, use_after_commit=True)
 
@@ -424,15 +411,16 @@ def _number(cell: str) -> float | str:
 
 
 def save_workspace(workspace: Any) -> str:
-    """Make it a saved view in its project, of the account's default entity if it names none; its
-    address. UserError.
+    """Save a workspace as a view in its project, and return its address. UserError.
+
+    Without an entity it belongs to the account's default one.
     """
     import wandb
 
     try:
         workspace.entity = workspace.entity or wandb.Api().default_entity
         workspace.save()
-    except Exception as error:  # of many kinds: no network, no such entity, no right to write there
+    except Exception as error:  # of many classes: no network, no such entity, no right to write
         raise UserError(
             f"W&B made no dashboard ({_line(error)}): check tracking.entity and tracking.project"
         ) from None
@@ -440,17 +428,18 @@ def save_workspace(workspace: Any) -> str:
 
 
 def check(settings: Mapping[str, Any]) -> None:
-    """UserError where a tracker of these settings, the node `tracking`, could not be made: before
-    the work is done.
+    """UserError, before the work is done, for settings of which no tracker could be made.
+
+    settings: the node `tracking`.
     """
     if settings["_target_"].endswith("WandbTracker"):
         choose_mode(settings.get("mode", "auto"))
 
 
 def choose_mode(mode: str) -> str:
-    """ "online", "offline" or "disabled" for what was asked: see WandbTracker. UserError."""
-    # W&B reports on itself unless told not to; behind a firewall that drops packets, those reports
-    # hold up the exit
+    """The mode, "online", "offline" or "disabled", that `mode` means (WandbTracker). UserError."""
+    # wandb reports its own errors by default; behind a firewall that drops packets, these reports
+    # delay the exit
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     asked = f"tracking.mode={mode}"
     if mode == "auto" and (mode := os.environ.get("WANDB_MODE") or "auto") != "auto":
@@ -462,9 +451,9 @@ def choose_mode(mode: str) -> str:
     import wandb
 
     wandb.finish()  # a run left open blocks login()
-    # or login() reports on stderr, and asks the server who the user is
+    # else login() prints to stderr, and asks the server who the user is
     silent = wandb.Settings(silent=True)
-    # an earlier run of this process: login() would pass
+    # set by an earlier run of this process: login() would succeed without a key
     if wandb.setup(silent).settings.mode != "online":
         wandb.teardown()
         wandb.setup(silent)
@@ -489,10 +478,8 @@ def _run_id(directory: Path) -> str:
 
 
 def _redact(node: Any) -> Any:
-    """The config with every string under a key that names a secret starred out."""
+    """The config with "***" for every string whose key names a secret."""
     if isinstance(node, dict):
-        return {
-            key: "***" if isinstance(value, str) and _SECRET.search(str(key)) else _redact(value)
-            for key, value in node.items()
-        }
+        secret = {key for key in node if _SECRET.search(str(key)) and isinstance(node[key], str)}
+        return {key: "***" if key in secret else _redact(node[key]) for key in node}
     return [_redact(item) for item in node] if isinstance(node, list | tuple) else node

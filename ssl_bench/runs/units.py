@@ -3,21 +3,18 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    pass
+from typing import NamedTuple
 
 
 class Unit(NamedTuple):
-    """How a metric is shown: its name, what it is multiplied by, the format of its mean."""
+    """How a metric is shown: its name, the factor for its values, the format of its mean."""
 
     label: str
     scale: float = 1
     form: str = ".4g"
 
 
-# In the order of columns; metrics that aren't here come after these.
+# In the order of columns; other metrics come after these.
 UNITS = {
     "val_top1": Unit("top-1 (%)", form=".1f"),
     "val_top5": Unit("top-5 (%)", form=".1f"),
@@ -38,16 +35,15 @@ UNITS = {
     "grad_norm": Unit("gradient norm"),
     "data_wait": Unit("time spent waiting for data (%)", 100, ".1f"),
 }
-PRETRAINING = "pretraining_"  # before the metrics of what an evaluation stands on
+PRETRAINING = "pretraining_"  # begins the metrics of the pretraining that was evaluated
 
 
 def unit(metric: str) -> Unit:
     if metric.startswith(PRETRAINING):
         own = unit(metric.removeprefix(PRETRAINING))
         return own._replace(label=f"pretraining {own.label}")
-    return UNITS.get(metric) or Unit(
-        metric.replace("_", " "), form=".1f" if re.search(r"top-?\d$", metric) else ".4g"
-    )
+    form = ".1f" if re.search(r"top-?\d$", metric) else ".4g"
+    return UNITS.get(metric) or Unit(metric.replace("_", " "), form=form)
 
 
 def shown(metric: str, values: Sequence[float]) -> str:
@@ -56,18 +52,17 @@ def shown(metric: str, values: Sequence[float]) -> str:
         return ""
     _, scale, form = unit(metric)
     mean, std = mean_std([scale * value for value in values])
-    return f"{mean:{form}}" + (
-        "" if math.isnan(std) else f" ± {std:{'.2g' if form.endswith('g') else form}}"
-    )
+    if math.isnan(std):
+        return f"{mean:{form}}"
+    return f"{mean:{form}} ± {std:{'.2g' if form.endswith('g') else form}}"
 
 
 def spoken(metric: str, value: float) -> str:
-    """One value as people read it beside others: shares are percent, as in tables."""
+    """One value as people read it in a line: shares are percent, as in tables."""
     label, scale, _ = unit(metric)
     value *= scale
-    return (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}") + " %" * label.endswith(
-        "(%)"
-    )
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{text} %" if label.endswith("(%)") else text
 
 
 def mean_std(values: list[float]) -> tuple[float, float]:

@@ -1,9 +1,9 @@
-"""Weights from and for other programs. Keys are matched exactly, and what was loaded is said.
+"""Weights from and for other programs. Keys are matched exactly, and the log says what was loaded.
 
 Read: a run directory, a checkpoint of ours, an official MoCo `.pth.tar`, a torchvision state dict,
 a folder or file of stage=export, a zoo name.
 Written: the official MoCo layout (facebookresearch/moco, main_moco.py), which `main_lincls.py` and
-the detection converter read; and by stage=export the backbone's own names, which for a ResNet are
+the detection converter read; by stage=export the backbone's own names, which for a ResNet are
 torchvision's and timm's.
 """
 
@@ -25,48 +25,42 @@ from ssl_bench.methods.moco import MoCo
 from ssl_bench.runs import checkpoint, layout, published
 
 State = dict[str, Tensor]
-# in the metadata of a safetensors file: of its tensors, and what else it says
+# key in the metadata of a safetensors file: the digest of its tensors and its other metadata
 DIGEST = "ssl_bench.xxh3_128"
-# in the directory of a run that learns from labels: the names of its classes
+# file in the directory of a run that learns from labels: the names of its classes
 CLASSES = "classes.json"
 
 
 class Loaded(NamedTuple):
+    """What was read of a file."""
+
     source: Path
-    layout: str  # how the file names things
+    layout: str  # whose names its tensors have
     num_tensors: int
-    left_out: list[str]  # tensors of the file that are not the backbone's
+    left_out: list[str]  # the tensors of the file that are not the backbone's
 
 
 def load_backbone(backbone: nn.Module, source: str) -> Loaded:
-    """Fill `backbone` from `source`, every tensor of it or an error. Returns what was read."""
+    """Fill every tensor of `backbone` from the file that `pretrained=source` means. UserError."""
     path, wanted = find(source), backbone.state_dict()
     state, layout, prefix = _backbone_state(read(path), path, wanted)
-    found = {
-        key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
-    }
-    # fc: a classifier or projection of the authors', of torchvision, of stage=export
+    names = [key for key in state if key.startswith(prefix)]
+    found = {key.removeprefix(prefix): state[key] for key in names}
+    # The authors, torchvision and stage=export put a classifier or projection, fc, beside it.
     if layout != "ssl_bench":
-        beside = (
-            "fc.",
-            *(backbone.classifier_keys() if hasattr(backbone, "classifier_keys") else ()),
-        )
-        found = {
-            key: value
-            for key, value in found.items()
-            if key in wanted or not key.startswith(beside)
-        }
+        beside = ("fc.",)
+        if hasattr(backbone, "classifier_keys"):
+            beside += tuple(backbone.classifier_keys())
+        names = [key for key in found if key in wanted or not key.startswith(beside)]
+        found = {key: found[key] for key in names}
     missing = [key for key in wanted if key not in found]
     unexpected = [key for key in found if key not in wanted]
     reshaped = [key for key in wanted if key in found and wanted[key].shape != found[key].shape]
     if missing or unexpected or reshaped:
+        kinds = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
         differences = [
             f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-            for keys, what in (
-                (missing, "missing"),
-                (unexpected, "unexpected"),
-                (reshaped, "of another shape"),
-            )
+            for what, keys in kinds.items()
             if keys
         ]
         raise UserError(
@@ -80,13 +74,12 @@ def load_backbone(backbone: nn.Module, source: str) -> Loaded:
             "choose another file"
         )
     backbone.load_state_dict(found)
-    return Loaded(
-        path, layout, len(found), [key for key in state if key.removeprefix(prefix) not in found]
-    )
+    left_out = [key for key in state if key.removeprefix(prefix) not in found]
+    return Loaded(path, layout, len(found), left_out)
 
 
 def _backbone_of(source: str, path: Path) -> str:
-    """What to type for the backbone of the file, as far as it is known."""
+    """What to type for the backbone in the file, as far as it is known."""
     if source in published.WEIGHTS:
         return f"backbone={published.WEIGHTS[source].backbone}"
     if not (node := (recipe(path) or {}).get("backbone")):
@@ -97,7 +90,7 @@ def _backbone_of(source: str, path: Path) -> str:
 
 
 def find(source: str) -> Path:
-    """The file that `pretrained=source` means."""
+    """The file that `pretrained=source` means. UserError."""
     path = Path(source)
     if file := layout.weights_of(path):
         return file
@@ -114,8 +107,9 @@ def find(source: str) -> Path:
 
 
 def read(path: Path) -> object:
-    """What is in the file; no code in it is run. UserError where it can't be read, or isn't what
-    was written.
+    """The content of a file of weights; no code in it is run.
+
+    UserError for a file that can't be read, or isn't what was written.
     """
     try:
         files.check(path)
@@ -123,16 +117,15 @@ def read(path: Path) -> object:
     except UserError as error:
         run = layout.run_of(path)
         older = [file for file in layout.complete(run) if file.name < path.name] if run else []
-        hint = (
-            f"; the state before it, of step {layout.step_of(older[0]):,}, is pretrained={older[0]}"
-            if older
-            else ""
-        )
-        raise UserError(f"{error}{hint}") from None
+        if not older:
+            raise
+        step = f"step {layout.step_of(older[0]):,}"
+        hint = f"the state before it, of {step}, is pretrained={older[0]}"
+        raise UserError(f"{error}; {hint}") from None
 
 
 def _safetensors(path: Path) -> tuple[State, dict[str, str]]:
-    """(tensors, metadata) of the file, compared with the digest that stage=export wrote into it."""
+    """(tensors, metadata) of a file, compared with the digest that stage=export wrote into it."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
@@ -151,14 +144,15 @@ def _safetensors(path: Path) -> tuple[State, dict[str, str]]:
 
 @cache
 def _metadata(path: Path, state: tuple[int, ...]) -> dict[str, str]:
-    """Asked for several times by one command; all of the file is read to compare it."""
+    """The metadata of a file, read once: the whole file is compared with its digest.
+
+    state: `files.state` of the file, so that another file at its path is read again.
+    """
     return _safetensors(path)[1]
 
 
 def digest(state: State, text: str = "") -> str:
-    """xxh3_128 of tensors, as they are on the CPU, with their names, and of a text: changed by a
-    flipped bit of any.
-    """
+    """xxh3_128 of tensors with their names, types and shapes, and of a text."""
     whole = xxhash.xxh3_128(text.encode())
     for key, value in sorted(state.items()):
         whole.update(f"{key} {value.dtype} {tuple(value.shape)} ".encode())
@@ -167,18 +161,14 @@ def digest(state: State, text: str = "") -> str:
 
 
 def recipe(path: Path) -> dict | None:
-    """The configuration of the run that made the file: from the run's directory, or from a file of
-    stage=export.
+    """The configuration of the run that made a file; None: not known.
 
-    The state dict of an export holds tensors alone; the file beside it, of the same list of
-    digests, has the rest.
+    It is in the run's directory, or in the file itself if stage=export wrote it. An exported state
+    dict holds tensors alone; there it is in the safetensors file of the same list of digests.
     """
     beside = path.with_suffix(".safetensors")
-    if (
-        path.suffix == ".pth"
-        and {path.name, beside.name} <= files.listed(path.parent).keys()
-        and beside.is_file()
-    ):
+    listed = files.listed(path.parent) if path.suffix == ".pth" else {}
+    if {path.name, beside.name} <= listed.keys() and beside.is_file():
         files.check(path)
         return recipe(beside)
     if path.suffix == ".safetensors":
@@ -193,37 +183,32 @@ def recipe(path: Path) -> dict | None:
 
 
 def look(path: Path) -> dict[str, list[float]]:
-    """The mean and std that images had when the file's network was trained, as far as that is
-    known.
+    """{"mean": ..., "std": ...} that images had when the network in a file was trained.
+
+    A key is left out where it isn't known. UserError for impossible values.
     """
-    node, said = (recipe(path) or {}).get("augmentation"), {}
+    node, known = (recipe(path) or {}).get("augmentation"), {}
     for key in ("mean", "std"):
         value = node.get(key) if isinstance(node, dict) else None
-        if value is not None:
-            numbers = (
-                isinstance(value, list)
-                and len(value) == 3
-                and all(isinstance(x, int | float) for x in value)
+        if value is None:
+            continue
+        three = isinstance(value, list) and len(value) == 3
+        numbers = three and all(isinstance(x, int | float) for x in value)
+        if not numbers or (key == "std" and min(value) <= 0):
+            raise UserError(
+                f"{path}: its configuration has augmentation.{key}={value}, which can't be: mend it"
             )
-            if not numbers or (key == "std" and min(value) <= 0):
-                raise UserError(
-                    f"{path}: its configuration has augmentation.{key}={value}, which can't be: "
-                    "mend it"
-                )
-            said[key] = value
-    return said
+        known[key] = value
+    return known
 
 
 def class_names(path: Path) -> list[str]:
-    """Of the outputs of the classifier in the file, in their order; nothing where the classes have
-    no names.
-    """
+    """The names of the outputs of the classifier in a file; [] where the classes have no names."""
     run = layout.run_of(path)
-    known = (
-        files.parse(run / CLASSES, json.loads)
-        if run and (run / CLASSES).is_file()
-        else recipe(path) or {}
-    )
+    if run and (run / CLASSES).is_file():
+        known = files.parse(run / CLASSES, json.loads)
+    else:
+        known = recipe(path) or {}
     names = known.get("classes", [])
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise UserError(
@@ -233,18 +218,14 @@ def class_names(path: Path) -> list[str]:
 
 
 def load_classifier(source: str) -> nn.Linear | None:
-    """The linear classifier (classes, dim) in a file of stage=lincls, finetune or export, or in a
-    torchvision file.
+    """The linear classifier, weight (classes, dim), in the file that `source` means, or None.
 
-    Where its features are standardised first (stage.normalize=true), that is folded into its
-    weights.
+    The file is one of stage=lincls, finetune or export, or torchvision's. If features are
+    standardised before it (stage.normalize=true), that is folded into its weights.
     """
-    content = read(find(source))
-    state = (
-        content.get("model", content.get("state_dict", content))
-        if isinstance(content, Mapping)
-        else {}
-    )
+    content, state = read(find(source)), {}
+    if isinstance(content, Mapping):
+        state = content.get("model", content.get("state_dict", content))
     if not {"fc.weight", "fc.bias"} <= state.keys():
         return None
     weight, bias = state["fc.weight"].double(), state["fc.bias"].double()
@@ -257,18 +238,20 @@ def load_classifier(source: str) -> nn.Linear | None:
 
 
 def _backbone_state(content: object, path: Path, wanted: State) -> tuple[State, str, str]:
-    """(tensors, layout, prefix of the backbone's keys). wanted: the backbone's own."""
+    """(tensors, layout, prefix of the backbone's keys) of the content of a file. UserError.
+
+    wanted: the tensors of the backbone.
+    """
     if not isinstance(content, Mapping):
         raise UserError(
             f"{path}: holds a {type(content).__name__}, where a dictionary of tensors was expected"
         )
     ours = "model" in content and "step" in content
     state = content["model"] if ours else content.get("state_dict", content)
-    keys = [str(key) for key in (state if isinstance(state, Mapping) else content)]
-    plain = isinstance(state, Mapping) and all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
-    )
-    if plain:
+    is_mapping = isinstance(state, Mapping)
+    keys = [str(key) for key in (state if is_mapping else content)]
+    pairs = state.items() if is_mapping else ()
+    if is_mapping and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in pairs):
         if ours:
             return state, "ssl_bench", "backbone."
         if any(key.startswith("module.encoder_q.") for key in keys):
@@ -285,24 +268,23 @@ def _backbone_state(content: object, path: Path, wanted: State) -> tuple[State, 
 
 
 def official_moco_state_dict(method: MoCo) -> State:
-    """The `state_dict` entry of the authors' checkpoints: module.encoder_q.*, module.encoder_k.*,
-    module.queue*.
+    """The `state_dict` of the authors' checkpoints.
+
+    Its keys are module.encoder_q.*, module.encoder_k.* and module.queue*.
     """
     state = {f"module.{theirs}": value for theirs, value in _official_names(method)}
     return state | {"module.queue": method.queue.keys, "module.queue_ptr": method.queue.pointer}
 
 
 def load_official_moco(method: MoCo, state_dict: State) -> None:
-    """Fill a whole MoCo, both encoders and the queue, from the authors' `state_dict`; ValueError
-    unless all fits.
+    """Fill a whole MoCo, both encoders and the queue, from the authors' `state_dict`.
+
+    UserError unless every tensor fits.
     """
     wanted = official_moco_state_dict(method)
     wrong = sorted(wanted.keys() ^ state_dict.keys())
-    wrong += [
-        key
-        for key in wanted.keys() & state_dict.keys()
-        if wanted[key].shape != state_dict[key].shape
-    ]
+    shared = wanted.keys() & state_dict.keys()
+    wrong += [key for key in shared if wanted[key].shape != state_dict[key].shape]
     if wrong:
         raise UserError(
             f"not this method's official state: {len(wrong)} tensors are missing, unexpected or of "
@@ -315,7 +297,8 @@ def load_official_moco(method: MoCo, state_dict: State) -> None:
 
 
 def _official_names(method: MoCo) -> list[tuple[str, Tensor]]:
-    pairs = {
+    """(the authors' name, tensor) of all but the queue."""
+    modules = {
         "encoder_q.": method.backbone,
         "encoder_q.fc.": method.head,
         "encoder_k.": method.key_backbone,
@@ -323,6 +306,6 @@ def _official_names(method: MoCo) -> list[tuple[str, Tensor]]:
     }
     return [
         (prefix + key, value)
-        for prefix, module in pairs.items()
+        for prefix, module in modules.items()
         for key, value in module.state_dict().items()
     ]
