@@ -70,12 +70,13 @@ def lines(metric: str, series: Sequence[Series], x: str = "epoch") -> str:
         for name, number, curves, values in series:
             points = smooth(band([curve * (1, scale) for curve in curves]))
             look = {"color": COLOURS[number % len(COLOURS)], "gid": f"series-{number}"}
-            there = np.isfinite(points[:, 2])
+            at, means, stds = points.T
+            there = np.isfinite(stds)
             low, high = _within(metric, points)
-            axes.fill_between(points[:, 0], low, high, where=there, alpha=0.18, linewidth=0, **look)
-            look["marker"] = "o" if len(points) == 1 else None
-            look["linestyle"] = DASHES[number // len(COLOURS) % len(DASHES)]
-            axes.plot(points[:, 0], points[:, 1], linewidth=1.8, **look)
+            axes.fill_between(at, low, high, where=there, alpha=0.18, linewidth=0, **look)
+            marker = "o" if len(points) == 1 else None
+            dashes = DASHES[number // len(COLOURS) % len(DASHES)]
+            axes.plot(at, means, linewidth=1.8, linestyle=dashes, marker=marker, **look)
             last = max(curve[-1, 0] for curve in curves)
             finals = values or [curve[-1, 1] for curve in curves]
             count = f"n = {len(finals)}"

@@ -31,8 +31,8 @@ def overview(members: Sequence[Member], states: Sequence[State], metric: str | N
             done, epoch = lines[-1]["step"], lines[-1]["epoch"]
             of = f"{part.relative_to(member.directory)}: " if part != member.directory else ""
             step = f"{of}{done:,}/{round(done / epoch * epochs):,}"
-        newest = next((line for line in reversed(lines) if shown in line), {})
-        result = newest | (member.result() or {})
+        having = [line for line in lines if shown in line]
+        result = (having[-1] if having else {}) | (member.result() or {})
         if shown in result:
             value = f"{shown} {spoken(shown, result[shown])}"
         rows.append([member.name, state.name, step, value, " ".join(state.note.split())])
@@ -90,9 +90,9 @@ def _told_apart(rows: Sequence[Group], members: Mapping[Ran, sweep.Member]) -> d
     of_row = [[members[ran] for ran in row.runs] for row in rows]
     found = {}
     for key in dict.fromkeys(key for key in choices if key != "seed"):
-        words = [_values(key, mine) for mine in of_row]
-        if len(set(words)) > 1:
-            found[key] = words
+        values = [_values(key, members_of_one) for members_of_one in of_row]
+        if len(set(values)) > 1:
+            found[key] = values
     typed = list(zip(*found.values(), strict=True)) or [()] * len(rows)
     for words in {words for words in typed if typed.count(words) > 1}:
         alike = [row.runs[0] for row, mine in zip(rows, typed, strict=True) if mine == words]

@@ -22,8 +22,8 @@ from ssl_bench import files
 from ssl_bench.errors import UserError, unknown
 from ssl_bench.runs.units import PRETRAINING, UNITS, shown, unit
 
-COSTS = ("hours", "images_per_second", "memory_gb")
-COSTS += (f"{PRETRAINING}hours", f"{PRETRAINING}images_per_second")
+OWN_COSTS = ("hours", "images_per_second", "memory_gb")
+COSTS = (*OWN_COSTS, f"{PRETRAINING}hours", f"{PRETRAINING}images_per_second")
 
 
 def columns(rows: Sequence[dict]) -> list[str]:
