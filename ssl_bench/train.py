@@ -4,6 +4,8 @@ import errno
 import logging
 import os
 import re
+import select
+import signal
 import sys
 import traceback
 from itertools import islice
@@ -63,6 +65,9 @@ def run(cfg: DictConfig) -> float | None:
         build.check(cfg, typed.quoted(words))
         refuse_in_vain(cfg, words)
         return launch(cfg).get(cfg.metric)
+    except BrokenPipeError:
+        _end_if_nobody_reads()  # here, too: Hydra would tell of it
+        raise
     except UserError as error:
         if is_sweep:
             raise  # Hydra says which member it was, and goes on with the others
@@ -187,6 +192,8 @@ def main() -> None:
             raise
         fail(error)
     except OSError as error:
+        if error.errno == errno.EPIPE:
+            _end_if_nobody_reads()
         if wants_trace or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f": {error.filename}" if error.filename else ""
@@ -201,6 +208,17 @@ def main() -> None:
         sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _end_if_nobody_reads() -> None:
+    """Exit where the reader of stdout, like `head`, has seen enough, and has closed it."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # of errors it tells unasked
+    if poll.poll(0):
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # for what is flushed at exit
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def _no_option(words: list[str]) -> str:

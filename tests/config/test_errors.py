@@ -7,6 +7,8 @@ import pickle
 import re
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -794,3 +796,15 @@ def test_a_member_that_fails_later_does_not_stop_the_sweep(
     )
     (finished,) = (tmp_path / "runs").rglob("summary.json")
     assert yaml.safe_load((finished.parent / "config.yaml").read_text())["batch_size"] == 128
+
+
+@pytest.mark.parametrize("words", [["--help"], ["stage=zoo"], ["--cfg", "job"]])
+def test_a_reader_that_has_seen_enough_ends_it_without_a_word(words: list[str]) -> None:
+    command = [sys.executable, "-c", "import sys; from ssl_bench.train import main; main()", *words]
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        result = subprocess.run(command, stdout=writer, stderr=-1, text=True)
+    finally:
+        os.close(writer)
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
