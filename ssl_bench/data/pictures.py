@@ -1,20 +1,19 @@
-"""Image files as RGB of 8 bits: what is shown of what a file holds, and what is noticed that a
-person may not expect.
+"""Image files as 8-bit RGB, and notes on what a person may not expect of them.
 
 Pictures become upright (EXIF orientation) and image_size x image_size: the centre square, resized
-with PIL's antialiased bilinear filter; transparency is laid on white; of several frames or pages
-the first is shown. Colours are those stored: colour profiles aren't applied. Of colours of 16 bits
-PIL gives the upper 8.
+with PIL's antialiased bilinear filter. Transparency is laid on white; of several frames or pages
+the first is shown. Colours are taken as stored: colour profiles aren't applied. Of 16-bit colours
+PIL gives the upper 8 bits.
 
-Values of more than 8 bits, which only grey pictures keep in PIL:
+Values of more than 8 bits, which PIL keeps for grey pictures only:
 
-- integers of 16 bits: from 0 to what the file says that it holds (as a TIFF of 12 bits does), else
-  to 65,535, or to what `bit_depth` says;
-- integers of 32 bits, signed ones and floats have no agreed range: each picture is stretched from
+- 16-bit integers: black is 0, white is the highest value that the file states (as a 12-bit TIFF
+  does) or that `bit_depth` gives, else 65,535;
+- 32-bit integers, signed integers and floats have no agreed range: each picture is stretched from
   its lowest to its highest value. A value that stands alone, so far outside that the others would
-  share less than a tenth of the range, doesn't count, and pixels that are no finite number or the
-  "no data" of a GeoTIFF are shown as the lowest;
-- `value_range` (low, high) says for all of these what is black and what is white.
+  share less than a tenth of the range, doesn't count. Pixels that are not finite, or the "no data"
+  of a GeoTIFF, are shown as the lowest value;
+- `value_range` (low, high) sets black and white for all of these.
 """
 
 import functools
@@ -28,15 +27,16 @@ import numpy as np
 
 log = logging.getLogger(__name__)
 
-TENTH = 255 // 10  # levels: what uses less of the 255 between black and white shows nothing
-SAMPLE = 65_536  # pixels that percentiles are taken of
+TENTH = 255 // 10  # levels: a picture that spans no more of the 255 shows nothing
+SAMPLE = 65_536  # pixels from which percentiles are taken
 LONERS = 16  # values at each end that may stand alone
-GDAL_NODATA = 42113  # of TIFF: a text with the value of pixels that nobody measured
-PHOTOMETRIC = 262
+GDAL_NODATA = 42113  # TIFF tag: a text with the value of pixels that nobody measured
+PHOTOMETRIC = 262  # TIFF tag: 0 means that 0 is white
+BITS_PER_SAMPLE = 258  # TIFF tag
+ORIENTATION = 0x0112  # EXIF tag
 UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Image.Transpose
 
-# of each kind of note: how many pictures, and the index of the first
-Noticed = dict[str, tuple[int, int]]
+Noticed = dict[str, tuple[int, int]]  # kind of note -> number of pictures, index of the first
 
 KINDS = {
     "dim": (
@@ -64,17 +64,16 @@ KINDS = {
         "{count} files hold several frames or pages, of which one is shown; the first is {first}"
     ),
 }
-SHARES = {"dim": "all", "wide_dim": "wide"}  # told where most of these are so
+SHARES = {"dim": "all", "wide_dim": "wide"}  # told only if more than half of these pictures are
 
-
-# Formats that PIL only names, hands to another program, or takes for films.
+# formats that PIL only names, hands to another program, or takes for films
 NO_PICTURES = {"BUFR", "GRIB", "HDF5", "WMF", "EPS", "MPEG", "IPTC"}
 CODECS = {"AVIF": "avif", "WEBP": "webp", "JPEG2000": "jpg_2000"}  # that a build of PIL may lack
 
 
 @functools.cache
 def extensions() -> frozenset[str]:
-    """Of the files that this PIL reads, in lower case."""
+    """The file name extensions that this PIL reads, in lower case."""
     from PIL import Image, features
 
     return frozenset(
@@ -96,6 +95,7 @@ AS_STORED = Values()
 
 
 def note(noticed: Noticed, kinds: Iterable[str], index: int) -> None:
+    """Add the notes on picture `index` to `noticed`."""
     for kind in kinds:
         count, first = noticed.get(kind, (0, index))
         noticed[kind] = count + 1, min(first, index)
@@ -108,9 +108,10 @@ def merge(noticed: Noticed, more: Noticed) -> None:
 
 
 def tell(noticed: Noticed, name: str, where: Callable[[int], str], told: set[str]) -> None:
-    """A line in the log for each kind that isn't in `told` yet. name: of the split."""
+    """Log a line for each kind that isn't in `told` yet, and add it there. name: the split's."""
     for kind in [kind for kind in KINDS if kind in noticed and kind not in told]:
-        (count, first), (total, _) = noticed[kind], noticed[SHARES.get(kind, kind)]
+        count, first = noticed[kind]
+        total, _ = noticed[SHARES.get(kind, kind)]
         if kind not in SHARES or 2 * count > total:
             text = KINDS[kind].format(count=f"{count:,}", total=f"{total:,}", first=where(first))
             log.warning("'%s': %s", name, text)
@@ -120,33 +121,30 @@ def tell(noticed: Noticed, name: str, where: Callable[[int], str], told: set[str
 def decode(
     path: str, image_size: int, values: Values = AS_STORED, kinds: list[str] | None = None
 ) -> np.ndarray:
-    """The image file as uint8 (image_size, image_size, 3). kinds: what is noticed about it is added
-    there.
+    """The image file as uint8 (image_size, image_size, 3). Notes on it are appended to `kinds`.
 
-    Raises what PIL raises for a file that isn't whole, and ValueError for values that `values`
-    can't mean.
+    Raises what PIL raises for a damaged file, and ValueError where the pixels contradict `values`.
     """
     from PIL import Image
 
     kinds = [] if kinds is None else kinds
     with warnings.catch_warnings(), Image.open(path) as file:
-        warnings.simplefilter("ignore")  # of PIL: a hundred megapixels, odd tags
+        warnings.simplefilter("ignore")  # PIL's, about a hundred megapixels or odd tags
         # a large JPEG is decoded at a fraction of its size
         file.draft(None, (2 * image_size, 2 * image_size))
         wide_colour = _is_wide_colour(file)
-        # PIL has made 0 to 65,535 of what the file states
-        stated = file.format == "PPM" and file.tile[0][0] != "raw"
+        if file.format == "PPM" and file.tile[0][0] != "raw":
+            values = AS_STORED  # PIL scales from the range that the file states to 65,535
         file.load()
-        image = _to_rgb(
-            _upright(file, kinds), file, AS_STORED if stated else values, wide_colour, kinds
-        )
+        image = _to_rgb(_upright(file, kinds), file, values, wide_colour, kinds)
         square = centre_square(image, image_size)
         kinds.append("all")
         if int(square.max()) - int(square.min()) <= TENTH:
             kinds.append("wide_dim" if "wide" in kinds else "dim")
-        if file.format != "MPO":  # a telephone's: the others are the same picture, or its depth
+        if file.format != "MPO":  # a phone's: the other frames are the same picture, or its depth
             with suppress(Exception):  # the next frame may be damaged
-                kinds.extend(["frames"] * getattr(file, "is_animated", False))
+                if getattr(file, "is_animated", False):
+                    kinds.append("frames")
     return square
 
 
@@ -156,15 +154,15 @@ def _is_wide_colour(file) -> bool:
 
 def _upright(image, kinds: list[str]):
     try:
-        orientation = image.getexif().get(0x0112, 1)
-    except Exception:  # PIL raises many kinds for a block that isn't EXIF
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # PIL raises many types for a block that isn't EXIF
         kinds.append("exif")
         return image
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
 def _to_rgb(image, file, values: Values, wide_colour: bool, kinds: list[str]):
-    """`image`: `file`, upright."""
+    """image: the picture of `file`, upright. wide_colour: it has 16 bits a colour."""
     from PIL import Image
 
     if wide_colour:
@@ -192,23 +190,23 @@ def _from_16_bits(pixels: np.ndarray, file, values: Values) -> np.ndarray:
     if values.value_range is not None:
         levels = _between(pixels, *values.value_range)
     else:
-        depth = values.bit_depth or min(tags.get(258, (16,))[0], 16)
+        depth = values.bit_depth or min(tags.get(BITS_PER_SAMPLE, (16,))[0], 16)
         white = 2**depth - 1
-        if (highest := int(pixels.max())) > white:
+        highest = int(pixels.max())
+        if highest > white:
             raise ValueError(
                 f"it has the value {highest:,}, and data.bit_depth={depth} ends at {white:,}"
             )
         levels = ((pixels.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
-    return 255 - levels if tags.get(PHOTOMETRIC) == 0 else levels  # a TIFF may say that 0 is white
+    return 255 - levels if tags.get(PHOTOMETRIC) == 0 else levels
 
 
 def _stretched(pixels: np.ndarray, file, values: Values, kinds: list[str]) -> np.ndarray:
     pixels = pixels.astype(np.float64)
     known = np.isfinite(pixels)
-    with suppress(ValueError):
-        known &= pixels != float(
-            str(getattr(file, "tag_v2", {}).get(GDAL_NODATA, "nan")).strip("\0 ")
-        )
+    no_data = str(getattr(file, "tag_v2", {}).get(GDAL_NODATA, "nan")).strip("\0 ")
+    with suppress(ValueError):  # the tag's text may be no number
+        known &= pixels != float(no_data)
     if not known.all():
         kinds.append("not_finite")
         if not known.any():
@@ -225,8 +223,10 @@ def _between(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _own_range(values: np.ndarray) -> tuple[float, float]:
-    """Lowest and highest of the values (n,), but for those that stand alone far outside of what
-    most of them span.
+    """Lowest and highest of the values (n,), without those that stand alone far outside.
+
+    In each turn the value at either end is dropped if its distance to the rest is more than 9 times
+    what 98 % of the rest span.
     """
     some = values[:: -(-len(values) // SAMPLE)]
     for _ in range(LONERS):
@@ -253,7 +253,6 @@ def centre_square(image, size: int) -> np.ndarray:
     if (width, height) != (size, size):
         side = min(width, height)
         left, top = (width - side) / 2, (height - side) / 2
-        image = image.resize(
-            (size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
-        )
+        box = (left, top, left + side, top + side)
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
     return np.array(image)  # writable, as torch wants it

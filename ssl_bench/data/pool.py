@@ -1,7 +1,7 @@
 """Work in chunks on worker processes that stay small.
 
-`multiprocessing` imports the main program again in every worker, which for us means torch in each
-of them: gigabytes on a machine with many cores. These workers import only what the task needs.
+`multiprocessing` imports the main program again in every worker, and with it torch: gigabytes on a
+machine with many cores. These workers import only what the task needs.
 """
 
 import contextlib
@@ -28,8 +28,9 @@ from ssl_bench.errors import UserError
 log = logging.getLogger(__name__)
 
 CHUNK = 256  # images: a few MB of pixels in a worker, and thousands of chunks to balance
-AHEAD = 2  # chunks of a worker that may be done before they are asked for
-LOG_SECONDS = 10
+AHEAD = 2  # chunks that a worker may do before they are asked for
+LOG_SECONDS = 10  # between two lines of progress
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def default_workers() -> int:
@@ -40,8 +41,7 @@ def default_workers() -> int:
 def run_chunks(
     task: Callable[[int, int], Any], total: int, workers: int | None = None, title: str = ""
 ) -> Iterator[tuple[int, int, Any]]:
-    """Yield (start, stop, task(start, stop)) for every chunk of range(total), as they finish, in
-    any order.
+    """Yield (start, stop, task(start, stop)) for every chunk of range(total), as they finish.
 
     `task` is pickled once; large numpy arrays in it are shared by all workers, not copied. An
     exception of the task is raised here. Closing the iterator, or leaving it by an exception, ends
@@ -69,11 +69,11 @@ def run_chunks(
 def run_in_order(
     task: Callable, chunks: Iterable[tuple], workers: int, waiting: Callable[[float, tuple], None]
 ) -> Iterator[Any]:
-    """Yield task(*chunk) for each of these, in their order.
+    """Yield task(*chunk) for each of these chunks, in their order.
 
-    The workers take turns, and each has done AHEAD chunks at most when one is asked for: where one
-    is slow, the others wait. `waiting`: called about once a second with the seconds for which
-    nothing came, and the chunk that doesn't come; it may raise. For the rest see `run_chunks`.
+    The workers take turns, and none is more than AHEAD chunks ahead of what is asked for: where one
+    is slow, the others wait. While nothing comes, `waiting` is called about once a second with the
+    seconds waited and the chunk that is due; it may raise. For the rest see `run_chunks`.
     """
     chunks = iter(chunks)
     first = list(islice(chunks, AHEAD * workers))
@@ -85,9 +85,8 @@ def run_in_order(
 
         def ask(connection: Connection, chunk: tuple) -> None:
             send(connection, chunk)
-            doing.append(
-                (connection, chunk, thread.submit(receive, connection, processes[connection]))
-            )
+            result = thread.submit(receive, connection, processes[connection])
+            doing.append((connection, chunk, result))
 
         try:
             for connection, chunk in zip(cycle(processes), first):
@@ -102,13 +101,13 @@ def run_in_order(
                 yield result.result()
         finally:
             thread.shutdown(wait=False, cancel_futures=True)
-            for process in processes.values():  # which ends the thread's reading
+            for process in processes.values():  # ends the thread's read from them
                 process.kill()
 
 
 @contextlib.contextmanager
 def started(task: Callable, count: int) -> Iterator[dict[Connection, subprocess.Popen]]:
-    """Workers that have the task, which `send` gives its arguments; ended with the context."""
+    """Workers that hold the task and wait for its arguments (`send`); ended with the context."""
     processes: dict[Connection, subprocess.Popen] = {}
     with tempfile.TemporaryFile() as shared:
         buffers = []
@@ -119,7 +118,7 @@ def started(task: Callable, count: int) -> Iterator[dict[Connection, subprocess.
             for _ in range(count):
                 connection, process = _start(shared.fileno())
                 processes[connection] = process
-                with contextlib.suppress(BrokenPipeError):  # noticed by the receiver
+                with contextlib.suppress(BrokenPipeError):  # `receive` tells of a dead worker
                     connection.send((job, sizes))
             yield processes
         finally:
@@ -132,24 +131,19 @@ def started(task: Callable, count: int) -> Iterator[dict[Connection, subprocess.
 def _start(shared: int) -> tuple[Connection, subprocess.Popen]:
     ours, theirs = Pipe()
     with theirs:
+        pipe = theirs.fileno()
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "ssl_bench.data.pool", str(theirs.fileno()), str(shared)],
-            pass_fds=(theirs.fileno(), shared),
+            [sys.executable, "-P", "-m", "ssl_bench.data.pool", str(pipe), str(shared)],
+            pass_fds=(pipe, shared),
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the parent, which ends its workers
-            env=os.environ
-            | {
-                "PYTHONPATH": os.pathsep.join(sys.path),
-                "OMP_NUM_THREADS": "1",
-                "OPENBLAS_NUM_THREADS": "1",
-            },
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | ONE_THREAD,
         )
     return ours, process
 
 
 def send(connection: Connection, chunk: tuple) -> None:
-    # a dead worker is noticed, with its exit status, by the receiver
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(BrokenPipeError):  # `receive` tells of a dead worker, with its status
         connection.send(chunk)
 
 
@@ -167,16 +161,15 @@ def receive(connection: Connection, process: subprocess.Popen) -> Any:
 
 
 class Progress:
-    """A bar on a terminal; a line in the log now and then elsewhere."""
+    """A bar on a terminal; elsewhere a line in the log now and then."""
 
     def __init__(self, total: int, title: str, shown: bool = True):
         from tqdm import tqdm
 
         self.total, self.title, self.done = total, title, 0
         self.began = self.logged = time.monotonic()
-        self.bar = tqdm(
-            total=total, desc=title, unit=" images", disable=not (shown and sys.stderr.isatty())
-        )
+        hidden = not (shown and sys.stderr.isatty())
+        self.bar = tqdm(total=total, desc=title, unit=" images", disable=hidden)
 
     def __enter__(self) -> "Progress":
         return self
@@ -202,8 +195,9 @@ class Progress:
 
 
 def work(connection: Connection, shared: int) -> None:
-    """The worker: one task, then chunks. EOFError, ConnectionResetError: the parent has closed the
-    pipe, or is gone.
+    """The worker: receives one task, then chunks.
+
+    EOFError, ConnectionResetError: the parent has closed the pipe, or is gone.
     """
     job, sizes = connection.recv()
     buffers = []
@@ -214,7 +208,7 @@ def work(connection: Connection, shared: int) -> None:
             view = view[size:]
     else:
         buffers = [b"" for _ in sizes]
-    task = pickle.loads(job, buffers=buffers)  # from our own parent, through a pipe
+    task = pickle.loads(job, buffers=buffers)  # trusted: it comes from our own parent
     while True:
         chunk = connection.recv()
         try:

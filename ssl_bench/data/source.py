@@ -1,5 +1,6 @@
-"""Batches of uint8 images on the device, in an order that follows from (seed, epoch). Where they
-wait is a choice.
+"""Batches of uint8 images on the device, in an order that follows from (seed, epoch).
+
+The sources differ in where the images wait: in host memory, on the device, or undecoded on disk.
 """
 
 import logging
@@ -36,20 +37,21 @@ def permutation(seed: int, epoch: int, n: int) -> Tensor:
 
 
 def fits(nbytes: int, device: torch.device) -> bool:
-    """Would they leave most of a GPU's free memory to the training?"""
+    """Would so many bytes leave most of a GPU's free memory to the training?"""
     if device.type != "cuda":
         return False
-    # that torch keeps for itself
+    # torch holds memory that it doesn't use
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return nbytes <= 0.4 * (torch.cuda.mem_get_info(device)[0] + unused)
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    return nbytes <= 0.4 * free
 
 
 class Source(ABC):
     """Batches of labelled images, one process's share of each.
 
-    labels, indices: int64 (N,). `batch_size` is global: of each batch of the run, rank r gets part
-    r of world_size equal parts. `subset`: the `indices` to use instead of all, but for images that
-    were skipped.
+    labels, indices: int64 (N,). `batch_size` is that of all processes together: rank r gets part r
+    of world_size equal parts of each batch. `subset`: those of `indices` to use, by default all;
+    images that were skipped are never used.
     """
 
     def __init__(
@@ -72,10 +74,10 @@ class Source(ABC):
         self.labels, self.indices = labels, indices
         self.batch_size, self.seed, self.device = batch_size, seed, torch.device(device)
         self.rank, self.world_size = rank, world_size
-        self.rows = (
-            np.arange(len(indices)) if subset is None else np.flatnonzero(np.isin(indices, subset))
-        )
-        self.wait_seconds = 0.0  # time that the consumer waited for batches so far
+        self.rows = np.arange(len(indices))
+        if subset is not None:
+            self.rows = np.flatnonzero(np.isin(indices, subset))
+        self.wait_seconds = 0.0  # how long the consumer has waited for batches so far
 
     @property
     def num_images(self) -> int:
@@ -83,9 +85,7 @@ class Source(ABC):
 
     @property
     def steps_per_epoch(self) -> int:
-        """The images that don't fill a last batch are left out of an epoch. UserError when they
-        fill none.
-        """
+        """The full batches in an epoch; images left over sit out. UserError if there is none."""
         if self.batch_size > self.num_images:
             raise UserError(
                 f"batch_size={self.batch_size} is more than the {self.num_images} images; "
@@ -94,31 +94,30 @@ class Source(ABC):
         return self.num_images // self.batch_size
 
     def stream(self, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """Yield (step, images uint8 (b, 3, H, W) in channels_last, labels (b,), image indices (b,))
-        on the device.
+        """Yield (step, images, labels, image indices) for steps `start` to `stop`, on the device.
+
+        images: uint8 (b, 3, H, W) in channels_last; labels, indices: (b,).
         """
-        for step, batch in zip(
-            range(start, stop), self._batches(self._wanted(start, stop)), strict=True
-        ):
+        batches = self._batches(self._wanted(start, stop))
+        for step, batch in zip(range(start, stop), batches, strict=True):
             yield step, *batch
 
     def _wanted(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
         """The epoch of each step, and this rank's rows."""
         local, steps_per_epoch = self.batch_size // self.world_size, self.steps_per_epoch
-        shown = None  # the epoch that `order` is of
+        ordered = None  # the epoch whose order `order` is
         for step in range(start, stop):
             epoch, batch = divmod(step, steps_per_epoch)
-            if epoch != shown:
-                order, shown = (
-                    self.rows[permutation(self.seed, epoch, self.num_images).numpy()],
-                    epoch,
-                )
+            if epoch != ordered:
+                order = self.rows[permutation(self.seed, epoch, self.num_images).numpy()]
+                ordered = epoch
             at = batch * self.batch_size + self.rank * local
             yield epoch, order[at : at + local]
 
     def epoch_pass(self) -> Iterator[Batch]:
-        """Yield every image of this rank's share once, in order, as (images, labels, image
-        indices); the last batch may be smaller. Rank r has every world_size-th image from the r-th.
+        """Yield every image of this rank's share once, in order: (images, labels, image indices).
+
+        The last batch may be smaller. Rank r has every world_size-th image from the r-th on.
         """
         share, local = self.rows[self.rank :: self.world_size], self.batch_size // self.world_size
         yield from self._batches((0, share[at : at + local]) for at in range(0, len(share), local))
@@ -135,10 +134,10 @@ class Source(ABC):
 
 
 class HostSource(Source):
-    """Packed images in host memory or on disk: gathered by a background thread, copied while the
-    step before computes.
+    """Packed images in host memory or on disk.
 
-    images: uint8 (N, H, W, 3), may be memory-mapped.
+    A background thread gathers each batch and copies it to the device while the step before
+    computes. images: uint8 (N, H, W, 3), may be memory-mapped.
     """
 
     def __init__(
@@ -151,7 +150,7 @@ class HostSource(Source):
     def _batches(self, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
         ready: deque = deque()
         wanted = iter(wanted)
-        # or it'd be GPU 0
+        # a new thread would use GPU 0
         start = () if self._copying is None else (torch.cuda.set_device, (self._copying.device,))
         thread = ThreadPoolExecutor(1, "source", *start)
 
@@ -166,7 +165,7 @@ class HostSource(Source):
                 batch = self._waited(ready.popleft().result)
                 ask()
                 if self._copying is not None:
-                    # its memory is not for the next copy before the step is through
+                    # the next copy must not reuse its memory before the step is through
                     for tensor in batch:
                         tensor.record_stream(torch.cuda.current_stream(self.device))
                 yield batch
@@ -176,7 +175,7 @@ class HostSource(Source):
     def _gather(self, rows: np.ndarray) -> Batch:
         shape, pin = (len(rows), *self.images.shape[1:]), self._copying is not None
         images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
-        # "raise" would copy once more
+        # mode="raise" would copy once more
         np.take(self.images, rows, axis=0, out=images.numpy(), mode="clip")
         batch = (
             images.permute(0, 3, 1, 2),
@@ -202,29 +201,23 @@ class ResidentSource(Source):
         super().__init__(labels, indices, *args, **kwargs)
         self.images = torch.empty(images.shape, dtype=torch.uint8, device=self.device)
         for start in range(0, len(images), BLOCK):
-            self.images[start : start + BLOCK] = torch.from_numpy(
-                images[start : start + BLOCK].copy()
-            )
-        self.device_labels, self.device_indices = (
-            torch.from_numpy(a).to(self.device) for a in (labels, indices)
-        )
+            block = slice(start, start + BLOCK)
+            self.images[block] = torch.from_numpy(images[block].copy())
+        self.device_labels = torch.from_numpy(labels).to(self.device)
+        self.device_indices = torch.from_numpy(indices).to(self.device)
 
     def _batches(self, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
         for _, rows in wanted:
             at = _sent(torch.from_numpy(np.ascontiguousarray(rows)), self.device)
-            yield (
-                self.images[at].permute(0, 3, 1, 2),
-                self.device_labels[at],
-                self.device_indices[at],
-            )
+            images = self.images[at].permute(0, 3, 1, 2)
+            yield images, self.device_labels[at], self.device_indices[at]
 
 
 class StreamedSource(Source):
-    """Images decoded anew whenever they are wanted, by worker processes: for those too many to keep
-    decoded.
+    """Images that worker processes decode anew for each batch, for sets too large to be packed.
 
-    `on_error`: "raise" or, for an image that can't be decoded, "skip" to the next of the split that
-    can, which then comes twice: a training bears that, a measurement doesn't.
+    `on_error`: "raise", or "skip" an image that can't be decoded: the next of the split that can be
+    takes its place, and so comes twice. A training bears that, a measurement doesn't.
     """
 
     def __init__(
@@ -233,7 +226,7 @@ class StreamedSource(Source):
         indices = np.arange(split.length)
         super().__init__(split.labels_of(indices), indices, *args, **kwargs)
         self.split, self.workers, self.on_error = split, workers or default_workers(), on_error
-        # called now and then while nothing comes
+        # called now and then while nothing comes, with the seconds waited
         self.waiting: Callable[[float], None] = lambda seconds: None
         self._told: set[int] = set()
         self._noticed: pictures.Noticed = {}
@@ -241,9 +234,8 @@ class StreamedSource(Source):
 
     def _batches(self, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
         task = DecodeRows(self.split.read, self.split.length, self.on_error)
-        decoded = run_in_order(
-            task, ((rows,) for _, rows in wanted), self.workers, self._nothing_came
-        )
+        chunks = ((rows,) for _, rows in wanted)
+        decoded = run_in_order(task, chunks, self.workers, self._nothing_came)
         with closing(decoded):
             while (found := self._waited(lambda: next(decoded, None))) is not None:
                 images, rows, bad, noticed = found
@@ -256,12 +248,10 @@ class StreamedSource(Source):
                 self._told |= bad.keys()
                 pictures.merge(self._noticed, noticed)
                 pictures.tell(self._noticed, self.split.name, self.split.where, self._kinds)
-                batch = (
-                    torch.from_numpy(images),
-                    torch.from_numpy(self.labels[rows]),
-                    torch.from_numpy(rows),
+                arrays = (images, self.labels[rows], rows)
+                images, labels, rows = (
+                    _sent(torch.from_numpy(array), self.device) for array in arrays
                 )
-                images, labels, rows = (_sent(tensor, self.device) for tensor in batch)
                 yield images.permute(0, 3, 1, 2), labels, rows
 
     def _nothing_came(self, seconds: float, chunk: tuple[np.ndarray]) -> None:
@@ -274,10 +264,10 @@ class StreamedSource(Source):
 
 
 class FeatureSource(Source):
-    """Features that a frozen backbone has computed, in place of images; on the device where they
-    fit, else in memory.
+    """Features that a frozen backbone has computed, in place of images.
 
-    copies: float32 (N, dim) each; epoch e sees copy e mod their number. labels: int64 (N, ...).
+    They are kept on the device where they fit, else in memory. copies: float32 (N, dim) each; epoch
+    e sees copy e mod their number. labels: int64 (N, ...).
     """
 
     def __init__(self, copies: list[Tensor], labels: Tensor, *args, **kwargs):
@@ -294,8 +284,9 @@ class FeatureSource(Source):
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device, which must not wait for it: from pageable memory the copy would wait for the
-    step before.
+    """The tensor on the device, without waiting.
+
+    A copy from pageable memory would wait for the step before.
     """
     if device.type == "cuda" and not tensor.is_cuda:
         return tensor.pin_memory().to(device, non_blocking=True)

@@ -37,27 +37,32 @@ from ssl_bench.errors import UserError
 log = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip"]
-LAYOUT = 2  # of the files of a store, part of its name: since 2 it has digests
-BLOCK = CHUNK  # rows of a digest, and moved at once when gaps are closed
-LATELY = 600  # seconds for which a store that was verified is taken as whole
+LAYOUT = 2  # version of a store's files, part of its name: since 2 it has digests
+BLOCK = CHUNK  # rows that a digest covers, and that are moved at once when gaps are closed
+LATELY = 600  # seconds for which a store is taken as whole after it was verified
 FILES = ("images.npy", "indices.npy", "digests.npy", "meta.json")
-VERIFIED = "verified"  # FILES as they were then
+VERIFIED = "verified"  # the file with the sizes and times of FILES when they were verified
 
 
 @dataclass(frozen=True)
 class Split:
-    """A list of images that nobody has decoded yet."""
+    """A list of images that nobody has decoded yet.
+
+    store_name: a file name with a digest of all that decides the pixels: sources, image size.
+    fingerprint: hex digest of the files' names and sizes, the labels and the image size; a copy of
+    the files has the same. origin: the same without the image size.
+    read: index -> uint8 (image_size, image_size, 3); picklable, for worker processes.
+    where: index -> the path or name to show a person.
+    """
 
     name: str  # "pretrain" | "train" | "val"
     length: int
     labels: np.ndarray | None  # int64 (length,); None when unlabelled
-    store_name: str  # a file name with a digest of all that decides the pixels: sources, image size
-    # hex digest by names and sizes of the files, and the labels: a copy has the same
+    store_name: str
     fingerprint: str
-    origin: str  # the same, whatever size the images are packed at
-    # index -> uint8 (image_size, image_size, 3); picklable, for worker processes
+    origin: str
     read: Callable[[int], np.ndarray]
-    where: Callable[[int], str]  # index -> the path or name to show a person
+    where: Callable[[int], str]
 
     def labels_of(self, indices: np.ndarray) -> np.ndarray:
         """int64, -1 where unlabelled."""
@@ -85,13 +90,14 @@ def open_store(
     on_error: OnError = "raise",
     verify: bool = True,
 ) -> Store:
-    """The packed images of a split, packed now if they aren't yet. Processes that ask together pack
-    once.
+    """The packed images of a split, packed now if they aren't yet.
 
-    verify: read all of it and compare it with its digests, unless some process did so in the last
-    LATELY seconds, as another rank or member of a sweep, and no file of it was written since; what
-    is damaged is named and packed again. What a disk loses within these seconds, without a write,
-    shows when it is verified next.
+    Processes that ask together pack once.
+
+    verify: read the whole store and compare it with its digests, unless some process (another rank,
+    or member of a sweep) did so in the last LATELY seconds and no file was written since. A damaged
+    store is logged and packed again. What a disk loses within these seconds, without a write, shows
+    when the store is verified next.
 
     Raises UserError for an image that can't be decoded (unless on_error="skip": it is left out and
     logged), a file that can't be read, a full disk.
@@ -128,7 +134,7 @@ def open_store(
 def _ensure(
     split: Split, image_size: int, directory: Path, workers: int | None, on_error: OnError
 ) -> None:
-    """The store is there and whole."""
+    """Pack the store if it isn't there, and again if it is damaged."""
     root = directory.parent
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -142,9 +148,9 @@ def _ensure(
         if directory.is_dir():
             if _lately(directory):  # another process was faster
                 return
-            # of before: what is written while it is read isn't verified
-            stamps = _stamps(directory)
-            if why := damage(directory):
+            stamps = _stamps(directory)  # taken before: a write during the reading isn't verified
+            why = damage(directory)
+            if why:
                 log.warning(
                     "the packed images in %s are damaged: %s; packing '%s' again",
                     directory,
@@ -165,7 +171,7 @@ def _ensure(
 
 
 def _lately(directory: Path) -> bool:
-    """Was it verified in the last seconds, as it is now?"""
+    """Was the store verified in the last LATELY seconds, with its files as they are now?"""
     stamp = directory / VERIFIED
     try:
         fresh = 0 <= time.time() - stamp.stat().st_mtime < LATELY
@@ -175,15 +181,13 @@ def _lately(directory: Path) -> bool:
 
 
 def _stamps(directory: Path) -> dict[str, list[int]]:
-    """Size and time of the last write (ns) of each file that the digests are of."""
+    """Size and time of the last write (ns) of each of FILES that is there."""
     known = {name: (directory / name).stat() for name in FILES if (directory / name).exists()}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in known.items()}
 
 
 def damage(directory: Path) -> str:
-    """What of a store differs from its digests, in words; "" where nothing does. Reads all of it,
-    in threads.
-    """
+    """How a store differs from its digests, in words; "" if it doesn't. Reads all of it."""
     try:
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         if meta.pop("digest") != _digest_of(meta):
@@ -191,39 +195,43 @@ def damage(directory: Path) -> str:
         for name in ("indices.npy", "digests.npy"):
             if xxhash.xxh3_64_hexdigest((directory / name).read_bytes()) != meta["digests"][name]:
                 return f"{name} differs from its digest"
-        images, digests = (
-            np.load(directory / "images.npy", mmap_mode="r"),
-            np.load(directory / "digests.npy"),
-        )
-        if len(digests) != -(-len(images) // BLOCK):
+        images = np.load(directory / "images.npy", mmap_mode="r")
+        digests = np.load(directory / "digests.npy")
+        if len(digests) != _blocks(len(images)):
             return "images.npy has another length than its digests"
-        began = logged = time.monotonic()
-        wrong = []
-        with ThreadPoolExecutor(
-            min(8, default_workers())
-        ) as threads:  # xxhash and the disk leave the interpreter alone
-            for block, found in enumerate(
-                threads.map(lambda i: _digest_rows(images, i), range(len(digests)))
-            ):
-                if found != digests[block]:
-                    wrong.append(block)
-                if (now := time.monotonic()) - logged > LOG_SECONDS:
-                    logged, done = now, (block + 1) / len(digests)
-                    log.info(
-                        "verifying %s: %.0f %%, %.0f s left",
-                        directory,
-                        100 * done,
-                        (now - began) / done - now + began,
-                    )
+        wrong = _wrong_blocks(images, digests, directory)
         if wrong:
             first = wrong[0] * BLOCK
             rows = f"rows {first:,} to {min(first + BLOCK, len(images)) - 1:,}"
-            return f"{rows} of images.npy differ from their digest" + (
-                f", and {len(wrong) - 1} blocks more" * (len(wrong) > 1)
-            )
+            more = f", and {len(wrong) - 1} blocks more" if len(wrong) > 1 else ""
+            return f"{rows} of images.npy differ from their digest{more}"
     except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def _wrong_blocks(images: np.ndarray, digests: np.ndarray, directory: Path) -> list[int]:
+    """The blocks of rows that differ from their digests. Logs how far it is."""
+    wrong = []
+    began = logged = time.monotonic()
+    # xxhash and the disk release the interpreter's lock
+    with ThreadPoolExecutor(min(8, default_workers())) as threads:
+        found = threads.map(lambda block: _digest_rows(images, block), range(len(digests)))
+        for block, digest in enumerate(found):
+            if digest != digests[block]:
+                wrong.append(block)
+            now = time.monotonic()
+            if now - logged > LOG_SECONDS:
+                logged = now
+                done = (block + 1) / len(digests)
+                left = (now - began) / done - (now - began)
+                log.info("verifying %s: %.0f %%, %.0f s left", directory, 100 * done, left)
+    return wrong
+
+
+def _blocks(rows: int) -> int:
+    """How many blocks so many rows make; the last may be shorter."""
+    return -(-rows // BLOCK)
 
 
 def _digest_rows(images: np.ndarray, block: int) -> int:
@@ -253,7 +261,7 @@ def _partial(directory: Path) -> Path:
 
 
 def _remove_leftovers(root: Path) -> None:
-    """Remove what killed packers left: a half-written store whose lock is free."""
+    """Remove half-written stores whose lock is free: their packers were killed."""
     from filelock import Timeout
 
     for partial in root.glob("*.partial"):
@@ -271,7 +279,7 @@ def has_room(split: Split, image_size: int, cache: str | Path | None = None) -> 
 
 
 def place(split: Split, cache: str | Path | None = None) -> Path:
-    """The folder of its packed images, whether they are there or not."""
+    """The folder of a split's packed images, whether they are there or not."""
     return _root(cache) / split.store_name
 
 
@@ -280,13 +288,14 @@ def _root(cache: str | Path | None) -> Path:
 
 
 def _need(split: Split, image_size: int) -> int:
+    """Bytes of the packed images and their indices."""
     return split.length * (image_size * image_size * 3 + 8)
 
 
 def _free(root: Path) -> int:
-    return shutil.disk_usage(
-        next(path for path in (root, *root.absolute().parents) if path.is_dir())
-    ).free
+    """Bytes free on the disk where `root` is or would be made."""
+    nearest = next(path for path in (root, *root.absolute().parents) if path.is_dir())
+    return shutil.disk_usage(nearest).free
 
 
 def _pack(
@@ -311,7 +320,7 @@ def _pack(
         task = _Decode(split.read, str(partial / "images.npy"), header, shape[1:])
         skipped: dict[int, str] = {}
         noticed: Noticed = {}
-        digests = np.zeros(-(-split.length // BLOCK), np.uint64)
+        digests = np.zeros(_blocks(split.length), np.uint64)
         results = run_chunks(task, split.length, workers, f"packing {split.name}")
         try:
             for start, _, (bad, more, digest) in results:
@@ -327,18 +336,15 @@ def _pack(
                 f"none of the {split.length} images of '{split.name}' can be decoded: "
                 f"{_names(split, skipped, 1)}"
             )
-        keep = (
-            np.setdiff1d(np.arange(split.length), list(skipped))
-            if skipped
-            else np.arange(split.length)
-        )
+        keep = np.arange(split.length)
+        if skipped:
+            keep = np.setdiff1d(keep, list(skipped))
         _keep_rows(partial / "images.npy", keep)
         np.save(partial / "indices.npy", keep)
         if skipped:  # rows have moved
             images = np.load(partial / "images.npy", mmap_mode="r")
-            digests = np.array(
-                [_digest_rows(images, i) for i in range(-(-len(images) // BLOCK))], np.uint64
-            )
+            blocks = range(_blocks(len(images)))
+            digests = np.array([_digest_rows(images, block) for block in blocks], np.uint64)
         np.save(partial / "digests.npy", digests)
         reasons = {str(index): skipped[index] for index in sorted(skipped)}
         meta = {"split": split.name, "skipped": reasons, "noticed": noticed}
@@ -364,7 +370,7 @@ def try_read(read: Callable[[int], np.ndarray], index: int) -> np.ndarray | str:
     try:
         return read(index)
     except Exception as error:  # PIL raises many kinds for a file that isn't whole
-        if isinstance(error, OSError) and error.errno is not None:  # PIL's own errors carry none
+        if isinstance(error, OSError) and error.errno is not None:  # PIL's own errors have none
             if error.errno == errno.EACCES:
                 return "it may not be read"
             if error.errno == errno.ENOENT and os.path.islink(error.filename or ""):
@@ -376,7 +382,7 @@ def try_read(read: Callable[[int], np.ndarray], index: int) -> np.ndarray | str:
 
 
 def take_noticed(read: Callable[[int], np.ndarray]) -> Noticed:
-    """What `read` has noted since it was asked last, if it notes anything."""
+    """The notes of `read` since they were taken last; none if it takes no notes."""
     noticed = getattr(read, "noticed", {})
     taken = dict(noticed)
     noticed.clear()
@@ -385,10 +391,11 @@ def take_noticed(read: Callable[[int], np.ndarray]) -> Noticed:
 
 @dataclass(frozen=True)
 class DecodeRows:
-    """Images of these indices, for streaming: (pixels (n, H, W, 3) or None, indices, {index:
-    reason}, noticed).
+    """The images of some indices, for streaming.
 
-    on_error="skip": in the place of one that can't be decoded comes the next that can.
+    Returns (pixels (n, H, W, 3), or None if one can't be decoded; indices; {index: reason} of those
+    that can't be decoded; notes). on_error="skip": the next image that can be decoded takes the
+    place of one that can't.
     """
 
     read: Callable[[int], np.ndarray]
@@ -399,16 +406,18 @@ class DecodeRows:
         self, wanted: np.ndarray
     ) -> tuple[np.ndarray | None, np.ndarray, dict[int, str], Noticed]:
         images, rows, bad = [], [], {}
+        tries = self.length if self.on_error == "skip" else 1
         for index in wanted.tolist():
-            for candidate in range(index, index + (self.length if self.on_error == "skip" else 1)):
-                image = try_read(self.read, candidate % self.length)
+            for candidate in range(index, index + tries):
+                row = candidate % self.length
+                image = try_read(self.read, row)
                 if not isinstance(image, str):
                     break
-                bad[candidate % self.length] = image
+                bad[row] = image
             else:
                 return None, wanted, bad, {}
             images.append(image)
-            rows.append(candidate % self.length)
+            rows.append(row)
         return np.stack(images), np.array(rows), bad, take_noticed(self.read)
 
 
@@ -416,13 +425,13 @@ class DecodeRows:
 class _Decode:
     """Decode a chunk and write its rows in their place.
 
-    Returns {index: reason} of the images that can't be decoded, what `read` noticed of the others,
-    and the digest of the rows.
+    Returns {index: reason} of the images that can't be decoded, the notes on the others, and the
+    digest of the rows.
     """
 
     read: Callable[[int], np.ndarray]
     path: str
-    offset: int  # of row 0 in the file
+    offset: int  # where row 0 begins in the file
     shape: tuple[int, int, int]  # of an image
 
     def __call__(self, start: int, stop: int) -> tuple[dict[int, str], Noticed, int]:
@@ -436,20 +445,21 @@ class _Decode:
             assert image.shape == self.shape, f"image {index} is {image.shape}, not {self.shape}"
             assert image.dtype == np.uint8, f"image {index} is {image.dtype}"
             rows[index - start] = image
-        position, data = self.offset + start * rows[0].size, memoryview(rows).cast("B")
+        position = self.offset + start * rows[0].size
+        data = memoryview(rows).cast("B")
         with open(self.path, "r+b", buffering=0) as file:
             while data:  # a write may be short
                 written = os.pwrite(file.fileno(), data, position)
-                position, data = position + written, data[written:]
+                position += written
+                data = data[written:]
         return bad, take_noticed(self.read), xxhash.xxh3_64_intdigest(rows.data)
 
 
 def _write_header(file, shape: tuple[int, ...]) -> int:
     """Write the .npy header of a uint8 array at the start of `file`; return its size in bytes."""
     file.seek(0)
-    np.lib.format.write_array_header_1_0(
-        file, {"descr": "|u1", "fortran_order": False, "shape": shape}
-    )
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
     return file.tell()
 
 
@@ -461,18 +471,18 @@ def _keep_rows(path: Path, keep: np.ndarray) -> None:
     for start in range(0, len(keep), BLOCK):  # never overtakes: keep[i] >= i
         rows = keep[start : start + BLOCK]
         images[start : start + len(rows)] = images[rows]
-    offset, row, shape = images.offset, images[0].size, (len(keep), *images.shape[1:])
+    shape = (len(keep), *images.shape[1:])
     images.flush()
     with open(path, "r+b") as file:
         # numpy pads the header so that the length may change
-        assert _write_header(file, shape) == offset
-        file.truncate(offset + len(keep) * row)
+        assert _write_header(file, shape) == images.offset
+        file.truncate(images.offset + math.prod(shape))
 
 
 def _load(
     split: Split, image_size: int, directory: Path
 ) -> tuple[Store, dict[int, str], Noticed] | None:
-    """None where the files don't fit each other."""
+    """The store, why images were left out, and the notes; None if the files don't fit together."""
     try:
         images = np.load(directory / "images.npy", mmap_mode="r")
         indices = np.load(directory / "indices.npy")
@@ -481,21 +491,21 @@ def _load(
         noticed = {kind: (count, first) for kind, (count, first) in meta["noticed"].items()}
     except (OSError, ValueError, KeyError, EOFError):
         return None
-    if (
-        images.shape != (len(indices), image_size, image_size, 3)
-        or len(indices) + len(skipped) != split.length
-    ):
+    whole = len(indices) + len(skipped) == split.length
+    if images.shape != (len(indices), image_size, image_size, 3) or not whole:
         return None
     return Store(images, split.labels_of(indices), indices, directory), skipped, noticed
 
 
 def _names(split: Split, bad: dict[int, str], most: int) -> str:
+    """The first of these images, each with the reason, and how many more there are."""
     names = [f"{split.where(index)} ({bad[index]})" for index in sorted(bad)[:most]]
-    return ", ".join(names) + (f", and {len(bad) - most} more" if len(bad) > most else "")
+    more = f", and {len(bad) - most} more" if len(bad) > most else ""
+    return ", ".join(names) + more
 
 
 def cannot_decode(split: Split, bad: dict[int, str]) -> str:
-    """What to tell a person of images that can't be decoded."""
+    """The error for images that can't be decoded."""
     return (
         f"cannot decode {_names(split, bad, 3)}; mend or remove, or leave such images out with "
         "data.on_error=skip"

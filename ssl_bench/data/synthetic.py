@@ -1,8 +1,8 @@
-"""Procedural RGB images: the class is a shape; colour, texture, position, scale, tilt and clutter
-are nuisance.
+"""Procedural RGB images whose class is a shape.
 
-A shape is an implicit function: (u, v) -> roughly the signed distance to its outline, negative
-inside, in units of its radius; u points right and v down.
+Colour, texture, position, scale, tilt and clutter are nuisance. A shape is an implicit function
+(u, v) -> roughly the signed distance to its outline, negative inside, in units of its radius; u
+points right and v down.
 """
 
 import math
@@ -20,8 +20,8 @@ from ssl_bench.errors import UserError
 VERSION = 2  # of the pixels: raise it when `render` changes, so that packed stores are made anew
 SPLITS = ("pretrain", "train", "val")
 SQRT2 = math.sqrt(2)
-# radians to either side: freely turned shapes take a small network hours instead of minutes to
-# learn
+# Radians to either side. A small network learns tilted shapes in minutes, freely turned ones in
+# hours.
 TILT = 0.25
 
 
@@ -48,15 +48,13 @@ def intersection(*distances):
 
 
 def star(u, v, inner=0.42):
-    """Five points: fold the plane onto half a point, where the outline is one straight line from
-    tip to notch.
-    """
+    """Five points. The plane is folded onto half a point, whose outline is one straight line."""
     half = math.pi / 5
-    fold, radius = np.abs(np.mod(np.arctan2(u, -v) + half, 2 * half) - half), np.hypot(u, v)
-    across, along = inner * math.sin(half), 1 - inner * math.cos(half)
-    return ((radius * np.cos(fold) - 1) * across + radius * np.sin(fold) * along) / math.hypot(
-        across, along
-    )
+    fold = np.abs(np.mod(np.arctan2(u, -v) + half, 2 * half) - half)
+    radius = np.hypot(u, v)
+    across, along = inner * math.sin(half), 1 - inner * math.cos(half)  # from tip to notch
+    offset = (radius * np.cos(fold) - 1) * across + radius * np.sin(fold) * along
+    return offset / math.hypot(across, along)
 
 
 def heart(u, v):
@@ -75,12 +73,13 @@ def pacman(u, v):
 
 
 def trefoil(u, v):
-    return union(
-        *(
-            disc(u, v, 0.5 * math.sin(a), -0.5 * math.cos(a), 0.43)
-            for a in (0, 2 * math.pi / 3, 4 * math.pi / 3)
-        )
-    )
+    angles = (0, 2 * math.pi / 3, 4 * math.pi / 3)
+    return union(*(disc(u, v, 0.5 * math.sin(a), -0.5 * math.cos(a), 0.43) for a in angles))
+
+
+def chevron(u, v):
+    band = np.abs(v - np.abs(u) + 0.35) / SQRT2 - 0.26
+    return intersection(band, np.abs(u) - 0.85)
 
 
 SHAPES = {
@@ -102,9 +101,7 @@ SHAPES = {
     "Z": lambda u, v: union(box(u, v, -0.3, -0.3, 0.6, 0.3), box(u, v, 0.3, 0.3, 0.6, 0.3)),
     "U": lambda u, v: intersection(box(u, v, 0, 0, 0.78, 0.78), -box(u, v, 0, -0.55, 0.36, 0.85)),
     "dumbbell": lambda u, v: union(disc(np.abs(u), v, 0.58, 0, 0.38), box(u, v, 0, 0, 0.6, 0.13)),
-    "chevron": lambda u, v: intersection(
-        np.abs(v - np.abs(u) + 0.35) / SQRT2 - 0.26, np.abs(u) - 0.85
-    ),
+    "chevron": chevron,
     "trefoil": trefoil,
 }
 
@@ -155,29 +152,24 @@ def _colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 def render(
     seed: int, split: str, index: int, image_size: int, num_classes: int
 ) -> tuple[np.ndarray, int]:
-    """Image `index` of a split: uint8 (image_size, image_size, 3), and its label, index %
-    num_classes.
+    """Image `index` of a split: uint8 (image_size, image_size, 3), and its label.
 
-    A pure function of its arguments. `num_classes` goes up to len(SHAPES); split is "pretrain",
-    "train" or "val".
+    A pure function of its arguments; the label is index % num_classes. `num_classes` goes up to
+    len(SHAPES); split is "pretrain", "train" or "val".
     """
-    rng = np.random.Generator(
-        np.random.Philox(key=[seed, SPLITS.index(split)], counter=[0, 0, 0, index])
-    )
+    bits = np.random.Philox(key=[seed, SPLITS.index(split)], counter=[0, 0, 0, index])
+    rng = np.random.Generator(bits)
     label = index % num_classes
     x, y = _grid(image_size)
 
     def paint(colour: np.ndarray) -> np.ndarray:
         """A colour with a texture: float32 (image_size or 1, image_size or 1, 3)."""
-        contrast = rng.uniform(0.08, 0.3) * rng.uniform(-1, 1, 3)
-        return colour + np.asarray(_texture(rng, image_size))[..., None] * contrast.astype(
-            np.float32
-        )
+        contrast = (rng.uniform(0.08, 0.3) * rng.uniform(-1, 1, 3)).astype(np.float32)
+        texture = np.asarray(_texture(rng, image_size))
+        return colour + texture[..., None] * contrast
 
     def cover(distance: np.ndarray, radius: float) -> np.ndarray:
-        """How much of each pixel a shape covers: (image_size, image_size, 1). Its edge is one pixel
-        wide.
-        """
+        """How much of each pixel a shape covers, its edge one pixel wide: (size, size, 1)."""
         return np.clip(0.5 - distance * (radius * image_size / 2), 0, 1)[..., None]
 
     back, front = _colours(rng)
@@ -209,10 +201,10 @@ def write_dl21(
     num_request: int = 0,
     workers: int | None = None,
 ) -> None:
-    """Write synthetic images as PNG files in the dl21 layout (see `formats.DL21`), in parallel.
+    """Write synthetic images as PNG files in the dl21 layout (see `formats.dl21`), in parallel.
 
-    `num_request` > 0 adds request_00.csv and label_00.pt, the labels of that many images of
-    unlabeled/. A split appears complete or not at all. UserError when `root` isn't empty.
+    `num_request` > 0 adds request_00.csv and label_00.pt, the indices and labels of that many
+    images of unlabeled/. A split appears complete or not at all. UserError if `root` isn't empty.
     """
     import torch
 
@@ -230,9 +222,8 @@ def write_dl21(
             "the number of shapes"
         )
     root.mkdir(parents=True, exist_ok=True)
-    for split, folder, count in zip(
-        SPLITS, ("unlabeled", "train", "val"), (num_unlabeled, num_train, num_val), strict=True
-    ):
+    folders, counts = ("unlabeled", "train", "val"), (num_unlabeled, num_train, num_val)
+    for split, folder, count in zip(SPLITS, folders, counts, strict=True):
         partial = root / f"{folder}.partial"
         partial.mkdir()
         try:
@@ -246,12 +237,10 @@ def write_dl21(
             shutil.rmtree(partial, ignore_errors=True)
             raise
     if num_request:
-        chosen = np.random.Generator(np.random.Philox(key=[seed, len(SPLITS)])).permutation(
-            num_unlabeled
-        )[:num_request]
-        (root / "request_00.csv").write_text(
-            "".join(f"{index}\n" for index in chosen), encoding="utf-8"
-        )
+        rng = np.random.Generator(np.random.Philox(key=[seed, len(SPLITS)]))
+        chosen = rng.permutation(num_unlabeled)[:num_request]
+        lines = "".join(f"{index}\n" for index in chosen)
+        (root / "request_00.csv").write_text(lines, encoding="utf-8")
         torch.save(torch.from_numpy(chosen) % num_classes, root / "label_00.pt")
 
 

@@ -1,5 +1,4 @@
-"""Where images come from: one class a layout on disk (or none). A class lists its images; `store`
-decodes them.
+"""Where images come from: a class for each layout on disk, and one for images drawn on demand.
 
-`pictures` says what becomes of an image file.
+A class lists its images; `store` decodes them; `pictures` says how an image file is shown.
 """

@@ -17,7 +17,8 @@ from ssl_bench.data.pictures import Values
 from ssl_bench.data.store import LAYOUT, OnError, Split, Store, has_room, open_store
 from ssl_bench.errors import UserError
 
-# of the decoding of image files: raise it when pixels change, so that packed stores are made anew
+# Version of the decoding of image files: raise it when pixels change, so that packed stores are
+# made anew.
 VERSION = 2
 
 
@@ -29,7 +30,7 @@ class Dataset(ABC):
     processes, by default one a CPU.
     """
 
-    class_names: Sequence[str] = ()  # where the classes have names, in the order of their numbers
+    class_names: Sequence[str] = ()  # in the order of the class numbers; empty if they have none
     root = "."  # where index files are looked for
     extra: Sequence[str] = ()  # an index file and its label file
     values = Values()  # what the values of its image files mean
@@ -41,18 +42,14 @@ class Dataset(ABC):
         cache: Place | None = None,
         workers: int | None = None,
     ):
-        self.image_size, self.on_error, self.cache, self.workers = (
-            image_size,
-            on_error,
-            cache,
-            workers,
-        )
+        self.image_size, self.on_error = image_size, on_error
+        self.cache, self.workers = cache, workers
         self._splits: dict[str, Split] = {}
 
     @property
     @abstractmethod
     def num_classes(self) -> int | None:
-        """None when there are no labels. Raises UserError for labels that can't be read."""
+        """None if there are no labels. Raises UserError for labels that can't be read."""
 
     @abstractmethod
     def _list(self, name: str) -> Split: ...
@@ -71,77 +68,67 @@ class Dataset(ABC):
         return self._splits[name]
 
     def open(self, name: Literal["pretrain", "train", "val"]) -> Store:
-        """The decoded images of a split, packed first when needed. Raises UserError."""
+        """The decoded images of a split, packed first if need be. Raises UserError."""
         return open_store(
             self.split(name), self.image_size, self.cache, self.workers, self.on_error
         )
 
     def has_room(self, name: Literal["pretrain", "train", "val"]) -> bool:
-        """Can `open` pack the split, as far as the disk goes?"""
+        """Is there room on the disk for `open` to pack the split?"""
         return has_room(self.split(name), self.image_size, self.cache)
 
     def requested(self, files: Sequence[str] = ()) -> np.ndarray:
-        """int64, ascending: images of "pretrain" that have extra labels, or that index files (one
-        index a line) name.
+        """The images of "pretrain" that have extra labels or are named in index files.
 
-        files: relative to the root. Raises UserError.
+        files: relative to the root, one index a line. Returns int64, ascending. Raises UserError.
         """
         length = self.split("pretrain").length
         found = [np.empty(0, np.int64)]
         for name in [*self.extra[:1], *files]:
-            found.append(
-                load_indices(
-                    folder_at(self.root) / name.strip(), "stage.requested= names index files"
-                )
-            )
-            if len(found[-1]) and found[-1].max() >= length:
+            path = folder_at(self.root) / name.strip()
+            indices = load_indices(path, "stage.requested= names index files")
+            if len(indices) and indices.max() >= length:
                 raise UserError(
-                    f"{name} names image {found[-1].max()} of {length:,}; "
+                    f"{name} names image {indices.max()} of {length:,}; "
                     "does it belong to this data set?"
                 )
+            found.append(indices)
         return np.unique(np.concatenate(found))
 
     def _decoder(self, paths) -> "Decoder":
         return Decoder(paths, self.image_size, self.values)
 
     def _split(self, name, images, digests, labels, read, where) -> Split:
-        """A Split of the image set `images` ("unlabeled", "train", ...), whose sources have these
-        digests.
-        """
+        """A Split of the image set `images` ("unlabeled", "train", ...) with these sources."""
         kind = f"{type(self).__name__.lower()}-{images}"
-        # What isn't decoded has the number that all had first: runs of it go on, whatever becomes
-        # of the decoding.
-        pixels = (
-            (VERSION, self.image_size, self.values)
-            if isinstance(read, Decoder)
-            else (1, self.image_size)
-        )
+        # Images that no decoder reads keep the first version: their runs go on when the decoding
+        # changes.
+        pixels = (1, self.image_size)
+        if isinstance(read, Decoder):
+            pixels = (VERSION, self.image_size, self.values)
         store_name = f"{kind}-{hashed(LAYOUT, *pixels, digests.files)[:16]}"
         facts = digests.content, b"" if labels is None else labels.tobytes()
-        fingerprint = hashed(kind, *pixels, *facts)
+        fingerprint, origin = hashed(kind, *pixels, *facts), hashed(kind, *facts)
         length = len(read)
         if length == 0:
             raise UserError(f"split '{name}' of {type(self).__name__} holds no images")
-        return Split(
-            name, length, labels, store_name, fingerprint, hashed(kind, *facts), read, where
-        )
+        return Split(name, length, labels, store_name, fingerprint, origin, read, where)
 
 
 class Digests(NamedTuple):
-    """Of the sources of a split: by their names, sizes and times, and without the times, as a copy
-    has them.
-    """
+    """Digests of a split's source files."""
 
-    files: str
-    content: str
+    files: str  # of names, sizes and times
+    content: str  # of names and sizes, which a copy shares
 
 
 def digests_of(stats: np.ndarray) -> Digests:
-    """stats: int64 (n, 3), number, size, mtime in ns."""
+    """stats: int64 (n, 3): number, size in bytes, mtime in ns."""
     return Digests(hashed(stats.tobytes()), hashed(stats[:, :2].tobytes()))
 
 
 def hashed(*parts) -> str:
+    """The sha256 of these parts, each with its length, in hex."""
     result = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else str(part).encode()
@@ -157,7 +144,7 @@ def folder_at(root: str, *parts: str) -> Path:
 
 
 def load_indices(path: Path, key: str) -> np.ndarray:
-    """int64 (n,) from a file with one index a line. key: what names the file."""
+    """int64 (n,) from a file with one index a line. key: for the error, what names the file."""
     if not path.is_file():
         raise UserError(f"no file {path}; {key} under data.root")
     rows = []

@@ -14,8 +14,9 @@ from ssl_bench.errors import UserError
 
 
 class CIFAR(Dataset):
-    """CIFAR-10 or CIFAR-100, the *binary* version, unpacked in ROOT: 32x32. "pretrain" is train
-    without its labels. https://www.cs.toronto.edu/~kriz/cifar.html
+    """CIFAR-10 or CIFAR-100 (32x32), the *binary* version, unpacked in ROOT.
+
+    "pretrain" is train without its labels. https://www.cs.toronto.edu/~kriz/cifar.html
     """
 
     def __init__(
@@ -39,11 +40,9 @@ class CIFAR(Dataset):
         train = name != "val"
         if self.num_classes == 10:
             folder, label_bytes = "cifar-10-batches-bin", 1
-            files = (
-                [f"data_batch_{batch}.bin" for batch in range(1, 6)]
-                if train
-                else ["test_batch.bin"]
-            )
+            files = ["test_batch.bin"]
+            if train:
+                files = [f"data_batch_{batch}.bin" for batch in range(1, 6)]
         else:
             folder, label_bytes = "cifar-100-binary", 2  # coarse label, fine label
             files = ["train.bin" if train else "test.bin"]
@@ -64,11 +63,9 @@ class CIFAR(Dataset):
                 return path
         archive = f"cifar-{self.num_classes}-binary.tar.gz"
         python = root / {10: "cifar-10-batches-py", 100: "cifar-100-python"}[self.num_classes]
-        found = (
-            f"{python} is the python version, a pickle, which is not read; "
-            if python.is_dir()
-            else ""
-        )
+        found = ""
+        if python.is_dir():
+            found = f"{python} is the python version, a pickle, which is not read; "
         raise UserError(
             f"no {folder}/{name} in {root}; {found}unpack {archive} (from "
             "https://www.cs.toronto.edu/~kriz/cifar.html) there, or set data.root= to where it is"

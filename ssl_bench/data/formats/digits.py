@@ -12,9 +12,10 @@ from ssl_bench.data.store import OnError, Split
 
 
 class Digits(Dataset):
-    """The 1797 handwritten digits (8x8) that scikit-learn ships, upsampled. They come in the order
-    of their writers, so the last 500, the val split, hardly share a writer with train. "pretrain"
-    is train without its labels.
+    """The 1797 handwritten digits (8x8) that scikit-learn ships, upsampled.
+
+    They come in the order of their writers, so the last 500, the val split, hardly share a writer
+    with train. "pretrain" is train without its labels.
     """
 
     num_classes = 10
@@ -35,10 +36,11 @@ class Digits(Dataset):
         part = slice(-500, None) if name == "val" else slice(None, -500)
         images = (digits.images[part] * (255 / 16)).round().astype(np.uint8)  # 0..16 -> 0..255
         labels = None if name == "pretrain" else digits.target[part].astype(np.int64)
-        read, images_of = _DigitReader(images, self.image_size), "val" if name == "val" else "train"
+        read = _DigitReader(images, self.image_size)
         digest = hashed(images.tobytes())
-        where = f"{images_of} digit {{}}".format
-        return self._split(name, images_of, Digests(digest, digest), labels, read, where)
+        source = "val" if name == "val" else "train"
+        where = f"{source} digit {{}}".format
+        return self._split(name, source, Digests(digest, digest), labels, read, where)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,5 @@ class _DigitReader:
     def __call__(self, index: int) -> np.ndarray:
         from PIL import Image
 
-        return pictures.centre_square(
-            Image.fromarray(self.images[index]).convert("RGB"), self.image_size
-        )
+        digit = Image.fromarray(self.images[index]).convert("RGB")
+        return pictures.centre_square(digit, self.image_size)

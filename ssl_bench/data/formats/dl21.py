@@ -5,6 +5,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,9 @@ from ssl_bench.errors import UserError
 
 
 class DL21(Dataset):
-    """Numbered PNG files: ROOT/unlabeled/{i}.png, and ROOT/train, ROOT/val with
-    ROOT/{split}_label_tensor.pt (int64).
+    """Numbered PNG files: ROOT/unlabeled/{i}.png, and the same in ROOT/train and ROOT/val.
+
+    The labels are in ROOT/{split}_label_tensor.pt (int64).
 
     `extra_labels`: "request_NN.csv,label_NN.pt" or a list of the two, relative to ROOT: indices
     into unlabeled/ (one a line) and their labels. These images are appended to the train split.
@@ -39,9 +41,10 @@ class DL21(Dataset):
     ):
         super().__init__(image_size, on_error, cache, workers)
         self.root, self.values = root, values_of(bit_depth, value_range)
-        self.extra = (
-            extra_labels.split(",") if isinstance(extra_labels, str) else list(extra_labels or [])
-        )
+        if isinstance(extra_labels, str):
+            self.extra = extra_labels.split(",")
+        else:
+            self.extra = list(extra_labels or [])
         if len(self.extra) not in (0, 2):
             raise UserError(
                 f"data.extra_labels={extra_labels} names {len(self.extra)} files; "
@@ -81,10 +84,8 @@ class DL21(Dataset):
                 f"{len(paths)} images; they must be as many"
             )
         if name == "train" and self.extra:
-            chosen = load_indices(
-                folder_at(self.root) / self.extra[0].strip(),
-                "data.extra_labels= names an index file and a label file",
-            )
+            file = folder_at(self.root) / self.extra[0].strip()
+            chosen = load_indices(file, "data.extra_labels= names an index file and a label file")
             if len(chosen) != len(self._train_labels[1]):
                 raise UserError(
                     f"{self.extra[0]} has {len(chosen)} indices and {self.extra[1]} has "
@@ -100,25 +101,21 @@ class DL21(Dataset):
 
 def _list_numbered(folder: Path) -> tuple[Numbered, np.ndarray]:
     """The files 0.png ... of a folder, and int64 (n, 3): number, size, mtime in ns."""
-    number, passed = re.compile(r"(0|[1-9]\d{0,17})\.png").fullmatch, Passed()
+    number = re.compile(r"(0|[1-9]\d{0,17})\.png").fullmatch
+    passed = Passed()
 
     def numbered(entries: Iterator[os.DirEntry]) -> Iterator[tuple[int, os.stat_result]]:
         for entry in entries:
             if match := number(entry.name):
                 yield int(match[1]), entry.stat()
+            elif is_service(entry.name):
+                passed.add("hidden or service files", entry.name)
             else:
-                hidden = is_service(entry.name)
-                passed.add(
-                    "hidden or service files" if hidden else "names other than NUMBER.png",
-                    entry.name,
-                )
+                passed.add("names other than NUMBER.png", entry.name)
 
     with os.scandir(folder) as entries:
-        rows = numbered(entries)
-        flat = np.fromiter(
-            (value for i, status in rows for value in (i, status.st_size, status.st_mtime_ns)),
-            dtype=np.int64,
-        )
+        rows = ((i, status.st_size, status.st_mtime_ns) for i, status in numbered(entries))
+        flat = np.fromiter(chain.from_iterable(rows), np.int64)
     passed.tell(folder)
     stats = flat.reshape(-1, 3)
     stats = stats[np.argsort(stats[:, 0])]
@@ -136,6 +133,7 @@ def _list_numbered(folder: Path) -> tuple[Numbered, np.ndarray]:
 
 
 def _stat_chosen(paths: Numbered, chosen: np.ndarray, source: str) -> np.ndarray:
+    """int64 (n, 3) of the chosen files: number, size, mtime in ns. source: the file naming them."""
     rows = []
     for index in chosen.tolist():
         try:
@@ -159,7 +157,7 @@ def _load_labels(path: Path) -> np.ndarray:
         )
     try:
         labels = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that isn't one of its own
+    except Exception as error:  # torch raises many types for a file that isn't one of its own
         raise UserError(
             f"{path} is not a tensor file of torch ({type(error).__name__}); expected int64 labels"
         ) from None

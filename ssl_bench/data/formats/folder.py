@@ -17,10 +17,12 @@ log = logging.getLogger(__name__)
 
 
 class Folder(Dataset):
-    """Any tree of images. With class folders ROOT/train/<class> and ROOT/val/<class> (in upper
-    case, too) it is labelled, the classes in sorted order, and "pretrain" is train without its
-    labels; otherwise all images under ROOT are "pretrain". Refused where folders at any depth are
-    called after a training and a held-out split.
+    """Any tree of images.
+
+    With class folders ROOT/train/<class> and ROOT/val/<class> (in upper case, too) it is labelled,
+    the classes in sorted order, and "pretrain" is train without its labels; otherwise all images
+    under ROOT are "pretrain". UserError if folders at any depth have the names of a training and a
+    held-out split.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class Folder(Dataset):
         return len(self.class_names) or None
 
     def _part(self, name: str) -> Path:
-        """ROOT/train or ROOT/val, as it is written there."""
+        """ROOT/train or ROOT/val, in the case that the folder has."""
         root = folder_at(self.root)
         found = [folder for folder in subfolders(root) if folder.casefold() == name]
         if len(found) > 1:
@@ -70,26 +72,25 @@ class Folder(Dataset):
                 f"val/ has the class {unknown[0]!r}, which train/ lacks; "
                 "both need the same class folders"
             )
-        # a class may be called "test"
-        paths, digests, counts = list_tree(folder, guarded=None if name == "val" else 1)
+        guarded = None if name == "val" else 1  # from 1 on, since a class may be called "test"
+        paths, digests, counts = list_tree(folder, guarded=guarded)
         if counts.pop("", 0):
             raise UserError(
                 f"{folder} has images outside the class folders; move them into one or away"
             )
-        if name != "val" and (empty := [name for name in self.class_names if not counts.get(name)]):
+        empty = [class_name for class_name in self.class_names if not counts.get(class_name)]
+        if name != "val" and empty:
             raise UserError(f"no images in {folder / empty[0]}; fill or remove that class folder")
-        labels = np.repeat(
-            [self.class_names.index(name) for name in counts], list(counts.values())
-        ).astype(np.int64)
-        labels = None if name == "pretrain" else labels
+        labels = None
+        if name != "pretrain":
+            numbers = [self.class_names.index(class_name) for class_name in counts]
+            labels = np.repeat(numbers, list(counts.values())).astype(np.int64)
         images = "val" if name == "val" else "train"
         return self._split(name, images, digests, labels, self._decoder(paths), paths)
 
 
 class Images(Folder):
-    """Every image under ROOT as "pretrain", whatever the folders are called: what stage=predict
-    looks at.
-    """
+    """Every image under ROOT as "pretrain", whatever the folders are called, for stage=predict."""
 
     class_names = ()
 

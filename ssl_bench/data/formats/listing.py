@@ -19,19 +19,12 @@ log = logging.getLogger(__name__)
 
 # What file servers, file managers and notebooks leave in folders; whatever begins with a dot is
 # passed over, too.
-SERVICE = {
-    "@eadir",
-    "@tmp",
-    "@recycle",
-    "@recently-snapshot",
-    "#recycle",
-    "#snapshot",
-    "__macosx",
-    "__pycache__",
-}
+SERVICE = {"@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"}
 SERVICE |= {"lost+found", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
+SERVICE |= {"__macosx", "__pycache__"}
 TRAIN = {"train", "training"}
 HELD_OUT = {"val", "valid", "validation", "test", "testing", "eval", "dev", "holdout"}
+SAYS_NOTHING = {"", "set", "data", "image", "images", "img", "imgs", "split"}
 
 
 def is_service(name: str) -> bool:
@@ -42,13 +35,12 @@ def subfolders(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
-        return sorted(
-            entry.name for entry in entries if not is_service(entry.name) and entry.is_dir()
-        )
+        folders = [entry for entry in entries if not is_service(entry.name) and entry.is_dir()]
+    return sorted(entry.name for entry in folders)
 
 
 class Passed:
-    """What a listing leaves out, by its kind: how many, and the first."""
+    """What a listing leaves out: the number and the first of each kind."""
 
     def __init__(self) -> None:
         self.kinds: dict[str, tuple[int, str]] = {}
@@ -58,26 +50,23 @@ class Passed:
         self.kinds[kind] = count + 1, min(first, name)
 
     def tell(self, root: Path) -> None:
-        """One line."""
-        if self.kinds:
-            most = sorted(self.kinds.items(), key=lambda item: (-item[1][0], item[0]))
-            shown = ", ".join(
-                f"{kind} ({count:,}, {first} for one)" for kind, (count, first) in most[:12]
-            )
-            more = f", and {len(most) - 12} kinds more" if len(most) > 12 else ""
-            log.info("passed over in %s: %s%s", root, shown, more)
+        """Log what was left out, if anything, in one line."""
+        if not self.kinds:
+            return
+        kinds = sorted(self.kinds.items(), key=lambda item: (-item[1][0], item[0]))
+        shown = [f"{kind} ({count:,}, {first} for one)" for kind, (count, first) in kinds[:12]]
+        more = f", and {len(kinds) - 12} kinds more" if len(kinds) > 12 else ""
+        log.info("passed over in %s: %s%s", root, ", ".join(shown), more)
 
 
 class _Guard:
-    """Of an unlabelled tree: are folders called after splits, so that test images would be trained
-    on?
-    """
+    """Looks for folders named after splits in a tree whose images are all trained on."""
 
     def __init__(self, root: Path, depth: int):
-        """depth: of the first folders that aren't classes."""
+        """depth: where to begin; folders above are classes."""
         self.root, self.depth = root, depth
-        self.train = self.held_out = ""  # the first folder of each
-        self.count = 0  # images in held-out ones
+        self.train = self.held_out = ""  # the first folder of each kind
+        self.count = 0  # images in held-out folders
 
     def see(self, name: str) -> None:
         parts = name.split("/")[:-1]
@@ -108,30 +97,27 @@ class _Guard:
 
 @functools.cache
 def _split_of(folder: str) -> str:
-    """The one word of a folder's name, but for what says nothing: train2017 and train_images are
-    "train".
+    """The one word of a folder's name that says something, or "".
+
+    Both train2017 and train_images give "train".
     """
-    words = [word for word in re.split(r"[\W\d_]+", folder.casefold()) if word]
-    words = [
-        word
-        for word in words
-        if word not in ("set", "data", "image", "images", "img", "imgs", "split")
-    ]
+    words = re.split(r"[\W\d_]+", folder.casefold())
+    words = [word for word in words if word not in SAYS_NOTHING]
     return words[0].removesuffix("set") if len(words) == 1 else ""
 
 
 def list_tree(
     root: Path, key: str = "data.root", guarded: int | None = None
 ) -> tuple[Paths, Digests, dict[str, int]]:
-    """The image files under root in sorted order, their digests, and how many lie in each folder of
-    its first level.
+    """The image files under root in sorted order, their digests, and the images of each subfolder.
 
-    guarded: from this depth on, UserError for folders that are called after a training and a
-    held-out split.
+    The last are {folder of the first level, "" for root itself: number of images}. guarded: from
+    this depth on, UserError for folders with the names of a training and a held-out split.
     """
     text, ends, counts = bytearray(), array("q", [0]), {}
     files, content = hashlib.sha256(), hashlib.sha256()
-    passed, guard = Passed(), None if guarded is None else _Guard(root, guarded)
+    passed = Passed()
+    guard = None if guarded is None else _Guard(root, guarded)
     for name, size, mtime in _walk(root, "", frozenset(), passed):
         encoded = os.fsencode(name)
         text += encoded
@@ -156,8 +142,10 @@ def list_tree(
 def _walk(
     root: Path, below: str, above: frozenset, passed: Passed
 ) -> Iterator[tuple[str, int, int]]:
-    """(path relative to root, size, mtime in ns), sorted folder by folder; follows links, but not
-    in circles.
+    """Yield (path relative to root, size, mtime in ns), sorted folder by folder.
+
+    below: the folder to list, relative to root. above: the identities of the folders on the way to
+    it, so that links are followed, but not in circles.
     """
     folder = os.path.join(root, below)
     status = os.stat(folder)
@@ -181,7 +169,7 @@ def _walk(
             path = os.path.join(folder, name)
             try:
                 status = os.stat(path)
-            except OSError:  # a link to nowhere is told with what can't be decoded
+            except OSError:  # a link to nowhere: reported with the images that can't be decoded
                 status = os.lstat(path)
             if stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode):
                 yield below + name, status.st_size, status.st_mtime_ns

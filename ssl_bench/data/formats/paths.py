@@ -15,7 +15,7 @@ class Paths:
     """Many paths under one root in little memory, shared by worker processes (see `pool`)."""
 
     def __init__(self, root: Path, text: bytes, ends: array):
-        """`text`: the names, one after the other; `ends`: 0, then where each ends."""
+        """text: the names, one after the other; ends: 0, then where each name ends."""
         self.root = root
         self.text = np.frombuffer(text, np.uint8)
         self.ends = np.frombuffer(ends, np.int64)
@@ -24,9 +24,8 @@ class Paths:
         return len(self.ends) - 1
 
     def __call__(self, index: int) -> str:
-        return os.path.join(
-            self.root, os.fsdecode(self.text[self.ends[index] : self.ends[index + 1]].tobytes())
-        )
+        name = self.text[self.ends[index] : self.ends[index + 1]]
+        return os.path.join(self.root, os.fsdecode(name.tobytes()))
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,11 @@ class Numbered:
 
 @dataclass(frozen=True)
 class Joined:
-    """`first`, then the files of `second` that `chosen` names."""
+    """All files of `first`, then the chosen ones of `second`."""
 
     first: Numbered
     second: Numbered
-    chosen: np.ndarray
+    chosen: np.ndarray  # int64 (n,)
 
     def __len__(self) -> int:
         return len(self.first) + len(self.chosen)
@@ -61,7 +60,7 @@ class Joined:
 
 @dataclass(frozen=True)
 class Decoder:
-    """The `read` of image files, which notes what a person may not expect of them."""
+    """Reads image files, and notes what a person may not expect of them."""
 
     paths: Paths | Numbered | Joined
     image_size: int

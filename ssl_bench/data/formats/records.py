@@ -11,15 +11,13 @@ from ssl_bench.errors import UserError
 
 @dataclass(frozen=True)
 class Records:
-    """Images of `record` bytes each in binary files, the pixels last, `order` of axes (channel,
-    second, third).
-    """
+    """Images as records of equal length in binary files, the pixels at the end of each record."""
 
     files: tuple[str, ...]
-    lengths: tuple[int, ...]
-    record: int
+    lengths: tuple[int, ...]  # records in each file
+    record: int  # bytes
     image_size: int
-    order: tuple[int, int, int]
+    order: tuple[int, int, int]  # the stored axes (channel first) that are (height, width, channel)
 
     def __len__(self) -> int:
         return sum(self.lengths)
@@ -45,9 +43,7 @@ class Records:
 def records_of(
     paths: list[Path], record: int, image_size: int, order: tuple[int, int, int]
 ) -> tuple[Records, Digests]:
-    """The records of these files and their digests. Raises UserError for a size that isn't whole
-    records.
-    """
+    """The records of these files, and their digests. UserError for a file of broken records."""
     lengths, stats = [], []
     for path in paths:
         status = path.stat()
@@ -57,7 +53,8 @@ def records_of(
             )
         lengths.append(status.st_size // record)
         stats.append((path.name, status.st_size, status.st_mtime_ns))
-    digests = Digests(hashed(*stats), hashed(*((name, size) for name, size, _ in stats)))
+    content = [(name, size) for name, size, _ in stats]
+    digests = Digests(hashed(*stats), hashed(*content))
     return Records(tuple(map(str, paths)), tuple(lengths), record, image_size, order), digests
 
 

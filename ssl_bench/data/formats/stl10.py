@@ -14,9 +14,10 @@ from ssl_bench.errors import UserError
 
 
 class STL10(Dataset):
-    """The binary files of STL-10 (train_X.bin, train_y.bin, test_X.bin, test_y.bin,
-    unlabeled_X.bin) in ROOT or ROOT/stl10_binary: 96x96, 10 classes. "pretrain" is unlabeled, "val"
-    is test. https://cs.stanford.edu/~acoates/stl10
+    """STL-10, 96x96, 10 classes: its binary files in ROOT or ROOT/stl10_binary.
+
+    train_X.bin, train_y.bin, test_X.bin, test_y.bin, unlabeled_X.bin. "pretrain" is unlabeled,
+    "val" is test. https://cs.stanford.edu/~acoates/stl10
     """
 
     num_classes = 10

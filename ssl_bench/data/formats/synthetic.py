@@ -1,4 +1,4 @@
-"""Images that are drawn when they are asked for."""
+"""Images that are drawn on demand."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -13,7 +13,7 @@ from ssl_bench.data.store import OnError, Split
 
 
 class Synthetic(Dataset):
-    """Images drawn by `synthetic.render`: the class is a shape. "pretrain" is a set of its own."""
+    """Images drawn by `synthetic.render`, whose class is a shape; each split has its own images."""
 
     def __init__(
         self,
