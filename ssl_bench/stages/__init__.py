@@ -3,9 +3,9 @@
 READS in a stage's module are the shared keys that it reads (see `typed`), made of these.
 """
 
-RUN = ("dir", "sweep", "metric", "tracking", "seed", "device")  # of a stage that leaves a run
-IMAGES = ("source", "batch_size", "precision")  # of one that shows images to a network
-# of a test view
+RUN = ("dir", "sweep", "metric", "tracking", "seed", "device")  # keys of a stage that leaves a run
+IMAGES = ("source", "batch_size", "precision")  # keys of one that shows images to a network
+# keys of a test view
 LOOK = ("augmentation.name", "augmentation.image_size", "augmentation.mean", "augmentation.std")
 EVERY = ("log_every", "eval_every", "save_every")
 RECIPE = ("augmentation", "optimizer", "schedule", "epochs", "compile")

@@ -1,9 +1,9 @@
-"""Which labels a network's weights have learnt from: held out, these say nothing of it, and choose
-nothing.
+"""Which labels the weights of a network have learnt from.
 
-A run that leaves a backbone writes labels.json: {"seen": [a data set, ...], "known": bool}, its own
-data set and what the weights that it began with had seen. stage=export hands that on. known is
-false where it began with a file that doesn't say, as weights from elsewhere don't.
+To hold some of these out measures nothing and can't choose anything. A run that leaves a backbone
+writes labels.json: {"seen": [a data set, ...], "known": bool}, with its own data set and those that
+the weights it began with had seen. stage=export passes it on. known is false if the run began with
+a file that doesn't say, such as weights from elsewhere.
 """
 
 import json
@@ -26,11 +26,13 @@ FILE = "labels.json"
 
 
 class Labels(NamedTuple):
+    """The content of labels.json."""
+
     seen: tuple[dict[str, Any], ...] = ()  # see `data_set`
     known: bool = True
 
     def said(self) -> dict[str, Any]:
-        """For an export: nothing of this machine."""
+        """The content for an export, without paths of this machine."""
         return {"seen": [{**one, "root": None} for one in self.seen], "known": self.known}
 
     def record(self, run: Run) -> None:
@@ -39,28 +41,23 @@ class Labels(NamedTuple):
 
 
 def data_set(cfg: DictConfig, split: Split) -> dict[str, Any]:
-    """What tells whether labels are those of this split."""
+    """What identifies the labels of a split."""
     root = cfg.data.get("root")
+    root = root and identity.real(root)
     extra = [str(name) for name in cfg.data.get("extra_labels") or ()]
-    return {
-        "data": cfg.data.name,
-        "images": split.origin,
-        "root": root and identity.real(root),
-        "extra": extra,
-    }
+    return {"data": cfg.data.name, "images": split.origin, "root": root, "extra": extra}
 
 
 def seen_by(pretrained: str | None) -> Labels:
-    """What these weights have learnt from; nothing where they are as initialised."""
+    """The labels that weights have learnt from; none if they are as initialised."""
     if pretrained is None:
         return Labels()
     path = weights.find(pretrained)
     place = (layout.run_of(path) or Path()) / FILE
-    content = (
-        files.parse(place, json.loads)
-        if place.is_file()
-        else (weights.recipe(path) or {}).get("labels")
-    )
+    if place.is_file():
+        content = files.parse(place, json.loads)
+    else:
+        content = (weights.recipe(path) or {}).get("labels")
     if content is None:
         return Labels(known=False)
     try:
@@ -73,14 +70,14 @@ def seen_by(pretrained: str | None) -> Labels:
 
 def learns_labels(method: DictConfig) -> bool:
     """Does this method learn from labels, which the train split alone has?"""
-    return build.locate(method._target_, "method").split == "train" or build.takes(
-        method, "num_classes"
-    )
+    split = build.locate(method._target_, "method").split
+    return split == "train" or build.takes(method, "num_classes")
 
 
 def check_unseen(cfg: DictConfig, split: Split, chooser: str, instead: str) -> None:
-    """UserError where the weights have learnt from the labels of the train split, of which
-    `chooser` holds some out. instead: what to type.
+    """UserError if the weights have learnt from the labels of the train split.
+
+    chooser: the stage, which would choose by holding some of them out. instead: what to type.
     """
     if are_seen(cfg, split):
         raise UserError(refusal(cfg, chooser, instead))
@@ -111,8 +108,10 @@ def refusal(cfg: DictConfig, chooser: str, instead: str) -> str:
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Have they labels in common? The same images, whatever their size; or the same folder, or with
-    other labels.
+    """May two data sets have labels in common?
+
+    They have the same images, whatever their size, or are the same kind of data in the same folder
+    or with other extra labels.
     """
     if one.get("images") == other["images"]:
         return True

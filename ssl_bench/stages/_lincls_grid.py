@@ -1,5 +1,6 @@
-"""Linear classification from cached features: a grid of classifiers, one of them chosen without the
-val split.
+"""Linear classification of cached features, for `lincls`.
+
+A grid of classifiers is trained, and one of them chosen without the val split.
 """
 
 import csv
@@ -28,12 +29,12 @@ from ssl_bench.training.optim import scaled_lr
 
 log = logging.getLogger(__name__)
 
-RECIPE = {"base_lr": 30.0, "weight_decay": 0.0}  # of conf/optimizer/lincls.yaml
+RECIPE = {"base_lr": 30.0, "weight_decay": 0.0}  # the values of conf/optimizer/lincls.yaml
 CHUNK = 256  # held-out images scored at once
 
 
 class GridOptions(NamedTuple):
-    """Of the stage, where features are cached."""
+    """The options that stage=lincls has with stage.features=cached alone."""
 
     copies: int = 0
     lrs: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -46,7 +47,7 @@ class GridOptions(NamedTuple):
 
 
 def check_options(cfg: DictConfig, options: GridOptions) -> None:
-    """UserError for an optimizer's setting that would be ignored, and for one that can't work."""
+    """UserError for settings of the optimizer that would be ignored or can't work."""
     for key, tried in (("base_lr", "lrs"), ("weight_decay", "weight_decays")):
         if (value := cfg.optimizer[key]) not in (RECIPE[key], *getattr(options, tried)):
             raise UserError(
@@ -64,7 +65,7 @@ def check_options(cfg: DictConfig, options: GridOptions) -> None:
 
 
 def check_unused(options: GridOptions) -> None:
-    """UserError for an option that the official protocol doesn't have."""
+    """UserError for an option that was typed and that the official protocol doesn't have."""
     for key, default in GridOptions()._asdict().items():
         if (value := getattr(options, key)) != default:
             shown = listed(value) if isinstance(value, tuple) else value
@@ -74,7 +75,7 @@ def check_unused(options: GridOptions) -> None:
 
 
 def check_holdout(holdout: float, exam: bool) -> None:
-    """UserError for a share that is held out of nothing."""
+    """UserError for a share to hold out, where nothing is to be chosen."""
     if not exam and holdout != GridOptions().holdout:
         raise UserError(
             f"stage.holdout={holdout:g} would be ignored: "
@@ -93,40 +94,32 @@ def train_grid(
     views: Views,
     test_view: EvalView,
 ) -> dict[str, float]:
-    """Train a pair of heads for each cell (lr, weight decay), choose a pair by an exam, measure it
-    on val. held: (N,).
+    """Train a pair of heads for each cell (lr, weight decay), choose a pair by an exam, measure it.
 
-    One head of a pair (see LinearGrid) learns without the held-out images, and is examined on their
-    test views. The pair with most right answers is chosen; a small exam has ties, which the lower
-    cross-entropy decides. Its other head, which learnt from all images, is measured on val, once,
-    at the end: nothing else depends on the val split. No exam where nothing is held out, and one
-    cell is all there is.
-    Both in one `fit`: the exam's heads cost little, and a restart has one checkpoint to continue
-    from.
+    held: (N,), which images are held out for the exam. One head of a pair (see LinearGrid) learns
+    without them, and is examined on their test views. The pair with most right answers is chosen; a
+    small exam has ties, which the lower cross-entropy decides. Its other head, which learnt from
+    all images, is measured on val, once, at the end: nothing else depends on the val split. Without
+    held-out images there is one cell and no exam. Both heads are trained in one `fit`: those of the
+    exam cost little, and a restart has one checkpoint to continue from.
 
-    copies=0 trains on features of test views, which cost one pass; k on those of the augmented
-    views that the first k epochs of the official protocol draw, in turn: with k=epochs this is that
-    protocol.
+    copies=0 trains on features of test views, which cost one pass; copies=k on features of the
+    augmented views that the first k epochs of the official protocol draw, in turn. With k=epochs
+    this is that protocol.
 
-    Returns what `evaluate` does and, of an exam, holdout_top1 (percent), lr (as in stage.lrs:
-    before scaling), weight_decay. Writes grid.csv of the exam. The features stay in memory, on
-    every process: 25,600 images x 2048 are 0.2 GB a copy.
+    Returns what `evaluate` does and, with an exam, holdout_top1 (percent), lr (as in stage.lrs:
+    before scaling) and weight_decay. Writes grid.csv of the exam. The features stay in the memory
+    of every process: 25,600 images x 2048 are 0.2 GB a copy.
     """
     labels = torch.from_numpy(source.labels[source.rows])
     backbone, cells = grid.train().backbone, options.cells
 
-    clean = extract_all(
-        cfg.precision, run, backbone, source, lambda images, indices: test_view(images), "features"
-    )
+    def features_of(view: Callable[[Tensor, Tensor], Tensor], title: str) -> Tensor:
+        return extract_all(cfg.precision, run, backbone, source, view, title)
+
+    clean = features_of(lambda images, indices: test_view(images), "features")
     drawn = [
-        extract_all(
-            cfg.precision,
-            run,
-            backbone,
-            source,
-            _draw(views, cfg.seed, epoch),
-            f"features, copy {epoch + 1}",
-        )
+        features_of(_draw(views, cfg.seed, epoch), f"features, copy {epoch + 1}")
         for epoch in range(options.copies)
     ]
     shown = drawn or [clean]
@@ -147,20 +140,17 @@ def train_grid(
     rank, world = distributed.rank(), distributed.world_size()
     targets = torch.stack([labels, labels.masked_fill(held, IGNORED)], dim=1)
     features = FeatureSource(shown, targets, cfg.batch_size, cfg.seed, run.device, rank, world)
-    exam = list(
-        zip(
-            clean[held][rank::world].split(CHUNK),
-            labels[held][rank::world].split(CHUNK),
-            strict=True,
-        )
-    )
+    questions = clean[held][rank::world].split(CHUNK)
+    answers = labels[held][rank::world].split(CHUNK)
+    exam = list(zip(questions, answers, strict=True))
+
+    def score(x: Tensor, y: Tensor) -> Tensor:
+        return grid.score(x.to(run.device), y.to(run.device)).cpu().double()
 
     def measure() -> dict[str, float]:
         best, line = 0, {}
         if held.any():
-            scores = sum(
-                grid.score(x.to(run.device), y.to(run.device)).cpu().double() for x, y in exam
-            )
+            scores = sum(score(x, y) for x, y in exam)
             right, loss = (distributed.total(scores) / held.sum()).T.tolist()
             best = max(range(len(cells)), key=lambda cell: (right[cell], -loss[cell]))
             line["holdout_top1"] = 100 * right[best]
@@ -171,21 +161,14 @@ def train_grid(
         line |= {"loss": mine, "accuracy": accuracy}
         if grid.finished:
             lr, decay = cells[best]
-            line |= {
-                "lr": lr,
-                "weight_decay": decay,
-                **evaluate(grid, test.epoch_pass(), test_view),
-            }
+            line |= {"lr": lr, "weight_decay": decay}
+            line |= evaluate(grid, test.epoch_pass(), test_view)
         return line
 
-    groups = [
-        {
-            "params": pair,
-            "lr": scaled_lr(lr, cfg.batch_size, cfg.optimizer.scaling),
-            "weight_decay": decay,
-        }
-        for (lr, decay), pair in zip(cells, grid.pairs(), strict=True)
-    ]
+    groups = []
+    for (lr, decay), pair in zip(cells, grid.pairs(), strict=True):
+        scaled = scaled_lr(lr, cfg.batch_size, cfg.optimizer.scaling)
+        groups.append({"params": pair, "lr": scaled, "weight_decay": decay})
     return train(cfg, run, grid, features, lambda batch, keys: [batch], measure, groups)
 
 
@@ -197,13 +180,13 @@ def _draw(views: Views, seed: int, epoch: int) -> Callable[[Tensor, Tensor], Ten
 def report(
     run: Run, options: GridOptions, right: list[float], loss: list[float], best: int, asked: int
 ) -> None:
-    """The grid for people: in the log, with a warning where the best is at its edge, and in
-    grid.csv.
+    """Write the grid to the log and to grid.csv, with a warning if the best is at its edge.
+
+    right, loss: the share of right answers and the cross-entropy of each cell. best: the cell that
+    was chosen. asked: the number of held-out images.
     """
-    rows = [
-        (*cell, 100 * share, value)
-        for cell, share, value in zip(options.cells, right, loss, strict=True)
-    ]
+    scores = zip(options.cells, right, loss, strict=True)
+    rows = [(*cell, 100 * share, value) for cell, share, value in scores]
     with open(run.directory / "grid.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("lr", "weight_decay", "holdout_top1", "holdout_loss"), *rows])
     log.info("top-1 (%) on held-out images, a line for each lr, a column for each weight decay:")
@@ -211,17 +194,12 @@ def report(
     for lr in options.lrs:
         log.info("%10g%s", lr, "".join(f"{top1:>10.1f}" for rate, _, top1, _ in rows if rate == lr))
     lr, decay, top1, _ = rows[best]
-    # of a share, measured on so many
+    # the standard error of a share that was measured on so many images
     error = 100 * math.sqrt(right[best] * (1 - right[best]) / asked)
     log.info(
         "chosen: lr %g, weight decay %g (%.1f ± %.1f on %s held-out images)",
-        lr,
-        decay,
-        top1,
-        error,
-        f"{asked:,}",
+        *(lr, decay, top1, error, f"{asked:,}"),
     )
     if len(options.lrs) > 1 and lr in (min(options.lrs), max(options.lrs)):
-        log.warning(
-            "lr %g is at the edge of stage.lrs: the best may lie outside; add one beyond it", lr
-        )
+        advice = "the best may lie outside; add one beyond it"
+        log.warning("lr %g is at the edge of stage.lrs: %s", lr, advice)

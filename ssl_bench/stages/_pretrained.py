@@ -1,4 +1,4 @@
-"""What the stages that measure a backbone, or go on from it, have in common."""
+"""What the stages that measure a pretrained backbone, or train it further, have in common."""
 
 import hashlib
 import logging
@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 
 
 def load_pretrained(cfg: DictConfig) -> nn.Module:
-    """The backbone of cfg, filled from `cfg.pretrained`; as initialised where that is null.
+    """The backbone of cfg, filled from `cfg.pretrained`; as initialised if that is null.
 
-    Whatever is made after it has the same random numbers in both cases.
+    Modules that are made after it draw the same random numbers in both cases.
     """
     seed_init(cfg)
     backbone = build.construct(cfg.backbone)
@@ -40,38 +40,34 @@ def load_pretrained(cfg: DictConfig) -> nn.Module:
         if now and then and list(now) == list(then):
             log.info("augmentation.%s=%s, as it was trained with", key, listed(now))
         elif now and then:
-            log.warning(
-                "augmentation.%s=%s, but it was trained with %s", key, listed(now), listed(then)
-            )
+            shown = listed(now), listed(then)
+            log.warning("augmentation.%s=%s, but it was trained with %s", key, *shown)
     return backbone
 
 
 def tell(loaded: weights.Loaded) -> None:
+    """Log what was loaded, and warn of a run that isn't finished."""
     log.info(
         "loaded all %s tensors of the backbone from %s (%s layout)",
-        loaded.num_tensors,
-        loaded.source,
-        loaded.layout,
+        *(loaded.num_tensors, loaded.source, loaded.layout),
     )
     if loaded.left_out:
-        more = ", ..." if len(loaded.left_out) > 4 else ""
-        log.info(
-            "left out %s others: %s%s", len(loaded.left_out), ", ".join(loaded.left_out[:4]), more
-        )
+        names = ", ".join(loaded.left_out[:4]) + (", ..." if len(loaded.left_out) > 4 else "")
+        log.info("left out %s others: %s", len(loaded.left_out), names)
     if distributed.rank() == 0 and (reached := record.unfinished(loaded.source)):
         log.warning("%s is not finished: %s", layout.run_of(loaded.source), reached)
 
 
 def log_result(run: Run, result: dict[str, float]) -> None:
-    """The one line of metrics.jsonl, and of the dashboard, of a stage that doesn't train."""
+    """Log the result of a stage that doesn't train, as the one line of its metrics.jsonl."""
     if run.is_main:
-        run.metrics.truncate(0)  # that of an attempt which was killed after it
+        run.metrics.truncate(0)  # an attempt that was killed may have left its line
     for _ in run.progress([1], 0, 1):
         run.log(1, {"epoch": 1.0, **result})
 
 
 def digest(*modules: nn.Module) -> str:
-    """Of every parameter and buffer."""
+    """A digest of every parameter and buffer."""
     whole = hashlib.blake2b()
     for module in modules:
         for key, value in module.state_dict().items():
@@ -81,7 +77,7 @@ def digest(*modules: nn.Module) -> str:
 
 
 def check_directory(cfg: DictConfig) -> None:
-    """UserError for a stage that couldn't leave its result in a directory, or with the tracker."""
+    """UserError if the result couldn't be left in a directory, or shown by the tracker."""
     if cfg.dir is None:
         raise UserError(
             f"dir=null: stage={cfg.stage.name} writes its result there; "
@@ -94,17 +90,16 @@ class Pretrained(NamedTuple):
     """A file of weights, and what it says about itself."""
 
     path: Path
-    config: dict[str, Any]  # of the run that made it; empty where that isn't known
+    config: dict[str, Any]  # the configuration of the run that made it; empty if not known
     network: dict[str, Any]  # the node that the backbone was made from
     backbone: nn.Module
     classifier: nn.Linear | None
-    classes: list[str]  # names of what it tells apart; empty where they have none
+    classes: list[str]  # the names of its classes; empty if they have none
 
     def view(self, image_size: int | None, resize: float | None) -> tuple[int, EvalView]:
-        """How its run shows test images: (size they are packed at, test view); None is what the run
-        has.
+        """How its run showed test images: (the size at which they are packed, the test view).
 
-        ImageNet's 224 pixels, mean and std where nothing is known.
+        None: the value of the run or, if that isn't known, ImageNet's 224 pixels, mean and std.
         """
         view = view_of(self.config, self.path, image_size, resize)
         packed = (self.config.get("data") or {}).get("image_size") if image_size is None else None
@@ -116,20 +111,17 @@ class Pretrained(NamedTuple):
 def view_of(
     config: Mapping, place: Path, image_size: int | None = None, resize: float | None = None
 ) -> EvalView:
-    """As the configuration that was read from `place` shows test images, unless size (pixels) or
-    resize say so.
+    """The test view of a configuration that was read from `place`.
 
-    ImageNet's 224 pixels, mean and std where it doesn't say; UserError where it says what can't be.
+    image_size (pixels), resize: in place of its own. What it leaves open is ImageNet's: 224 pixels,
+    mean and std. UserError for impossible values.
     """
     augmentation, stage = config.get("augmentation") or {}, config.get("stage") or {}
     try:
         size = image_size or int(augmentation.get("image_size", 224))
         resize = resize or float(stage.get("test_resize", 256 / 224))
-        look = {
-            key: tuple(float(x) for x in augmentation[key])
-            for key in ("mean", "std")
-            if augmentation.get(key)
-        }
+        given = [key for key in ("mean", "std") if augmentation.get(key)]
+        look = {key: tuple(float(x) for x in augmentation[key]) for key in given}
         return EvalView(size, resize, **look)
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(
@@ -138,8 +130,9 @@ def view_of(
 
 
 def open_pretrained(cfg: DictConfig) -> Pretrained:
-    """What `cfg.pretrained` names, with the backbone of its run unless the command line chose
-    another.
+    """The weights that `cfg.pretrained` names, in the backbone of their run or of the command.
+
+    UserError for weights that are missing or don't fit.
     """
     if cfg.pretrained is None:
         raise UserError(
@@ -168,7 +161,7 @@ def open_pretrained(cfg: DictConfig) -> Pretrained:
     tell(weights.load_backbone(backbone, cfg.pretrained))
     classifier = weights.load_classifier(cfg.pretrained)
     if classifier is not None and classifier.in_features != backbone.dim:
-        classifier = None  # it belongs to something else than the backbone
+        classifier = None  # an fc of these names that isn't on top of the backbone
     if classifier is not None:
         log.info("and its classifier of %d classes", classifier.out_features)
     names = weights.class_names(path)

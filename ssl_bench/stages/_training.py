@@ -29,14 +29,15 @@ SOURCES = {"resident": ResidentSource, "host": HostSource}
 
 
 def check_tracking(cfg: DictConfig) -> None:
-    """The tracker itself is made when there is something to show, when the work is done."""
+    """UserError now, and not when the work is done, if the tracker can't be made."""
     if distributed.rank() == 0:
         tracking.check(cfg.tracking)
 
 
 def check_batch(cfg: DictConfig, num_images: int) -> int:
-    """Images of a batch on each process; UserError where the batch doesn't fit the dataset or the
-    processes.
+    """The images of a batch on each process.
+
+    UserError for a batch that doesn't fit the dataset or the processes.
     """
     check_tracking(cfg)
     if cfg.dir is None:
@@ -56,26 +57,24 @@ def check_batch(cfg: DictConfig, num_images: int) -> int:
 
 
 def check_optimizer(cfg: DictConfig, *own: str) -> None:
-    """UserError for one whose options can't go with parameters that have these keys of their own,
-    as the stage will give them: "lr", "weight_decay".
+    """UserError if the optimizer can't take the parameter groups that the stage will give it.
+
+    own: keys, such as "lr" and "weight_decay", of which the groups have values of their own.
     """
-    group = {
-        "params": [nn.Parameter(torch.zeros(1, 1)), nn.Parameter(torch.zeros(1))],
-        **dict.fromkeys(own, 0.0),
-    }
+    params = [nn.Parameter(torch.zeros(1, 1)), nn.Parameter(torch.zeros(1))]
+    group = {"params": params, **dict.fromkeys(own, 0.0)}
     build.construct(cfg.optimizer, params=[group], batch_size=cfg.batch_size)
 
 
 def check_norm(cfg: DictConfig, model: nn.Module, synced: bool, splits: int = 1) -> None:
-    """UserError where a batch norm of the model would see a single image. splits: in so many parts
-    it sees a batch.
+    """UserError if a batch norm of the model would see a single image.
 
-    synced: those of several processes see the whole batch.
+    splits: in how many parts it sees the batch of a process. synced: does batch norm see the
+    batches of all processes as one?
     """
     parts = splits if synced else splits * distributed.world_size()
-    learning = (
-        module.training for module in model.train().modules() if isinstance(module, _BatchNorm)
-    )
+    norms = [module for module in model.train().modules() if isinstance(module, _BatchNorm)]
+    learning = [norm.training for norm in norms]
     if cfg.batch_size // parts < 2 and any(learning):
         of = f", and sees one of {parts} parts" if parts > 1 else ""
         raise UserError(
@@ -85,33 +84,28 @@ def check_norm(cfg: DictConfig, model: nn.Module, synced: bool, splits: int = 1)
 
 
 def seed_init(cfg: DictConfig) -> None:
-    """Every initial weight follows from `seed`, on any device: modules are made on the CPU."""
+    """Have every initial weight follow from `seed`, on any device: modules are made on the CPU."""
     seed_torch(fold(cfg.seed, "init"), torch.device("cpu"))
 
 
 def open_source(
     cfg: DictConfig, run: Run, data: Dataset, split: str, subset: np.ndarray | None = None
 ) -> Source:
-    """The images of a split, kept where `cfg.source` says; packed first when needed."""
-    run.uses(split, data.split(split).fingerprint, data.split(split).length)
+    """The images of a split, kept where `cfg.source` says, and packed first if they must be.
+
+    subset: the images to use; None: all.
+    """
+    count = data.split(split).length
+    run.uses(split, data.split(split).fingerprint, count)
     if split == "train" and data.class_names and run.is_main and run.directory:
-        files.write(
-            run.directory / weights.CLASSES, json.dumps({"classes": list(data.class_names)}) + "\n"
-        )
-    share = (
-        cfg.batch_size,
-        cfg.seed,
-        run.device,
-        distributed.rank(),
-        distributed.world_size(),
-        subset,
-    )
+        text = json.dumps({"classes": list(data.class_names)}) + "\n"
+        files.write(run.directory / weights.CLASSES, text)
+    rank, world = distributed.rank(), distributed.world_size()
+    share = (cfg.batch_size, cfg.seed, run.device, rank, world, subset)
     kind = cfg.source
     if kind == "auto" and distributed.any_rank(not data.has_room(split)):
-        log.warning(
-            "no room on the disk to keep %s decoded: streaming; data.cache= sets another disk",
-            split,
-        )
+        advice = "streaming; data.cache= sets another disk"
+        log.warning("no room on the disk to keep %s decoded: %s", split, advice)
         kind = "streamed"
     if kind == "streamed":
         if data.on_error == "skip" and cfg.stage.name != "pretrain":
@@ -120,12 +114,9 @@ def open_source(
                 "that can't be decoded, and it would count twice: type source=host (and "
                 "data.cache= for another disk), or remove the bad ones"
             )
-        log.info(
-            "%s: %s images, decoded as they are needed", split, f"{data.split(split).length:,}"
-        )
-        streamed = StreamedSource(
-            data.split(split), *share, workers=data.workers, on_error=data.on_error
-        )
+        log.info("%s: %s images, decoded as they are needed", split, f"{count:,}")
+        options = {"workers": data.workers, "on_error": data.on_error}
+        streamed = StreamedSource(data.split(split), *share, **options)
         streamed.waiting = run.waiting
         return streamed
     with run.ends_at_once():
@@ -133,27 +124,22 @@ def open_source(
     if kind == "auto":
         kind = "resident" if fits(store.images.nbytes, run.device) else "host"
     place = run.device if kind == "resident" else store.directory / "images.npy"
-    log.info(
-        "%s: %s images, %.2f GB, on %s",
-        split,
-        f"{len(store.images):,}",
-        store.images.nbytes / 1e9,
-        place,
-    )
+    size = store.images.nbytes / 1e9
+    log.info("%s: %s images, %.2f GB, on %s", split, f"{len(store.images):,}", size, place)
     return SOURCES[kind](store.images, store.labels, store.indices, *share)
 
 
 def check_sizes(cfg: DictConfig, backbone: nn.Module) -> None:
     """UserError for views of a size that the backbone doesn't take, before any image is read."""
-    for key in (
-        ("image_size", "small_size") if cfg.augmentation.get("num_small_views") else ("image_size",)
-    ):
+    small = ("small_size",) if cfg.augmentation.get("num_small_views") else ()
+    for key in ("image_size", *small):
         check_size(f"augmentation.{key}", cfg.augmentation[key], backbone, cfg.backbone.name)
 
 
 def check_size(key: str, size: int, backbone: nn.Module, name: str) -> None:
-    """UserError where the backbone of this name doesn't take images of `size` pixels, which `key`
-    sets.
+    """UserError if the backbone, called `name`, doesn't take images of `size` pixels.
+
+    key: what to type for another size.
     """
     if hasattr(backbone, "refuses") and (why := backbone.refuses(size)):
         raise UserError(
@@ -162,7 +148,7 @@ def check_size(key: str, size: int, backbone: nn.Module, name: str) -> None:
 
 
 def make_views(cfg: DictConfig, run: Run, method: type[Method] | Method) -> Views:
-    """The augmentation; UserError unless it makes such views as the network takes."""
+    """The augmentation. UserError if it makes other views than the method takes."""
     views = build.construct(cfg.augmentation).to(run.device)
     num_views = method.num_views
     taker = f"method={cfg.method.name}" if cfg.get("method") else f"stage={cfg.stage.name}"
@@ -190,12 +176,12 @@ def train(
     evaluate: Callable[[], dict[str, float]] | None = None,
     groups: list[dict] | None = None,
 ) -> dict[str, float]:
-    """`fit` as the configuration says. groups: of parameters, with their own rates, in place of the
-    optimizer's.
+    """`fit` as the configuration says; returns what it does.
+
+    groups: parameter groups with rates of their own; None: those of the model.
     """
-    optimizer = build.construct(
-        cfg.optimizer, params=groups or model.param_groups(), batch_size=cfg.batch_size
-    )
+    params = groups or model.param_groups()
+    optimizer = build.construct(cfg.optimizer, params=params, batch_size=cfg.batch_size)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rates = [group["lr"] for group in optimizer.param_groups]
     log.info(
@@ -227,10 +213,10 @@ def train(
 
 
 def compile_(model: nn.Module, device: torch.device) -> None:
-    """In place; on one GPU also as CUDA graphs, which replay the thousand launches of a step.
+    """Compile a model in place; on one GPU with CUDA graphs, which replay the launches of a step.
 
-    A fast GPU is through with 512 images before the host has launched them all. Not for several
-    processes, which talk to each other in between.
+    There are a thousand of them, and a fast GPU has computed 512 images before the host has made
+    them all. Several processes communicate during a step, which a graph can't hold.
     """
     graphs = device.type == "cuda" and distributed.world_size() == 1
     model.compile(mode="reduce-overhead" if graphs else None)

@@ -15,10 +15,10 @@ READS = ("tracking",)
 
 
 def dashboard(cfg: DictConfig, run: Run, out: Place = "dashboard.json") -> dict[str, float]:
-    """A saved view in the project of `tracking`, if logged in; else `out`, which says what it will
-    be. Counts panels.
+    """Save the panels as a view of the project of `tracking` or, without a login, in `out`.
 
-    UserError without the extra, where W&B can't be reached, and where `out` can't be written.
+    Returns their number. UserError without the extra, if W&B can't be reached, and if `out` can't
+    be written.
     """
     project, entity = cfg.tracking.get("project"), cfg.tracking.get("entity")
     if project is None:

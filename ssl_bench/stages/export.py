@@ -35,9 +35,9 @@ log = logging.getLogger(__name__)
 
 RECIPE = ("method", "backbone", "data", "augmentation", "optimizer", "schedule")
 RECIPE += ("epochs", "batch_size", "precision", "seed")
-# keys of a recipe that are about this machine or this program
+# keys that a recipe leaves out: they are about this machine or this program
 PLACES = ("_target_", "root", "cache", "workers")
-TOLERANCE = 1e-3  # of ONNX's outputs, relative to the largest: it sums in another order
+TOLERANCE = 1e-3  # for ONNX's outputs, relative to the largest: it sums in another order
 
 
 READS = ("pretrained", "runs", "backbone")
@@ -46,31 +46,26 @@ READS = ("pretrained", "runs", "backbone")
 def export(
     cfg: DictConfig, run: Run, out: Place, image_size: PositiveInt | None = None, onnx: bool = True
 ) -> dict[str, float]:
-    """Write the folder `out`: the backbone and, where the file has one, its classifier as fc.weight
-    and fc.bias.
+    """Write the folder `out` with the backbone and, if there is one, its classifier (fc.*).
 
-    model.safetensors, model.pth (a state dict), model.onnx, README.md with the recipe and the
-    numbers of `cfg.runs`, as far as they measured these very weights, SHA256SUMS. An export that is
-    there is replaced as a whole. What ONNX can't express costs model.onnx alone, with a warning.
-    Returns the number of tensors. UserError for a folder that holds something else or can't be
-    written, and where none of the runs did.
+    Its files are model.safetensors, model.pth (a state dict), model.onnx, SHA256SUMS, and README.md
+    with the recipe and the numbers of those `cfg.runs` that measured these weights. An earlier
+    export in the folder is replaced as a whole. A network that ONNX can't express has no
+    model.onnx, with a warning. Returns the number of tensors. UserError for a folder that holds
+    something else or can't be written, and for runs of which none measured these weights.
     """
     if not run.is_main:
         return {}
     folder = Path(out)
-    if (
-        folder.exists()
-        and not (folder / files.SUMS).is_file()
-        and (not folder.is_dir() or any(folder.iterdir()))
-    ):
+    is_export = (folder / files.SUMS).is_file()
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not is_export and not is_empty:
         raise UserError(f"stage.out={out}: is there already, and is no export; name a new folder")
     with writable("stage.out", out):
-        for place in (
-            next(parent for parent in folder.absolute().parents if parent.exists()),
-            folder,
-        ):
+        parent = next(parent for parent in folder.absolute().parents if parent.exists())
+        for place in (parent, folder):
             if place.exists():
-                # said now, and not after the weights are loaded
+                # tried now, and not after the weights are loaded
                 tempfile.TemporaryFile(dir=place).close()
     given = record.find(files.places(cfg.runs))
     pretrained = open_pretrained(cfg)
@@ -81,9 +76,8 @@ def export(
             "name runs that did"
         )
     if given:
-        log.info(
-            "numbers of %d of %d runs: those that measured these weights", len(measured), len(given)
-        )
+        counts = len(measured), len(given)
+        log.info("numbers of %d of %d runs: those that measured these weights", *counts)
     if said := grouping.left_out(measured):
         log.warning(said)
     size = pretrained.view(image_size, None)[1].image_size
@@ -118,9 +112,7 @@ export.single_process = True
 
 
 def replace(folder: Path, partial: Path) -> None:
-    """Put the files of `partial` in place of the export in `folder`, and delete what only that one
-    had.
-    """
+    """Put the export in `partial` in place of the one in `folder`, of which no file is left."""
     before, now = files.listed(folder), files.listed(partial)
     if before and before.get("model.pth") != now["model.pth"]:
         log.warning("%s held an export of other weights, which this one replaces", folder)
@@ -128,9 +120,9 @@ def replace(folder: Path, partial: Path) -> None:
     for name in now:
         os.replace(partial / name, folder / name)
     for name in before.keys() - now.keys():
-        if Path(name).name == name:  # a list from elsewhere may name what lies outside
+        if Path(name).name == name:  # a list from elsewhere may name files outside of the folder
             (folder / name).unlink(missing_ok=True)
-    # last: until then a repeated command knows what to delete
+    # last: with the former list a repeated command knows what to delete
     os.replace(partial / files.SUMS, folder / files.SUMS)
 
 
@@ -139,7 +131,7 @@ def write_weights(state: weights.State, pretrained: Pretrained, folder: Path) ->
 
     state = {key: value.contiguous() for key, value in state.items()}
     metadata = {"format": "pt"}
-    if config := pretrained.config:  # then predict needs nothing but this file
+    if config := pretrained.config:  # so that stage=predict needs no other file
         kept = recipe(config) | {
             "backbone": pretrained.network,
             "stage": config.get("stage"),
@@ -148,44 +140,40 @@ def write_weights(state: weights.State, pretrained: Pretrained, folder: Path) ->
         }
         metadata["ssl_bench"] = json.dumps(kept)
     metadata[weights.DIGEST] = weights.digest(state, metadata.get("ssl_bench", ""))
-    # save_file's are for the owner only
+    # not save_file, whose files only their owner can read
     (folder / "model.safetensors").write_bytes(save(state, metadata))
     torch.save(state, folder / "model.pth")
 
 
 def try_onnx(pretrained: Pretrained, image_size: int, path: Path) -> str:
-    """`write_onnx`. Returns why there is no such file, where the network has what ONNX or its
-    exporter doesn't know.
-    """
+    """Write model.onnx, and return why there is none: ONNX or its exporter can't express it."""
     network = nn.Sequential(pretrained.backbone, pretrained.classifier or nn.Identity()).eval()
     try:
         write_onnx(network, image_size, path)
     except OSError:  # a full disk
         raise
-    # of torch's exporter, onnxscript and onnxruntime, which have many kinds
+    # torch's exporter, onnxscript and onnxruntime raise errors of many classes
     except Exception as error:
         path.unlink(missing_ok=True)
-        while error.__cause__:  # the exporter wraps what it stumbled over in pages of advice
+        while error.__cause__:  # the exporter wraps the cause in pages of advice
             error = error.__cause__
-        reason = next(
-            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
+        lines = filter(None, map(str.strip, str(error).splitlines()))
+        reason = next(lines, type(error).__name__)
         log.warning("no model.onnx, but all else: %s", reason)
         return reason
     return ""
 
 
 def write_onnx(network: nn.Module, image_size: int, path: Path) -> None:
-    """Normalised images (batch, 3, image_size, image_size) -> features, or logits. Needs onnx and
-    onnxscript; without them says so, and writes nothing. Where onnxruntime is installed, its
-    outputs are compared with torch's.
+    """model.onnx: normalised images (batch, 3, image_size, image_size) -> features, or logits.
+
+    Without onnx and onnxscript nothing is written, with a warning. With onnxruntime, its outputs
+    are compared with torch's: RuntimeError if they differ.
     """
-    if missing := [
-        name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None
-    ]:
-        log.warning(
-            "no model.onnx, for want of %s: pip install 'ssl_bench[onnx]'", " and ".join(missing)
-        )
+    needed = ("onnx", "onnxscript")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        names = " and ".join(missing)
+        log.warning("no model.onnx, for want of %s: pip install 'ssl_bench[onnx]'", names)
         return
     images = torch.randn(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     with warnings.catch_warnings(action="ignore"):
@@ -227,33 +215,32 @@ def card(
     image_size: int | None,
     no_onnx: str = "",
 ) -> str:
-    """no_onnx: why there is no model.onnx, where that was tried."""
-    config, classifier, rows = (
-        pretrained.config,
-        pretrained.classifier,
-        grouping.evaluations(measured),
-    )
+    """The text of README.md. no_onnx: why the export of model.onnx failed; "": it didn't."""
+    config, classifier = pretrained.config, pretrained.classifier
     packed, view = pretrained.view(image_size, None)
-    mean, std = (
-        tuple(round(x, 4) for x in values.flatten().tolist()) for values in view.normalize.buffers()
-    )
+    buffers = view.normalize.buffers()
+    mean, std = (tuple(round(x, 4) for x in values.flatten().tolist()) for values in buffers)
     resized = round(view.image_size * view.resize)
+    numbers, spread = "None were given (`runs=` of `stage=export`).", ""
+    if rows := grouping.evaluations(measured):
+        numbers = tables.table(rows, ["val_top1", "val_top5", "n"])
+        spread = "On the val split: mean ± standard deviation over n seeds."
+    classes = ""
+    if pretrained.classes:
+        names = ", ".join(map(str, pretrained.classes))
+        classes = plain(f"Classes, in the order of the logits: {names}.")
     parts = [
         f"# {name}",
         plain(about(pretrained)),
         "## Numbers",
-        tables.table(rows, ["val_top1", "val_top5", "n"])
-        if rows
-        else "None were given (`runs=` of `stage=export`).",
-        "On the val split: mean ± standard deviation over n seeds." if rows else "",
+        numbers,
+        spread,
         "## Input",
         f"RGB, uint8: the centre square at {packed} pixels, resized to {resized} (bilinear, "
         f"antialiased, rounded to uint8), the centre {view.image_size} x {view.image_size} cut "
         f"out, divided by 255; mean {mean}, std {std}. Output: {pretrained.backbone.dim} features"
         + (f", then {classifier.out_features} logits." if classifier else "."),
-        plain(f"Classes, in the order of the logits: {', '.join(map(str, pretrained.classes))}.")
-        if pretrained.classes
-        else "",
+        classes,
         "## Use",
         fenced("python", usage(pretrained)),
         "A ResNet's names are torchvision's and timm's alike. `model.pth` holds the same tensors "
@@ -271,32 +258,30 @@ def card(
 
 
 def fenced(language: str, code: str) -> str:
-    """A block of Markdown, behind a fence that the code doesn't hold."""
+    """A block of code in Markdown, between fences that don't occur in the code."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
     return f"{fence}{language}\n{code}\n{fence}"
 
 
 def recipe(config: dict[str, Any]) -> dict[str, Any]:
-    """What another person needs of a configuration."""
+    """The part of a configuration that another person needs."""
 
     def portable(node: Any) -> Any:
-        return (
-            {key: value for key, value in node.items() if key not in PLACES}
-            if isinstance(node, dict)
-            else node
-        )
+        if not isinstance(node, dict):
+            return node
+        return {key: value for key, value in node.items() if key not in PLACES}
 
     return {key: portable(config[key]) for key in RECIPE if config.get(key) is not None}
 
 
 def about(pretrained: Pretrained) -> str:
+    """A sentence or two on what the weights are and where they come from."""
     config = pretrained.config
     network = pretrained.network.get("name", "network")
     if not config:
         return f"A {network}, exported by ssl_bench {__version__} from {pretrained.path.name}."
-    method, stage, data = (
-        (config.get(group) or {}).get("name") for group in ("method", "stage", "data")
-    )
+    nodes = (config.get(group) or {} for group in ("method", "stage", "data"))
+    method, stage, data = (node.get("name") for node in nodes)
     epochs, batch_size = config.get("epochs"), config.get("batch_size")
     text = f"A {network}: {method or stage} on {data}, {epochs} epochs, batch {batch_size}"
     text += f", exported by ssl_bench {__version__} from `{pretrained.path.name}`"
@@ -315,28 +300,24 @@ def about(pretrained: Pretrained) -> str:
 
 
 def usage(pretrained: Pretrained) -> str:
-    own = {
-        key: value for key, value in pretrained.network.items() if key not in ("name", "_target_")
-    }
+    """Python that loads model.safetensors: with torchvision if it has this network, or with us."""
+    items = pretrained.network.items()
+    own = {key: value for key, value in items if key not in ("name", "_target_")}
     module, _, name = current(pretrained.network["_target_"]).rpartition(".")
     classes = pretrained.classifier and pretrained.classifier.out_features
     resnet, output = name.startswith("resnet"), "logits" if classes else "features"
     lines = ["import torch", "from safetensors.torch import load_file"]
     if resnet and (own.get("stem", "imagenet"), own.get("width", 64)) == ("imagenet", 64):
         lines += [f"from torchvision.models import {name}", ""]
-        lines += (
-            [f"network = {name}(num_classes={classes})"] if classes else [f"network = {name}()"]
-        )
-        lines += [] if classes else ["network.fc = torch.nn.Identity()"]
+        if classes:
+            lines += [f"network = {name}(num_classes={classes})"]
+        else:
+            lines += [f"network = {name}()", "network.fc = torch.nn.Identity()"]
     else:
         arguments = ", ".join(f"{key}={value!r}" for key, value in own.items())
         lines += [f"from {module} import {name}", "", f"network = {name}({arguments})"]
         lines += [f"network.fc = torch.nn.Linear(network.dim, {classes})"] if classes else []
     call = "network.fc(network(images))" if classes and not resnet else "network(images)"
-    return "\n".join(
-        [
-            *lines,
-            'network.load_state_dict(load_file("model.safetensors"))',
-            f"network.eval()  # {call}: {output}",
-        ]
-    )
+    lines += ['network.load_state_dict(load_file("model.safetensors"))']
+    lines += [f"network.eval()  # {call}: {output}"]
+    return "\n".join(lines)

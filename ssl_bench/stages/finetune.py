@@ -41,13 +41,12 @@ def finetune(
     mixup: NonNegativeFloat = 0.0,
     test_resize: Resize = 256 / 224,
 ) -> dict[str, float]:
-    """Returns top-1, top-5 (percent) and cross-entropy on the val split after the last epoch, which
-    choose nothing.
+    """Returns top-1, top-5 (percent) and cross-entropy on the val split after the last epoch.
 
-    The last block's rate is the optimizer's, each earlier one's is `layer_decay` times the next
-    one's (as in BEiT, arXiv:2106.08254, and MAE, arXiv:2111.06377, A.2), the new layer's is
-    `head_lr`, scaled like the optimizer's. For trained_blocks and mixup see FineTune.
-    pretrained=null trains from scratch.
+    Nothing is chosen by them. The last block has the optimizer's learning rate, each earlier block
+    `layer_decay` times that of the next one (as in BEiT, arXiv:2106.08254, and MAE,
+    arXiv:2111.06377, A.2), the new layer `head_lr`, scaled like the optimizer's. For trained_blocks
+    and mixup see FineTune. pretrained=null trains from scratch.
     """
     check_optimizer(cfg, "lr")
     data = build.construct(cfg.data)
@@ -71,25 +70,20 @@ def finetune(
 
     frozen = digest(*model.frozen)
     groups = rates(cfg, model, head_lr, layer_decay)
-    result = train(
-        cfg,
-        run,
-        model,
-        source,
-        views,
-        lambda: evaluate(model, test.epoch_pass(), test_view),
-        groups,
-    )
+
+    def measure() -> dict[str, float]:
+        return evaluate(model, test.epoch_pass(), test_view)
+
+    result = train(cfg, run, model, source, views, measure, groups)
     assert digest(*model.frozen) == frozen, "the frozen blocks changed"
     return result
 
 
 def rates(cfg: DictConfig, model: FineTune, head_lr: float, layer_decay: float) -> list[dict]:
-    """Parameter groups with their rates, the last block's first: that is the one that is logged."""
-    base, head = (
-        scaled_lr(lr, cfg.batch_size, cfg.optimizer.scaling)
-        for lr in (cfg.optimizer.base_lr, head_lr)
-    )
+    """Parameter groups with their rates, the last block first: the log shows the first one's."""
+    scaling = cfg.optimizer.scaling
+    base = scaled_lr(cfg.optimizer.base_lr, cfg.batch_size, scaling)
+    head = scaled_lr(head_lr, cfg.batch_size, scaling)
     groups = [
         {"params": params, "lr": base * layer_decay**depth}
         for depth, params in enumerate(reversed(model.trained))

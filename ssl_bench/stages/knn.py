@@ -14,7 +14,7 @@ from ssl_bench.augment.views import EvalView
 from ssl_bench.config import build
 from ssl_bench.config.fields import Resize, Share
 from ssl_bench.data.pool import Progress
-from ssl_bench.data.source import fits
+from ssl_bench.data.source import Source, fits
 from ssl_bench.errors import UserError
 from ssl_bench.evaluate.features import extract_all
 from ssl_bench.evaluate.labels import few_labels, hold_out
@@ -30,7 +30,7 @@ from ssl_bench.stages._training import check_sizes, normalization, on_device, op
 log = logging.getLogger(__name__)
 
 Cell = tuple[int, float]  # k, temperature
-# of a hold_out that can't be made
+# for the error of a hold_out that can't be made: who chooses, and what to type instead
 CHOICE = ("stage=knn", "one of each: stage.k=[20] stage.temperatures=[0.07]")
 
 
@@ -47,13 +47,13 @@ def knn(
     temperatures: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.03, 0.07, 0.2),
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.2,
 ) -> dict[str, float]:
-    """Returns top-1 and top-5 (percent) on the val split, by the k and temperature that are best on
-    held-out images.
+    """Returns top-1 and top-5 (percent) on the val split.
 
-    Features are those of test views. In the exam the bank is the training split without the
-    held-out images; for the result it is all of it, and nothing but the result depends on the val
-    split. Also returns k, temperature and holdout_top1 (percent), and writes grid.csv. One k and
-    one temperature need no exam. See `neighbours.weighted_knn`.
+    Features are those of test views. k and temperature are chosen by an exam on held-out images of
+    the training split; the rest of the split is the bank of neighbours there. For the result the
+    bank is the whole training split, and nothing else depends on the val split. Also returns k,
+    temperature and holdout_top1 (percent), and writes grid.csv. One k and one temperature need no
+    exam. See `neighbours.weighted_knn`.
     """
     check_directory(cfg)
     check_holdout(holdout, exam := chooses(cfg.stage))
@@ -64,59 +64,40 @@ def knn(
     labels = split.labels if subset is None else split.labels[subset]
     if exam:
         check_unseen(cfg, split, *CHOICE)
-    room = len(labels) - hold_out(labels, holdout, cfg.seed, *CHOICE).sum() if exam else len(labels)
+    room = len(labels)  # of the bank
+    if exam:
+        room -= hold_out(labels, holdout, cfg.seed, *CHOICE).sum()
     cells = list(product([number for number in k if number <= room], temperatures))
     if not cells:
         raise UserError(
             f"stage.k={list(k)}: more than the {room:,} images of the bank; "
             f"choose at most stage.k=[{room}]"
         )
-    if left_out := [number for number in k if number > room]:
-        log.info(
-            "k %s left out: more than the %s images of the bank",
-            ", ".join(map(str, left_out)),
-            f"{room:,}",
-        )
+    if left_out := ", ".join(str(number) for number in k if number > room):
+        log.info("k %s left out: more than the %s images of the bank", left_out, f"{room:,}")
     backbone = on_device(load_pretrained(cfg), run).eval()
     check_sizes(cfg, backbone)
-    test_view = EvalView(cfg.augmentation.image_size, test_resize, *normalization(cfg)).to(
-        run.device
-    )
+    view = EvalView(cfg.augmentation.image_size, test_resize, *normalization(cfg)).to(run.device)
     source = open_source(cfg, run, data, "train", subset)
     test = open_source(cfg, run, data, "val")
 
-    bank = extract_all(
-        cfg.precision,
-        run,
-        backbone,
-        source,
-        lambda images, indices: test_view(images),
-        "features of train",
-    )
+    def features(images: Source, title: str) -> Tensor:
+        return extract_all(cfg.precision, run, backbone, images, lambda x, _: view(x), title)
+
+    bank = features(source, "features of train")
     labels, result, best = torch.from_numpy(source.labels[source.rows]), {}, cells[0]
     if exam:
         held = torch.from_numpy(hold_out(source.labels[source.rows], holdout, cfg.seed, *CHOICE))
-        scores = accuracy(
-            run, bank[held], labels[held], bank[~held], labels[~held], data.num_classes, cells
-        )
+        questions, others = (bank[held], labels[held]), (bank[~held], labels[~held])
+        scores = accuracy(run, *questions, *others, data.num_classes, cells)
         best = max(cells, key=lambda cell: scores[cell][0])  # the first of equals
         result["holdout_top1"] = scores[best][0]
         if run.is_main:
             report(run, {cell: top1 for cell, (top1, _) in scores.items()}, best, int(held.sum()))
             if best[0] == max(k) > min(k):
-                log.warning(
-                    "k %d is the largest tried: the best may lie beyond; "
-                    "add a larger one to stage.k",
-                    best[0],
-                )
-    queries = extract_all(
-        cfg.precision,
-        run,
-        backbone,
-        test,
-        lambda images, indices: test_view(images),
-        "features of val",
-    )
+                advice = "the best may lie beyond; add a larger one to stage.k"
+                log.warning("k %d is the largest tried: %s", best[0], advice)
+    queries = features(test, "features of val")
     targets = torch.from_numpy(test.labels[test.rows])
     top1, top5 = accuracy(run, queries, targets, bank, labels, data.num_classes, [best])[best]
     result |= {"k": best[0], "temperature": best[1], "val_top1": top1, "val_top5": top5}
@@ -141,18 +122,14 @@ def accuracy(
     num_classes: int,
     cells: list[Cell],
 ) -> dict[Cell, tuple[float, float]]:
-    """Top-1 and top-5 (percent) of queries (M, D) by a bank (N, D), for each cell; each process
-    computes its share.
+    """Top-1 and top-5 (percent) of queries (M, D) by a bank (N, D), for each cell.
 
-    Only classes that have a vote count among the five.
+    Each process computes its share. Only classes that have a vote count among the five.
     """
     if fits(bank.nbytes, run.device):
         bank = bank.to(run.device)  # once, not for each block of queries
-    rank, world, most = (
-        distributed.rank(),
-        distributed.world_size(),
-        max(number for number, _ in cells),
-    )
+    rank, world = distributed.rank(), distributed.world_size()
+    most = max(number for number, _ in cells)
     right = torch.zeros(len(cells), 2, dtype=torch.float64)
     share = queries[rank::world].split(QUERIES), targets[rank::world].split(QUERIES)
     with Progress(len(queries[rank::world]), "neighbours", run.is_main) as progress:
@@ -160,9 +137,8 @@ def accuracy(
             similarities, rows = nearest(block.to(run.device), bank, most)
             neighbours, wanted = labels[rows.cpu()].to(run.device), wanted.to(run.device)
             for i, (number, temperature) in enumerate(cells):
-                votes = vote(
-                    similarities[:, :number], neighbours[:, :number], num_classes, temperature
-                )
+                near, classes = similarities[:, :number], neighbours[:, :number]
+                votes = vote(near, classes, num_classes, temperature)
                 top = votes.topk(min(5, num_classes))
                 hits = (top.indices == wanted[:, None]) & (top.values > 0)
                 right[i] += torch.stack([hits[:, 0].sum(), hits.sum()]).cpu()
@@ -172,24 +148,18 @@ def accuracy(
 
 
 def report(run: Run, scores: dict[Cell, float], best: Cell, asked: int) -> None:
-    """The exam for people: in the log and in grid.csv."""
+    """Write the exam to the log and to grid.csv.
+
+    scores: top-1 of each cell. best: the cell that was chosen. asked: number of held-out images.
+    """
+    rows = [(*cell, top1) for cell, top1 in scores.items()]
     with open(run.directory / "grid.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(
-            [
-                ("k", "temperature", "holdout_top1"),
-                *((*cell, top1) for cell, top1 in scores.items()),
-            ]
-        )
+        csv.writer(file).writerows([("k", "temperature", "holdout_top1"), *rows])
     numbers, temperatures = (list(dict.fromkeys(values)) for values in zip(*scores, strict=True))
-    log.info(
-        "top-1 (%%) on %s held-out images, a line for each k, a column for each temperature:",
-        f"{asked:,}",
-    )
+    grid = "a line for each k, a column for each temperature"
+    log.info("top-1 (%%) on %s held-out images, %s:", f"{asked:,}", grid)
     log.info("%10s%s", "", "".join(f"{temperature:>10g}" for temperature in temperatures))
     for number in numbers:
-        log.info(
-            "%10d%s",
-            number,
-            "".join(f"{scores[number, temperature]:>10.1f}" for temperature in temperatures),
-        )
+        row = [f"{scores[number, temperature]:>10.1f}" for temperature in temperatures]
+        log.info("%10d%s", number, "".join(row))
     log.info("chosen: k %d, temperature %g", *best)

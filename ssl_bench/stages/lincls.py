@@ -2,7 +2,6 @@
 
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -38,6 +37,8 @@ from ssl_bench.stages._training import (
 )
 
 DEFAULT = GridOptions()
+Decays = Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)]
+# for the error of an exam that can't be held: who chooses, and what to type instead
 CHOICE = (
     "stage.features=cached",
     "stage.features=official, or leave nothing to choose: stage.lrs=[0.3] stage.weight_decays=[0]",
@@ -57,16 +58,14 @@ def lincls(
     features: Literal["official", "cached"] = "official",
     copies: WholeEpochs = DEFAULT.copies,
     lrs: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = DEFAULT.lrs,
-    weight_decays: Annotated[
-        tuple[NonNegativeFloat, ...], Field(min_length=1)
-    ] = DEFAULT.weight_decays,
+    weight_decays: Decays = DEFAULT.weight_decays,
     holdout: Annotated[float, Field(gt=0, lt=1)] = DEFAULT.holdout,
 ) -> dict[str, float]:
     """Returns top-1, top-5 (percent) and cross-entropy on the val split after the last epoch.
 
-    official: the protocol of main_lincls.py, in which the backbone sees freshly augmented images in
-    every epoch. (The images that don't fill the last batch of an epoch are left out of it.)
-    cached: it sees each image once, and a grid of classifiers learns from its features; see
+    features: "official" is the protocol of main_lincls.py, in which the backbone sees freshly
+    augmented images in every epoch (without those that don't fill its last batch). With "cached" it
+    sees each image once, and a grid of classifiers learns from its features; see
     `_lincls_grid.train_grid`.
     """
     options = GridOptions(copies, lrs, weight_decays, holdout)
@@ -81,10 +80,10 @@ def lincls(
     data.split("val")
     subset = few_labels(split.labels, labels_per_class, label_fraction, cfg.seed)
     check_batch(cfg, split.length if subset is None else len(subset))
-    if exam:  # said now, and not after the images are packed
+    if exam:  # errors come now, and not after the images are packed
         _labels.check_unseen(cfg, split, *CHOICE)
         hold_out(split.labels if subset is None else split.labels[subset], holdout, cfg.seed)
-    _labels.seen_by(cfg.pretrained).record(run)  # of the backbone, which this stage leaves as it is
+    _labels.seen_by(cfg.pretrained).record(run)  # the backbone learns from no more labels here
     backbone = load_pretrained(cfg)
     check_sizes(cfg, backbone)
     if normalize and features == "official":
@@ -97,22 +96,23 @@ def lincls(
     before = digest(backbone)
     if features == "cached":
         targets = source.labels[source.rows]
-        held = torch.from_numpy(
-            hold_out(targets, holdout, cfg.seed) if exam else np.zeros(len(targets), bool)
-        )
+        held = torch.zeros(len(targets), dtype=torch.bool)
+        if exam:
+            held = torch.from_numpy(hold_out(targets, holdout, cfg.seed))
         kept = 1 - held.double().mean().item()
-        grid = on_device(
-            LinearGrid(backbone, data.num_classes, len(options.cells), kept, normalize), run
-        )
+        grid = LinearGrid(backbone, data.num_classes, len(options.cells), kept, normalize)
+        on_device(grid, run)
         result = train_grid(cfg, run, grid, options, held, source, test, views, test_view)
     else:
         probe = LinearProbe(backbone, data.num_classes, normalize)
         if distributed.world_size() > 1:
             layers.sync_batch_norm_(probe.norm, run.device, cfg.compile)
         on_device(probe, run)
-        result = train(
-            cfg, run, probe, source, views, lambda: evaluate(probe, test.epoch_pass(), test_view)
-        )
+
+        def measure() -> dict[str, float]:
+            return evaluate(probe, test.epoch_pass(), test_view)
+
+        result = train(cfg, run, probe, source, views, measure)
     assert digest(backbone) == before, "the frozen backbone changed"
     return result
 

@@ -1,4 +1,4 @@
-"""Stage pipeline: pretrain, classify what was learnt beside its baselines, and show both."""
+"""Stage pipeline: pretrain, evaluate the features beside those of baselines, and show both."""
 
 import logging
 import os
@@ -28,11 +28,11 @@ from ssl_bench.stages.pretrain import picture
 
 log = logging.getLogger(__name__)
 
-# What an evaluation shares with the pretraining it follows, unless its own overrides say otherwise.
+# Keys that an evaluation shares with the pretraining, unless its own overrides say otherwise.
 SHARED = ("data", "backbone", "tracking", "device", "devices", "precision", "zero_init_residual")
 READS = PRETRAINING
 IDLE = {
-    "method.name=random": (*RECIPE[1:], *EVERY),  # its pictures show the augmentation
+    "method.name=random": (*RECIPE[1:], *EVERY),  # the augmentation is read for the picture
     "method.name=supervised": ("eval_every",),
 }
 
@@ -44,25 +44,24 @@ def pipeline(
     rows: dict[str, list[str] | None],
     seeds: list[NonNegativeInt],
 ) -> dict[str, float]:
-    """Pretrain by cfg, then `stage=lincls` with the overrides `protocol`, those of each row, and
-    each seed.
+    """Pretrain by cfg, then run `stage=lincls` for each row and each seed.
 
-    A row whose overrides begin with another stage, like stage=knn, is that, without the protocol.
-    Every run has a directory below the pipeline's and continues by itself. Returns each row's mean
-    top-1 (percent), and what the pretraining cost.
+    protocol: overrides of every evaluation. rows: {name: its own overrides}. If these begin with
+    another stage, like stage=knn, the row is that one, without the protocol. Every run has a
+    directory below the pipeline's and continues by itself. Returns the mean top-1 (percent) of each
+    row, and the costs of the pretraining.
     """
-    pretraining = _with(
-        cfg, dir=f"{cfg.dir}/pretrain", stage=hydra.compose("config", ["stage=pretrain"]).stage
-    )
+    stage = hydra.compose("config", ["stage=pretrain"]).stage
+    pretraining = _with(cfg, dir=f"{cfg.dir}/pretrain", stage=stage)
     evaluations = {
         name: [evaluation(cfg, name, protocol, overrides, seed) for seed in seeds]
         for name, overrides in rows.items()
         if overrides is not None
     }
     for member in chain([pretraining], *evaluations.values()):
-        if name := member.tracking.get("name"):  # theirs, too, and each has one
+        if name := member.tracking.get("name"):  # each member needs a name of its own
             member.tracking.name = f"{name} {os.path.relpath(member.dir, cfg.dir)}"
-        build.check(member)  # all of it, before any of it takes time
+        build.check(member)  # all members, before any of them takes time
     if _labels.learns_labels(cfg.method):
         for member in chain(*evaluations.values()):
             check_choice(member, pretraining)
@@ -76,7 +75,7 @@ def pipeline(
                 results.setdefault(name, []).append(top1)
         if name in results:
             log.info("%s: top-1 %s", name, ", ".join(f"{value:.1f}" for value in results[name]))
-    if distributed.any_rank(bool(results)):  # some stages tell them to rank 0 alone
+    if distributed.any_rank(bool(results)):  # some stages return them on rank 0 alone
         if run.is_main:
             print(f"\n{figure.table(results, 'top-1')}")
         picture = run.directory / "overview.png"
@@ -85,30 +84,27 @@ def pipeline(
             if run.is_main:
                 run.log_image(0, "overview", picture)
                 print(f"\npicture: {picture}")
-        except Exception as error:  # whatever it is, it must not cost the result
+        except Exception as error:  # whatever it is: without a picture the results still count
             log.warning("no picture: %s: %s", type(error).__name__, error)
     top1 = {f"{name} top-1": units.mean_std(values)[0] for name, values in results.items()}
     return top1 | cost(MetricsFile.read(run.directory / "pretrain" / "metrics.jsonl"))
 
 
-pipeline.single_process = True  # its members start their own
+pipeline.single_process = True  # its members start processes of their own
 
 
 def check_choice(member: DictConfig, pretraining: DictConfig) -> None:
-    """UserError for an evaluation that would choose by labels which the pretraining has learnt
-    from.
-    """
-    stage = build.locate(member.stage._target_, "stage")
-    on = member.pretrained is not None and identity.real(member.pretrained) == identity.real(
-        pretraining.dir
-    )
-    chooses = on and member.data.name == pretraining.data.name and hasattr(stage, "chooses")
-    if chooses and stage.chooses(member.stage):
+    """UserError for an evaluation that would choose by labels that the pretraining learns from."""
+    stage, source = build.locate(member.stage._target_, "stage"), member.pretrained
+    if source is None or identity.real(source) != identity.real(pretraining.dir):
+        return
+    same_data = member.data.name == pretraining.data.name
+    if same_data and hasattr(stage, "chooses") and stage.chooses(member.stage):
         raise UserError(_labels.refusal(member, *stage.choice))
 
 
 def cost(lines: list[dict[str, float]]) -> dict[str, float]:
-    """Of a training, from its metrics.jsonl; nothing where nothing was trained."""
+    """The costs of a training, from its metrics.jsonl; empty if nothing was trained."""
     if not lines:
         return {}
     rate = median(line["images_per_second"] for line in lines if "images_per_second" in line)
@@ -121,16 +117,14 @@ def evaluation(
     """The configuration of a row's run. UserError for overrides that it would ignore."""
     overrides = own if own and own[0].startswith("stage=") else ["stage=lincls", *protocol, *own]
     keys = {word: typed.key_of(word) for word in overrides}
-    chosen = {*keys.values()}  # of a group that isn't, single keys may be changed
-    changed = [
-        word
-        for word, key in keys.items()
-        if (root := key.partition(".")[0]) in SHARED and root not in chosen
-    ]
+    chosen = {*keys.values()}
+    # single keys of a shared group, which isn't chosen anew: they change the pretraining's
+    roots = {word: key.partition(".")[0] for word, key in keys.items()}
+    changed = [word for word, root in roots.items() if root in SHARED and root not in chosen]
     member = hydra.compose("config", [word for word in overrides if word not in changed])
     shared = {key: cfg[key] for key in SHARED if key not in chosen}
     made = _with(member, seed=seed, dir=f"{cfg.dir}/{identity.slug(name)}/seed{seed}", **shared)
-    for key in ("mean", "std"):  # the baselines see the same images, too
+    for key in ("mean", "std"):  # so that the baselines see the same images
         if key in made.augmentation and made.augmentation[key] is None:
             made.augmentation[key] = cfg.augmentation[key]
     for override in OverridesParser.create().parse_overrides(changed):
@@ -144,13 +138,13 @@ def evaluation(
 
 
 def _with(cfg: DictConfig, **nodes: object) -> DictConfig:
-    """A copy with other nodes in place of its own."""
+    """A copy with these nodes in place of its own."""
     changed = OmegaConf.create(OmegaConf.to_container(cfg))
     with open_dict(changed):
         for key, node in nodes.items():
-            changed[key] = (
-                OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-            )
+            if OmegaConf.is_config(node):
+                node = OmegaConf.to_container(node, resolve=True)
+            changed[key] = node
     return changed
 
 
@@ -161,8 +155,7 @@ def draw(
     results: dict[str, list[float]],
     path: Path,
 ) -> None:
-    """overview.png: curves, accuracies, augmented views, and a map of the pretrained features of
-    the test split.
+    """overview.png: curves, accuracies, augmented views, and a map of features of the val split.
 
     All processes compute the features; rank 0 draws.
     """
@@ -171,14 +164,9 @@ def draw(
     views = build.construct(cfg.augmentation).to(run.device)
     backbone = build.construct(cfg.backbone)
     weights.load_backbone(backbone, f"{cfg.dir}/pretrain")
-    test_view = EvalView(views.image_size, 1.0, *normalization(cfg)).to(run.device)
-    features = extract_all(
-        cfg.precision,
-        run,
-        on_device(backbone, run).eval(),
-        test,
-        lambda images, _: test_view(images),
-    )
+    view = EvalView(views.image_size, 1.0, *normalization(cfg)).to(run.device)
+    on_device(backbone, run).eval()
+    features = extract_all(cfg.precision, run, backbone, test, lambda images, _: view(images))
     if not run.is_main:
         return
     images, _, indices = next(train_images.epoch_pass())
@@ -187,6 +175,5 @@ def draw(
     for name in results:
         curves[name] = MetricsFile.read(Path(evaluations[name][0].dir) / "metrics.jsonl")
     title = f"{cfg.method.name}, {cfg.backbone.name}, {cfg.data.name}"
-    figure.overview(
-        path, title, curves, shown.cpu(), features.numpy(), test.labels[test.rows], results
-    )
+    labels = test.labels[test.rows]
+    figure.overview(path, title, curves, shown.cpu(), features.numpy(), labels, results)

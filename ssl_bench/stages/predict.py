@@ -26,7 +26,7 @@ BLOCK = 4096  # images between two saves
 
 
 class Position:
-    """Where the written rows end."""
+    """Where the written rows of images.csv end, as the state of a checkpoint."""
 
     bytes = 0
 
@@ -50,14 +50,13 @@ def predict(
     bit_depth: BitDepth | None = None,
     value_range: ValueRange | None = None,
 ) -> dict[str, float]:
-    """Write images.csv, a row for each image below the folder `images`, and features.npy, float32
-    (rows, dim).
+    """Write images.csv and features.npy, float32 (rows, dim), of all images below a folder.
 
-    A row is the path below the folder and, where `cfg.pretrained` has a classifier, the likeliest
-    label, its probability and, where its classes have names, that. Images are shown as its run
-    showed test images, unless image_size (pixels) or test_resize say so; likewise what values of
-    more than 8 bits mean.
-    Returns the number of images.
+    A row of images.csv is the path below the folder and, if `cfg.pretrained` has a classifier, the
+    likeliest label, its probability and, if the classes have names, its name. Images are shown as
+    the run of the weights showed test images, unless image_size (pixels) or test_resize say
+    otherwise; values of more than 8 bits mean what they meant there, unless bit_depth or
+    value_range do. Returns the number of images.
     """
     check_directory(cfg)
     if distributed.world_size() > 1:
@@ -74,9 +73,8 @@ def predict(
             "so that nothing is left to write; name a run of stage=lincls or stage=finetune"
         )
     packed, view = pretrained.view(image_size, test_resize)
-    check_size(
-        "stage.image_size", view.image_size, pretrained.backbone, pretrained.network.get("name")
-    )
+    name = pretrained.network.get("name")
+    check_size("stage.image_size", view.image_size, pretrained.backbone, name)
     data = open_images(cfg, pretrained, packed)
     split = data.split("pretrain")
     source = open_source(cfg, run, data, "pretrain")
@@ -89,34 +87,24 @@ def predict(
     done = saved = run.restore(position=position)
     source.rows = source.rows[done:]
     path, array = run.directory / "features.npy", None
-    if features:
-        array = (
-            np.load(path, mmap_mode="r+")
-            if done
-            else new_array(path, np.float32, (total, backbone.dim))
-        )
+    if features and done:
+        array = np.load(path, mmap_mode="r+")
+    elif features:
+        array = new_array(path, np.float32, (total, backbone.dim))
+    header = ["image"]
+    header += ["label", "probability"] if classifier is not None else []
+    header += ["name"] if names else []
+    text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     with (
-        open(
-            run.directory / "images.csv",
-            "r+" if done else "w",
-            newline="",
-            encoding="utf-8",
-            errors="surrogateescape",
-        ) as file,
+        open(run.directory / "images.csv", "r+" if done else "w", **text) as file,
         Progress(total - done, "predictions") as progress,
         torch.inference_mode(),
     ):
         file.seek(position.bytes)
-        file.truncate()  # rows after the last save
+        file.truncate()  # without the rows after the last save
         table = csv.writer(file)
         if done == 0:
-            table.writerow(
-                [
-                    "image",
-                    *(("label", "probability") if classifier else ()),
-                    *(("name",) if names else ()),
-                ]
-            )
+            table.writerow(header)
         for batch, _, indices in source.epoch_pass():
             with autocast(cfg.precision, run.device):
                 seen = backbone(view(batch))
@@ -124,10 +112,8 @@ def predict(
             columns = [[os.path.relpath(split.where(index), root) for index in indices.tolist()]]
             if classifier is not None:
                 best = classifier(seen).softmax(dim=1).max(dim=1)
-                columns += [
-                    best.indices.tolist(),
-                    [f"{value:.4f}" for value in best.values.tolist()],
-                ]
+                columns.append(best.indices.tolist())
+                columns.append([f"{value:.4f}" for value in best.values.tolist()])
             if names:
                 columns.append([names[label] for label in columns[1]])
             table.writerows(zip(*columns, strict=True))
@@ -137,33 +123,29 @@ def predict(
             progress.add(len(seen))
             stop = run.stopping(done)
             if stop or done - saved >= BLOCK or done == total:
-                position.bytes = file.tell()  # written, too
+                position.bytes = file.tell()  # which flushes the rows to the file
                 run.save(done, position=position)
                 saved = done
             if stop and done < total:
                 run.interrupt(done)
     log_result(run, {"images": total})
-    print(
-        f"{total:,} images in {run.directory}: images.csv" + (", features.npy" if features else "")
-    )
+    written = "images.csv, features.npy" if features else "images.csv"
+    print(f"{total:,} images in {run.directory}: {written}")
     return {"images": total}
 
 
 def open_images(cfg: DictConfig, pretrained: Pretrained, image_size: int) -> Images:
+    """The images of the folder, to be packed at `image_size` pixels."""
     root = Path(cfg.stage.images)
-    given = {
-        key: cfg.stage[key] for key in ("bit_depth", "value_range") if cfg.stage[key] is not None
-    }
-    known = pretrained.config.get("data", {})
-    values = given or {
-        key: known[key] for key in ("bit_depth", "value_range") if known.get(key) is not None
-    }
+    keys, known = ("bit_depth", "value_range"), pretrained.config.get("data", {})
+    given = {key: cfg.stage[key] for key in keys if cfg.stage[key] is not None}
+    values = given or {key: known[key] for key in keys if known.get(key) is not None}
     kept = {"on_error": cfg.data.on_error, "cache": cfg.data.cache, "workers": cfg.data.workers}
     return Images(str(root), image_size, **values, **kept)
 
 
 def find_split(cfg: DictConfig, name: str) -> Split:
-    """Of the images that the stage looks at, which aren't those of `data`."""
+    """The images that the stage looks at: not those of `data`."""
     pretrained = open_pretrained(cfg)
     packed, _ = pretrained.view(cfg.stage.image_size, cfg.stage.test_resize)
     return open_images(cfg, pretrained, packed).split(name)

@@ -44,7 +44,7 @@ IDLE = {
     "method.name=random": (*RECIPE, *EVERY, *IMAGES, "stage.online_images", "pretrained"),
     "eval_every=0": ("stage.online_images",),
     "stage.online_images=0": ("eval_every",),
-    # learns from all labels that could judge it
+    # it learns from all the labels that could judge it
     "method.name=supervised": ("eval_every", "stage.online_images"),
 }
 
@@ -52,10 +52,9 @@ IDLE = {
 def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) -> dict[str, float]:
     """Returns what the last step logged.
 
-    The backbone begins with the weights of `cfg.pretrained`, the rest of the method as its seed
-    has it, whatever the backbone begins with.
-    online_images: so many labelled images show every `eval_every` epochs what is learnt; see
-    `online`.
+    The backbone begins with the weights of `cfg.pretrained`; the rest of the method is initialised
+    from the seed, the same with and without these weights. online_images: how many labelled images
+    show every `eval_every` epochs what is learnt; see `online`.
     """
     if str(cfg.metric).startswith("val_"):
         raise UserError(
@@ -106,10 +105,10 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
 def online(
     cfg: DictConfig, run: Run, data: Dataset, model: Method, views: Views, num_images: int
 ) -> Callable[[], dict[str, float]] | None:
-    """Measures the backbone on `num_images` images of the train split, a fifth of which is asked
-    for by the others.
+    """A function that measures the backbone on `num_images` images of the train split.
 
-    None where there are no labels, or too few. The test split is never looked at.
+    The labels of a fifth of them are predicted from the others. The val split is never looked at.
+    None: there are no labels, too few, or the weights have learnt from them.
     """
     source = judges(cfg, run, data, num_images)
     if source and _labels.are_seen(cfg, data.split("train")):
@@ -127,21 +126,17 @@ def online(
     test_view = EvalView(views.image_size, 1.0, *normalization(cfg)).to(run.device)
 
     def evaluate() -> dict[str, float]:
-        features = extract_all(
-            cfg.precision,
-            run,
-            model.backbone.eval(),
-            source,
-            lambda images, indices: test_view(images),
-        )
+        backbone = model.backbone.eval()
+        features = extract_all(cfg.precision, run, backbone, source, lambda x, _: test_view(x))
         return knn_and_ridge(features, torch.from_numpy(targets), asked)
 
     return evaluate
 
 
 def judges(cfg: DictConfig, run: Run, data: Dataset, num_images: int) -> Source | None:
-    """At most so many images of the train split, of two classes or more and two of each or more;
-    None without them.
+    """At most `num_images` images of the train split, at least two of each of two classes or more.
+
+    None: there are no such images.
     """
     try:
         known = data.split("train").labels
@@ -155,15 +150,13 @@ def judges(cfg: DictConfig, run: Run, data: Dataset, num_images: int) -> Source 
     if not len(chosen):
         return None
     source = open_source(cfg, run, data, "train", chosen)
-    # again: those that can't be decoded are left out
+    # once more, since images that can't be decoded were left out
     source.rows = source.rows[paired(source.labels[source.rows])]
     return source if len(source.rows) else None
 
 
 def paired(targets: np.ndarray) -> np.ndarray:
-    """Mask of the images whose class has another one, to learn from and to ask for; none where that
-    is one class.
-    """
+    """Mask of the images whose class has another image; empty if only one class has two."""
     _, of, counts = np.unique(targets, return_inverse=True, return_counts=True)
     return (counts > 1)[of] & ((counts > 1).sum() > 1)
 
@@ -176,19 +169,15 @@ def show_views(
     from torchvision.utils import make_grid, save_image
 
     images, _, indices = next(source.epoch_pass())
-    # Of a whole batch: a compiled augmentation would be compiled for every other size.
+    # a whole batch, since a compiled augmentation would be compiled again for another size
     shown = picture(views, images, keys(cfg.seed, 0, indices))[:, :num_images]
-    save_image(
-        make_grid(shown.flatten(0, 1).float() / 255, nrow=shown.shape[1]),
-        run.directory / "views.png",
-    )
+    grid = make_grid(shown.flatten(0, 1).float() / 255, nrow=shown.shape[1])
+    save_image(grid, run.directory / "views.png")
     run.log_image(0, "views", run.directory / "views.png")
 
 
 def picture(views: Views, images: Tensor, image_keys: Tensor) -> Tensor:
-    """uint8 images (N, 3, H, W) -> (1 + V, N, 3, S, S) uint8: themselves, then their V views, all
-    of one size.
-    """
+    """uint8 images (N, 3, H, W) -> uint8 (1 + V, N, 3, S, S): the images, then their V views."""
     from torchvision.transforms.v2.functional import resize
 
     rows = [images, *(views.denormalize(view) for view in views(images, image_keys))]

@@ -1,4 +1,4 @@
-"""Stage report: runs as a page, a text and a file of results."""
+"""Stage report: the results of runs as a page, a text and a file."""
 
 import logging
 from pathlib import Path
@@ -26,30 +26,14 @@ from ssl_bench.stages._training import check_size, on_device, open_source
 
 log = logging.getLogger(__name__)
 
-KEPT = (
-    "started",
-    "platform",
-    "python",
-    "packages",
-    "git_commit",
-    "git_dirty",
-    "cpu_threads",
-    "gpus",
-)
-TOLERANCE = 0.05  # points of top-1 by which predictions made again may miss the run's own
+# what results.json keeps of environment.json
+KEPT = ("started", "platform", "python", "packages", "git_commit", "git_dirty")
+KEPT += ("cpu_threads", "gpus")
+TOLERANCE = 0.05  # points by which the top-1 of new predictions may differ from the run's
 
 
-READS = (
-    "runs",
-    "metric",
-    "data.name",
-    "data.root",
-    "data.cache",
-    "data.workers",
-    "source",
-    "batch_size",
-    "device",
-)
+DATA = ("data.name", "data.root", "data.cache", "data.workers")
+READS = ("runs", "metric", *DATA, "source", "batch_size", "device")
 
 
 def report(
@@ -59,12 +43,11 @@ def report(
     details: NonNegativeInt = 3,
     readme: Place | None = None,
 ) -> dict[str, float]:
-    """Write report.html, results.md and results.json of the runs at or below `cfg.runs`; fill the
-    tables of `readme`.
+    """Write report.html, results.md and results.json of the runs at or below `cfg.runs`.
 
-    details: of the best groups of runs, so many are loaded, for what needs a network: predictions,
-    neighbours, a map. Returns how many runs there are and how many are finished. UserError where
-    there is nothing to report.
+    details: how many of the best groups of runs are loaded, for predictions, neighbours and a map.
+    readme: a Markdown file whose tables are made anew. Returns how many runs there are and how many
+    are finished. UserError if there is nothing to report.
     """
     paths = files.places(cfg.runs)
     if not paths and readme is None:
@@ -85,7 +68,7 @@ report.single_process = True
 def write(
     cfg: DictConfig, run: Run, paths: list[Path], folder: Path, details: int
 ) -> dict[str, float]:
-    """The three files. Returns what `report` does."""
+    """Write the three files. Returns what `report` does."""
     runs = record.find(paths)
     boards = grouping.boards(runs, cfg.metric)
     if cfg.metric and all(board.metric != cfg.metric for board in boards):
@@ -97,10 +80,8 @@ def write(
         shown = [examine(cfg, run, group) for group in candidates[:details]]
         title = " and ".join(map(str, paths)) if len(paths) < 4 else f"{len(paths)} folders of runs"
         notes = remarks(runs, len(candidates), details)
-        files.write(
-            folder / "report.html",
-            page.render(title, runs, boards, shown, view_pictures(boards), notes),
-        )
+        html = page.render(title, runs, boards, shown, view_pictures(boards), notes)
+        files.write(folder / "report.html", html)
         files.write(folder / "results.md", write_markdown(title, boards, runs))
         rows = [
             row | {"runs": [record.evidence(ran) for ran in group.finished]}
@@ -109,28 +90,20 @@ def write(
             for group, row in zip(board.groups, board.rows, strict=True)
             if row["n"]
         ]
-        newest = max(
-            (ran.environment for ran in runs),
-            key=lambda environment: environment.get("started") or "",
-        )
-        tables.save(
-            folder / "results.json",
-            rows,
-            runs=[str(path) for path in paths],
-            **{key: newest[key] for key in KEPT if key in newest},
-        )
+        newest = max((ran.environment for ran in runs), key=lambda one: one.get("started") or "")
+        kept = {key: newest[key] for key in KEPT if key in newest}
+        tables.save(folder / "results.json", rows, runs=[str(path) for path in paths], **kept)
     print("\n\n".join(leaderboards(boards)))
     print(f"\nwritten: {folder}/report.html, results.md, results.json")
     return {"runs": len(runs), "finished": sum(ran.summary is not None for ran in runs)}
 
 
 def remarks(runs: list[Ran], candidates: int, details: int) -> list[str]:
-    """What the reader must know first: what is left out."""
+    """The notes at the top of the page: what it leaves out."""
     notes = []
     if unfinished := sum(ran.summary is None for ran in runs):
-        notes.append(
-            f"{unfinished} of {len(runs)} runs are not finished: tables hold those that are."
-        )
+        count = f"{unfinished} of {len(runs)} runs"
+        notes.append(f"{count} are not finished: tables hold those that are.")
     if said := grouping.left_out(runs):
         log.warning(said)
         notes.append(said)
@@ -168,9 +141,7 @@ def leaderboards(boards: list[Board]) -> list[str]:
 
 
 def write_markdown(title: str, boards: list[Board], runs: list[Ran]) -> str:
-    """results.md: the leaderboards, what differs between configurations, the runs that aren't
-    finished.
-    """
+    """The text of results.md: leaderboards, differing settings, runs that aren't finished."""
     parts = [
         f"# {title}",
         "Mean ± sample standard deviation (n - 1) over n seeds; "
@@ -184,10 +155,9 @@ def write_markdown(title: str, boards: list[Board], runs: list[Ran]) -> str:
             header = ["", *(group.name for group in board.groups)]
             parts.append(markdown(header, [[key, *words] for key, words in differing.items()]))
     if unfinished := [ran for ran in runs if ran.summary is None]:
-        rows = [
-            [str(ran.directory), ran.state.name, " ".join(ran.state.note.split())]
-            for ran in unfinished
-        ]
+        rows = []
+        for ran in unfinished:
+            rows.append([str(ran.directory), ran.state.name, " ".join(ran.state.note.split())])
         parts += ["## Not finished", markdown(["run", "state", ""], rows)]
     return "\n\n".join(parts) + "\n"
 
@@ -195,12 +165,10 @@ def write_markdown(title: str, boards: list[Board], runs: list[Ran]) -> str:
 def view_pictures(boards: list[Board]) -> dict[str, tuple[Path, list[str]]]:
     """{digest: (a picture of augmented views, names of the groups that were shown it)}."""
     pictures: dict[str, tuple[Path, list[str]]] = {}
-    for board in boards:
-        for group in board.groups:
-            for path in [
-                path for ran in group.runs if (path := ran.directory / "views.png").exists()
-            ][:1]:
-                pictures.setdefault(files.digest(path), (path, []))[1].append(group.name)
+    for group in (group for board in boards for group in board.groups):
+        paths = (ran.directory / "views.png" for ran in group.runs)
+        if path := next((path for path in paths if path.exists()), None):
+            pictures.setdefault(files.digest(path), (path, []))[1].append(group.name)
     return pictures
 
 
@@ -208,19 +176,20 @@ def view_pictures(boards: list[Board]) -> dict[str, tuple[Path, list[str]]]:
 
 
 def choose(boards: list[Board]) -> list[Group]:
-    """The groups with checkpoints, best first: evaluations, since their classifiers predict; else
-    pretrainings.
+    """The groups with checkpoints of the first board that has any, best first.
+
+    Evaluations come before pretrainings: their classifiers predict.
     """
-    found = (
-        [g for g in board.groups if any(checkpoint.complete(ran.directory) for ran in g.finished)]
-        for board in boards
-    )
+
+    def has_checkpoint(group: Group) -> bool:
+        return any(checkpoint.complete(ran.directory) for ran in group.finished)
+
+    found = (list(filter(has_checkpoint, board.groups)) for board in boards)
     return next(filter(None, found), [])
 
 
 def examine(cfg: DictConfig, run: Run, group: Group) -> page.Detail:
-    """Features of the val split (pretrain where there is none), and predictions where there is a
-    classifier.
+    """The features of the val split (or the pretrain split) and the predictions of a classifier.
 
     What can't be had becomes a note.
     """
@@ -230,15 +199,14 @@ def examine(cfg: DictConfig, run: Run, group: Group) -> page.Detail:
         detail.split = labelled_split(data)
         source = open_source(cfg, run, data, detail.split)
     except (ValueError, OSError) as error:
-        _leave_out(
-            detail,
-            f"predictions, neighbours and map are left out, since its data isn't here: {error}",
-        )
+        what = "predictions, neighbours and map are left out"
+        _leave_out(detail, f"{what}, since its data isn't here: {error}")
         return detail
     split = data.split(detail.split)
     detail.labels, detail.classes = source.labels[source.rows], data.class_names
     detail.image = lambda place: split.read(int(source.indices[source.rows[place]]))
-    detail.images_id = f"{split.fingerprint} {len(detail.labels)}"  # fewer where some were skipped
+    # with the number, since images that can't be decoded may have been skipped
+    detail.images_id = f"{split.fingerprint} {len(detail.labels)}"
     for ran in group.finished:
         try:
             look(cfg, run, detail, ran, source)
@@ -253,7 +221,7 @@ def _leave_out(detail: page.Detail, note: str) -> None:
 
 
 def look(cfg: DictConfig, run: Run, detail: page.Detail, ran: Ran, source: Source) -> None:
-    """Add to `detail` what this run's newest checkpoint says of the images."""
+    """Add to `detail` what the newest checkpoint of a run says of the images."""
     paths = checkpoint.complete(ran.directory)
     if not paths:
         raise UserError("it has no checkpoint")
@@ -264,9 +232,8 @@ def look(cfg: DictConfig, run: Run, detail: page.Detail, ran: Ran, source: Sourc
     check_size("augmentation.image_size", view.image_size, backbone, node.get("name", ""))
     weights.load_backbone(backbone, str(paths[0]))
     state = checkpoint.read(paths[0])["model"]
-    features, labels = extract(
-        on_device(backbone, run).eval(), source.epoch_pass(), view.to(run.device)
-    )
+    on_device(backbone, run).eval()
+    features, labels = extract(backbone, source.epoch_pass(), view.to(run.device))
     if detail.features is None:
         detail.features = features.numpy()
     if "fc.weight" not in state or detail.split != "val":
@@ -285,11 +252,10 @@ def look(cfg: DictConfig, run: Run, detail: page.Detail, ran: Ran, source: Sourc
 
 
 def open_data(cfg: DictConfig, ran: Ran) -> Dataset:
-    """The data that a run was made with; in `cfg.data.root` where that names a folder for the same
-    data set.
+    """The data of a run, in `cfg.data.root` if that names a folder for the same data set.
 
-    Where packed images are kept is this command's to say: a run from elsewhere has no folder
-    written or cleared here.
+    This command says where packed images are kept: the configuration of a run from elsewhere must
+    not have a folder written or cleared here.
     """
     node = build.found(ran.config, "data", cfg, ran.directory / "config.yaml")
     if node.get("name") == cfg.data.name and "root" in cfg.data:
@@ -298,9 +264,10 @@ def open_data(cfg: DictConfig, ran: Ran) -> Dataset:
 
 
 def labelled_split(data: Dataset) -> str:
+    """ "val", or "pretrain" for data without labels. UserError for data that isn't there."""
     try:
-        if (data.split("val").labels) is not None:
+        if data.split("val").labels is not None:
             return "val"
     except UserError:
-        data.split("pretrain")  # or the error is about more than labels
+        data.split("pretrain")  # raises, if the error is about more than labels
     return "pretrain"

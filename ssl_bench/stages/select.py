@@ -39,16 +39,8 @@ SHOWN = 144  # images on the contact sheet
 
 
 READS = (*RUN, *IMAGES, *LOOK, "devices", "data", "backbone", "pretrained")
-IDLE = {
-    "stage.strategy=random": (
-        "pretrained",
-        "backbone",
-        *LOOK,
-        "stage.dim",
-        "stage.test_resize",
-        "stage.features",
-    )
-}
+FEATURES = ("pretrained", "backbone", *LOOK, "stage.dim", "stage.test_resize", "stage.features")
+IDLE = {"stage.strategy=random": FEATURES}
 
 
 def select(
@@ -67,13 +59,13 @@ def select(
     """Choose `budget` images of the "pretrain" split by a strategy of `selection`.
 
     Images that data.extra_labels or the files `requested` name are never chosen, and count as
-    covered. So do those of the train split, if cover_train and they aren't the unlabelled images
-    themselves.
+    covered. So do the images of the train split if `cover_train`, unless they are the images to
+    choose from.
 
-    Writes request_NN.csv, an index a line, the most wanted first; NN is the next that is free in
-    the folder of the data and in `out`. Also chosen.csv, with the images' names, and chosen.png.
-    Returns counts and, where features were needed, the mean distance of an unlabelled image to the
-    nearest that is covered or chosen (of unit vectors: 0 to 2).
+    Writes request_NN.csv, an index a line, the most wanted first; NN is the next number that is
+    free in the folder of the data and in `out`. Also chosen.csv, with the names of the images, and
+    chosen.png. Returns counts and, if features were needed, the mean distance of an unlabelled
+    image to the nearest one that is covered or chosen (between unit vectors: 0 to 2).
     """
     check_directory(cfg)
     if out is not None and not os.access(Path(out), os.W_OK):
@@ -87,10 +79,8 @@ def select(
         )
     classifier = read_classifier(cfg.pretrained) if strategy == "margin" else {}
     data = build.construct(cfg.data)
-    split, named = (
-        data.split("pretrain"),
-        [requested] if isinstance(requested, str) else list(requested or []),
-    )
+    split = data.split("pretrain")
+    named = [requested] if isinstance(requested, str) else list(requested or [])
     known = data.requested(named)
     check_budget(budget, split.length - len(known))
     others = cover_train and data.num_classes and data.split("train").store_name != split.store_name
@@ -122,13 +112,13 @@ def select(
         if others:
             train = open_source(cfg, run, data, "train")
             theirs = compute(cfg, run, backbone, train, data.split("train"), test_resize, folder)
-        if not run.is_main:  # the others were needed for the features
+        if not run.is_main:  # the other ranks were needed for the features
             return {}
         project = selection.Projection(mine, dim, fold(cfg.seed, "projection"), run.device)
         points = project(mine)
         shown = (points.shape[1], backbone.dim, 100 * project.explained)
         log.info("distances in %s of %s dimensions, which hold %.1f %% of the variance", *shown)
-        # those of data.extra_labels are in the train split too
+        # not those of data.extra_labels, which are in the train split, too
         labelled = np.isin(indices, np.setdiff1d(known, data.requested()) if others else known)
         pool, covered = points[free], torch.cat([points[labelled], project(theirs)])
         if strategy == "margin":
@@ -148,6 +138,7 @@ def select(
 
 
 def check_budget(budget: int, free: int) -> None:
+    """UserError for a budget of more images than are free to choose."""
     if budget > free:
         raise UserError(
             f"stage.budget={budget} is more than the {free:,} images without a label: "
@@ -181,36 +172,37 @@ def compute(
     test_resize: float,
     folder: Path,
 ) -> np.ndarray:
-    """Features (N, dim) of the test views, in a file of the folder whose name tells all that they
-    depend on.
+    """Features (N, dim) of the test views, in a file of the folder.
+
+    Its name has a hash of all that they depend on.
     """
     look = (cfg.augmentation.image_size, test_resize, normalization(cfg))
     whose = fold(digest(backbone), cfg.precision, repr(look), split.store_name, source.num_images)
     view = EvalView(*look[:2], *look[2]).to(run.device)
-    return stored_features(
-        cfg.precision, run, backbone, source, view, folder / f"{split.name}-{whose:016x}.npy"
-    )
+    path = folder / f"{split.name}-{whose:016x}.npy"
+    return stored_features(cfg.precision, run, backbone, source, view, path)
 
 
 @torch.no_grad()
 def margins(
     state: dict[str, Tensor], backbone: nn.Module, features: np.ndarray, rows: np.ndarray
 ) -> Tensor:
-    """(M,): the margin of a trained LinearProbe's two likeliest classes, for these rows of the
-    features (N, dim).
+    """(M,): the margin between the two likeliest classes, for rows (M,) of the features (N, dim).
+
+    state: that of a trained LinearProbe.
     """
     probe = restored(backbone, state)
-    # first: small pieces that stay keep the system's allocator from using memory again
+    # Allocated at once: small pieces that stay would keep the allocator from reusing memory.
     result = torch.empty(len(rows))
-    for part, now in zip(
-        torch.from_numpy(rows).split(selection.ROWS), result.split(selection.ROWS), strict=True
-    ):
-        now.copy_(selection.margin(probe.fc(probe.norm(torch.from_numpy(features[part]).float()))))
+    parts = torch.from_numpy(rows).split(selection.ROWS)
+    for part, margin in zip(parts, result.split(selection.ROWS), strict=True):
+        inputs = torch.from_numpy(features[part]).float()
+        margin.copy_(selection.margin(probe.fc(probe.norm(inputs))))
     return result
 
 
 def take(order: Iterable[int], budget: int, run: Run) -> list[int]:
-    """The first of them, unless a signal arrives."""
+    """The first `budget` rows of `order`, unless a signal arrives."""
     chosen = []
     for row in run.progress(islice(order, budget), 0, budget):
         chosen.append(row)
@@ -222,26 +214,23 @@ def take(order: Iterable[int], budget: int, run: Run) -> list[int]:
 def write(
     run: Run, split: Split, chosen: np.ndarray, root: str, named: list[str], out: str | None
 ) -> None:
-    """request_NN.csv, chosen.csv, chosen.png. chosen: indices in the split; named: the index files
-    that were given.
+    """Write request_NN.csv, chosen.csv and chosen.png.
+
+    chosen: indices in the split. named: the index files that the command has named.
     """
     table = io.StringIO()
-    csv.writer(table).writerows(
-        [("index", "image"), *((index, split.where(index)) for index in chosen.tolist())]
-    )
+    rows = [(index, split.where(index)) for index in chosen.tolist()]
+    csv.writer(table).writerows([("index", "image"), *rows])
     files.write(run.directory / "chosen.csv", table.getvalue())
     contact_sheet(split, chosen, run.directory / "chosen.png")
     run.log_image(1, "chosen", run.directory / "chosen.png")
     folders = [Path(folder) for folder in (root, out) if folder]
     taken = [path.name for folder in folders for path in folder.glob("request_*.csv")]
-    if others := sorted(set(taken) - {Path(name).name for name in named}):
-        log.warning(
-            "images of %s may be among the chosen: stage.requested= doesn't name it",
-            ", ".join(others),
-        )
-    numbers = [
-        int(match[1]) for name in taken if (match := re.fullmatch(r"request_(\d+)\.csv", name))
-    ]
+    if others := ", ".join(sorted(set(taken) - {Path(name).name for name in named})):
+        advice = "stage.requested= doesn't name it"
+        log.warning("images of %s may be among the chosen: %s", others, advice)
+    matches = (re.fullmatch(r"request_(\d+)\.csv", name) for name in taken)
+    numbers = [int(match[1]) for match in matches if match]
     number = f"{max(numbers, default=-1) + 1:02d}"
     path = (folders[-1] if out else run.directory) / f"request_{number}.csv"
     files.write(path, "".join(f"{index}\n" for index in chosen.tolist()))
@@ -253,11 +242,9 @@ def write(
 
 
 def contact_sheet(split: Split, chosen: np.ndarray, path: Path) -> None:
-    """SHOWN of the images, evenly spaced in the order of choice."""
+    """chosen.png: SHOWN of the images, evenly spaced in the order of choice."""
     from torchvision.utils import make_grid, save_image
 
     shown = chosen[np.linspace(0, len(chosen) - 1, min(SHOWN, len(chosen))).round().astype(int)]
-    images = torch.from_numpy(np.stack([split.read(int(index)) for index in shown])).permute(
-        0, 3, 1, 2
-    )
-    save_image(make_grid(images.float() / 255, nrow=12), path)
+    images = torch.from_numpy(np.stack([split.read(int(index)) for index in shown]))
+    save_image(make_grid(images.permute(0, 3, 1, 2).float() / 255, nrow=12), path)

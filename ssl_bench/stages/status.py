@@ -1,4 +1,4 @@
-"""Stage status: what became of the members of a sweep, and the table of their results."""
+"""Stage status: the states of the members of a sweep, and the table of their results."""
 
 from pathlib import Path
 
@@ -15,9 +15,9 @@ READS = ("runs", "metric")
 
 
 def status(cfg: DictConfig, run: Run) -> dict[str, float]:
-    """Show the sweeps `cfg.runs`; each gets its table.md and table.csv. Returns counts of states.
+    """Show the sweeps `cfg.runs` and write their table.md and table.csv. Returns counts of states.
 
-    UserError where there is no sweep.
+    UserError for a folder that isn't a sweep.
     """
     counts: dict[str, float] = {}
     paths = files.places(cfg.runs) or [None]
@@ -26,17 +26,14 @@ def status(cfg: DictConfig, run: Run) -> dict[str, float]:
         if not members:
             near = path or Path("runs/sweeps")
             found = sorted({*near.glob("*/.members"), *near.parent.glob("*/.members")})
-            hint = (
-                ": " + ", ".join(override("runs", folder.parent) for folder in found)
-                if found
-                else ", like runs=runs/sweeps/lincls"
-            )
+            hint = ", like runs=runs/sweeps/lincls"
+            if found:
+                hint = ": " + ", ".join(override("runs", folder.parent) for folder in found)
             raise UserError(f"runs={path}: no sweep there; name the folder of one{hint}")
         known = list(dict.fromkeys(key for member in members for key in member.result() or {}))
         if known and cfg.metric and cfg.metric not in known:
-            raise UserError(
-                unknown("value", f"metric={cfg.metric}", [f"metric={key}" for key in known])
-            )
+            valid = [f"metric={key}" for key in known]
+            raise UserError(unknown("value", f"metric={cfg.metric}", valid))
         states = sweep.states(members)
         if len(paths) > 1:
             print(f"\n{path}\n")

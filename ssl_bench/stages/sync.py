@@ -12,17 +12,15 @@ READS = ("runs", "tracking")
 
 
 def sync(cfg: DictConfig, run: Any) -> dict[str, float]:
-    """Rebuild every run at or below `cfg.runs`. UserError where there is none, where W&B is
-    disabled, and at the end for those that could not be rebuilt.
+    """Rebuild every run at or below `cfg.runs`; returns their number.
 
-    `tracking=wandb` on the command line sets project, group and so on; without it each run's own
-    settings hold.
+    `tracking=wandb` on the command line sets project, group and so on; without it the settings of
+    each run hold. UserError if there is no run, if W&B is disabled, and at the end for runs that
+    could not be rebuilt.
     """
-    directories = {
-        file.parent.resolve()
-        for path in files.places(cfg.runs)
-        for file in path.rglob("metrics.jsonl")
-    }
+    paths = files.places(cfg.runs)
+    found = [file.parent for path in paths for file in path.rglob("metrics.jsonl")]
+    directories = {directory.resolve() for directory in found}
     if not directories:
         raise UserError(
             f"runs={cfg.runs}: no metrics.jsonl at or below it; "
@@ -44,7 +42,6 @@ def sync(cfg: DictConfig, run: Any) -> dict[str, float]:
         except UserError as error:
             failed.append(str(error))
     if failed:
-        raise UserError(
-            "\n".join([f"{len(failed)} of {len(directories)} runs are not rebuilt:", *failed])
-        )
+        counts = f"{len(failed)} of {len(directories)} runs"
+        raise UserError("\n".join([f"{counts} are not rebuilt:", *failed]))
     return {"runs": len(directories)}

@@ -1,4 +1,4 @@
-"""Stage verify: a table or a result from the content that it stands on."""
+"""Stage verify: compare a table or a result with all the files that it was made from."""
 
 import re
 import subprocess
@@ -26,14 +26,16 @@ from ssl_bench.runs.run import Run, environment
 from ssl_bench.stages.report import open_data
 
 READS = ("runs", "data.name", "data.root", "data.cache", "data.workers")
-REPEATED = ("pretrain", "lincls", "knn", "finetune")  # by rerun
-WEIGHTS = (".pt", ".pth", ".tar", ".safetensors", ".onnx")
-# of top-1, in points, between machines or versions; on the same CPU the numbers are the same
+REPEATED = ("pretrain", "lincls", "knn", "finetune")  # stages whose runs can be done again
+WEIGHTS = (".pt", ".pth", ".tar", ".safetensors", ".onnx")  # suffixes
+# points of top-1 between machines or versions; on the same CPU the numbers are the same
 TOLERANCE = 0.5
-SPEED = ("images_per_second", "memory_gb", "data_wait", "hours")  # no result
+SPEED = ("images_per_second", "memory_gb", "data_wait", "hours")  # they differ between equal runs
 
 
 class Finding(NamedTuple):
+    """What was found of one thing: a file, a run, its data, its code."""
+
     what: str
     state: Literal["whole", "missing", "differs"]
     note: str = ""
@@ -46,13 +48,12 @@ def verify(
     rerun: bool = False,
     max_minutes: PositiveFloat = 10,
 ) -> dict[str, float]:
-    """Print a line for each thing that `what` stands on, and whether that is whole, missing, or
-    differs.
+    """Print a line for each thing that `what` was made from: is it whole, missing, or different?
 
     what: runs, folders of them, files of weights, results files, Markdown with their tables; null:
-    `cfg.runs`. `cfg.runs`: where the runs are that tables were made of, and those that evaluations
-    stand on, if they have moved. rerun: runs are done again where they took less than `max_minutes`
-    each. Returns counts; UserError where something differs.
+    `cfg.runs`. `cfg.runs` says where the runs of tables lie, and the pretrainings of evaluations,
+    if they have moved. rerun: run those again that took less than `max_minutes` each. Returns
+    counts of the states; UserError if something differs.
     """
     near, paths = files.places(cfg.runs), files.places(what)
     if not near and not paths:
@@ -66,9 +67,8 @@ def verify(
         found += _of(cfg, path, known, max_minutes if rerun else 0)
     for one in found:
         print(plain(f"{one.state:8} {': '.join(filter(None, one[::2]))}"))
-    counts = {
-        state: sum(one.state == state for one in found) for state in ("whole", "missing", "differs")
-    }
+    states = [one.state for one in found]
+    counts = {state: states.count(state) for state in ("whole", "missing", "differs")}
     if counts["differs"]:
         first = next(one for one in found if one.state == "differs")
         raise UserError(f"{counts['differs']} of {len(found)} differ: {first.what}: {first.note}")
@@ -79,14 +79,10 @@ verify.single_process = True
 
 
 def _of(cfg: DictConfig, path: Path, known: Sequence[Ran], minutes: float) -> list[Finding]:
+    """The findings on one of `what`; minutes: 0, or those that a run may take to be done again."""
     if path.is_dir():
-        below = sorted(
-            {
-                file.parent
-                for file in path.rglob("metrics.jsonl")
-                if file.with_name("config.yaml").exists()
-            }
-        )
+        folders = sorted({file.parent for file in path.rglob("metrics.jsonl")})
+        below = [folder for folder in folders if (folder / "config.yaml").exists()]
         if not below and (exported := files.listed(path)):
             return [_file(path / name) for name in exported]
         if not below:
@@ -109,7 +105,7 @@ def _of(cfg: DictConfig, path: Path, known: Sequence[Ran], minutes: float) -> li
 
 
 def _file(path: Path) -> Finding:
-    """By its list, and by what is in it."""
+    """Compare a file with the list of digests beside it, and with the digest in it."""
     if not path.is_file():
         return Finding(str(path), "missing", f"{files.SUMS} names it")
     try:
@@ -129,35 +125,30 @@ def _file(path: Path) -> Finding:
 def of_run(
     cfg: DictConfig, folder: Path, known: Sequence[Ran], minutes: float = 0
 ) -> list[Finding]:
-    """Its files, its checkpoints, its configuration, what it stands on, its data, its code; again,
-    if minutes.
+    """The findings on a run: files, checkpoints, the weights below it, data, code, and the rerun.
+
+    known: runs among which the weights may be. minutes: as for `_of`.
     """
     found = list(_files(folder))
     try:
         ran = Ran.read(folder)
     except UserError as error:
-        return (
-            found
-            if any(one.state == "differs" for one in found)
-            else [Finding(str(folder), "differs", str(error))]
-        )
-    found += [
-        *_checkpoints(ran),
-        *_below(ran, known),
-        *_data(cfg, ran),
-        _code(ran.environment, str(folder)),
-    ]
+        if any(one.state == "differs" for one in found):
+            return found
+        return [Finding(str(folder), "differs", str(error))]
+    found += [*_checkpoints(ran), *_below(ran, known), *_data(cfg, ran)]
+    found.append(_code(ran.environment, str(folder)))
     if minutes and ran.summary is not None:
         found.append(_again(cfg, ran, known, minutes))
     return found
 
 
 def _files(folder: Path) -> Iterator[Finding]:
+    """The files of a run, compared with its list of digests."""
     sums, bad = files.listed(folder), []
     for name in sums:
         if not (folder / name).is_file():
-            # of the checkpoint a later command may need nothing: who deletes it to save room loses
-            # no result
+            # missing, not different: a checkpoint may be deleted to save room
             bad.append(Finding(str(folder / name), "missing", f"{files.SUMS} names it"))
             continue
         try:
@@ -173,11 +164,9 @@ def _files(folder: Path) -> Iterator[Finding]:
 
 
 def _checkpoints(ran: Ran) -> Iterator[Finding]:
-    """Whole, and of this configuration."""
-    ours = {
-        Identity(ran.config, weights=ran.stands_on).key,
-        identity.left_by(ran.config, ran.directory).key,
-    }
+    """The checkpoints: are they whole, and of this run?"""
+    full = identity.left_by(ran.config, ran.directory)
+    ours = {Identity(ran.config, weights=ran.stands_on).key, full.key}
     for path in layout.complete(ran.directory):
         try:
             content = checkpoint.read(path)
@@ -185,23 +174,20 @@ def _checkpoints(ran: Ran) -> Iterator[Finding]:
             yield Finding(str(path), "differs", str(error).partition(": ")[2])
             continue
         if isinstance(content, dict) and content.get("run") in ours:
-            yield Finding(
-                str(path),
-                "whole",
-                f"step {content['step']:,} of this configuration and these weights",
-            )
+            note = f"step {content['step']:,} of this configuration and these weights"
+            yield Finding(str(path), "whole", note)
         elif _same_code(ran.environment):
             yield Finding(str(path), "differs", "it is of another configuration than config.yaml's")
         else:
-            yield Finding(
+            what, note = (
                 f"{path}: of this configuration?",
-                "missing",
                 "another version named runs in another way",
             )
+            yield Finding(what, "missing", note)
 
 
 def _below(ran: Ran, known: Sequence[Ran]) -> Iterator[Finding]:
-    """What it stands on: by content, where it was or among the known runs."""
+    """The weights that a run started from, by their content: where they were, or in known runs."""
     if not (source := ran.config.get("pretrained")):
         return
     what = f"{ran.directory}: pretrained={source}"
@@ -210,29 +196,24 @@ def _below(ran: Ran, known: Sequence[Ran]) -> Iterator[Finding]:
     elif path := _weights(ran, known):
         yield Finding(what, "whole", f"sha256 {ran.stands_on[:16]}..., now {path}")
     elif Path(source).is_file():
-        now = files.digest(Path(source))
-        yield Finding(
-            what,
-            "differs",
-            f"its sha256 is {now[:8]}..., not {ran.stands_on[:8]}..., of when it began",
-        )
+        now, then = files.digest(Path(source))[:8], ran.stands_on[:8]
+        yield Finding(what, "differs", f"its sha256 is {now}..., not {then}..., of when it began")
     else:
-        yield Finding(
-            what, "missing", f"sha256 {ran.stands_on[:16]}...; runs= says where it may be"
-        )
+        note = f"sha256 {ran.stands_on[:16]}...; runs= says where it may be"
+        yield Finding(what, "missing", note)
 
 
 def _weights(ran: Ran, known: Sequence[Ran]) -> Path | None:
-    """The file that it stands on, wherever that is."""
+    """The file of the weights that a run started from, wherever it is; None: not found."""
     source = Path(ran.config["pretrained"])
-    likely = [source, *(one.directory / "checkpoints" / source.name for one in known)]
-    return next(
-        (path for path in likely if path.is_file() and files.digest(path) == ran.stands_on), None
-    )
+    for path in (source, *(one.directory / "checkpoints" / source.name for one in known)):
+        if path.is_file() and files.digest(path) == ran.stands_on:
+            return path
+    return None
 
 
 def _data(cfg: DictConfig, ran: Ran) -> Iterator[Finding]:
-    """The images by their fingerprint: names, sizes, labels."""
+    """The images, by their fingerprint (names, sizes, labels), and the packed ones."""
     for split, facts in ran.inputs.items():
         what = f"{ran.directory}: images of '{split}'"
         try:
@@ -243,79 +224,65 @@ def _data(cfg: DictConfig, ran: Ran) -> Iterator[Finding]:
         if (now := images.fingerprint) == facts["fingerprint"]:
             yield Finding(what, "whole", f"{facts['images']:,}, fingerprint {now[:16]}")
         else:
-            yield Finding(
-                what, "differs", f"fingerprint {now[:16]}, was {facts['fingerprint'][:16]}"
-            )
+            note = f"fingerprint {now[:16]}, was {facts['fingerprint'][:16]}"
+            yield Finding(what, "differs", note)
         if (packed := store.place(images, cfg.data.cache)).is_dir():
             said = store.damage(packed)
             yield Finding(f"{what}, packed in {packed}", "differs" if said else "whole", said)
 
 
 def _same_code(then: dict[str, Any]) -> bool:
+    """Are commit and packages of this environment those of now?"""
     now = environment()
-    return bool(then.get("git_commit")) and all(
-        then.get(key) == now[key] for key in ("git_commit", "packages")
-    )
+    if not then.get("git_commit"):
+        return False
+    return all(then.get(key) == now[key] for key in ("git_commit", "packages"))
 
 
 def _code(then: dict[str, Any], whose: str) -> Finding:
-    """The code at hand, or at least in the history of this checkout. Other code is no fault of a
-    result.
+    """Is the code of this environment at hand, or at least in the history of this checkout?
+
+    Other code is missing, not different: the result may be right all the same.
     """
     now, commit, before = environment(), str(then.get("git_commit")), then.get("packages")
     what = f"{whose}: code"
     if not re.fullmatch("[0-9a-f]{40}", commit):
         return Finding(what, "missing", "no commit is recorded")
     here = now["packages"]
-    packages = before.items() if isinstance(before, dict) else ()
-    other = [
-        f"{name} {was}, here {here.get(name)}" for name, was in packages if was != here.get(name)
-    ]
+    packages = before if isinstance(before, dict) else {}
+    changed = [name for name, version in packages.items() if version != here.get(name)]
+    other = [f"{name} {packages[name]}, here {here.get(name)}" for name in changed]
     if commit != now["git_commit"]:
-        command = [
-            "git",
-            "-C",
-            str(Path(ssl_bench.__file__).parent),
-            "cat-file",
-            "-e",
-            f"{commit}^{{commit}}",
-        ]
+        command = ["git", "-C", str(Path(ssl_bench.__file__).parent)]
+        command += ["cat-file", "-e", f"{commit}^{{commit}}"]
         there = not subprocess.run(command, capture_output=True).returncode
         where = "which git checkout brings back" if there else "which isn't in this history"
         other.insert(0, f"commit {commit[:7]}, {where}")
     if then.get("git_dirty"):
         other.append("with changes that were not committed")
-    return (
-        Finding(what, "missing", "; ".join(other))
-        if other
-        else Finding(what, "whole", f"commit {commit[:7]}")
-    )
+    if other:
+        return Finding(what, "missing", "; ".join(other))
+    return Finding(what, "whole", f"commit {commit[:7]}")
 
 
 # -- again -----------------------------------------------------------------------------------------
 
 
 def _again(cfg: DictConfig, ran: Ran, known: Sequence[Ran], minutes: float) -> Finding:
-    """The run once more, by its own configuration in a temporary folder; its numbers compared."""
+    """Run it again by its configuration, in a temporary folder, and compare the numbers."""
     what, expected = f"{ran.directory}: again", 60 * ran.values.get("hours", 0)
     if ran.stage not in REPEATED:
         return Finding(what, "missing", f"stage={ran.stage} is not done again: its runs are")
     if expected > minutes:
-        return Finding(
-            what,
-            "missing",
-            f"it took {expected:.0f} minutes: type stage.max_minutes={expected * 1.5:.0f}",
-        )
+        advice = f"type stage.max_minutes={expected * 1.5:.0f}"
+        return Finding(what, "missing", f"it took {expected:.0f} minutes: {advice}")
     weights = _weights(ran, known) if ran.config.get("pretrained") else None
     if ran.config.get("pretrained") and weights is None:
         return Finding(what, "missing", "what it stands on isn't here")
     print(f"{ran.directory}: again, {expected:.1f} minutes when it ran")
     place = ran.directory / "config.yaml"
-    nodes = {
-        key: build.found(ran.config, key, cfg, place)
-        for key in build.SUPPLIED
-        if ran.config.get(key)
-    }
+    groups = [group for group in build.SUPPLIED if ran.config.get(group)]
+    nodes = {group: build.found(ran.config, group, cfg, place) for group in groups}
     if nodes["data"].get("name") == cfg.data.name and "root" in cfg.data:
         nodes["data"]["root"] = cfg.data.root
     nodes["data"] |= {"cache": cfg.data.cache, "workers": cfg.data.workers}
@@ -329,23 +296,21 @@ def _again(cfg: DictConfig, ran: Ran, known: Sequence[Ran], minutes: float) -> F
 
 
 def _compared(what: str, ran: Ran, again: dict[str, float]) -> Finding:
+    """The result of a run compared with that of its rerun."""
     then = {key: value for key, value in ran.summary.items() if key not in SPEED}
     if all(again.get(key) == value for key, value in then.items()):
         shown = ", ".join(f"{key} {value:.6g}" for key, value in then.items())
         return Finding(what, "whole", f"the same to the last digit: {shown}")
     key = next((key for key in then if key.endswith("top1")), next(iter(then)))
-    note, now = f"{key} {again.get(key, float('nan')):.6g}, was {then[key]:.6g}", environment()
-    same = _same_code(ran.environment) and all(
-        ran.environment.get(key) == now[key]
-        for key in ("platform", "python", "cpu_threads", "gpus")
-    )
-    close = key.endswith("top1") and abs(again.get(key, float("nan")) - then[key]) <= TOLERANCE
+    value, now = again.get(key, float("nan")), environment()
+    note = f"{key} {value:.6g}, was {then[key]:.6g}"
+    machine = ("platform", "python", "cpu_threads", "gpus")
+    same_machine = all(ran.environment.get(name) == now[name] for name in machine)
+    same = _same_code(ran.environment) and same_machine
+    close = key.endswith("top1") and abs(value - then[key]) <= TOLERANCE
     if close and (not same or now["gpus"]):
-        return Finding(
-            what,
-            "whole",
-            f"{note}: within {TOLERANCE} points, on another machine or by other versions",
-        )
+        why = f"within {TOLERANCE} points, on another machine or by other versions"
+        return Finding(what, "whole", f"{note}: {why}")
     return Finding(what, "differs", note)
 
 
@@ -353,7 +318,7 @@ def _compared(what: str, ran: Ran, again: dict[str, float]) -> Finding:
 
 
 def of_page(path: Path, known: Sequence[Ran]) -> Iterator[Finding]:
-    """Each table between its marks is what its file gives, and each file stands on what it says."""
+    """Is each table of a page what its results file gives? And the findings on each such file."""
     text = path.read_text(encoding="utf-8")
     made_of = []
     for block in tables.BLOCK.finditer(text):
@@ -363,15 +328,11 @@ def of_page(path: Path, known: Sequence[Ran]) -> Iterator[Finding]:
         except UserError as error:
             yield Finding(what, "differs", str(error))
             continue
-        yield (
-            Finding(what, "whole")
-            if same
-            else Finding(
-                what,
-                "differs",
-                f"not what the file gives: ssl-bench stage=report stage.readme={path}",
-            )
-        )
+        if same:
+            yield Finding(what, "whole")
+        else:
+            advice = f"ssl-bench stage=report stage.readme={path}"
+            yield Finding(what, "differs", f"not what the file gives: {advice}")
         made_of.append(path.parent / block[2])
     for table in dict.fromkeys(made_of):
         yield from of_table(table, known)
@@ -380,7 +341,10 @@ def of_page(path: Path, known: Sequence[Ran]) -> Iterator[Finding]:
 
 
 def of_table(path: Path, known: Sequence[Ran]) -> Iterator[Finding]:
-    """Its rows made again from the runs that it names by content, as far as these are known."""
+    """The rows of a results file, made again from the runs that it names by their digests.
+
+    known: the runs among which they may be.
+    """
     rows, content = tables.load(path), tables.remarks(path)
     yield _code(content, str(path))
     there = {record.evidence(ran)["key"]: ran for ran in known if ran.summary is not None}
@@ -392,31 +356,22 @@ def of_table(path: Path, known: Sequence[Ran]) -> Iterator[Finding]:
         what, named = f"{path}: row {row['name']} of {row.get('stage')}", row.get("runs", ())
         for one in named:
             yield from _named(f"{path}: {one['run']}", one, there.get(one["key"]))
-        runs = (
-            [there[one["key"]] for one in named if one["key"] in there]
-            if named
-            else list(there.values())
-        )
+        runs = list(there.values())
+        if named:
+            runs = [there[one["key"]] for one in named if one["key"] in there]
         if named and len(runs) < len(named):
-            yield Finding(
-                what,
-                "missing",
-                f"{len(named) - len(runs)} of its {len(named)} runs are not among runs=",
-            )
+            absent = f"{len(named) - len(runs)} of its {len(named)} runs"
+            yield Finding(what, "missing", f"{absent} are not among runs=")
         elif runs:
             yield _row(what, row, runs)
 
 
 def _named(what: str, one: dict[str, Any], ran: Ran | None) -> Iterator[Finding]:
-    """A run of a row, by the digests that the file has of it."""
+    """A run compared with the digests that a row has of it."""
     if ran is None:
         return
-    now = record.evidence(ran)
-    other = [
-        key
-        for key in ("summary", "weights", "stands_on", "images")
-        if one[key] and now[key] != one[key]
-    ]
+    now, keys = record.evidence(ran), ("summary", "weights", "stands_on", "images")
+    other = [key for key in keys if one[key] and now[key] != one[key]]
     if not other:
         yield Finding(what, "whole", f"in {ran.directory}")
     elif any(now[key] for key in other):
@@ -426,21 +381,15 @@ def _named(what: str, one: dict[str, Any], ran: Ran | None) -> Iterator[Finding]
 
 
 def _row(what: str, row: dict[str, Any], runs: Sequence[Ran]) -> Finding:
-    """Its values, made again."""
-    made = [
-        one["values"]
-        for board in grouping.boards(runs)
-        for one in board.rows
-        if one["stage"] == row.get("stage")
-    ]
+    """The values of a row compared with those that its runs give now."""
+    rows = [one for board in grouping.boards(runs) for one in board.rows]
+    made = [one["values"] for one in rows if one["stage"] == row.get("stage")]
     if row["values"] in made:
         return Finding(what, "whole", f"the same from its runs, n = {row.get('n')}")
-    ordered = dict.fromkeys([row.get("metric"), *row["values"]])  # first what it is judged by
-    differing = [
-        key for key in ordered if all(one.get(key) != row["values"].get(key) for one in made)
-    ]
-    metric = next(iter([*differing, *row["values"]]))
-    then, *now = (
-        " ".join(f"{x:.6g}" for x in one.get(metric, ())) for one in (row["values"], *made)
-    )
+    ordered = dict.fromkeys([row.get("metric"), *row["values"]])  # the metric that judges it first
+    values = row["values"]
+    differing = [key for key in ordered if all(one.get(key) != values.get(key) for one in made)]
+    metric = next(iter([*differing, *values]))
+    shown = [" ".join(f"{x:.6g}" for x in one.get(metric, ())) for one in (values, *made)]
+    then, now = shown[0], shown[1:]
     return Finding(what, "differs", f"{metric} {then}, from its runs {', '.join(now) or 'none'}")

@@ -1,4 +1,4 @@
-"""Stage zoo: known weights, published and one's own, and whether a file is one of them."""
+"""Stage zoo: the known weights, published and one's own; which of them a file holds."""
 
 from pathlib import Path
 
@@ -17,11 +17,10 @@ READS = ("runs",)
 
 
 def zoo(cfg: DictConfig, run: Run, verify: Place | None = None) -> dict[str, float]:
-    """Show the published weights, and the finished runs at or below `cfg.runs` with what was
-    measured of them.
+    """Show the published weights, and the finished runs at or below `cfg.runs` with their numbers.
 
-    verify: a file, in place of that: which weights it holds; UserError where they are none of
-    these, nor as SHA256SUMS beside it says. Returns how many there are of each kind.
+    verify: a file; say in place of that which of these weights it holds. UserError if it holds none
+    of them, and isn't in SHA256SUMS beside it. Returns how many there are of each kind.
     """
     if not run.is_main:
         return {}
@@ -30,27 +29,16 @@ def zoo(cfg: DictConfig, run: Run, verify: Place | None = None) -> dict[str, flo
     if verify is not None:
         print(identify(Path(verify), own))
         return {"verified": 1}
-    published = [
-        [
-            name,
-            weights.backbone,
-            weights.note,
-            f"md5 {weights.md5}",
-            "yes" if place(name).is_file() else "no",
-        ]
-        for name, weights in WEIGHTS.items()
-    ]
-    print(tables.markdown(["pretrained=", "backbone", "ImageNet", "hash", "downloaded"], published))
+    rows = []
+    for name, weights in WEIGHTS.items():
+        there = "yes" if place(name).is_file() else "no"
+        rows.append([name, weights.backbone, weights.note, f"md5 {weights.md5}", there])
+    print(tables.markdown(["pretrained=", "backbone", "ImageNet", "hash", "downloaded"], rows))
     if own:
-        rows = [
-            [
-                str(ran.directory),
-                recipe(ran),
-                numbers(ran, runs),
-                f"sha256 {files.digest(ran.weights)[:8]}",
-            ]
-            for ran in own
-        ]
+        rows = []
+        for ran in own:
+            sha256 = f"sha256 {files.digest(ran.weights)[:8]}"
+            rows.append([str(ran.directory), recipe(ran), numbers(ran, runs), sha256])
         print("\n" + tables.markdown(["pretrained=", "recipe", "top-1 (%)", "hash"], rows))
     return {"published": len(WEIGHTS), "own": len(own)}
 
@@ -59,6 +47,7 @@ zoo.single_process = True
 
 
 def identify(path: Path, own: list[Ran]) -> str:
+    """A line that says which weights a file holds. UserError if they are unknown or damaged."""
     if not path.is_file():
         raise UserError(f"stage.verify={path}: no such file")
     if sums := files.check(path):
@@ -82,19 +71,17 @@ def identify(path: Path, own: list[Ran]) -> str:
 
 
 def recipe(ran: Ran) -> str:
+    """How a run was made, in a few words."""
     config = ran.config
     names = [(config.get("method") or {}).get("name") or ran.stage, ran.identity.labels]
     names += [config[group]["name"] for group in ("backbone", "data") if group in config]
-    names += [
-        f"{config['epochs']} epochs",
-        f"batch {config['batch_size']}",
-        f"seed {config['seed']}",
-    ]
+    names += [f"{config['epochs']} epochs", f"batch {config['batch_size']}"]
+    names += [f"seed {config['seed']}"]
     return ", ".join(filter(None, names))
 
 
 def numbers(ran: Ran, runs: list[Ran]) -> str:
-    """Its own top-1, or those of what measured it."""
+    """The top-1 of a run, or those of the evaluations of its weights."""
     if "val_top1" in ran.summary:
         return units.shown("val_top1", [ran.summary["val_top1"]])
     rows = grouping.evaluations(record.measured(runs, ran.weights))
