@@ -43,6 +43,7 @@ def test_each_former_place_has_a_constructor(old: str) -> None:
     assert not {renamed.BEFORE[old]} & renamed.BEFORE.keys()  # in one step
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_is_measured_and_reported(tmp_path: Path) -> None:
     command, run = [*TINY_PRETRAIN, f"dir={tmp_path}/moco/seed0"], tmp_path / "moco/seed0"
     launch(compose(*command))

@@ -27,7 +27,7 @@ def test_the_weights_noted_are_those_that_are_loaded(
     first = Checkpoint(Path("pretraining"), "run").save(1, model=nn.Linear(1, 1))
     cfg = compose("stage=knn", "pretrained=pretraining")
     with open_dict(cfg):
-        cfg.stage = {"name": "late", "_target_": "test_launch.late"}
+        cfg.stage = {"name": "late", "_target_": f"{__name__}.late"}
     before = OmegaConf.to_yaml(cfg)
     assert launch(cfg) == {"loaded": str(first)}
     assert yaml.safe_load(Path(cfg.dir, "config.yaml").read_text())["pretrained"] == str(first)

@@ -218,6 +218,7 @@ def steps(rank: int, size: int) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Batch norm synchronised, the losses' gradients are those of the joined batch; ranks never
     drift apart.
@@ -294,6 +295,7 @@ def test_health_of_known_embeddings() -> None:
     assert effective_rank(torch.eye(7)[:, :5]) == pytest.approx(5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["byol", "vicreg"])
 def test_a_collapsed_run_is_flagged(
     case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

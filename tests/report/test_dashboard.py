@@ -22,6 +22,8 @@ from ssl_bench.launch.process import launch
 from ssl_bench.report import dashboard
 from ssl_bench.runs import tracking
 
+pytestmark = pytest.mark.xdist_group("dashboard")  # one worker makes the runs that they share
+
 ws = pytest.importorskip("wandb_workspaces.workspaces")
 AXES = {"epoch", "images_seen"}
 

@@ -20,6 +20,8 @@ from ssl_bench.launch.process import launch
 from ssl_bench.report import grouping, page, tables
 from ssl_bench.runs import layout, record, units
 
+pytestmark = pytest.mark.xdist_group("page")  # one worker makes the runs that they share
+
 LAPTOP = (1366, 768)
 FLAGS = (
     "--headless",

@@ -232,6 +232,7 @@ def test_losses_that_cannot_be_compared_rank_no_sweep(
     assert "type metric=probe_top1, by labelled images" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -417,6 +417,7 @@ def tracked(directory: Path, *overrides: str) -> dict:
     }
 
 
+@pytest.mark.slow
 def test_what_a_run_is_on_a_dashboard(tmp_path: Path) -> None:
     """Classifiers of two methods are two groups, seeds of one experiment are one; no two runs have
     one name.

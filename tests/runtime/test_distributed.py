@@ -81,6 +81,7 @@ def split(rank: int, size: int) -> dict[str, Tensor]:
     return train(build(2 // size), rank, size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "job", [frozen, split], ids=["frozen batch norm", "batch norm of each process"]
 )
@@ -104,6 +105,7 @@ def gathered(rank: int, size: int) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_collectives(tmp_path: Path) -> None:
     for result in in_processes(gathered, tmp_path):
         assert result["gather"].tolist() == [0, 1, 2, 10, 11, 12]
@@ -123,6 +125,7 @@ def few(rank: int, size: int) -> dict[str, Tensor]:
     return {"features": extract_all("fp32", run, Flat(), source, lambda images, _: images.float())}
 
 
+@pytest.mark.slow
 def test_a_rank_without_images(tmp_path: Path) -> None:
     for result in in_processes(few, tmp_path):
         assert sorted(result["features"].flatten().tolist()) == list(range(12))

@@ -93,6 +93,7 @@ def test_it_begins_with_the_weights_given(tmp_path: Path, simclr: Path) -> None:
     assert not same(parameters(on, "backbone."), parameters(scratch, "backbone."))
 
 
+@pytest.mark.slow
 def test_it_goes_on_bit_for_bit_and_says_what_it_stands_on(tmp_path: Path, simclr: Path) -> None:
     command = [*DIGITS, f"pretrained={simclr}", f"dir={tmp_path}/on/seed0"]
     whole = launch(compose(*command))
