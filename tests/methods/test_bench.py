@@ -218,7 +218,6 @@ def steps(rank: int, size: int) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Batch norm synchronised, the losses' gradients are those of the joined batch; ranks never
     drift apart.

@@ -173,7 +173,6 @@ def draws(rank: int, size: int) -> dict[str, Tensor]:
     return {"drawn": drawn, "images": images, "weight": method.weight.detach()}
 
 
-@pytest.mark.slow
 def test_ranks_draw_and_see_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And learn together, at the rate of one process."""
     one, _ = train(tmp_path / "one")
