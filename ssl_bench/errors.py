@@ -1,4 +1,4 @@
-"""The exceptions that are no bugs."""
+"""Exceptions that aren't bugs."""
 
 import difflib
 import re
@@ -9,11 +9,10 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """A mistake its user can mend. The message says what is wrong, the value, and what to type
-    instead.
+    """A mistake that its user can mend.
 
-    `train.main` prints it as one line and exits with 2; anything else is a bug and keeps its
-    traceback.
+    The message says what is wrong, the value, and what to type instead. `train.main` prints it as
+    one line and exits with 2; any other exception is a bug and keeps its traceback.
     """
 
 
@@ -23,9 +22,7 @@ class Abandoned(UserError):
 
 @contextmanager
 def writable(key: str, place: str | Path) -> Iterator[None]:
-    """UserError for what the system says while `place` is written, which `key` of the configuration
-    names.
-    """
+    """UserError if `place`, which `key` of the configuration names, can't be written."""
     try:
         yield
     except OSError as error:
@@ -46,10 +43,9 @@ class Interrupted(BaseException):
 def unknown(what: str, got: str, valid: list[str]) -> str:
     """One line about a key or choice that isn't there."""
     head = re.match(r"(.*[.=])?", got)[0]
-    # what all have in common makes none alike
+    # A beginning that all valid ones have says nothing about which is close.
     shared = head if all(name.startswith(head) for name in valid) else ""
-    close = difflib.get_close_matches(
-        got.removeprefix(shared), [name.removeprefix(shared) for name in valid], n=1
-    )
+    names = [name.removeprefix(shared) for name in valid]
+    close = difflib.get_close_matches(got.removeprefix(shared), names, n=1)
     hint = f"did you mean {shared}{close[0]}? " if close else ""
     return f"{got}: no such {what}; {hint}Valid: {', '.join(sorted(valid))}"

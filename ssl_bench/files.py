@@ -10,32 +10,30 @@ from typing import IO, Any
 
 from ssl_bench.errors import UserError
 
-# Beside the files of an export, and in the directory of a finished run: what they are; `sha256sum
-# --check` reads it
+# The digests of the files beside it, in an export and in the directory of a finished run.
+# `sha256sum --check` reads it.
 SUMS = "SHA256SUMS"
 
 
 def places(given: str | Sequence[str] | None) -> list[Path]:
     """The paths of a setting like `runs`: one, or a list of them."""
-    return [Path(path) for path in ([given] if isinstance(given, str) else given or ())]
+    paths = [given] if isinstance(given, str) else given or ()
+    return [Path(path) for path in paths]
 
 
 def _open(path: Path, mode: str) -> IO:
-    """A name of a file that isn't UTF-8 is shown by its bytes, as \\udcff; it ends nothing."""
-    return (
-        open(path, mode)
-        if "b" in mode
-        else open(path, mode, encoding="utf-8", errors="backslashreplace")
-    )
+    """Text is UTF-8; a file's name in it that isn't UTF-8 is written by its bytes, as \\udcff."""
+    if "b" in mode:
+        return open(path, mode)
+    return open(path, mode, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager
 def replacing(path: Path, partial: Path, mode: str) -> Iterator[IO]:
-    """Replace the file at once: nobody reads half of it, and a kill leaves the old one or the new
-    one.
+    """Replace a file at once: nobody reads half of it, and a kill leaves the old or the new one.
 
-    partial: where it is written until it is whole; a failure, like a full disk, leaves nothing
-    there.
+    partial: where the file is written until it is whole; a failure, like a full disk, leaves
+    nothing there.
     """
     try:
         with _open(partial, mode) as file:
@@ -54,13 +52,11 @@ def write(path: Path, text: str) -> None:
 
 
 def parse(path: Path, parser: Callable[[str], Any]) -> dict:
-    """What a file of a run says. UserError where somebody damaged it: `write` doesn't leave half of
-    one.
-    """
+    """The content of a run's file. UserError if it is damaged, since `write` never leaves half."""
     check(path)
     try:
         content = parser(path.read_text(encoding="utf-8"))
-    except Exception:  # yaml's and json's have no common kind
+    except Exception:  # yaml's and json's have no common type
         content = None
     if not isinstance(content, dict):
         raise damaged(path)
@@ -78,27 +74,27 @@ def _digest(path: Path, algorithm: str, state: tuple[int, ...]) -> str:
 
 
 def digest(path: Path, algorithm: str = "sha256") -> str:
-    """Of a file, which may be large: read once, unless it changes."""
+    """The digest of a file, in hex; a large file is read once, and again only if it changes."""
     return _digest(path.resolve(), algorithm, state(path))
 
 
 def state(path: Path) -> tuple[int, ...]:
-    """What is another one when a file has changed."""
+    """Size and times (ns) of a file, which differ once it has changed."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def listed(folder: Path) -> dict[str, str]:
-    """The sha256 of each file that SHA256SUMS in the folder names; nothing where there is none."""
+    """The sha256 of each file that the folder's SHA256SUMS names; empty if there is none."""
     path = folder / SUMS
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     return {line[66:]: line[:64] for line in text.splitlines() if line[64:66] == "  "}
 
 
 def check(path: Path) -> Path | None:
-    """The SHA256SUMS that names the file: of its folder, or of the run whose checkpoint it is.
+    """The SHA256SUMS that names the file, in its folder or (for a checkpoint) in its run's.
 
-    UserError unless the file is what that says.
+    UserError if the file has another digest.
     """
     for folder in (path.parent, path.parent.parent):
         said = listed(folder).get(path.relative_to(folder).as_posix()) if path.is_file() else None

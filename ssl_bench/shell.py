@@ -9,37 +9,33 @@ VARIABLE = re.compile(r"(\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*(?::-[\w./-]*)?\}))", r
 
 
 def quoted(text: str, variables: bool = False) -> str:
-    """One word of a shell, all of it literal; but for the $VARIABLES in it, where its reader was
-    promised these.
-    """
+    """The text as one word of a shell. variables: all of it is literal but its $VARIABLES."""
     if not variables:
         return shlex.quote(text)
     parts = VARIABLE.split(text)  # every other one is a variable
-    return (
-        "".join(f'"{part}"' if i % 2 else shlex.quote(part) for i, part in enumerate(parts) if part)
-        or "''"
-    )
+    words = [f'"{part}"' if i % 2 else shlex.quote(part) for i, part in enumerate(parts) if part]
+    return "".join(words) or "''"
 
 
 def quote(value: str) -> str:
-    """A value as an override has it, with quotes where Hydra's grammar wouldn't read it as a plain
-    text.
-    """
+    """A value for an override, in quotes unless Hydra's grammar reads it as plain text."""
     if re.fullmatch(r"[\w./-]+", value, re.ASCII):
         return value
-    # else an interpolation, in quotes, too
+    # ${...} would be an interpolation, in quotes, too
     value = re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", value)
     return in_quotes(value, "'")
 
 
 def in_quotes(value: str, mark: str) -> str:
-    """As Hydra's grammar has it: these quotes in the value and what precedes them are escaped, and
-    nothing else.
+    """A value in quotes, by Hydra's grammar.
+
+    Only the mark itself is escaped, and the backslashes before it or before the end.
     """
-    inside = re.sub(
-        rf"(\\*)({mark}|\Z)", lambda found: 2 * found[1] + (f"\\{mark}" if found[2] else ""), value
-    )
-    return mark + inside + mark
+
+    def escaped(found: re.Match[str]) -> str:
+        return 2 * found[1] + (f"\\{mark}" if found[2] else "")
+
+    return mark + re.sub(rf"(\\*)({mark}|\Z)", escaped, value) + mark
 
 
 def override(key: str, value: object) -> str:
@@ -48,5 +44,5 @@ def override(key: str, value: object) -> str:
 
 
 def listed(values: Iterable[float]) -> str:
-    """As one types it."""
+    """A list of numbers as one types it: [0.1,1]."""
     return f"[{','.join(f'{value:g}' for value in values)}]"

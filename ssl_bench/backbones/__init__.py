@@ -1,7 +1,6 @@
-"""Feature extractors: images (B, 3, H, W) -> features (B, dim), with the width of the features as
-`.dim`.
+"""Feature extractors: images (B, 3, H, W) -> features (B, dim); `.dim` is the features' width.
 
-One that doesn't take images of every size says why by `.refuses(size)`. `.classifier_keys()`, where
-a backbone has it: what the names of the classifier's tensors begin with in a state dict of the
-whole network.
+A backbone that doesn't take images of every size says why by `.refuses(size)`. One that was cut
+from a network with a classifier may have `.classifier_keys()`: the beginnings of the names that the
+classifier's tensors have in a state dict of the whole network.
 """

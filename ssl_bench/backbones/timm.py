@@ -10,9 +10,9 @@ from ssl_bench.errors import UserError
 
 
 def timm(model: str, options: dict[str, Any] | None = None) -> nn.Module:
-    """Any model of the timm package by its name, as initialised there; options: of its constructor.
+    """Any model of the timm package by its name, as initialised there.
 
-    UserError: timm isn't installed, or has no such model.
+    options: arguments of its constructor. UserError: timm isn't installed, or has no such model.
     """
     try:
         from timm import create_model, list_models
@@ -20,7 +20,8 @@ def timm(model: str, options: dict[str, Any] | None = None) -> nn.Module:
         raise UserError(
             "backbone=timm needs the timm package: pip install 'ssl_bench[timm]'"
         ) from None
-    if model not in (known := list_models()):
+    known = list_models()
+    if model not in known:
         close = difflib.get_close_matches(model, known, n=3)
         raise UserError(
             f"backbone.model={model}: timm has no such model; did you mean "
@@ -34,9 +35,7 @@ def timm(model: str, options: dict[str, Any] | None = None) -> nn.Module:
         )
 
     def plan(**changed: Any) -> nn.Module:
-        """The same network without weights: quick to make, and its forward pass computes shapes
-        only.
-        """
+        """The network without weights: quick to make; its forward pass computes only shapes."""
         with torch.device("meta"):
             return create_model(model, **{"num_classes": 0} | options | changed).eval()
 
@@ -44,17 +43,18 @@ def timm(model: str, options: dict[str, Any] | None = None) -> nn.Module:
         try:
             with torch.no_grad():
                 plan(**changed)(torch.empty(1, 3, size, size, device="meta"))
-        except Exception as error:  # of any kind: each family has its own way to say no, or none
+        except Exception as error:  # of any type: each family refuses in its own way
             return (str(error).strip() or f"{type(error).__name__}").splitlines()[0].rstrip(".")
         return None
 
     def refuses(size: int) -> str | None:
-        if (reason := why_not(size)) is None:
+        reason = why_not(size)
+        if reason is None:
             return None
+        mend = ""
         helpful = [option for option in ANY_SIZE if why_not(size, **option) is None]
-        mend = (
-            f", but not with backbone.options={{{_typed(options | helpful[0])}}}" if helpful else ""
-        )
+        if helpful:
+            mend = f", but not with backbone.options={{{_typed(options | helpful[0])}}}"
         return f"fails in {model} ({reason}){mend}"
 
     def classifier_keys() -> tuple[str, ...]:
@@ -70,19 +70,17 @@ def timm(model: str, options: dict[str, Any] | None = None) -> nn.Module:
             f"backbone.options={{{_typed(options)}}}: not for timm's {model} "
             f"({str(error).partition(chr(10))[0]})"
         ) from None
-    # not num_features: that is before the layers which some heads begin with
+    # not num_features, the width before the layers that some heads begin with
     network.dim = network.head_hidden_size
     network.refuses, network.classifier_keys = refuses, classifier_keys
     return network
 
 
-# Options of timm's constructors with which a network takes images of any size.
+# options of timm's constructors with which a network takes images of any size
 ANY_SIZE = ({"dynamic_img_size": True}, {"strict_img_size": False})
 
 
 def _typed(options: dict[str, Any]) -> str:
-    """As one types them between braces."""
-    return ",".join(
-        f"{key}:{str(value).lower() if isinstance(value, bool) else value}"
-        for key, value in options.items()
-    )
+    """Options as one types them between braces."""
+    words = {k: str(v).lower() if isinstance(v, bool) else v for k, v in options.items()}
+    return ",".join(f"{key}:{word}" for key, word in words.items())

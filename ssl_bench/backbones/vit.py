@@ -1,5 +1,6 @@
-"""Vision transformers, torchvision's without their head, for images of any size that the patch
-divides.
+"""Vision transformers: torchvision's without their head.
+
+They take images of any size that the patch size divides.
 """
 
 from typing import Literal
@@ -44,20 +45,20 @@ def _vit(
 
         def forward(self, x: Tensor) -> Tensor:
             patches = self.conv_proj(x)  # (N, dim, rows, columns)
-            tokens = torch.cat(
-                [self.class_token.expand(x.shape[0], -1, -1), patches.flatten(2).mT], dim=1
-            )
+            class_token = self.class_token.expand(x.shape[0], -1, -1)
+            tokens = torch.cat([class_token, patches.flatten(2).mT], dim=1)
             tokens = tokens + self.positions(*patches.shape[2:])
             return self.encoder.ln(self.encoder.layers(self.encoder.dropout(tokens)))[:, 0]
 
         def refuses(self, size: int) -> str | None:
-            return (
-                f"is no multiple of backbone.patch_size={patch_size}" if size % patch_size else None
-            )
+            if size % patch_size:
+                return f"is no multiple of backbone.patch_size={patch_size}"
+            return None
 
         def positions(self, rows: int, columns: int) -> Tensor:
-            """(1, 1 + rows * columns, dim): interpolated where the grid isn't that of `image_size`
-            (DINO's authors).
+            """Position embeddings (1, 1 + rows * columns, dim).
+
+            For another grid than that of `image_size` they are interpolated, as DINO's authors do.
             """
             embedding = self.encoder.pos_embedding
             side = image_size // patch_size
@@ -76,14 +77,14 @@ def _vit(
 
 @torch.no_grad()
 def _init_as_moco_v3(network: nn.Module) -> None:
-    """Xavier's uniform for linear layers, also query, key, value each, and patches (the authors'
-    vits.py 31-47).
+    """Xavier's uniform for linear layers and patches, as in the authors' vits.py 31-47.
+
+    Query, key and value count as a layer each.
     """
 
     def uniform_(weight: Tensor, inputs: int, outputs: int) -> None:
-        nn.init.uniform_(
-            weight, -((6 / (inputs + outputs)) ** 0.5), (6 / (inputs + outputs)) ** 0.5
-        )
+        bound = (6 / (inputs + outputs)) ** 0.5
+        nn.init.uniform_(weight, -bound, bound)
 
     for module in network.modules():
         if isinstance(module, nn.MultiheadAttention):
@@ -92,23 +93,21 @@ def _init_as_moco_v3(network: nn.Module) -> None:
         elif isinstance(module, nn.Linear):
             uniform_(module.weight, module.in_features, module.out_features)
             nn.init.zeros_(module.bias)
-    uniform_(
-        network.conv_proj.weight,
-        network.conv_proj.weight[0].numel(),
-        network.conv_proj.out_channels,
-    )
-    nn.init.zeros_(network.conv_proj.bias)
+    patches = network.conv_proj
+    uniform_(patches.weight, patches.weight[0].numel(), patches.out_channels)
+    nn.init.zeros_(patches.bias)
     nn.init.normal_(network.class_token, std=1e-6)
 
 
 def _sincos(side: int, dim: int) -> Tensor:
-    """(1 + side * side, dim): none for the class token; sines and cosines of row and of column, a
-    quarter each, of wavelengths 2 pi to 20,000 pi (the authors' vits.py 53-69).
+    """Fixed position embeddings (1 + side * side, dim), as in the authors' vits.py 53-69.
+
+    A quarter each: sines and cosines of the row, and of the column, of wavelengths 2 pi to
+    20,000 pi. The class token's are 0.
     """
     place = torch.arange(side, dtype=torch.float32)
-    angles = torch.outer(
-        place, 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float32) / (dim // 4))
-    )
+    rates = 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float32) / (dim // 4))
+    angles = torch.outer(place, rates)
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, dim / 2)
     grid = torch.cat([waves.repeat_interleave(side, dim=0), waves.repeat(side, 1)], dim=1)
     return torch.cat([torch.zeros(1, dim), grid])
@@ -123,8 +122,8 @@ def vit_tiny(
 ) -> nn.Module:
     """ViT-T (Touvron et al., arXiv:2012.12877, table 1), dim = 192.
 
-    positions: of patches; "sincos" are fixed. frozen_patches: their projection stays as
-    initialised. Both, and `init`, are MoCo v3's (arXiv:2104.02057, section 4.1).
+    positions: the patches' embeddings; "sincos" are fixed. frozen_patches: the projection of the
+    patches stays as initialised. Both, and `init`, are MoCo v3's (arXiv:2104.02057, section 4.1).
     """
     return _vit(image_size, patch_size, 192, 3, positions, frozen_patches, init)
 

@@ -1,3 +1,3 @@
-"""What is measured of a network: `passes` over images, their `features`, which `labels` count,
+"""Measurements of a network: `passes` over images, their `features`, which `labels` count,
 `neighbours`, the `health` of embeddings, the `selection` of images to label.
 """

@@ -1,6 +1,4 @@
-"""Features of all images of a split: in memory, or on disk, where an interrupted run finds what it
-has.
-"""
+"""Features of all images of a split, in memory, or on disk, from where a stopped run goes on."""
 
 import json
 import logging
@@ -29,13 +27,14 @@ from ssl_bench.runtime.precision import autocast
 
 log = logging.getLogger(__name__)
 
-# images whose features are written together: what a kill can cost, and what is in memory
+# Images whose features are written together: what a kill can cost, and what is held in memory.
 BLOCK = 16_384
 
 
 def new_array(path: Path, dtype: type[np.floating], shape: tuple[int, ...]) -> np.memmap:
-    """An .npy file to be filled, whose room is taken now: a page that finds none later ends the
-    process (SIGBUS).
+    """An .npy file to be filled, with its disk space allocated now.
+
+    A page that finds no space later would end the process (SIGBUS).
     """
     array = np.lib.format.open_memmap(path, "w+", dtype, shape)
     with open(path, "r+b") as file:
@@ -51,14 +50,16 @@ def stored_features(
     view: Callable[[Tensor], Tensor],
     path: Path,
 ) -> np.ndarray:
-    """float16 (N, dim), memory-mapped from `path`: the features of all images of the source, in its
-    order.
+    """Features of all images of the source, in its order: float16 (N, dim), mapped from `path`.
 
-    All processes compute together what isn't in the file yet; how far they have come is in a .json
-    beside it. Its name must tell whose features they are. UserError for features that aren't finite
-    in float16.
+    All processes together compute what isn't in the file yet; how far they are is in a .json beside
+    it. The path must identify the features. UserError for features that aren't finite in float16.
     """
     progress, rows = path.with_suffix(".json"), source.rows
+
+    def seen(images: Tensor, indices: Tensor) -> Tensor:
+        return view(images)
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{path}.lock") if run.is_main else nullcontext():
         there = path.exists() and progress.exists()
@@ -69,11 +70,7 @@ def stored_features(
         began = time.monotonic()
         while done < len(rows):
             source.rows = rows[done : done + BLOCK]
-            block = (
-                extract_all(precision, run, backbone, source, lambda images, _: view(images))
-                .half()
-                .numpy()
-            )
+            block = extract_all(precision, run, backbone, source, seen).half().numpy()
             if not np.isfinite(block).all():
                 raise UserError(
                     "its features aren't finite numbers in float16: choose another pretrained="
@@ -107,30 +104,28 @@ def extract_all(
     view: Callable[[Tensor, Tensor], Tensor],
     title: str | None = None,
 ) -> Tensor:
-    """Features (N, dim) float32 of all images of the source, in its order, on the CPU of every
-    process.
+    """Features (N, dim) float32 of all images of the source, in its order, on every process's CPU.
 
     view: (images, their indices) -> what the backbone sees. Each process computes its share. title:
-    it is shown how far that is, and a signal stops it; not for within a training, which has a state
-    to save.
+    of a progress bar; with it, a signal stops the pass, so don't give one within a training, which
+    has a state to save.
     """
     passed = source.epoch_pass() if title is None else watched(run, source, title)
     batches = ((view(images, indices), labels, indices) for images, labels, indices in passed)
     with autocast(precision, run.device):
         mine, _ = extract(backbone, batches, nn.Identity())
     world = distributed.world_size()
-    share = math.ceil(source.num_images / world)  # all_gather wants equal ones
-    shares = distributed.all_gather(F.pad(mine, (0, 0, 0, share - len(mine)))).unflatten(
-        0, (world, share)
-    )
-    # the r-th has every world-th image from the r-th
+    share = math.ceil(source.num_images / world)  # all_gather wants shares of equal length
+    padded = F.pad(mine, (0, 0, 0, share - len(mine)))
+    shares = distributed.all_gather(padded).unflatten(0, (world, share))
+    # share r has every world-th image from the r-th on
     return shares.transpose(0, 1).flatten(0, 1)[: source.num_images]
 
 
 def watched(run: Run, source: Source, title: str) -> Iterator[Batch]:
-    """The source's pass over its images: shows how far it is, and stops for a signal."""
+    """The source's pass over its images; shows how far it is, and stops for a signal."""
     world = distributed.world_size()
-    # batches that every process has
+    # the number of batches that every process has
     everywhere = source.num_images // world // (source.batch_size // world)
     with Progress(source.num_images, title, run.is_main) as progress:
         for step, batch in enumerate(source.epoch_pass()):

@@ -1,4 +1,4 @@
-"""Which labels are learnt from, and which are held out to choose by."""
+"""Which labels a classifier learns from, and which are held out to choose by."""
 
 import logging
 
@@ -17,8 +17,10 @@ def hold_out(
     chooser: str = "stage.features=cached",
     instead: str = "stage.features=official",
 ) -> np.ndarray:
-    """Mask of this share of the images of each class, at least one and not all, drawn by seed.
-    labels (N,).
+    """Mask (N,) of a share of each class's images, drawn by seed: at least one and not all.
+
+    labels: (N,). chooser, instead: for the error, who needs the images and what to type without
+    them.
     """
     classes, counts = np.unique(labels, return_counts=True)
     if counts.min() < 2:
@@ -38,11 +40,10 @@ def few_labels(
     labels: np.ndarray, per_class: int | None, fraction: float | None, seed: int
 ) -> np.ndarray | None:
     """Sorted positions of the labelled images to learn from, drawn by seed; None stands for all.
-    labels (N,).
 
-    per_class: so many of each class. fraction: this share of each class, as SimCLR's 1 % and 10 %
-    (arXiv:2002.05709, section 6), rounded, but at least one image. UserError for labels of one
-    class: what tells nothing apart is always right.
+    labels: (N,). per_class: so many of each class. fraction: this share of each class, as SimCLR's
+    1 % and 10 % (arXiv:2002.05709, section 6), rounded, but at least one image. UserError if all
+    labels are of one class.
     """
     check_classes(labels)
     if per_class is None and fraction is None:
@@ -54,7 +55,8 @@ def few_labels(
         )
     classes, counts = np.unique(labels, return_counts=True)
     if per_class is not None:
-        if (fewest := counts.min()) < per_class:
+        fewest = counts.min()
+        if fewest < per_class:
             raise UserError(
                 f"stage.labels_per_class={per_class}: class {classes[counts.argmin()]} has only "
                 f"{fewest} images: choose at most stage.labels_per_class={fewest}"
@@ -62,7 +64,8 @@ def few_labels(
         wanted = np.full(len(classes), per_class)
     else:
         wanted = np.maximum(np.round(fraction * counts).astype(int), 1)
-        if (total := wanted.sum()) > 1.5 * fraction * len(labels):
+        total = wanted.sum()
+        if total > 1.5 * fraction * len(labels):
             raise UserError(
                 f"stage.label_fraction={fraction:g} of {len(labels):,} images is "
                 f"{fraction * len(labels):.0f}, and one of each class makes {total:,}: "
@@ -73,12 +76,9 @@ def few_labels(
         members = np.flatnonzero(labels == label)
         rng = np.random.default_rng(fold(seed, "labels", int(label)))
         chosen.append(rng.choice(members, number, replace=False))
-    log.info(
-        "%s of %s labels, %.3g %%",
-        f"{wanted.sum():,}",
-        f"{len(labels):,}",
-        100 * wanted.sum() / len(labels),
-    )
+    number, all_labels = wanted.sum(), len(labels)
+    share = 100 * number / all_labels
+    log.info("%s of %s labels, %.3g %%", f"{number:,}", f"{all_labels:,}", share)
     return np.sort(np.concatenate(chosen))
 
 

@@ -1,4 +1,4 @@
-"""What features tell without training: by their nearest neighbours and by a ridge classifier."""
+"""Features judged without training: by their nearest neighbours and by a ridge classifier."""
 
 import numpy as np
 import torch
@@ -12,8 +12,7 @@ QUERIES, BANK = 1024, 16384  # rows compared at once: their similarities take 64
 def weighted_knn(
     queries: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int, k: int, temperature: float
 ) -> Tensor:
-    """Votes of the k nearest images of a bank for each class (Wu et al., arXiv:1805.01978, section
-    3.4).
+    """Votes of the k nearest images of a bank for each class (Wu et al., arXiv:1805.01978, 3.4).
 
     queries (M, D), bank (N, D): features of any norm. bank_labels: int64 (N,). Returns (M,
     num_classes): a neighbour of cosine similarity s votes for its class with exp(s / temperature),
@@ -22,22 +21,20 @@ def weighted_knn(
     scores = []
     for block in queries.split(QUERIES):
         similarities, rows = nearest(block, bank, k)
-        scores.append(
-            vote(similarities, bank_labels[rows.to(bank_labels.device)], num_classes, temperature)
-        )
+        labels = bank_labels[rows.to(bank_labels.device)]
+        scores.append(vote(similarities, labels, num_classes, temperature))
     return torch.cat(scores)
 
 
 @torch.no_grad()
 def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosine similarities (M, k) of the k rows of the bank most similar to each query, largest
-    first, and which (M, k).
+    """The k rows of the bank most similar to each query: cosine similarities (M, k), rows (M, k).
 
-    All rows where the bank has fewer. Beside its arguments it takes memory for a block of each; the
-    bank may be on another device.
+    The most similar comes first; if the bank has fewer than k rows, all come. Beside its arguments
+    it takes memory for a block of each; the bank may be on another device.
     """
     found = []
-    # eight bits can't tell near neighbours apart
+    # the 8 bits of bfloat16 can't tell near neighbours apart
     with torch.autocast(queries.device.type, enabled=False):
         for block in queries.split(QUERIES):
             block, best = _unit(block), None
@@ -46,10 +43,8 @@ def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
                 similarities, rows = (block @ part.T).topk(min(k, len(part)))
                 rows += start
                 if best is not None:
-                    similarities, rows = (
-                        torch.cat([best[0], similarities], 1),
-                        torch.cat([best[1], rows], 1),
-                    )
+                    similarities = torch.cat([best[0], similarities], 1)
+                    rows = torch.cat([best[1], rows], 1)
                     similarities, order = similarities.topk(min(k, similarities.shape[1]))
                     rows = rows.gather(1, order)
                 best = similarities, rows
@@ -59,7 +54,7 @@ def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def vote(similarities: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
-    """Similarities and labels (M, k) of the neighbours -> (M, num_classes); see `weighted_knn`."""
+    """Neighbours' similarities and labels (M, k) -> votes (M, num_classes); see `weighted_knn`."""
     votes = (similarities / temperature).softmax(dim=1)  # exp alone overflows at low temperatures
     return votes.new_zeros(len(votes), num_classes).scatter_add_(1, labels.to(votes.device), votes)
 
@@ -69,20 +64,18 @@ def _unit(features: Tensor) -> Tensor:
 
 
 def knn_and_ridge(features: Tensor, labels: Tensor, asked: Tensor) -> dict[str, float]:
-    """Features (N, D), labels (N,), asked (N,) bool -> top-1 (percent) for the asked images of what
-    the others teach.
+    """Top-1 (percent) on the asked images of two classifiers that learn from the others.
 
-    A weighted kNN (k 20, temperature 0.07) and a ridge classifier of standardised features, its
-    strength chosen by leaving each image out.
+    features (N, D), labels (N,), asked (N,) bool. A weighted kNN (k 20, temperature 0.07), and a
+    ridge classifier of standardised features, its strength chosen by leaving each image out.
     """
     from sklearn.linear_model import RidgeClassifierCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     num_classes = int(labels.max()) + 1
-    scores = weighted_knn(
-        features[asked], features[~asked], labels[~asked], num_classes, k=20, temperature=0.07
-    )
+    bank, bank_labels = features[~asked], labels[~asked]
+    scores = weighted_knn(features[asked], bank, bank_labels, num_classes, k=20, temperature=0.07)
     knn = (scores.argmax(dim=1) == labels[asked]).double().mean().item()
     x, y = features.numpy(), labels.numpy()
     ridge = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=np.logspace(-1, 5, 7)))

@@ -15,18 +15,15 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     view: Callable[[Tensor], Tensor],
 ) -> dict[str, float]:
-    """Top-1, top-5 (percent) and cross-entropy of `model.logits` over every image once, on all
-    ranks together.
-    """
+    """Top-1, top-5 (percent) and cross-entropy of `model.logits` over all images of all ranks."""
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)  # top-1, top-5, loss, count
     for images, labels, _ in batches:
         logits = model.logits(view(images)).float()
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        batch = torch.stack(
-            [ranked[:, 0].sum(), ranked.sum(), loss, torch.tensor(len(labels), device=loss.device)]
-        )
+        count = torch.tensor(len(labels), device=loss.device)
+        batch = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, count])
         sums += batch.double().cpu()
     top1, top5, loss, count = distributed.total(sums).tolist()
     return {
@@ -42,8 +39,9 @@ def extract(
     batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     view: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Features (N, dim) float32 and labels (N,) of this rank's images, on the CPU, by a backbone in
-    eval mode.
+    """Features (N, dim) float32 and labels (N,) of this rank's images, on the CPU.
+
+    The backbone is in eval mode.
     """
     # a rank may have no images
     features, labels = [torch.empty(0, backbone.dim)], [torch.empty(0, dtype=torch.int64)]

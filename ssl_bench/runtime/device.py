@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def pick_device(name: str, local_rank: int) -> "torch.device":
-    """The device of this process. UserError where it isn't there."""
+    """The device of this process. UserError if it isn't there."""
     import torch
 
     if name == "auto":
@@ -38,26 +38,26 @@ def pick_device(name: str, local_rank: int) -> "torch.device":
         raise UserError("device=mps: not available here; use device=cpu or device=auto")
     if name != "cuda":
         return torch.device(name)
-    if local_rank >= (gpus := torch.cuda.device_count()) > 1:
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus > 1:
         raise UserError(
             f"{local_rank + 1} processes or more on this machine, and torch sees {gpus} GPUs: "
             "start one each"
         )
-    # With one visible GPU per task, as Slurm may arrange it, every local rank has GPU 0.
+    # With one visible GPU a task, as Slurm may arrange it, every local rank has GPU 0.
     return torch.device("cuda", local_rank % gpus)
 
 
 def check_compiler() -> None:
-    """UserError unless torch.compile finds what it calls, on the CPU and, through Triton, for a
-    GPU.
-    """
+    """UserError unless torch.compile finds what it calls: on the CPU, and for a GPU by Triton."""
     compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
     if not any(shutil.which(name) for name in compilers if name):
         raise UserError(
             "compile=true needs a C++ compiler, and finds none: apt-get install g++, "
             "or type compile=false"
         )
-    if not Path(header := sysconfig.get_path("include"), "Python.h").exists():
+    header = sysconfig.get_path("include")
+    if not Path(header, "Python.h").exists():
         raise UserError(
             f"compile=true needs Python's headers, and finds none in {header}: "
             "apt-get install python3-dev, or type compile=false"

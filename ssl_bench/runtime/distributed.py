@@ -1,5 +1,6 @@
-"""The only module that knows `torch.distributed`. Without a process group every function is a
-no-op.
+"""The only module that knows `torch.distributed`.
+
+Without a process group every function does what one process needs: nothing.
 """
 
 import inspect
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ssl_bench.errors import Abandoned, UserError
 
-# What the backends say when a process at the other end is gone.
+# what the backends say when a process at the other end is gone
 GONE = re.compile(
     r"(closed|reset) by peer|Broken pipe|remote process exited|ncclRemoteError|"
     r"unhandled system error"
@@ -32,9 +33,7 @@ class World(NamedTuple):
 
 
 def launched() -> World | None:
-    """The world somebody else started this process in (torchrun, or srun with several tasks), or
-    None.
-    """
+    """The world that torchrun, or srun with several tasks, started this process in, or None."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return World(
@@ -43,7 +42,8 @@ def launched() -> World | None:
             int(env["WORLD_SIZE"]),
             int(env.get("LOCAL_WORLD_SIZE", 1)),
         )
-    # Of the step, not of the job: a plain command in a batch script with --ntasks=2 is one process.
+    # The step's tasks, not the job's: a plain command in a batch script with --ntasks=2 is one
+    # process.
     size = int(env.get("SLURM_STEP_NUM_TASKS", 1))
     if size > 1:
         nodes = int(env.get("SLURM_STEP_NUM_NODES", 1))
@@ -52,13 +52,16 @@ def launched() -> World | None:
 
 
 def first_node(nodes: str) -> str:
-    """Of Slurm's list of hosts: gpu03 of "gpu[03-04,07],login", r1i0n2 of "r1i[0-1]n[2-5]"."""
+    """The first of Slurm's list of hosts.
+
+    gpu03 of "gpu[03-04,07],login", r1i0n2 of "r1i[0-1]n[2-5]".
+    """
     first = re.match(r"(\[[^]]*\]|[^,[])+", nodes)[0]
     return re.sub(r"\[(\d+)[^]]*\]", r"\1", first)
 
 
 def find_rank_0() -> None:
-    """Set MASTER_ADDR and MASTER_PORT where nobody has."""
+    """Set MASTER_ADDR and MASTER_PORT if nobody has."""
     if "MASTER_ADDR" in os.environ:
         return
     if "SLURM_STEP_NODELIST" not in os.environ:
@@ -67,7 +70,7 @@ def find_rank_0() -> None:
             "or unset them"
         )
     os.environ["MASTER_ADDR"] = first_node(os.environ["SLURM_STEP_NODELIST"])
-    # Below 32768, from where on the system gives ports to anyone.
+    # below 32768, from where on the system gives ports to anyone
     os.environ["MASTER_PORT"] = str(20000 + int(os.environ["SLURM_JOB_ID"]) % 12000)
 
 
@@ -75,8 +78,8 @@ def find_rank_0() -> None:
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the world of `launched()` for the time of the context.
 
-    UserError where its processes don't meet within $SSL_BENCH_RENDEZVOUS seconds (300), Abandoned
-    where one leaves.
+    UserError if its processes don't meet within $SSL_BENCH_RENDEZVOUS seconds (300), Abandoned if
+    one leaves.
     """
     world = launched()
     if world is None or dist.is_initialized():
@@ -92,10 +95,13 @@ def process_group(device: torch.device) -> Iterator[None]:
         )
     except RuntimeError as error:
         raise UserError(_not_met(world, patience, error)) from None
-    # Rank 0 may pack a large dataset while the others wait at the first collective.
-    store.set_timeout(packing := timedelta(hours=2))
-    # its name since torch 2.14
-    (getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout)(packing)
+    # Rank 0 may pack a large data set while the others wait at the first collective.
+    packing = timedelta(hours=2)
+    store.set_timeout(packing)
+    if hasattr(dist, "set_timeout"):  # since torch 2.14
+        dist.set_timeout(packing)
+    else:
+        dist.distributed_c10d._set_pg_timeout(packing)
     try:
         yield
     except RuntimeError as error:
@@ -138,9 +144,8 @@ def all_gather(tensor: Tensor) -> Tensor:
     """(N, ...) of every rank -> (world * N, ...) in rank order. No gradient."""
     if world_size() == 1:
         return tensor
-    parts = [
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())
-    ]
+    layout = torch.contiguous_format
+    parts = [torch.empty_like(tensor, memory_format=layout) for _ in range(world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
 
@@ -166,16 +171,16 @@ class _Total(torch.autograd.Function):
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """`all_gather` with gradient: what every rank's loss wants of this rank's part, summed.
+    """`all_gather` with a gradient: the sum of those that every rank's loss has for this part.
 
-    Where each rank then computes the loss of the whole batch, the gradients that DDP averages are
+    If each rank then computes the loss of the whole batch, the gradients that DDP averages are
     those of one process that has the whole batch.
     """
     return tensor if world_size() == 1 else _Gather.apply(tensor)
 
 
 def mean_with_grad(tensor: Tensor) -> Tensor:
-    """Mean over ranks; its gradient flows to all of them."""
+    """Mean over ranks, with a gradient that flows to all of them."""
     return tensor if world_size() == 1 else _Total.apply(tensor) / world_size()
 
 
@@ -188,8 +193,9 @@ def broadcast(tensor: Tensor) -> Tensor:
 
 
 def share_buffers(module: nn.Module) -> None:
-    """Rank 0's, which are those saved: where batch norm is each rank's own, so are its running
-    statistics.
+    """Give every rank the buffers of rank 0, which are the ones saved.
+
+    Where each rank's batch norm sees its own images, its running statistics differ.
     """
     for buffer in module.buffers():
         broadcast(buffer)
@@ -210,9 +216,7 @@ def total(tensor: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """True on every rank if true on one. Where there are several, a collective on the CPU: no GPU
-    waits.
-    """
+    """True on every rank if true on one. The collective is on the CPU, so that no GPU waits."""
     return flag if world_size() == 1 else bool(total(torch.tensor(float(flag))))
 
 
@@ -222,15 +226,16 @@ def barrier() -> None:
 
 
 def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` for the forward pass: gradients are averaged over ranks. Keep `model` itself for its
-    state.
+    """`model` for the forward pass, with gradients averaged over ranks.
+
+    Keep `model` itself for its state.
     """
     if world_size() == 1:
         return model
     ddp = nn.parallel.DistributedDataParallel
     # A queue of 65536 x 128 must not travel each step; every rank enqueues the same gathered keys
-    # instead. since torch 2.15
-    renamed = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters
+    # instead.
+    renamed = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters  # torch 2.15
     quiet = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     ids = [device] if device.type == "cuda" else None
     return ddp(model, device_ids=ids, gradient_as_bucket_view=True, **quiet)

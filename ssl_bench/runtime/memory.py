@@ -13,8 +13,9 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def keep_freed() -> None:
-    """glibc gives large freed blocks back to the system, and gets the next ones page by page: a
-    fifth of a step.
+    """Let glibc keep large freed blocks.
+
+    It would give them back to the system and get the next ones page by page: a fifth of a step.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -23,7 +24,7 @@ def keep_freed() -> None:
 
 
 def reset_peak(device: torch.device) -> None:
-    """`peak` counts from now on; where the system can't do that, from the start of the process."""
+    """Let `peak` count from now on; some systems can only count from the start of the process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif CLEAR.exists():
@@ -35,11 +36,13 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> float:
-    """GB: allocated on the GPU, or resident in this process."""
+    """The most memory in use so far, in GB: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    # gVisor has no such line
-    if STATUS.exists() and (line := re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())):
+    status = STATUS.read_text() if STATUS.exists() else ""
+    line = re.search(r"VmHWM:\s+(\d+) kB", status)
+    if line:  # gVisor has no such line
         return int(line[1]) * 1024 / 1e9
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used * (1 if sys.platform == "darwin" else 1024) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return used * unit / 1e9

@@ -1,6 +1,4 @@
-"""What `precision=` means: which numbers are multiplied, and how gradients of float16 are kept from
-vanishing.
-"""
+"""What `precision=` means: the type of products, and how float16 gradients don't vanish."""
 
 import warnings
 
@@ -12,11 +10,9 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def prepare(precision: str, device: torch.device) -> None:
-    """Torch's switches for speed, in this process. UserError for bfloat16 on a GPU that only
-    emulates it.
-    """
+    """Set torch's switches for this process. UserError for bfloat16 on a GPU that emulates it."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    # torch.compile's advice, which is not its to give
+    # torch.compile advises tf32, which is the user's choice
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes are static
@@ -36,11 +32,10 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 def gradient_scaler(
     precision: str, device: torch.device, optimizer: torch.optim.Optimizer
 ) -> torch.amp.GradScaler:
-    """For fp16: multiplies the loss so that gradients don't underflow, and skips the steps that
-    overflow nevertheless.
+    """For fp16: scales the loss so that gradients don't underflow, and skips steps that overflow.
 
-    To skip, the host waits for the device. A fused kernel would not, but torch's SGD, told to skip
-    its first step, goes on with momentum that was never initialised (torch 2.14, `_fused_sgd`).
+    To skip, the host waits for the device. A fused kernel would not, but torch's SGD, if its first
+    step is skipped, goes on with momentum that was never initialised (torch 2.14, `_fused_sgd`).
     """
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if scaler.is_enabled():

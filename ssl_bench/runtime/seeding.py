@@ -1,5 +1,6 @@
-"""Every random draw is a function of where it happens (seed, epoch, step, ...), so nothing random
-needs saving.
+"""Seeds. Every random draw is a function of where it happens: seed, epoch, step, ...
+
+So no state of a generator has to be saved.
 """
 
 import hashlib
@@ -9,9 +10,7 @@ import torch
 
 
 def fold(*parts: int | str) -> int:
-    """Hash of the parts, 0 <= hash < 2**63: a seed for `torch.Generator` or NumPy that no other
-    parts share.
-    """
+    """Hash of the parts, 0 <= hash < 2**63: a seed for torch or NumPy that no other parts share."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return struct.unpack("<Q", digest)[0] >> 1
 

@@ -1,8 +1,8 @@
 """Optimizers, with the learning rate given for a batch of 256 and scaled to the batch at hand.
 
-Parameters may come in groups that have an `lr` (scaled already) or a `weight_decay` of their own.
-These stand in place of base_lr and weight_decay; options about biases and norms (tensors of one
-dimension) hold in every group; an option that would overwrite a group's own value is a UserError.
+Parameters may come in groups that have their own `lr` (scaled already) or `weight_decay`, which
+replace base_lr and weight_decay there. Options about biases and norms (tensors of one dimension)
+hold in every group; an option that would overwrite a group's own value is a UserError.
 """
 
 import math
@@ -21,20 +21,20 @@ Params = Iterable[nn.Parameter] | Iterable[dict]
 
 
 def scaled_lr(base_lr: float, batch_size: int, scaling: Scaling) -> float:
-    """batch_size is global. `linear`: base_lr * batch_size / 256 (Goyal et al., arXiv:1706.02677).
-    `sqrt`: base_lr * sqrt(batch_size) (SimCLR, arXiv:2002.05709, B.1). `three_quarters`: base_lr *
-    (batch_size / 256) ** 0.75, which meets both rates that SwAV's authors give.
+    """The rate for a batch_size, which is that of all processes together.
+
+    `linear`: base_lr * batch_size / 256 (Goyal et al., arXiv:1706.02677). `sqrt`: base_lr *
+    sqrt(batch_size) (SimCLR, arXiv:2002.05709, B.1). `three_quarters`: base_lr * (batch_size / 256)
+    ** 0.75, which gives both rates that SwAV's authors give.
     """
     share = batch_size / 256
-    return (
-        base_lr
-        * {
-            "linear": share,
-            "sqrt": math.sqrt(batch_size),
-            "three_quarters": share**0.75,
-            "none": 1.0,
-        }[scaling]
-    )
+    factors = {
+        "linear": share,
+        "sqrt": math.sqrt(batch_size),
+        "three_quarters": share**0.75,
+        "none": 1.0,
+    }
+    return base_lr * factors[scaling]
 
 
 def sgd(
@@ -48,10 +48,7 @@ def sgd(
     exclude_from_decay: bool = False,
     clip_grad_norm: PositiveFloat | None = None,
 ) -> torch.optim.Optimizer:
-    """exclude_from_decay: no weight decay of biases and norms (tensors of one dimension).
-
-    clip_grad_norm: see `clip_`.
-    """
+    """SGD. exclude_from_decay: no weight decay of biases and norms. clip_grad_norm: see `clip_`."""
     lr = scaled_lr(base_lr, batch_size, scaling)
     if exclude_from_decay:
         params = split(params, weights={}, others={"weight_decay": 0.0})
@@ -72,18 +69,18 @@ def adamw(
     betas: tuple[Fraction, Fraction] = (0.9, 0.999),
     clip_grad_norm: PositiveFloat | None = None,
 ) -> torch.optim.Optimizer:
-    """exclude_from_decay: no weight decay of biases and norms. final_weight_decay: it goes there
-    along half a cosine (DINO). clip_grad_norm: see `clip_`.
+    """AdamW. exclude_from_decay: no weight decay of biases and norms. clip_grad_norm: see `clip_`.
+
+    final_weight_decay: the weight decay goes there along half a cosine (DINO).
     """
-    lr, moving = scaled_lr(base_lr, batch_size, scaling), {}
+    lr = scaled_lr(base_lr, batch_size, scaling)
+    moving: dict[str, float] = {}
     if final_weight_decay is not None:
-        params = _without(
-            "weight_decay", params, f"optimizer.final_weight_decay={final_weight_decay:g}"
-        )
+        option = f"optimizer.final_weight_decay={final_weight_decay:g}"
+        params = _without("weight_decay", params, option)
         moving = {"initial_weight_decay": weight_decay, "final_weight_decay": final_weight_decay}
-    groups = split(
-        params, weights=moving, others={"weight_decay": 0.0} if exclude_from_decay else moving
-    )
+    others = {"weight_decay": 0.0} if exclude_from_decay else moving
+    groups = split(params, weights=moving, others=others)
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
     return _clipping(optimizer, clip_grad_norm)
 
@@ -100,15 +97,15 @@ def lars(
     exclude_from_decay: bool = True,
     exclude_from_adaptation: bool = True,
 ) -> torch.optim.Optimizer:
-    """See LARS. base_lr_biases: of biases and norms, where it is another (Barlow Twins,
-    arXiv:2103.03230, 2.2).
+    """See LARS. base_lr_biases: another for biases and norms (Barlow Twins, arXiv:2103.03230, 2.2).
+
+    None: the same for all.
     """
     lr = scaled_lr(base_lr, batch_size, scaling)
     if base_lr_biases is not None:
         params = _without("lr", params, f"optimizer.base_lr_biases={base_lr_biases:g}")
-        params = split(
-            params, weights={}, others={"lr": scaled_lr(base_lr_biases, batch_size, scaling)}
-        )
+        lr_biases = scaled_lr(base_lr_biases, batch_size, scaling)
+        params = split(params, weights={}, others={"lr": lr_biases})
     return LARS(
         params,
         lr,
@@ -121,13 +118,12 @@ def lars(
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD in which each weight tensor's step has the length of the tensor (You et al.,
-    arXiv:1708.03888).
+    """SGD that rescales each tensor's step to its norm (You et al., arXiv:1708.03888).
 
     step = lr * momentum(trust_coefficient * |w| / |g + decay * w| * (g + decay * w)); no rescaling
-    where either norm is zero. exclude_from_decay, exclude_from_adaptation: biases and norms
-    (tensors of one dimension) have no weight decay; aren't rescaled. Both is the rule of SimCLR,
-    BYOL, Barlow Twins, VICReg and MoCo v3; neither is SwAV's.
+    where either norm is zero. exclude_from_decay: biases and norms (tensors of one dimension) have
+    no weight decay. exclude_from_adaptation: they aren't rescaled. SimCLR, BYOL, Barlow Twins,
+    VICReg and MoCo v3 have both, SwAV neither.
     """
 
     def __init__(
@@ -142,10 +138,8 @@ class LARS(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.trust_coefficient = trust_coefficient
-        self.exclude_from_decay, self.exclude_from_adaptation = (
-            exclude_from_decay,
-            exclude_from_adaptation,
-        )
+        self.exclude_from_decay = exclude_from_decay
+        self.exclude_from_adaptation = exclude_from_adaptation
 
     @torch.no_grad()
     def step(self) -> None:
@@ -154,20 +148,17 @@ class LARS(torch.optim.Optimizer):
             if not params:
                 continue
             updates = [p.grad for p in params]
-            decays = [
-                group["weight_decay"] * (p.ndim > 1 or not self.exclude_from_decay) for p in params
-            ]
+            decayed = [p.ndim > 1 or not self.exclude_from_decay for p in params]
+            decays = [group["weight_decay"] * this for this in decayed]
             if any(decays):
                 updates = torch._foreach_add(updates, torch._foreach_mul(params, decays))
-            adapted = [
-                i for i, p in enumerate(params) if p.ndim > 1 or not self.exclude_from_adaptation
-            ]
+            rescaled = [p.ndim > 1 or not self.exclude_from_adaptation for p in params]
+            adapted = [i for i, this in enumerate(rescaled) if this]
             if adapted:
                 norms = torch.stack(torch._foreach_norm([params[i] for i in adapted]))
                 lengths = torch.stack(torch._foreach_norm([updates[i] for i in adapted]))
-                trust = (self.trust_coefficient * norms / lengths).where(
-                    (norms > 0) & (lengths > 0), 1.0
-                )
+                trust = self.trust_coefficient * norms / lengths
+                trust = trust.where((norms > 0) & (lengths > 0), 1.0)
                 scaled = torch._foreach_mul([updates[i] for i in adapted], list(trust.unbind()))
                 updates = list(updates)
                 for i, update in zip(adapted, scaled, strict=True):
@@ -185,18 +176,21 @@ class LARS(torch.optim.Optimizer):
 
 
 def split(params: Params, weights: dict, others: dict) -> list[dict]:
-    """Each group in two: weights, and biases and norms (tensors of one dimension), with these
-    settings, whatever the group has of its own.
+    """Each group in two: weights with one setting, biases and norms (one dimension) with another.
+
+    The settings replace what the group has.
     """
     parts = []
     for group in _groups(params):
         for wide, settings in ((True, weights), (False, others)):
-            if members := [p for p in group["params"] if (p.ndim > 1) is wide]:
+            members = [p for p in group["params"] if (p.ndim > 1) is wide]
+            if members:
                 parts.append({**group, **settings, "params": members})
     return parts
 
 
 def _groups(params: Params) -> list[dict]:
+    """The parameters as groups, each with a list of them."""
     groups = list(params)
     if not isinstance(groups[0], dict):
         groups = [{"params": groups}]
@@ -205,7 +199,7 @@ def _groups(params: Params) -> list[dict]:
 
 
 def _without(key: str, params: Params, option: str) -> list[dict]:
-    """The groups. UserError where one has the key, which `option` would overwrite."""
+    """The groups. UserError if one has the key, which `option` would overwrite."""
     groups = _groups(params)
     if any(key in group for group in groups):
         raise UserError(
@@ -216,23 +210,22 @@ def _without(key: str, params: Params, option: str) -> list[dict]:
 
 
 def schedule_(optimizer: torch.optim.Optimizer, factor: float, epoch: float, epochs: int) -> None:
-    """Set each group's rate and weight decay for the step at `epoch` of `epochs`; factor: what the
-    schedule gives.
+    """Set each group's rate and weight decay for the step at `epoch` of `epochs`.
 
-    constant_lr: a group that the schedule leaves alone. final_weight_decay: see `adamw`.
+    factor: the schedule's, which groups with constant_lr ignore. final_weight_decay: see `adamw`.
     """
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * (1.0 if group.get("constant_lr") else factor)
         if "final_weight_decay" in group:
             start, end = group["initial_weight_decay"], group["final_weight_decay"]
-            group["weight_decay"] = (
-                end + (start - end) * (1 + math.cos(math.pi * epoch / epochs)) / 2
-            )
+            decay = end + (start - end) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+            group["weight_decay"] = decay
 
 
 def clip_(optimizer: torch.optim.Optimizer) -> None:
-    """Shorten each tensor's gradient, of groups with a `clip_grad_norm`, to that length (DINO's
-    authors' utils.py).
+    """In groups with a `clip_grad_norm`, shorten each tensor's gradient to that norm.
+
+    As in utils.py of DINO's authors.
     """
     for group in optimizer.param_groups:
         if longest := group.get("clip_grad_norm"):
@@ -242,8 +235,9 @@ def clip_(optimizer: torch.optim.Optimizer) -> None:
 
 
 def freeze_(optimizer: torch.optim.Optimizer, epoch: float) -> None:
-    """Take the gradients from the groups whose `frozen_epochs` are not over: no step, momentum or
-    decay.
+    """Drop the gradients of groups whose `frozen_epochs` aren't over.
+
+    A parameter without a gradient has no step, no momentum and no decay.
     """
     for group in optimizer.param_groups:
         if epoch < group.get("frozen_epochs", 0):

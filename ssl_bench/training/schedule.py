@@ -1,5 +1,6 @@
-"""Learning-rate schedules: pure functions of how far training is. The rate is `initial_lr` times
-what they return.
+"""Learning-rate schedules: pure functions of how far training is.
+
+The rate is `initial_lr` times the factor that they return.
 """
 
 import math
@@ -10,8 +11,9 @@ from ssl_bench.config.fields import Epochs, Fraction
 
 
 class Schedule:
-    """warmup_epochs: rises linearly from 0, step by step. per_epoch: afterwards changes only
-    between epochs.
+    """The factor rises linearly from 0 for `warmup_epochs`, step by step, and then decays.
+
+    per_epoch: after the warm-up it changes only between epochs.
     """
 
     def __init__(self, warmup_epochs: Epochs = 0.0, per_epoch: bool = False) -> None:
@@ -22,15 +24,12 @@ class Schedule:
         if epoch < self.warmup_epochs:
             return epoch / self.warmup_epochs
         epoch = math.floor(epoch) if self.per_epoch else epoch
-        return self.decay(
-            max(epoch - self.warmup_epochs, 0) / max(epochs - self.warmup_epochs, 1e-9),
-            epoch / epochs,
-        )
+        decaying = max(epochs - self.warmup_epochs, 1e-9)
+        progress = max(epoch - self.warmup_epochs, 0) / decaying
+        return self.decay(progress, epoch / epochs)
 
     def decay(self, progress: float, elapsed: float) -> float:
-        """progress: share done of what follows the warm-up; elapsed: share done of the whole
-        training.
-        """
+        """The factor. progress: share done of what follows the warm-up; elapsed: of everything."""
         raise NotImplementedError
 
 
@@ -53,8 +52,9 @@ class Cosine(Schedule):
 
 
 class Step(Schedule):
-    """Multiplied by `gamma` at each milestone, a share of the whole training: (0.6, 0.8) is 120 and
-    160 of 200.
+    """Multiplied by `gamma` at each milestone.
+
+    Milestones are shares of the whole training: (0.6, 0.8) are epochs 120 and 160 of 200.
     """
 
     def __init__(

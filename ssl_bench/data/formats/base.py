@@ -103,7 +103,7 @@ class Dataset(ABC):
         kind = f"{type(self).__name__.lower()}-{images}"
         # Images that no decoder reads keep the first version: their runs go on when the decoding
         # changes.
-        pixels = (1, self.image_size)
+        pixels: tuple = (1, self.image_size)
         if isinstance(read, Decoder):
             pixels = (VERSION, self.image_size, self.values)
         store_name = f"{kind}-{hashed(LAYOUT, *pixels, digests.files)[:16]}"
