@@ -61,6 +61,11 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
             f"metric={cfg.metric}: stage=pretrain never looks at val: type metric=knn_top1 "
             "or metric=probe_top1, which held-out training images give, or metric=loss"
         )
+    if cfg.metric in ("knn_top1", "probe_top1") and not (cfg.eval_every and online_images):
+        raise UserError(
+            f"metric={cfg.metric}: nothing measures it with eval_every={cfg.eval_every} and "
+            f"stage.online_images={online_images}: type 1 or more for both, or metric=loss"
+        )
     data = build.construct(cfg.data)
     given = {}
     if build.takes(cfg.method, "num_classes"):

@@ -154,6 +154,15 @@ def test_weights_that_are_not_there_are_told_first(tmp_path: Path) -> None:
 
 # -- mistakes --------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("off", ["eval_every=0", "stage.online_images=0"])
+def test_a_metric_that_nothing_measures(command: list[str], tmp_path: Path, off: str) -> None:
+    words = [*command, off, "metric=knn_top1"]
+    with pytest.raises(UserError, match=r"^metric=knn_top1: nothing measures it with eval_every="):
+        launch(compose(*words))
+    assert not (tmp_path / "run").exists()
+
+
 PIXELS = ["backbone=pixels", "augmentation.image_size=8"]
 VIT = ["backbone=vit_tiny", "backbone.patch_size=8"]
 MISTAKES = {
