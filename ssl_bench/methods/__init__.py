@@ -1,3 +1,3 @@
-"""A paper a file; `base` says what a method is, `layers` what several use; `probe` and `finetune`
-learn from labels.
+"""Methods, a file for each paper: `base` says what a method is, `layers` has what several use;
+`probe` and `finetune` learn from labels.
 """

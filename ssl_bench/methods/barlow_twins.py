@@ -13,21 +13,22 @@ from ssl_bench.runtime import distributed
 
 @layers.full_precision
 def cross_correlation_loss(z1: Tensor, z2: Tensor, lambd: float) -> Tensor:
-    """Embeddings (N, D) of two views -> how far their cross-correlation (D, D) is from the identity
-    (equation 1).
+    """Embeddings (N, D) of two views -> distance of their cross-correlation from the identity.
+
+    The cross-correlation is (D, D); the loss is equation 1.
     """
     z1, z2 = (F.batch_norm(z, None, None, training=True) for z in (z1, z2))
     correlation = z1.T @ z2 / len(z1)
-    return (correlation.diagonal() - 1).square().sum() + lambd * layers.off_diagonal(
-        correlation
-    ).square().sum()
+    invariance = (correlation.diagonal() - 1).square().sum()
+    redundancy = layers.off_diagonal(correlation).square().sum()
+    return invariance + lambd * redundancy
 
 
 class BarlowTwins(Method):
     """Each dimension of the embedding agrees between the views, and with no other dimension.
 
-    dim: width of the projector, three layers Linear-BN-ReLU and at the end Linear. lambd: weight of
-    the second part.
+    The projector is Linear-BN-ReLU-Linear-BN-ReLU-Linear. dim: the width of its layers. lambd: the
+    weight of the redundancy, the loss's second part.
     """
 
     def __init__(
@@ -39,8 +40,8 @@ class BarlowTwins(Method):
 
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
         z1, z2 = (self.projector(self.backbone(view)) for view in views)  # (N, D)
-        # Of the whole batch on every rank. The authors sum the matrix over ranks without autograd:
-        # the same loss, and this gradient divided by the number of ranks, which LARS makes good for
-        # weights, but not for biases.
+        # Every rank computes the loss of the whole batch. The authors sum the matrix over ranks
+        # without autograd: the same loss, with this gradient divided by the number of ranks, which
+        # LARS makes up for in weights, but not in biases.
         loss = cross_correlation_loss(distributed.gather(z1), distributed.gather(z2), self.lambd)
         return {"loss": loss, "embeddings": health_of(z1, z2)}

@@ -9,8 +9,8 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-# "loss" is required. "embeddings" (V, N, D), detached, of V views of each image are what the loop
-# judges the health of training by (evaluators.health). Every other entry is a scalar worth a chart.
+# "loss" is required. By "embeddings" (V, N, D), detached, of V views of each image, the loop judges
+# the health of training (evaluate.health). Every other entry is a scalar worth a chart.
 Output = dict[str, Tensor]
 
 
@@ -21,21 +21,20 @@ class Method(nn.Module):
     takes_small_views: bool = False  # any number of them after the others (multi-crop)
     split: str = "pretrain"  # the images it learns from
     learns: bool = True
-    bn_splits: int = 1  # in so many parts its batch norm sees the batch of a process
+    bn_splits: int = 1  # the number of parts in which batch norm sees the batch of a process
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone  # what pretraining exports and lincls loads
 
     def param_groups(self) -> list[dict]:
-        """What the optimizer trains. Keys that the loop knows beside those of the optimizer:
+        """What the optimizer trains. Beside the optimizer's keys the loop knows these two:
 
         constant_lr: the schedule leaves the rate alone. frozen_epochs: no gradient before this
         epoch.
         """
-        return [
-            {"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}
-        ]
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return [{"params": trained}]
 
     def check(self, num_images: int, local_batch: int) -> None:
         """UserError if it can't learn from so many images, or in such batches on each process.
@@ -55,11 +54,10 @@ class Method(nn.Module):
 
 
 def momentum_copy(module: nn.Module) -> nn.Module:
-    """A copy that only `ema_` changes, and in which nothing is random: it has no dropout, no drop
-    path.
+    """A copy that only `ema_` changes, without dropout, drop path or anything else random.
 
-    In train mode only what has running statistics learns: batch norm uses those of the batch, as
-    the original.
+    Of its layers only those with running statistics have a train mode: batch norm uses the batch's
+    statistics, like the original's.
     """
     copied = copy.deepcopy(module).requires_grad_(False)
     copied.train = MethodType(_train_statistics, copied)
@@ -67,8 +65,9 @@ def momentum_copy(module: nn.Module) -> nn.Module:
 
 
 def _train_statistics(module: nn.Module, mode: bool = True) -> nn.Module:
-    """`module.train`. Whatever is random in a network, as a layer or inside of one, asks for its
-    `training`.
+    """`module.train`, for layers with running statistics only.
+
+    Whatever is random in a network, be it a layer or a part of one, looks at `training`.
     """
     type(module).train(module, mode)
     for child in module.modules():
@@ -79,8 +78,9 @@ def _train_statistics(module: nn.Module, mode: bool = True) -> nn.Module:
 
 @torch.no_grad()
 def ema_(target: Iterable[nn.Module], source: Iterable[nn.Module], momentum: float) -> None:
-    """target <- momentum * target + (1 - momentum) * source, for parameters; buffers are the copy's
-    own.
+    """target <- momentum * target + (1 - momentum) * source, for parameters.
+
+    The target keeps its own buffers.
     """
     theirs = [p for module in source for p in module.parameters()]
     ours = [p for module in target for p in module.parameters()]
@@ -93,17 +93,14 @@ def rising(momentum: float, progress: float) -> float:
 
 
 def by_size(network: nn.Module, views: Sequence[Tensor]) -> Tensor:
-    """V views (N, 3, H, W) -> (V * N, D), view after view; one pass for all of a size, as
-    multi-crop's authors do.
+    """V views (N, 3, H, W) -> (V * N, D), view after view.
+
+    Views of one size pass the network together, as in the code of multi-crop's authors.
     """
-    return torch.cat(
-        [
-            network(torch.cat(list(group)))
-            for _, group in groupby(views, key=lambda view: view.shape[-2:])
-        ]
-    )
+    sizes = groupby(views, key=lambda view: view.shape[-2:])
+    return torch.cat([network(torch.cat(list(group))) for _, group in sizes])
 
 
 def health_of(*embeddings: Tensor) -> Tensor:
-    """The entry "embeddings" of an Output: V x (N, D) -> (V, N, D)."""
+    """The entry "embeddings" of an Output: V times (N, D) -> (V, N, D), detached."""
     return torch.stack([x.detach() for x in embeddings])

@@ -11,7 +11,7 @@ from ssl_bench.methods.base import Method, Output, health_of
 
 
 class Random(Method):
-    """The network as initialised. Nothing is trained."""
+    """The network as initialised; nothing is trained."""
 
     learns = False
 

@@ -14,8 +14,9 @@ from ssl_bench.methods.base import Method, Output, ema_, health_of, momentum_cop
 
 @layers.full_precision
 def regression_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """(N, D) each, not normalised -> 2 - 2 cos, mean over the batch; no gradient to the target
-    (equation 2).
+    """(N, D) each, not normalised -> 2 - 2 cos, averaged over the batch (equation 2).
+
+    The target gets no gradient.
     """
     return 2 - 2 * F.cosine_similarity(prediction, target.detach(), dim=1).mean()
 
@@ -23,7 +24,7 @@ def regression_loss(prediction: Tensor, target: Tensor) -> Tensor:
 class BYOL(Method):
     """The online network predicts what a slow copy of it, the target, makes of the other view.
 
-    momentum: of the target; it rises to 1 along a cosine. Projector and predictor are
+    momentum: the target's; it rises to 1 along a cosine. Projector and predictor are
     Linear-BN-ReLU-Linear.
     """
 
@@ -45,13 +46,10 @@ class BYOL(Method):
         z1, z2 = (self.projector(self.backbone(view)) for view in views)  # (N, D)
         with torch.no_grad():
             target1, target2 = (self.target_projector(self.target_backbone(view)) for view in views)
-        loss = regression_loss(self.predictor(z1), target2) + regression_loss(
-            self.predictor(z2), target1
-        )
+        loss = regression_loss(self.predictor(z1), target2)
+        loss = loss + regression_loss(self.predictor(z2), target1)
         return {"loss": loss, "embeddings": health_of(z1, z2)}
 
     def update(self, progress: float) -> None:
-        momentum = rising(self.momentum, progress)
-        ema_(
-            [self.target_backbone, self.target_projector], [self.backbone, self.projector], momentum
-        )
+        target = [self.target_backbone, self.target_projector]
+        ema_(target, [self.backbone, self.projector], rising(self.momentum, progress))

@@ -15,11 +15,11 @@ from ssl_bench.runtime import distributed
 
 
 class DINOLoss(nn.Module):
-    """Cross-entropy of the student's crops with the teacher's first two, centred and sharpened
-    (algorithm 1).
+    """Cross-entropy of the student's crops with the teacher's first two (algorithm 1).
 
-    The teacher's temperature rises in steps of an epoch from `warmup_teacher_temperature` to
-    `teacher_temperature`, which it has from epoch `warmup_epochs` - 1 on.
+    The teacher's are centred and sharpened. Its temperature rises with each epoch from
+    `warmup_teacher_temperature` to `teacher_temperature`, which it has from epoch `warmup_epochs` -
+    1 on.
     """
 
     def __init__(
@@ -35,10 +35,9 @@ class DINOLoss(nn.Module):
         self.warm_up = (warmup_teacher_temperature, teacher_temperature, warmup_epochs)
         self.student_temperature, self.center_momentum = student_temperature, center_momentum
         self.register_buffer("center", torch.zeros(1, out_dim))
-        # a tensor, or each value would be compiled anew
-        self.register_buffer(
-            "temperature", torch.tensor(warmup_teacher_temperature), persistent=False
-        )
+        # a tensor: torch.compile would compile a number anew for each value
+        temperature = torch.tensor(warmup_teacher_temperature)
+        self.register_buffer("temperature", temperature, persistent=False)
 
     def begin(self, epoch: int) -> None:
         start, end, epochs = self.warm_up
@@ -47,9 +46,7 @@ class DINOLoss(nn.Module):
 
     @layers.full_precision
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Student (V * N, K), teacher (2 * N, K), crop after crop -> mean over pairs of different
-        crops.
-        """
+        """Student (V * N, K), teacher (2 * N, K), crop after crop -> mean over unequal crops."""
         teacher = teacher.detach()
         num_crops = 2 * len(student) // len(teacher)
         predictions = F.log_softmax(student / self.student_temperature, dim=1).chunk(num_crops)
@@ -82,19 +79,17 @@ class DINOHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         return self.logits(self.mlp(features))
 
-    # in bfloat16 a cosine is off by up to 0.002, which the teacher's temperature makes 5 %
+    # In bfloat16 a cosine is off by up to 0.002, which the teacher's temperature turns into 5 %.
     @layers.full_precision
     def logits(self, bottleneck: Tensor) -> Tensor:
         return F.linear(F.normalize(bottleneck, dim=1), F.normalize(self.last.weight, dim=1))
 
 
 class DINO(Method):
-    """A student learns the soft assignments that its own slow copy, the teacher, makes of the
-    larger crops.
+    """A student learns its slow copy's, the teacher's, soft assignments of the larger crops.
 
-    What pretraining exports is the teacher, which is the better of the two (section 5.2).
-    momentum: of the teacher; it rises to 1 along a cosine. frozen_epochs: as long the last layer
-    doesn't move.
+    Pretraining exports the teacher, the better of the two (section 5.2). momentum: the teacher's;
+    it rises to 1 along a cosine. frozen_epochs: for so long the last layer doesn't move.
     """
 
     takes_small_views = True
@@ -140,10 +135,8 @@ class DINO(Method):
         with torch.no_grad():
             teacher = self.head(by_size(self.backbone, views[: self.num_views]))
         loss = self.criterion(self.student_head(features), teacher)
-        return {
-            "loss": loss,
-            "embeddings": health_of(*features.chunk(len(views))[: self.num_views]),
-        }
+        full_size = features.chunk(len(views))[: self.num_views]
+        return {"loss": loss, "embeddings": health_of(*full_size)}
 
     def update(self, progress: float) -> None:
         momentum = rising(self.momentum, progress)

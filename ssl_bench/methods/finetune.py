@@ -14,8 +14,7 @@ Block = list[nn.Module | nn.Parameter]
 
 
 def blocks(network: nn.Module) -> list[Block]:
-    """The parts of a network from its input to its output: first the stem, then each residual
-    block.
+    """The parts of a network from input to output: first the stem, then each residual block.
 
     A block is an entry of a Sequential or ModuleList (layer1.0 of a ResNet, blocks.0 of a ViT);
     what comes before the first belongs to the stem, what comes after it to the block before. Every
@@ -24,7 +23,7 @@ def blocks(network: nn.Module) -> list[Block]:
     parts: list[Block] = [[]]
 
     def walk(module: nn.Module) -> None:
-        # class token and positions come with the stem
+        # class token and position embeddings belong to the stem
         parts[0].extend(module.parameters(recurse=False))
         for child in module.children():
             if isinstance(child, nn.Sequential | nn.ModuleList):
@@ -39,22 +38,20 @@ def blocks(network: nn.Module) -> list[Block]:
 
 
 def parameters(part: Block) -> list[nn.Parameter]:
-    """Those of a part that are trained."""
-    every = (
-        item
-        for member in part
-        for item in ([member] if isinstance(member, Tensor) else member.parameters())
-    )
+    """The parameters of a part that are trained."""
+    every: list[nn.Parameter] = []
+    for member in part:
+        every.extend([member] if isinstance(member, nn.Parameter) else member.parameters())
     return [parameter for parameter in every if parameter.requires_grad]
 
 
 class FineTune(Method):
-    """A new linear layer on a backbone, and both trained; fc ~ N(0, 0.01), bias 0, as in Barlow
-    Twins' evaluate.py.
+    """A new linear layer on a backbone, both trained.
 
-    trained_blocks: of the backbone only the last so many `blocks`; the others keep their weights
-    and statistics. None: all of it. mixup: pairs of images and their labels are mixed by a share
-    drawn from Beta(mixup, mixup) for each batch (Zhang et al., arXiv:1710.09412); 0: not at all.
+    fc ~ N(0, 0.01), bias 0, as in Barlow Twins' evaluate.py. trained_blocks: train only the last so
+    many `blocks` of the backbone, None: all; the others keep their weights and statistics. mixup:
+    pairs of images and their labels are mixed by a share drawn from Beta(mixup, mixup) for each
+    batch (Zhang et al., arXiv:1710.09412); 0: no mixing.
     """
 
     num_views = 1
@@ -79,10 +76,9 @@ class FineTune(Method):
             )
         first = 0 if trained_blocks is None else len(parts) - trained_blocks
         self.trained = [parameters(part) for part in parts[first:]]  # from the input to the output
-        self.frozen = [
-            member for part in parts[:first] for member in part if isinstance(member, nn.Module)
-        ]
-        for part in parts[:first]:
+        fixed = parts[:first]
+        self.frozen = [module for part in fixed for module in part if isinstance(module, nn.Module)]
+        for part in fixed:
             for parameter in parameters(part):
                 parameter.requires_grad_(False)
 
@@ -97,12 +93,12 @@ class FineTune(Method):
         return self.fc(self.backbone(images))
 
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
-        """accuracy: of the labels weighted by their share in the image."""
+        """`accuracy`: with mixup, a label counts by its share in the image."""
         images, share = views[0], 1.0
         if self.mixup:
-            # on the host, from the step's generator
+            # drawn on the host, by the step's generator
             share = torch.distributions.Beta(self.mixup, self.mixup).sample()
-            # the order of a batch is random already
+            # pairs are random, since the order of a batch is
             images = share * images + (1 - share) * images.flip(0)
         logits = self.logits(images)
         loss = share * F.cross_entropy(logits, labels)

@@ -19,18 +19,17 @@ def mlp(
     final_norm: Literal["scaled", "plain"] | None = None,
     final_bias: bool = True,
 ) -> nn.Sequential:
-    """Linear layers of the given widths, with ReLU between them, and before each ReLU batch norm if
-    `norm`.
+    """Linear layers of the given widths, with ReLU between them.
 
-    final_norm: batch norm after the last one, with weights but no bias, or without either. A layer
-    before batch norm has no bias, which the norm would take out again.
+    norm: batch norm before each ReLU. final_norm: batch norm after the last layer, with weights but
+    no bias ("scaled") or without either ("plain"). A layer before batch norm has no bias, which the
+    norm would take out again.
     """
     layers: list[nn.Module] = []
     for i, (inputs, outputs) in enumerate(pairwise(dims)):
         last = i == len(dims) - 2
-        layers.append(
-            nn.Linear(inputs, outputs, bias=final_bias and not final_norm if last else not norm)
-        )
+        bias = final_bias and not final_norm if last else not norm
+        layers.append(nn.Linear(inputs, outputs, bias=bias))
         if last and final_norm:
             layers.append(nn.BatchNorm1d(outputs, affine=final_norm == "scaled"))
             if final_norm == "scaled":
@@ -41,19 +40,17 @@ def mlp(
 
 
 def full_precision(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """A loss, or a head, outside of autocast: embeddings that arrive in half precision become
-    float32.
-    """
+    """A loss, or a head, computed outside of autocast; tensors in half precision become float32."""
+
+    def widened(x: Any) -> Any:
+        half = isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.half)
+        return x.float() if half else x
 
     @wraps(loss)
     def computed(*args: Any, **kwargs: Any) -> Any:
-        args = tuple(
-            x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.half) else x
-            for x in args
-        )
-        with torch.autocast(
-            next(x for x in args if isinstance(x, Tensor)).device.type, enabled=False
-        ):
+        args = tuple(widened(x) for x in args)
+        device = next(x for x in args if isinstance(x, Tensor)).device
+        with torch.autocast(device.type, enabled=False):
             return loss(*args, **kwargs)
 
     return computed
@@ -80,7 +77,7 @@ class Queue(nn.Module):
         """keys (N, dim); the oldest N make room."""
         size, num = self.keys.shape[1], keys.shape[0]
         slots = (self.pointer + torch.arange(num, device=keys.device)) % size
-        newest = slice(max(0, num - size), None)  # of more keys than places, only the last survive
+        newest = slice(max(0, num - size), None)  # if more keys come than fit, the last ones stay
         self.keys.index_copy_(1, slots[newest], keys[newest].T.to(self.keys.dtype))
         self.pointer.add_(num).remainder_(size)
 
@@ -88,28 +85,29 @@ class Queue(nn.Module):
 SPLITTABLE = {nn.BatchNorm1d, nn.BatchNorm2d}
 
 
-class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over each of `num_splits` consecutive parts of the batch, as that many GPUs would
-    compute it.
+def _normalised_by_running_statistics(norm: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
+    mean, variance = norm.running_mean, norm.running_var
+    return F.batch_norm(x, mean, variance, norm.weight, norm.bias, eps=norm.eps)
 
-    One device then behaves like several, which MoCo's shuffle needs. Same state as batch norm.
+
+class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over each of `num_splits` consecutive parts of the batch, as so many GPUs do it.
+
+    One device then behaves like several, which MoCo's shuffle needs. Its state is batch norm's.
     """
 
     num_splits: int = 1
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
-        # Each part moves its own copy of the running statistics; what stays is their mean, as in
-        # the authors' code.
+            return _normalised_by_running_statistics(self, x)
+        # Each part moves its own copy of the running statistics; their mean is kept, as in the
+        # authors' code.
         means = self.running_mean.repeat(self.num_splits, 1)
         variances = self.running_var.repeat(self.num_splits, 1)
+        weight, bias = self.weight, self.bias
         parts = [
-            F.batch_norm(
-                part, mean, variance, self.weight, self.bias, True, self.momentum, self.eps
-            )
+            F.batch_norm(part, mean, variance, weight, bias, True, self.momentum, self.eps)
             for part, mean, variance in zip(x.chunk(self.num_splits), means, variances, strict=True)
         ]
         self.running_mean.copy_(means.mean(dim=0))
@@ -119,9 +117,7 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def split_batch_norm_(module: nn.Module, num_splits: int) -> None:
-    """Turn every batch norm inside `module` into a split one, in place. Parameters and buffers
-    stay.
-    """
+    """Turn every batch norm inside `module` into a split one, in place; its state stays."""
     for child in module.modules():
         if type(child) in SPLITTABLE:
             child.__class__ = SplitBatchNorm
@@ -131,15 +127,14 @@ def split_batch_norm_(module: nn.Module, num_splits: int) -> None:
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the batches of all ranks, on any device: torch's own knows no CPU. Same state
-    as batch norm.
+    """Batch norm over the batches of all ranks, on any device; torch's own knows no CPU.
+
+    Its state is batch norm's.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
+            return _normalised_by_running_statistics(self, x)
         dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
         wide = x.float() if x.dtype in (torch.bfloat16, torch.half) else x
         mean = distributed.mean_with_grad(wide.mean(dims))  # every rank has as many images
@@ -157,24 +152,24 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def sync_batch_norm_(module: nn.Module, device: torch.device, compiled: bool) -> None:
-    """Batch norm inside `module` over all ranks, in place, but where it is split on purpose. Its
-    state stays.
+    """Let batch norm inside `module` see all ranks, in place, unless it is split on purpose.
 
-    torch's own has the faster kernels, and waits for the GPU: each would be a gap in a compiled
-    network.
+    Its state stays. torch's own has the faster kernels, but waits for the GPU, which would leave a
+    gap in a compiled network for each.
     """
     for child in module.modules():
         if type(child) not in SPLITTABLE:
             _refuse_unknown(child, "sync_batch_norm=true", "sync_batch_norm=false")
         elif device.type == "cuda" and not compiled:
-            child.__class__, child.process_group = nn.SyncBatchNorm, None  # of all ranks
+            child.__class__, child.process_group = nn.SyncBatchNorm, None  # None: all ranks
         else:
             child.__class__ = SyncBatchNorm
 
 
 def _refuse_unknown(child: nn.Module, asked: str, instead: str) -> None:
-    """UserError for a batch norm that does more, like timm's with the activation in it: that would
-    be lost.
+    """UserError for a batch norm that does more, as timm's with an activation, which would be lost.
+
+    asked: the setting that would turn it into another. instead: what to type.
     """
     known = (nn.BatchNorm1d, nn.BatchNorm2d, SplitBatchNorm, SyncBatchNorm, nn.SyncBatchNorm)
     if isinstance(child, nn.modules.batchnorm._BatchNorm) and type(child) not in known:

@@ -19,35 +19,31 @@ log = logging.getLogger(__name__)
 
 def info_nce_logits(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """Normalised query, key (N, D) and queue (D, K) -> (N, 1 + K); the positive comes first."""
-    query = query / temperature  # here and not the logits, which are a thousand times as many
+    query = query / temperature  # not the logits, which are a thousand times as many numbers
     positive = (query * key).sum(dim=1, keepdim=True)  # (N, 1)
     negative = query @ queue  # (N, K)
     return torch.cat([positive, negative], dim=1)
 
 
 def split_(backbone: nn.Module, bn_splits: int | None, batch_size: int | None) -> int:
-    """Split its batch norm, in place. Returns in how many parts, and says it; warns where nobody
-    chose what is taken.
+    """Split the batch norm of a backbone, in place. Returns the number of parts, and logs it.
 
-    bn_splits=None: what `splits.resolve` says, or 1 where there is no batch norm, or one that does
-    more and can't be split. UserError where such a one is asked to be.
+    bn_splits=None: by `splits.resolve`, or 1 if there is no batch norm, or one that does more and
+    can't be split. UserError if bn_splits asks to split such a one. Warns if the parts aren't the
+    authors' and nobody chose them.
     """
     processes = distributed.world_size()
     taken = splits.resolve(bn_splits, processes, batch_size)
-    kinds = {
-        type(child)
-        for child in backbone.modules()
-        if isinstance(child, nn.modules.batchnorm._BatchNorm)
-    }
+    batch_norm = nn.modules.batchnorm._BatchNorm
+    kinds = {type(child) for child in backbone.modules() if isinstance(child, batch_norm)}
     if bn_splits is None and not (kinds and kinds <= layers.SPLITTABLE):
         taken = 1
     if taken > 1:
         layers.split_batch_norm_(backbone, taken)
     if kinds and distributed.rank() == 0:
         parts = taken * processes
-        level = (
-            logging.INFO if parts == splits.GPUS or (bn_splits and parts > 1) else logging.WARNING
-        )
+        expected = parts == splits.GPUS or (bn_splits and parts > 1)
+        level = logging.INFO if expected else logging.WARNING
         said = f"in {parts} shuffled parts; the authors had {splits.GPUS}"
         if parts == 1:
             said = "whole, not shuffled: its statistics may give the positive away"
@@ -57,14 +53,13 @@ def split_(backbone: nn.Module, bn_splits: int | None, batch_size: int | None) -
 
 
 class MoCo(Method):
-    """A query is told from the keys of earlier batches by its own key, encoded by a slow copy of
-    the encoder.
+    """A query finds its own key, encoded by a slow copy, among the keys of earlier batches.
 
-    dim: width D of the embeddings. queue_size: number K of negatives. momentum: of the key encoder.
+    dim: width D of the embeddings. queue_size: number K of negatives. momentum: the key encoder's.
     mlp: v2's projection head, Linear-ReLU-Linear, instead of v1's Linear.
-    bn_splits: batch norm sees the batch in this many parts, each as if on a GPU of its own (section
-    3.3): with the shuffle this keeps one device from solving the task through batch statistics.
-    None: see `split_`; that wants batch_size, which is global.
+    bn_splits: batch norm sees the batch in this many parts, each as if on its own GPU (section
+    3.3); together with the shuffle this keeps one device from solving the task through batch
+    statistics. None: see `split_`, which needs batch_size, that of all processes together.
     """
 
     def __init__(
@@ -105,13 +100,14 @@ class MoCo(Method):
             )
 
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
-        """views: query and key images, (N, 3, H, W) each. `accuracy`: how often the positive scores
-        highest.
+        """views: query and key images, (N, 3, H, W) each.
+
+        `accuracy`: how often the positive scores highest.
         """
         self.check_splits(len(views[0]))
         query = self.normalized(self.head(self.backbone(views[0])))  # (N, D)
         with torch.no_grad():
-            if self.training:  # here, between query and key, as in the authors' code
+            if self.training:  # between query and key, as in the authors' code
                 ema_([self.key_backbone, self.key_head], [self.backbone, self.head], self.momentum)
             keys = self.encode_keys(views[1])  # (world * N, D)
             key = keys.view(distributed.world_size(), *query.shape)[distributed.rank()]
@@ -127,7 +123,7 @@ class MoCo(Method):
         self.queue.enqueue(self.newest)
 
     def normalized(self, embeddings: Tensor) -> Tensor:
-        # in the queue's precision: under autocast the embeddings arrive as bfloat16
+        # in the queue's precision: under autocast embeddings are bfloat16
         return F.normalize(embeddings.to(self.queue.keys.dtype), dim=1)
 
     def encode_keys(self, images: Tensor) -> Tensor:

@@ -18,23 +18,23 @@ log = logging.getLogger(__name__)
 
 @layers.full_precision
 def contrastive_loss(query: Tensor, key: Tensor, temperature: float) -> Tensor:
-    """query, key (N, D), not normalised -> InfoNCE within the batch, of all ranks, times 2T
-    (algorithm 1).
+    """query, key (N, D), not normalised -> InfoNCE within the batch of all ranks, times 2T.
+
+    Algorithm 1.
     """
-    # no gradient to keys
-    query, keys = F.normalize(query, dim=1), distributed.all_gather(F.normalize(key, dim=1))
+    query = F.normalize(query, dim=1)
+    keys = distributed.all_gather(F.normalize(key, dim=1))  # without gradient
     logits = query @ keys.T / temperature  # (N, world * N)
     target = torch.arange(len(query), device=query.device) + len(query) * distributed.rank()
     return F.cross_entropy(logits, target) * 2 * temperature
 
 
 class MoCoV3(Method):
-    """MoCo without a queue: the keys are the batch's own, encoded by a slow copy; queries pass a
-    predictor as well.
+    """MoCo without a queue: the keys are the batch's own; queries pass a predictor as well.
 
     The heads are those of the authors' ResNet: projector Linear-BN-ReLU-Linear-BN, predictor
-    Linear-BN-ReLU-Linear. For ViTs they have projector_layers=3, and predictor_norm: batch norm
-    after the predictor's last layer, too. momentum: of the key encoder; it rises to 1 along a
+    Linear-BN-ReLU-Linear. For ViTs the authors have projector_layers=3 and predictor_norm, batch
+    norm after the predictor's last layer. momentum: the key encoder's; it rises to 1 along a
     cosine.
     """
 
@@ -56,9 +56,8 @@ class MoCoV3(Method):
         self.predictor = layers.mlp(
             dim, hidden_dim, dim, norm=True, final_norm=final_norm, final_bias=False
         )
-        if projector_layers == 2 and any(
-            "Attention" in type(module).__name__ for module in backbone.modules()
-        ):
+        attends = any("Attention" in type(module).__name__ for module in backbone.modules())
+        if projector_layers == 2 and attends:
             log.warning(
                 "method=moco_v3 is the authors' recipe for ResNets; "
                 "for ViTs they have method=moco_v3_vit"
@@ -75,6 +74,6 @@ class MoCoV3(Method):
         return {"loss": loss, "embeddings": health_of(z1, z2)}
 
     def update(self, progress: float) -> None:
-        """The authors do this before the keys of the next step, whose momentum it is."""
+        """The authors do the same before the keys of the next step, and by that step's momentum."""
         momentum = rising(self.momentum, progress)
         ema_([self.key_backbone, self.key_projector], [self.backbone, self.projector], momentum)

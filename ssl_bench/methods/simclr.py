@@ -14,10 +14,10 @@ from ssl_bench.runtime import distributed
 
 @layers.full_precision
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    """Embeddings (N, D) of two views, not normalised -> mean cross-entropy over all 2N anchors
-    (section 2.1).
+    """Embeddings (N, D) of two views -> mean cross-entropy over all 2N anchors (section 2.1).
 
-    The authors' code has twice that, which LARS makes good for weights, but not for biases.
+    Embeddings aren't normalised yet. The authors' code has twice this loss, which LARS makes up for
+    in weights, but not in biases.
     """
     z = F.normalize(torch.cat([z1, z2]), dim=1)  # (2N, D)
     # (2N, 2N); an image is no negative of itself
@@ -27,10 +27,10 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 
 
 class SimCLR(Method):
-    """Each view of an image is told from all other images of the batch by the other view.
+    """Each view of an image finds the other view among all images of the batch.
 
-    dim: width D of the embeddings. hidden_dim: of the projector, Linear-BN-ReLU-Linear-BN; None:
-    that of the features.
+    dim: width D of the embeddings. The projector is Linear-BN-ReLU-Linear-BN. hidden_dim: its
+    hidden width, None: the width of the features.
     """
 
     def __init__(
@@ -42,14 +42,12 @@ class SimCLR(Method):
     ) -> None:
         super().__init__(backbone)
         self.temperature = temperature
-        # batch norm at the end too, which scales and doesn't shift, as in the authors'
-        # model_util.py
-        self.projector = layers.mlp(
-            backbone.dim, hidden_dim or backbone.dim, dim, norm=True, final_norm="scaled"
-        )
+        # The last batch norm scales and doesn't shift, as in the authors' model_util.py.
+        width = backbone.dim
+        self.projector = layers.mlp(width, hidden_dim or width, dim, norm=True, final_norm="scaled")
 
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
-        # In one pass: batch norm sees both views together, as in the authors' code.
+        # in one pass, so that batch norm sees both views together, as in the authors' code
         z1, z2 = self.projector(self.backbone(torch.cat(tuple(views)))).chunk(2)  # (N, D)
         loss = nt_xent(distributed.gather(z1), distributed.gather(z2), self.temperature)
         return {"loss": loss, "embeddings": health_of(z1, z2)}

@@ -12,8 +12,9 @@ from ssl_bench.methods.base import Method, Output, health_of
 
 @layers.full_precision
 def negative_cosine(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
-    """Predictions and projections (N, D) of two views -> -(cos(p1, z2) + cos(p2, z1)) / 2; no
-    gradient to z (eq. 2).
+    """Predictions, projections (N, D) of two views -> -(cos(p1, z2) + cos(p2, z1)) / 2 (eq. 2).
+
+    The projections get no gradient.
     """
     cosines = [F.cosine_similarity(p, z.detach(), dim=1).mean() for p, z in ((p1, z2), (p2, z1))]
     return -(cosines[0] + cosines[1]) / 2
@@ -22,7 +23,7 @@ def negative_cosine(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
 class SimSiam(Method):
     """BYOL without a slow copy: the predictor and the missing gradient alone prevent collapse.
 
-    dim: width of the projector, three Linear-BN layers. predictor_dim: of the predictor's
+    dim: width of the projector, three Linear-BN layers. predictor_dim: width of the predictor's
     bottleneck.
     """
 
@@ -35,14 +36,10 @@ class SimSiam(Method):
         self.predictor = layers.mlp(dim, predictor_dim, dim, norm=True)
 
     def param_groups(self) -> list[dict]:
-        """The predictor's rate stays constant, as in the authors' code (--fix-pred-lr; section
-        4.2).
-        """
+        """The predictor's rate is constant, as in the authors' code (--fix-pred-lr; 4.2)."""
         others = [*self.backbone.parameters(), *self.projector.parameters()]
-        return [
-            {"params": others},
-            {"params": list(self.predictor.parameters()), "constant_lr": True},
-        ]
+        predictor = list(self.predictor.parameters())
+        return [{"params": others}, {"params": predictor, "constant_lr": True}]
 
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
         z1, z2 = (self.projector(self.backbone(view)) for view in views)  # (N, D)

@@ -1,16 +1,17 @@
-"""Shuffled batch norm on fewer GPUs than MoCo's authors had. Without torch, for those who only read
-configurations.
+"""Shuffled batch norm on fewer GPUs than MoCo's authors had.
+
+It doesn't import torch, so that a configuration is read quickly.
 """
 
-GPUS = 8  # of the authors, each with a batch norm of its own (arXiv:1911.05722, section 4.1)
+GPUS = 8  # the authors', each with its own batch norm (arXiv:1911.05722, section 4.1)
 
 
 def resolve(bn_splits: int | None, processes: int, batch_size: int | None) -> int:
-    """In how many parts the batch norm of each process sees its share of the batch. batch_size:
-    global, where known.
+    """In how many parts the batch norm of each process sees its share of the batch.
 
-    bn_splits=None: so many that all processes have the authors' eight together; fewer where these
-    don't divide the share, or would leave a part one image.
+    bn_splits=None: so many that all processes together have the authors' eight; fewer if these
+    don't divide the share, or would leave a part one image. batch_size: that of all processes
+    together, if known.
     """
     if bn_splits is not None:
         return bn_splits

@@ -12,17 +12,17 @@ from ssl_bench.methods import layers
 from ssl_bench.methods.base import Method, Output, by_size, health_of
 from ssl_bench.runtime import distributed
 
-NUM_CODED = 2  # crops whose codes the others predict: those of full size
+NUM_CODED = 2  # crops whose codes the other crops predict: those of full size
 IDLE = {"method.queue_length=0": ("method.queue_start",)}  # see `typed`
 
 
 @torch.no_grad()
 @layers.full_precision
 def sinkhorn(scores: Tensor, epsilon: float, num_iterations: int) -> Tensor:
-    """Scores (B, K) of B images and K prototypes -> codes (B, K), an image's sum to 1, prototypes
-    are used alike.
+    """Scores (B, K) of B images and K prototypes -> codes (B, K).
 
-    Equations 3 to 5, by the algorithm of Cuturi, arXiv:1306.0895.
+    An image's codes sum to 1, and prototypes are used evenly: equations 3 to 5, by the algorithm of
+    Cuturi, arXiv:1306.0895.
     """
     codes = torch.exp(scores / epsilon)
     codes = codes / codes.sum()
@@ -41,11 +41,11 @@ def swapped_prediction_loss(
     num_iterations: int = 3,
     queue: Tensor | None = None,
 ) -> Tensor:
-    """Crops V x (N, D), prototypes (K, D) of norm 1 -> each of the first two crops' codes predicted
-    from all others.
+    """The first two crops' codes, each predicted from all other crops.
 
-    queue (2, Q, D): normalised embeddings of earlier images, which join the batch when codes are
-    made, a part for each of the two crops. Codes are made of the batches of all ranks.
+    embeddings: V times (N, D). prototypes: (K, D) of norm 1. queue: (2, Q, D), normalised
+    embeddings of earlier images, which join the batch when codes are computed, a part for each of
+    the two crops. Codes are computed from the batches of all ranks.
     """
     scores = [F.normalize(crop, dim=1) @ prototypes.T for crop in embeddings]  # (N, K)
     predictions = [F.log_softmax(score / temperature, dim=1) for score in scores]
@@ -56,20 +56,18 @@ def swapped_prediction_loss(
         codes = sinkhorn(torch.cat([*stored, everyone]), epsilon, num_iterations)[-len(everyone) :]
         code = codes.view(distributed.world_size(), *scores[coded].shape)[distributed.rank()]
         others = [prediction for crop, prediction in enumerate(predictions) if crop != coded]
-        loss = loss - sum((code * prediction).sum(dim=1).mean() for prediction in others) / len(
-            others
-        )
+        agreements = [(code * prediction).sum(dim=1).mean() for prediction in others]
+        loss = loss - sum(agreements) / len(agreements)
     return loss / NUM_CODED
 
 
 class SwAV(Method):
-    """Crops of an image predict each other's assignment to prototypes, which are assigned evenly
-    within the batch.
+    """Crops of an image predict each other's assignment to prototypes.
 
-    dim: width D of the embeddings. hidden_dim: of the projector, Linear-BN-ReLU-Linear.
-    num_prototypes: K. frozen_epochs: as long the prototypes don't move. queue_length: embeddings of
-    earlier images that join the batch from epoch `queue_start` on, for batches that are small
-    beside K; 0: none.
+    Prototypes are assigned evenly within the batch. dim: width D of the embeddings. The projector
+    is Linear-BN-ReLU-Linear. hidden_dim: its hidden width. num_prototypes: K. frozen_epochs: for so
+    long the prototypes don't move. queue_length: number of earlier images that join the batch from
+    epoch `queue_start` on, for batches that are small beside K; 0: none.
     """
 
     takes_small_views = True
@@ -98,30 +96,24 @@ class SwAV(Method):
 
     def param_groups(self) -> list[dict]:
         others = [*self.backbone.parameters(), *self.projector.parameters()]
-        return [
-            {"params": others},
-            {"params": list(self.prototypes.parameters()), "frozen_epochs": self.frozen_epochs},
-        ]
+        prototypes = list(self.prototypes.parameters())
+        return [{"params": others}, {"params": prototypes, "frozen_epochs": self.frozen_epochs}]
 
     def begin(self, epoch: float, epochs: int) -> None:
-        # in place: the gradient is that of a weight which happens to have norm 1
+        # In place: the gradient doesn't pass the normalisation.
         with torch.no_grad():
             self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
         self.queueing = self.queue.shape[1] > 0 and epoch >= self.queue_start
-        if self.queueing and not self.queue_full:  # a sync, until it is full
+        if self.queueing and not self.queue_full:  # waits for the device until it is full
             self.queue_full = bool(self.queue[:, -1].any())
 
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
         embeddings = self.projector(by_size(self.backbone, views))
         crops = embeddings.to(self.prototypes.weight.dtype).chunk(len(views))  # V x (N, D)
         queue = self.queue if self.queueing and self.queue_full else None
+        prototypes = self.prototypes.weight
         loss = swapped_prediction_loss(
-            crops,
-            self.prototypes.weight,
-            self.temperature,
-            self.epsilon,
-            self.iterations,
-            queue,
+            crops, prototypes, self.temperature, self.epsilon, self.iterations, queue
         )
         if self.queueing and self.training:
             self.enqueue(crops[:NUM_CODED])
@@ -130,7 +122,7 @@ class SwAV(Method):
     @torch.no_grad()
     def enqueue(self, crops: Sequence[Tensor]) -> None:
         newest = torch.stack([distributed.all_gather(F.normalize(crop, dim=1)) for crop in crops])
-        newest = newest[:, : self.queue.shape[1]]
-        self.queue.copy_(
-            torch.cat([newest, self.queue[:, : self.queue.shape[1] - newest.shape[1]]], dim=1)
-        )
+        length = self.queue.shape[1]
+        newest = newest[:, :length]
+        kept = self.queue[:, : length - newest.shape[1]]
+        self.queue.copy_(torch.cat([newest, kept], dim=1))

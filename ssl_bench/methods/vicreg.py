@@ -20,17 +20,15 @@ def vicreg_loss(
     for z in (z1, z2):
         z = z - z.mean(dim=0)
         variance = variance + F.relu(1 - (z.var(dim=0) + 1e-4).sqrt()).mean() / 2
-        covariance = (
-            covariance + layers.off_diagonal(z.T @ z / (len(z) - 1)).square().sum() / z.shape[1]
-        )
+        matrix = z.T @ z / (len(z) - 1)
+        covariance = covariance + layers.off_diagonal(matrix).square().sum() / z.shape[1]
     return sim_coeff * F.mse_loss(z1, z2) + std_coeff * variance + cov_coeff * covariance
 
 
 class VICReg(Method):
-    """Views agree; each dimension keeps its variance over the batch, and is uncorrelated with the
-    others.
+    """Views agree; each dimension keeps its variance, and is uncorrelated with the others.
 
-    dim: width of the expander, three layers Linear-BN-ReLU and at the end Linear.
+    The expander is Linear-BN-ReLU-Linear-BN-ReLU-Linear. dim: the width of its layers.
     """
 
     def __init__(
@@ -48,7 +46,7 @@ class VICReg(Method):
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
         z1, z2 = (self.expander(self.backbone(view)) for view in views)  # (N, D)
         loss = vicreg_loss(distributed.gather(z1), distributed.gather(z2), *self.coefficients)
-        # In place of the normalised embeddings' spread: what the variance term keeps at 1 here, and
-        # may shrink to 0.
+        # Not the spread of the normalised embeddings, but the one that the variance term keeps at 1
+        # and that may shrink to 0.
         spread = z1.detach().std(dim=0).mean()
         return {"loss": loss, "embeddings": health_of(z1, z2), "embedding_std": spread}
