@@ -66,7 +66,7 @@ def run(cfg: DictConfig) -> float | None:
         refuse_in_vain(cfg, words)
         return launch(cfg).get(cfg.metric)
     except BrokenPipeError:
-        _end_if_nobody_reads()  # here, too: Hydra would tell of it
+        _end_if_nobody_reads()  # here and not in `main` alone: Hydra would print the error
         raise
     except UserError as error:
         if is_sweep:
@@ -211,13 +211,12 @@ def main() -> None:
 
 
 def _end_if_nobody_reads() -> None:
-    """Exit where the reader of stdout, like `head`, has seen enough, and has closed it."""
+    """Exit if the reader of stdout, such as `head`, has seen enough and has closed it."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # of errors it tells unasked
+    poll.register(sys.stdout.fileno(), 0)  # poll reports errors without being asked for them
     if poll.poll(0):
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # for what is flushed at exit
+        # what is flushed at exit must go somewhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
 
 

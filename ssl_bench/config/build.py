@@ -127,11 +127,8 @@ def _other_recipe(nodes: Mapping[str, dict[str, Any]]) -> str | None:
 def at_home(cfg: DictConfig) -> DictConfig:
     """A copy, not resolved, in which a leading ~ of whatever the schema calls a path is home."""
     made, plain = cfg.copy(), OmegaConf.to_container(cfg)
-    places = {
-        name: plain.get(name)
-        for name, hint in get_type_hints(Root, include_extras=True).items()
-        if is_path(hint)
-    }
+    hints = get_type_hints(Root, include_extras=True)
+    places = {name: plain.get(name) for name, hint in hints.items() if is_path(hint)}
     for group, supplied in SUPPLIED.items():
         node = plain.get(group) or {}
         if "_target_" not in node:

@@ -90,12 +90,8 @@ class _Module:
             case ast.ImportFrom(module=origin, level=0) if origin:
                 return _Module(origin).parameters(name, supplied)
             case ast.ClassDef(decorator_list=[]) as node:
-                inits = [
-                    item
-                    for item in node.body
-                    if isinstance(item, ast.FunctionDef) and item.name == "__init__"
-                ]
-                if inits:
+                functions = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+                if inits := [item for item in functions if item.name == "__init__"]:
                     return self._of(inits[0].args, supplied)
                 if node.bases and isinstance(node.bases[0], ast.Name):
                     return self.parameters(node.bases[0].id, supplied)

@@ -317,7 +317,7 @@ def _refuse_free(job_overrides: Sequence[Sequence[str]], members: Sequence["Memb
 
 
 class Local(SweepLauncher):
-    """In this process, one after the other."""
+    """Runs members in this process, one after the other."""
 
     def _processes(self, devices: int) -> int:
         from ssl_bench.runtime import distributed
@@ -340,7 +340,7 @@ class Local(SweepLauncher):
 
 
 class Workstation(SweepLauncher):
-    """Several members at once, each with one GPU, if there are any, and a share of the cores."""
+    """Runs several members at once, each with a GPU, if there are any, and a share of the cores."""
 
     def __init__(self, at_once: int | None) -> None:
         self.at_once = at_once

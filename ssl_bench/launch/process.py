@@ -123,7 +123,7 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     signals = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR2"]  # the last is Slurm's warning
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup sets
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
         signals.append("SIGHUP")
     settings = LaunchConfig(
         min_nodes=1,

@@ -28,7 +28,7 @@ ORDINARY = ("", "Priority", "Resources", "JobArrayTaskLimit", "BeginTime", "Clea
 
 
 class Slurm(SweepLauncher):
-    """A job array, through submitit, with what submitit's Hydra plugin lacks in version 1.2."""
+    """Runs members as a job array of submitit, with what its Hydra plugin lacks in version 1.2."""
 
     def __init__(
         self,

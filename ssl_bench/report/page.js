@@ -6,7 +6,7 @@ document.getElementById("theme").addEventListener("click", () => {
   root.colorScheme = dark ? "light" : "dark";
 });
 
-// Tables: by the number in data-order, or else in the text; texts by their words. Empty cells stay last.
+// Tables are sorted by data-order, or by the text of a cell: numbers as numbers, the rest as words. Empty cells come last.
 const order = (cell) => cell.dataset.order ?? cell.textContent.trim();
 const compare = (a, b) => {
   const [x, y] = [Number(a), Number(b)];
@@ -30,7 +30,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
   }));
 }
 
-// Lines: the one pointed at, or those kept.
+// In charts all lines are dimmed but the one that is pointed at in a legend, and those that were clicked there.
 const kept = new Set();
 const light = (wanted) => {
   for (const line of document.querySelectorAll(".series")) {
@@ -48,7 +48,7 @@ for (const button of document.querySelectorAll(".legend button")) {
   });
 }
 
-// Maps: the picture of a point, and the others of its class.
+// On maps, a point that is pointed at shows its picture, and the others of its class stand out.
 const tip = document.getElementById("tip");
 const [thumb, text] = tip.children;
 for (const map of document.querySelectorAll(".map")) {

@@ -74,7 +74,10 @@ class Checkpoint:
         self.directory, self.identity, self.keep = directory, identity, keep
 
     def save(self, step: int, **state: object) -> Path:
-        """state: objects with a `state_dict()`. Rank 0 alone calls this."""
+        """Write a checkpoint and delete the oldest; its path. Rank 0 alone calls this.
+
+        state: objects with a `state_dict()`.
+        """
         content = {"run": self.identity, "step": step}
         content |= {key: value.state_dict() for key, value in state.items()}
         path = self.directory / "checkpoints" / f"step{step:010d}.pt"

@@ -35,7 +35,7 @@ class Ran:
 
     directory: Path
     config: dict
-    lines: list[dict[str, float]] = field(default_factory=list)  # of metrics.jsonl
+    lines: list[dict[str, float]] = field(default_factory=list)  # the lines of metrics.jsonl
     summary: dict[str, float] | None = None  # None: not finished
     environment: dict = field(default_factory=dict)
     state: sweep.State = WAITING
@@ -213,8 +213,8 @@ def _pretraining(ran: Ran, runs: dict[Path, Ran]) -> Ran | None:
             if other and other is not ran and other.digest_of(path.name) == ran.stands_on:
                 return other
         if likely and likely.digest_of(path.name):
-            return None  # its checkpoint of this name is another; without one, it has deleted it
-    return likely
+            return None  # another training has written this file since
+    return likely  # perhaps it has deleted this checkpoint, which wasn't its last
 
 
 def of(weights: Path) -> Ran | None:

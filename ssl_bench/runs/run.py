@@ -137,7 +137,7 @@ class Run:
             if not layout.has_state(directory):
                 for name in (layout.WEIGHTS, identity.ORIGIN, "inputs.json"):
                     (directory / name).unlink(missing_ok=True)
-            if not (directory / "summary.json").exists():  # of a finished run the files stay
+            if not (directory / "summary.json").exists():  # the files of a finished run stay
                 (directory / files.SUMS).unlink(missing_ok=True)
                 self._write_config(directory)
                 if self._config.get("pretrained"):

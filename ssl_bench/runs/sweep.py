@@ -184,7 +184,7 @@ def name(overrides: Sequence[str]) -> str:
     shown = []
     for word in words:
         key, _, value = word.partition("=")
-        end = value.rstrip("/").rpartition("/")[2]  # of a path: there is no room for all of it
+        end = value.rstrip("/").rpartition("/")[2]  # of a path the last part, for want of room
         shown.append(f"{key.rpartition('.')[2]}-{end}")
     # drop the first ones: the keys that are swept tend to come last on a command line
     while len(shown) > 1 and len("-".join(shown)) > 80:

@@ -35,7 +35,7 @@ UNITS = {
     "grad_norm": Unit("gradient norm"),
     "data_wait": Unit("time spent waiting for data (%)", 100, ".1f"),
 }
-PRETRAINING = "pretraining_"  # begins the metrics of the pretraining that was evaluated
+PRETRAINING = "pretraining_"  # prefix of the metrics of the pretraining that was evaluated
 
 
 def unit(metric: str) -> Unit:

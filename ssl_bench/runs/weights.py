@@ -32,7 +32,7 @@ CLASSES = "classes.json"
 
 
 class Loaded(NamedTuple):
-    """What was read of a file."""
+    """What was loaded from a file."""
 
     source: Path
     layout: str  # whose names its tensors have

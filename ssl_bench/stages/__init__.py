@@ -1,6 +1,7 @@
 """Stages: functions `(cfg, run, **options) -> metrics`. The options are the keys of `cfg.stage`.
 
-READS in a stage's module are the shared keys that it reads (see `typed`), made of these.
+READS, in the module of a stage, lists the shared keys that it reads (see `typed`). It is put
+together from the tuples here.
 """
 
 RUN = ("dir", "sweep", "metric", "tracking", "seed", "device")  # keys of a stage that leaves a run

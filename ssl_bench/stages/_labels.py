@@ -1,9 +1,9 @@
 """Which labels the weights of a network have learnt from.
 
-To hold some of these out measures nothing and can't choose anything. A run that leaves a backbone
-writes labels.json: {"seen": [a data set, ...], "known": bool}, with its own data set and those that
-the weights it began with had seen. stage=export passes it on. known is false if the run began with
-a file that doesn't say, such as weights from elsewhere.
+Holding some of these out measures nothing, so that nothing can be chosen by them. A run that leaves
+a backbone writes labels.json: {"seen": [a data set, ...], "known": bool}, with its own data set and
+those that the weights it began with had seen. stage=export passes it on. known is false if the run
+began with a file that doesn't say, such as weights from elsewhere.
 """
 
 import json

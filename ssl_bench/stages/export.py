@@ -165,7 +165,7 @@ def try_onnx(pretrained: Pretrained, image_size: int, path: Path) -> str:
 
 
 def write_onnx(network: nn.Module, image_size: int, path: Path) -> None:
-    """model.onnx: normalised images (batch, 3, image_size, image_size) -> features, or logits.
+    """Write a network: normalised images (batch, 3, image_size, image_size) -> features or logits.
 
     Without onnx and onnxscript nothing is written, with a warning. With onnxruntime, its outputs
     are compared with torch's: RuntimeError if they differ.
@@ -300,7 +300,7 @@ def about(pretrained: Pretrained) -> str:
 
 
 def usage(pretrained: Pretrained) -> str:
-    """Python that loads model.safetensors: with torchvision if it has this network, or with us."""
+    """Python that loads model.safetensors, with torchvision if it has this network."""
     items = pretrained.network.items()
     own = {key: value for key, value in items if key not in ("name", "_target_")}
     module, _, name = current(pretrained.network["_target_"]).rpartition(".")

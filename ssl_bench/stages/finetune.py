@@ -84,9 +84,8 @@ def rates(cfg: DictConfig, model: FineTune, head_lr: float, layer_decay: float) 
     scaling = cfg.optimizer.scaling
     base = scaled_lr(cfg.optimizer.base_lr, cfg.batch_size, scaling)
     head = scaled_lr(head_lr, cfg.batch_size, scaling)
-    groups = [
-        {"params": params, "lr": base * layer_decay**depth}
-        for depth, params in enumerate(reversed(model.trained))
-        if params
-    ]
+    groups = []
+    for depth, params in enumerate(reversed(model.trained)):
+        if params:
+            groups.append({"params": params, "lr": base * layer_decay**depth})
     return [*groups, {"params": list(model.fc.parameters()), "lr": head}]

@@ -64,7 +64,7 @@ def knn(
     labels = split.labels if subset is None else split.labels[subset]
     if exam:
         check_unseen(cfg, split, *CHOICE)
-    room = len(labels)  # of the bank
+    room = len(labels)  # images of the bank
     if exam:
         room -= hold_out(labels, holdout, cfg.seed, *CHOICE).sum()
     cells = list(product([number for number in k if number <= room], temperatures))

@@ -83,13 +83,12 @@ def write(
         html = page.render(title, runs, boards, shown, view_pictures(boards), notes)
         files.write(folder / "report.html", html)
         files.write(folder / "results.md", write_markdown(title, boards, runs))
-        rows = [
-            row | {"runs": [record.evidence(ran) for ran in group.finished]}
-            for board in boards
-            if board.has_results
-            for group, row in zip(board.groups, board.rows, strict=True)
-            if row["n"]
-        ]
+        rows = []
+        for board in (board for board in boards if board.has_results):
+            for group, row in zip(board.groups, board.rows, strict=True):
+                if row["n"]:
+                    evidence = [record.evidence(ran) for ran in group.finished]
+                    rows.append(row | {"runs": evidence})
         newest = max((ran.environment for ran in runs), key=lambda one: one.get("started") or "")
         kept = {key: newest[key] for key in KEPT if key in newest}
         tables.save(folder / "results.json", rows, runs=[str(path) for path in paths], **kept)

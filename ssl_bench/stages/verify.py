@@ -179,11 +179,8 @@ def _checkpoints(ran: Ran) -> Iterator[Finding]:
         elif _same_code(ran.environment):
             yield Finding(str(path), "differs", "it is of another configuration than config.yaml's")
         else:
-            what, note = (
-                f"{path}: of this configuration?",
-                "another version named runs in another way",
-            )
-            yield Finding(what, "missing", note)
+            note = "another version named runs in another way"
+            yield Finding(f"{path}: of this configuration?", "missing", note)
 
 
 def _below(ran: Ran, known: Sequence[Ran]) -> Iterator[Finding]:
