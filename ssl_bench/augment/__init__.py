@@ -1,3 +1,3 @@
-"""Views of images: `draws` says what is random, `ops` are transforms of whole batches, `views`
-composes them.
+"""Views of images: `draws` has the random numbers, `ops` transforms whole batches, `views` composes
+the ops.
 """

@@ -14,21 +14,21 @@ MIX2 = 0x94D049BB133111EB
 
 
 def keys(seed: int, epoch: int, indices: Tensor) -> Tensor:
-    """One key an image: indices (B,) int64 -> (B,) int64, on the device of `indices`."""
-    # one value, on the host: it never waits for the device
+    """A key for each image: indices (B,) int64 -> (B,) int64, on the device of `indices`."""
+    # a single value, computed on the host, which never waits for the device
     stream = _mix(torch.tensor([_signed(seed * GOLDEN)]))
     stream = _mix(stream ^ _signed((epoch + 1) * GOLDEN)).item()
     return _mix(_mix(indices ^ stream))
 
 
 def uniforms(keys: Tensor, view: int, num: int) -> Tensor:
-    """`num` independent draws for each key: (B,) int64 -> (B, num) float32, multiples of 2^-24 in
-    [0, 1).
+    """`num` independent draws for each key: (B,) int64 -> (B, num) float32 in [0, 1).
+
+    They are multiples of 2^-24: a float32 holds 24 bits exactly.
     """
     streams = _mix(keys ^ _signed((view + 1) * MIX1))
     counters = torch.arange(1, num + 1, device=keys.device) * _signed(GOLDEN)
     bits = _mix(streams[:, None] + counters)
-    # 24 bits: all that a float32 holds exactly
     return _shift(bits, 40).to(torch.float32) * 2.0**-24
 
 
@@ -39,9 +39,10 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # int64 shifts copy the sign in: mask it off
+    """A shift to the right that fills with zeros; that of int64 fills with the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _signed(value: int) -> int:
-    # torch has no uint64 arithmetic; int64 wraps around to the same bits
+    """The int64 of the same bits: torch has no arithmetic of uint64, and int64 wraps around."""
     return ((value + 2**63) % 2**64) - 2**63

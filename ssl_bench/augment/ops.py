@@ -1,9 +1,9 @@
 """Batched augmentation in two halves.
 
-`sample(u)` turns uniforms (B, num_draws) into one set of parameters an image and sees no pixels.
-`apply(images, *params)` is a pure function with static shapes and no data-dependent branches: float
-images (B, 3, H, W) in [0, 1] to the same. For the same parameters each op equals its namesake in
-`torchvision.transforms.v2.functional` on float tensors.
+`sample(u)` turns uniforms (B, num_draws) into a set of parameters for each image and sees no
+pixels. `apply(images, *params)` is a pure function with static shapes and no data-dependent
+branches: float images (B, 3, H, W) in [0, 1] to the same. For the same parameters each op equals
+its namesake in `torchvision.transforms.v2.functional` on float tensors.
 
 Per-pixel comparisons and `torch.where` are avoided: on the CPU they cost ten times an arithmetic
 pass.
@@ -17,18 +17,17 @@ from torch import Tensor, nn
 
 from ssl_bench.config.fields import Interpolation
 
-TINY = 1e-30  # added to or put in place of a zero: small beside any difference of two pixels
+TINY = 1e-30  # added to a zero, or put in its place: small beside any difference of two pixels
 
 
 class RandomResizedCrop(nn.Module):
-    """A random box resized to (size, size), with antialiasing, then mirrored with probability
-    `flip_p`.
+    """A random box, resized to (size, size) with antialiasing, mirrored with probability `flip_p`.
 
     The mirror is in the resampling matrix and costs nothing; whatever follows treats left and right
     alike, so the result is that of a flip at the end.
     """
 
-    tries = 10  # torchvision's: after ten boxes that don't fit, a centre crop
+    tries = 10  # as torchvision: after ten boxes that don't fit, a centre crop
 
     def __init__(
         self,
@@ -44,16 +43,14 @@ class RandomResizedCrop(nn.Module):
         self.num_draws = 2 * self.tries + 3
 
     def sample(self, u: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
-        """(top, left, box height, box width) int64 (B,) for images of height x width, and flip (B,)
-        bool.
-        """
+        """Top, left, height and width of boxes in height x width, int64 (B,); flip, bool (B,)."""
         areas, ratios, (y, x, flip) = u[:, : self.tries], u[:, self.tries : -3], u[:, -3:].unbind(1)
         areas = height * width * _between(areas, *self.scale)
         ratios = _between(ratios, *map(math.log, self.ratio)).exp()
         widths, heights = (areas * ratios).sqrt().round(), (areas / ratios).sqrt().round()
         valid = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
 
-        # The fallback is one more try, always valid; argmax returns the first of the valid ones.
+        # The fallback is one more try, always valid; argmax returns the first valid one.
         fallback_h, fallback_w = self._fallback(height, width)
         valid = torch.cat([valid, torch.ones_like(valid[:, :1])], 1)
         heights = torch.cat([heights, torch.full_like(heights[:, :1], fallback_h)], 1)
@@ -80,23 +77,22 @@ class RandomResizedCrop(nn.Module):
         cubic = self.interpolation == "bicubic"
         rows = _resampling(top, box_h, torch.zeros_like(flip), self.size, images.shape[2], cubic)
         columns = _resampling(left, box_w, flip, self.size, images.shape[3], cubic)
-        # no copy where the memory is channels_last
+        # no copy if the memory is channels_last
         images = _mix_rows(images.permute(0, 2, 3, 1).flatten(2), *rows)
         images = images.unflatten(2, (-1, 3)).permute(0, 3, 2, 1)  # (B, 3, W, size)
         images = _mix_rows(images, *columns).mT
-        return images.clamp_(0, 1) if cubic else images  # a cubic shoots over at edges
+        return images.clamp_(0, 1) if cubic else images  # a cubic overshoots at edges
 
 
 def _resampling(
     start: Tensor, length: Tensor, mirror: Tensor, size: int, total: int, cubic: bool
 ) -> tuple[Tensor, Tensor]:
-    """Which of `total` pixels, and how much of each, make `size` pixels out of [start, start +
-    length).
+    """The pixels, of `total`, and their weights that resample [start, start + length) to `size`.
 
-    Returns pixels and weights (B, size, taps). The filter, a triangle or a cubic, is as wide as the
-    larger of an input and an output pixel asks for, cut at the box and renormalised.
+    Returns pixels and weights (B, size, taps). The filter, a triangle or a cubic, is scaled to the
+    larger of an input and an output pixel, cut at the box and renormalised.
     """
-    reach = 2 if cubic else 1  # of the filter, to either side
+    reach = 2 if cubic else 1  # of the filter to either side, in pixels
     taps = math.ceil(2 * reach * max(1.0, total / size))  # the most pixels under any filter
     targets = torch.arange(size, device=start.device)
     targets = torch.where(mirror[:, None], size - 1 - targets, targets)
@@ -113,28 +109,20 @@ def _resampling(
 
 
 def _cubic(x: Tensor) -> Tensor:
-    """Keys' kernel of x >= 0 with a = -0.5 (IEEE Trans. ASSP 29(6), 1981), as PIL's and
-    TensorFlow's bicubic.
-    """
+    """Keys' kernel for x >= 0, a = -0.5 (IEEE Trans. ASSP 29(6), 1981), as PIL and TensorFlow."""
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((2.5 - 0.5 * x) * x - 4) * x + 2
     return torch.where(x < 1, near, far) * (x < 2)
 
 
 def _mix_rows(images: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """Each output row is a weighted sum of a few input rows: (B, ..., N, K), (B, M, taps) -> (B,
-    ..., M, K).
-    """
-    weights = weights.to(images.dtype)
-    return (_mix_by_bags if images.device.type == "cpu" else _mix_by_matrices)(
-        images, rows, weights
-    )
+    """(B, ..., N, K), (B, M, taps) -> (B, ..., M, K): each row the weighted sum of a few rows."""
+    mix = _mix_by_bags if images.device.type == "cpu" else _mix_by_matrices
+    return mix(images, rows, weights.to(images.dtype))
 
 
 def _mix_by_bags(images: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """An embedding bag is exactly this. On the CPU it takes a fifth of the time of a product with
-    the whole matrix.
-    """
+    """`_mix_rows` as an embedding bag: on the CPU a fifth of the time of the matrix product."""
     shape = (*images.shape[:-2], rows.shape[1], images.shape[-1])
     tables = images.shape[:-2].numel()
     copies = tables // len(rows)  # channels, which share rows and weights
@@ -142,30 +130,28 @@ def _mix_by_bags(images: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     bags = (rows[:, None] + offsets).flatten(0, 2)
     weights = weights[:, None].expand(-1, copies, -1, -1).flatten(0, 2)
     table = images.reshape(-1, images.shape[-1])
-    return nn.functional.embedding_bag(bags, table, mode="sum", per_sample_weights=weights).view(
-        shape
-    )
+    mixed = nn.functional.embedding_bag(bags, table, mode="sum", per_sample_weights=weights)
+    return mixed.view(shape)
 
 
 def _mix_by_matrices(images: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """The same by a matrix for each image, mostly 0: a GPU multiplies faster than it gathers."""
+    """`_mix_rows` by a matrix for each image, mostly 0: GPUs multiply faster than they gather."""
     matrices = weights.new_zeros(*rows.shape[:2], images.shape[-2]).scatter_add_(2, rows, weights)
     inputs = images.movedim(-2, 1)  # (B, N, ..., K)
     return torch.bmm(matrices, inputs.flatten(2)).unflatten(2, inputs.shape[2:]).movedim(1, -2)
 
 
 class Op(nn.Module):
-    """What may happen to an image once it is cut out."""
+    """What may happen to an image after the crop."""
 
     def kinds(self, applied: Tensor) -> Tensor:
-        """Of what `sample` gave: int64 (B,), 0 for the images that `apply` would give back as they
-        are.
-        """
+        """Parameters of `sample` -> int64 (B,), 0 for images that `apply` would leave unchanged."""
         return (applied > 0).long()
 
     def apply_some(self, images: Tensor, kinds: Tensor, *params: Tensor) -> Tensor:
         """`apply`, mostly to the images that it would change; may overwrite `images`."""
-        if not len(changed := kinds.nonzero()):
+        changed = kinds.nonzero()
+        if not len(changed):
             return images
         span = slice(int(changed[0]), int(changed[-1]) + 1)
         done = self._apply_kinds(images[span], kinds[span], *(values[span] for values in params))
@@ -181,11 +167,11 @@ class Op(nn.Module):
 class ColorJitter(Op):
     """Brightness, contrast, saturation and hue in a random order, with probability `p`.
 
-    Factors are U(max(0, 1 - x), 1 + x), the hue shift U(-hue, hue). A strength of zero takes its
-    operation out.
+    For a strength x the factor is U(max(0, 1 - x), 1 + x), the hue shift U(-hue, hue). A strength
+    of zero takes its operation out.
     """
 
-    least = 0.0  # factor
+    least = 0.0  # the smallest factor
 
     def __init__(
         self,
@@ -201,8 +187,8 @@ class ColorJitter(Op):
         self.num_draws = 6
         blends = [kind for kind, strength in enumerate(self.strengths) if strength > 0]
         orders = list(permutations(blends + [3] * (hue > 0)))
-        # An order per image with static shapes: every blend has a stage before the hue and one
-        # after it. The one that the order doesn't ask for is of kind 3 (factor 1: no change).
+        # An order for each image with static shapes: every blend has a stage before the hue and one
+        # after it. The one that the order doesn't ask for has kind 3 (factor 1: no change).
         # stages[order] = kinds before, kinds after.
         stages, turns = [], []
         for order in orders:
@@ -213,27 +199,24 @@ class ColorJitter(Op):
             stages.append(before + after)
             turns.append(turn)
         self.num_before = len(blends)
-        self.register_buffer(
-            "stages", torch.tensor(stages).reshape(len(orders), -1), persistent=False
-        )
+        table = torch.tensor(stages).reshape(len(orders), -1)
+        self.register_buffer("stages", table, persistent=False)
         self.register_buffer("turns", torch.tensor(turns), persistent=False)
 
     def sample(self, u: Tensor) -> tuple[Tensor, ...]:
-        """Factors (B, 3): brightness, contrast, saturation; hue shift (B,) in turns; order (B,), a
-        row of `stages`.
+        """Factors (B, 3) of the blends; hue shift (B,) in turns; order (B,), a row of `stages`.
+
+        The blends are brightness, contrast and saturation.
         """
         applied = u[:, :1] < self.p
-        lows = [max(self.least, 1 - strength) for strength in self.strengths]
-        factors = [
-            _between(u[:, 1 + i], lows[i], 1 + strength)
-            for i, strength in enumerate(self.strengths)
-        ]
+        draws = zip(u[:, 1:4].unbind(1), self.strengths, strict=True)
+        factors = [_between(draw, max(self.least, 1 - x), 1 + x) for draw, x in draws]
         factors = torch.stack(factors, 1).where(applied, 1.0)
         hue = _between(u[:, 4], -self.hue, self.hue) * applied[:, 0]
         return factors, hue, (u[:, 5] * len(self.stages)).long()
 
     def kinds(self, factors: Tensor, hue: Tensor, order: Tensor) -> Tensor:
-        """0, or 1 + how many blends come before the hue."""
+        """0 for no change, else 1 + the number of blends before the hue."""
         return (self.turns[order] + 1) * ((factors != 1).any(1) | (hue != 0))
 
     def _apply_kinds(self, images: Tensor, kinds: Tensor, *params: Tensor) -> Tensor:
@@ -249,16 +232,15 @@ class ColorJitter(Op):
         first_turn: int = 0,
         last_turn: int | None = None,
     ) -> Tensor:
-        """The hue comes after first_turn to last_turn of the blends: stages that no image has are
-        left out.
+        """In no image do fewer than first_turn or more than last_turn blends precede the hue.
+
+        Stages that no image has are left out.
         """
         kinds = self.stages[order]  # (B, stages)
         factors = torch.cat([factors, torch.ones_like(factors[:, :1])], 1).gather(1, kinds)
         stages = self._weights(factors, kinds).to(images.dtype)[..., None, None, None].unbind(1)
-        before, after = (
-            stages[: self.num_before][:last_turn],
-            stages[self.num_before :][first_turn:],
-        )
+        before = stages[: self.num_before][:last_turn]
+        after = stages[self.num_before :][first_turn:]
         for stage in before:
             images = self._blend(images, *stage.unbind(1))
         if self.hue > 0:
@@ -269,24 +251,26 @@ class ColorJitter(Op):
 
     @staticmethod
     def _weights(factors: Tensor, kinds: Tensor) -> Tensor:
-        """Factors and kinds (B, stages) -> what `_blend` takes, (B, stages, 3)."""
+        """Factors and kinds (B, stages) -> weights for `_blend` (B, stages, 3)."""
         return torch.stack([factors, (1 - factors) * (kinds == 1), (1 - factors) * (kinds == 2)], 2)
 
     @staticmethod
     def _blend(images: Tensor, factor: Tensor, mean_weight: Tensor, grey_weight: Tensor) -> Tensor:
-        """clamp(factor * image + mean_weight * mean(grey) + grey_weight * grey): brightness,
-        contrast or saturation.
+        """clamp(factor * image + mean_weight * mean(grey) + grey_weight * grey).
+
+        By its weights this is brightness, contrast or saturation.
         """
         grey = _grey(images)
         mean = grey.mean((1, 2, 3), keepdim=True)
-        return torch.addcmul(
-            grey.mul_(grey_weight).add_(mean * mean_weight), images, factor
-        ).clamp_(0, 1)
+        added = grey.mul_(grey_weight).add_(mean * mean_weight)
+        return torch.addcmul(added, images, factor).clamp_(0, 1)
 
 
 class ByolJitter(ColorJitter):
-    """That of BYOL's authors (deepmind-research, byol/utils/augmentations.py 239-282): brightness
-    is added, its factor less 1; contrast is about each channel's mean; saturation is HSV's.
+    """The jitter of BYOL's authors (deepmind-research, byol/utils/augmentations.py 239-282).
+
+    Brightness is added, as its factor less 1; contrast is about each channel's mean; saturation is
+    that of HSV.
     """
 
     least = -math.inf
@@ -299,7 +283,7 @@ class ByolJitter(ColorJitter):
 
     @staticmethod
     def _blend(images: Tensor, added: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
-        """One of the three; the others have 0, 1 and 1."""
+        """One of the three: the others have their neutral values, 0, 1 and 1."""
         means = images.mean((2, 3), keepdim=True)
         images = torch.addcmul(means * (1 - contrast) + added, images, contrast).clamp_(0, 1)
         high, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
@@ -310,25 +294,23 @@ class ByolJitter(ColorJitter):
 
 
 def _shift_hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Rotates the hue of the HSV hexagon. Value and saturation keep the largest and smallest
-    channel as they are.
-    """
+    """Rotates the hue of the HSV hexagon; the largest and the smallest value stay as they are."""
     dtype = images.dtype
     if dtype in (torch.bfloat16, torch.float16):
-        images = images.float()  # a hue of 8 bits would tint the greys
+        images = images.float()  # a hue of so few bits would tint the greys
     red, green, blue = images.unbind(1)
     low = torch.minimum(red, green).minimum(blue)
     high = torch.maximum(red, green).maximum(blue)
     spread = high - low
     # The hue in sixths of a turn, 0 at red. Its size is 1 + (green + blue - red - low) / spread
-    # (what is usually three cases is one line), its sign that of green - blue.
+    # (one line for what is usually three cases), its sign that of green - blue.
     hue = (green + blue).sub_(red).sub_(low).div_(spread.clamp(min=TINY)).add_(1)
     hue.mul_((green - blue).add_(TINY).sign_())  # the sign of zero is +: cyan is at +3
     hue.add_(turns.to(hue.dtype).mul(6)[:, None, None])
     hue.sub_((hue * (1 / 6)).floor_(), alpha=6)  # [0, 6)
 
-    # A channel is highest within 1 of its own hue, lowest beyond 2, linear between. Red's distance
-    # is 3 - |hue - 3|.
+    # A channel is highest within 1 of its own hue, lowest beyond 2, and linear between. Red's
+    # distance is 3 - |hue - 3|.
     out = torch.empty_like(images)  # filled in place: torch.stack would rearrange the memory
     out[:, 0] = torch.addcmul(low - spread, spread, (hue - 3).abs_().clamp_(1, 2))
     high.add_(spread)
@@ -356,11 +338,10 @@ class RandomGrayscale(Op):
 
 
 class GaussianBlur(Op):
-    """Separable Gaussian with reflected borders and sigma U(low, high) pixels, with probability
-    `p`, on square images.
+    """Separable Gaussian blur of square images with reflected borders, with probability `p`.
 
-    The kernel has `kernel_size` taps (23: SimCLR's tenth of 224 pixels) or as many as reflection
-    allows.
+    sigma is U(low, high) pixels. The kernel has `kernel_size` taps (23: SimCLR's tenth of 224
+    pixels) or as many as reflection allows.
     """
 
     num_draws = 2
@@ -380,14 +361,13 @@ class GaussianBlur(Op):
         self.register_buffer("inputs", inputs, persistent=False)
 
     def sample(self, u: Tensor) -> tuple[Tensor, ...]:
-        """sigma (B,) in pixels; 0 leaves the image as it is"""
+        """sigma (B,) in pixels; 0 leaves the image unchanged"""
         return (_between(u[:, 1], *self.sigma) * (u[:, 0] < self.p),)
 
     def apply(self, images: Tensor, sigma: Tensor) -> Tensor:
         distances = torch.arange(-self.half, self.half + 1, device=images.device)
-        kernels = torch.exp(
-            -0.5 * (distances / sigma.clamp(min=1e-3)[:, None]) ** 2
-        )  # at 1e-3: 0, ..., 0, 1, 0, ..., 0
+        sigma = sigma.clamp(min=1e-3)[:, None]  # where the kernel is 0, ..., 0, 1, 0, ..., 0
+        kernels = torch.exp(-0.5 * (distances / sigma) ** 2)
         kernels = kernels / kernels.sum(1, keepdim=True)
         weights = kernels[:, None].expand(-1, len(self.inputs), -1)
         inputs = self.inputs.expand(len(images), -1, -1)
@@ -433,6 +413,6 @@ def _per_image(values: Tensor, images: Tensor) -> Tensor:
 
 
 def _grey(images: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, 1, H, W), torchvision's (ITU-R 601) weights."""
+    """(B, 3, H, W) -> (B, 1, H, W), with torchvision's weights (ITU-R 601)."""
     red, green, blue = images[:, 0:1], images[:, 1:2], images[:, 2:3]
     return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)

@@ -1,4 +1,4 @@
-"""uint8 batches to augmented views, on the device the images are on."""
+"""Augmented views of uint8 batches, on the device of the images."""
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,28 +27,23 @@ from ssl_bench.errors import UserError
 RGB = tuple[float, float, float]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# see `typed`
-IDLE = {
+IDLE = {  # see `typed`
     "augmentation.num_small_views=0": ("augmentation.small_size", "augmentation.small_crop_scale")
 }
-# pixels: more don't fit a core's caches, with fewer Python takes too much of the time
+# Pixels: more don't fit a core's caches, with fewer Python takes too much of the time.
 CHUNK = 32 * 96 * 96
 
 
 class View(nn.Module):
-    """How one view is made: crop (with the flip folded in), jitter, grayscale, blur, solarize,
-    normalise.
-    """
+    """How one view is made: crop (and flip), jitter, grayscale, blur, solarize, normalise."""
 
     def __init__(self, crop: RandomResizedCrop, ops: Iterable[Op], normalize: Normalize) -> None:
         super().__init__()
         self.crop, self.ops, self.normalize = crop, nn.ModuleList(ops), normalize
-        self.compiled = False  # if so, `transform` is worth the whole batch on the CPU, too
+        self.compiled = False  # if so, `transform` takes the whole batch on the CPU, too
 
     def sample(self, images: Tensor, keys: Tensor, number: int) -> list[tuple[Tensor, ...]]:
-        """The parameters for the crop and then for each of `ops`. Of the images it reads only the
-        size.
-        """
+        """The parameters of the crop, then of each of `ops`; only the images' size is read."""
         counts = [self.crop.num_draws, *(op.num_draws for op in self.ops)]
         crop_u, *ops_u = uniforms(keys, number, sum(counts)).split(counts, dim=1)
         ops_params = [op.sample(u) for op, u in zip(self.ops, ops_u, strict=True)]
@@ -57,18 +52,15 @@ class View(nn.Module):
     def transform(
         self, images: Tensor, params: list[tuple[Tensor, ...]], kinds: list[Tensor] | None = None
     ) -> Tensor:
-        """The pure half: no randomness, static shapes where `kinds` are None. This is what to
-        compile.
-        """
+        """The pure half: no randomness, static shapes if `kinds` is None. It can be compiled."""
         layout = _layout(images)
         images = images.to(self.normalize.mean.dtype).mul_(1 / 255)
         images = self.crop.apply(images, *params[0])
         for number, (op, values) in enumerate(zip(self.ops, params[1:], strict=True)):
-            images = (
-                op.apply(images, *values)
-                if kinds is None
-                else op.apply_some(images, kinds[number], *values)
-            )
+            if kinds is None:
+                images = op.apply(images, *values)
+            else:
+                images = op.apply_some(images, kinds[number], *values)
         images = self.normalize.apply(images)
         return images.contiguous(memory_format=layout) if kinds is None else images
 
@@ -80,10 +72,10 @@ class View(nn.Module):
         view = torch.empty(shape, dtype=self.normalize.mean.dtype, memory_format=_layout(images))
         kinds = [op.kinds(*values) for op, values in zip(self.ops, params[1:], strict=True)]
 
-        @torch.no_grad()  # of the thread it runs in
+        @torch.no_grad()  # for the thread that it runs in
         def fill(rows: Tensor) -> None:
             some = [tuple(value[rows] for value in values) for values in params]
-            # whole rows of memory
+            # channels last, so that whole rows of memory are copied
             taken = images.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
             done = self.transform(taken, some, [kind[rows] for kind in kinds])
             # a fifth of the time of view[rows] = done
@@ -91,40 +83,40 @@ class View(nn.Module):
                 view[row] = image
 
         threads = torch.get_num_threads()
-        list((_pool(threads).map if threads > 1 else map)(fill, self._chunks(kinds, len(images))))
+        each = _pool(threads).map if threads > 1 else map
+        list(each(fill, self._chunks(kinds, len(images))))
         return view
 
     def _chunks(self, kinds: list[Tensor], count: int) -> list[Tensor]:
-        """Indices of all images, sorted by their kind of jitter, which a chunk has one of if they
-        are many, and by what else happens to them.
+        """Indices of all images in chunks, sorted by their kinds, that of the jitter first.
+
+        If there are many images, each chunk has one kind of jitter.
         """
         order, size = torch.arange(count), max(1, CHUNK // self.crop.size**2)
-        jitter = [
-            kind for op, kind in zip(self.ops, kinds, strict=True) if isinstance(op, ColorJitter)
-        ]
+        jitter = [kinds[i] for i, op in enumerate(self.ops) if isinstance(op, ColorJitter)]
         for kind in [*reversed(kinds), *jitter]:
             order = order[kind[order].argsort(stable=True)]
-        groups = (
-            order.split(jitter[0].bincount().tolist()) if jitter and count > 2 * size else [order]
-        )
-        return [
-            part
-            for group in groups
-            if len(group)
-            for part in group.tensor_split(-(-len(group) // size))
-        ]
+        groups = [order]
+        if jitter and count > 2 * size:
+            groups = order.split(jitter[0].bincount().tolist())
+        chunks: list[Tensor] = []
+        for group in groups:
+            if len(group):
+                chunks.extend(group.tensor_split(-(-len(group) // size)))
+        return chunks
 
 
 class Views(nn.Module):
-    """uint8 images (B, 3, H, W), keys (B,) -> `num_views` normalised float32 (B, 3, image_size,
-    image_size), and after them `num_small_views` of (B, 3, small_size, small_size) (multi-crop,
-    SwAV, arXiv:2006.09882, section 3.2).
+    """uint8 images (B, 3, H, W), keys (B,) -> normalised float32 views.
 
-    See `View`; `jitter` is torchvision's, or "byol" (`ops.ByolJitter`); `grayscale_first` puts the
-    grayscale before it. A probability or strength of zero takes its operation out. blur_p,
-    solarize_p: of all views, or of each of the full-size views and then of the small ones together.
-    mean and std of None are ImageNet's, too. Views have the memory format of the images. The same
-    keys (see `draws.keys`) give the same views.
+    First `num_views` of (B, 3, image_size, image_size), then `num_small_views` of (B, 3,
+    small_size, small_size) (multi-crop, SwAV, arXiv:2006.09882, section 3.2). They have the memory
+    format of the images, and the same keys (see `draws.keys`) give the same views.
+
+    For the operations see `View`. jitter: None, torchvision's, or "byol" (`ops.ByolJitter`).
+    grayscale_first: grayscale comes before the jitter. A probability or strength of zero takes its
+    operation out. blur_p, solarize_p: one for all views, or one for each view of full size and one
+    for all small views. mean, std: None is ImageNet's, too.
     """
 
     def __init__(
@@ -157,17 +149,12 @@ class Views(nn.Module):
         _check_interval("small_crop_scale", small_crop_scale, low=0, high=1)
         _check_interval("crop_ratio", crop_ratio, low=0, high=float("inf"))
         _check_interval("blur_sigma", blur_sigma, low=0, high=float("inf"))
-        self.image_size, self.num_views, self.num_small_views = (
-            image_size,
-            num_views,
-            num_small_views,
-        )
+        self.image_size = image_size
+        self.num_views, self.num_small_views = num_views, num_small_views
         self.normalize = Normalize(mean or IMAGENET_MEAN, std or IMAGENET_STD)
         kinds = num_views + (num_small_views > 0)
-        blurs, solarizations = (
-            _each("blur_p", blur_p, kinds),
-            _each("solarize_p", solarize_p, kinds),
-        )
+        blurs = _each("blur_p", blur_p, kinds)
+        solarizations = _each("solarize_p", solarize_p, kinds)
 
         def view(size: int, scale: tuple[float, float], blur: float, solarize: float) -> View:
             colour: list[nn.Module] = []
@@ -180,21 +167,14 @@ class Views(nn.Module):
                 colour.append(GaussianBlur(size, blur, blur_sigma))
             if solarize > 0:
                 colour.append(Solarize(solarize))
-            return View(
-                RandomResizedCrop(size, scale, crop_ratio, flip_p, interpolation),
-                colour,
-                self.normalize,
-            )
+            crop = RandomResizedCrop(size, scale, crop_ratio, flip_p, interpolation)
+            return View(crop, colour, self.normalize)
 
-        made = cache(view)  # views alike share one, which is compiled once
-        full = [
-            made(image_size, tuple(crop_scale), *ps)
-            for ps in zip(blurs[:num_views], solarizations, strict=False)
-        ]
-        small = [
-            made(small_size, tuple(small_crop_scale), blurs[-1], solarizations[-1])
-        ] * num_small_views
-        self.views = nn.ModuleList(full + small)
+        made = cache(view)  # equal views are one module, which is compiled once
+        probabilities = zip(blurs[:num_views], solarizations, strict=False)
+        full = [made(image_size, tuple(crop_scale), *each) for each in probabilities]
+        small = made(small_size, tuple(small_crop_scale), blurs[-1], solarizations[-1])
+        self.views = nn.ModuleList(full + [small] * num_small_views)
 
     @torch.no_grad()
     def forward(self, images: Tensor, keys: Tensor) -> list[Tensor]:
@@ -213,15 +193,16 @@ class Views(nn.Module):
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that each do a chunk alone.
+    """Threads of which each works on a chunk alone.
 
-    Torch would have all threads share each operation, and wait for the last of them hundreds of
-    times a view: on cores that other programs use too, seventy times slower.
+    Torch would let all threads share each operation, and wait for the last of them hundreds of
+    times a view: seventy times slower on cores that other programs use, too.
     """
-    pool, all_there = ThreadPoolExecutor(threads, thread_name_prefix="views"), Barrier(threads)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="views")
+    all_there = Barrier(threads)
 
     def begin(_: int) -> None:
-        # for operations of this thread, and for threads that start from now on
+        # holds for this thread, and for threads that start from now on
         torch.set_num_threads(1)
         all_there.wait()
 
@@ -231,11 +212,10 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 class EvalView(nn.Module):
-    """The test transform: uint8 images (B, 3, H, W) -> float32 (B, 3, image_size, image_size),
-    normalised.
+    """The view for evaluation: uint8 (B, 3, H, W) -> normalised float32 (B, 3, size, size).
 
     The shorter side becomes `image_size * resize` pixels (256 for 224 in the authors' code), then
-    the centre is cut.
+    the central image_size x image_size are cut out.
     """
 
     def __init__(
@@ -263,13 +243,8 @@ class EvalView(nn.Module):
 
 
 def _denormalize(view: Tensor, normalize: Normalize) -> Tensor:
-    return (
-        (view.float() * normalize.std + normalize.mean)
-        .mul_(255)
-        .round_()
-        .clamp_(0, 255)
-        .to(torch.uint8)
-    )
+    pixels = (view.float() * normalize.std + normalize.mean).mul_(255)
+    return pixels.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _layout(images: Tensor) -> torch.memory_format:
@@ -286,6 +261,7 @@ def _check_interval(name: str, interval: tuple[float, float], low: float, high: 
 
 
 def _each(name: str, values: float | Sequence[float], kinds: int) -> Sequence[float]:
+    """A value for each kind of view: those given, or the one given for all."""
     if isinstance(values, int | float):
         return (values,) * kinds
     if len(values) != kinds:
