@@ -1,3 +1,4 @@
-"""Views of images: `draws` has the random numbers, `ops` transforms whole batches, `views` composes
-the ops.
+"""Views of images.
+
+`draws` has the random numbers, `ops` the transforms of whole batches, `views` composes them.
 """

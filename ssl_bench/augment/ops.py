@@ -142,7 +142,7 @@ def _mix_by_matrices(images: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
 
 
 class Op(nn.Module):
-    """What may happen to an image after the crop."""
+    """An operation on images after the crop."""
 
     def kinds(self, applied: Tensor) -> Tensor:
         """Parameters of `sample` -> int64 (B,), 0 for images that `apply` would leave unchanged."""

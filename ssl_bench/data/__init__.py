@@ -1,3 +1,5 @@
-"""Images from the disk to the device: `formats` list them, `pictures` decodes, `store` packs,
-`source` serves batches, `pool` has the worker processes, `synthetic` draws images.
+"""Images from the disk to the device.
+
+`formats` list images, `pictures` decodes them, `store` packs them, `source` serves batches, `pool`
+has the worker processes, `synthetic` draws images.
 """

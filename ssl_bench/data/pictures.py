@@ -68,7 +68,7 @@ SHARES = {"dim": "all", "wide_dim": "wide"}  # told only if more than half of th
 
 # formats that PIL only names, hands to another program, or takes for films
 NO_PICTURES = {"BUFR", "GRIB", "HDF5", "WMF", "EPS", "MPEG", "IPTC"}
-CODECS = {"AVIF": "avif", "WEBP": "webp", "JPEG2000": "jpg_2000"}  # that a build of PIL may lack
+CODECS = {"AVIF": "avif", "WEBP": "webp", "JPEG2000": "jpg_2000"}  # a build of PIL may lack these
 
 
 @functools.cache
@@ -76,16 +76,14 @@ def extensions() -> frozenset[str]:
     """The file name extensions that this PIL reads, in lower case."""
     from PIL import Image, features
 
-    return frozenset(
-        extension
-        for extension, kind in Image.registered_extensions().items()
-        if kind in Image.OPEN.keys() - NO_PICTURES
-        and (kind not in CODECS or features.check(CODECS[kind]))
-    )
+    known = Image.registered_extensions()  # fills Image.OPEN, too
+    missing = {kind for kind, codec in CODECS.items() if not features.check(codec)}
+    readable = Image.OPEN.keys() - NO_PICTURES - missing
+    return frozenset(extension for extension, kind in known.items() if kind in readable)
 
 
 class Values(NamedTuple):
-    """What values of more than 8 bits mean; the module's docstring says how."""
+    """How values of more than 8 bits are read; see the module's docstring."""
 
     bit_depth: int | None = None
     value_range: tuple[float, float] | None = None

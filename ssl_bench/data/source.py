@@ -177,17 +177,12 @@ class HostSource(Source):
         images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
         # mode="raise" would copy once more
         np.take(self.images, rows, axis=0, out=images.numpy(), mode="clip")
-        batch = (
-            images.permute(0, 3, 1, 2),
-            torch.from_numpy(self.labels[rows]),
-            torch.from_numpy(self.indices[rows]),
-        )
+        labels, indices = torch.from_numpy(self.labels[rows]), torch.from_numpy(self.indices[rows])
+        batch = images.permute(0, 3, 1, 2), labels, indices
         if self._copying is None:
             return tuple(tensor.to(self.device) for tensor in batch)
         with torch.cuda.stream(self._copying):
-            batch = tuple(
-                tensor.pin_memory().to(self.device, non_blocking=True) for tensor in batch
-            )
+            batch = tuple(_sent(tensor, self.device) for tensor in batch)
         self._copying.synchronize()  # this thread waits, the step doesn't
         return batch
 
@@ -249,10 +244,8 @@ class StreamedSource(Source):
                 pictures.merge(self._noticed, noticed)
                 pictures.tell(self._noticed, self.split.name, self.split.where, self._kinds)
                 arrays = (images, self.labels[rows], rows)
-                images, labels, rows = (
-                    _sent(torch.from_numpy(array), self.device) for array in arrays
-                )
-                yield images.permute(0, 3, 1, 2), labels, rows
+                batch = [_sent(torch.from_numpy(array), self.device) for array in arrays]
+                yield batch[0].permute(0, 3, 1, 2), batch[1], batch[2]
 
     def _nothing_came(self, seconds: float, chunk: tuple[np.ndarray]) -> None:
         self.waiting(seconds)

@@ -40,7 +40,8 @@ OnError = Literal["raise", "skip"]
 LAYOUT = 2  # version of a store's files, part of its name: since 2 it has digests
 BLOCK = CHUNK  # rows that a digest covers, and that are moved at once when gaps are closed
 LATELY = 600  # seconds for which a store is taken as whole after it was verified
-FILES = ("images.npy", "indices.npy", "digests.npy", "meta.json")
+SMALL_FILES = ("indices.npy", "digests.npy")  # each has one digest, in meta.json
+FILES = ("images.npy", *SMALL_FILES, "meta.json")
 VERIFIED = "verified"  # the file with the sizes and times of FILES when they were verified
 
 
@@ -192,8 +193,8 @@ def damage(directory: Path) -> str:
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         if meta.pop("digest") != _digest_of(meta):
             return "meta.json differs from its digest"
-        for name in ("indices.npy", "digests.npy"):
-            if xxhash.xxh3_64_hexdigest((directory / name).read_bytes()) != meta["digests"][name]:
+        for name in SMALL_FILES:
+            if _digest_of_file(directory / name) != meta["digests"][name]:
                 return f"{name} differs from its digest"
         images = np.load(directory / "images.npy", mmap_mode="r")
         digests = np.load(directory / "digests.npy")
@@ -236,6 +237,10 @@ def _blocks(rows: int) -> int:
 
 def _digest_rows(images: np.ndarray, block: int) -> int:
     return xxhash.xxh3_64_intdigest(images[block * BLOCK : (block + 1) * BLOCK].data)
+
+
+def _digest_of_file(path: Path) -> str:
+    return xxhash.xxh3_64_hexdigest(path.read_bytes())
 
 
 def _digest_of(meta: dict) -> str:
@@ -348,12 +353,8 @@ def _pack(
         np.save(partial / "digests.npy", digests)
         reasons = {str(index): skipped[index] for index in sorted(skipped)}
         meta = {"split": split.name, "skipped": reasons, "noticed": noticed}
-        sums = {
-            name: xxhash.xxh3_64_hexdigest((partial / name).read_bytes())
-            for name in ("indices.npy", "digests.npy")
-        }
-        meta |= {"digests": sums}
-        meta |= {"digest": _digest_of(json.loads(json.dumps(meta)))}
+        meta["digests"] = {name: _digest_of_file(partial / name) for name in SMALL_FILES}
+        meta["digest"] = _digest_of(json.loads(json.dumps(meta)))
         (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         # a crash of the machine must not leave a complete folder with incomplete files
         for path in partial.iterdir():

@@ -17,7 +17,7 @@ import numpy as np
 from ssl_bench.data.pool import run_chunks
 from ssl_bench.errors import UserError
 
-VERSION = 2  # of the pixels: raise it when `render` changes, so that packed stores are made anew
+VERSION = 2  # raise it when `render` gives other pixels, so that packed stores are made anew
 SPLITS = ("pretrain", "train", "val")
 SQRT2 = math.sqrt(2)
 # Radians to either side. A small network learns tilted shapes in minutes, freely turned ones in

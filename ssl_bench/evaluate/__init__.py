@@ -1,3 +1,5 @@
-"""Measurements of a network: `passes` over images, their `features`, which `labels` count,
-`neighbours`, the `health` of embeddings, the `selection` of images to label.
+"""Measurements of a network.
+
+`passes` over images, their `features`, which `labels` count, `neighbours`, the `health` of
+embeddings, the `selection` of images to label.
 """

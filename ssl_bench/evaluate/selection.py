@@ -83,7 +83,7 @@ def k_center(pool: Tensor, covered: Tensor, generator: torch.Generator) -> Itera
         nearest[first] = -1
     while nearest.max() >= 0:
         values, ahead = nearest.topk(min(AHEAD + 1, len(pool)))
-        bound = values[AHEAD:].clamp(min=0).sum()  # of the points behind
+        bound = values[AHEAD:].clamp(min=0).sum()  # no other point is farther; 0 if there is none
         ahead, now = ahead[:AHEAD], values[:AHEAD].clone()
         points, centres = pool[ahead], []
         squares = points.square().sum(dim=1)

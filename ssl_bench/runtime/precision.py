@@ -1,4 +1,4 @@
-"""What `precision=` means: the type of products, and how float16 gradients don't vanish."""
+"""The meaning of `precision=`: in which type products are, and how float16 gradients survive."""
 
 import warnings
 
@@ -32,7 +32,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 def gradient_scaler(
     precision: str, device: torch.device, optimizer: torch.optim.Optimizer
 ) -> torch.amp.GradScaler:
-    """For fp16: scales the loss so that gradients don't underflow, and skips steps that overflow.
+    """Scales the loss in fp16, so that gradients don't underflow, and skips steps that overflow.
 
     To skip, the host waits for the device. A fused kernel would not, but torch's SGD, if its first
     step is skipped, goes on with momentum that was never initialised (torch 2.14, `_fused_sgd`).

@@ -129,7 +129,7 @@ def fit(
 
 
 class Meter:
-    """What a log line says of the training itself; its speeds are those since the line before."""
+    """Measures what a log line says of the training; its speeds are since the line before."""
 
     def __init__(
         self,
@@ -146,7 +146,8 @@ class Meter:
     def measure(
         self, step: int, epoch: float, output: dict[str, Tensor], embeddings: Tensor | None
     ) -> dict[str, float]:
-        """output: scalars of this step, averaged over the processes; embeddings: (V, N, D)."""
+        """The line after `step` steps. output: this step's scalars; embeddings: (V, N, D)."""
+        # averaged over the processes, which waits for the device: before the clock is read
         line = {name: distributed.mean(value.detach()).item() for name, value in output.items()}
         now = time.perf_counter()
         seconds = now - self.clock

@@ -106,15 +106,8 @@ def lars(
         params = _without("lr", params, f"optimizer.base_lr_biases={base_lr_biases:g}")
         lr_biases = scaled_lr(base_lr_biases, batch_size, scaling)
         params = split(params, weights={}, others={"lr": lr_biases})
-    return LARS(
-        params,
-        lr,
-        momentum,
-        weight_decay,
-        trust_coefficient,
-        exclude_from_decay,
-        exclude_from_adaptation,
-    )
+    exclude = (exclude_from_decay, exclude_from_adaptation)
+    return LARS(params, lr, momentum, weight_decay, trust_coefficient, *exclude)
 
 
 class LARS(torch.optim.Optimizer):

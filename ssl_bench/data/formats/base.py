@@ -1,4 +1,4 @@
-"""What all data sets have in common: splits, their digests, their packed stores."""
+"""The base of all data sets: splits, their digests, their packed stores."""
 
 import csv
 import hashlib
@@ -33,7 +33,7 @@ class Dataset(ABC):
     class_names: Sequence[str] = ()  # in the order of the class numbers; empty if they have none
     root = "."  # where index files are looked for
     extra: Sequence[str] = ()  # an index file and its label file
-    values = Values()  # what the values of its image files mean
+    values = Values()  # how its image files' values are to be read
 
     def __init__(
         self,
@@ -69,9 +69,8 @@ class Dataset(ABC):
 
     def open(self, name: Literal["pretrain", "train", "val"]) -> Store:
         """The decoded images of a split, packed first if need be. Raises UserError."""
-        return open_store(
-            self.split(name), self.image_size, self.cache, self.workers, self.on_error
-        )
+        split = self.split(name)
+        return open_store(split, self.image_size, self.cache, self.workers, self.on_error)
 
     def has_room(self, name: Literal["pretrain", "train", "val"]) -> bool:
         """Is there room on the disk for `open` to pack the split?"""

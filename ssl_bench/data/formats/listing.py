@@ -40,7 +40,7 @@ def subfolders(folder: Path) -> list[str]:
 
 
 class Passed:
-    """What a listing leaves out: the number and the first of each kind."""
+    """The files that a listing leaves out: the number and the first of each kind."""
 
     def __init__(self) -> None:
         self.kinds: dict[str, tuple[int, str]] = {}
