@@ -74,8 +74,8 @@ class SweepLauncher(Launcher):
         self._check_metric(asked)
         # a search may ask for the same member twice
         members = list({member.file: member for member in asked}.values())
-        counts = Counter(member.directory for member in members)
-        if shared := [directory for directory, count in counts.items() if count > 1]:
+        directories = Counter(member.directory for member in members)
+        if shared := [path for path, count in directories.items() if count > 1]:
             raise UserError(
                 f"dir={shared[0]} is that of several members: "
                 "leave out dir=, or sweep over what tells them apart"
