@@ -122,7 +122,7 @@ def copy(source: Path, tree: Path, mutant: Mutant | None = None) -> None:
     """The program and its tests, as the file system has them. With the compiled files of the copy
     that has run.
     """
-    skipped = shutil.ignore_patterns(".*", "runs")
+    skipped = shutil.ignore_patterns(".*")
     for name in COPIED:
         if (source / name).is_dir():
             shutil.copytree(source / name, tree / name, symlinks=True, ignore=skipped)

@@ -4,10 +4,11 @@ import ast
 import re
 from collections import Counter
 from functools import cache
+from pathlib import Path
 
 import pytest
 import yaml
-from run import ROOT, Mutant, read
+from run import ROOT, Mutant, copy, read
 
 MUTANTS = read()
 
@@ -51,3 +52,14 @@ def test_each_has_a_name_of_its_own() -> None:
         name for name, count in Counter(mutant.name for mutant in MUTANTS).items() if count > 1
     ]
     assert not [mutant.name for mutant in MUTANTS if "|" in mutant.name + mutant.kind]
+
+
+def test_the_copy_is_whole(tmp_path: Path) -> None:
+    """What is missing there would be imported from the program itself, where no mutant is."""
+    copy(ROOT, tmp_path / "copy")
+    for name in ("ssl_bench", "tests"):
+        here, there = (
+            {path.relative_to(root) for path in (root / name).rglob("*.py")}
+            for root in (ROOT, tmp_path / "copy")
+        )
+        assert there == here
