@@ -249,7 +249,8 @@ def alarms(base: Path, tests: Iterable[str], at_once: int) -> tuple[list[str], f
             print((outcome.job.tree / "output.txt").read_text(), file=sys.stderr)
         found += names
         needed += outcome.cpu_seconds
-        for compiled in outcome.job.tree.rglob("*.pyc"):  # for the mutants
+        # for the mutants; not of the tests' temporary files, which may be going
+        for compiled in [x for name in COPIED for x in (outcome.job.tree / name).rglob("*.pyc")]:
             if not (place := base / compiled.relative_to(outcome.job.tree)).exists():
                 place.parent.mkdir(exist_ok=True)
                 shutil.copy2(compiled, place)
