@@ -115,14 +115,18 @@ def online(
     The labels of a fifth of them are predicted from the others. The val split is never looked at.
     None: there are no labels, too few, or the weights have learnt from them.
     """
-    source = judges(cfg, run, data, num_images)
-    if source and _labels.are_seen(cfg, data.split("train")):
+    try:
+        known = data.split("train").labels
+    except UserError:
+        known = None
+    if known is not None and _labels.are_seen(cfg, data.split("train")):
         log.info(
             "pretrained=%s has learnt from the labels of the train split: "
             "none are left to judge by",
             cfg.pretrained,
         )
         return None
+    source = None if known is None else judges(cfg, run, data, known, num_images)
     if source is None:
         log.info("no labelled images to judge the features by while they are learnt")
         return None
@@ -138,17 +142,13 @@ def online(
     return evaluate
 
 
-def judges(cfg: DictConfig, run: Run, data: Dataset, num_images: int) -> Source | None:
+def judges(
+    cfg: DictConfig, run: Run, data: Dataset, known: np.ndarray, num_images: int
+) -> Source | None:
     """At most `num_images` images of the train split, at least two of each of two classes or more.
 
-    None: there are no such images.
+    known: (N,), the labels of that split. None: there are no such images.
     """
-    try:
-        known = data.split("train").labels
-    except UserError:
-        known = None
-    if known is None:
-        return None
     rng = np.random.default_rng(fold(cfg.seed, "online"))
     chosen = np.sort(rng.permutation(len(known))[:num_images])
     chosen = chosen[paired(known[chosen])]
