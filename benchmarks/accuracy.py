@@ -83,7 +83,7 @@ def pretrain(folder: Path, row: str, seed: int) -> dict[str, float]:
         f"seed={seed}",
     ]
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "ssl_bench.train", *COMMON, *where, *ROWS[row]]
+    command = [sys.executable, "-m", "ssl_bench", *COMMON, *where, *ROWS[row]]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path})
     return json.loads((run / "summary.json").read_text())
 

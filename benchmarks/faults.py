@@ -37,7 +37,7 @@ from common import folder_for, machine
 from PIL import Image
 
 RESULTS = Path(__file__).with_name("results") / "faults.json"
-PYTHON = [sys.executable, "-m", "ssl_bench.train"]
+PYTHON = [sys.executable, "-m", "ssl_bench"]
 LIMIT = 180  # s: what takes longer hangs
 # of a line or a summary, what no two runs share
 SPEED = ("images_per_second", "data_wait", "memory_gb", "hours")

@@ -72,7 +72,7 @@ def command(folder: Path, run: str, *overrides: str) -> None:
     words = [
         sys.executable,
         "-m",
-        "ssl_bench.train",
+        "ssl_bench",
         "data=dl21",
         f"data.root={folder / 'data'}",
         *NETWORK,

@@ -68,7 +68,7 @@ def pool_workers(parent: int) -> list[int]:
 
 def measure(root: Path, cache: Path, run: Path) -> dict:
     """Run the command on the images in `root`; peaks in bytes, packing in seconds."""
-    command = [sys.executable, "-m", "ssl_bench.train", *OVERRIDES]
+    command = [sys.executable, "-m", "ssl_bench", *OVERRIDES]
     command += [f"data.root={root}", f"data.cache={cache}", f"dir={run}"]
     peaks, samples = {"packing": 0, "training": 0}, {"packing": 0, "training": 0}
     began = ended = None

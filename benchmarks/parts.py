@@ -29,7 +29,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-import ssl_bench.train  # noqa: F401 - registers the resolvers of the configuration
+import ssl_bench.command  # noqa: F401 - registers the resolvers of the configuration
 from ssl_bench.augment.draws import keys
 from ssl_bench.augment.views import Views
 from ssl_bench.config import build

@@ -10,7 +10,7 @@ floors.
 
 Synthetic 96x96 PNG files are written to a temporary folder; the peers read them, ours packs them
 first (timed apart). Every contender is a process of its own, they take turns, and what counts is
-the median. Ours is the program itself, `ssl_bench.train`, timed from outside by when the lines of
+the median. Ours is the program itself, `ssl-bench`, timed from outside by when the lines of
 its metrics.jsonl appear. Threads are as the environment has them: leave OMP_NUM_THREADS unset.
 Writes speed_DEVICE.json, .md and .png to --out.
 """
@@ -172,7 +172,7 @@ class Bench:
             f"data.cache={self.cache}",
             f"device={self.device}",
         ]
-        command = [sys.executable, "-m", "ssl_bench.train", *SHARED, *where, *overrides]
+        command = [sys.executable, "-m", "ssl_bench", *SHARED, *where, *overrides]
         command += [f"dir={folder / 'run'}", f"log_every={every}"]
         metrics, seen, private = folder / "run" / "metrics.jsonl", [], 0
         with Others() as others, open(folder / "log", "w+") as log:
@@ -287,7 +287,7 @@ def startup(bench: Bench, repeats: int) -> dict:
     """Seconds from the start of the process to the first step's line, to the help, to a mistake's
     message.
     """
-    (backbone, batch), program = bench.plan.cases[0], [sys.executable, "-m", "ssl_bench.train"]
+    (backbone, batch), program = bench.plan.cases[0], [sys.executable, "-m", "ssl_bench"]
     words = {"help": ["--help"], "mistake": ["method.temprature=1"]}
     seconds: dict[str, list[float]] = {"first step": [], **{name: [] for name in words}}
     for _ in range(repeats):

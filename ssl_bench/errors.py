@@ -11,7 +11,7 @@ from pathlib import Path
 class UserError(ValueError):
     """A mistake that its user can mend.
 
-    The message says what is wrong, the value, and what to type instead. `train.main` prints it as
+    The message says what is wrong, the value, and what to type instead. `command.main` prints it as
     one line and exits with 2; any other exception is a bug and keeps its traceback.
     """
 

@@ -11,10 +11,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 import ssl_bench
-import ssl_bench.train
+import ssl_bench.command
 from ssl_bench.runs import sweep
 
-CONF = Path(ssl_bench.train.__file__).with_name("conf")
+CONF = Path(ssl_bench.command.__file__).with_name("conf")
 GROUPS = (
     "data",
     "backbone",

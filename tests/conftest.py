@@ -65,7 +65,7 @@ def ssl_bench(tmp_path: Path) -> Command:
         *args: str, timeout: float = 300, check: bool = False
     ) -> subprocess.CompletedProcess:
         result = subprocess.run(
-            [sys.executable, "-m", "ssl_bench.train", *args],
+            [sys.executable, "-m", "ssl_bench", *args],
             cwd=tmp_path,
             capture_output=True,
             text=True,

@@ -136,7 +136,7 @@ def test_help_and_configuration(installed: Callable[..., str]) -> None:
         ), config
     job = installed("ssl-bench", "--cfg", "job")
     assert "_target_: ssl_bench.methods.moco.MoCo" in job
-    assert installed("python", "-m", "ssl_bench.train", "--cfg", "job") == job
+    assert installed("python", "-m", "ssl_bench", "--cfg", "job") == job
 
 
 def test_a_sweep(installed: Callable[..., str]) -> None:

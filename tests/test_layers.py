@@ -46,13 +46,14 @@ ROOMS = {
         *("runtime", "shell", "training"),
     ),
     "hydra_plugins": ("launch",),
-    "train": ("config", "errors", "hydra_plugins", "launch"),
+    "command": ("config", "errors", "hydra_plugins", "launch"),
+    "__main__": ("command",),
 }
 # Libraries that not every room may know: where a configuration stops, and who else has the network
 # or other processes.
 LIBRARIES = {
-    "hydra": ("config", "hydra_plugins", "launch", "stages", "train"),
-    "omegaconf": ("config", "launch", "stages", "train"),
+    "hydra": ("config", "hydra_plugins", "launch", "stages", "command"),
+    "omegaconf": ("config", "launch", "stages", "command"),
     "wandb": ("runs.tracking",),
     "wandb_workspaces": ("report.dashboard",),
     "torch.distributed": ("runtime.distributed", "launch.process"),

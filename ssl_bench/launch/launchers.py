@@ -195,7 +195,7 @@ class SweepLauncher(Launcher):
         cfg = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
         HydraConfig.instance().set_config(cfg)  # for the resolver of `dir`
         own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-        if not self._is_grid:  # `train.Check` has checked the members of a grid
+        if not self._is_grid:  # `command.Check` has checked the members of a grid
             build.check(own)
         config = OmegaConf.to_container(build.at_home(own), resolve=True)
         if config["dir"] is None:

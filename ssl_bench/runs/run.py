@@ -70,7 +70,7 @@ class Run:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if kind is not None:
-            # for log.txt; `train.main` prints it to the console
+            # for log.txt; `command.main` prints it to the console
             log.debug("%s", error or kind.__name__)
             self.status = "preempted" if kind is Interrupted else "failed"
             self._mistaken = kind is UserError

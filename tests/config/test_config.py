@@ -145,9 +145,9 @@ def test_a_signature_that_is_read_is_the_one_that_is_imported(group: str, choice
 
 def test_a_mistake_is_found_before_torch_is_imported() -> None:
     script = (
-        "import sys, ssl_bench.train as train; sys.argv[1:] = ['method.temperature=-1', "
+        "import sys, ssl_bench.command as command; sys.argv[1:] = ['method.temperature=-1', "
         "'batch_size=many']\n"
-        "try: train.main()\n"
+        "try: command.main()\n"
         "finally: print('torch' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -273,7 +273,7 @@ def test_what_the_command_names_is_called(place: Path, monkeypatch: pytest.Monke
     )
     command = [
         "-m",
-        "ssl_bench.train",
+        "ssl_bench",
         "stage=export",
         "pretrained=runs/moco/seed0",
         "stage.onnx=false",

@@ -26,7 +26,7 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import ssl_bench
-from ssl_bench import train
+from ssl_bench import command
 from ssl_bench.backbones import resnet
 from ssl_bench.config import build, messages, typed
 from ssl_bench.data.synthetic import write_dl21
@@ -223,7 +223,7 @@ ADVICE = re.compile(
 )  # fmt: skip
 def test_what_is_advised_works_when_it_is_typed(mistake: str) -> None:
     def said(words: list[str]) -> str:
-        if mistaken := train._no_option(words):
+        if mistaken := command._no_option(words):
             return mistaken
         try:
             build.check(compose(*words), typed.quoted(words))
@@ -256,8 +256,8 @@ def test_nothing_typed_is_the_quickstart(
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # `main` sets it, for its process
     monkeypatch.setattr("sys.path", [*sys.path])
     monkeypatch.setattr("sys.argv", ["ssl-bench"])
-    monkeypatch.setattr(train, "run", lambda: None)
-    train.main()
+    monkeypatch.setattr(command, "run", lambda: None)
+    command.main()
     assert sys.argv[1:] == ["experiment=quickstart"]
     assert (
         capsys.readouterr()
@@ -265,7 +265,7 @@ def test_nothing_typed_is_the_quickstart(
         .startswith("ssl-bench, with nothing typed, is ssl-bench experiment=")
     )
     monkeypatch.setattr("sys.argv", ["ssl-bench", "--version"])
-    train.main()
+    command.main()
     assert capsys.readouterr().out == f"ssl-bench {ssl_bench.__version__}\n"
 
 
@@ -385,9 +385,9 @@ def test_a_check_that_fails_starts_nothing(
         (HydraException("x"), 2),
         (UserError("x"), 2),
     ):
-        monkeypatch.setattr(train.Check, "_check_sweep", Mock(side_effect=error))
+        monkeypatch.setattr(command.Check, "_check_sweep", Mock(side_effect=error))
         with pytest.raises(SystemExit) as stop:
-            train.Check().on_multirun_start(OmegaConf.create({}))
+            command.Check().on_multirun_start(OmegaConf.create({}))
         assert stop.value.code == status
         assert (
             "ssl-bench: x\n" if status == 2 else "ZeroDivisionError: x"
@@ -800,7 +800,7 @@ def test_a_member_that_fails_later_does_not_stop_the_sweep(
 
 @pytest.mark.parametrize("words", [["--help"], ["stage=zoo"], ["--cfg", "job"]])
 def test_a_reader_that_has_seen_enough_ends_it_without_a_word(words: list[str]) -> None:
-    command = [sys.executable, "-c", "import sys; from ssl_bench.train import main; main()", *words]
+    command = [sys.executable, "-m", "ssl_bench", *words]
     reader, writer = os.pipe()
     os.close(reader)
     try:

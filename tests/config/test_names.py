@@ -13,11 +13,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from ssl_bench import files
+from ssl_bench.command import HOME
 from ssl_bench.config import build, signatures
 from ssl_bench.config.fields import is_path
 from ssl_bench.launch.process import launch
 from ssl_bench.runs import identity
-from ssl_bench.train import HOME
 
 LATIN = os.fsdecode(b"caf\xe9")  # as a disk of the nineties has it
 

@@ -24,7 +24,7 @@ IMAGES = 1297  # of digits, to learn from
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "ssl_bench.train", *words]
+    command = [sys.executable, "-m", "ssl_bench", *words]
     return subprocess.Popen(
         command,
         cwd=folder,
@@ -56,7 +56,7 @@ def test_shared_memory_is_not_needed(ssl_bench: Command, tmp_path: Path) -> None
     words = ["augmentation.image_size=16", "data.image_size=64", "epochs=1"]  # 1.5 MB a batch
     ssl_bench(*TINY_PRETRAIN, "eval_every=0", *words, "source=host", "dir=host", check=True)
     inside = ["sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh"]
-    command = [sys.executable, "-m", "ssl_bench.train", *STREAMED, *words, "dir=streamed"]
+    command = [sys.executable, "-m", "ssl_bench", *STREAMED, *words, "dir=streamed"]
     unshared = ["unshare", "--mount", *inside]
     if subprocess.run([*unshared, "true"], capture_output=True).returncode:
         pytest.skip("can't mount here")

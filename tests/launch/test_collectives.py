@@ -18,7 +18,7 @@ import ssl_bench
 
 ROOT = Path(ssl_bench.__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-TORCHRUN += ["-m", "ssl_bench.train"]
+TORCHRUN += ["-m", "ssl_bench"]
 
 # -- read: no collective where rank 0 is alone -----------------------------------------------------
 
@@ -285,7 +285,7 @@ def process(folder: Path, rank: int, port: int, *words: str, **env: str) -> subp
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    command = [sys.executable, "-m", "ssl_bench.train", *TINY_PRETRAIN, "dir=run", *words]
+    command = [sys.executable, "-m", "ssl_bench", *TINY_PRETRAIN, "dir=run", *words]
     environment = os.environ | own | {"OMP_NUM_THREADS": "1"} | env
     return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -357,7 +357,7 @@ def test_of_a_process_that_was_killed_its_parent_tells(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "ssl_bench.train",
+        "ssl_bench",
         *TINY_PRETRAIN,
         "dir=run",
         "devices=2",

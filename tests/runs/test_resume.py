@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 def interrupt(command: list[str], cwd: Path, run: Path, step: int, signum: int) -> int:
     """Start, send the signal to all its processes once `step` is logged, return the exit status."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "ssl_bench.train", *command],
+        [sys.executable, "-m", "ssl_bench", *command],
         cwd=cwd,
         start_new_session=True,
         stderr=subprocess.PIPE,
@@ -102,7 +102,7 @@ def test_terminated_while_packing(ssl_bench: Command, tmp_path: Path) -> None:
     ]
     command += ["method.queue_size=1024"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "ssl_bench.train", *command],
+        [sys.executable, "-m", "ssl_bench", *command],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,

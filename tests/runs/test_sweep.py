@@ -390,7 +390,7 @@ def test_workstation(ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.Mon
     ]
     command += ["seed=0,1,2"]
     started = subprocess.Popen(
-        [sys.executable, "-m", "ssl_bench.train", *command],
+        [sys.executable, "-m", "ssl_bench", *command],
         cwd=tmp_path,
         env=os.environ | {"PAUSE": "2"},
     )

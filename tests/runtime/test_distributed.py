@@ -171,7 +171,7 @@ def test_the_port_is_not_one_that_the_system_gives_away(
 @pytest.mark.slow
 def test_torchrun_is_joined(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, "-m", "ssl_bench.train", *TINY_PRETRAIN, "epochs=1", "dir=run"]
+    command = [*launcher, "-m", "ssl_bench", *TINY_PRETRAIN, "epochs=1", "dir=run"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("step 10/10") == 1  # one rank speaks

@@ -81,7 +81,7 @@ class Sweeps:
     def start(self, *words: str, launcher: list[str] = CLUSTER, **env: str) -> subprocess.Popen:
         words = (*launcher, *TINY_PRETRAIN, "method._target_=mine.Mine", *words)
         return subprocess.Popen(
-            [sys.executable, "-m", "ssl_bench.train", *words],
+            [sys.executable, "-m", "ssl_bench", *words],
             cwd=self.folder,
             env=self.slurm.env | env,
             stdout=subprocess.PIPE,
@@ -97,7 +97,7 @@ class Sweeps:
         return ended(self.start(*words, launcher=launcher, **env))
 
     def status(self) -> str:
-        command = [sys.executable, "-m", "ssl_bench.train", "stage=status", f"runs={self.root}"]
+        command = [sys.executable, "-m", "ssl_bench", "stage=status", f"runs={self.root}"]
         result = subprocess.run(
             command, cwd=self.folder, env=self.slurm.env, capture_output=True, text=True
         )

@@ -45,7 +45,7 @@ def test_the_header_is_shown() -> None:
     command = [
         sys.executable,
         "-m",
-        "ssl_bench.train",
+        "ssl_bench",
         "launcher=nyu_t4x2",
         "--cfg",
         "hydra",

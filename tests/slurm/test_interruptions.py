@@ -33,7 +33,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple]:
             command = [
                 sys.executable,
                 "-m",
-                "ssl_bench.train",
+                "ssl_bench",
                 *TINY_PRETRAIN,
                 *LONG,
                 *words,

@@ -25,7 +25,7 @@ def test_from_laptop_to_cluster(sweeps: Sweeps) -> None:
     script, replaced = re.subn("data=dl21 .* backbone=resnet50", tiny, script)
     assert (len(blocks), replaced) == (2, 1)
     script = script.replace("module load cuda", "true")
-    program = f'ssl-bench() {{ "{sys.executable}" -m ssl_bench.train "$@"; }}\n'
+    program = f'ssl-bench() {{ "{sys.executable}" -m ssl_bench "$@"; }}\n'
     result = subprocess.run(
         ["bash", "-ec", program + script],
         cwd=sweeps.folder,

@@ -28,7 +28,7 @@ from ssl_bench.errors import Interrupted, UserError
 from ssl_bench.launch import resolvers
 from ssl_bench.launch.process import launch, set_up_logging
 
-log = logging.getLogger("ssl_bench.train")  # also as __main__
+log = logging.getLogger(__name__)
 
 # Options of Hydra that are followed by a value. Not --info, whose value may be left out: it stays
 # where it is.
@@ -253,7 +253,3 @@ def _options_first(words: list[str]) -> list[str]:
             options += [word, *islice(rest, word in VALUED)]
     shows = any(re.match(r"(--cfg|-c)(=|$)", word) for word in options)
     return [word for word in options if not (shows and word in ("-m", "--multirun"))] + overrides
-
-
-if __name__ == "__main__":
-    main()
