@@ -1,28 +1,19 @@
 """What conf/*.yaml refers to: resolvers, like ${run_dir:...}, and the keys of hydra.launcher."""
 
-import os
 from dataclasses import dataclass, field
 
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from ssl_bench.runs import identity, sweep
+from ssl_bench.launch import place
+from ssl_bench.runs import identity
 from ssl_bench.shell import quote
 
 
-def run_dir(default: str) -> str:
-    """Resolver of `dir`: `default`, or in a sweep the directory named after the overrides."""
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
-        return default
-    return os.path.join(HydraConfig.get().sweep.dir, sweep.name(HydraConfig.get().overrides.task))
-
-
-def began(pretrained: str | None) -> str:
-    """Resolver: the part of a directory's name that says which weights a training began with."""
-    return f"-from-{identity.place_slug(pretrained)}" if pretrained is not None else ""
+def run_dir(default: str, *, _root_: DictConfig) -> str:
+    """Resolver of `dir`."""
+    return place.place(default, _root_)
 
 
 def judge(eval_every: int, online_images: int) -> str | None:
@@ -60,7 +51,9 @@ def register() -> None:
     """Make resolvers and launchers known to Hydra, before a configuration is composed."""
     OmegaConf.register_new_resolver("slug", identity.place_slug, replace=True)
     OmegaConf.register_new_resolver("quote", quote, replace=True)
-    OmegaConf.register_new_resolver("began", began, replace=True)
+    OmegaConf.register_new_resolver("path_slug", place.path_slug, replace=True)
+    OmegaConf.register_new_resolver("began", place.began, replace=True)
+    OmegaConf.register_new_resolver("below", place.below, replace=True)
     OmegaConf.register_new_resolver("judge", judge, replace=True)
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
     launchers = {"local": LocalConf, "workstation": WorkstationConf, "slurm": SlurmConf}

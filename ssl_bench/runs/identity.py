@@ -263,6 +263,11 @@ def other_losses(several: Iterable[Identity]) -> list[str]:
     return sorted(key for key, different in values.items() if len(different) > 1)
 
 
+def config(directory: Path) -> dict[str, Any]:
+    """The configuration that a run left in its directory; empty if it left none."""
+    return _parsed(directory / "config.yaml", yaml.safe_load)
+
+
 def left_by(config: Mapping[str, Any], directory: Path) -> Identity:
     """The identity of the run that left `config` in `directory`, without the run below it."""
     return known_by(config, environment(directory), inputs(directory), recorded(directory))
@@ -348,7 +353,7 @@ def remember(weights: Path, directory: Path) -> None:
     if run is None or not (run / "config.yaml").is_file():
         return
     last = [layout.step_of(path) for path in layout.complete(run)[:1]]
-    made = with_origin(_parsed(run / "config.yaml", yaml.safe_load), run)
+    made = with_origin(config(run), run)
     step = older(weights, (run / "summary.json").is_file(), last)
     said = {"weights": files.digest(weights), "step": step, "run": asdict(made)}
     files.write(known, json.dumps(said, indent=1) + "\n")
@@ -384,17 +389,22 @@ def slug(value: object) -> str:
 
 
 def place_slug(path: object) -> str:
-    """A path as part of a folder name, the same for all its spellings.
+    """A path as part of a folder name, the same for all its spellings."""
+    return slug(path if path is None else local(str(path)))
 
-    A path below `runs` or the current folder is relative to it, so that these may move.
+
+def local(path: str) -> str:
+    """The one name of a path that may be moved with the current folder or its `runs`.
+
+    It is relative to either if it lies below. What isn't a path, such as the name of known weights,
+    is left as it is.
     """
-    # not a path: the name of known weights, say
-    if path is None or not os.path.exists(os.path.expanduser(str(path))):
-        return slug(path)
+    if not os.path.exists(os.path.expanduser(path)):
+        return path
     for base in ("runs", "."):
-        if not os.path.isabs(inside := _inside(str(path), base)):
-            return slug(inside)
-    return slug(real(str(path)))
+        if not os.path.isabs(inside := _inside(path, base)):
+            return inside
+    return real(path)
 
 
 def _is_ours(key: str, value: object) -> bool:

@@ -15,6 +15,12 @@ def run_of(path: Path) -> Path | None:
     return next((folder.parent for folder in folders if folder.name == "checkpoints"), None)
 
 
+def run_at(path: Path) -> Path | None:
+    """The run directory that a path means: itself, or that of a checkpoint; None: there is none."""
+    run = path if path.is_dir() else run_of(path)
+    return run if run and (run / "config.yaml").is_file() else None
+
+
 def complete(directory: Path) -> list[Path]:
     """The checkpoint files of a run directory that are whole, newest first."""
     return sorted((directory / "checkpoints").glob(f"step{10 * '[0-9]'}.pt"), reverse=True)

@@ -187,7 +187,9 @@ def find(paths: Iterable[Path]) -> list[Ran]:
                 "name run directories, sweeps, or a folder of them"
             )
     for directory, ran in runs.items():
-        ran.holds_runs = any(directory in other.parents for other in runs)
+        above = any(directory in other.parents for other in runs)
+        # evaluations lie in the directory of the run that they measure, which has left something
+        ran.holds_runs = above and not (ran.lines or ran.weights)
         ran.pretraining = _pretraining(ran, runs)
     return list(runs.values())
 

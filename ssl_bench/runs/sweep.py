@@ -71,9 +71,12 @@ class Member:
     @property
     def under_way(self) -> tuple[Path, int]:
         """(directory, epochs) of its run or, of a pipeline, of the part that runs now."""
+        own = self.directory / "metrics.jsonl"
+        if own.exists() and own.stat().st_size:  # what lies below are evaluations of it
+            return self.directory, self.config["epochs"]
         parts = [path for path in self.directory.glob("**/metrics.jsonl") if path.stat().st_size]
         newest = max(parts, key=lambda path: path.stat().st_mtime_ns, default=None)
-        if newest is None or newest.parent == self.directory:
+        if newest is None:
             return self.directory, self.config["epochs"]
         return newest.parent, files.parse(newest.with_name("config.yaml"), yaml.safe_load)["epochs"]
 

@@ -424,6 +424,7 @@ def test_a_pipeline_is_its_members(tmp_path: Path) -> None:
     for seed in (0, 1):
         home = tmp_path / f"seed{seed}"
         pretrained(home, "experiment=quickstart", f"seed={seed}", "stage=pipeline")
+        (home / "metrics.jsonl").write_text("")  # it trains nothing itself
         pretrained(home / "pretrain", f"seed={seed}")
         classified(home / "pretrained" / "seed0", 70.0 + seed, f"pretrained={home}/pretrain")
     found = boards(tmp_path)
@@ -432,6 +433,18 @@ def test_a_pipeline_is_its_members(tmp_path: Path) -> None:
     runs = [ran for ran in record.find([tmp_path]) if ran.holds_runs]
     # though the overrides of its members name its directory
     assert runs[0].identity.alike(runs[1].identity)
+
+
+def test_a_run_with_its_evaluations_below_is_none_of_a_pipeline(tmp_path: Path) -> None:
+    home = pretrained(tmp_path / "p").directory
+    classified(home / "lincls-digits" / "seed0", 70.0, f"pretrained={home}")
+    found = boards(tmp_path)
+    assert [[run.directory for run in found[stage].groups[0].runs] for stage in found] == [
+        [home / "lincls-digits" / "seed0"],
+        [home],
+    ]
+    shutil.rmtree(home / "checkpoints", ignore_errors=True)
+    assert set(boards(tmp_path)) == {"lincls", "pretrain"}
 
 
 def test_members_of_a_sweep_that_have_not_begun_are_counted(tmp_path: Path) -> None:

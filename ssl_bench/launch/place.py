@@ -1,0 +1,166 @@
+"""The directory of a run that isn't given one: the same for the same command, for no other."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ssl_bench.config import typed
+from ssl_bench.runs import identity, layout, sweep
+
+# keys whose values the default places show
+SHOWN = ("experiment", "method", "backbone", "data", "stage.strategy")
+# keys of a backbone that its weights fit to no other value of
+SHAPE = ("stem", "width", "model", "patch_size")
+LONGEST = 80  # characters of the part of a path that tells commands apart
+# a text that can be told from the key that follows it: a number, or a word without a dash
+PLAIN = re.compile(r"[-+]?\d[\d.]*(e[-+]?\d+)?|[A-Za-z_][\w.]*")
+
+
+def place(default: str, config: DictConfig) -> str:
+    """The directory of the run of this command.
+
+    default: the place of the command that changes nothing but what this names. Of a sweep's member
+    the place is in the folder of the sweep instead. Otherwise, what the command changed of the
+    defaults comes before the last part: runs/moco_v2-resnet18-digits/batch_size-64/seed0. Values
+    that were typed but are the default, and keys that leave the result alone (log_every, device),
+    name nothing. config: the whole configuration, not resolved.
+    """
+    if not HydraConfig.initialized():
+        return default
+    command = HydraConfig.get()
+    words = tuple(OmegaConf.to_container(command.overrides.task))
+    if command.mode == RunMode.MULTIRUN:
+        return os.path.join(command.sweep.dir, sweep.name(words))
+    network = _network(config)
+    named = tuple(word for word in words if word in network or _names(default, word))
+    changed = [word for word in words if word not in named]
+    if changed:
+        sources = str(command.runtime.config_sources)
+        try:
+            usual = _composed(command.job.config_name, named, sources)
+            changed = telling(changed, usual, _plain(config))
+        except (TypeError, ValueError, AttributeError, OmegaConfBaseException):
+            return default  # a mistake, which the check of the configuration puts in words
+    if not (name := slug(changed, identity.node(config, "data").get("name", ""))):
+        return default
+    return os.path.join(os.path.dirname(default), name, os.path.basename(default))
+
+
+def telling(words: Sequence[str], usual: Mapping, config: Mapping) -> list[str]:
+    """The words that change what decides the result, or where the images are."""
+    ours, theirs = identity.Identity(config).own, identity.Identity(usual).own
+    differing = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
+    if identity.PARTS in differing:
+        differing |= {"devices", "method.bn_splits"}
+
+    def tells(key: str) -> bool:
+        return any(other == key or other.startswith(key + ".") for other in differing)
+
+    keys = {typed.key_of(word): word for word in words}  # of a key typed twice the last holds
+    return [word for key, word in keys.items() if tells(key) or key == "data.root"]
+
+
+def slug(words: Sequence[str], data: str = "") -> str:
+    """A folder name for overrides, whatever their order; "": there are none.
+
+    It ends with a hash where it would be too long, or the same for others. data: the name of the
+    images, which says enough of a data.root that ends with it.
+    """
+    shown, short, whole, exact = [], [], [], True
+    for word in sorted(words, key=typed.key_of):
+        key, _, value = word.partition("=")
+        key, value = key.lstrip("+"), value.strip("'\"")
+        if key == "data.root":  # images may move: a folder of the same name is the same place
+            value = os.path.basename(identity.real(value))
+            if value == data:
+                continue
+            key = "root"
+        exact &= PLAIN.fullmatch(value) is not None and re.fullmatch(r"[\w.]+", key) is not None
+        whole.append(f"{key}={value}")
+        shown.append(f"{key}-{value}" if value else key)
+        short.append(shown[-1][key.rfind(".") + 1 :])
+    text = "-".join(shown)
+    if not text or (exact and len(text) <= LONGEST):
+        return text
+    digest = blake2b("\n".join(whole).encode(), digest_size=4).hexdigest()
+    words_alone = re.sub(r"[^\w.]+", "-", "-".join(short), flags=re.ASCII)
+    return f"{words_alone[: LONGEST - 9].strip('-.')}-{digest}".lstrip("-")
+
+
+def below(pretrained: str | None, what: str, network: str, data: str) -> str:
+    """Resolver: where an evaluation of `pretrained` stands, without what tells its seeds apart.
+
+    That is in the directory of the run measured, if this is below the current folder, and otherwise
+    in one beside it: runs/lincls-resnet50-digits/moco_v2_800ep.
+    """
+    run = layout.run_at(Path(os.path.expanduser(pretrained))) if pretrained else None
+    home = os.path.relpath(identity.real(str(run)), identity.real(".")) if run else ".."
+    if home.split(os.sep)[0] in ("..", "."):
+        words = "-".join(filter(None, (what, network, data)))
+        return f"runs/{words}/{path_slug(pretrained)}"
+    file = Path(str(pretrained))
+    step = f"-at-step-{layout.step_of(file)}" if file.match("step*.pt") else ""
+    return os.path.join(home, "-".join(filter(None, (what, data))) + step)
+
+
+def path_slug(path: str | None) -> str:
+    """Resolver: a path as a folder name, with a hash where that may be another's, too."""
+    text = identity.place_slug(path)
+    local = str(path) if path is None else identity.local(path)
+    if re.fullmatch(r"[\w.]+|[^/]+/seed\d+", local):
+        return text
+    return f"{text}-{blake2b(local.encode(), digest_size=4).hexdigest()}"
+
+
+def began(pretrained: str | None) -> str:
+    """Resolver: the part of a directory's name that says which weights a training began with."""
+    return f"-from-{path_slug(pretrained)}" if pretrained is not None else ""
+
+
+def _network(config: DictConfig) -> list[str]:
+    """The overrides that only repeat which network the measured run had: none other can be read."""
+    source = config.get("pretrained")
+    run = layout.run_at(Path(os.path.expanduser(source))) if isinstance(source, str) else None
+    if run is None or config.stage.get("name") == "pretrain":
+        return []
+    had = identity.node(identity.config(run), "backbone")
+    keys = {key: had[key] for key in SHAPE if key in had}
+    return [f"backbone={had.get('name')}", *(f"backbone.{key}={keys[key]}" for key in keys)]
+
+
+def _names(default: str, word: str) -> bool:
+    """Does the default place tell this override from others of its key?"""
+    key, _, value = word.partition("=")
+    if key in ("pretrained", "stage.images"):
+        return True
+    if key == "seed":
+        return default.endswith(f"seed{value}")
+    if key == "stage":
+        return True
+    parts = rf"(^|[/-]){re.escape(value)}([/-]|$)"
+    return key in SHOWN and re.search(parts, default) is not None
+
+
+@cache
+def _composed(name: str, words: tuple[str, ...], sources: str) -> Mapping:
+    """The configuration that these overrides alone would make, resolved but for `dir`."""
+    hydra = GlobalHydra.instance().hydra
+    composed = hydra.compose_config(name, list(words), RunMode.RUN, with_log_configuration=False)
+    return _plain(composed)
+
+
+def _plain(config: DictConfig) -> Mapping:
+    own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    OmegaConf.set_readonly(own, False)
+    OmegaConf.set_struct(own, False)
+    own.dir = "."
+    return OmegaConf.to_container(own, resolve=True)

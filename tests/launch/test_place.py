@@ -1,0 +1,164 @@
+"""The directory of a run that isn't given one."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import hydra
+import pytest
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+import ssl_bench.train  # noqa: F401 - registers the resolvers
+from ssl_bench.launch import place
+from ssl_bench.runs.identity import Identity
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    place._composed.cache_clear()
+    yield
+    HydraConfig.instance().cfg = None
+
+
+def command(*words: str) -> dict:
+    """The configuration of a command, as the command itself composes it."""
+    with hydra.initialize_config_module("ssl_bench.conf", version_base="1.3"):
+        cfg = hydra.compose("config", list(words), return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        return OmegaConf.to_container(
+            OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True
+        )
+
+
+def test_twelve_commands_have_twelve_places() -> None:
+    one_each = [
+        "batch_size=64",
+        "epochs=10",
+        "seed=1",
+        "method=simclr",
+        "method.temperature=0.1",
+        "backbone.width=8",
+        "backbone=resnet50",
+        "optimizer.base_lr=0.06",
+        "augmentation=simclr",
+        "data.image_size=48",
+        "precision=bf16",
+        "schedule=constant",
+        "stage.online_images=0",
+        "data=synthetic",
+        "experiment=quickstart",
+    ]
+    places = [command(word)["dir"] for word in one_each]
+    assert len({"runs/moco_v2-resnet18-digits/seed0", *places}) == len(one_each) + 1
+    assert places[0] == "runs/moco_v2-resnet18-digits/batch_size-64/seed0"
+    assert [command(word)["dir"] for word in one_each] == places
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "batch_size=256",
+        "augmentation=moco_v2",
+        "method.temperature=0.20",
+        "log_every=1",
+        "device=cpu",
+    ],
+)
+def test_a_default_typed_or_a_key_that_changes_no_result_is_the_same_place(word: str) -> None:
+    assert command(word)["dir"] == command()["dir"]
+
+
+VALUES = {
+    "batch_size": ["128", "256"],
+    "optimizer.base_lr": ["0.03", "3e-2", "1e-4", "1"],
+    "optimizer.weight_decay": ["1e-4", "4"],
+    "augmentation.crop_scale": ["[0.2,1]", "[0.2,1.0]", "[0.3,1]"],
+    "method.queue_size": ["1024", "4096"],
+    "backbone.width": ["8", "16"],
+    "seed": ["0", "1"],
+    "schedule": ["cosine", "constant"],
+    "log_every": ["1", "50"],
+    "devices": ["1", "2"],
+    "epochs": ["200", "201"],
+    "eval_every": ["10", "20"],
+}
+commands = st.dictionaries(st.sampled_from(sorted(VALUES)), st.integers(0, 3), max_size=6)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(commands, commands, st.randoms())
+def test_another_command_another_place(one: dict, other: dict, random) -> None:
+    def words(chosen: dict) -> list[str]:
+        typed = [f"{key}={VALUES[key][i % len(VALUES[key])]}" for key, i in chosen.items()]
+        random.shuffle(typed)
+        return typed
+
+    first, second = command(*words(one)), command(*words(other))
+    if Identity(first).key != Identity(second).key:
+        assert first["dir"] != second["dir"]
+    assert command(*words(one))["dir"] == first["dir"]
+    assert len(Path(first["dir"]).parts[-2]) <= place.LONGEST
+
+
+def test_names_that_would_be_alike_have_a_hash() -> None:
+    names = [
+        place.slug(words) for words in (["a=b-c"], ["a-b=c"], ["a=[b,c]"], ["a=b/c"], ["+a=b"])
+    ]
+    assert len(set(names)) == 5
+    assert place.slug(["+a=b"]) == place.slug(["a=b"]) == "a-b"
+    assert place.slug(["b=1e-4", "a=x"]) == "a-x-b-1e-4"
+    assert place.path_slug("/a/b") != place.path_slug("/a-b")
+
+
+def test_images_of_another_folder(tmp_path: Path) -> None:
+    def photos(root: str) -> str:
+        return command("data=folder", f"data.root={root}")["dir"]
+
+    assert photos("/x/cats") == photos("/y/cats/") == "runs/moco_v2-resnet18-folder/root-cats/seed0"
+    assert photos("/x/dogs") != photos("/x/cats")
+    assert command("data=dl21", "data.root=/x/dl21")["dir"] == "runs/moco_v2-resnet18-dl21/seed0"
+
+
+def a_run(directory: str, *words: str) -> str:
+    Path(directory, "checkpoints").mkdir(parents=True)
+    Path(directory, "config.yaml").write_text(yaml.safe_dump(command(*words)))
+    Path(directory, "checkpoints", "step0000000010.pt").touch()
+    return directory
+
+
+@pytest.mark.parametrize("stage", ["lincls", "knn", "finetune", "select"])
+def test_an_evaluation_stands_under_what_it_measured(stage: str, tmp_path: Path) -> None:
+    run = a_run("runs/moco_v2-resnet18-digits/seed0", "backbone.width=8")
+
+    def measured(*words: str) -> str:
+        return command(f"stage={stage}", *words)["dir"]
+
+    name = "select-typiclust" if stage == "select" else stage
+    at = measured(f"pretrained={run}", "backbone.width=8")
+    assert at == f"{run}/{name}-digits/seed0"
+    assert measured(f"pretrained={tmp_path}/{run}/") == at  # another spelling of it
+    step = measured(f"pretrained={run}/checkpoints/step0000000010.pt", "seed=1")
+    assert step == f"{run}/{name}-digits-at-step-10/seed1"
+    assert measured(f"pretrained={run}", "data.image_size=48") == (
+        f"{run}/{name}-digits/data.image_size-48/seed0"
+    )
+    assert measured() == f"runs/{name}-resnet18-digits/random/seed0"
+    (tmp_path / "elsewhere").mkdir()
+    # seen from there the run may be another person's: nothing is written in it
+    os.chdir("elsewhere")
+    assert measured(f"pretrained={tmp_path}/{run}").startswith(f"runs/{name}-resnet18-digits/")
+
+
+def test_predictions_stand_under_what_made_them() -> None:
+    run = a_run("runs/moco_v2-resnet18-digits/seed0")
+    at = command("stage=predict", f"pretrained={run}", "stage.images=photos")["dir"]
+    assert at == f"{run}/predict/photos"
+
+
+def test_an_impossible_value_is_left_to_the_check() -> None:
+    assert command("batch_size=abc", "devices=x")["dir"]
