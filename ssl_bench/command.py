@@ -8,7 +8,10 @@ import select
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
@@ -53,6 +56,31 @@ register_launchers()
 resolvers.register()
 
 
+@dataclass(frozen=True)
+class Result:
+    """What a command leaves: its directory (None: it leaves none), and what its stage returned."""
+
+    directory: Path | None
+    metrics: dict[str, float]
+
+    def __fspath__(self) -> str:
+        return str(self.directory)
+
+
+class Mistake(SystemExit):
+    """A user's mistake on its way through Hydra. Its status is 2, and `main` prints its line.
+
+    It is no Exception: Hydra only warns of one in a callback, and prints one of a run.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(2)
+        self.line = messages.message(error)
+
+
+_results: list[Result] = []  # what `run` returned: Hydra keeps it to itself
+
+
 @hydra.main(version_base="1.3", config_path="pkg://ssl_bench.conf", config_name="config")
 def run(cfg: DictConfig) -> float | None:
     """One run.
@@ -64,7 +92,7 @@ def run(cfg: DictConfig) -> float | None:
     try:
         build.check(cfg, typed.quoted(words))
         refuse_in_vain(cfg, words)
-        return launch(cfg).get(cfg.metric)
+        metrics = launch(cfg)
     except BrokenPipeError:
         _end_if_nobody_reads()  # here and not in `main` alone: Hydra would print the error
         raise
@@ -72,6 +100,9 @@ def run(cfg: DictConfig) -> float | None:
         if is_sweep:
             raise  # Hydra says which member it was, and goes on with the others
         fail(error)
+    directory = None if cfg.dir is None else Path(cfg.dir).expanduser()
+    _results[:] = [Result(directory, metrics)]
+    return metrics.get(cfg.metric)
 
 
 def _typed(overrides: ListConfig) -> list[str]:
@@ -89,8 +120,7 @@ def refuse_in_vain(cfg: DictConfig, overrides: list[str]) -> None:
 
 
 def fail(error: Exception) -> NoReturn:
-    print(f"ssl-bench: {messages.message(error)}", file=sys.stderr)
-    sys.exit(2)
+    raise Mistake(error)
 
 
 class Check(Callback):
@@ -153,21 +183,39 @@ class Check(Callback):
                 problems.append(f"{' '.join(member)}: {messages.message(error)}")
         if not problems:
             problems = typed.swept_in_vain(composed)
-        if problems:  # not raised: Hydra only warns of a callback's exceptions
-            print("ssl-bench: nothing was started.", *problems, sep="\n", file=sys.stderr)
-            sys.exit(2)
+        if problems:
+            raise UserError("\n".join(["nothing was started.", *problems]))
 
 
 def main() -> None:
     """Console entry. A user's mistake is one line and exit code 2; a bug keeps its traceback."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     set_up_logging(quiet=rank != "0")  # one process speaks for all
-    # for a user's own modules; last, so that a folder from elsewhere replaces none of ours
-    sys.path.append(os.getcwd())
-    words = sys.argv[1:]
-    if "--version" in words:
+    if "--version" in sys.argv[1:]:
         print(f"ssl-bench {__version__}")
         return
+    try:
+        execute(sys.argv[1:])
+    except Mistake as mistake:
+        print(f"ssl-bench: {mistake.line}", file=sys.stderr)
+        raise
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            _end_if_nobody_reads()
+        raise
+    except Interrupted as stop:
+        print(f"ssl-bench: {stop}; the same command continues", file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def execute(words: Sequence[str]) -> Result | None:
+    """Do what the words say, as they are typed after `ssl-bench`. Mistake.
+
+    They become those of sys.argv, which Hydra reads. None: it was no single run.
+    """
+    see_own_modules()
     if not words:
         print(
             "ssl-bench, with nothing typed, is ssl-bench experiment=quickstart; "
@@ -185,6 +233,7 @@ def main() -> None:
     wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     # Hydra then lets exceptions through, for us to put in words
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    _results.clear()
     try:
         run()
     except (UserError, HydraException, OmegaConfBaseException) as error:
@@ -192,8 +241,6 @@ def main() -> None:
             raise
         fail(error)
     except OSError as error:
-        if error.errno == errno.EPIPE:
-            _end_if_nobody_reads()
         if wants_trace or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f": {error.filename}" if error.filename else ""
@@ -203,11 +250,13 @@ def main() -> None:
                 "make room, and the same command continues from the last state saved"
             )
         )
-    except Interrupted as stop:
-        print(f"ssl-bench: {stop}; the same command continues", file=sys.stderr)
-        sys.exit(128 + stop.signum)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    return _results.pop() if _results else None
+
+
+def see_own_modules() -> None:
+    """The modules of the current folder can be imported; none of them replaces another."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def _end_if_nobody_reads() -> None:
@@ -220,7 +269,7 @@ def _end_if_nobody_reads() -> None:
         sys.exit(128 + signal.SIGPIPE)
 
 
-def _no_option(words: list[str]) -> str:
+def _no_option(words: Sequence[str]) -> str:
     """A line about the first word with dashes that is no option, and perhaps a key; "": none is."""
     known = {name for action in get_args_parser()._actions for name in action.option_strings}
     known.discard("--experimental-rerun")

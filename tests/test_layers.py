@@ -48,12 +48,13 @@ ROOMS = {
     "hydra_plugins": ("launch",),
     "command": ("config", "errors", "hydra_plugins", "launch"),
     "__main__": ("command",),
+    "api": ("command", "config", "data", "errors", "launch", "shell", "stages"),
 }
 # Libraries that not every room may know: where a configuration stops, and who else has the network
 # or other processes.
 LIBRARIES = {
-    "hydra": ("config", "hydra_plugins", "launch", "stages", "command"),
-    "omegaconf": ("config", "launch", "stages", "command"),
+    "hydra": ("api", "config", "hydra_plugins", "launch", "stages", "command"),
+    "omegaconf": ("api", "config", "launch", "stages", "command"),
     "wandb": ("runs.tracking",),
     "wandb_workspaces": ("report.dashboard",),
     "torch.distributed": ("runtime.distributed", "launch.process"),
@@ -91,7 +92,11 @@ def circles(graph: dict[str, set[str]]) -> list[str]:
     return [start for start in graph if start in reached(start)]
 
 
-_BUILT = grimp.build_graph("ssl_bench", "hydra_plugins.ssl_bench_launchers", cache_dir=None)
+_BUILT = grimp.build_graph(
+    *("ssl_bench", "hydra_plugins.ssl_bench_launchers"),
+    cache_dir=None,
+    exclude_type_checking_imports=True,
+)
 GRAPH = {module: _BUILT.find_modules_directly_imported_by(module) for module in _BUILT.modules}
 ARROWS: dict[str, set[str]] = {}
 for _module, _others in GRAPH.items():

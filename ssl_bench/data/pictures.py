@@ -130,12 +130,7 @@ def decode(
         warnings.simplefilter("ignore")  # PIL's, about a hundred megapixels or odd tags
         # a large JPEG is decoded at a fraction of its size
         file.draft(None, (2 * image_size, 2 * image_size))
-        wide_colour = _is_wide_colour(file)
-        if file.format == "PPM" and file.tile[0][0] != "raw":
-            values = AS_STORED  # PIL scales from the range that the file states to 65,535
-        file.load()
-        image = _to_rgb(_upright(file, kinds), file, values, wide_colour, kinds)
-        square = centre_square(image, image_size)
+        square = squared(file, image_size, values, kinds)
         kinds.append("all")
         if int(square.max()) - int(square.min()) <= TENTH:
             kinds.append("wide_dim" if "wide" in kinds else "dim")
@@ -146,8 +141,22 @@ def decode(
     return square
 
 
+def squared(image, image_size: int, values: Values, kinds: list[str]) -> np.ndarray:
+    """A picture of PIL's, of a file or in memory, as uint8 (image_size, image_size, 3).
+
+    For the rest see `decode`.
+    """
+    wide_colour = _is_wide_colour(image)
+    if image.format == "PPM" and image.tile and image.tile[0][0] != "raw":
+        values = AS_STORED  # PIL scales from the range that the file states to 65,535
+    image.load()
+    rgb = _to_rgb(_upright(image, kinds), image, values, wide_colour, kinds)
+    return centre_square(rgb, image_size)
+
+
 def _is_wide_colour(file) -> bool:
-    return not file.mode.startswith("I") and any(";16" in str(tile[3]) for tile in file.tile)
+    tiles = getattr(file, "tile", ())  # a picture that was made in memory has none
+    return not file.mode.startswith("I") and any(";16" in str(tile[3]) for tile in tiles)
 
 
 def _upright(image, kinds: list[str]):

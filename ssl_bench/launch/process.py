@@ -7,8 +7,11 @@ import signal
 import sys
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -141,7 +144,8 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             plain = OmegaConf.to_container(cfg, resolve=True)
-            results = elastic_launch(settings, _rank)(json.dumps(plain), folder)
+            with _without_main():
+                results = elastic_launch(settings, _rank)(json.dumps(plain), folder)
         except ChildFailedError as error:
             for message in sorted(Path(folder).glob("*.json")):
                 raise UserError(json.loads(message.read_text(encoding="utf-8"))) from None
@@ -159,6 +163,20 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
         except SignalException as stop:
             raise Interrupted(stop.sigval) from None
     return results[0]
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Processes that start now don't run the main program again, as multiprocessing has them do.
+
+    It may be a script that has called `ssl_bench.train`, and each of them would call it again.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _rank(config: str, folder: str) -> dict[str, float]:
@@ -187,7 +205,7 @@ def set_up_logging(quiet: bool = False) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    handler = _Console()
+    handler = Console()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     handler.setLevel(logging.WARNING if quiet else logging.INFO)
     logger = logging.getLogger("ssl_bench")
@@ -195,7 +213,9 @@ def set_up_logging(quiet: bool = False) -> None:
     logger.setLevel(logging.DEBUG)
 
 
-class _Console(logging.StreamHandler):
+class Console(logging.StreamHandler):
+    """Writes above a progress bar."""
+
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 

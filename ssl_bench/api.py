@@ -1,0 +1,176 @@
+"""The command from Python: `train` does what it does, `load` gives what it has trained."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from ssl_bench import command
+from ssl_bench.config import build, messages, typed
+from ssl_bench.errors import Interrupted, UserError
+from ssl_bench.launch.process import Console, set_up_logging
+from ssl_bench.shell import quote
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+    from ssl_bench.augment.views import EvalView
+    from ssl_bench.data.pictures import Values
+
+
+def train(overrides: Sequence[str] = ()) -> command.Result:
+    """Do what `ssl-bench OVERRIDES` does, in this process, and return what it leaves.
+
+    overrides: ["stage=pretrain", "method=simclr"], as they are typed, but without a shell's
+    quotes; --config-dir=DIR, too. Paths are relative to the current folder, and the same call
+    continues or returns what is there. UserError for a mistake, with the line that the command
+    prints. Ctrl-C, or a notebook's stop button, saves and raises KeyboardInterrupt.
+    """
+    if isinstance(overrides, str):
+        raise UserError(f"{overrides!r} is one text: ssl_bench.train takes a list, [{overrides!r}]")
+    words = [str(word) for word in overrides]
+    for word in words:
+        if word.startswith("-") and not word.startswith("--config-dir="):
+            raise UserError(
+                f"{word}: ssl_bench.train does one run, and takes KEY=VALUE and --config-dir=DIR; "
+                "sweeps and other options are for the command line: ssl-bench --help"
+            )
+        if typed.key_of(word) in ("launcher", "hydra.mode"):
+            raise UserError(
+                f"{word}: ssl_bench.train runs in this process; launchers are for the command line"
+            )
+    with _as_before():
+        sys.argv[:] = ["ssl-bench"]
+        try:
+            # whatever an experiment says: one run
+            result = command.execute([*words, "hydra.mode=RUN"] if words else words)
+        except command.Mistake as mistake:
+            raise UserError(mistake.line) from None
+        except Interrupted as stop:
+            if stop.signum == signal.SIGINT:
+                raise KeyboardInterrupt(f"{stop}; the same call continues") from None
+            raise SystemExit(128 + stop.signum) from None
+    assert result is not None
+    return result
+
+
+def load(run: str | os.PathLike, overrides: Sequence[str] = ()) -> tuple["nn.Module", "Transform"]:
+    """The backbone of a run, in eval mode on the CPU, and how its images are to be shown to it.
+
+    run: what `pretrained=` takes: what `train` returned, a run directory, a file, a zoo name.
+    overrides: what these weights don't say of themselves, as ["backbone=resnet50"], and
+    --config-dir=DIR for a constructor of your own. The backbone takes what the transform returns
+    and gives features (N, D). UserError.
+    """
+    with _as_before(), hydra.initialize_config_module("ssl_bench.conf", version_base="1.3"):
+        command.see_own_modules()
+        words = ["stage=predict", "stage.images=.", f"pretrained={quote(os.fspath(run))}"]
+        for word in overrides:
+            folder = word.removeprefix("--config-dir=")
+            added = f"hydra.searchpath=[{quote(f'file://{os.path.abspath(folder)}')}]"
+            words.append(word if folder == word else added)
+        try:
+            cfg = hydra.compose("config", words)
+            build.check(cfg)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(messages.message(error)) from None
+        from ssl_bench.data.formats.base import values_of
+        from ssl_bench.stages._pretrained import open_pretrained
+
+        pretrained = open_pretrained(build.at_home(cfg))
+        packed, view = pretrained.view(None, None)
+        known = pretrained.config.get("data") or {}
+        values = values_of(known.get("bit_depth"), known.get("value_range"))
+    return pretrained.backbone, Transform(packed, view, values)
+
+
+class Transform:
+    """Pictures as the run showed its test images to the backbone.
+
+    packed: the pixels of the square that a picture becomes first; view: what makes normalised
+    float32 (N, 3, S, S) of these; values: how more than 8 bits are read.
+    """
+
+    def __init__(self, packed: int, view: "EvalView", values: "Values") -> None:
+        self.packed, self.view, self.values = packed, view, values
+
+    def __repr__(self) -> str:
+        return f"Transform(packed={self.packed}, view={self.view}, values={self.values})"
+
+    def __call__(self, images: Any) -> "Tensor":
+        """Float32 (3, S, S) of a path, a picture of PIL's or a uint8 tensor (3, H, W).
+
+        (N, 3, S, S) of several, in a sequence or a tensor (N, 3, H, W). A path is read as
+        stage=predict reads it. UserError for anything else.
+        """
+        import torch
+
+        if isinstance(images, torch.Tensor):
+            one = images.ndim != 4
+        else:
+            one = not isinstance(images, Sequence) or isinstance(images, str)
+        if not one and not len(images):
+            raise UserError("no images: give one or more")
+        squares = [torch.from_numpy(self._square(image)) for image in ([images] if one else images)]
+        view = self.view(torch.stack(squares).permute(0, 3, 1, 2))
+        return view[0] if one else view
+
+    def _square(self, image: Any) -> "np.ndarray":
+        """uint8 (packed, packed, 3)."""
+        import torch
+        from PIL import Image
+
+        from ssl_bench.data import pictures
+
+        if isinstance(image, str | os.PathLike):
+            try:
+                return pictures.decode(os.fspath(image), self.packed, self.values)
+            except Exception as error:  # PIL raises errors of many classes
+                raise UserError(f"{image}: can't be decoded ({error})") from None
+        if isinstance(image, torch.Tensor):
+            if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+                raise UserError(
+                    f"a tensor {image.dtype} {tuple(image.shape)}: give uint8 (3, H, W) in RGB, "
+                    "or (N, 3, H, W)"
+                )
+            image = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+        if not isinstance(image, Image.Image):
+            raise UserError(
+                f"a {type(image).__name__}: give a path, a picture of PIL's, or a uint8 tensor "
+                "(3, H, W)"
+            )
+        return pictures.squared(image, self.packed, self.values, [])
+
+
+@contextmanager
+def _as_before() -> Iterator[None]:
+    """What a command sets for its process is put back: arguments, environment, Hydra's state.
+
+    Its log goes to stderr, unless the program has its own handler of the logger "ssl_bench".
+    """
+    log = logging.getLogger("ssl_bench")
+    if all(isinstance(handler, Console) for handler in log.handlers):
+        set_up_logging(quiet=os.environ.get("RANK", "0") != "0")
+    argv, environment = sys.argv[:], os.environ.get("HYDRA_FULL_ERROR")
+    composed, config = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
+    GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None
+    try:
+        yield
+    finally:
+        sys.argv[:] = argv
+        if environment is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = environment
+        GlobalHydra.instance().hydra, HydraConfig.instance().cfg = composed, config
