@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-import ssl_bench.train  # noqa: F401 - registers the resolvers
+import ssl_bench.command  # noqa: F401 - registers the resolvers
 from ssl_bench.launch import place
 from ssl_bench.runs.identity import Identity
 
