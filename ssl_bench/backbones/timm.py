@@ -1,6 +1,7 @@
 """Any architecture of the timm package."""
 
 import difflib
+import logging
 from typing import Any
 
 import torch
@@ -8,19 +9,29 @@ from torch import nn
 
 from ssl_bench.errors import UserError
 
+log = logging.getLogger(__name__)
 
-def timm(model: str, options: dict[str, Any] | None = None) -> nn.Module:
+IDLE = {"backbone.pretrained=True": ("pretrained", "pretrained_prefix")}  # see `typed`
+
+
+def timm(
+    model: str, options: dict[str, Any] | None = None, pretrained: bool | None = None
+) -> nn.Module:
     """Any model of the timm package by its name, as initialised there.
 
-    options: arguments of its constructor. UserError: timm isn't installed, or has no such model.
+    options: arguments of its constructor. pretrained: with timm's weights of this model, which timm
+    downloads from its hub or finds where it keeps them; the name of the model may say which, as in
+    vit_small_patch16_224.dino. UserError: timm isn't installed, or has no such model or weights.
     """
     try:
-        from timm import create_model, list_models
+        from timm import create_model, list_models, list_pretrained
     except ImportError:
         raise UserError(
             "backbone=timm needs the timm package: pip install 'ssl_bench[timm]'"
         ) from None
     known = list_models()
+    if pretrained:
+        known += list_pretrained()
     if model not in known:
         close = difflib.get_close_matches(model, known, n=3)
         raise UserError(
@@ -61,8 +72,14 @@ def timm(model: str, options: dict[str, Any] | None = None) -> nn.Module:
         whole = plan(num_classes=1000).state_dict()
         return tuple(key for key in whole if key not in network.state_dict())
 
+    if pretrained:
+        _check_weights(model)
     try:
-        network = create_model(model, num_classes=0, **options)
+        network = (
+            _fetched(model, options)
+            if pretrained
+            else create_model(model, num_classes=0, **options)
+        )
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         if not options:
             raise
@@ -73,6 +90,38 @@ def timm(model: str, options: dict[str, Any] | None = None) -> nn.Module:
     # not num_features, the width before the layers that some heads begin with
     network.dim = network.head_hidden_size
     network.refuses, network.classifier_keys = refuses, classifier_keys
+    return network
+
+
+def _check_weights(model: str) -> None:
+    from timm import list_pretrained
+
+    tagged = list_pretrained(model if "." in model else f"{model}.*")
+    if not tagged:
+        raise UserError(
+            f"backbone.pretrained=true: timm has no weights of {model}; leave it out, or choose "
+            "another backbone.model="
+        )
+
+
+def _fetched(model: str, options: dict[str, Any]) -> nn.Module:
+    """The model with timm's weights. UserError where they can't be fetched."""
+    from timm import create_model
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt
+    try:
+        network = create_model(model, pretrained=True, num_classes=0, **options)
+    except OSError as error:  # those of huggingface_hub are, too
+        raise UserError(
+            f"backbone.pretrained=true: timm's weights of {model} can't be fetched "
+            f"({str(error).strip().partition(chr(10))[0]}); fetch them where there is a network "
+            "(HF_HOME says where they are kept), or type pretrained=FILE"
+        ) from None
+    chosen = network.pretrained_cfg
+    log.info(
+        "timm's weights %s.%s: trained with mean %s, std %s",
+        *(chosen["architecture"], chosen["tag"], chosen["mean"], chosen["std"]),
+    )
     return network
 
 

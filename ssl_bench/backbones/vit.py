@@ -68,6 +68,8 @@ def _vit(
             grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
             return torch.cat([embedding[:, :1], grid.flatten(2).mT], dim=1)
 
+    if dim % num_heads:
+        raise UserError(f"backbone.num_heads={num_heads} does not divide the width, {dim}")
     if image_size % patch_size:
         raise UserError(
             f"backbone.patch_size={patch_size} does not divide backbone.image_size={image_size}"
@@ -116,24 +118,39 @@ def _sincos(side: int, dim: int) -> Tensor:
 def vit_tiny(
     image_size: PositiveInt,
     patch_size: PositiveInt = 16,
+    num_heads: PositiveInt | None = None,
     positions: Positions = "learned",
     frozen_patches: bool = False,
     init: Init = "torchvision",
 ) -> nn.Module:
     """ViT-T (Touvron et al., arXiv:2012.12877, table 1), dim = 192.
 
+    num_heads: of attention; None: 64 channels each, as in that table. MoCo v3's ViT-S has 12.
     positions: the patches' embeddings; "sincos" are fixed. frozen_patches: the projection of the
     patches stays as initialised. Both, and `init`, are MoCo v3's (arXiv:2104.02057, section 4.1).
     """
-    return _vit(image_size, patch_size, 192, 3, positions, frozen_patches, init)
+    return _vit(image_size, patch_size, 192, num_heads or 3, positions, frozen_patches, init)
 
 
 def vit_small(
     image_size: PositiveInt,
     patch_size: PositiveInt = 16,
+    num_heads: PositiveInt | None = None,
     positions: Positions = "learned",
     frozen_patches: bool = False,
     init: Init = "torchvision",
 ) -> nn.Module:
     """ViT-S (Touvron et al., arXiv:2012.12877, table 1), dim = 384. See `vit_tiny`."""
-    return _vit(image_size, patch_size, 384, 6, positions, frozen_patches, init)
+    return _vit(image_size, patch_size, 384, num_heads or 6, positions, frozen_patches, init)
+
+
+def vit_base(
+    image_size: PositiveInt,
+    patch_size: PositiveInt = 16,
+    num_heads: PositiveInt | None = None,
+    positions: Positions = "learned",
+    frozen_patches: bool = False,
+    init: Init = "torchvision",
+) -> nn.Module:
+    """ViT-B (Dosovitskiy et al., arXiv:2010.11929, table 1), dim = 768. See `vit_tiny`."""
+    return _vit(image_size, patch_size, 768, num_heads or 12, positions, frozen_patches, init)

@@ -56,6 +56,7 @@ class Root(BaseModel):
     epochs: PositiveInt
     batch_size: PositiveInt
     pretrained: Place | None
+    pretrained_prefix: Annotated[str, Field(min_length=1)] | None = None
     runs: Place | list[Place] | None
     sweep: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     metric: str | None
@@ -118,7 +119,7 @@ def _other_recipe(nodes: Mapping[str, dict[str, Any]]) -> str | None:
         )
     if method == "moco_v3_vit" and not vit:
         return (
-            f"method=moco_v3_vit is a recipe for vit_tiny, vit_small: with backbone={backbone} "
+            f"method=moco_v3_vit is a recipe for backbone=vit_*: with backbone={backbone} "
             "type method=moco_v3"
         )
     return None

@@ -101,7 +101,7 @@ def _ignored_by(config: Mapping, key: str) -> str:
     for node in nodes.values():
         for condition, idle in _idle(node).items():
             where, _, value = condition.partition("=")
-            if str(_select(config, where)) == value and covers(idle, key):
+            if _spelt(_select(config, where)) == value and covers(idle, key):
                 return f"stage={stage['name']} with {where.removesuffix('.name')}={value}"
     return ""
 
@@ -127,6 +127,11 @@ def _stands_in(nodes: Mapping[str, Mapping], declared: Sequence[str], key: str) 
     """Is the key passed on as an argument of a node that is read, as is zero_init_residual?"""
     read = (node for name, node in nodes.items() if covers(declared, name))
     return any(value == f"${{{key}}}" for node in read for value in node.values())
+
+
+def _spelt(value: Any) -> str:
+    """A value as a condition of IDLE spells it."""
+    return "null" if value is None else str(value)
 
 
 def _select(config: Mapping, key: str) -> Any:

@@ -9,6 +9,7 @@ import os
 import re
 import warnings
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -20,6 +21,53 @@ from ssl_bench.runs.layout import complete, step_of
 log = logging.getLogger(__name__)
 
 ZIP, FOLDER = b"PK\x03\x04", 0x10
+# Settings and counters of these classes lie beside the tensors in files of other programs. They are
+# allowed by name, and an empty object or a dictionary takes the place of each: none of these
+# classes is ever made, whether it is installed here or not.
+SETTINGS = ("argparse.Namespace", "typing.Any", "types.SimpleNamespace")
+SETTINGS += tuple(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str"))
+SETTINGS += tuple(
+    f"pathlib.{name}" for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath")
+)
+SETTINGS += ("pathlib._local.PosixPath", "pathlib._local.WindowsPath")
+SETTINGS += ("omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig")
+SETTINGS += ("omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata")
+SETTINGS += tuple(
+    f"omegaconf.nodes.{kind}Node"
+    for kind in ("Any", "Boolean", "Bytes", "Float", "Integer", "Path", "String")
+)
+SETTINGS += ("numpy.dtype", "numpy.ndarray", "mmengine.logging.history_buffer.HistoryBuffer")
+SETTINGS += tuple(
+    f"numpy.{core}.multiarray.{name}"
+    for core in ("core", "_core")
+    for name in ("scalar", "_reconstruct")
+)
+DICTIONARIES = ("collections.defaultdict", "lightning_fabric.utilities.data.AttributeDict")
+DICTIONARIES += ("lightning.fabric.utilities.data.AttributeDict",)
+DICTIONARIES += ("pytorch_lightning.utilities.parsing.AttributeDict",)
+
+
+class _Setting:
+    """What stands in the place of an object of another program: it keeps nothing."""
+
+    def __new__(cls, *args: object) -> "_Setting":
+        return super().__new__(cls)
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+class _Dictionary:
+    """What stands in the place of a dictionary of a class of its own: torch fills no other kind."""
+
+    def __new__(cls, *args: object) -> OrderedDict:
+        return OrderedDict()
+
+
+STAND_INS = [*((_Setting, name) for name in SETTINGS), *((_Dictionary, n) for n in DICTIONARIES)]
 
 
 def verify(path: Path) -> None:
@@ -51,12 +99,16 @@ def verify(path: Path) -> None:
 def read(path: Path) -> object:
     """The content of a file of torch.save, tensors and plain data. No code in it is run.
 
-    UserError for a file that is damaged or holds anything else.
+    Settings of other programs are left out (STAND_INS). UserError for a file that is damaged or
+    holds anything else.
     """
     verify(path)
     try:
         # the warnings are about the pickle protocol of files that are refused anyway
-        with warnings.catch_warnings(action="ignore"):
+        with (
+            warnings.catch_warnings(action="ignore"),
+            torch.serialization.safe_globals(STAND_INS),
+        ):
             return torch.load(path, map_location="cpu", weights_only=True)
     # torch raises errors of many classes for a file that is damaged or not torch's
     except Exception as error:

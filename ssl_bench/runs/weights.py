@@ -1,7 +1,7 @@
 """Weights from and for other programs. Keys are matched exactly, and the log says what was loaded.
 
-Read: a run directory, a checkpoint of ours, an official MoCo `.pth.tar`, a torchvision state dict,
-a folder or file of stage=export, a zoo name.
+Read: a run directory, a checkpoint of ours, a folder or file of stage=export, a zoo name, and any
+file in which `networks` finds the backbone.
 Written: the official MoCo layout (facebookresearch/moco, main_moco.py), which `main_lincls.py` and
 the detection converter read; by stage=export the backbone's own names, which for a ResNet are
 torchvision's and timm's.
@@ -22,9 +22,9 @@ from ssl_bench import files
 from ssl_bench.config import build
 from ssl_bench.errors import UserError
 from ssl_bench.methods.moco import MoCo
-from ssl_bench.runs import checkpoint, layout, published
+from ssl_bench.runs import checkpoint, layout, networks, published
+from ssl_bench.runs.names import State
 
-State = dict[str, Tensor]
 # key in the metadata of a safetensors file: the digest of its tensors and its other metadata
 DIGEST = "ssl_bench.xxh3_128"
 # file in the directory of a run that learns from labels: the names of its classes
@@ -35,47 +35,122 @@ class Loaded(NamedTuple):
     """What was loaded from a file."""
 
     source: Path
-    layout: str  # whose names its tensors have
+    prefix: str  # what the names of the backbone's tensors begin with in the file
     num_tensors: int
-    left_out: list[str]  # the tensors of the file that are not the backbone's
+    left_out: list[str]  # the other tensors of the dictionary that they are in
+    remarks: list[str]  # whose names they have, why this network, what was adapted
+    classifier: nn.Linear | None  # the one that the file has on top of the backbone
 
 
-def load_backbone(backbone: nn.Module, source: str) -> Loaded:
-    """Fill every tensor of `backbone` from the file that `pretrained=source` means. UserError."""
+def load_backbone(backbone: nn.Module, source: str, prefix: str | None = None) -> Loaded:
+    """Fill every tensor of `backbone` from the file that `pretrained=source` means. UserError.
+
+    prefix: `pretrained_prefix`, which of the networks in the file; None: as its authors choose.
+    """
     path, wanted = find(source), backbone.state_dict()
-    state, layout, prefix = _backbone_state(read(path), path, wanted)
-    names = [key for key in state if key.startswith(prefix)]
-    found = {key.removeprefix(prefix): state[key] for key in names}
-    # The authors, torchvision and stage=export put a classifier or projection, fc, beside it.
-    if layout != "ssl_bench":
-        beside = ("fc.",)
-        if hasattr(backbone, "classifier_keys"):
-            beside += tuple(backbone.classifier_keys())
-        names = [key for key in found if key in wanted or not key.startswith(beside)]
-        found = {key: found[key] for key in names}
-    missing = [key for key in wanted if key not in found]
-    unexpected = [key for key in found if key not in wanted]
-    reshaped = [key for key in wanted if key in found and wanted[key].shape != found[key].shape]
-    if missing or unexpected or reshaped:
-        kinds = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
-        differences = [
-            f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-            for what, keys in kinds.items()
-            if keys
-        ]
+    content = read(path)
+    if not isinstance(content, Mapping):
         raise UserError(
-            f"pretrained={source}: its {len(found)} tensors are not this backbone's {len(wanted)}: "
-            f"{'; '.join(differences)}. Choose the {_backbone_of(source, path)} it was trained with"
+            f"{path}: holds a {type(content).__name__}, where a dictionary of tensors was expected"
         )
-    broken = [key for key in wanted if not found[key].isfinite().all()]
-    if broken:
+    if not wanted:
+        raise UserError(f"pretrained={source}: this backbone has no tensors: leave it out")
+    ours = {"run", "step", "model"} <= content.keys() and isinstance(content["model"], Mapping)
+    if ours and prefix is None:
+        model = {k: v for k, v in content["model"].items() if str(k).startswith("backbone.")}
+        found = networks.search({"model": model}, wanted, alone=True)
+    else:
+        keys = backbone.classifier_keys() if hasattr(backbone, "classifier_keys") else ()
+        found = networks.search(content, wanted, keys)
+    if not found:
+        begins = ", ".join([str(key) for key in content][:3])
+        raise UserError(
+            f"{path}: none of its tensors has a name of this backbone's (it begins with {begins}): "
+            f"choose the {_backbone_of(source, path)} it was trained with, or another file"
+        )
+    if not found[0].fits:
+        raise UserError(
+            f"pretrained={source}: {_differences(found[0], wanted)}. "
+            f"Choose the {_backbone_of(source, path)} it was trained with"
+        )
+    try:
+        network, why = networks.choose(found, prefix)
+    except UserError as error:
+        raise UserError(f"pretrained={source}: {error}") from None
+    tensors, remarks = dict(network.tensors), []
+    if broken := [key for key in tensors if not tensors[key].isfinite().all()]:
         raise UserError(
             f"pretrained={source}: {len(broken)} of its tensors are not finite ({broken[0]}, ...): "
             "choose another file"
         )
-    backbone.load_state_dict(found)
-    left_out = [key for key in state if key.removeprefix(prefix) not in found]
-    return Loaded(path, layout, len(found), left_out)
+    if network.spelling:
+        remarks.append(f"its names are those of {network.spelling}")
+    if why:
+        others = " or ".join(one.typed for one in found if one is not network)
+        remarks.append(f"it is {why}; pretrained_prefix={others} takes another")
+    if not ours and (heads := _heads(backbone)):
+        _check_heads(network, heads, source)
+        remarks.append(f"no tensor says how many attention heads it had: {heads} are taken")
+    if key := network.resized:
+        was, now = tensors[key].shape[1], wanted[key].shape[1]
+        tensors[key] = networks.interpolated(tensors[key], wanted[key], network.class_token)
+        remarks.append(f"its {was} position embeddings are interpolated to {now}")
+    absent = {key: torch.zeros_like(wanted[key]) for key in wanted if key not in tensors}
+    if absent:
+        remarks.append(f"it has no {networks.COUNTER}: they begin at 0")
+    backbone.load_state_dict(tensors | absent)
+    whole = ours and network.prefix == "model.backbone."
+    state = content["model"] if whole else {} if network.is_of_a_method else network.beside
+    left_out = network.left_out
+    if whole:
+        left_out = [key for key in content["model"] if not key.startswith("backbone.")]
+    return Loaded(path, network.prefix, len(tensors), left_out, remarks, _classifier(state))
+
+
+def _differences(network: networks.Network, wanted: State) -> str:
+    """In words, how the tensors of a file differ from those of the backbone."""
+    kinds = {
+        "missing": network.missing,
+        "unexpected": network.unexpected,
+        "of another shape": network.reshaped,
+    }
+    said = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in kinds.items()
+        if keys
+    ]
+    where = f" of {network.typed}" if network.prefix else ""
+    count = len(network.tensors) + len(network.unexpected)
+    text = f"its {count} tensors{where} are not this backbone's {len(wanted)}: {'; '.join(said)}"
+    if network.wants_class_token and not network.class_token:
+        text += "; it has no class token, which this backbone has"
+    if "cls_token" in network.unexpected:
+        text += "; it has a class token, which this backbone hasn't"
+    return text
+
+
+def _heads(backbone: nn.Module) -> int | None:
+    """The number of attention heads of a transformer, which no tensor's shape tells."""
+    numbers = (getattr(module, "num_heads", None) for module in backbone.modules())
+    return next((number for number in numbers if isinstance(number, int)), None)
+
+
+def _check_heads(network: networks.Network, heads: int, source: str) -> None:
+    """UserError where the authors' ViT-S of MoCo v3 would be read with fewer than its 12 heads."""
+    theirs = network.has("base_encoder|momentum_encoder") and network.class_token
+    width = next((t.shape[-1] for t in network.tensors.values() if t.ndim == 3), None)
+    if theirs and width == 384 and heads != 12:
+        raise UserError(
+            f"pretrained={source}: the ViT-S of MoCo v3 has 12 attention heads, this backbone "
+            f"{heads}: type backbone.num_heads=12, or for backbone=timm "
+            "backbone.options={num_heads:12}"
+        )
+
+
+def unfilled(node: Mapping) -> dict:
+    """The node of a backbone that a file will fill, without the weights that timm would fetch."""
+    plain = {key: node[key] for key in node}
+    return plain | {"pretrained": None} if "pretrained" in plain else plain
 
 
 def _backbone_of(source: str, path: Path) -> str:
@@ -217,15 +292,12 @@ def class_names(path: Path) -> list[str]:
     return names
 
 
-def load_classifier(source: str) -> nn.Linear | None:
-    """The linear classifier, weight (classes, dim), in the file that `source` means, or None.
+def _classifier(state: Mapping) -> nn.Linear | None:
+    """The linear classifier, weight (classes, dim), among the tensors of a file, or None.
 
-    The file is one of stage=lincls, finetune or export, or torchvision's. If features are
-    standardised before it (stage.normalize=true), that is folded into its weights.
+    It is one of stage=lincls, finetune or export, or torchvision's. If features are standardised
+    before it (stage.normalize=true), that is folded into its weights.
     """
-    content, state = read(find(source)), {}
-    if isinstance(content, Mapping):
-        state = content.get("model", content.get("state_dict", content))
     if not {"fc.weight", "fc.bias"} <= state.keys():
         return None
     weight, bias = state["fc.weight"].double(), state["fc.bias"].double()
@@ -235,36 +307,6 @@ def load_classifier(source: str) -> nn.Linear | None:
     classifier = nn.Linear(weight.shape[1], weight.shape[0])
     classifier.load_state_dict({"weight": weight, "bias": bias})
     return classifier
-
-
-def _backbone_state(content: object, path: Path, wanted: State) -> tuple[State, str, str]:
-    """(tensors, layout, prefix of the backbone's keys) of the content of a file. UserError.
-
-    wanted: the tensors of the backbone.
-    """
-    if not isinstance(content, Mapping):
-        raise UserError(
-            f"{path}: holds a {type(content).__name__}, where a dictionary of tensors was expected"
-        )
-    ours = "model" in content and "step" in content
-    state = content["model"] if ours else content.get("state_dict", content)
-    is_mapping = isinstance(state, Mapping)
-    keys = [str(key) for key in (state if is_mapping else content)]
-    pairs = state.items() if is_mapping else ()
-    if is_mapping and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in pairs):
-        if ours:
-            return state, "ssl_bench", "backbone."
-        if any(key.startswith("module.encoder_q.") for key in keys):
-            return state, "official MoCo", "module.encoder_q."
-        if "conv1.weight" in keys:
-            return state, "torchvision", ""
-        if wanted and wanted.keys() <= state.keys():
-            return state, "plain", ""
-    raise UserError(
-        f"{path}: unknown layout (first keys: {', '.join(keys[:3])}); expected a checkpoint of "
-        "ssl_bench, an official MoCo file (module.encoder_q.*) or a torchvision state dict "
-        "(conv1.weight, ...)"
-    )
 
 
 def official_moco_state_dict(method: MoCo) -> State:

@@ -11,4 +11,5 @@ LOOK = ("augmentation.name", "augmentation.image_size", "augmentation.mean", "au
 EVERY = ("log_every", "eval_every", "save_every")
 RECIPE = ("augmentation", "optimizer", "schedule", "epochs", "compile")
 TRAINING = (*RUN, *IMAGES, *RECIPE, *EVERY, "devices", "data", "backbone")
+PRETRAINED = ("pretrained", "pretrained_prefix")  # keys of one that reads weights
 PRETRAINING = (*TRAINING, "method", "sync_batch_norm")

@@ -28,11 +28,12 @@ def load_pretrained(cfg: DictConfig) -> nn.Module:
     Modules that are made after it draw the same random numbers in both cases.
     """
     seed_init(cfg)
-    backbone = build.construct(cfg.backbone)
     if cfg.pretrained is None:
-        log.info("pretrained=null: the backbone begins as initialised")
-        return backbone
-    loaded = weights.load_backbone(backbone, cfg.pretrained)
+        fetched = " by timm" if cfg.backbone.get("pretrained") else ""
+        log.info("pretrained=null: the backbone begins as initialised%s", fetched)
+        return build.construct(cfg.backbone)
+    backbone = build.construct(weights.unfilled(cfg.backbone))
+    loaded = weights.load_backbone(backbone, cfg.pretrained, cfg.get("pretrained_prefix"))
     tell(loaded)
     before = weights.look(loaded.source)
     for key in ("mean", "std"):
@@ -48,9 +49,11 @@ def load_pretrained(cfg: DictConfig) -> nn.Module:
 def tell(loaded: weights.Loaded) -> None:
     """Log what was loaded, and warn of a run that isn't finished."""
     log.info(
-        "loaded all %s tensors of the backbone from %s (%s layout)",
-        *(loaded.num_tensors, loaded.source, loaded.layout),
+        "loaded all %s tensors of the backbone from %s (%s*)",
+        *(loaded.num_tensors, loaded.source, loaded.prefix),
     )
+    for remark in loaded.remarks:
+        log.info("%s: %s", loaded.source.name, remark)
     if loaded.left_out:
         names = ", ".join(loaded.left_out[:4]) + (", ..." if len(loaded.left_out) > 4 else "")
         log.info("left out %s others: %s", len(loaded.left_out), names)
@@ -153,13 +156,14 @@ def open_pretrained(cfg: DictConfig) -> Pretrained:
     else:
         node = build.found(config, "backbone", cfg, path)
     try:
-        backbone = build.construct(node)
+        backbone = build.construct(weights.unfilled(node))
     except ValidationError:
         raise UserError(
             f"pretrained={cfg.pretrained}: its backbone is of another version: {advice}"
         ) from None
-    tell(weights.load_backbone(backbone, cfg.pretrained))
-    classifier = weights.load_classifier(cfg.pretrained)
+    loaded = weights.load_backbone(backbone, cfg.pretrained, cfg.get("pretrained_prefix"))
+    tell(loaded)
+    classifier = loaded.classifier
     if classifier is not None and classifier.in_features != backbone.dim:
         classifier = None  # an fc of these names that isn't on top of the backbone
     if classifier is not None:

@@ -27,7 +27,7 @@ from ssl_bench.runs import identity, layout, record, units, weights
 from ssl_bench.runs.record import Ran
 from ssl_bench.runs.run import Run
 from ssl_bench.shell import override
-from ssl_bench.stages import _labels
+from ssl_bench.stages import PRETRAINED, _labels
 from ssl_bench.stages._pretrained import Pretrained, open_pretrained
 from ssl_bench.stages._training import check_size
 
@@ -40,7 +40,8 @@ PLACES = ("_target_", "root", "cache", "workers")
 TOLERANCE = 1e-3  # for ONNX's outputs, relative to the largest: it sums in another order
 
 
-READS = ("pretrained", "runs", "backbone")
+READS = (*PRETRAINED, "runs", "backbone")
+IDLE = {"pretrained=null": ("pretrained_prefix",)}
 
 
 def export(

@@ -12,7 +12,7 @@ from ssl_bench.methods import layers
 from ssl_bench.methods.finetune import FineTune
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
-from ssl_bench.stages import TRAINING, _labels
+from ssl_bench.stages import PRETRAINED, TRAINING, _labels
 from ssl_bench.stages._pretrained import digest, load_pretrained
 from ssl_bench.stages._training import (
     check_batch,
@@ -27,7 +27,8 @@ from ssl_bench.stages._training import (
 )
 from ssl_bench.training.optim import scaled_lr
 
-READS = (*TRAINING, "pretrained", "sync_batch_norm")
+READS = (*TRAINING, *PRETRAINED, "sync_batch_norm")
+IDLE = {"pretrained=null": ("pretrained_prefix",)}
 
 
 def finetune(

@@ -21,7 +21,7 @@ from ssl_bench.evaluate.labels import few_labels, hold_out
 from ssl_bench.evaluate.neighbours import QUERIES, nearest, vote
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
-from ssl_bench.stages import IMAGES, LOOK, RUN
+from ssl_bench.stages import IMAGES, LOOK, PRETRAINED, RUN
 from ssl_bench.stages._labels import check_unseen
 from ssl_bench.stages._lincls_grid import check_holdout
 from ssl_bench.stages._pretrained import check_directory, load_pretrained, log_result
@@ -34,7 +34,8 @@ Cell = tuple[int, float]  # k, temperature
 CHOICE = ("stage=knn", "one of each: stage.k=[20] stage.temperatures=[0.07]")
 
 
-READS = (*RUN, *IMAGES, *LOOK, "devices", "data", "backbone", "pretrained")
+READS = (*RUN, *IMAGES, *LOOK, "devices", "data", "backbone", *PRETRAINED)
+IDLE = {"pretrained=null": ("pretrained_prefix",)}
 
 
 def knn(

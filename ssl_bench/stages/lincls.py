@@ -16,7 +16,7 @@ from ssl_bench.methods import layers
 from ssl_bench.methods.probe import LinearGrid, LinearProbe
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
-from ssl_bench.stages import TRAINING, _labels
+from ssl_bench.stages import PRETRAINED, TRAINING, _labels
 from ssl_bench.stages._lincls_grid import (
     GridOptions,
     check_holdout,
@@ -45,7 +45,8 @@ CHOICE = (
 )
 
 
-READS = (*TRAINING, "pretrained")
+READS = (*TRAINING, *PRETRAINED)
+IDLE = {"pretrained=null": ("pretrained_prefix",)}
 
 
 def lincls(

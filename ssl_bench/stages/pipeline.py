@@ -162,7 +162,7 @@ def draw(
     data = build.construct(cfg.data)
     train_images, test = (open_source(cfg, run, data, split) for split in ("pretrain", "val"))
     views = build.construct(cfg.augmentation).to(run.device)
-    backbone = build.construct(cfg.backbone)
+    backbone = build.construct(weights.unfilled(cfg.backbone))
     weights.load_backbone(backbone, f"{cfg.dir}/pretrain")
     view = EvalView(views.image_size, 1.0, *normalization(cfg)).to(run.device)
     on_device(backbone, run).eval()

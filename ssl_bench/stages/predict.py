@@ -18,7 +18,7 @@ from ssl_bench.evaluate.features import new_array
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
 from ssl_bench.runtime.precision import autocast
-from ssl_bench.stages import IMAGES, RUN
+from ssl_bench.stages import IMAGES, PRETRAINED, RUN
 from ssl_bench.stages._pretrained import Pretrained, check_directory, log_result, open_pretrained
 from ssl_bench.stages._training import check_size, on_device, open_source
 
@@ -37,7 +37,8 @@ class Position:
         self.bytes = state["bytes"]
 
 
-READS = (*RUN, *IMAGES, "data.on_error", "data.cache", "data.workers", "backbone", "pretrained")
+READS = (*RUN, *IMAGES, "data.on_error", "data.cache", "data.workers", "backbone", *PRETRAINED)
+IDLE = {"pretrained=null": ("pretrained_prefix",)}
 
 
 def predict(

@@ -23,7 +23,7 @@ from ssl_bench.methods.base import Method
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
 from ssl_bench.runtime.seeding import fold
-from ssl_bench.stages import EVERY, IMAGES, PRETRAINING, RECIPE, _labels
+from ssl_bench.stages import EVERY, IMAGES, PRETRAINED, PRETRAINING, RECIPE, _labels
 from ssl_bench.stages._pretrained import load_pretrained
 from ssl_bench.stages._training import (
     check_batch,
@@ -39,9 +39,10 @@ from ssl_bench.stages._training import (
 log = logging.getLogger(__name__)
 
 
-READS = (*PRETRAINING, "pretrained")
+READS = (*PRETRAINING, *PRETRAINED)
 IDLE = {
-    "method.name=random": (*RECIPE, *EVERY, *IMAGES, "stage.online_images", "pretrained"),
+    "method.name=random": (*RECIPE, *EVERY, *IMAGES, "stage.online_images", *PRETRAINED),
+    "pretrained=null": ("pretrained_prefix",),
     "eval_every=0": ("stage.online_images",),
     "stage.online_images=0": ("eval_every",),
     # it learns from all the labels that could judge it

@@ -226,7 +226,7 @@ def look(cfg: DictConfig, run: Run, detail: page.Detail, ran: Ran, source: Sourc
         raise UserError("it has no checkpoint")
     place = ran.directory / "config.yaml"
     node = build.found(ran.config, "backbone", cfg, place)
-    backbone = build.construct(node)
+    backbone = build.construct(weights.unfilled(node))
     view = view_of(ran.config, place, resize=ran.config["stage"].get("test_resize", 1.0))
     check_size("augmentation.image_size", view.image_size, backbone, node.get("name", ""))
     weights.load_backbone(backbone, str(paths[0]))

@@ -29,7 +29,7 @@ from ssl_bench.methods.probe import restored
 from ssl_bench.runs import checkpoint, weights
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime.seeding import fold
-from ssl_bench.stages import IMAGES, LOOK, RUN
+from ssl_bench.stages import IMAGES, LOOK, PRETRAINED, RUN
 from ssl_bench.stages._pretrained import check_directory, digest, load_pretrained, log_result
 from ssl_bench.stages._training import check_sizes, normalization, on_device, open_source
 
@@ -38,9 +38,9 @@ log = logging.getLogger(__name__)
 SHOWN = 144  # images on the contact sheet
 
 
-READS = (*RUN, *IMAGES, *LOOK, "devices", "data", "backbone", "pretrained")
-FEATURES = ("pretrained", "backbone", *LOOK, "stage.dim", "stage.test_resize", "stage.features")
-IDLE = {"stage.strategy=random": FEATURES}
+READS = (*RUN, *IMAGES, *LOOK, "devices", "data", "backbone", *PRETRAINED)
+FEATURES = (*PRETRAINED, "backbone", *LOOK, "stage.dim", "stage.test_resize", "stage.features")
+IDLE = {"stage.strategy=random": FEATURES, "pretrained=null": ("pretrained_prefix",)}
 
 
 def select(

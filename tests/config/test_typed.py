@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 import ssl_bench
 from ssl_bench.config import build, signatures, typed
 from ssl_bench.errors import UserError
+from ssl_bench.stages import PRETRAINED
 from ssl_bench.stages.pipeline import SHARED, evaluation
 
 ROOT = Path(ssl_bench.__file__).parent
@@ -33,7 +34,7 @@ def declared(stage: str) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_key_is_read_or_refused(stage: str) -> None:
-    config, reads = plain(f"stage={stage}"), declared(stage)
+    config, reads = plain(f"stage={stage}") | {"pretrained": "RUN"}, declared(stage)
     taken = {
         *reads,
         *(
@@ -84,6 +85,9 @@ def test_what_an_experiment_sets_is_not_typed() -> None:
             ["stage=select", "stage.strategy=random"],
             ["pretrained=x", "stage.dim=3", "augmentation.image_size=8"],
         ),
+        (["stage=pretrain"], ["pretrained_prefix=teacher.backbone"]),
+        (["stage=knn"], ["pretrained_prefix=teacher.backbone"]),
+        (["stage=knn", "backbone=timm", "backbone.pretrained=true"], ["pretrained=x"]),
     ],
 )
 def test_what_another_key_makes_idle(choices: list[str], idle: list[str]) -> None:
@@ -350,7 +354,7 @@ def test_what_is_declared_is_what_is_read(stage: str) -> None:
     ours = set(declared(stage))
     if stage == "pipeline":
         # it is one, from scratch, and then others
-        assert {*ours, "pretrained"} == set(declared("pretrain"))
+        assert {*ours, *PRETRAINED} == set(declared("pretrain"))
         assert set(SHARED) <= ours | {"zero_init_residual"}
         return
     wholes, parts = ({key for key in ours if ("." in key) is dotted} for dotted in (False, True))

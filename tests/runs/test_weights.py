@@ -113,7 +113,7 @@ def test_a_run_directory_and_its_file(tmp_path: Path) -> None:
     for source in (tmp_path, file):
         backbone = tiny(seed=2).backbone
         loaded = load_backbone(backbone, str(source))
-        assert (loaded.source, loaded.layout) == (file, "ssl_bench")
+        assert (loaded.source, loaded.prefix) == (file, "model.backbone.")
         assert same(backbone, method.backbone)
         assert loaded.num_tensors == len(method.backbone.state_dict())
         assert loaded.num_tensors + len(loaded.left_out) == len(method.state_dict())
@@ -124,7 +124,7 @@ def test_a_run_directory_and_its_file(tmp_path: Path) -> None:
 def test_an_official_file_gives_the_query_encoder(tmp_path: Path) -> None:
     method, backbone = tiny(), tiny(seed=1).backbone
     loaded = load_backbone(backbone, str(write_official(method, tmp_path / "x.pth.tar")))
-    assert loaded.layout == "official MoCo"
+    assert loaded.prefix == "state_dict.module.encoder_q."
     assert same(backbone, method.backbone)
     assert not same(backbone, method.key_backbone)
     assert {"module.encoder_q.fc.0.weight", "module.queue", "module.encoder_k.conv1.weight"} <= set(
@@ -144,7 +144,7 @@ def test_a_torchvision_file(tmp_path: Path, classifier: bool) -> None:
     torch.save(state, tmp_path / "resnet18.pth")
     backbone = resnet.resnet18()
     loaded = load_backbone(backbone, str(tmp_path / "resnet18.pth"))
-    assert loaded.layout == "torchvision"
+    assert (loaded.prefix, loaded.remarks) == ("", [])
     assert loaded.left_out == (["fc.weight", "fc.bias"] if classifier else [])
     network.fc = nn.Identity()
     assert torch.equal(features(backbone), features(network))
@@ -177,7 +177,7 @@ def test_all_or_nothing(
     state |= {f"backbone.{key}": torch.zeros(1) for key in added}
     state |= {f"backbone.{key}": state[f"backbone.{key}"][None] for key in reshaped}
     path = tmp_path_factory.mktemp("weights") / "x.pt"
-    torch.save({"step": 1, "model": state}, path)
+    torch.save({"run": "x", "step": 1, "model": state}, path)
     backbone = copy.deepcopy(BACKBONE)
     if not dropped | added | reshaped:
         assert load_backbone(backbone, str(path)).num_tensors == len(KEYS)
@@ -202,14 +202,15 @@ def test_weights_that_are_not_finite(tmp_path: Path) -> None:
     ("content", "says"),
     [
         ([1, 2], "holds a list"),
-        ({"epoch": 3}, "unknown layout (first keys: epoch)"),
-        ({1: torch.zeros(2)}, "unknown layout (first keys: 1)"),
-        ({"state_dict": 3}, "unknown layout (first keys: state_dict)"),
-        ({"model": 3, "step": 2}, "unknown layout (first keys: model, step)"),
-        ({"model": {1: torch.zeros(2)}, "step": 2}, "unknown layout (first keys: 1)"),
+        ({"epoch": 3}, "has a name of this backbone's (it begins with epoch)"),
+        ({1: torch.zeros(2)}, "has a name of this backbone's (it begins with 1)"),
+        ({}, "has a name of this backbone's"),
+        ({"state_dict": 3}, "has a name of this backbone's (it begins with state_dict)"),
+        ({"model": 3, "step": 2, "run": "x"}, "has a name of this backbone's"),
+        ({"model": {1: torch.zeros(2)}, "step": 2, "run": "x"}, "has a name of this backbone's"),
         (
             {"state_dict": {"encoder.conv1.weight": torch.zeros(2)}},
-            "unknown layout (first keys: encoder.conv1.weight)",
+            "its 1 tensors of state_dict.encoder are not this backbone's 120: 99 missing (bn1.",
         ),
     ],
     ids=str,
@@ -362,8 +363,8 @@ def test_lincls_of_an_official_file(ssl_bench: Command, tmp_path: Path) -> None:
     )
     wanted, whole = len(method.backbone.state_dict()), len(official_moco_state_dict(method))
     assert (
-        f"loaded all {wanted} tensors of the backbone from x.pth.tar (official MoCo layout)"
-        in result.stderr
+        f"loaded all {wanted} tensors of the backbone from x.pth.tar "
+        "(state_dict.module.encoder_q.*)" in result.stderr
     )
     assert f"left out {whole - wanted} others: module.encoder_q.fc.0.weight" in result.stderr
     backbone = tiny(seed=1).backbone

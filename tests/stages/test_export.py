@@ -32,7 +32,7 @@ from ssl_bench.launch.process import launch
 from ssl_bench.methods.probe import LinearProbe
 from ssl_bench.runs import published, weights
 from ssl_bench.runs.checkpoint import Checkpoint
-from ssl_bench.runs.weights import load_backbone, load_classifier
+from ssl_bench.runs.weights import load_backbone
 from ssl_bench.stages import predict
 from ssl_bench.stages._pretrained import open_pretrained
 from ssl_bench.stages.export import write_onnx
@@ -97,7 +97,7 @@ def test_what_was_written_is_read_with_equal_features(place: Path, tmp_path: Pat
         assert same(again, original)
         assert torch.equal(features(again), features(original))
         assert weights.look(loaded.source) == weights.look(loaded_from) != {}
-        assert (loaded.layout, loaded.left_out) == ("torchvision", [])
+        assert (loaded.remarks, loaded.left_out) == ([], [])
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert (out / "model.safetensors").stat().st_mode == (out / "model.pth").stat().st_mode
     assert (
@@ -133,7 +133,7 @@ def test_a_vit_is_read_by_its_own_names(tmp_path: Path) -> None:
     saved = Checkpoint(tmp_path, "run").save(1, model=probe)
     out = export(saved, tmp_path / "out", "backbone=vit_tiny", "backbone.image_size=32")
     again = vit.vit_tiny(32)
-    assert load_backbone(again, str(out)).layout == "plain"
+    assert load_backbone(again, str(out)).prefix == ""
     assert same(again, probe.backbone)
     code = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     code += "images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(7))\n"
@@ -160,9 +160,15 @@ def test_standardised_features_are_folded_into_the_classifier(place: Path, tmp_p
 def test_a_projection_is_no_classifier(tmp_path: Path) -> None:
     method = tiny()
     file = Checkpoint(tmp_path, "run").save(1, model=method)
-    assert load_classifier(str(file)) is None
-    save_file({"conv1.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
-    assert load_classifier(str(tmp_path / "x.safetensors")) is None
+    assert load_backbone(tiny().backbone, str(file)).classifier is None
+    for head in ("fc.0", "fc"):  # MoCo v2's, and MoCo v1's, which has the names of a classifier
+        state = tiny().backbone.state_dict() | {
+            f"{head}.weight": torch.zeros(8, 64),
+            f"{head}.bias": torch.zeros(8),
+        }
+        both = {f"module.encoder_{one}.{key}": state[key] for one in "qk" for key in state}
+        torch.save({"state_dict": both}, tmp_path / "x.pth.tar")
+        assert load_backbone(tiny().backbone, str(tmp_path / "x.pth.tar")).classifier is None
 
 
 def test_onnx_answers_as_torch_does(place: Path, tmp_path: Path) -> None:
