@@ -369,3 +369,13 @@ def test_evaluations_of_a_file_that_was_copied_are_one_row(tmp_path: Path) -> No
     classified(tmp_path / "random", 30.0)
     (board,) = grouping.boards(record.find([tmp_path]))
     assert [group.values("val_top1") for group in board.groups] == [[50.0, 51.0], [40.0], [30.0]]
+
+
+def test_which_network_of_a_file_is_part_of_a_run() -> None:
+    """And a key that is null leaves runs from before it what they were."""
+    plain = {"stage": {"name": "knn"}, "pretrained": "x.pth"}
+    one, other = (Identity(plain | {"pretrained_prefix": name}) for name in ("student", "teacher"))
+    assert one.key != other.key
+    assert not one.alike(other)
+    assert changes(one, other) == "pretrained_prefix was student, is teacher"
+    assert Identity(plain).key == Identity(plain | {"pretrained_prefix": None}).key
