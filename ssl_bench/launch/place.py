@@ -96,13 +96,13 @@ def slug(words: Sequence[str], data: str = "") -> str:
     return f"{words_alone[: LONGEST - 9].strip('-.')}-{digest}".lstrip("-")
 
 
-def below(pretrained: str | None, what: str, network: str, data: str) -> str:
+def below(pretrained: object, what: str, network: str, data: str) -> str:
     """Resolver: where an evaluation of `pretrained` stands, without what tells its seeds apart.
 
     That is in the directory of the run measured, if this is below the current folder, and otherwise
     in one beside it: runs/lincls-resnet50-digits/moco_v2_800ep.
     """
-    run = layout.run_at(Path(os.path.expanduser(pretrained))) if pretrained else None
+    run = layout.run_at(Path(os.path.expanduser(str(pretrained)))) if pretrained else None
     home = os.path.relpath(identity.real(str(run)), identity.real(".")) if run else ".."
     if home.split(os.sep)[0] in ("..", "."):
         words = "-".join(filter(None, (what, network, data)))
@@ -112,16 +112,16 @@ def below(pretrained: str | None, what: str, network: str, data: str) -> str:
     return os.path.join(home, "-".join(filter(None, (what, data))) + step)
 
 
-def path_slug(path: str | None) -> str:
+def path_slug(path: object) -> str:
     """Resolver: a path as a folder name, with a hash where that may be another's, too."""
     text = identity.place_slug(path)
-    local = str(path) if path is None else identity.local(path)
+    local = str(path) if path is None else identity.local(str(path))
     if re.fullmatch(r"[\w.]+|[^/]+/seed\d+", local):
         return text
     return f"{text}-{blake2b(local.encode(), digest_size=4).hexdigest()}"
 
 
-def began(pretrained: str | None) -> str:
+def began(pretrained: object) -> str:
     """Resolver: the part of a directory's name that says which weights a training began with."""
     return f"-from-{path_slug(pretrained)}" if pretrained is not None else ""
 
