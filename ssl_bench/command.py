@@ -29,6 +29,7 @@ from ssl_bench import __version__
 from ssl_bench.config import build, messages, typed
 from ssl_bench.errors import Interrupted, UserError
 from ssl_bench.launch import resolvers
+from ssl_bench.launch.continuing import continued
 from ssl_bench.launch.process import launch, set_up_logging
 
 log = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ def run(cfg: DictConfig) -> float | None:
     is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     words = [] if is_sweep else _typed(HydraConfig.get().overrides.task)
     try:
+        cfg = continued(cfg, _typed(HydraConfig.get().overrides.task))
         build.check(cfg, typed.quoted(words))
         refuse_in_vain(cfg, words)
         metrics = launch(cfg)
@@ -177,6 +179,7 @@ class Check(Callback):
                     config_name, list(member), RunMode.RUN, with_log_configuration=False
                 )
                 cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+                cfg = continued(cfg, member)
                 build.check(cfg, quoted)
                 composed.append((OmegaConf.to_container(cfg), list(member)))
             except (UserError, HydraException, OmegaConfBaseException) as error:

@@ -1,8 +1,11 @@
 """Commands as the tests compose them."""
 
 import json
+import os
 import re
 import subprocess
+import sys
+import time
 from functools import cache
 from pathlib import Path
 
@@ -46,6 +49,24 @@ NEEDED |= {
 def compose(*overrides: str) -> DictConfig:
     with hydra.initialize_config_module("ssl_bench.conf", version_base="1.3"):
         return hydra.compose("config", list(overrides))
+
+
+def interrupted(command: list[str], cwd: Path, run: Path, step: int, signum: int) -> int:
+    """Start, send the signal to all its processes once `step` is logged, return the exit status."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ssl_bench", *command],
+        cwd=cwd,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+    )
+    metrics, deadline = cwd / run / "metrics.jsonl", time.monotonic() + 240
+    while not (metrics.exists() and metrics.read_text().count("\n") >= step):
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.killpg(process.pid, signum)
+    process.wait(timeout=60)
+    return process.returncode
 
 
 def complaint(result: subprocess.CompletedProcess) -> str:

@@ -57,6 +57,7 @@ class Root(BaseModel):
     batch_size: PositiveInt
     pretrained: Place | None
     pretrained_prefix: Annotated[str, Field(min_length=1)] | None = None
+    continue_from: Place | None = None  # a member of a sweep may be older than the key
     runs: Place | list[Place] | None
     sweep: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     metric: str | None
@@ -104,8 +105,27 @@ def check(cfg: DictConfig, quoted: Mapping[str, str] | None = None) -> None:
             f"batch_size={plain['batch_size']} is global, and can't be divided among "
             f"devices={plain['devices']} processes: choose a multiple, like batch_size={nearest}"
         )
+    problems += _wrong_start(plain) if not problems else []
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _wrong_start(config: Mapping) -> list[str]:
+    """A line if the schedule begins at an epoch at which it can't."""
+    schedule, epochs = config.get("schedule") or {}, config["epochs"]
+    if not (start := schedule.get("start_epoch", 0)):
+        return []
+    if config.get("continue_from") is None:
+        return [
+            f"schedule.start_epoch={start:g} is for a training that goes on: "
+            "add continue_from=RUN, or leave it out"
+        ]
+    if (warmup := schedule.get("warmup_epochs", 0)) >= epochs - start:
+        return [
+            f"schedule.warmup_epochs={warmup:g} isn't reached from schedule.start_epoch={start:g} "
+            f"within epochs={epochs}: type less, or more epochs"
+        ]
+    return []
 
 
 def _other_recipe(nodes: Mapping[str, dict[str, Any]]) -> str | None:

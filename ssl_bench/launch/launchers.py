@@ -187,6 +187,7 @@ class SweepLauncher(Launcher):
         """
         from ssl_bench.config import build
         from ssl_bench.errors import UserError
+        from ssl_bench.launch.continuing import continued
         from ssl_bench.runs.sweep import Member, name, twin
 
         # what the sweeper chose comes last, as on a command line: a name has room for so many words
@@ -195,6 +196,7 @@ class SweepLauncher(Launcher):
         cfg = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
         HydraConfig.instance().set_config(cfg)  # for the resolver of `dir`
         own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+        own = continued(own, overrides)
         if not self._is_grid:  # `command.Check` has checked the members of a grid
             build.check(own)
         config = OmegaConf.to_container(build.at_home(own), resolve=True)

@@ -14,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ssl_bench.config import typed
+from ssl_bench.errors import UserError
+from ssl_bench.launch.continuing import merged
 from ssl_bench.runs import identity, layout, sweep
 
 # keys whose values the default places show
@@ -46,9 +48,9 @@ def place(default: str, config: DictConfig) -> str:
     if changed:
         sources = str(command.runtime.config_sources)
         try:
-            usual = _composed(command.job.config_name, named, sources)
-            changed = telling(changed, usual, _plain(config))
-        except (TypeError, ValueError, AttributeError, OmegaConfBaseException):
+            usual = merged(_composed(command.job.config_name, named, sources), named)
+            changed = telling(changed, _plain(usual), _plain(config))
+        except (UserError, TypeError, ValueError, AttributeError, OmegaConfBaseException):
             return default  # a mistake, which the check of the configuration puts in words
     if not (name := slug(changed, identity.node(config, "data").get("name", ""))):
         return default
@@ -121,8 +123,10 @@ def path_slug(path: object) -> str:
     return f"{text}-{blake2b(local.encode(), digest_size=4).hexdigest()}"
 
 
-def began(pretrained: object) -> str:
-    """Resolver: the part of a directory's name that says which weights a training began with."""
+def began(pretrained: object, continue_from: object) -> str:
+    """Resolver: the part of a directory's name that says what a training began with."""
+    if continue_from is not None:
+        return f"-continued-from-{path_slug(continue_from)}"
     return f"-from-{path_slug(pretrained)}" if pretrained is not None else ""
 
 
@@ -140,7 +144,7 @@ def _network(config: DictConfig) -> list[str]:
 def _names(default: str, word: str) -> bool:
     """Does the default place tell this override from others of its key?"""
     key, _, value = word.partition("=")
-    if key in ("pretrained", "stage.images"):
+    if key in ("pretrained", "continue_from", "stage.images"):
         return True
     if key == "seed":
         return default.endswith(f"seed{value}")
@@ -151,11 +155,13 @@ def _names(default: str, word: str) -> bool:
 
 
 @cache
-def _composed(name: str, words: tuple[str, ...], sources: str) -> Mapping:
-    """The configuration that these overrides alone would make, resolved but for `dir`."""
+def _composed(name: str, words: tuple[str, ...], sources: str) -> DictConfig:
+    """The configuration that these overrides alone would make.
+
+    sources: names the folders of YAML files.
+    """
     hydra = GlobalHydra.instance().hydra
-    composed = hydra.compose_config(name, list(words), RunMode.RUN, with_log_configuration=False)
-    return _plain(composed)
+    return hydra.compose_config(name, list(words), RunMode.RUN, with_log_configuration=False)
 
 
 def _plain(config: DictConfig) -> Mapping:

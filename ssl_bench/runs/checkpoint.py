@@ -11,8 +11,10 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from ssl_bench import files
 from ssl_bench.errors import UserError
@@ -117,6 +119,56 @@ def read(path: Path) -> object:
         raise UserError(
             f"{path}: truncated, or not a PyTorch file of tensors and plain data ({reason})"
         ) from None
+
+
+def carry_over(path: Path, typed: str, **state: Any) -> int:
+    """Load the state of another run into the objects, in place; returns its step.
+
+    An optimizer keeps its own settings, such as the rate, and takes the rest of its state. A scaler
+    that the other run didn't have begins anew. UserError where a state doesn't fit; typed: the
+    override that names it.
+    """
+    content = read(path)
+    if not isinstance(content, dict) or not {"model", "step"} <= content.keys():
+        raise UserError(f"{typed}: {path} holds no state of a training")
+    for key, value in state.items():
+        if key == "scaler" and key not in content:
+            continue
+        saved = content.get(key)
+        try:
+            if key == "optimizer":
+                own = value.state_dict()["param_groups"]
+                if [group["params"] for group in own] != [
+                    g["params"] for g in saved["param_groups"]
+                ]:
+                    raise ValueError("its parameters are in other groups")
+                saved = {"state": saved["state"], "param_groups": own}
+            value.load_state_dict(saved)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            why = str(error).strip().splitlines()[-1].strip()
+            raise UserError(
+                f"{typed}: the state of its {key} doesn't fit ({why}): type pretrained= to begin "
+                "with its backbone alone"
+            ) from None
+    return content["step"]
+
+
+def check_fits(path: Path, typed: str, model: nn.Module) -> None:
+    """UserError unless the model in a checkpoint has the tensors of this one."""
+    content = read(path)
+    saved = content.get("model") if isinstance(content, dict) else None
+    wanted = model.state_dict()
+    saved = saved if isinstance(saved, dict) else {}
+    shapes = {key: getattr(value, "shape", None) for key, value in saved.items()}
+    wrong = [key for key in wanted if shapes.pop(key, None) != wanted[key].shape]
+    wrong += shapes
+    if wrong:
+        names = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
+        raise UserError(
+            f"{typed}: its state isn't this method's: {len(wrong)} tensors are missing, others or "
+            f"of another shape ({names}): leave method, backbone and their sizes as they were, or "
+            "type pretrained= to begin with its backbone alone"
+        )
 
 
 class Checkpoint:

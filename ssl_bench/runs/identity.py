@@ -70,6 +70,8 @@ class Identity:
         def walk(node: object, path: str) -> None:
             if path == "pretrained" or is_free(path) or _is_ours(path, node):
                 return
+            if path == "continue_from":  # from which state, the weights say
+                node = node is not None or None
             if isinstance(node, Mapping):
                 for key, value in node.items():
                     walk(value, f"{path}.{key}" if path else str(key))
@@ -190,7 +192,9 @@ class Identity:
         words = [self.name, node(self.config, "backbone").get("name"), self.data]
         if self.below:
             words = [self.below.title]
-            if self.config.get("method"):
+            if self.config.get("continue_from"):
+                words.append("continued")
+            elif self.config.get("method"):
                 words.append(self.name)
             if self.data != self.below.data:
                 words.append(self.data)

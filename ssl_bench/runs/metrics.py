@@ -8,6 +8,8 @@ from typing import Any
 from ssl_bench import files
 from ssl_bench.errors import UserError
 
+NAME = "metrics.jsonl"
+
 
 class MetricsFile:
     """Append-only JSON lines, `{"step": int, name: float, ...}`.
@@ -62,6 +64,14 @@ class MetricsFile:
                 ) from None
             rows.append(row)
         return rows
+
+
+def per_epoch(run: Path) -> float | None:
+    """The steps of an epoch of the run in a directory, as it has logged; None: it has not."""
+    path = run / NAME
+    lines = MetricsFile.read(path) if path.is_file() else []
+    found = (line["step"] / line["epoch"] for line in reversed(lines) if line.get("epoch"))
+    return next(found, None)
 
 
 def _complete(data: bytes) -> int:

@@ -133,6 +133,8 @@ class Ran:
         images_per_second: the median over the lines.
         """
         seen, seconds, rates = 0, 0.0, []
+        if self.lines and self.config.get("continue_from"):
+            seen = self.lines[0]["images_seen"]  # where it began
         for line in self.lines:
             if rate := line.get("images_per_second"):
                 seconds += (line["images_seen"] - seen) / rate

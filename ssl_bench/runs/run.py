@@ -17,6 +17,7 @@ from datetime import timedelta
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import filelock
 import torch
@@ -27,8 +28,8 @@ from ssl_bench import __version__, files
 from ssl_bench.config.build import construct
 from ssl_bench.data.store import Split
 from ssl_bench.errors import Interrupted, UserError, writable
-from ssl_bench.runs import identity, layout, units
-from ssl_bench.runs.checkpoint import Checkpoint, complete, step_of
+from ssl_bench.runs import identity, layout, metrics, units
+from ssl_bench.runs.checkpoint import Checkpoint, carry_over, complete, step_of
 from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.tracking import Tracker
 from ssl_bench.runtime import distributed
@@ -58,6 +59,8 @@ class Run:
         self._mistaken = False  # was it ended by a UserError?
         self._signum = 0  # the last signal that asked for a stop
         self._at_once = False  # would nothing be lost by stopping now?
+        # the learning rate at which the run ended that this one has just gone on from
+        self.rate_before: float | None = None
 
     # -- opening and closing -----------------------------------------------------------------------
 
@@ -78,10 +81,10 @@ class Run:
 
     def _open(self, directory: Path, stack: ExitStack) -> None:
         if self.is_main:
-            fresh = not directory.exists()
+            fresh = [path for path in (directory, *directory.parents) if not path.exists()]
             stack.enter_context(self._claim(directory))  # a killed process loses the lock
             if fresh:
-                stack.callback(self._discard, directory)
+                stack.callback(self._discard, *fresh)
         distributed.barrier()
         what = identity.Identity(self._config, weights=identity.recorded(directory))
         self.checkpoint = Checkpoint(directory, what.key)
@@ -184,15 +187,18 @@ class Run:
         source = self._config.get("pretrained")
         return files.digest(Path(source)) if source else ""
 
-    def _discard(self, directory: Path) -> None:
+    def _discard(self, directory: Path, *above: Path) -> None:
         """Delete the directory of a run that a UserError ended before its first step.
 
-        Reports would stumble over it.
+        Reports would stumble over it. above: the folders that were made for it.
         """
         if not self._mistaken or self.metrics.path.stat().st_size:
             return
         if not any(path.is_dir() for path in directory.iterdir()):
             shutil.rmtree(directory)
+            with suppress(OSError):  # another run has come to lie there
+                for folder in above:
+                    folder.rmdir()
 
     def _on_signal(self, signum: int, frame: object) -> None:
         if self._signum == signal.SIGINT == signum:
@@ -225,16 +231,41 @@ class Run:
             return distributed.any_rank(self.signalled)
         return False
 
-    def restore(self, **state: object) -> int:
+    def restore(self, per_epoch: int, **state: Any) -> int:
         """Load the newest checkpoint and return its step; 0: there is none.
 
-        Lines that were logged after it are dropped, since they will be logged again.
+        A run that goes on from another (`continue_from`) begins with the state of that one, at the
+        same step or, if it has other steps an epoch, in the same epoch. Lines that were logged
+        after the step are dropped, since they will be logged again. per_epoch: steps.
         """
         step = self.checkpoint.restore(**state)
         if self.is_main:
             self.metrics.truncate(step)
             if step:
                 log.info("continuing after step %s", f"{step:,}")
+        if not step and self._config.get("continue_from"):
+            step = self._carry_over(Path(self._config["pretrained"]), per_epoch, state)
+        return step
+
+    def _carry_over(self, file: Path, per_epoch: int, state: dict[str, Any]) -> int:
+        before, source = layout.run_of(file), self._config["continue_from"]
+        theirs = identity.node(identity.config(before), "optimizer").get("_target_")
+        ours = identity.node(self._config, "optimizer").get("_target_")
+        if theirs != ours:
+            log.info("another optimizer than that of %s: its state begins anew", source)
+        taken = {key: part for key, part in state.items() if key != "optimizer" or theirs == ours}
+        step = carry_over(file, f"continue_from={source}", **taken)
+        if (steps := metrics.per_epoch(before)) and steps != per_epoch:
+            step = round(step * per_epoch / steps)
+        if self.is_main:
+            lines = MetricsFile.read(before / metrics.NAME)
+            reached = layout.step_of(file)
+            rates = [line["lr"] for line in lines if "lr" in line and line["step"] <= reached]
+            self.rate_before = rates[-1] if rates else None
+            seen = {"epoch": step / per_epoch, "images_seen": step * self._config["batch_size"]}
+            self.metrics.log(step, seen)
+            self.tracker.log(step, seen)
+            log.info("going on from %s after step %s, epoch %g", file, f"{step:,}", seen["epoch"])
         return step
 
     def save(self, step: int, **state: object) -> None:

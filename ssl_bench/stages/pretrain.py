@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from ssl_bench.evaluate.labels import check_classes, hold_out
 from ssl_bench.evaluate.neighbours import knn_and_ridge
 from ssl_bench.methods import layers
 from ssl_bench.methods.base import Method
+from ssl_bench.runs.checkpoint import check_fits
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
 from ssl_bench.runtime.seeding import fold
@@ -33,15 +35,17 @@ from ssl_bench.stages._training import (
     normalization,
     on_device,
     open_source,
+    seed_init,
     train,
 )
 
 log = logging.getLogger(__name__)
 
 
-READS = (*PRETRAINING, *PRETRAINED)
+WEIGHTS = (*PRETRAINED, "continue_from")
+READS = (*PRETRAINING, *WEIGHTS)
 IDLE = {
-    "method.name=random": (*RECIPE, *EVERY, *IMAGES, "stage.online_images", *PRETRAINED),
+    "method.name=random": (*RECIPE, *EVERY, *IMAGES, "stage.online_images", *WEIGHTS),
     "pretrained=null": ("pretrained_prefix",),
     "eval_every=0": ("stage.online_images",),
     "stage.online_images=0": ("eval_every",),
@@ -54,7 +58,8 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
     """Returns what the last step logged.
 
     The backbone begins with the weights of `cfg.pretrained`; the rest of the method is initialised
-    from the seed, the same with and without these weights. online_images: how many labelled images
+    from the seed, the same with and without these weights. With `cfg.continue_from` everything is
+    then replaced by the state of that run (`Run.restore`). online_images: how many labelled images
     show every `eval_every` epochs what is learnt; see `online`.
     """
     if str(cfg.metric).startswith("val_"):
@@ -74,7 +79,12 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
         given = {"num_classes": data.num_classes}
     if build.takes(cfg.method, "batch_size"):
         given |= {"batch_size": cfg.batch_size}
-    model = build.construct(cfg.method, backbone=load_pretrained(cfg), **given)
+    goes_on = cfg.get("continue_from") is not None
+    seed_init(cfg)
+    backbone = build.construct(cfg.backbone) if goes_on else load_pretrained(cfg)
+    model = build.construct(cfg.method, backbone=backbone, **given)
+    if goes_on:
+        check_fits(Path(cfg.pretrained), f"continue_from={cfg.continue_from}", model)
     check_sizes(cfg, model.backbone)
     num_images = data.split(model.split).length
     model.check(num_images, local_batch=check_batch(cfg, num_images))

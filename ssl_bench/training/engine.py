@@ -44,7 +44,14 @@ def fit(
         state["scaler"] = scaler
     per_epoch = source.steps_per_epoch
     total = epochs * per_epoch
-    start = run.restore(**state)
+    start = run.restore(per_epoch, **state)
+    if run.rate_before is not None:
+        peak = max(group["initial_lr"] for group in optimizer.param_groups)
+        now, at_end = (peak * schedule(at, epochs) for at in (start / per_epoch, epochs))
+        log.info(
+            "learning rate: %.4g until epoch %g, %.4g there from now on, %.4g at epoch %s",
+            *(run.rate_before, start / per_epoch, now, at_end, epochs),
+        )
     parallel = distributed.data_parallel(model, run.device)
     model.train()
     meter = Meter(model, optimizer, source, run, start)

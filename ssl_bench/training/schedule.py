@@ -13,14 +13,19 @@ from ssl_bench.config.fields import Epochs, Fraction
 class Schedule:
     """The factor rises linearly from 0 for `warmup_epochs`, step by step, and then decays.
 
-    per_epoch: after the warm-up it changes only between epochs.
+    per_epoch: after the warm-up it changes only between epochs. start_epoch: the epoch at which the
+    schedule begins, as if the training did, for one that goes on from another.
     """
 
-    def __init__(self, warmup_epochs: Epochs = 0.0, per_epoch: bool = False) -> None:
+    def __init__(
+        self, warmup_epochs: Epochs = 0.0, per_epoch: bool = False, start_epoch: Epochs = 0.0
+    ) -> None:
         self.warmup_epochs, self.per_epoch = warmup_epochs, per_epoch
+        self.start_epoch = start_epoch
 
-    def __call__(self, epoch: float, epochs: int) -> float:
+    def __call__(self, epoch: float, epochs: float) -> float:
         """Factor at `epoch` (a fraction inside an epoch) of `epochs`."""
+        epoch, epochs = max(epoch - self.start_epoch, 0), epochs - self.start_epoch
         if epoch < self.warmup_epochs:
             return epoch / self.warmup_epochs
         epoch = math.floor(epoch) if self.per_epoch else epoch
@@ -42,9 +47,13 @@ class Cosine(Schedule):
     """Half a cosine from 1 to `final`."""
 
     def __init__(
-        self, warmup_epochs: Epochs = 0.0, per_epoch: bool = False, final: NonNegativeFloat = 0.0
+        self,
+        warmup_epochs: Epochs = 0.0,
+        per_epoch: bool = False,
+        final: NonNegativeFloat = 0.0,
+        start_epoch: Epochs = 0.0,
     ) -> None:
-        super().__init__(warmup_epochs, per_epoch)
+        super().__init__(warmup_epochs, per_epoch, start_epoch)
         self.final = final
 
     def decay(self, progress: float, elapsed: float) -> float:
@@ -63,8 +72,9 @@ class Step(Schedule):
         per_epoch: bool = False,
         milestones: tuple[Fraction, ...] = (0.6, 0.8),
         gamma: Fraction = 0.1,
+        start_epoch: Epochs = 0.0,
     ) -> None:
-        super().__init__(warmup_epochs, per_epoch)
+        super().__init__(warmup_epochs, per_epoch, start_epoch)
         self.milestones, self.gamma = milestones, gamma
 
     def decay(self, progress: float, elapsed: float) -> float:

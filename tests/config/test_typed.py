@@ -354,7 +354,7 @@ def test_what_is_declared_is_what_is_read(stage: str) -> None:
     ours = set(declared(stage))
     if stage == "pipeline":
         # it is one, from scratch, and then others
-        assert {*ours, *PRETRAINED} == set(declared("pretrain"))
+        assert {*ours, *PRETRAINED, "continue_from"} == set(declared("pretrain"))
         assert set(SHARED) <= ours | {"zero_init_residual"}
         return
     wholes, parts = ({key for key in ours if ("." in key) is dotted} for dotted in (False, True))

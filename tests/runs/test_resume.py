@@ -2,37 +2,18 @@
 bit for bit.
 """
 
-import os
 import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from commands import interrupted
 from compared import assert_identical, final
 from conftest import TINY, TINY_PRETRAIN, Command
 
 pytestmark = pytest.mark.slow
-
-
-def interrupt(command: list[str], cwd: Path, run: Path, step: int, signum: int) -> int:
-    """Start, send the signal to all its processes once `step` is logged, return the exit status."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ssl_bench", *command],
-        cwd=cwd,
-        start_new_session=True,
-        stderr=subprocess.PIPE,
-    )
-    metrics, deadline = cwd / run / "metrics.jsonl", time.monotonic() + 240
-    while not (metrics.exists() and metrics.read_text().count("\n") >= step):
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.killpg(process.pid, signum)
-    process.wait(timeout=60)
-    return process.returncode
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -56,7 +37,7 @@ def test_killed(ssl_bench: Command, tmp_path: Path, stage: str, devices: int) ->
     # Of 20; not a later one, since the run may have ended before the signal comes.
     step = random.Random(f"{stage} {devices}").randrange(1, 14)
     print("killed after step", step)
-    interrupt([*command, "dir=killed"], tmp_path, Path("killed"), step, signal.SIGKILL)
+    interrupted([*command, "dir=killed"], tmp_path, Path("killed"), step, signal.SIGKILL)
     assert not (tmp_path / "killed" / "summary.json").exists()
     result = ssl_bench(*command, "dir=killed", check=True)
     if step > 5:
@@ -80,7 +61,7 @@ def test_terminated_loses_nothing(
         f"source={source}",
     ]
     ssl_bench(*command, "dir=whole", check=True)
-    status = interrupt([*command, "dir=stopped"], tmp_path, Path("stopped"), 6, signal.SIGTERM)
+    status = interrupted([*command, "dir=stopped"], tmp_path, Path("stopped"), 6, signal.SIGTERM)
     assert status == 128 + signal.SIGTERM
     (saved,) = (tmp_path / "stopped" / "checkpoints").glob("step*.pt")
     assert int(saved.stem.removeprefix("step")) >= 6

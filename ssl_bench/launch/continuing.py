@@ -1,0 +1,104 @@
+"""continue_from=RUN: a training that goes on from the whole state of another one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.base import SCMode
+
+from ssl_bench.config import build, typed
+from ssl_bench.errors import UserError
+from ssl_bench.runs import layout, metrics
+from ssl_bench.shell import override
+
+BROUGHT = ("augmentation", "optimizer", "schedule")  # groups that a method brings, when chosen
+GROUPS = ("data", "backbone", "method", *BROUGHT)
+ROOTS = ("batch_size", "epochs", "seed", "precision", "sync_batch_norm", "zero_init_residual")
+
+
+def continued(cfg: DictConfig, words: Sequence[str]) -> DictConfig:
+    """`merged`, once there is something left to do. UserError."""
+    made = merged(cfg, words)
+    if made is not cfg:
+        _check_epochs(made, Path(made.pretrained))
+    return made
+
+
+def merged(cfg: DictConfig, words: Sequence[str]) -> DictConfig:
+    """`cfg` in which all that wasn't typed is as in the run that `cfg.continue_from` names.
+
+    words: the overrides of the command. A group that was chosen (augmentation=simclr) is as it was
+    composed; of the others single keys that were typed are changed. UserError.
+    """
+    source = cfg.get("continue_from")
+    if source is None or not isinstance(source, str):
+        return cfg  # the check of the configuration refuses other types
+    keys = {typed.key_of(word) for word in words}
+    for other in ("pretrained", "pretrained_prefix", "experiment"):
+        if other in keys and f"{other}=null" not in words:
+            raise UserError(
+                f"{other}= beside continue_from={source}, which says what to begin with: "
+                "type one of the two"
+            )
+    file = layout.weights_of(Path(source).expanduser())
+    run = layout.run_of(file) if file else None
+    if file is None or run is None or not (run / "config.yaml").is_file():
+        raise UserError(
+            f"continue_from={source}: no run with a checkpoint; name a run directory or a "
+            "checkpoint in one, or type pretrained= to begin with the backbone of a file"
+        )
+    place = run / "config.yaml"
+    ran = build.read_back(place, place.read_bytes(), yaml.safe_load)
+    stage = (ran.get("stage") or {}).get("name")
+    if stage != cfg.stage.get("name"):
+        raise UserError(
+            f"continue_from={source}: a run of stage={stage}; stage={cfg.stage.get('name')} goes "
+            "on from its own kind alone: type pretrained= for its weights"
+        )
+    made = cfg.copy()
+    OmegaConf.set_readonly(made, False)
+    with open_dict(made):
+        for group in GROUPS:
+            if group in keys or ("method" in keys and group in BROUGHT):
+                continue
+            node = build.literal(build.found(ran, group, cfg, place))
+            for word in words:
+                _change(node, group, word, cfg)
+            made[group] = node
+        for key in ROOTS:
+            if key not in keys and key in ran:
+                made[key] = ran[key]
+        made.pretrained = str(file)
+    return made
+
+
+def _change(node: DictConfig, group: str, word: str, cfg: DictConfig) -> None:
+    """Change in a node what an override of one of its keys changes in `cfg`."""
+    key = typed.key_of(word)
+    if not key.startswith(group + "."):
+        return
+    inside = key.removeprefix(group + ".")
+    if word.startswith("~"):
+        parent, _, last = inside.rpartition(".")
+        there = OmegaConf.select(node, parent) if parent else node
+        if OmegaConf.is_dict(there):
+            there.pop(last, None)
+        return
+    value = OmegaConf.select(cfg, key)
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value, resolve=True, structured_config_mode=SCMode.DICT)
+    OmegaConf.update(node, inside, value, force_add=True)
+
+
+def _check_epochs(cfg: DictConfig, file: Path) -> None:
+    """UserError if the state in the file has done all epochs."""
+    run = layout.run_of(file)
+    steps = run and metrics.per_epoch(run)
+    done = layout.step_of(file) / steps if steps else 0
+    if isinstance(cfg.epochs, int) and done >= cfg.epochs:
+        more = override("epochs", 2 * cfg.epochs)
+        raise UserError(
+            f"continue_from={cfg.continue_from} has done {done:g} epochs, and epochs={cfg.epochs} "
+            f"is the total: type more, like {more}"
+        )
