@@ -231,24 +231,28 @@ class Run:
             return distributed.any_rank(self.signalled)
         return False
 
-    def restore(self, per_epoch: int, **state: Any) -> int:
+    def restore(self, **state: object) -> int:
         """Load the newest checkpoint and return its step; 0: there is none.
 
-        A run that goes on from another (`continue_from`) begins with the state of that one, at the
-        same step or, if it has other steps an epoch, in the same epoch. Lines that were logged
-        after the step are dropped, since they will be logged again. per_epoch: steps.
+        Lines that were logged after it are dropped, since they will be logged again.
         """
         step = self.checkpoint.restore(**state)
         if self.is_main:
             self.metrics.truncate(step)
             if step:
                 log.info("continuing after step %s", f"{step:,}")
-        if not step and self._config.get("continue_from"):
-            step = self._carry_over(Path(self._config["pretrained"]), per_epoch, state)
         return step
 
-    def _carry_over(self, file: Path, per_epoch: int, state: dict[str, Any]) -> int:
-        before, source = layout.run_of(file), self._config["continue_from"]
+    def carry_over(self, per_epoch: int, **state: Any) -> int:
+        """Begin with the state of the run that `continue_from` names; returns the step, or 0.
+
+        It is the step of that run or, if the epochs have other numbers of steps, the one in the
+        same epoch. per_epoch: steps. 0: there is no such run.
+        """
+        if (source := self._config.get("continue_from")) is None:
+            return 0
+        file = Path(self._config["pretrained"])
+        before = layout.run_of(file)
         theirs = identity.node(identity.config(before), "optimizer").get("_target_")
         ours = identity.node(self._config, "optimizer").get("_target_")
         if theirs != ours:

@@ -44,7 +44,7 @@ def fit(
         state["scaler"] = scaler
     per_epoch = source.steps_per_epoch
     total = epochs * per_epoch
-    start = run.restore(per_epoch, **state)
+    start = run.restore(**state) or run.carry_over(per_epoch, **state)
     if run.rate_before is not None:
         peak = max(group["initial_lr"] for group in optimizer.param_groups)
         now, at_end = (peak * schedule(at, epochs) for at in (start / per_epoch, epochs))

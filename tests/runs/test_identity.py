@@ -247,7 +247,7 @@ def test_begun_with_two_processes_and_continued_with_one(
             run(1).__enter__()
     else:
         with run(1) as again:
-            assert again.restore(1, model=torch.nn.Linear(1, 1)) == 1
+            assert again.restore(model=torch.nn.Linear(1, 1)) == 1
 
 
 def test_one_tasks_and_two_tasks_runs_are_two_rows(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_the_same_weights_elsewhere_and_other_weights_there(
     shutil.copy("weights", "moved/weights")
     for spelling in (tmp_path / "weights", "copy", "moved/weights"):
         with standing_on(tmp_path / "run", spelling) as again:
-            assert again.restore(1, model=torch.nn.Linear(1, 1)) == 1
+            assert again.restore(model=torch.nn.Linear(1, 1)) == 1
     os.utime("copy", (0, 0))
     Path("copy").write_text("second")
     with pytest.raises(
@@ -303,10 +303,10 @@ def test_a_checkpoint_of_another_run_is_refused_and_one_of_before_is_not(tmp_pat
             content = torch.load(path, weights_only=True) | {"run": name}
             torch.save(content, path)
             if usable:
-                assert run.restore(1, model=torch.nn.Linear(1, 1)) == 1
+                assert run.restore(model=torch.nn.Linear(1, 1)) == 1
             else:
                 with pytest.raises(UserError, match="none of its 1 checkpoints can be used"):
-                    run.restore(1, model=torch.nn.Linear(1, 1))
+                    run.restore(model=torch.nn.Linear(1, 1))
 
 
 def test_other_images_are_another_experiment(tmp_path: Path) -> None:
