@@ -1,20 +1,32 @@
 """Commands as the tests compose them."""
 
+import copy
+import importlib
 import json
+import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import TextIO
 
 import hydra
 import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.singleton import Singleton
 from omegaconf import DictConfig, OmegaConf
 
 import ssl_bench
 import ssl_bench.command
+from ssl_bench.config import signatures
 from ssl_bench.runs import sweep
 
 CONF = Path(ssl_bench.command.__file__).with_name("conf")
@@ -47,6 +59,12 @@ NEEDED |= {
 
 
 def compose(*overrides: str) -> DictConfig:
+    return copy.deepcopy(_composed(overrides))
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
+    """It takes 70 ms."""
     with hydra.initialize_config_module("ssl_bench.conf", version_base="1.3"):
         return hydra.compose("config", list(overrides))
 
@@ -67,6 +85,81 @@ def interrupted(command: list[str], cwd: Path, run: Path, step: int, signum: int
     os.killpg(process.pid, signum)
     process.wait(timeout=60)
     return process.returncode
+
+
+def run_here(words: Sequence[str], folder: Path) -> subprocess.CompletedProcess:
+    """`ssl-bench` with these words, typed in this folder, in this process: another one takes
+    seconds until it has imported torch.
+
+    What the process has in common with it, such as its folder and its environment, is put back.
+    """
+    with (
+        TemporaryFile("w+") as out,
+        TemporaryFile("w+") as err,
+        _as_if_alone(["ssl-bench", *words], folder),
+        _instead_of(out, err),
+    ):
+        try:
+            ssl_bench.command.main()
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        except BaseException:  # as Python itself would have it
+            traceback.print_exc()
+            status = 1
+        texts = [file.seek(0) or file.read() for file in (out, err)]
+    return subprocess.CompletedProcess(words, status, *texts)
+
+
+@contextmanager
+def _as_if_alone(argv: list[str], folder: Path) -> Iterator[None]:
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR2)
+    handlers = {signum: signal.getsignal(signum) for signum in signals}
+    here, environment, path = Path.cwd(), dict(os.environ), list(sys.path)
+    hydras, logger = Singleton.get_state(), logging.getLogger("ssl_bench")
+    logs = logger.handlers, logger.propagate, logger.level
+    GlobalHydra.instance().clear()
+    try:
+        os.chdir(folder)
+        typed, sys.argv = sys.argv, argv
+        yield
+    finally:
+        os.chdir(here)
+        sys.argv, sys.path[:] = typed, path
+        os.environ.clear()
+        os.environ.update(environment)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        Singleton.set_state(hydras)
+        logger.handlers, logger.propagate, logger.level = logs
+        _forget_modules(folder)
+
+
+def _forget_modules(folder: Path) -> None:
+    """Those that a test wrote: the next one's may have their names."""
+    if not list(folder.glob("*.py")):
+        return
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(f"{folder}{os.sep}"):
+            del sys.modules[name]
+    importlib.invalidate_caches()
+    signatures.parameters.cache_clear()
+    signatures.constant.cache_clear()
+
+
+@contextmanager
+def _instead_of(out: TextIO, err: TextIO) -> Iterator[None]:
+    """stdout and stderr are these files, for the processes that are started meanwhile, too."""
+    before = [os.dup(number) for number in (1, 2)]
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            yield
+        finally:
+            for number, kept in enumerate(before, 1):
+                os.dup2(kept, number)
+                os.close(kept)
 
 
 def complaint(result: subprocess.CompletedProcess) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from commands import run_here
 
 # Several workers at once (make test): torch's threads would wait for each other by spinning, on
 # cores that others need.
@@ -59,17 +60,29 @@ Command = Callable[..., subprocess.CompletedProcess]
 
 @pytest.fixture
 def ssl_bench(tmp_path: Path) -> Command:
-    """`ssl-bench` in a folder of its own. Returns what the process returned."""
+    """`ssl-bench` in a folder of its own, but in this process. Returns what a process would."""
 
-    def command(
-        *args: str, timeout: float = 300, check: bool = False
-    ) -> subprocess.CompletedProcess:
+    def command(*args: str, check: bool = False) -> subprocess.CompletedProcess:
+        result = run_here(args, tmp_path)
+        assert not check or result.returncode == 0, result.stderr
+        return result
+
+    return command
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Command:
+    """As `ssl_bench`, in a process of its own, for what a process has that no two tests share: what
+    it imports, its environment at the start, how it ends. It needs seconds to import torch.
+    """
+
+    def command(*args: str, check: bool = False) -> subprocess.CompletedProcess:
         result = subprocess.run(
             [sys.executable, "-m", "ssl_bench", *args],
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=300,
         )
         assert not check or result.returncode == 0, result.stderr
         return result

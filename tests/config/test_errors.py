@@ -269,9 +269,9 @@ def test_nothing_typed_is_the_quickstart(
     assert capsys.readouterr().out == f"ssl-bench {ssl_bench.__version__}\n"
 
 
-def test_all_at_once(ssl_bench: Command, tmp_path: Path) -> None:
+def test_all_at_once(process: Command, tmp_path: Path) -> None:
     said = complaint(
-        ssl_bench("batch_size=abc", "method.temperature=-1", "+foo=1", "precision=fp8")
+        process("batch_size=abc", "method.temperature=-1", "+foo=1", "precision=fp8")
     ).splitlines()
     keys = [line.partition(":")[0] for line in said]
     assert sorted(keys) == ["batch_size=abc", "foo", "method.temperature=-1", "precision=fp8"]
@@ -443,7 +443,7 @@ def test_a_zoo_name_without_a_network(
 ) -> None:
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.delenv("no_proxy", raising=False)
-    said = complaint(ssl_bench(*TINY, "stage=lincls", "pretrained=moco_v2_200ep", timeout=60))
+    said = complaint(ssl_bench(*TINY, "stage=lincls", "pretrained=moco_v2_200ep"))
     assert said.startswith("pretrained=moco_v2_200ep: no download (")
     url = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_200ep/moco_v2_200ep_pretrain.pth.tar"
     place = Path(os.environ["SSL_BENCH_CACHE"], "zoo", "moco_v2_200ep_pretrain.pth.tar")
