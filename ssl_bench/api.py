@@ -108,10 +108,10 @@ class Transform:
         return f"Transform(packed={self.packed}, view={self.view}, values={self.values})"
 
     def __call__(self, images: Any) -> "Tensor":
-        """Float32 (3, S, S) of a path, a picture of PIL's or a uint8 tensor (3, H, W).
+        """Float32 (3, S, S) of one image, (N, 3, S, S) of a sequence or a tensor (N, 3, H, W).
 
-        (N, 3, S, S) of several, in a sequence or a tensor (N, 3, H, W). A path is read as
-        stage=predict reads it. UserError for anything else.
+        An image: a path, read as stage=predict reads it, a picture of PIL's, or uint8, a tensor
+        (3, H, W) or an array (H, W, 3). UserError for anything else.
         """
         import torch
 
@@ -127,29 +127,18 @@ class Transform:
 
     def _square(self, image: Any) -> "np.ndarray":
         """uint8 (packed, packed, 3)."""
-        import torch
-        from PIL import Image
-
         from ssl_bench.data import pictures
+        from ssl_bench.data.formats.own import as_picture
 
         if isinstance(image, str | os.PathLike):
             try:
                 return pictures.decode(os.fspath(image), self.packed, self.values)
             except Exception as error:  # PIL raises errors of many classes
                 raise UserError(f"{image}: can't be decoded ({error})") from None
-        if isinstance(image, torch.Tensor):
-            if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-                raise UserError(
-                    f"a tensor {image.dtype} {tuple(image.shape)}: give uint8 (3, H, W) in RGB, "
-                    "or (N, 3, H, W)"
-                )
-            image = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
-        if not isinstance(image, Image.Image):
-            raise UserError(
-                f"a {type(image).__name__}: give a path, a picture of PIL's, or a uint8 tensor "
-                "(3, H, W)"
-            )
-        return pictures.squared(image, self.packed, self.values, [])
+        try:
+            return pictures.squared(as_picture(image), self.packed, self.values)
+        except ValueError as error:
+            raise UserError(f"{error}; or a path") from None
 
 
 @contextmanager

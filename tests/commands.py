@@ -51,6 +51,7 @@ NEEDED = {
 }
 NEEDED |= {f"{name}_moco_v2": ["data.root=/x"] for name in ("imagenet", "cifar10", "stl10", "dl21")}
 NEEDED |= {"predict": ["stage.images=/x"]}
+NEEDED |= {"own": ["data._target_=ssl_bench.data.formats.digits.Digits"]}
 NEEDED |= {
     "cifar100": ["data.root=/x"],
     "synthetic_dl21": ["data.root=/x"],

@@ -232,6 +232,7 @@ def test_tensors_and_pictures_are_shown_as_the_run_showed_test_images(run: api.R
     expected = EvalView(16, 256 / 224, mean, std)(images)
     assert torch.equal(transform(images), expected)
     assert torch.equal(transform(images[0]), expected[0])
+    assert torch.equal(transform(images[0].permute(1, 2, 0).numpy()), expected[0])
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     assert torch.equal(transform(pictures), expected)
 
@@ -242,8 +243,8 @@ def test_tensors_and_pictures_are_shown_as_the_run_showed_test_images(run: api.R
         (torch.zeros(3, 8, 8), r"a tensor torch.float32 \(3, 8, 8\): give uint8 \(3, H, W\)"),
         (torch.zeros(8, 8, dtype=torch.uint8), r"a tensor torch.uint8 \(8, 8\)"),
         (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), r"a tensor torch.uint8 \(1, 8, 8\)"),
-        (7, "a int: give a path, a picture"),
-        (np.zeros((8, 8, 3), np.uint8), "a ndarray: give a path"),
+        (7, "an image of type int: give a picture of PIL's.*; or a path"),
+        (np.zeros((3, 8, 8), np.uint8), r"an array uint8 \(3, 8, 8\): give"),
         ("nowhere.png", "nowhere.png: can't be decoded"),
         ([__file__], r"test_api.py: can't be decoded"),
         ([], "no images"),

@@ -18,6 +18,16 @@ COMMANDS = sorted(
 )
 
 
+@pytest.fixture
+def my_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a reader of these commands has written."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_module.py").write_text(
+        "class MyImages(list):\n    def __init__(self, root: str, split: str) -> None: ...\n"
+    )
+
+
+@pytest.mark.usefixtures("my_module")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_composes(command: str) -> None:
     if "--help" in command or "--config-dir" in command:

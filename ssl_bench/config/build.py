@@ -3,6 +3,7 @@
 A node is checked against its constructor's signature, then constructed.
 """
 
+import inspect
 import logging
 import os
 import re
@@ -34,6 +35,8 @@ from ssl_bench.errors import UserError, unknown
 
 log = logging.getLogger(__name__)
 
+# what makes a data set of a class of a user's own
+OWN = "ssl_bench.data.formats.own.Own"
 # What the code hands to a group's constructor; everything else comes from its YAML node.
 SUPPLIED = {
     "data": (),
@@ -172,11 +175,30 @@ def construct(node: Mapping, **supplied: Any) -> Any:
     """
     resolved = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
     plain = dict(resolved)
-    path = plain["_target_"]
-    schema = _schema(path, "node", tuple(supplied))
+    path, target = plain["_target_"], locate(plain["_target_"], "node")
+    own = _gives_items(target)
+    schema = _schema(path, "data" if own else "node", tuple(supplied))
     values = schema.model_validate(_arguments(plain, schema))
     arguments = {key: getattr(values, key) for key in values.model_fields_set}
-    return locate(path, "node")(**arguments, **supplied)
+    if own:
+        theirs, ours = signatures.parameters(path, ()), _packing()
+        made = {key: value for key, value in arguments.items() if key in theirs}
+        packing = {key: value for key, value in arguments.items() if key in ours}
+        return signatures.locate(OWN)(target, made, **packing)
+    return target(**arguments, **supplied)
+
+
+def _gives_items(target: Callable) -> bool:
+    """Is it a data set as torch has them, and not one of our `Dataset`s or a list of modules?"""
+    has, lacks = ("__len__", "__getitem__"), ("split", "forward")
+    if not inspect.isclass(target) or any(hasattr(target, name) for name in lacks):
+        return False
+    return all(hasattr(target, name) for name in has)
+
+
+def _packing() -> dict[str, signatures.Parameter]:
+    """The keys of the data set that is made of a user's own, beside the user's arguments."""
+    return signatures.parameters(OWN, ("make", "arguments"))
 
 
 def takes(node: Mapping, name: str) -> bool:
@@ -355,6 +377,17 @@ def _arguments(node: dict, schema: type[BaseModel]) -> dict:
 def _schema(path: str | None, group: str, supplied: tuple[str, ...]) -> type[BaseModel]:
     with _told(path, group):
         parameters = signatures.parameters(path or "", supplied)
+    if group == "data" and not current(str(path)).startswith("ssl_bench."):
+        target = locate(str(path), group)
+        if inspect.isclass(target) and not hasattr(target, "split"):
+            if not _gives_items(target):
+                lacking = [name for name in ("__len__", "__getitem__") if not hasattr(target, name)]
+                raise UserError(
+                    f"data._target_={path} has no {' and no '.join(lacking) or 'images'}: "
+                    "a data set has __len__, and __getitem__ for (image, label)"
+                )
+            theirs = {key: value for key, value in parameters.items() if key != "split"}
+            parameters = theirs | _packing()
     fields = {
         name: (annotation, ... if required else None)
         for name, (annotation, required) in parameters.items()

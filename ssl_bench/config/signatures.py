@@ -53,6 +53,7 @@ def parameters(path: str, supplied: tuple[str, ...]) -> dict[str, Parameter]:
         name: Parameter(hints.get(name, Any), parameter.default is parameter.empty)
         for name, parameter in inspect.signature(target).parameters.items()
         if name not in supplied
+        and parameter.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     }
 
 

@@ -141,11 +141,14 @@ def decode(
     return square
 
 
-def squared(image, image_size: int, values: Values, kinds: list[str]) -> np.ndarray:
+def squared(
+    image, image_size: int, values: Values = AS_STORED, kinds: list[str] | None = None
+) -> np.ndarray:
     """A picture of PIL's, of a file or in memory, as uint8 (image_size, image_size, 3).
 
     For the rest see `decode`.
     """
+    kinds = [] if kinds is None else kinds
     wide_colour = _is_wide_colour(image)
     if image.format == "PPM" and image.tile and image.tile[0][0] != "raw":
         values = AS_STORED  # PIL scales from the range that the file states to 65,535

@@ -16,7 +16,7 @@ import tempfile
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import cycle, islice
@@ -40,7 +40,7 @@ def default_workers() -> int:
 
 def run_chunks(
     task: Callable[[int, int], Any], total: int, workers: int | None = None, title: str = ""
-) -> Iterator[tuple[int, int, Any]]:
+) -> Generator[tuple[int, int, Any], None, None]:
     """Yield (start, stop, task(start, stop)) for every chunk of range(total), as they finish.
 
     `task` is pickled once; large numpy arrays in it are shared by all workers, not copied. An
