@@ -7,6 +7,7 @@ the detection converter read; by stage=export the backbone's own names, which fo
 torchvision's and timm's.
 """
 
+import difflib
 import json
 from collections.abc import Mapping
 from functools import cache
@@ -155,8 +156,8 @@ def unfilled(node: Mapping) -> dict:
 
 def _backbone_of(source: str, path: Path) -> str:
     """What to type for the backbone in the file, as far as it is known."""
-    if source in published.WEIGHTS:
-        return f"backbone={published.WEIGHTS[source].backbone}"
+    if known := published.WEIGHTS.get(source) or published.of(path):
+        return f"backbone={known.backbone}"
     if not (node := (recipe(path) or {}).get("backbone")):
         return "backbone="
     telling = ("stem", "width", "model", "image_size", "patch_size")
@@ -175,9 +176,11 @@ def find(source: str) -> Path:
         )
     if source in published.WEIGHTS:
         return published.fetch(source)
+    close = difflib.get_close_matches(source, published.WEIGHTS, n=3)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
     raise UserError(
-        f"pretrained={source}: no such file or run directory, nor one of the known weights: "
-        f"{', '.join(published.WEIGHTS)}"
+        f"pretrained={source}: no such file or run directory, nor one of the weights that "
+        f"ssl-bench stage=zoo lists{hint}"
     )
 
 
@@ -262,6 +265,8 @@ def look(path: Path) -> dict[str, list[float]]:
 
     A key is left out where it isn't known. UserError for impossible values.
     """
+    if (theirs := published.of(path)) and theirs.std:
+        return {"std": list(theirs.std)}
     node, known = (recipe(path) or {}).get("augmentation"), {}
     for key in ("mean", "std"):
         value = node.get(key) if isinstance(node, dict) else None

@@ -1,10 +1,11 @@
 """Stage zoo: the known weights, published and one's own; which of them a file holds."""
 
+import textwrap
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ssl_bench import files
+from ssl_bench import files, shell
 from ssl_bench.config.fields import Place
 from ssl_bench.errors import UserError
 from ssl_bench.report import grouping, tables
@@ -14,6 +15,7 @@ from ssl_bench.runs.record import Ran
 from ssl_bench.runs.run import Run
 
 READS = ("runs",)
+WIDTH = 120  # columns of a terminal
 
 
 def zoo(cfg: DictConfig, run: Run, verify: Place | None = None) -> dict[str, float]:
@@ -29,17 +31,24 @@ def zoo(cfg: DictConfig, run: Run, verify: Place | None = None) -> dict[str, flo
     if verify is not None:
         print(identify(Path(verify), own))
         return {"verified": 1}
+    head = ["pretrained=", "backbone=", "recipe", "top-1", "hash", "licence"]
     rows = []
     for name, weights in WEIGHTS.items():
-        there = "yes" if place(name).is_file() else "no"
-        rows.append([name, weights.backbone, weights.note, f"md5 {weights.md5}", there])
-    print(tables.markdown(["pretrained=", "backbone", "ImageNet", "hash", "downloaded"], rows))
-    if own:
-        rows = []
-        for ran in own:
-            sha256 = f"sha256 {files.digest(ran.weights)[:8]}"
-            rows.append([str(ran.directory), recipe(ran), numbers(ran, runs), sha256])
-        print("\n" + tables.markdown(["pretrained=", "recipe", "top-1 (%)", "hash"], rows))
+        told = [name, weights.backbone, weights.recipe, f"{weights.top1:.1f}"]
+        rows.append([*told, weights.hash, weights.licence])
+    print(tables.markdown(head, rows))
+    here = [name for name in WEIGHTS if place(name).is_file()]
+    note = (
+        "ImageNet top-1 (%) of a linear classifier, of a supervised network its own, as its authors"
+    )
+    print(f"{note} say.")
+    print(textwrap.fill(f"Downloaded: {', '.join(here) or 'none'}", WIDTH, subsequent_indent="  "))
+    for ran in own:
+        print(f"\n{shell.override('pretrained', ran.directory)}")
+        sha256 = f"sha256 {files.digest(ran.weights)[:8]}"
+        for text in (recipe(ran), *numbers(ran, runs), sha256):
+            lines = textwrap.wrap(tables.plain(text), WIDTH - 4, subsequent_indent="  ")
+            print(textwrap.indent("\n".join(lines), "  "))
     return {"published": len(WEIGHTS), "own": len(own)}
 
 
@@ -52,14 +61,18 @@ def identify(path: Path, own: list[Ran]) -> str:
         raise UserError(f"stage.verify={path}: no such file")
     if sums := files.check(path):
         return f"{path}: whole, as {sums} says"
-    sha256, md5 = files.digest(path), files.digest(path, "md5")
+    found = {algorithm: files.digest(path, algorithm) for algorithm in ("md5", "sha256")}
+    md5, sha256 = found.values()
     for name, weights in WEIGHTS.items():
-        if md5.startswith(weights.md5):
-            return f"{path}: {name}, {weights.backbone}, {weights.note}"
-        if path.name == Path(weights.path).name:
+        algorithm, _, digits = weights.hash.partition(" ")
+        if not digits:
+            continue
+        if found[algorithm].startswith(digits):
+            return f"{path}: {name}, {weights.recipe}, backbone={weights.backbone}"
+        if path.name in (Path(weights.url).name, place(name).name):
             raise UserError(
-                f"{path}: its md5 is {md5[:8]}..., not {weights.md5}, which {name} has: "
-                "a broken or another file"
+                f"{path}: its {algorithm} is {found[algorithm][:8]}..., not {digits}, which {name} "
+                "has: a broken or another file"
             )
     for ran in own:
         if files.digest(ran.weights) == sha256:
@@ -80,9 +93,9 @@ def recipe(ran: Ran) -> str:
     return ", ".join(filter(None, names))
 
 
-def numbers(ran: Ran, runs: list[Ran]) -> str:
-    """The top-1 of a run, or those of the evaluations of its weights."""
+def numbers(ran: Ran, runs: list[Ran]) -> list[str]:
+    """The top-1 (percent) of a run, or those of the evaluations of its weights, a text each."""
     if "val_top1" in ran.summary:
-        return units.shown("val_top1", [ran.summary["val_top1"]])
+        return [f"top-1 (%): {units.shown('val_top1', [ran.summary['val_top1']])}"]
     rows = grouping.evaluations(record.measured(runs, ran.weights))
-    return "; ".join(f"{row['name']}: {tables.cell(row, 'val_top1')} ({row['n']})" for row in rows)
+    return [f"{row['name']}: {tables.cell(row, 'val_top1')} ({row['n']})" for row in rows]

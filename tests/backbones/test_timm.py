@@ -16,6 +16,7 @@ from ssl_bench.backbones.vit import vit_tiny
 from ssl_bench.errors import UserError
 from ssl_bench.launch.process import launch
 from ssl_bench.runs import weights
+from ssl_bench.stages._pretrained import load_pretrained
 
 timm = pytest.importorskip("timm")
 
@@ -165,3 +166,69 @@ def test_a_look_at_the_sizes_changes_no_draw() -> None:
     backbone.refuses(32)
     backbone.classifier_keys()
     assert torch.equal(torch.rand(1), expected)
+
+
+# --- timm's own weights ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where huggingface_hub keeps what it fetched; without a network."""
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def put(hub: Path, name: str, network: nn.Module) -> None:
+    folder = hub / f"models--timm--{name}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    save_file(network.state_dict(), folder / "snapshots" / ("0" * 40) / "model.safetensors")
+
+
+@pytest.mark.parametrize("model", ["test_vit", "test_vit.r160_in1k"])
+def test_its_own_weights(hub: Path, model: str, caplog: pytest.LogCaptureFixture) -> None:
+    whole = timm.create_model("test_vit")
+    put(hub, "test_vit.r160_in1k", whole)
+    with caplog.at_level("INFO"):
+        backbone = any_model(model, pretrained=True)
+    ours = backbone.state_dict()
+    assert all(torch.equal(ours[key], whole.state_dict()[key]) for key in ours)
+    assert "timm's weights test_vit.r160_in1k: trained with mean (0.5, 0.5, 0.5)" in caplog.text
+
+
+def test_its_own_weights_without_a_network(hub: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        any_model("test_vit", pretrained=True)
+    said = str(caught.value)
+    assert said.startswith(
+        "backbone.pretrained=true: timm's weights of test_vit can't be fetched ("
+    )
+    assert said.endswith("(HF_HOME says where they are kept), or type pretrained=FILE")
+    assert "\n" not in said
+
+
+def test_a_model_of_which_timm_has_no_weights() -> None:
+    known = timm.list_models("resnet*")
+    name = next(name for name in known if not timm.list_pretrained(f"{name}.*"))
+    with pytest.raises(UserError, match=f"timm has no weights of {name}; leave it out, or choose"):
+        any_model(name, pretrained=True)
+    with pytest.raises(UserError, match=r"backbone.model=resnet18.nope: timm has no such model"):
+        any_model("resnet18.nope", pretrained=True)
+
+
+def test_a_file_takes_the_place_of_its_own_weights(tmp_path: Path, hub: Path) -> None:
+    """Where a run that began with them is evaluated, nothing is fetched."""
+    backbone = any_model("test_vit")
+    save_file(backbone.state_dict(), tmp_path / "x.safetensors")
+    node = {"_target_": "ssl_bench.backbones.timm.timm", "model": "test_vit", "pretrained": True}
+    cfg = compose(
+        *(*SIZES, "stage=export", "backbone=timm", f"pretrained={tmp_path}/x.safetensors"),
+        *("backbone.model=test_vit", "backbone.pretrained=true"),
+    )
+    assert cfg.backbone.pretrained is True
+    loaded = load_pretrained(cfg).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in backbone.state_dict().items())
+    assert weights.unfilled(node)["pretrained"] is None

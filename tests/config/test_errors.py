@@ -446,7 +446,7 @@ def test_a_zoo_name_without_a_network(
     said = complaint(ssl_bench(*TINY, "stage=lincls", "pretrained=moco_v2_200ep"))
     assert said.startswith("pretrained=moco_v2_200ep: no download (")
     url = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_200ep/moco_v2_200ep_pretrain.pth.tar"
-    place = Path(os.environ["SSL_BENCH_CACHE"], "zoo", "moco_v2_200ep_pretrain.pth.tar")
+    place = Path(os.environ["SSL_BENCH_CACHE"], "zoo", "moco_v2_200ep.pth.tar")
     assert said.endswith(
         f"fetch {url} elsewhere and put it at {place} (its md5 begins with 59fd9945)"
     )

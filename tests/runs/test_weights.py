@@ -2,7 +2,9 @@
 
 import copy
 import hashlib
+import importlib.util
 import json
+import re
 import socket
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from threading import Thread
 import pytest
 import safetensors.torch
 import torch
+from commands import compose
 from compared import features, moco, same, tiny
 from conftest import TINY, Command
 from hypothesis import example, given, settings
@@ -23,6 +26,7 @@ from torch import nn
 from torchvision import models
 
 from ssl_bench.backbones import resnet
+from ssl_bench.config import build
 from ssl_bench.errors import UserError
 from ssl_bench.methods.moco import MoCo
 from ssl_bench.runs import published, weights
@@ -248,20 +252,19 @@ class Server:
         self.url = f"http://127.0.0.1:{self.http.server_port}/"
 
 
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+@pytest.fixture(params=["md5", "sha256"])
+def server(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Server]:
     """Serves `zoo/tiny.pth.tar`, known by the name `tiny`."""
     folder = tmp_path / "www"
     (folder / "zoo").mkdir(parents=True)
     file = write_official(tiny(), folder / "zoo" / "tiny.pth.tar")
     server = Server(folder)
-    md5 = hashlib.md5(file.read_bytes()).hexdigest()[:8]
+    digits = hashlib.new(request.param, file.read_bytes()).hexdigest()[:8]
     monkeypatch.setenv("SSL_BENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(published, "BASE_URL", server.url)
-    monkeypatch.setattr(
-        published, "WEIGHTS", {"tiny": published.Weights("zoo/tiny.pth.tar", md5, "resnet18", "")}
-    )
+    know(monkeypatch, server.url, f"{request.param} {digits}")
     thread = Thread(target=server.http.serve_forever, args=(0.02,))
     thread.start()
     yield server
@@ -270,13 +273,20 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     server.http.server_close()
 
 
+def know(monkeypatch: pytest.MonkeyPatch, url: str, known_hash: str) -> None:
+    """The zoo has one file."""
+    told = ("resnet18", "MoCo v2", 200, 67.7, "MIT")
+    one = published.Weights(f"{url}zoo/tiny.pth.tar", known_hash, *told)
+    monkeypatch.setattr(published, "WEIGHTS", {"tiny": one})
+
+
 def cached(tmp_path: Path) -> list[str]:
     """What is left in the cache, but for locks."""
-    return [
+    return sorted(
         path.name
         for path in (tmp_path / "cache").rglob("*")
         if path.is_file() and path.suffix != ".lock"
-    ]
+    )
 
 
 def test_a_zoo_name_is_downloaded_once(server: Server, tmp_path: Path) -> None:
@@ -289,13 +299,45 @@ def test_a_zoo_name_is_downloaded_once(server: Server, tmp_path: Path) -> None:
     assert server.requests == {"/zoo/tiny.pth.tar": 1}
 
 
+def test_without_a_published_hash_the_first_file_is_the_measure(
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    know(monkeypatch, server.url, "")
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            file = weights.find("tiny")
+    told = [text for text in caplog.messages if "its authors publish no hash" in text]
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert len(told) == 1
+    assert f"its sha256, {sha256[:8]}..., is in {file.parent}/SHA256SUMS now" in told[0]
+    assert cached(tmp_path) == ["SHA256SUMS", "tiny.pth.tar"]
+    file.unlink()
+    write_official(tiny(seed=1), server.folder / "zoo" / "tiny.pth.tar")
+    with pytest.raises(UserError, match=f"not {sha256[:8]}... as .*SHA256SUMS says"):
+        weights.find("tiny")
+
+
+def test_half_a_file_without_a_published_hash_is_not_taken(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    know(monkeypatch, server.url, "")
+    server.cut = True
+    with pytest.raises(UserError, match=r"tiny: (no download|\d+ bytes came of \d+)"):
+        weights.find("tiny")
+    assert cached(tmp_path) == []
+
+
 def refused(tmp_path: Path) -> str:
     with pytest.raises(UserError) as caught:
         weights.find("tiny")
-    message = str(caught.value)
+    message, known = str(caught.value), published.WEIGHTS["tiny"]
+    algorithm, _, digits = known.hash.partition(" ")
     assert str(tmp_path / "cache" / "zoo" / "tiny.pth.tar") in message  # where to put it
-    assert f"fetch {published.BASE_URL}zoo/tiny.pth.tar elsewhere" in message
-    assert f"begins with {published.WEIGHTS['tiny'].md5}" in message
+    assert f"fetch {known.url} elsewhere" in message
+    assert f"(its {algorithm} begins with {digits})" in message
     assert "\n" not in message
     assert cached(tmp_path) == []
     return message
@@ -303,7 +345,7 @@ def refused(tmp_path: Path) -> str:
 
 def test_another_file_is_not_cached(server: Server, tmp_path: Path) -> None:
     write_official(tiny(seed=1), server.folder / "zoo" / "tiny.pth.tar")
-    assert f"not {published.WEIGHTS['tiny'].md5}" in refused(tmp_path)
+    assert f"not {published.WEIGHTS['tiny'].hash.split()[1]}" in refused(tmp_path)
 
 
 def test_a_broken_download_is_not_cached(server: Server, tmp_path: Path) -> None:
@@ -321,7 +363,7 @@ def test_a_file_that_is_gone(server: Server, tmp_path: Path) -> None:
 def test_no_network(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as closed:  # bound, but nobody listens
         closed.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(published, "BASE_URL", f"http://127.0.0.1:{closed.getsockname()[1]}/")
+        know(monkeypatch, f"http://127.0.0.1:{closed.getsockname()[1]}/", "md5 b251726a")
         assert "refused" in refused(tmp_path)
 
 
@@ -329,7 +371,7 @@ def test_a_silent_network_does_not_hang(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
-        monkeypatch.setattr(published, "BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        know(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}/", "md5 b251726a")
         monkeypatch.setattr(published, "TIMEOUT", 0.2)
         assert "timed out" in refused(tmp_path)
 
@@ -349,6 +391,45 @@ def test_a_file_put_there_by_hand(server: Server, tmp_path: Path) -> None:
 def test_the_wrong_backbone_for_a_zoo_name(server: Server) -> None:
     with pytest.raises(UserError, match="Choose the backbone=resnet18 it was trained with"):
         load_backbone(resnet.resnet34(), "tiny")
+
+
+@pytest.mark.parametrize("name", published.WEIGHTS)
+def test_an_entry_of_the_zoo(name: str) -> None:
+    """What it says to type makes a network; of torchvision's, it is what torchvision says."""
+    known = published.WEIGHTS[name]
+    assert known.url.startswith("https://")
+    assert re.fullmatch(r"|md5 [0-9a-f]{8}|sha256 [0-9a-f]{8}", known.hash)
+    cfg = compose(*f"backbone={known.backbone}".split(), "data.image_size=224")
+    build.check(cfg)
+    if "dinov2" not in known.backbone or importlib.util.find_spec("timm"):
+        with torch.device("meta"):
+            assert build.construct(cfg.backbone).dim in (384, 512, 768, 2048, 4096)
+    if name.startswith("imagenet"):
+        network = known.backbone.replace("resnet", "ResNet")
+        (theirs,) = (one for one in getattr(models, f"{network}_Weights") if one.url == known.url)
+        assert theirs.meta["_metrics"]["ImageNet-1K"]["acc@1"] == known.top1
+        assert known.hash == f"sha256 {known.url.rpartition('-')[2].removesuffix('.pth')}"
+        assert ("_v2" in name) == (theirs.name == "IMAGENET1K_V2")
+
+
+def test_no_two_entries_share_a_place() -> None:
+    assert len({published.place(name) for name in published.WEIGHTS}) == len(published.WEIGHTS)
+    assert len({known.url for known in published.WEIGHTS.values()}) == len(published.WEIGHTS)
+
+
+def test_a_name_that_is_nearly_one() -> None:
+    with pytest.raises(UserError, match=r"ssl-bench stage=zoo lists; did you mean dino_vit_s16 or"):
+        weights.find("dino_vits16")
+    with pytest.raises(UserError, match=r"ssl-bench stage=zoo lists$"):
+        weights.find("nothing/like/it")
+
+
+def test_swav_was_shown_images_of_its_own_std(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_BENCH_CACHE", str(tmp_path))
+    assert weights.look(published.place("swav_800ep")) == {"std": [0.228, 0.224, 0.225]}
+    assert weights.look(published.place("dino_r50")) == {}
 
 
 # --- as a command ---------------------------------------------------------------------------------
@@ -398,9 +479,9 @@ def test_large_files_are_read_once_for_what_they_say(
     metadata[weights.DIGEST] = weights.digest(state, metadata["ssl_bench"])
     save_file(state, path := tmp_path / "model.safetensors", metadata)
     monkeypatch.setenv("SSL_BENCH_CACHE", str(tmp_path))
-    monkeypatch.setattr(
-        published, "WEIGHTS", {"one": published.Weights("x/one.pth", "c4ca4238", "resnet18", "")}
-    )
+    told = ("resnet18", "MoCo v2", 200, 67.7, "MIT")
+    one = published.Weights("https://x/one.pth", "md5 c4ca4238", *told)
+    monkeypatch.setattr(published, "WEIGHTS", {"one": one})
     published.place("one").parent.mkdir()
     published.place("one").write_text("1")
     read: list[Path] = []
