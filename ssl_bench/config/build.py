@@ -74,6 +74,7 @@ class Root(BaseModel):
     log_every: PositiveInt
     eval_every: NonNegativeInt
     save_every: PositiveInt
+    keep: PositiveInt = 2
 
 
 def check(cfg: DictConfig, quoted: Mapping[str, str] | None = None) -> None:

@@ -13,6 +13,8 @@ from ssl_bench.runs import layout, metrics
 from ssl_bench.shell import override
 
 BROUGHT = ("augmentation", "optimizer", "schedule")  # groups that a method brings, when chosen
+# stages that train nothing, of a run of any stage, and whose configuration is that run's
+AS_IT_WAS = ("average",)
 GROUPS = ("data", "backbone", "method", *BROUGHT)
 ROOTS = ("batch_size", "epochs", "seed", "precision", "sync_batch_norm", "zero_init_residual")
 
@@ -20,7 +22,7 @@ ROOTS = ("batch_size", "epochs", "seed", "precision", "sync_batch_norm", "zero_i
 def continued(cfg: DictConfig, words: Sequence[str]) -> DictConfig:
     """`merged`, once there is something left to do. UserError."""
     made = merged(cfg, words)
-    if made is not cfg:
+    if made is not cfg and made.stage.name not in AS_IT_WAS:
         _check_epochs(made, Path(made.pretrained))
     return made
 
@@ -35,7 +37,8 @@ def merged(cfg: DictConfig, words: Sequence[str]) -> DictConfig:
     if source is None or not isinstance(source, str):
         return cfg  # the check of the configuration refuses other types
     keys = {typed.key_of(word) for word in words}
-    for other in ("pretrained", "pretrained_prefix", "experiment"):
+    others = ("pretrained", "pretrained_prefix", "experiment") if "continue_from" in keys else ()
+    for other in others:
         if other in keys and f"{other}=null" not in words:
             raise UserError(
                 f"{other}= beside continue_from={source}, which says what to begin with: "
@@ -51,7 +54,7 @@ def merged(cfg: DictConfig, words: Sequence[str]) -> DictConfig:
     place = run / "config.yaml"
     ran = build.read_back(place, place.read_bytes(), yaml.safe_load)
     stage = (ran.get("stage") or {}).get("name")
-    if stage != cfg.stage.get("name"):
+    if cfg.stage.get("name") not in (stage, *AS_IT_WAS):
         raise UserError(
             f"continue_from={source}: a run of stage={stage}; stage={cfg.stage.get('name')} goes "
             "on from its own kind alone: type pretrained= for its weights"
@@ -70,6 +73,7 @@ def merged(cfg: DictConfig, words: Sequence[str]) -> DictConfig:
             if key not in keys and key in ran:
                 made[key] = ran[key]
         made.pretrained = str(file)
+        made.continue_from = source
     return made
 
 

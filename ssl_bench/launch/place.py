@@ -150,6 +150,8 @@ def _names(default: str, word: str) -> bool:
         return default.endswith(f"seed{value}")
     if key == "stage":
         return True
+    if key == "stage.last":
+        return default.endswith(f"last{value}")
     parts = rf"(^|[/-]){re.escape(value)}([/-]|$)"
     return key in SHOWN and re.search(parts, default) is not None
 

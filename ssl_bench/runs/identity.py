@@ -23,7 +23,7 @@ from ssl_bench.runs import layout
 # A run may continue when these differ: they change where and how fast it runs and what it shows,
 # not what it computes. (`devices` does change that in some runs: see `_by_process`.)
 FREE_KEYS = ("dir", "sweep", "metric", "launcher", "tracking", "device", "devices")
-FREE_KEYS += ("log_every", "save_every", "eval_every")
+FREE_KEYS += ("log_every", "save_every", "eval_every", "keep")
 FREE_KEYS += ("data.root", "data.cache", "data.workers", "runs", "source")
 # Keys that are paths, in every stage that has them. Two spellings of a place are one.
 PATHS = ("pretrained", "stage.images", "stage.out")
@@ -193,7 +193,7 @@ class Identity:
         if self.below:
             words = [self.below.title]
             if self.config.get("continue_from"):
-                words.append("continued")
+                words += ["continued"] if self.stage == "pretrain" else []
             elif self.config.get("method"):
                 words.append(self.name)
             if self.data != self.below.data:

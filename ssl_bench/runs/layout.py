@@ -6,6 +6,7 @@ from pathlib import Path
 from ssl_bench.files import SUMS
 
 WEIGHTS = "pretrained.sha256"  # file with the digest of the weights that the run started from
+AVERAGED = "averaged.json"  # of a mean of checkpoints: the sha256 of each
 UNLISTED = (SUMS, "log.txt")  # files that have no digest: they are still written at the end
 
 

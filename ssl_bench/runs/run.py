@@ -40,7 +40,7 @@ STALLED = 10  # seconds that the last step before a stop may wait for its images
 
 
 class Run:
-    """What a stage runs in. `directory` is None for a stage that leaves nothing behind.
+    """What a stage runs in. A stage whose `dir` is null leaves nothing behind.
 
     config: the resolved configuration as plain data. make_tracker: called on rank 0, after the
     directory was checked.
@@ -49,7 +49,8 @@ class Run:
     def __init__(
         self, config: dict, device: torch.device, make_tracker: Callable[[], Tracker]
     ) -> None:
-        self.directory = Path(config["dir"]) if config["dir"] else None
+        self.leaves = config["dir"] is not None  # does it leave anything behind?
+        self._directory = Path(config["dir"] or ".")
         self.device = device
         self.is_main = distributed.rank() == 0
         self.summary: dict | None = None  # the final metrics, of an earlier command too
@@ -62,11 +63,17 @@ class Run:
         # the learning rate at which the run ended that this one has just gone on from
         self.rate_before: float | None = None
 
+    @property
+    def directory(self) -> Path:
+        """Everything that it writes is in there. AssertionError for a run that leaves nothing."""
+        assert self.leaves, "a stage with dir: null writes nothing"
+        return self._directory
+
     # -- opening and closing -----------------------------------------------------------------------
 
     def __enter__(self) -> "Run":
         with ExitStack() as stack:
-            if self.directory is not None:
+            if self.leaves:
                 self._open(self.directory, stack)
             self._stack = stack.pop_all()
         return self
@@ -87,7 +94,7 @@ class Run:
                 stack.callback(self._discard, *fresh)
         distributed.barrier()
         what = identity.Identity(self._config, weights=identity.recorded(directory))
-        self.checkpoint = Checkpoint(directory, what.key)
+        self.checkpoint = Checkpoint(directory, what.key, self._config.get("keep", 2))
         if (done := directory / "summary.json").exists():
             self.summary = files.parse(done, json.loads)
             return
@@ -118,7 +125,7 @@ class Run:
     def finish(self, summary: dict) -> None:
         """Write down what the stage has returned: the run's result, which marks it as finished."""
         self.summary, self.status = summary, "finished"
-        if self.directory and self.is_main:
+        if self.leaves and self.is_main:
             text = json.dumps(summary, indent=2) + "\n"
             sums = files.sums_of(self.directory, layout.own(self.directory))
             sums["summary.json"] = hashlib.sha256(text.encode()).hexdigest()
@@ -325,7 +332,7 @@ class Run:
 
     def uses(self, split: str, fingerprint: str, images: int) -> None:
         """Write down the images of a split. UserError if the run began with other ones."""
-        if self.is_main and self.directory is not None:
+        if self.is_main and self.leaves:
             known = identity.inputs(self.directory)
             now = {"fingerprint": fingerprint, "images": images}
             if layout.has_state(self.directory) and known.get(split, now) != now:

@@ -97,7 +97,7 @@ def open_source(
     """
     count = data.split(split).length
     run.uses(split, data.split(split).fingerprint, count)
-    if split == "train" and data.class_names and run.is_main and run.directory:
+    if split == "train" and data.class_names and run.is_main and run.leaves:
         text = json.dumps({"classes": list(data.class_names)}) + "\n"
         files.write(run.directory / weights.CLASSES, text)
     rank, world = distributed.rank(), distributed.world_size()

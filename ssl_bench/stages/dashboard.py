@@ -10,10 +10,12 @@ from ssl_bench.errors import UserError, writable
 from ssl_bench.report import dashboard as panels
 from ssl_bench.runs import tracking
 from ssl_bench.runs.run import Run
+from ssl_bench.stages import single_process
 
 READS = ("tracking",)
 
 
+@single_process
 def dashboard(cfg: DictConfig, run: Run, out: Place = "dashboard.json") -> dict[str, float]:
     """Save the panels as a view of the project of `tracking` or, without a login, in `out`.
 
@@ -38,6 +40,3 @@ def dashboard(cfg: DictConfig, run: Run, out: Place = "dashboard.json") -> dict[
             "online, after `wandb login`, the same command makes it"
         )
     return {"panels": sum(len(section.panels) for section in made.sections)}
-
-
-dashboard.single_process = True

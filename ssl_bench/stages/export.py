@@ -27,7 +27,7 @@ from ssl_bench.runs import identity, layout, record, units, weights
 from ssl_bench.runs.record import Ran
 from ssl_bench.runs.run import Run
 from ssl_bench.shell import override
-from ssl_bench.stages import PRETRAINED, _labels
+from ssl_bench.stages import PRETRAINED, _labels, single_process
 from ssl_bench.stages._pretrained import Pretrained, open_pretrained
 from ssl_bench.stages._training import check_size
 
@@ -44,6 +44,7 @@ READS = (*PRETRAINED, "runs", "backbone")
 IDLE = {"pretrained=null": ("pretrained_prefix",)}
 
 
+@single_process
 def export(
     cfg: DictConfig, run: Run, out: Place, image_size: PositiveInt | None = None, onnx: bool = True
 ) -> dict[str, float]:
@@ -107,9 +108,6 @@ def export(
         f"ssl-bench reads it with {override('pretrained', folder)}"
     )
     return {"tensors": len(state)}
-
-
-export.single_process = True
 
 
 def replace(folder: Path, partial: Path) -> None:

@@ -22,7 +22,7 @@ from ssl_bench.runs import identity, units, weights
 from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
-from ssl_bench.stages import EVERY, PRETRAINING, RECIPE, _labels
+from ssl_bench.stages import EVERY, PRETRAINING, RECIPE, _labels, single_process
 from ssl_bench.stages._training import normalization, on_device, open_source
 from ssl_bench.stages.pretrain import picture
 
@@ -37,6 +37,7 @@ IDLE = {
 }
 
 
+@single_process  # its members start processes of their own
 def pipeline(
     cfg: DictConfig,
     run: Run,
@@ -88,9 +89,6 @@ def pipeline(
             log.warning("no picture: %s: %s", type(error).__name__, error)
     top1 = {f"{name} top-1": units.mean_std(values)[0] for name, values in results.items()}
     return top1 | cost(MetricsFile.read(run.directory / "pretrain" / "metrics.jsonl"))
-
-
-pipeline.single_process = True  # its members start processes of their own
 
 
 def check_choice(member: DictConfig, pretraining: DictConfig) -> None:

@@ -18,7 +18,7 @@ from ssl_bench.evaluate.features import new_array
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
 from ssl_bench.runtime.precision import autocast
-from ssl_bench.stages import IMAGES, PRETRAINED, RUN
+from ssl_bench.stages import IMAGES, PRETRAINED, RUN, single_process
 from ssl_bench.stages._pretrained import Pretrained, check_directory, log_result, open_pretrained
 from ssl_bench.stages._training import check_size, on_device, open_source
 
@@ -41,6 +41,7 @@ READS = (*RUN, *IMAGES, "data.on_error", "data.cache", "data.workers", "backbone
 IDLE = {"pretrained=null": ("pretrained_prefix",)}
 
 
+@single_process
 def predict(
     cfg: DictConfig,
     run: Run,
@@ -152,5 +153,4 @@ def find_split(cfg: DictConfig, name: str) -> Split:
     return open_images(cfg, pretrained, packed).split(name)
 
 
-predict.single_process = True
 predict.split = find_split

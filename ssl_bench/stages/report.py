@@ -21,6 +21,7 @@ from ssl_bench.report.tables import markdown
 from ssl_bench.runs import checkpoint, record, weights
 from ssl_bench.runs.record import Ran
 from ssl_bench.runs.run import Run
+from ssl_bench.stages import single_process
 from ssl_bench.stages._pretrained import view_of
 from ssl_bench.stages._training import check_size, on_device, open_source
 
@@ -36,6 +37,7 @@ DATA = ("data.name", "data.root", "data.cache", "data.workers")
 READS = ("runs", "metric", *DATA, "source", "batch_size", "device")
 
 
+@single_process
 def report(
     cfg: DictConfig,
     run: Run,
@@ -60,9 +62,6 @@ def report(
     if readme is not None:
         fill(Path(readme))
     return counts
-
-
-report.single_process = True
 
 
 def write(

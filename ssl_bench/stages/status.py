@@ -10,10 +10,12 @@ from ssl_bench.report import sweeps
 from ssl_bench.runs import sweep
 from ssl_bench.runs.run import Run
 from ssl_bench.shell import override
+from ssl_bench.stages import single_process
 
 READS = ("runs", "metric")
 
 
+@single_process
 def status(cfg: DictConfig, run: Run) -> dict[str, float]:
     """Show the sweeps `cfg.runs` and write their table.md and table.csv. Returns counts of states.
 
@@ -43,6 +45,3 @@ def status(cfg: DictConfig, run: Run) -> dict[str, float]:
         for state in states:
             counts[state.name] = counts.get(state.name, 0) + 1
     return counts
-
-
-status.single_process = True

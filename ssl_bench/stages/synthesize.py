@@ -7,10 +7,12 @@ from ssl_bench.config.fields import Place
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import UserError
 from ssl_bench.runs.run import Run
+from ssl_bench.stages import single_process
 
 READS = ("data",)
 
 
+@single_process
 def synthesize(
     cfg: DictConfig, run: Run, out: Place, num_request: NonNegativeInt = 0
 ) -> dict[str, float]:
@@ -26,6 +28,3 @@ def synthesize(
     write_dl21(out, **counts, **look, num_request=num_request, workers=data.workers)
     print(f"written: {sum(counts.values()):,} images; read them with data=dl21 data.root={out}")
     return counts
-
-
-synthesize.single_process = True

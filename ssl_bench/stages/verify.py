@@ -23,6 +23,7 @@ from ssl_bench.runs import checkpoint, identity, layout, record, weights
 from ssl_bench.runs.identity import Identity
 from ssl_bench.runs.record import Ran
 from ssl_bench.runs.run import Run, environment
+from ssl_bench.stages import single_process
 from ssl_bench.stages.report import open_data
 
 READS = ("runs", "data.name", "data.root", "data.cache", "data.workers")
@@ -41,6 +42,7 @@ class Finding(NamedTuple):
     note: str = ""
 
 
+@single_process
 def verify(
     cfg: DictConfig,
     run: Run,
@@ -73,9 +75,6 @@ def verify(
         first = next(one for one in found if one.state == "differs")
         raise UserError(f"{counts['differs']} of {len(found)} differ: {first.what}: {first.note}")
     return counts
-
-
-verify.single_process = True
 
 
 def _of(cfg: DictConfig, path: Path, known: Sequence[Ran], minutes: float) -> list[Finding]:

@@ -13,11 +13,13 @@ from ssl_bench.runs import record, units
 from ssl_bench.runs.published import WEIGHTS, place
 from ssl_bench.runs.record import Ran
 from ssl_bench.runs.run import Run
+from ssl_bench.stages import single_process
 
 READS = ("runs",)
 WIDTH = 120  # columns of a terminal
 
 
+@single_process
 def zoo(cfg: DictConfig, run: Run, verify: Place | None = None) -> dict[str, float]:
     """Show the published weights, and the finished runs at or below `cfg.runs` with their numbers.
 
@@ -50,9 +52,6 @@ def zoo(cfg: DictConfig, run: Run, verify: Place | None = None) -> dict[str, flo
             lines = textwrap.wrap(tables.plain(text), WIDTH - 4, subsequent_indent="  ")
             print(textwrap.indent("\n".join(lines), "  "))
     return {"published": len(WEIGHTS), "own": len(own)}
-
-
-zoo.single_process = True
 
 
 def identify(path: Path, own: list[Ran]) -> str:

@@ -159,7 +159,7 @@ CONFIGURATION = {
     ),
     "nothing alike": (
         ["stage=eval"],
-        ["stage=eval: no such choice; Valid: stage=dashboard, stage=export, "],
+        ["stage=eval: no such choice; Valid: stage=average, stage=dashboard, "],
     ),
     "a number for a text": (
         ["dir=1e5"],

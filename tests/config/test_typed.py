@@ -329,6 +329,8 @@ def scan(name: str, home: str, seen: set[tuple[str, str]]) -> set[str]:
                 read |= scan(node.func.id, home, seen)
             if ast.unparse(node.func) == "run.every":
                 read.add(f"{node.args[0].value}_every")
+                if node.args[0].value == "save":
+                    read.add("keep")  # by the run, which saves
     return read - {""}
 
 

@@ -1,0 +1,157 @@
+"""Stage runs: the runs there are, and the checkpoints that nothing stands on."""
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from ssl_bench import files
+from ssl_bench.report import tables
+from ssl_bench.runs import identity, layout, record, units
+from ssl_bench.runs.record import Ran
+from ssl_bench.runs.run import Run
+from ssl_bench.stages import single_process
+
+READS = ("runs",)
+# whose choice of each group a run is compared with, and which its directory shows already
+CHOSEN = ("stage", "method", "backbone", "data")
+AGES = {"d": 86400, "h": 3600, "min": 60}  # seconds
+WIDTH = 118  # characters of a line
+
+
+@single_process
+def runs(cfg: DictConfig, run: Run, prune: bool = False) -> dict[str, float]:
+    """Show the runs at or below `cfg.runs`, and what could be deleted. Returns counts and sizes.
+
+    prune: delete the checkpoints of finished runs that aren't their last and that no other run here
+    began with.
+    """
+    folders = files.places(cfg.runs) or [Path("runs")]
+    found = sorted(record.find(folders), key=lambda ran: ran.directory.parts)
+    own = {ran: list(_own_files(ran, found)) for ran in found}
+    differing = {ran: changed(ran) for ran in found}
+    shared = set.intersection(*map(set, differing.values())) if len(found) > 1 else set()
+    if words := [word for word in differing[found[0]] if word in shared]:
+        print("all of them: " + " ".join(words) + "\n")
+    facts = {ran: [ran.state.name, newest_metric(ran), *age_and_size(own[ran])] for ran in found}
+    widths = [max(map(len, column)) for column in zip(*facts.values(), strict=True)]
+    for ran in found:
+        cells = [fact.ljust(width) for fact, width in zip(facts[ran], widths, strict=True)]
+        line = "    " + "  ".join(cells)
+        words = [word for word in differing[ran] if word not in shared]
+        print(tables.plain(str(ran.directory)))
+        print(tables.plain(f"{line}  {shortened(words, WIDTH - len(line) - 2)}").rstrip())
+    idle = unneeded(found)
+    total = sum(path.stat().st_size for path in idle)
+    counts = {"runs": len(found), "finished": sum(ran.summary is not None for ran in found)}
+    if prune:
+        for path in idle:
+            path.unlink()
+            print(f"deleted {path}")
+    elif idle:
+        several = f"{len(idle)} checkpoint{'s' if len(idle) > 1 else ''}"
+        print(
+            f"\nno run here stands on {several}, {size(total)}: stage.prune=true deletes that much"
+        )
+    return {**counts, "unneeded_gb": 0.0 if prune else total / 1e9}
+
+
+def unneeded(found: Sequence[Ran]) -> list[Path]:
+    """The checkpoints of finished runs that aren't the last, and that no run began with."""
+    older = [
+        path
+        for ran in found
+        if ran.summary is not None
+        for path in layout.complete(ran.directory)[1:]
+    ]
+    needed = {ran.stands_on for ran in found} | _places(found) | _averaged(found)
+    return [p for p in older if not {str(p.resolve()), files.digest(p)} & needed]
+
+
+def _places(found: Iterable[Ran]) -> set[str]:
+    """The files that runs name as what they began with, some without having noted its digest."""
+    named = (ran.config.get("pretrained") for ran in found)
+    return {str(Path(path).resolve()) for path in named if path}
+
+
+def _averaged(found: Iterable[Ran]) -> set[str]:
+    """The digests of the files that means were made of (stage=average)."""
+    notes = (ran.directory / layout.AVERAGED for ran in found)
+    return {digest for path in notes if path.is_file() for digest in _digests(path)}
+
+
+def _digests(path: Path) -> Iterable[str]:
+    known = files.parse(path, json.loads)
+    return known.values() if isinstance(known, dict) else ()
+
+
+def changed(ran: Ran) -> list[str]:
+    """The settings in which a run differs from the defaults of its method, backbone and data."""
+    names = {group: identity.node(ran.config, group).get("name") for group in CHOSEN}
+    words = tuple(f"{group}={name}" for group, name in names.items() if name)
+    if (usual := _default(words)) is None:
+        return ["?"]
+    ours = ran.identity.own
+    theirs = identity.Identity(usual).own
+    keys = sorted(key for key in ours if ours[key] != theirs.get(key) and key != "seed")
+    # a choice of another group says it all
+    groups = {key.partition(".")[0] for key in keys if key.endswith(".name")}
+    short = [f"{group}={ours[f'{group}.name']}" for group in sorted(groups)]
+    return short + [f"{key}={ours[key]}" for key in keys if key.partition(".")[0] not in groups]
+
+
+@cache
+def _default(words: tuple[str, ...]) -> dict | None:
+    """The configuration that these choices make; None: some of them are a user's own."""
+    try:
+        made = hydra.compose("config", list(words))
+        made.dir = "."
+        return OmegaConf.to_container(made, resolve=True)
+    except HydraException:
+        return None
+
+
+def shortened(words: Sequence[str], width: int) -> str:
+    """As many of the words as there is room for, and how many are left."""
+    shown = ""
+    for i, word in enumerate(words):
+        longer = f"{shown} {word}".strip()
+        if len(longer) > width - 4:
+            return f"{shown} +{len(words) - i}".strip()
+        shown = longer
+    return shown
+
+
+def newest_metric(ran: Ran) -> str:
+    """The newest value of the metric that a run is judged by; "": it has none yet."""
+    key = ran.config.get("metric")
+    lines = [*ran.lines, ran.summary or {}]
+    values = [line[key] for line in lines if key in line]
+    return f"{key} {units.spoken(str(key), values[-1])}" if values else ""
+
+
+def age_and_size(paths: Sequence[Path]) -> tuple[str, str]:
+    """The time since the newest of the files was written, and how large they are together."""
+    written = [path.stat() for path in paths]
+    seconds = time.time() - max((one.st_mtime for one in written), default=time.time())
+    longest = next((unit for unit in AGES.items() if seconds >= unit[1]), ("", 1))
+    age = f"{seconds // longest[1]:.0f} {longest[0]}" if longest[0] else "now"
+    return age, size(sum(one.st_size for one in written))
+
+
+def size(count: int) -> str:
+    """A number of bytes."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _own_files(ran: Ran, found: Sequence[Ran]) -> Iterable[Path]:
+    """The files below the directory of a run that aren't those of a run within it."""
+    within = {other.directory for other in found if ran.directory in other.directory.parents}
+    for path in ran.directory.rglob("*"):
+        if path.is_file() and not within & set(path.parents):
+            yield path
