@@ -124,6 +124,11 @@ def _wrong_start(config: Mapping) -> list[str]:
             f"schedule.start_epoch={start:g} is for a training that goes on: "
             "add continue_from=RUN, or leave it out"
         ]
+    if start >= epochs:
+        return [
+            f"schedule.start_epoch={start:g} isn't reached within epochs={epochs}: "
+            f"type less, or epochs={int(start) + 1} or more"
+        ]
     if (warmup := schedule.get("warmup_epochs", 0)) >= epochs - start:
         return [
             f"schedule.warmup_epochs={warmup:g} isn't reached from schedule.start_epoch={start:g} "

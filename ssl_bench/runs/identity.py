@@ -26,7 +26,7 @@ FREE_KEYS = ("dir", "sweep", "metric", "launcher", "tracking", "device", "device
 FREE_KEYS += ("log_every", "save_every", "eval_every", "keep")
 FREE_KEYS += ("data.root", "data.cache", "data.workers", "runs", "source")
 # Keys that are paths, in every stage that has them. Two spellings of a place are one.
-PATHS = ("pretrained", "stage.images", "stage.out")
+PATHS = ("pretrained", "continue_from", "stage.images", "stage.out")
 KEPT_IN = {"select": "stage.features"}  # a path in this stage alone: lincls has "cached" there
 BELOW_ROOT = ("data.extra_labels", "stage.requested")  # lists of files, relative to data.root
 OVERRIDES = ("stage.protocol", "stage.rows")  # overrides that a pipeline starts its parts with
@@ -71,7 +71,8 @@ class Identity:
             if path == "pretrained" or is_free(path) or _is_ours(path, node):
                 return
             if path == "continue_from":  # from which state, the weights say
-                node = node is not None or None
+                flat[path] = True if node else None
+                return
             if isinstance(node, Mapping):
                 for key, value in node.items():
                     walk(value, f"{path}.{key}" if path else str(key))

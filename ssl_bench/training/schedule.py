@@ -18,7 +18,10 @@ class Schedule:
     """
 
     def __init__(
-        self, warmup_epochs: Epochs = 0.0, per_epoch: bool = False, start_epoch: Epochs = 0.0
+        self,
+        warmup_epochs: Epochs = 0.0,
+        per_epoch: bool = False,
+        start_epoch: NonNegativeFloat = 0.0,
     ) -> None:
         self.warmup_epochs, self.per_epoch = warmup_epochs, per_epoch
         self.start_epoch = start_epoch
@@ -51,7 +54,7 @@ class Cosine(Schedule):
         warmup_epochs: Epochs = 0.0,
         per_epoch: bool = False,
         final: NonNegativeFloat = 0.0,
-        start_epoch: Epochs = 0.0,
+        start_epoch: NonNegativeFloat = 0.0,
     ) -> None:
         super().__init__(warmup_epochs, per_epoch, start_epoch)
         self.final = final
@@ -72,7 +75,7 @@ class Step(Schedule):
         per_epoch: bool = False,
         milestones: tuple[Fraction, ...] = (0.6, 0.8),
         gamma: Fraction = 0.1,
-        start_epoch: Epochs = 0.0,
+        start_epoch: NonNegativeFloat = 0.0,
     ) -> None:
         super().__init__(warmup_epochs, per_epoch, start_epoch)
         self.milestones, self.gamma = milestones, gamma

@@ -176,8 +176,7 @@ def times_in_epochs(cfg: DictConfig) -> dict[str, tuple[float, InEpochs]]:
                 if isinstance(part, InEpochs)
             ]
             assert bool(marks) == (
-                ("epochs" in name or name in ("queue_start", "start_epoch", "copies"))
-                and name != "per_epoch"
+                ("epochs" in name or name in ("queue_start", "copies")) and name != "per_epoch"
             ), name
             found |= {f"{group}.{name}": (float(node[name]), mark) for mark in marks}
     return found

@@ -90,8 +90,8 @@ def test_a_terminal_without_the_character(how: dict[str, str], tmp_path: Path) -
 
 
 PLACES = {  # every setting that is a path, with what its stage needs besides
-    "dir": "", "pretrained": "stage=lincls", "continue_from": "", "runs": "stage=report", "data.root": "data=dl21",
-    "data.cache": "", "data.extra_labels": "data=dl21 data.root=/x",
+    "dir": "", "pretrained": "stage=lincls", "continue_from": "", "runs": "stage=report",
+    "data.root": "data=dl21", "data.cache": "", "data.extra_labels": "data=dl21 data.root=/x",
     "stage.out": "stage=select", "stage.features": "stage=select",
     "stage.requested": "stage=select", "stage.images": "stage=predict", "stage.verify": "stage=zoo",
     "stage.readme": "stage=report", "stage.what": "stage=verify",
