@@ -71,6 +71,7 @@ class Root(BaseModel):
     sync_batch_norm: bool
     zero_init_residual: bool
     compile: bool
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     log_every: PositiveInt
     eval_every: NonNegativeInt
     save_every: PositiveInt

@@ -36,6 +36,10 @@ class Method(nn.Module):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return [{"params": trained}]
 
+    def measured(self) -> nn.Module:
+        """What evaluations look at, with the names that its tensors have here."""
+        return nn.ModuleDict({"backbone": self.backbone})
+
     def check(self, num_images: int, local_batch: int) -> None:
         """UserError if it can't learn from so many images, or in such batches on each process.
 

@@ -26,6 +26,9 @@ class Supervised(Method):
         super().__init__(backbone)
         self.fc = nn.Linear(backbone.dim, num_classes)
 
+    def measured(self) -> nn.Module:
+        return self  # the layer on top of the backbone, too
+
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
         features = self.backbone(views[0])
         logits = self.fc(features)

@@ -82,6 +82,9 @@ class FineTune(Method):
             for parameter in parameters(part):
                 parameter.requires_grad_(False)
 
+    def measured(self) -> nn.Module:
+        return self  # the layer on top of the backbone, too
+
     def train(self, mode: bool = True) -> "FineTune":
         super().train(mode)
         for module in self.frozen:

@@ -34,6 +34,9 @@ class LinearProbe(Method):
         self.backbone.eval()  # or its running statistics would drift
         return self
 
+    def measured(self) -> nn.Module:
+        return self  # the layer on top of the backbone, too
+
     def logits(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, num_classes)."""
         with torch.no_grad():

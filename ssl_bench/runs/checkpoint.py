@@ -1,4 +1,4 @@
-"""Checkpoints `{run, step, model, optimizer}` and, with fp16, `scaler`.
+"""Checkpoints `{run, step, model, optimizer}` and, with fp16, `scaler`, with ema, `ema`.
 
 They are written atomically, hold no code, and are loaded strictly.
 """
@@ -125,14 +125,14 @@ def carry_over(path: Path, typed: str, **state: Any) -> int:
     """Load the state of another run into the objects, in place; returns its step.
 
     An optimizer keeps its own settings, such as the rate, and takes the rest of its state. A scaler
-    that the other run didn't have begins anew. UserError where a state doesn't fit; typed: the
-    override that names it.
+    or an average that the other run didn't have begins anew. UserError where a state doesn't fit;
+    typed: the override that names it.
     """
     content = read(path)
     if not isinstance(content, dict) or not {"model", "step"} <= content.keys():
         raise UserError(f"{typed}: {path} holds no state of a training")
     for key, value in state.items():
-        if key == "scaler" and key not in content:
+        if key in ("scaler", "ema") and key not in content:
             continue
         saved = content.get(key)
         try:

@@ -58,8 +58,9 @@ def load_backbone(backbone: nn.Module, source: str, prefix: str | None = None) -
         raise UserError(f"pretrained={source}: this backbone has no tensors: leave it out")
     ours = {"run", "step", "model"} <= content.keys() and isinstance(content["model"], Mapping)
     if ours and prefix is None:
-        model = {k: v for k, v in content["model"].items() if str(k).startswith("backbone.")}
-        found = networks.search({"model": model}, wanted, alone=True)
+        which = "ema" if "ema" in content else "model"
+        model = {k: v for k, v in measured(content).items() if str(k).startswith("backbone.")}
+        found = networks.search({which: model}, wanted, alone=True)
     else:
         keys = backbone.classifier_keys() if hasattr(backbone, "classifier_keys") else ()
         found = networks.search(content, wanted, keys)
@@ -100,12 +101,20 @@ def load_backbone(backbone: nn.Module, source: str, prefix: str | None = None) -
     if absent:
         remarks.append(f"it has no {networks.COUNTER}: they begin at 0")
     backbone.load_state_dict(tensors | absent)
-    whole = ours and network.prefix == "model.backbone."
-    state = content["model"] if whole else {} if network.is_of_a_method else network.beside
-    left_out = network.left_out
-    if whole:
-        left_out = [key for key in content["model"] if not key.startswith("backbone.")]
+    state, left_out = {} if network.is_of_a_method else network.beside, network.left_out
+    if ours and network.prefix in ("model.backbone.", "ema.backbone."):
+        state = content[network.prefix.partition(".")[0]]
+        left_out = [key for key in state if not key.startswith("backbone.")]
+    if ours and network.prefix == "ema.backbone.":
+        remarks.append(
+            "it is the average of the weights (ema); pretrained_prefix=model.backbone takes these"
+        )
     return Loaded(path, network.prefix, len(tensors), left_out, remarks, _classifier(state))
+
+
+def measured(content: Mapping) -> State:
+    """The tensors in a checkpoint that evaluations look at: those of `ema`, where it has them."""
+    return content["ema" if "ema" in content else "model"]
 
 
 def _differences(network: networks.Network, wanted: State) -> str:

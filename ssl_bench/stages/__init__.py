@@ -14,7 +14,7 @@ IMAGES = ("source", "batch_size", "precision")  # keys of one that shows images 
 # keys of a test view
 LOOK = ("augmentation.name", "augmentation.image_size", "augmentation.mean", "augmentation.std")
 EVERY = ("log_every", "eval_every", "save_every", "keep")
-RECIPE = ("augmentation", "optimizer", "schedule", "epochs", "compile")
+RECIPE = ("augmentation", "optimizer", "schedule", "epochs", "compile", "ema")
 TRAINING = (*RUN, *IMAGES, *RECIPE, *EVERY, "devices", "data", "backbone")
 PRETRAINED = ("pretrained", "pretrained_prefix")  # keys of one that reads weights
 PRETRAINING = (*TRAINING, "method", "sync_batch_norm")

@@ -47,7 +47,12 @@ class GridOptions(NamedTuple):
 
 
 def check_options(cfg: DictConfig, options: GridOptions) -> None:
-    """UserError for settings of the optimizer that would be ignored or can't work."""
+    """UserError for settings of the training that would be ignored or can't work."""
+    if cfg.get("ema") is not None:
+        raise UserError(
+            f"ema={cfg.ema:g} is for one classifier, and stage.features=cached trains a grid of "
+            "them: type ema=null, or stage.features=official"
+        )
     for key, tried in (("base_lr", "lrs"), ("weight_decay", "weight_decays")):
         if (value := cfg.optimizer[key]) not in (RECIPE[key], *getattr(options, tried)):
             raise UserError(
@@ -147,7 +152,7 @@ def train_grid(
     def score(x: Tensor, y: Tensor) -> Tensor:
         return grid.score(x.to(run.device), y.to(run.device)).cpu().double()
 
-    def measure() -> dict[str, float]:
+    def measure(_: nn.Module) -> dict[str, float]:
         best, line = 0, {}
         if held.any():
             scores = sum(score(x, y) for x, y in exam)

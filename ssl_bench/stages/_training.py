@@ -21,6 +21,7 @@ from ssl_bench.runs import tracking, weights
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
 from ssl_bench.runtime.seeding import fold, seed_torch
+from ssl_bench.training.average import Average
 from ssl_bench.training.engine import fit
 
 log = logging.getLogger(__name__)
@@ -173,7 +174,7 @@ def train(
     model: Method,
     source: Source,
     views: Callable[[Tensor, Tensor], list[Tensor]],
-    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     groups: list[dict] | None = None,
 ) -> dict[str, float]:
     """`fit` as the configuration says; returns what it does.
@@ -196,6 +197,14 @@ def train(
         sum(parameter.numel() for parameter in trained) / 1e6,
         run.directory,
     )
+    average = None
+    if (decay := cfg.get("ema")) is not None:
+        log.info(
+            "ema=%g: evaluations and exports see the average of the weights over about %s steps",
+            decay,
+            f"{1 / (1 - decay):,.0f}",
+        )
+        average = Average(model, decay)
     if cfg.compile:
         compile_(model, run.device)
     return fit(
@@ -209,6 +218,7 @@ def train(
         seed=cfg.seed,
         precision=cfg.precision,
         evaluate=evaluate,
+        average=average,
     )
 
 

@@ -2,6 +2,7 @@
 
 from omegaconf import DictConfig
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import nn
 
 from ssl_bench.augment.views import EvalView
 from ssl_bench.config import build
@@ -72,8 +73,8 @@ def finetune(
     frozen = digest(*model.frozen)
     groups = rates(cfg, model, head_lr, layer_decay)
 
-    def measure() -> dict[str, float]:
-        return evaluate(model, test.epoch_pass(), test_view)
+    def measure(network: nn.Module) -> dict[str, float]:
+        return evaluate(network, test.epoch_pass(), test_view)
 
     result = train(cfg, run, model, source, views, measure, groups)
     assert digest(*model.frozen) == frozen, "the frozen blocks changed"

@@ -110,8 +110,8 @@ def lincls(
             layers.sync_batch_norm_(probe.norm, run.device, cfg.compile)
         on_device(probe, run)
 
-        def measure() -> dict[str, float]:
-            return evaluate(probe, test.epoch_pass(), test_view)
+        def measure(network: nn.Module) -> dict[str, float]:
+            return evaluate(network, test.epoch_pass(), test_view)
 
         result = train(cfg, run, probe, source, views, measure)
     assert digest(backbone) == before, "the frozen backbone changed"

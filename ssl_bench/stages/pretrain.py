@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 from pydantic import NonNegativeInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_bench.augment.draws import keys
 from ssl_bench.augment.views import EvalView, Views
@@ -20,7 +20,6 @@ from ssl_bench.evaluate.features import extract_all
 from ssl_bench.evaluate.labels import check_classes, hold_out
 from ssl_bench.evaluate.neighbours import knn_and_ridge
 from ssl_bench.methods import layers
-from ssl_bench.methods.base import Method
 from ssl_bench.runs.checkpoint import check_fits
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
@@ -112,16 +111,16 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
             "method=%s learns from all labels of the train split: none are left to judge by",
             cfg.method.name,
         )
-    evaluate = online(cfg, run, data, model, views, online_images) if judged else None
+    evaluate = online(cfg, run, data, views, online_images) if judged else None
     if run.is_main:
         show_views(cfg, run, source, views)
     return train(cfg, run, model, source, views, evaluate)
 
 
 def online(
-    cfg: DictConfig, run: Run, data: Dataset, model: Method, views: Views, num_images: int
-) -> Callable[[], dict[str, float]] | None:
-    """A function that measures the backbone on `num_images` images of the train split.
+    cfg: DictConfig, run: Run, data: Dataset, views: Views, num_images: int
+) -> Callable[[nn.Module], dict[str, float]] | None:
+    """A function that measures the backbone of a network on `num_images` images of the train split.
 
     The labels of a fifth of them are predicted from the others. The val split is never looked at.
     None: there are no labels, too few, or the weights have learnt from them.
@@ -145,8 +144,8 @@ def online(
     asked = torch.from_numpy(hold_out(targets, 0.2, cfg.seed))
     test_view = EvalView(views.image_size, 1.0, *normalization(cfg)).to(run.device)
 
-    def evaluate() -> dict[str, float]:
-        backbone = model.backbone.eval()
+    def evaluate(network: nn.Module) -> dict[str, float]:
+        backbone = network.backbone.eval()
         features = extract_all(cfg.precision, run, backbone, source, lambda x, _: test_view(x))
         return knn_and_ridge(features, torch.from_numpy(targets), asked)
 

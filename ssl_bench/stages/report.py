@@ -229,7 +229,7 @@ def look(cfg: DictConfig, run: Run, detail: page.Detail, ran: Ran, source: Sourc
     view = view_of(ran.config, place, resize=ran.config["stage"].get("test_resize", 1.0))
     check_size("augmentation.image_size", view.image_size, backbone, node.get("name", ""))
     weights.load_backbone(backbone, str(paths[0]))
-    state = checkpoint.read(paths[0])["model"]
+    state = weights.measured(checkpoint.read(paths[0]))
     on_device(backbone, run).eval()
     features, labels = extract(backbone, source.epoch_pass(), view.to(run.device))
     if detail.features is None:

@@ -149,7 +149,8 @@ def check_budget(budget: int, free: int) -> None:
 def read_classifier(pretrained: str | None) -> dict[str, Tensor]:
     """The state of a `stage=lincls` run. UserError for anything else."""
     content = checkpoint.read(weights.find(pretrained)) if pretrained else {}
-    state = content.get("model", {}) if isinstance(content, dict) else {}
+    ours = isinstance(content, dict) and "model" in content
+    state = weights.measured(content) if ours else {}
     if "fc.weight" not in state:
         raise UserError(
             f"pretrained={pretrained} holds no classifier, which stage.strategy=margin needs: "

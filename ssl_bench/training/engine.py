@@ -16,6 +16,7 @@ from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed, memory
 from ssl_bench.runtime.precision import autocast, gradient_scaler
 from ssl_bench.runtime.seeding import fold, seed_torch
+from ssl_bench.training.average import Average
 from ssl_bench.training.optim import clip_, freeze_, schedule_
 from ssl_bench.training.schedule import Schedule
 
@@ -33,15 +34,21 @@ def fit(
     epochs: int,
     seed: int,
     precision: str = "fp32",
-    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    average: Average | None = None,
 ) -> dict[str, float]:
-    """Train up to `epochs` from the run's checkpoint on. Returns the last line logged (rank 0)."""
+    """Train up to `epochs` from the run's checkpoint on. Returns the last line logged (rank 0).
+
+    evaluate: given the model, or the network of the average if there is one.
+    """
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     scaler = gradient_scaler(precision, run.device, optimizer)
     state = {"model": model, "optimizer": optimizer}
     if scaler.is_enabled():
         state["scaler"] = scaler
+    if average is not None:
+        state["ema"] = average
     per_epoch = source.steps_per_epoch
     total = epochs * per_epoch
     start = run.restore(**state) or run.carry_over(per_epoch, **state)
@@ -106,6 +113,8 @@ def fit(
         scaler.step(optimizer)
         scaler.update()
         model.update(done / total)
+        if average is not None:
+            average.update()
 
         # Noted on the device, without waiting for it. In float16 a single step may overflow, which
         # the scaler skips.
@@ -122,8 +131,9 @@ def fit(
         if logging_now:
             line = meter.measure(done, at, output, embeddings)
         if evaluate and (last or (done % per_epoch == 0 and run.every("eval", done // per_epoch))):
-            distributed.share_buffers(model)
-            line |= evaluate()
+            network = model if average is None else average.network
+            distributed.share_buffers(network)
+            line |= evaluate(network)
             model.train()
         if line:
             progress = {"epoch": done / per_epoch, "images_seen": done * source.batch_size}

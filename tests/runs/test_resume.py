@@ -29,7 +29,7 @@ def test_killed(ssl_bench: Command, tmp_path: Path, stage: str, devices: int) ->
     ]
     command = {
         # batch norm of MoCo is each process's own
-        "pretrain": [*TINY_PRETRAIN, f"devices={devices}", "eval_every=1"],
+        "pretrain": [*TINY_PRETRAIN, f"devices={devices}", "eval_every=1", "ema=0.9"],
         "lincls": lincls,
         "cached": [*lincls, "stage.features=cached", "stage.copies=1", "stage.normalize=true"],
     }[stage]

@@ -146,8 +146,8 @@ def test_an_image_is_seen_in_another_order_and_by_other_draws_in_each_epoch(tmp_
 def test_a_measurement_interrupts_the_training_mode_only(tmp_path: Path) -> None:
     method, calls = Noted(), []
 
-    def measure() -> dict[str, float]:
-        method.eval()
+    def measure(network: Method) -> dict[str, float]:
+        network.eval()
         calls.append(len(method.modes))
         return {"measured": 1.0}
 
