@@ -68,12 +68,12 @@ def load_backbone(backbone: nn.Module, source: str, prefix: str | None = None) -
         begins = ", ".join([str(key) for key in content][:3])
         raise UserError(
             f"{path}: none of its tensors has a name of this backbone's (it begins with {begins}): "
-            f"choose the {_backbone_of(source, path)} it was trained with, or another file"
+            f"choose the {_backbone_of(source, path, content)} it was trained with, or another file"
         )
     if not found[0].fits:
         raise UserError(
             f"pretrained={source}: {_differences(found[0], wanted)}. "
-            f"Choose the {_backbone_of(source, path)} it was trained with"
+            f"Choose the {_backbone_of(source, path, content)} it was trained with"
         )
     try:
         network, why = networks.choose(found, prefix)
@@ -90,8 +90,7 @@ def load_backbone(backbone: nn.Module, source: str, prefix: str | None = None) -
     if why:
         others = " or ".join(one.typed for one in found if one is not network)
         remarks.append(f"it is {why}; pretrained_prefix={others} takes another")
-    if not ours and (heads := _heads(backbone)):
-        _check_heads(network, heads, source)
+    if (heads := _heads(backbone)) and not _check_heads(network, heads, source, path):
         remarks.append(f"no tensor says how many attention heads it had: {heads} are taken")
     if key := network.resized:
         was, now = tensors[key].shape[1], wanted[key].shape[1]
@@ -145,16 +144,25 @@ def _heads(backbone: nn.Module) -> int | None:
     return next((number for number in numbers if isinstance(number, int)), None)
 
 
-def _check_heads(network: networks.Network, heads: int, source: str) -> None:
-    """UserError where the authors' ViT-S of MoCo v3 would be read with fewer than its 12 heads."""
-    theirs = network.has("base_encoder|momentum_encoder") and network.class_token
-    width = next((t.shape[-1] for t in network.tensors.values() if t.ndim == 3), None)
-    if theirs and width == 384 and heads != 12:
+def _check_heads(network: networks.Network, heads: int, source: str, path: Path) -> bool:
+    """UserError if a transformer had another number of attention heads; False: it isn't known.
+
+    It is known of our own runs and exports, and of the ViT-S of MoCo v3, in the authors' vits.py.
+    """
+    width = next((t.shape[-1] for t in network.tensors.values() if t.ndim == 3), 0)
+    node = (recipe(path) or {}).get("backbone") or {}
+    told = node.get("num_heads") or (node.get("options") or {}).get("num_heads")
+    if not told and str(node.get("name")).startswith("vit_"):
+        told = width // 64
+    if network.has("base_encoder|momentum_encoder") and network.class_token and width == 384:
+        told = 12
+    if told and told != heads:
         raise UserError(
-            f"pretrained={source}: the ViT-S of MoCo v3 has 12 attention heads, this backbone "
-            f"{heads}: type backbone.num_heads=12, or for backbone=timm "
-            "backbone.options={num_heads:12}"
+            f"pretrained={source}: it was trained with {told} attention heads, and this backbone "
+            f"has {heads}: type backbone.num_heads={told}, or for backbone=timm "
+            f"backbone.options={{num_heads:{told}}}"
         )
+    return bool(told)
 
 
 def unfilled(node: Mapping) -> dict:
@@ -163,14 +171,47 @@ def unfilled(node: Mapping) -> dict:
     return plain | {"pretrained": None} if "pretrained" in plain else plain
 
 
-def _backbone_of(source: str, path: Path) -> str:
+def fitting(content: object) -> str:
+    """What to type for the first of our usual networks that a file fits; "": it fits none."""
+    if not isinstance(content, Mapping):
+        return ""
+    for words, (state, keys) in _usual().items():
+        found = networks.search(content, state, keys)
+        if found and found[0].fits:
+            return f"backbone={words}"
+    return ""
+
+
+@cache
+def _usual() -> dict[str, tuple[State, tuple[str, ...]]]:
+    """{what to type: (the tensors, without values; the beginnings of its classifier's)}."""
+    depths, vits = (18, 34, 50, 101), ("tiny", "small", "base")
+    kinds: dict[str, dict] = {f"resnet{depth}": {} for depth in depths}
+    kinds |= {f"resnet{depth} backbone.stem=small": {"stem": "small"} for depth in depths}
+    kinds |= {"resnet50x2": {"width": 128}, **{f"vit_{kind}": {"image_size": 224} for kind in vits}}
+    for patch in (8, 14):
+        size = {"image_size": 28 * patch, "patch_size": patch}
+        kinds |= {f"vit_{kind} backbone.patch_size={patch}": size for kind in vits}
+    found = {}
+    for words, arguments in kinds.items():
+        name = words.partition(" ")[0].removesuffix("x2")
+        module = "vit" if name.startswith("vit") else "resnet"
+        node = {"_target_": f"ssl_bench.backbones.{module}.{name}", **arguments}
+        with torch.device("meta"):
+            network = build.construct(node)
+        keys = network.classifier_keys() if hasattr(network, "classifier_keys") else ()
+        found[words] = network.state_dict(), keys
+    return found
+
+
+def _backbone_of(source: str, path: Path, content: object) -> str:
     """What to type for the backbone in the file, as far as it is known."""
     if known := published.WEIGHTS.get(source) or published.of(path):
         return f"backbone={known.backbone}"
     if not (node := (recipe(path) or {}).get("backbone")):
-        return "backbone="
-    telling = ("stem", "width", "model", "image_size", "patch_size")
-    words = [f"backbone.{key}={node[key]}" for key in telling if key in node]
+        return fitting(content) or "backbone="
+    telling = ("stem", "width", "model", "image_size", "patch_size", "num_heads")
+    words = [f"backbone.{key}={node[key]}" for key in telling if node.get(key) is not None]
     return " ".join([f"backbone={node.get('name')}", *words])
 
 

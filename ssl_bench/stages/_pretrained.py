@@ -150,6 +150,8 @@ def open_pretrained(cfg: DictConfig) -> Pretrained:
     if chosen is not None:
         node = OmegaConf.to_container(chosen, resolve=True)
     elif not config.get("backbone"):
+        if known is None and (fitting := weights.fitting(weights.read(path))):
+            advice = f"type {fitting}, which it fits"
         raise UserError(
             f"pretrained={cfg.pretrained}: doesn't say which of our networks it is of: {advice}"
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from compared import features, images, same
 from layouts import (
     LAYOUTS,
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 from ssl_bench.backbones import resnet, vit
 from ssl_bench.errors import UserError
 from ssl_bench.runs import names, networks
+from ssl_bench.runs.checkpoint import Checkpoint
 from ssl_bench.runs.weights import Loaded, load_backbone
 
 HUGGING_FACE = Path(__file__).parent / "hugging_face.npz"
@@ -360,13 +362,14 @@ def test_moco_v3_has_a_vit_of_twelve_heads(tmp_path: Path) -> None:
     state = below("module.base_encoder.", timm_names(state_of(network)))
     path = saved({"state_dict": state}, tmp_path)
     with pytest.raises(
-        UserError, match=r"has 12 attention heads, this backbone 6: type backbone\."
+        UserError, match=r"12 attention heads, and this backbone has 6: type backbone\.num"
     ):
         load_backbone(vit.vit_small(16), path)
     ours = vit.vit_small(16, num_heads=12)
-    loaded = load_backbone(ours, path)
-    assert "no tensor says how many attention heads it had: 12 are taken" in loaded.remarks
+    load_backbone(ours, path)
     assert same(ours, network)
+    loaded = load_backbone(ours, saved({"model": timm_names(state_of(network))}, tmp_path))
+    assert "no tensor says how many attention heads it had: 12 are taken" in loaded.remarks
 
 
 # --- position embeddings of another size ----------------------------------------------------------
@@ -493,3 +496,39 @@ def test_a_tensor_in_pieces_is_put_together() -> None:
 def test_images_of_the_reference() -> None:
     """hugging_face.npz is of these."""
     assert images().shape == (2, 3, 32, 32)
+
+
+# --- what to type instead -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (resnet.resnet34, "resnet34"),
+        (lambda: resnet.resnet50(width=128), "resnet50x2"),
+        (lambda: resnet.resnet18(stem="small"), "resnet18 backbone.stem=small"),
+        (lambda: vit.vit_small(32), "vit_small"),
+        (lambda: vit.vit_tiny(32, 8), "vit_tiny backbone.patch_size=8"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_network_that_a_file_fits_is_told(tmp_path: Path, make: Callable, words: str) -> None:
+    content = {"student": {"module": {}}, "teacher": below("backbone.", state_of(make()))}
+    said = refused(small_resnet(), content, tmp_path)
+    assert f"hoose the backbone={words} it was trained with" in said
+
+
+def test_our_own_vits_say_how_many_heads_they_have(tmp_path: Path) -> None:
+    """Of a run, which keeps its configuration."""
+    checkpoint = Checkpoint(tmp_path, "run")
+    checkpoint.save(1, model=nn.ModuleDict({"backbone": vit.vit_tiny(32, num_heads=6)}))
+    node = {"name": "vit_tiny", "_target_": "x", "num_heads": 6, "image_size": 32}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"backbone": node}))
+    with pytest.raises(UserError, match="trained with 6 attention heads, and this backbone has 3"):
+        load_backbone(vit.vit_tiny(32), str(tmp_path))
+    assert load_backbone(vit.vit_tiny(32, num_heads=6), str(tmp_path)).remarks == []
+    del node["num_heads"]  # as in runs from before there was a choice
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"backbone": node}))
+    assert load_backbone(vit.vit_tiny(32), str(tmp_path)).remarks == []
+    with pytest.raises(UserError, match="trained with 3 attention heads, and this backbone has 6"):
+        load_backbone(vit.vit_tiny(32, num_heads=6), str(tmp_path))
