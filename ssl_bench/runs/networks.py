@@ -106,10 +106,10 @@ def search(
     every: list[Network] = []
     fitting: list[Network] = []
     for table in spellings(content, wanted):
-        found = list(table.networks(tuple(classifier), alone))
-        # names that two spellings share are found twice
-        fitting += [n for n in found if n.fits and n.prefix not in {one.prefix for one in fitting}]
-        every += found
+        if fitting and table.spelling != fitting[0].spelling:
+            break
+        every += table.networks(tuple(classifier), alone)
+        fitting = [network for network in every if network.fits]
     if fitting:
         return _distinct(fitting)
     if not every:

@@ -48,9 +48,10 @@ def load_pretrained(cfg: DictConfig) -> nn.Module:
 
 def tell(loaded: weights.Loaded) -> None:
     """Log what was loaded, and warn of a run that isn't finished."""
+    where = f" ({loaded.prefix}*)" if loaded.prefix else ""
     log.info(
-        "loaded all %s tensors of the backbone from %s (%s*)",
-        *(loaded.num_tensors, loaded.source, loaded.prefix),
+        "loaded all %s tensors of the backbone from %s%s",
+        *(loaded.num_tensors, loaded.source, where),
     )
     for remark in loaded.remarks:
         log.info("%s: %s", loaded.source.name, remark)

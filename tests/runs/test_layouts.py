@@ -17,6 +17,8 @@ import pytest
 import torch
 import yaml
 from compared import features, images, same
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from layouts import (
     LAYOUTS,
     LIGHTLY,
@@ -313,6 +315,47 @@ def test_a_numbered_file_of_another_network(tmp_path: Path) -> None:
     refused(small_resnet(), numbered(state_of(small_resnet()), swapped), tmp_path)
     exchanged = LIGHTLY | {"layer2": 6, "layer3": 5}
     refused(small_resnet(), numbered(state_of(small_resnet()), exchanged), tmp_path)
+
+
+WORDS = st.sampled_from(["state_dict", "model", "module", "net", "_orig_mod", "0", "conv1", "fc"])
+HEADS = ["fc.weight", "head.bias", "projection_head.0.weight", "prototypes.weight", "queue_ptr"]
+OTHERS = [
+    "layer4.2.bn1.bias",
+    "layer5.0.conv1.weight",
+    "ln_pre.weight",
+    "register_tokens",
+    "bn2.bias",
+]
+
+
+@given(
+    outer=st.lists(WORDS, max_size=3),
+    inner=st.lists(WORDS, max_size=3),
+    heads=st.sets(st.sampled_from(HEADS)),
+    other=st.none() | st.sampled_from(OTHERS),
+    dropped=st.none() | st.sampled_from([*without_counters(small_resnet().state_dict())]),
+)
+@settings(max_examples=20, deadline=None)
+def test_any_prefix(
+    outer: list[str], inner: list[str], heads: set[str], other: str | None, dropped: str | None
+) -> None:
+    """Whatever dictionaries and modules it lies in, a network is found; another one isn't."""
+    state, prefix = state_of(small_resnet()), "".join(f"{word}." for word in inner)
+    beside = {key: torch.zeros(1) for key in [*heads, *([other] if other else [])]}
+    content: dict = {"epoch": 3, **below(prefix, state | beside)}
+    content.pop(f"{prefix}{dropped}", None)
+    for word in reversed(outer):
+        content = {word: content, "optimizer": {"state": {0: torch.zeros(1)}}, "lr": 0.1}
+    (found,) = networks.search(content, state)
+    assert found.fits == (not other and not dropped)
+    if found.fits:
+        expected = "".join(f"{word}." for word in outer) + prefix.replace("_orig_mod.", "")
+        assert found.prefix == expected
+        assert all(found.tensors[key] is value for key, value in state.items())
+        assert found.beside.keys() == heads
+    else:
+        assert (found.unexpected == [other]) == bool(other)
+        assert (found.missing == [dropped]) == bool(dropped)
 
 
 def test_of_several_the_user_chooses(tmp_path: Path) -> None:
