@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ssl_bench.backbones import resnet, vit
 
 State = dict[str, Tensor]
+DIM = 24  # of `small_vit`
 
 
 def fill(name: str, like: Tensor) -> Tensor:
@@ -37,8 +38,9 @@ def small_resnet() -> nn.Module:
     return resnet.resnet18(stem="small", width=8)
 
 
-def small_vit() -> nn.Module:
-    return vit.vit_tiny(32)
+def small_vit(image_size: int = 32) -> nn.Module:
+    """As narrow as no ViT is: most of a file of vit_tiny would be read for nothing."""
+    return vit._vit(image_size, 16, DIM, 3, "learned", False, "torchvision")
 
 
 def below(prefix: str, state: State) -> State:
@@ -200,7 +202,7 @@ LAYOUTS = {
     "iBOT": vit_layout(
         lambda state, other: {
             "student": below("module.backbone.", other)
-            | {"module.backbone.masked_embed": torch.zeros(1, 192)},
+            | {"module.backbone.masked_embed": torch.zeros(1, DIM)},
             "teacher": below("backbone.", state),
             "args": argparse.Namespace(),
         },
@@ -217,14 +219,14 @@ LAYOUTS = {
                     ): value
                     for key, value in state.items()
                 }
-                | {"mask_token": torch.zeros(1, 192)},
+                | {"mask_token": torch.zeros(1, DIM)},
             )
             | mlp("dino_head.mlp")
         },
         "teacher.backbone",
     ),
     "DINOv2, backbone only": vit_layout(
-        lambda state, _: state | {"mask_token": torch.zeros(1, 192)}, ""
+        lambda state, _: state | {"mask_token": torch.zeros(1, DIM)}, ""
     ),
     "SwAV": resnet_layout(
         lambda state, _: (
@@ -335,7 +337,7 @@ LAYOUTS = {
         },
         "net.module",
     ),
-    "timm, ViT": vit_layout(lambda state, _: state | head("head", 192), ""),
+    "timm, ViT": vit_layout(lambda state, _: state | head("head", DIM), ""),
     "timm, ResNet, with its moving average": resnet_layout(
         lambda state, other: {
             "arch": "resnet18",
@@ -347,7 +349,7 @@ LAYOUTS = {
         "moving average",
     ),
     "torchvision, ResNet": resnet_layout(lambda state, _: state | head("fc"), ""),
-    "torchvision, ViT": Layout(small_vit, lambda state, _: state | head("heads.head", 192), ""),
+    "torchvision, ViT": Layout(small_vit, lambda state, _: state | head("heads.head", DIM), ""),
     "torch.compile": resnet_layout(
         lambda state, _: {"model": below("_orig_mod.", state) | head("_orig_mod.fc")}, "model"
     ),
