@@ -17,6 +17,7 @@ BROUGHT = ("augmentation", "optimizer", "schedule")  # groups that a method brin
 AS_IT_WAS = ("average",)
 GROUPS = ("data", "backbone", "method", *BROUGHT)
 ROOTS = ("batch_size", "epochs", "seed", "precision", "sync_batch_norm", "zero_init_residual")
+ROOTS += ("ema",)
 
 
 def continued(cfg: DictConfig, words: Sequence[str]) -> DictConfig:

@@ -135,6 +135,13 @@ def test_another_optimizer_begins_anew(runs: Path, caplog: pytest.LogCaptureFixt
     assert {int(one["step"]) for one in state["optimizer"]["state"].values()} == {10}
 
 
+def test_an_average_of_the_weights_goes_on_or_begins(runs: Path) -> None:
+    on(runs, "averaged", "epochs=3", "ema=0.9")
+    on(runs, "further", f"continue_from={runs}/averaged", "epochs=4")
+    counts = [final(runs / name)[0]["ema"]["n_averaged"].item() for name in ("averaged", "further")]
+    assert counts == [10, 20]
+
+
 def test_its_lineage(runs: Path) -> None:
     on(runs, "line", "epochs=3")
     found = {ran.directory.name: ran for ran in record.find([runs])}
