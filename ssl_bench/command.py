@@ -65,6 +65,8 @@ class Result:
     metrics: dict[str, float]
 
     def __fspath__(self) -> str:
+        if self.directory is None:
+            raise UserError("this command leaves no directory")
         return str(self.directory)
 
 

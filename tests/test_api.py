@@ -76,7 +76,10 @@ def test_it_is_the_run_of_the_command(here: Path, ssl_bench: Command) -> None:
 
 
 def test_a_stage_without_a_directory(here: Path, capsys: pytest.CaptureFixture) -> None:
-    assert api.train(["stage=zoo"]).directory is None
+    ran = api.train(["stage=zoo"])
+    assert ran.directory is None
+    with pytest.raises(api.UserError, match="leaves no directory"):
+        api.load(ran)
     assert "moco_v2_800ep" in capsys.readouterr().out
 
 

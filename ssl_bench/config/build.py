@@ -102,6 +102,12 @@ def check(cfg: DictConfig, quoted: Mapping[str, str] | None = None) -> None:
         except UserError as error:
             problems.append(str(error))
         else:
+            if group == "data" and not _is_ours(node["_target_"]) and node.get("name") in _names():
+                log.warning(
+                    "data.name=%s is the name of other images, and tables would call these by it: "
+                    "type data=own data.name=...",
+                    node["name"],
+                )
             wrong = _problems(schema, _arguments(node, schema), f"{group}.", quoted or {})
             problems += wrong or _too_late(schema, node, group, plain)
     if not problems and (rest := plain["batch_size"] % plain["devices"]):
@@ -193,6 +199,17 @@ def construct(node: Mapping, **supplied: Any) -> Any:
         packing = {key: value for key, value in arguments.items() if key in ours}
         return signatures.locate(OWN)(target, made, **packing)
     return target(**arguments, **supplied)
+
+
+def _is_ours(path: str) -> bool:
+    return current(path).startswith("ssl_bench.")
+
+
+@cache
+def _names() -> set[str]:
+    """The names of our data sets, but for the one that is for a user's own."""
+    folder = Path(__file__).parents[1] / "conf" / "data"
+    return {path.stem for path in folder.glob("*.yaml")} - {"own"}
 
 
 def _gives_items(target: Callable) -> bool:
@@ -384,7 +401,7 @@ def _arguments(node: dict, schema: type[BaseModel]) -> dict:
 def _schema(path: str | None, group: str, supplied: tuple[str, ...]) -> type[BaseModel]:
     with _told(path, group):
         parameters = signatures.parameters(path or "", supplied)
-    if group == "data" and not current(str(path)).startswith("ssl_bench."):
+    if group == "data" and not _is_ours(str(path)):
         target = locate(str(path), group)
         if inspect.isclass(target) and not hasattr(target, "split"):
             if not _gives_items(target):

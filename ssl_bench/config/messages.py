@@ -10,6 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from ssl_bench.config import typed
@@ -101,7 +102,11 @@ def _unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
     if not names:
         return f"{error.full_key}: no such key; {parent} has none"
     valid = [f"{parent}.{name}" if parent else name for name in names]
-    return unknown("key", error.full_key, valid)
+    line = unknown("key", error.full_key, valid)
+    target = OmegaConf.to_container(error.parent_node).get("_target_") if parent else None
+    if target is not None and not str(target).startswith("ssl_bench."):
+        line += f". An argument of your own {parent}._target_ has a +: +{error.full_key}="
+    return line
 
 
 def parsed(words: list[str]) -> list[Override]:

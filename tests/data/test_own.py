@@ -1,5 +1,6 @@
 """Data sets of a user's own: `__len__`, and `__getitem__` that gives an image and its label."""
 
+import logging
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -274,6 +275,7 @@ def test_it_trains_as_ours_does(module: Callable[[str], str], tmp_path: Path) ->
         ("data._target_=MODULE.Good +data.lst=3", "data.lst: no such key; did you mean data.last"),
         ("data._target_=MODULE.Good +data.last=a", "data.last=a: input should be a valid integer"),
         ("data._target_=MODULE.Good +data.split=val", "data.split: no such key"),
+        ("data._target_=MODULE.Good data.last=2", r"has a \+: \+data.last="),
         ("data._target_=MODULE.Nothing", "can't be imported"),
         ("data._target_=MODULE.Bad", "data._target_=MODULE.Bad has no __len__"),
         ("data.name=mine", "data._target_ needs a value"),
@@ -284,6 +286,18 @@ def test_a_mistake_is_one_line(words: str, said: str, module: Callable[[str], st
     name = module("class Bad: ...")
     with pytest.raises(UserError, match=said.replace("MODULE", name)):
         ssl_bench.train(["data=own", *words.replace("MODULE", name).split(), "pretrained=null"])
+
+
+def test_the_name_of_other_images_is_warned_of(
+    module: Callable[[str], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    name = module("class Bad: ...")
+    logging.getLogger("ssl_bench").addHandler(caplog.handler)
+    for words, warned in (([], True), (["data=own"], False), (["data.name=mine"], False)):
+        caplog.clear()
+        with pytest.raises(UserError, match=r"data.lst: no such key"):
+            ssl_bench.train([*words, f"data._target_={name}.Good", "+data.lst=3"])
+        assert ("is the name of other images" in caplog.text) == warned
 
 
 def test_a_run_from_elsewhere_names_no_class(module: Callable[[str], str]) -> None:
