@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import TINY, TINY_PRETRAIN, Command
 
 import ssl_bench
@@ -238,7 +239,7 @@ def torchrun(folder: Path, *words: str, **env: str) -> subprocess.CompletedProce
 
 @pytest.mark.slow
 def test_a_pipeline_of_two_processes(ssl_bench: Command, tmp_path: Path) -> None:
-    """It draws what one process draws, of the same images."""
+    """torchrun's. It draws what one process draws, of the same images."""
     rows = tmp_path / "conf" / "experiment" / "mine.yaml"
     rows.parent.mkdir(parents=True)
     on = "'pretrained=${quote:${dir}/pretrain}'"
@@ -262,15 +263,24 @@ def test_a_pipeline_of_two_processes(ssl_bench: Command, tmp_path: Path) -> None
     assert (tmp_path / "run" / "overview.png").stat().st_size > 30_000
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert result.stdout.count("| pretrained") == 1
+    pretraining = tmp_path / "run" / "pretrain"
+    assert json.loads((pretraining / "environment.json").read_text())["world_size"] == 2
+    # it may change the result
+    assert yaml.safe_load((pretraining / "config.yaml").read_text())["devices"] == 2
+    assert result.stderr.count("step 10/10") == 1  # one rank speaks
     again = torchrun(tmp_path, "--config-dir=conf", "experiment=mine", *PIPELINE)
     assert again.returncode == 0, again.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [["-m"], ["launcher=workstation"]])
-def test_a_sweep_in_several_processes_is_refused(tmp_path: Path, launcher: list[str]) -> None:
-    result = torchrun(tmp_path, *launcher, *TINY_PRETRAIN, "seed=0,1")
-    assert result.returncode != 0
+def test_a_sweep_in_several_processes_is_refused(
+    ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: list[str]
+) -> None:
+    """By each of them."""
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    result = ssl_bench(*launcher, *TINY_PRETRAIN, "seed=0,1")
+    assert result.returncode == 2
     assert (
         "ssl-bench: a sweep in the 2 processes of torchrun or srun: start it once" in result.stderr
     )

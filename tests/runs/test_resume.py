@@ -6,70 +6,85 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
-from commands import interrupted
+from commands import interrupted, run_here
 from compared import assert_identical, final
 from conftest import TINY, TINY_PRETRAIN, Command
 
 pytestmark = pytest.mark.slow
 
 
+LINCLS = [*TINY, "stage=lincls", "epochs=2", "save_every=4"]
+COMMANDS = {
+    "pretrain": [*TINY_PRETRAIN, "ema=0.9"],  # batch norm of MoCo is each process's own
+    "lincls": LINCLS,
+    "cached": [*LINCLS, "stage.features=cached", "stage.copies=1", "stage.normalize=true"],
+}
+
+
+def command(stage: str, devices: int) -> list[str]:
+    """Of 20 steps."""
+    return [*COMMANDS[stage], "eval_every=1", f"devices={devices}"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], tuple]:
+    """What the run of a stage on so many processes comes to that nothing interrupts."""
+
+    @cache
+    def run(stage: str, devices: int) -> tuple[dict, list[dict]]:
+        folder = tmp_path_factory.mktemp("whole")
+        result = run_here([*command(stage, devices), "dir=run"], folder)
+        assert result.returncode == 0, result.stderr
+        state, lines = final(folder / "run")
+        assert [line["step"] for line in lines] == list(range(1, 21))
+        del state["run"]
+        return state, lines
+
+    return run
+
+
+def assert_same_end(run: Path, whole: tuple[dict, list[dict]]) -> None:
+    state, lines = final(run)
+    del state["run"]
+    assert_identical(state, whole[0])
+    assert lines == whole[1]
+
+
+@pytest.mark.xdist_group("resume")  # for what they share
 @pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("stage", ["pretrain", "lincls", "cached"])
-def test_killed(ssl_bench: Command, tmp_path: Path, stage: str, devices: int) -> None:
-    lincls = [
-        *TINY,
-        "stage=lincls",
-        "epochs=2",
-        "save_every=4",
-        "eval_every=1",
-        f"devices={devices}",
-    ]
-    command = {
-        # batch norm of MoCo is each process's own
-        "pretrain": [*TINY_PRETRAIN, f"devices={devices}", "eval_every=1", "ema=0.9"],
-        "lincls": lincls,
-        "cached": [*lincls, "stage.features=cached", "stage.copies=1", "stage.normalize=true"],
-    }[stage]
-    ssl_bench(*command, "dir=whole", check=True)
+@pytest.mark.parametrize("stage", COMMANDS)
+def test_killed(
+    ssl_bench: Command, tmp_path: Path, whole: Callable[..., tuple], stage: str, devices: int
+) -> None:
+    words = [*command(stage, devices), "dir=killed"]
     # Of 20; not a later one, since the run may have ended before the signal comes.
     step = random.Random(f"{stage} {devices}").randrange(1, 14)
     print("killed after step", step)
-    interrupted([*command, "dir=killed"], tmp_path, Path("killed"), step, signal.SIGKILL)
+    interrupted(words, tmp_path, Path("killed"), step, signal.SIGKILL)
     assert not (tmp_path / "killed" / "summary.json").exists()
-    result = ssl_bench(*command, "dir=killed", check=True)
+    result = ssl_bench(*words, check=True)
     if step > 5:
         assert "continuing after step" in result.stderr
-    whole, killed = final(tmp_path / "whole"), final(tmp_path / "killed")
-    assert [line["step"] for line in whole[1]] == list(range(1, 21))
-    whole[0].pop("run"), killed[0].pop("run")
-    assert_identical(whole[0], killed[0])
-    assert whole[1] == killed[1]
+    assert_same_end(tmp_path / "killed", whole(stage, devices))
 
 
+@pytest.mark.xdist_group("resume")
 @pytest.mark.parametrize(("devices", "source"), [(1, "host"), (2, "host"), (1, "streamed")])
 def test_terminated_loses_nothing(
-    ssl_bench: Command, tmp_path: Path, devices: int, source: str
+    ssl_bench: Command, tmp_path: Path, whole: Callable[..., tuple], devices: int, source: str
 ) -> None:
-    command = [
-        *TINY_PRETRAIN,
-        "save_every=1000",
-        "epochs=4",
-        f"devices={devices}",
-        f"source={source}",
-    ]
-    ssl_bench(*command, "dir=whole", check=True)
-    status = interrupted([*command, "dir=stopped"], tmp_path, Path("stopped"), 6, signal.SIGTERM)
+    words = [*command("pretrain", devices), "save_every=1000", f"source={source}", "dir=stopped"]
+    status = interrupted(words, tmp_path, Path("stopped"), 6, signal.SIGTERM)
     assert status == 128 + signal.SIGTERM
     (saved,) = (tmp_path / "stopped" / "checkpoints").glob("step*.pt")
     assert int(saved.stem.removeprefix("step")) >= 6
-    ssl_bench(*command, "dir=stopped", check=True)
-    whole, stopped = final(tmp_path / "whole"), final(tmp_path / "stopped")
-    whole[0].pop("run"), stopped[0].pop("run")
-    assert_identical(whole[0], stopped[0])
-    assert whole[1] == stopped[1]
+    ssl_bench(*words, check=True)
+    assert_same_end(tmp_path / "stopped", whole("pretrain", devices))
 
 
 def test_terminated_while_packing(ssl_bench: Command, tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import yaml
-from conftest import TINY_PRETRAIN, Command
+from conftest import Command
 from processes import in_processes
 from torch import Tensor, nn
 
@@ -166,18 +163,6 @@ def test_the_port_is_not_one_that_the_system_gives_away(
     distributed.find_rank_0()
     assert os.environ["MASTER_ADDR"] == "gpu1"
     assert 20_000 <= int(os.environ["MASTER_PORT"]) < 32_768
-
-
-@pytest.mark.slow
-def test_torchrun_is_joined(tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, "-m", "ssl_bench", *TINY_PRETRAIN, "epochs=1", "dir=run"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("step 10/10") == 1  # one rank speaks
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 2
-    # it may change the result
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["devices"] == 2
 
 
 @pytest.mark.slow
