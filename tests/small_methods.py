@@ -1,6 +1,7 @@
 """Every method, small."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from commands import CONF, compose
@@ -77,9 +78,14 @@ def make(name: str, backbone: Callable[[], nn.Module] = resnet) -> Method:
     return build.construct(cfg.method, backbone=backbone(), **given)
 
 
+@cache
+def num_views(name: str) -> int:
+    return make(name, TwoLayers).num_views
+
+
 def views_of(name: str, batch: int, step: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(step)
-    sizes = [16] * make(name).num_views + [8, 8] * (name in MULTI_CROP)
+    sizes = [16] * num_views(name) + [8, 8] * (name in MULTI_CROP)
     return [torch.rand(batch, 3, size, size, generator=generator) for size in sizes]
 
 

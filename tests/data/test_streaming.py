@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from commands import run_here
 from compared import assert_identical, final
 from conftest import TINY_PRETRAIN, Command
 
@@ -90,9 +93,25 @@ class Mine(Digits):
 """
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The run on so many processes that nothing stops."""
+
+    @cache
+    def run(devices: int) -> Path:
+        folder = tmp_path_factory.mktemp("whole")
+        words = ["eval_every=0", "source=host", "epochs=1", f"devices={devices}"]
+        result = run_here([*TINY_PRETRAIN, *words, "dir=run"], folder)
+        assert result.returncode == 0, result.stderr
+        return folder / "run"
+
+    return run
+
+
+@pytest.mark.xdist_group("stalled")  # for what they share
 @pytest.mark.parametrize(("devices", "rank"), [(1, 0), (2, 0), (2, 1)])
 def test_stopped_while_no_images_come(
-    ssl_bench: Command, tmp_path: Path, devices: int, rank: int
+    ssl_bench: Command, tmp_path: Path, whole: Callable[[int], Path], devices: int, rank: int
 ) -> None:
     """It ends all the same. One process, or the first of several, has saved the last step that was
     whole; where it is another one whose images don't come, the first is within a step, and those
@@ -101,7 +120,6 @@ def test_stopped_while_no_images_come(
     index = int(permutation(0, 0, IMAGES)[4 * 128 + rank * 64 + 5])  # of the fifth step
     (tmp_path / "mine.py").write_text(STALLING.replace("INDEX", str(index)))
     words = ["data._target_=mine.Mine", f"devices={devices}", "save_every=3", "epochs=1"]
-    ssl_bench(*TINY_PRETRAIN, "eval_every=0", *words, "source=host", "dir=whole", check=True)
     (tmp_path / "stall").touch()
     process = start(tmp_path, *STREAMED, *words, "dir=stopped")
     wait_for_lines(process, tmp_path / "stopped" / "metrics.jsonl", 4)
@@ -114,7 +132,7 @@ def test_stopped_while_no_images_come(
     assert torch.load(saved, weights_only=True)["step"] == (4 if rank == 0 else 3)
     (tmp_path / "stall").unlink()
     ssl_bench(*STREAMED, *words, "dir=stopped", check=True)
-    assert_same_end(tmp_path / "whole", tmp_path / "stopped")
+    assert_same_end(whole(devices), tmp_path / "stopped")
 
 
 def test_a_killed_worker_is_told(tmp_path: Path) -> None:

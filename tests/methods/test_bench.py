@@ -194,7 +194,7 @@ def steps(rank: int, size: int) -> dict[str, Tensor]:
     for name in LEARNING:
         if name in ("moco_v1", "moco_v2"):
             continue  # batch norm isn't synchronised: tests/runtime/test_distributed.py
-        method = make(name).double().train()
+        method = make(name, TwoLayers).double().train()
         if size > 1:
             layers.sync_batch_norm_(method, torch.device("cpu"), compiled=False)
         parallel = distributed.data_parallel(method, torch.device("cpu"))

@@ -14,8 +14,8 @@ from conftest import TINY_PRETRAIN
 
 from slurm import cluster
 
-# A user's own method, in the folder where she starts: MoCo, slow until it is interrupted, and with
-# mishaps.
+# A user's own method, in the folder where she starts: MoCo, slow until it is interrupted (as often
+# as PACED_STARTS says), and with mishaps.
 MINE = """
 import os, time
 from pathlib import Path
@@ -29,7 +29,8 @@ def once(name):
 
 class Mine(MoCo):
     def forward(self, views, labels=None):
-        if "SLURM_RESTART_COUNT" not in os.environ:
+        starts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        if starts < int(os.environ.get("PACED_STARTS", 1)):
             time.sleep(float(os.environ.get("PAUSE", 0)))
         if os.environ.get("FAIL") == "one" and once("failed-once"):
             raise RuntimeError("out of luck")

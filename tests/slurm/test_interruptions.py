@@ -67,17 +67,26 @@ def continued_after(run: Path) -> list[int]:
 # through
 
 
-def requeued(sweeps: Sweeps, slurm: Cluster) -> None:
-    warned(sweeps, lambda job: slurm("scontrol", "requeue", job))
-
-
-def usr2(sweeps: Sweeps, slurm: Cluster) -> None:
-    warned(sweeps, lambda job: slurm("scancel", "--signal=USR2", job))
-
-
-def term(sweeps: Sweeps, slurm: Cluster) -> None:
-    """As clusters do that preempt with a grace time and no other warning."""
-    warned(sweeps, lambda job: slurm("scancel", "--signal=TERM", job))
+def warned_in_every_way(sweeps: Sweeps, slurm: Cluster) -> None:
+    """One after the other: before Python is ready to handle it, by a requeue, by Slurm's warning,
+    and as clusters do that preempt with a grace time and no other warning.
+    """
+    process = sweeps.start(*LONG, **PACE, PACED_STARTS="4")
+    wait(lambda: slurm.answers("pgrep", "-f", sweeps.task), 60)
+    wait(sweeps.job)
+    slurm("scancel", "--signal=USR2", sweeps.job())
+    saved = [0]
+    ways = (["scontrol", "requeue"], ["scancel", "--signal=USR2"], ["scancel", "--signal=TERM"])
+    for interrupt in ways:
+        slurm(*interrupt, sweeps.wait_for_step(saved[-1] + 10, process))
+        wait(lambda: sweeps.saved() > saved[-1])
+        saved.append(sweeps.saved())
+    assert saved[-1] < STEPS
+    result = ended(process)
+    assert result.returncode == 0, result.stderr
+    assert continued_after(sweeps.run()) == saved[1:]  # not a step is lost
+    # it was requeued each time
+    assert len(slurm("sacct", "-n", "-D", "-X", "-j", sweeps.job()).splitlines()) == 1 + len(saved)
 
 
 def usr2_to_all_processes(sweeps: Sweeps, slurm: Cluster) -> None:
@@ -95,17 +104,6 @@ def warned(sweeps: Sweeps, interrupt: Callable[[str], object], *words: str) -> N
     result = ended(process)
     assert result.returncode == 0, result.stderr
     assert continued_after(sweeps.run()) == [saved]
-
-
-def before_python_is_ready(sweeps: Sweeps, slurm: Cluster) -> None:
-    process = sweeps.start(*LONG)
-    wait(lambda: slurm.answers("pgrep", "-f", sweeps.task), 60)
-    wait(sweeps.job)
-    slurm("scancel", "--signal=USR2", sweeps.job())
-    result = ended(process)
-    assert result.returncode == 0, result.stderr
-    # it was requeued
-    assert len(slurm("sacct", "-n", "-D", "-X", "-j", sweeps.job()).splitlines()) == 2
 
 
 def at_the_time_limit(sweeps: Sweeps, slurm: Cluster) -> None:
@@ -131,23 +129,24 @@ def in_a_step_longer_than_the_warning(sweeps: Sweeps, slurm: Cluster) -> None:
     assert continued_after(sweeps.run()) == [10]
 
 
-def cancelled(sweeps: Sweeps, slurm: Cluster) -> None:
-    saved = ended_for_good(sweeps, slurm, lambda job: slurm("scancel", job), "cancelled")
-    assert saved >= AT
-
-
-def killed(sweeps: Sweeps, slurm: Cluster) -> None:
+def killed_and_cancelled(sweeps: Sweeps, slurm: Cluster) -> None:
     def kill(job: str) -> None:
         os.kill(int(slurm("pgrep", "-f", sweeps.task)), signal.SIGKILL)
 
-    saved = ended_for_good(sweeps, slurm, kill, "failed")
-    assert saved == 10
+    assert ended_for_good(sweeps, slurm, AT, kill, "failed") == 10
+    saved = ended_for_good(sweeps, slurm, AT + 10, lambda job: slurm("scancel", job), "cancelled")
+    assert saved >= AT + 10
+    result = sweeps(*LONG, "save_every=10")
+    assert result.returncode == 0, result.stderr
+    assert continued_after(sweeps.run()) == [10, saved]
 
 
-def ended_for_good(sweeps: Sweeps, slurm: Cluster, end: Callable[[str], object], word: str) -> int:
-    """Not requeued, and reported; the same command continues, after the step that is returned."""
+def ended_for_good(
+    sweeps: Sweeps, slurm: Cluster, step: int, end: Callable[[str], object], word: str
+) -> int:
+    """Not requeued, and reported; the same command continues after the step that is returned."""
     process = sweeps.start(*LONG, "save_every=10", **PACE)
-    job = sweeps.wait_for_step(AT, process)
+    job = sweeps.wait_for_step(step, process)
     end(job)
     result = ended(process)
     assert result.returncode == 2
@@ -156,25 +155,18 @@ def ended_for_good(sweeps: Sweeps, slurm: Cluster, end: Callable[[str], object],
     )
     assert job not in slurm.jobs()
     assert f"| {word} " in sweeps.status()
-    saved = sweeps.saved()
-    result = sweeps(*LONG, "save_every=10")
-    assert result.returncode == 0, result.stderr
-    assert continued_after(sweeps.run()) == [saved]
-    return saved
+    return sweeps.saved()
 
 
 def test_interrupted(slurm: Cluster, tmp_path: Path, whole: Callable[..., tuple]) -> None:
     """Side by side, since they spend most of their time waiting."""
     ways = (
         at_the_time_limit,
+        warned_in_every_way,
+        killed_and_cancelled,
+        usr2_to_all_processes,
         in_a_step_longer_than_the_warning,
-        requeued,
-        cancelled,
-        killed,
-        usr2,
-        term,
     )
-    ways += (usr2_to_all_processes, before_python_is_ready)
     with ThreadPoolExecutor(4) as pool:
         sweeps = {way: Sweeps(slurm, tmp_path / way.__name__) for way in ways}
         outcomes = [pool.submit(way, sweeps[way], slurm) for way in ways]

@@ -22,7 +22,11 @@ def test_from_laptop_to_cluster(sweeps: Sweeps) -> None:
         re.sub(f"^{indent}", "", block, flags=re.MULTILINE) for indent, block in blocks
     )
     tiny = " ".join([*TINY_PRETRAIN, "epochs=1"])
-    script, replaced = re.subn("data=dl21 .* backbone=resnet50", tiny, script)
+    script, replaced = re.subn(
+        "data=dl21 .* backbone=resnet50 method.temperature=0.1,0.2",
+        f"{tiny} method.temperature=0.1",
+        script,
+    )
     assert (len(blocks), replaced) == (2, 1)
     script = script.replace("module load cuda", "true")
     program = f'ssl-bench() {{ "{sys.executable}" -m ssl_bench "$@"; }}\n'
@@ -36,9 +40,8 @@ def test_from_laptop_to_cluster(sweeps: Sweeps) -> None:
     assert result.returncode == 0, result.stderr
     wait(lambda: not sweeps.slurm.jobs(), 120)  # those that were left
     sweeps.root = sweeps.root.with_name("temperature")
-    assert len(list(sweeps.root.glob("*/summary.json"))) == 2 * 5
+    assert len(list(sweeps.root.glob("*/summary.json"))) == 5
     assert result.stderr.count("to start") == 5
-    assert "2 finished, 0 under way, 2 to start" in result.stderr
-    table = sweeps.status().splitlines()[-2:]
-    assert {line.split("|")[1].strip() for line in table} == {"0.1", "0.2"}
-    assert {line.split("|")[3].strip() for line in table} == {"5"}
+    assert "1 finished, 0 under way, 1 to start" in result.stderr
+    row = sweeps.status().splitlines()[-1]
+    assert "5" in [cell.strip() for cell in row.split("|")]
