@@ -4,8 +4,8 @@ VENV ?= .venv
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 RUN = $(VENV)/bin/
-# a worker for each core: most tests wait for a command that uses one; a worker needs about 1 GB
-PYTEST = $(RUN)python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
+# a worker for each core, which needs about 1 GB; in the order of tests/conftest.py
+PYTEST = $(RUN)python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: quickstart test quicktest lint lock mutants bench
 

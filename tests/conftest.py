@@ -22,9 +22,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     )
 
 
+# xdist reads the groups in such a hook, too
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes long comes first, so that no worker is left with it at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """What takes long comes first, so that no worker is left with it at the end; Slurm's tests take
+    longest. The quick ones of a file stay on one worker: what they share is made once.
+    """
+    for item in items:
+        slow, grouped = (item.get_closest_marker(name) for name in ("slow", "xdist_group"))
+        if not (slow or grouped):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem.removeprefix("test_")))
+    items.sort(key=lambda item: [not item.get_closest_marker(name) for name in ("slurm", "slow")])
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -4,6 +4,7 @@ import inspect
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import get_type_hints
 
@@ -18,8 +19,32 @@ from ssl_bench.training.optim import scaled_lr
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids="=".join)
-def test_choice_fits(group: str, choice: str) -> None:
-    build.check(compose(f"{group}={choice}", *NEEDED.get(choice, [])))
+def test_a_choice(group: str, choice: str) -> None:
+    """It fits, it knows its name, and the signatures that are read are those that are imported."""
+    cfg = compose(f"{group}={choice}", *NEEDED.get(choice, []))
+    build.check(cfg)
+    if group not in ("experiment", "launcher", "tracking"):
+        assert cfg[group].name == choice
+    for name, node in cfg.items():
+        if name in build.SUPPLIED and node:
+            assert_read_as_imported(name, node._target_)
+
+
+@cache
+def assert_read_as_imported(name: str, path: str) -> None:
+    target, supplied = build.locate(path, name), build.SUPPLIED[name]
+    hints = get_type_hints(
+        target.__init__ if inspect.isclass(target) else target, include_extras=True
+    )
+    expected = {
+        key: (repr(hints[key]), parameter.default is parameter.empty)
+        for key, parameter in inspect.signature(target).parameters.items()
+        if key not in supplied
+    }
+    read = signatures.parameters(path, supplied)
+    assert {
+        key: (repr(annotation), required) for key, (annotation, required) in read.items()
+    } == expected
 
 
 @pytest.mark.parametrize(
@@ -123,26 +148,6 @@ def test_rates_are_the_published_ones(method: str, batch_size: int, published: f
         assert scaled_lr(node.base_lr_biases, batch_size, node.scaling) == pytest.approx(0.0384)
 
 
-@pytest.mark.parametrize(("group", "choice"), CHOICES, ids="=".join)
-def test_a_signature_that_is_read_is_the_one_that_is_imported(group: str, choice: str) -> None:
-    for name, node in compose(f"{group}={choice}", *NEEDED.get(choice, [])).items():
-        if not (name in build.SUPPLIED and node):
-            continue
-        target, supplied = build.locate(node._target_, name), build.SUPPLIED[name]
-        hints = get_type_hints(
-            target.__init__ if inspect.isclass(target) else target, include_extras=True
-        )
-        expected = {
-            key: (repr(hints[key]), parameter.default is parameter.empty)
-            for key, parameter in inspect.signature(target).parameters.items()
-            if key not in supplied
-        }
-        read = signatures.parameters(node._target_, supplied)
-        assert {
-            key: (repr(annotation), required) for key, (annotation, required) in read.items()
-        } == expected
-
-
 def test_a_mistake_is_found_before_torch_is_imported() -> None:
     script = (
         "import sys, ssl_bench.command as command; sys.argv[1:] = ['method.temperature=-1', "
@@ -154,13 +159,6 @@ def test_a_mistake_is_found_before_torch_is_imported() -> None:
     assert (result.returncode, result.stdout.strip()) == (2, "False"), result.stderr
     assert "method.temperature=-1" in result.stderr
     assert "batch_size=many" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("group", "choice"), [c for c in CHOICES if c[0] not in ("experiment", "launcher", "tracking")]
-)
-def test_choice_knows_its_name(group: str, choice: str) -> None:
-    assert compose(f"{group}={choice}")[group].name == choice
 
 
 def times_in_epochs(cfg: DictConfig) -> dict[str, tuple[float, InEpochs]]:
