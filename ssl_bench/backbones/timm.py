@@ -112,9 +112,10 @@ def _fetched(model: str, options: dict[str, Any]) -> nn.Module:
     try:
         network = create_model(model, pretrained=True, num_classes=0, **options)
     except OSError as error:  # those of huggingface_hub are, too
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise UserError(
             f"backbone.pretrained=true: timm's weights of {model} can't be fetched "
-            f"({str(error).strip().partition(chr(10))[0]}); fetch them where there is a network "
+            f"({reason}); fetch them where there is a network "
             "(HF_HOME says where they are kept), or type pretrained=FILE"
         ) from None
     chosen = network.pretrained_cfg

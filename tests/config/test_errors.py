@@ -178,10 +178,7 @@ CONFIGURATION = {
     ),
     "pretrained": (
         [*TINY, "stage=lincls", "pretrained=runs/moco"],
-        [
-            "pretrained=runs/moco: no such file or run directory",
-            "moco_v1_200ep, moco_v2_200ep, moco_v2_800ep",
-        ],
+        ["pretrained=runs/moco: no such file or run directory", "that ssl-bench stage=zoo lists"],
     ),
     "synthesize": (["stage=synthesize"], ["stage.out needs a value: type stage.out=..."]),
     "sync": (
