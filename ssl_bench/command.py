@@ -234,7 +234,11 @@ def execute(words: Sequence[str]) -> Result | None:
     parser = get_args_parser()
     # one line in place of argparse's page of usage
     parser.error = lambda message: fail(UserError(f"{message}; ssl-bench --help shows all"))
-    parser.parse_args()
+    typed_words = parser.parse_args()
+    if typed_words.cfg and any(word.startswith("continue_from=") for word in typed_words.overrides):
+        print(
+            "ssl-bench: what isn't typed will be as the run to go on from has it", file=sys.stderr
+        )
     wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     # Hydra then lets exceptions through, for us to put in words
     os.environ["HYDRA_FULL_ERROR"] = "1"

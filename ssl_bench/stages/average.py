@@ -37,10 +37,10 @@ def average(cfg: DictConfig, run: Run, last: Annotated[int, Field(ge=2)]) -> dic
     newest = Path(cfg.pretrained)
     kept = [path for path in layout.complete(newest.parents[1]) if path.name <= newest.name]
     if len(kept) < last:
-        fewer = f"type stage.last={len(kept)}, or " if len(kept) > 1 else ""
+        fewer = f"type stage.last={len(kept)}, or " if len(kept) > 1 else "another run, or "
         raise UserError(
             f"stage.last={last}: {newest.parents[1]} has kept {len(kept)} checkpoint"
-            f"{'s' if len(kept) > 1 else ''}: {fewer}train with {override('keep', last)}"
+            f"{'s' if len(kept) > 1 else ''}: {fewer}train one with {override('keep', last)}"
         )
     chosen = kept[:last][::-1]
     mean = mean_of(chosen)

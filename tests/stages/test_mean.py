@@ -70,12 +70,12 @@ def test_it_is_measured_like_the_run(home: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["stage.last=5"], "has kept 4 checkpoints: type stage.last=4, or train with keep=5"),
+        (["stage.last=5"], "has kept 4 checkpoints: type stage.last=4, or train one with keep=5"),
         (["pretrained=null"], "stage=average needs a run: type pretrained=RUN"),
         (["pretrained={}/views.png"], "no run with a checkpoint"),
         (
             ["pretrained={}/checkpoints/step0000000008.pt"],
-            "has kept 1 checkpoint: train with keep=5",
+            "has kept 1 checkpoint: another run, or train one with keep=5",
         ),
     ],
 )
