@@ -42,7 +42,8 @@ class Interrupted(BaseException):
 
 def unknown(what: str, got: str, valid: list[str]) -> str:
     """One line about a key or choice that isn't there."""
-    head = re.match(r"(.*[.=])?", got)[0]
+    found = re.match(r"(.*[.=])?", got)
+    head = found[0] if found else ""
     # A beginning that all valid ones have says nothing about which is close.
     shared = head if all(name.startswith(head) for name in valid) else ""
     names = [name.removeprefix(shared) for name in valid]

@@ -93,8 +93,8 @@ def check(cfg: DictConfig, quoted: Mapping[str, str] | None = None) -> None:
     nodes = {key: node for key, node in plain.items() if key in SUPPLIED and isinstance(node, dict)}
     roots = {key: value for key, value in plain.items() if key not in SUPPLIED}
     problems = _problems(Root, roots, "", quoted or {})
-    if wrong := _other_recipe(nodes):
-        problems.append(wrong)
+    if other := _other_recipe(nodes):
+        problems.append(other)
         del nodes["backbone"]  # it may have keys of the recipe that this backbone lacks
     for group, node in nodes.items():
         try:
@@ -424,12 +424,11 @@ def _missing(node: object, path: str = "") -> Iterator[str]:
     """The keys without a value in a configuration that isn't resolved."""
     if node == "???":
         yield path
+    items: Iterable[tuple[Any, object]] = ()
     if isinstance(node, dict):
         items = node.items()
     elif isinstance(node, list):
         items = enumerate(node)
-    else:
-        items = ()
     for key, value in items:
         yield from _missing(value, f"{path}.{key}" if path else str(key))
 

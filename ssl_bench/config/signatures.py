@@ -75,7 +75,7 @@ class _Module:
 
     def __init__(self, name: str) -> None:
         spec = find_spec(name)
-        if spec is None or not str(spec.origin).endswith(".py"):
+        if spec is None or not spec.origin or not spec.origin.endswith(".py"):
             raise _NotPlain
         self.defined: dict[str, ast.stmt] = {}
         for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:

@@ -16,7 +16,14 @@ BROUGHT = ("augmentation", "optimizer", "schedule")  # groups that a method brin
 # stages that train nothing, of a run of any stage, and whose configuration is that run's
 AS_IT_WAS = ("average",)
 GROUPS = ("data", "backbone", "method", *BROUGHT)
-ROOTS = ("batch_size", "epochs", "seed", "precision", "sync_batch_norm", "zero_init_residual")
+ROOTS: tuple[str, ...] = (
+    "batch_size",
+    "epochs",
+    "seed",
+    "precision",
+    "sync_batch_norm",
+    "zero_init_residual",
+)
 ROOTS += ("ema",)
 
 

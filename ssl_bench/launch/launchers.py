@@ -359,7 +359,8 @@ class Workstation(SweepLauncher):
                 f"there are {len(gpus)} GPUs here, one for each member"
             )
         share = max(1, len(cores) // at_once)
-        slots, waiting, running = list(range(at_once)), list(todo), {}
+        slots, waiting = list(range(at_once)), list(todo)
+        running: dict[subprocess.Popen, tuple[Member, int]] = {}
 
         def stop(signum: int, frame: object) -> None:
             raise Interrupted(signum)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ class MoCoV3(Method):
         self.momentum, self.temperature = momentum, temperature
         hidden = (hidden_dim,) * (projector_layers - 1)
         self.projector = layers.mlp(backbone.dim, *hidden, dim, norm=True, final_norm="plain")
-        final_norm = "plain" if predictor_norm else None
+        final_norm: Literal["plain"] | None = "plain" if predictor_norm else None
         self.predictor = layers.mlp(
             dim, hidden_dim, dim, norm=True, final_norm=final_norm, final_bias=False
         )

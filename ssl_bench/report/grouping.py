@@ -103,7 +103,7 @@ class Group:
     def row(self, metric: str) -> dict:
         """The row of the group in a results file (see `tables`)."""
         metrics = list(dict.fromkeys(metric for ran in self.runs for metric in ran.values))
-        row = {"stage": self.stage, "name": self.name, "metric": metric}
+        row: dict[str, Any] = {"stage": self.stage, "name": self.name, "metric": metric}
         done = [sample for sample in self.samples if any(ran.summary is not None for ran in sample)]
         row |= {"n": len(done), "members": len(self.samples)}
         if self.pretrainings:

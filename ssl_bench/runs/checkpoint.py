@@ -26,7 +26,7 @@ ZIP, FOLDER = b"PK\x03\x04", 0x10
 # Settings and counters of these classes lie beside the tensors in files of other programs. They are
 # allowed by name, and an empty object or a dictionary takes the place of each: none of these
 # classes is ever made, whether it is installed here or not.
-SETTINGS = ("argparse.Namespace", "typing.Any", "types.SimpleNamespace")
+SETTINGS: tuple[str, ...] = ("argparse.Namespace", "typing.Any", "types.SimpleNamespace")
 SETTINGS += tuple(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str"))
 SETTINGS += tuple(
     f"pathlib.{name}" for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath")

@@ -29,7 +29,9 @@ def complete(directory: Path) -> list[Path]:
 
 def step_of(path: Path) -> int:
     """The step of a checkpoint file, from its name."""
-    return int(re.search(r"\d+", path.stem)[0])
+    found = re.search(r"\d+", path.stem)
+    assert found, f"{path} is no checkpoint"
+    return int(found[0])
 
 
 def weights_of(source: Path) -> Path | None:

@@ -20,13 +20,29 @@ from ssl_bench.runs.units import PRETRAINING
 
 WAITING = sweep.State("waiting")
 # The files that are read of a run; those of a finished one are compared with their digests.
-READ = ("config.yaml", "metrics.jsonl", "summary.json", "environment.json", "inputs.json")
-READ += (layout.WEIGHTS, identity.ORIGIN)
+READ = (
+    "config.yaml",
+    "metrics.jsonl",
+    "summary.json",
+    "environment.json",
+    "inputs.json",
+    layout.WEIGHTS,
+    identity.ORIGIN,
+)
 # The keys, and their types, without which a configuration isn't that of a run.
 NEEDED = {"stage": str, "dir": str, "device": str, "seed": int, "epochs": int, "batch_size": int}
 # Logged values that are no results.
-BESIDE = ("step", "epoch", "images_seen", "lr", "weight_decay", "grad_norm", "data_wait")
-BESIDE += ("k", "temperature")
+BESIDE = (
+    "step",
+    "epoch",
+    "images_seen",
+    "lr",
+    "weight_decay",
+    "grad_norm",
+    "data_wait",
+    "k",
+    "temperature",
+)
 
 
 @dataclass(eq=False)
@@ -103,7 +119,7 @@ class Ran:
         """The step of the checkpoint `pretrained`; None: the last one of a finished run."""
         if (below := self.pretraining) is None:
             return None
-        last = [line["step"] for line in below.lines[-1:]]
+        last = [int(line["step"]) for line in below.lines[-1:]]
         if below.weights:
             last = [checkpoint.step_of(below.weights)]
         return identity.older(Path(self.config["pretrained"]), below.summary is not None, last)
@@ -132,7 +148,8 @@ class Ran:
 
         images_per_second: the median over the lines.
         """
-        seen, seconds, rates = 0, 0.0, []
+        seen, seconds = 0.0, 0.0
+        rates: list[float] = []
         if self.lines and self.config.get("continue_from"):
             seen = self.lines[0]["images_seen"]  # where it began
         for line in self.lines:
@@ -160,7 +177,8 @@ class Ran:
     @property
     def source(self) -> str | None:
         """The key of its pretraining; None: not known."""
-        return self.identity.below and self.identity.below.key
+        below = self.identity.below
+        return below.key if below else None
 
     @property
     def name(self) -> str:
@@ -230,8 +248,9 @@ def of(weights: Path) -> Ran | None:
 def unfinished(weights: Path) -> str:
     """The step of a checkpoint whose run isn't finished, like "step 51 of 160"; "": other files."""
     folder = layout.run_of(weights)
-    known = folder and all((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl"))
-    if not (known and weights.match("step*.pt")):
+    if folder is None or not weights.match("step*.pt"):
+        return ""
+    if not all((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
         return ""
     ran = Ran.read(folder)
     if ran.summary is not None:

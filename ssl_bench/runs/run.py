@@ -260,6 +260,7 @@ class Run:
             return 0
         file = Path(self._config["pretrained"])
         before = layout.run_of(file)
+        assert before, "the command has looked for it (launch.continuing)"
         theirs = identity.node(identity.config(before), "optimizer").get("_target_")
         ours = identity.node(self._config, "optimizer").get("_target_")
         if theirs != ours:
@@ -386,10 +387,13 @@ def environment() -> dict:
     """What a result depends on besides its configuration: versions, commit, machine."""
     import importlib.util
 
-    package = Path(importlib.util.find_spec("ssl_bench").origin).parent
+    spec = importlib.util.find_spec("ssl_bench")
+    assert spec, "this module is in it"
+    assert spec.origin, "its __init__"
+    package = Path(spec.origin).parent
 
     def git(*command: str) -> str:
-        words = ["git", "-C", package, *command]
+        words = ["git", "-C", str(package), *command]
         try:
             return subprocess.run(words, capture_output=True, text=True).stdout.strip()
         except OSError:  # there is no git here

@@ -56,8 +56,9 @@ def first_node(nodes: str) -> str:
 
     gpu03 of "gpu[03-04,07],login", r1i0n2 of "r1i[0-1]n[2-5]".
     """
-    first = re.match(r"(\[[^]]*\]|[^,[])+", nodes)[0]
-    return re.sub(r"\[(\d+)[^]]*\]", r"\1", first)
+    first = re.match(r"(\[[^]]*\]|[^,[])+", nodes)
+    assert first, f"Slurm's {nodes!r} names no host"
+    return re.sub(r"\[(\d+)[^]]*\]", r"\1", first[0])
 
 
 def find_rank_0() -> None:

@@ -54,6 +54,7 @@ def seen_by(pretrained: str | None) -> Labels:
         return Labels()
     path = weights.find(pretrained)
     place = (layout.run_of(path) or Path()) / FILE
+    content: Any = None
     if place.is_file():
         content = files.parse(place, json.loads)
     else:

@@ -125,7 +125,7 @@ def view_of(
         size = image_size or int(augmentation.get("image_size", 224))
         resize = resize or float(stage.get("test_resize", 256 / 224))
         given = [key for key in ("mean", "std") if augmentation.get(key)]
-        look = {key: tuple(float(x) for x in augmentation[key]) for key in given}
+        look: dict[str, Any] = {key: tuple(float(x) for x in augmentation[key]) for key in given}
         return EvalView(size, resize, **look)
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(

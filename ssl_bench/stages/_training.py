@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ssl_bench import files
 from ssl_bench.augment.views import Views
 from ssl_bench.config import build
-from ssl_bench.data.formats.base import Dataset
+from ssl_bench.data.formats.base import Dataset, SplitName
 from ssl_bench.data.source import HostSource, ResidentSource, Source, StreamedSource, fits
 from ssl_bench.errors import UserError
 from ssl_bench.methods.base import Method
@@ -26,6 +27,7 @@ from ssl_bench.training.engine import fit
 
 log = logging.getLogger(__name__)
 
+RGB = tuple[float, float, float]
 SOURCES = {"resident": ResidentSource, "host": HostSource}
 
 
@@ -90,7 +92,7 @@ def seed_init(cfg: DictConfig) -> None:
 
 
 def open_source(
-    cfg: DictConfig, run: Run, data: Dataset, split: str, subset: np.ndarray | None = None
+    cfg: DictConfig, run: Run, data: Dataset, split: SplitName, subset: np.ndarray | None = None
 ) -> Source:
     """The images of a split, kept where `cfg.source` says, and packed first if they must be.
 
@@ -116,7 +118,7 @@ def open_source(
                 "data.cache= for another disk), or remove the bad ones"
             )
         log.info("%s: %s images, decoded as they are needed", split, f"{count:,}")
-        options = {"workers": data.workers, "on_error": data.on_error}
+        options: dict[str, Any] = {"workers": data.workers, "on_error": data.on_error}
         streamed = StreamedSource(data.split(split), *share, **options)
         streamed.waiting = run.waiting
         return streamed
@@ -236,6 +238,6 @@ def on_device(module: nn.Module, run: Run) -> nn.Module:
     return module.to(run.device, memory_format=torch.channels_last)
 
 
-def normalization(cfg: DictConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalization(cfg: DictConfig) -> tuple[RGB, RGB]:
     """(mean, std) of the training views, which the test images must share."""
     return tuple(cfg.augmentation.mean), tuple(cfg.augmentation.std)

@@ -33,7 +33,7 @@ from ssl_bench.stages._training import check_size
 
 log = logging.getLogger(__name__)
 
-RECIPE = ("method", "backbone", "data", "augmentation", "optimizer", "schedule")
+RECIPE: tuple[str, ...] = ("method", "backbone", "data", "augmentation", "optimizer", "schedule")
 RECIPE += ("epochs", "batch_size", "precision", "seed")
 # keys that a recipe leaves out: they are about this machine or this program
 PLACES = ("_target_", "root", "cache", "workers")

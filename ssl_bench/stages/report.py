@@ -28,7 +28,7 @@ from ssl_bench.stages._training import check_size, on_device, open_source
 log = logging.getLogger(__name__)
 
 # what results.json keeps of environment.json
-KEPT = ("started", "platform", "python", "packages", "git_commit", "git_dirty")
+KEPT: tuple[str, ...] = ("started", "platform", "python", "packages", "git_commit", "git_dirty")
 KEPT += ("cpu_threads", "gpus")
 TOLERANCE = 0.05  # points by which the top-1 of new predictions may differ from the run's
 

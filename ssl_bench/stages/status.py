@@ -22,7 +22,7 @@ def status(cfg: DictConfig, run: Run) -> dict[str, float]:
     UserError for a folder that isn't a sweep.
     """
     counts: dict[str, float] = {}
-    paths = files.places(cfg.runs) or [None]
+    paths: list[Path | None] = [*files.places(cfg.runs)] or [None]
     for path in paths:
         members = sweep.members(path) if path else []
         if not members:

@@ -70,10 +70,14 @@ def verify(
     for one in found:
         print(plain(f"{one.state:8} {': '.join(filter(None, one[::2]))}"))
     states = [one.state for one in found]
-    counts = {state: states.count(state) for state in ("whole", "missing", "differs")}
+    counts: dict[str, float] = {
+        state: states.count(state) for state in ("whole", "missing", "differs")
+    }
     if counts["differs"]:
         first = next(one for one in found if one.state == "differs")
-        raise UserError(f"{counts['differs']} of {len(found)} differ: {first.what}: {first.note}")
+        raise UserError(
+            f"{states.count('differs')} of {len(found)} differ: {first.what}: {first.note}"
+        )
     return counts
 
 
@@ -292,8 +296,8 @@ def _again(cfg: DictConfig, ran: Ran, known: Sequence[Ran], minutes: float) -> F
 
 
 def _compared(what: str, ran: Ran, again: dict[str, float]) -> Finding:
-    """The result of a run compared with that of its rerun."""
-    then = {key: value for key, value in ran.summary.items() if key not in SPEED}
+    """The result of a finished run compared with that of its rerun."""
+    then = {key: value for key, value in (ran.summary or {}).items() if key not in SPEED}
     if all(again.get(key) == value for key, value in then.items()):
         shown = ", ".join(f"{key} {value:.6g}" for key, value in then.items())
         return Finding(what, "whole", f"the same to the last digit: {shown}")

@@ -20,6 +20,7 @@ from ssl_bench.errors import UserError
 # Version of the decoding of image files: raise it when pixels change, so that packed stores are
 # made anew.
 VERSION = 2
+SplitName = Literal["pretrain", "train", "val"]
 
 
 class Dataset(ABC):
@@ -54,7 +55,7 @@ class Dataset(ABC):
     @abstractmethod
     def _list(self, name: str) -> Split: ...
 
-    def split(self, name: Literal["pretrain", "train", "val"]) -> Split:
+    def split(self, name: SplitName) -> Split:
         """List the images of a split and check its labels; decodes nothing. Raises UserError."""
         if name not in synthetic.SPLITS:
             raise UserError(f"no split '{name}'; choose from {', '.join(synthetic.SPLITS)}")
@@ -67,12 +68,12 @@ class Dataset(ABC):
                 ) from error
         return self._splits[name]
 
-    def open(self, name: Literal["pretrain", "train", "val"]) -> Store:
+    def open(self, name: SplitName) -> Store:
         """The decoded images of a split, packed first if need be. Raises UserError."""
         split = self.split(name)
         return open_store(split, self.image_size, self.cache, self.workers, self.on_error)
 
-    def has_room(self, name: Literal["pretrain", "train", "val"]) -> bool:
+    def has_room(self, name: SplitName) -> bool:
         """Is there room on the disk for `open` to pack the split?"""
         return has_room(self.split(name), self.image_size, self.cache)
 

@@ -114,7 +114,8 @@ def list_tree(
     The last are {folder of the first level, "" for root itself: number of images}. guarded: from
     this depth on, UserError for folders with the names of a training and a held-out split.
     """
-    text, ends, counts = bytearray(), array("q", [0]), {}
+    text, ends = bytearray(), array("q", [0])
+    counts: dict[str, int] = {}
     files, content = hashlib.sha256(), hashlib.sha256()
     passed = Passed()
     guard = None if guarded is None else _Guard(root, guarded)
