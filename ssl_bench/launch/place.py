@@ -13,13 +13,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ssl_bench.config import typed
+from ssl_bench.config import build, typed
 from ssl_bench.errors import UserError
 from ssl_bench.launch.continuing import merged
 from ssl_bench.runs import identity, layout, sweep
 
 # keys whose values the default places show
 SHOWN = ("experiment", "method", "backbone", "data", "stage.strategy")
+GROUPS = (*build.SUPPLIED, "experiment", "settings")
+# keys that tell commands apart though they are no part of a configuration, or not of a run's result
+ALWAYS = ("experiment", "settings", "data.root")
 # keys of a backbone that its weights fit to no other value of
 SHAPE = ("stem", "width", "model", "patch_size")
 LONGEST = 80  # characters of the part of a path that tells commands apart
@@ -46,10 +49,18 @@ def place(default: str, config: DictConfig) -> str:
     named = tuple(word for word in words if word in network or _names(default, word))
     changed = [word for word in words if word not in named]
     if changed:
-        sources = str(command.runtime.config_sources)
+        sources, main = str(command.runtime.config_sources), command.job.config_name
+        about_hydra = tuple(OmegaConf.to_container(command.overrides.hydra))  # its searchpath, say
+        # a value is compared with what it would be under the same choices
+        choices = tuple(word for word in words if word in named or typed.key_of(word) in GROUPS)
         try:
-            usual = merged(_composed(command.job.config_name, named, sources), named)
-            changed = telling(changed, _plain(usual), _plain(config))
+            usual, chosen = (
+                _plain(merged(_composed(main, (*about_hydra, *some), sources), some))
+                for some in (named, choices)
+            )
+            values = [word for word in changed if word not in choices]
+            changed = telling([word for word in choices if word not in named], usual, chosen)
+            changed += telling(values, chosen, _plain(config))
         except (UserError, TypeError, ValueError, AttributeError, OmegaConfBaseException):
             return default  # a mistake, which the check of the configuration puts in words
     if not (name := slug(changed, identity.node(config, "data").get("name", ""))):
@@ -68,7 +79,7 @@ def telling(words: Sequence[str], usual: Mapping, config: Mapping) -> list[str]:
         return any(other == key or other.startswith(key + ".") for other in differing)
 
     keys = {typed.key_of(word): word for word in words}  # of a key typed twice the last holds
-    return [word for key, word in keys.items() if tells(key) or key == "data.root"]
+    return [word for key, word in keys.items() if tells(key) or key in ALWAYS]
 
 
 def slug(words: Sequence[str], data: str = "") -> str:

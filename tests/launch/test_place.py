@@ -73,7 +73,26 @@ def test_a_default_typed_or_a_key_that_changes_no_result_is_the_same_place(word:
     assert command(word)["dir"] == command()["dir"]
 
 
+def test_a_value_is_compared_with_what_was_chosen(tmp_path: Path) -> None:
+    """That of moco_v2 changes simclr's; an experiment without a `dir` is a choice like others."""
+    (tmp_path / "my" / "experiment").mkdir(parents=True)
+    text = "# @package _global_\nbatch_size: 64\n"
+    (tmp_path / "my" / "experiment" / "small.yaml").write_text(text)
+    search = f"hydra.searchpath=[{tmp_path}/my]"
+    commands = [
+        [],
+        ["augmentation=simclr"],
+        ["augmentation=simclr", "augmentation.crop_scale=[0.2,1.0]"],
+        [search, "experiment=small"],
+        [search, "experiment=small", "batch_size=256"],
+        ["batch_size=64"],
+    ]
+    assert len({command(*words)["dir"] for words in commands}) == len(commands)
+
+
 VALUES = {
+    "augmentation": ["moco_v2", "simclr"],
+    "method": ["moco_v2", "moco_v1"],
     "batch_size": ["128", "256"],
     "optimizer.base_lr": ["0.03", "3e-2", "1e-4", "1"],
     "optimizer.weight_decay": ["1e-4", "4"],
