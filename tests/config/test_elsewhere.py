@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import compose
+from commands import compose, run_here
 from conftest import TINY
 from made_runs import classified, pretrained
 from safetensors.torch import load_file
@@ -271,17 +271,12 @@ def test_what_the_command_names_is_called(place: Path, monkeypatch: pytest.Monke
     Path("my_conf/backbone/mine.yaml").write_text(
         "name: mine\n_target_: mine.Net\nstem: small\nwidth: 8\n"
     )
-    command = [
-        "-m",
-        "ssl_bench",
-        "stage=export",
-        "pretrained=runs/moco/seed0",
-        "stage.onnx=false",
-    ]
-    refused = started(*command)
+    command = ["stage=export", "pretrained=runs/moco/seed0", "stage.onnx=false"]
+    refused = run_here(command, place)
     assert refused.returncode == 2
     assert "backbone._target_=mine.Net is not ours" in refused.stderr
-    assert started(*command, "--config-dir=my_conf").returncode == 0
+    named = run_here([*command, "--config-dir=my_conf"], place)
+    assert named.returncode == 0, named.stderr
 
 
 def test_a_dollar_in_a_file_is_one(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
