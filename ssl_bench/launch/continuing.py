@@ -54,12 +54,12 @@ def merged(cfg: DictConfig, words: Sequence[str]) -> DictConfig:
             )
     file = layout.weights_of(Path(source).expanduser())
     run = layout.run_of(file) if file else None
-    if file is None or run is None or not (run / "config.yaml").is_file():
+    if file is None or run is None or not (run / layout.CONFIG).is_file():
         raise UserError(
             f"continue_from={source}: no run with a checkpoint; name a run directory or a "
             "checkpoint in one, or type pretrained= to begin with the backbone of a file"
         )
-    place = run / "config.yaml"
+    place = run / layout.CONFIG
     ran = build.read_back(place, place.read_bytes(), yaml.safe_load)
     stage = (ran.get("stage") or {}).get("name")
     if cfg.stage.get("name") not in (stage, *AS_IT_WAS):

@@ -9,7 +9,7 @@ from pathlib import Path
 from ssl_bench import files
 from ssl_bench.report.grouping import Group, differences, groups, ranked
 from ssl_bench.report.tables import cell, markdown
-from ssl_bench.runs import sweep
+from ssl_bench.runs import layout, sweep
 from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.record import Ran, find
 from ssl_bench.runs.sweep import Member, State
@@ -24,7 +24,7 @@ def overview(members: Sequence[Member], states: Sequence[State], metric: str | N
     rows = []
     for member, state in zip(members, states, strict=True):
         part, epochs = member.under_way
-        lines = MetricsFile.read(path) if (path := part / "metrics.jsonl").exists() else []
+        lines = MetricsFile.read(path) if (path := part / layout.METRICS).exists() else []
         step = value = ""
         shown = metric or member.config["metric"]
         if lines:

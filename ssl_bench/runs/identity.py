@@ -270,7 +270,7 @@ def other_losses(several: Iterable[Identity]) -> list[str]:
 
 def config(directory: Path) -> dict[str, Any]:
     """The configuration that a run left in its directory; empty if it left none."""
-    return _parsed(directory / "config.yaml", yaml.safe_load)
+    return _parsed(directory / layout.CONFIG, yaml.safe_load)
 
 
 def left_by(config: Mapping[str, Any], directory: Path) -> Identity:
@@ -302,7 +302,7 @@ def inputs(directory: Path) -> dict[str, dict[str, Any]]:
 
     UserError for a damaged file.
     """
-    known = _parsed(path := directory / "inputs.json", json.loads)
+    known = _parsed(path := directory / layout.INPUTS, json.loads)
     if not all(_has(facts, {"fingerprint": str, "images": int}) for facts in known.values()):
         raise files.damaged(path)
     return known
@@ -313,7 +313,7 @@ def environment(directory: Path) -> dict[str, Any]:
 
     UserError for a damaged file.
     """
-    known = _parsed(path := directory / "environment.json", json.loads)
+    known = _parsed(path := directory / layout.ENVIRONMENT, json.loads)
     there = {key: kind for key, kind in ENVIRONMENT.items() if key in known}
     if not _has(known, there):
         raise files.damaged(path)
@@ -355,11 +355,11 @@ def remember(weights: Path, directory: Path) -> None:
     That run may move later, or be deleted.
     """
     run, known = layout.run_of(weights), directory / ORIGIN
-    if run is None or not (run / "config.yaml").is_file():
+    if run is None or not (run / layout.CONFIG).is_file():
         return
     last = [layout.step_of(path) for path in layout.complete(run)[:1]]
     made = with_origin(config(run), run)
-    step = older(weights, (run / "summary.json").is_file(), last)
+    step = older(weights, (run / layout.SUMMARY).is_file(), last)
     said = {"weights": files.digest(weights), "step": step, "run": asdict(made)}
     files.write(known, json.dumps(said, indent=1) + "\n")
 

@@ -5,6 +5,12 @@ from pathlib import Path
 
 from ssl_bench.files import SUMS
 
+CONFIG = "config.yaml"  # resolved, as it ran
+METRICS = "metrics.jsonl"  # the truth about its metrics; see `runs.metrics`
+SUMMARY = "summary.json"  # its result: a run that has one is finished
+ENVIRONMENT = "environment.json"  # versions, commit, machine
+INPUTS = "inputs.json"  # the images of each split that it has opened
+VIEWS = "views.png"  # a picture of augmented views
 WEIGHTS = "pretrained.sha256"  # file with the digest of the weights that the run started from
 AVERAGED = "averaged.json"  # of a mean of checkpoints: the sha256 of each
 UNLISTED = (SUMS, "log.txt")  # files that have no digest: they are still written at the end
@@ -19,7 +25,7 @@ def run_of(path: Path) -> Path | None:
 def run_at(path: Path) -> Path | None:
     """The run directory that a path means: itself, or that of a checkpoint; None: there is none."""
     run = path if path.is_dir() else run_of(path)
-    return run if run and (run / "config.yaml").is_file() else None
+    return run if run and (run / CONFIG).is_file() else None
 
 
 def complete(directory: Path) -> list[Path]:
@@ -53,4 +59,4 @@ def own(run: Path) -> list[str]:
 
 def has_state(run: Path) -> bool:
     """Has the run of this directory saved anything, or finished?"""
-    return (run / "summary.json").exists() or bool(complete(run))
+    return (run / SUMMARY).exists() or bool(complete(run))

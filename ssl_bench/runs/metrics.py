@@ -7,8 +7,7 @@ from typing import Any
 
 from ssl_bench import files
 from ssl_bench.errors import UserError
-
-NAME = "metrics.jsonl"
+from ssl_bench.runs import layout
 
 
 class MetricsFile:
@@ -68,7 +67,7 @@ class MetricsFile:
 
 def per_epoch(run: Path) -> float | None:
     """The steps of an epoch of the run in a directory, as it has logged; None: it has not."""
-    path = run / NAME
+    path = run / layout.METRICS
     lines = MetricsFile.read(path) if path.is_file() else []
     found = (line["step"] / line["epoch"] for line in reversed(lines) if line.get("epoch"))
     return next(found, None)

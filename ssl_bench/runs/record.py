@@ -21,11 +21,11 @@ from ssl_bench.runs.units import PRETRAINING
 WAITING = sweep.State("waiting")
 # The files that are read of a run; those of a finished one are compared with their digests.
 READ = (
-    "config.yaml",
-    "metrics.jsonl",
-    "summary.json",
-    "environment.json",
-    "inputs.json",
+    layout.CONFIG,
+    layout.METRICS,
+    layout.SUMMARY,
+    layout.ENVIRONMENT,
+    layout.INPUTS,
     layout.WEIGHTS,
     identity.ORIGIN,
 )
@@ -64,12 +64,12 @@ class Ran:
         try:
             for name in READ:
                 files.check(directory / name)
-            done = directory / "summary.json"
+            done = directory / layout.SUMMARY
             summary = files.parse(done, json.loads) if done.is_file() else None
             environment, inputs = identity.environment(directory), identity.inputs(directory)
         except UserError as error:
             raise UserError(f"{error}, or leave this run out of runs=") from None
-        path = directory / "config.yaml"
+        path = directory / layout.CONFIG
         config = build.read_back(path, path.read_bytes(), yaml.safe_load)
         known = config | {"stage": (config.get("stage") or {}).get("name")}
         if not all(isinstance(known.get(key), kind) for key, kind in NEEDED.items()):
@@ -78,7 +78,7 @@ class Ran:
             state = sweep.State("finished")
         else:
             state = sweep.State("running" if sweep.locked(directory / ".lock") else "stopped")
-        lines = MetricsFile.read(directory / "metrics.jsonl")
+        lines = MetricsFile.read(directory / layout.METRICS)
         return cls(directory, config, lines, summary, environment, state, inputs=inputs)
 
     @property
@@ -189,13 +189,13 @@ def find(paths: Iterable[Path]) -> list[Ran]:
     """Every run at or below the paths, and members that wait. UserError: a path has none."""
     runs: dict[Path, Ran] = {}
     for path in paths:
-        for directory in sorted({file.parent for file in path.rglob("metrics.jsonl")}):
-            if (directory / "config.yaml").exists():
+        for directory in sorted({file.parent for file in path.rglob(layout.METRICS)}):
+            if (directory / layout.CONFIG).exists():
                 runs[directory.resolve()] = Ran.read(directory)
         for folder in sorted(file.parent for file in path.rglob(".members")):
             members = sweep.members(folder)
             for member, state in zip(members, sweep.states(members), strict=True):
-                started = (member.directory / "metrics.jsonl").exists()  # perhaps not below `path`
+                started = (member.directory / layout.METRICS).exists()  # perhaps not below `path`
                 if started:
                     made = Ran.read(member.directory)
                 else:
@@ -225,7 +225,7 @@ def _pretraining(ran: Ran, runs: dict[Path, Ran]) -> Ran | None:
     path = Path(source)
     folder = layout.run_of(path) or path
     there = runs.get(folder.resolve())
-    if there is None and (folder / "metrics.jsonl").exists():
+    if there is None and (folder / layout.METRICS).exists():
         there = Ran.read(folder)
     moved = [run for directory, run in runs.items() if directory.parts[-2:] == folder.parts[-2:]]
     likely = there or (moved[0] if len(moved) == 1 else None)
@@ -242,7 +242,7 @@ def _pretraining(ran: Ran, runs: dict[Path, Ran]) -> Ran | None:
 def of(weights: Path) -> Ran | None:
     """The run that wrote this checkpoint, if it is finished."""
     folder = layout.run_of(weights)
-    return Ran.read(folder) if folder and (folder / "summary.json").is_file() else None
+    return Ran.read(folder) if folder and (folder / layout.SUMMARY).is_file() else None
 
 
 def unfinished(weights: Path) -> str:
@@ -250,7 +250,7 @@ def unfinished(weights: Path) -> str:
     folder = layout.run_of(weights)
     if folder is None or not weights.match("step*.pt"):
         return ""
-    if not all((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
+    if not all((folder / name).is_file() for name in (layout.CONFIG, layout.METRICS)):
         return ""
     ran = Ran.read(folder)
     if ran.summary is not None:
@@ -282,7 +282,7 @@ def evidence(ran: Ran) -> dict[str, Any]:
         "run": str(ran.directory),
         "key": ran.identity.key,
         "seed": ran.seed,
-        "summary": sums.get("summary.json", ""),
+        "summary": sums.get(layout.SUMMARY, ""),
         "weights": weights,
         "stands_on": ran.stands_on,
         "images": {split: facts["fingerprint"] for split, facts in ran.inputs.items()},

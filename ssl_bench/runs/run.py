@@ -95,13 +95,13 @@ class Run:
         distributed.barrier()
         what = identity.Identity(self._config, weights=identity.recorded(directory))
         self.checkpoint = Checkpoint(directory, what.key, self._config.get("keep", 2))
-        if (done := directory / "summary.json").exists():
+        if (done := directory / layout.SUMMARY).exists():
             self.summary = files.parse(done, json.loads)
             return
         if self.is_main:
-            files.write(directory / "environment.json", json.dumps(environment(), indent=2) + "\n")
+            files.write(directory / layout.ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
             stack.enter_context(_log_to(directory / "log.txt"))
-            self.metrics = MetricsFile(directory / "metrics.jsonl")
+            self.metrics = MetricsFile(directory / layout.METRICS)
             stack.callback(self.metrics.close)
         if threading.current_thread() is threading.main_thread():
             watched = [signal.SIGTERM, signal.SIGINT]
@@ -128,9 +128,9 @@ class Run:
         if self.leaves and self.is_main:
             text = json.dumps(summary, indent=2) + "\n"
             sums = files.sums_of(self.directory, layout.own(self.directory))
-            sums["summary.json"] = hashlib.sha256(text.encode()).hexdigest()
+            sums[layout.SUMMARY] = hashlib.sha256(text.encode()).hexdigest()
             files.seal(self.directory, sums)  # first: a run with a summary counts as finished
-            files.write(self.directory / "summary.json", text)
+            files.write(self.directory / layout.SUMMARY, text)
             if "tracker" in vars(self) and (checkpoints := complete(self.directory)):
                 self.tracker.log_checkpoint_file(checkpoints[0])
 
@@ -145,9 +145,9 @@ class Run:
             self._check_same(directory)
             # these files may be those of another configuration, of which nothing was saved
             if not layout.has_state(directory):
-                for name in (layout.WEIGHTS, identity.ORIGIN, "inputs.json"):
+                for name in (layout.WEIGHTS, identity.ORIGIN, layout.INPUTS):
                     (directory / name).unlink(missing_ok=True)
-            if not (directory / "summary.json").exists():  # the files of a finished run stay
+            if not (directory / layout.SUMMARY).exists():  # the files of a finished run stay
                 (directory / files.SUMS).unlink(missing_ok=True)
                 self._write_config(directory)
                 if self._config.get("pretrained"):
@@ -170,14 +170,14 @@ class Run:
             ) from None
 
     def _write_config(self, directory: Path) -> None:
-        files.write(directory / "config.yaml", yaml.safe_dump(self._config, sort_keys=False))
+        files.write(directory / layout.CONFIG, yaml.safe_dump(self._config, sort_keys=False))
 
     def _check_same(self, directory: Path) -> None:
         """UserError if the directory holds another run: other settings or other weights below it.
 
         The weights are compared by their content: another training may have written to their path.
         """
-        known = directory / "config.yaml"
+        known = directory / layout.CONFIG
         if not known.exists() or not layout.has_state(directory):
             return
         before = identity.left_by(files.parse(known, yaml.safe_load), directory)
@@ -270,7 +270,7 @@ class Run:
         if (steps := metrics.per_epoch(before)) and steps != per_epoch:
             step = round(step * per_epoch / steps)
         if self.is_main:
-            lines = MetricsFile.read(before / metrics.NAME)
+            lines = MetricsFile.read(before / layout.METRICS)
             reached = layout.step_of(file)
             rates = [line["lr"] for line in lines if "lr" in line and line["step"] <= reached]
             self.rate_before = rates[-1] if rates else None
@@ -344,7 +344,7 @@ class Run:
                 )
             if known.get(split) != now:
                 text = json.dumps(known | {split: now}, indent=2) + "\n"
-                files.write(self.directory / "inputs.json", text)
+                files.write(self.directory / layout.INPUTS, text)
 
     def check_data(self, split: Callable[[str], Split] | None = None) -> None:
         """UserError unless the images of a finished run are those that it would use now.
@@ -354,7 +354,7 @@ class Run:
         """
         if not self.is_main or not (known := identity.inputs(self.directory)):
             return
-        ran = files.parse(self.directory / "config.yaml", yaml.safe_load)["data"]
+        ran = files.parse(self.directory / layout.CONFIG, yaml.safe_load)["data"]
         now = self._config["data"]
         if split is None and ran.get("root") == now.get("root"):
             return
@@ -366,7 +366,7 @@ class Run:
         (self.directory / files.SUMS).unlink(missing_ok=True)  # it has the former config.yaml's
         self._write_config(self.directory)
         if sums:
-            files.seal(self.directory, sums | files.sums_of(self.directory, ["config.yaml"]))
+            files.seal(self.directory, sums | files.sums_of(self.directory, [layout.CONFIG]))
 
     def last_line(self) -> dict[str, float]:
         """The newest log line, on rank 0."""

@@ -71,14 +71,14 @@ class Member:
     @property
     def under_way(self) -> tuple[Path, int]:
         """(directory, epochs) of its run or, of a pipeline, of the part that runs now."""
-        own = self.directory / "metrics.jsonl"
+        own = self.directory / layout.METRICS
         if own.exists() and own.stat().st_size:  # what lies below are evaluations of it
             return self.directory, self.config["epochs"]
         parts = [path for path in self.directory.glob("**/metrics.jsonl") if path.stat().st_size]
         newest = max(parts, key=lambda path: path.stat().st_mtime_ns, default=None)
         if newest is None:
             return self.directory, self.config["epochs"]
-        return newest.parent, files.parse(newest.with_name("config.yaml"), yaml.safe_load)["epochs"]
+        return newest.parent, files.parse(newest.with_name(layout.CONFIG), yaml.safe_load)["epochs"]
 
     @property
     def has_state(self) -> bool:
@@ -124,9 +124,9 @@ class Member:
 
         None if `data.root` is another one: the run itself then compares the images.
         """
-        if (summary := self._read("summary.json", json.loads)) is None:
+        if (summary := self._read(layout.SUMMARY, json.loads)) is None:
             return None
-        if (ran := self._read("config.yaml", yaml.safe_load)) is None or self._changes(ran):
+        if (ran := self._read(layout.CONFIG, yaml.safe_load)) is None or self._changes(ran):
             return None
         roots = (config["data"].get("root") or "." for config in (ran, self.config))
         then, now = map(identity.real, roots)
@@ -135,7 +135,7 @@ class Member:
     @property
     def conflict(self) -> str:
         """In words, how the run in its directory differs from it; "": it doesn't."""
-        ran = self._read("config.yaml", yaml.safe_load)
+        ran = self._read(layout.CONFIG, yaml.safe_load)
         return self._changes(ran) if ran is not None and layout.has_state(self.directory) else ""
 
     @property

@@ -251,7 +251,7 @@ class WandbTracker:
         None of those on val: the best epoch would be chosen by the images that measure it.
         """
         best: dict[str, float] = {}
-        path = self.directory / "metrics.jsonl"
+        path = self.directory / layout.METRICS
         for row in MetricsFile.read(path) if path.is_file() else []:
             for name, value in row.items():
                 kind = re.search(r"(?:^|_)(loss|top\d|accuracy)$", name)
@@ -323,8 +323,8 @@ def rebuild(run_dir: str | Path, settings: Mapping[str, Any] | None = None) -> N
     in either case online if logged in.
     """
     run_dir = Path(run_dir)
-    rows = MetricsFile.read(run_dir / "metrics.jsonl")
-    config, summary_file = _config(run_dir), run_dir / "summary.json"
+    rows = MetricsFile.read(run_dir / layout.METRICS)
+    config, summary_file = _config(run_dir), run_dir / layout.SUMMARY
     finished = summary_file.is_file()
     summary = files.parse(summary_file, json.loads) if finished else {}
     if settings is None:
@@ -345,7 +345,7 @@ def rebuild(run_dir: str | Path, settings: Mapping[str, Any] | None = None) -> N
 def _config(run: Path) -> dict[str, Any]:
     import yaml
 
-    path = run / "config.yaml"
+    path = run / layout.CONFIG
     return files.parse(path, yaml.safe_load) if path.is_file() else {}
 
 

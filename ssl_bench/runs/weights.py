@@ -304,10 +304,10 @@ def recipe(path: Path) -> dict | None:
         text = _metadata(path, files.state(path)).get("ssl_bench")
         return build.read_back(path, text, json.loads) if text else None
     run = layout.run_of(path)
-    if not (run and (run / "config.yaml").is_file()):
+    if not (run and (run / layout.CONFIG).is_file()):
         return None
-    files.check(run / "config.yaml")
-    return build.read_back(run / "config.yaml", (run / "config.yaml").read_bytes(), yaml.safe_load)
+    files.check(run / layout.CONFIG)
+    return build.read_back(run / layout.CONFIG, (run / layout.CONFIG).read_bytes(), yaml.safe_load)
 
 
 def look(path: Path) -> dict[str, list[float]]:

@@ -18,7 +18,7 @@ from ssl_bench.errors import UserError
 from ssl_bench.evaluate.features import extract_all
 from ssl_bench.launch.process import launch
 from ssl_bench.report import figure
-from ssl_bench.runs import identity, units, weights
+from ssl_bench.runs import identity, layout, units, weights
 from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
@@ -88,7 +88,7 @@ def pipeline(
         except Exception as error:  # whatever it is: without a picture the results still count
             log.warning("no picture: %s: %s", type(error).__name__, error)
     top1 = {f"{name} top-1": units.mean_std(values)[0] for name, values in results.items()}
-    return top1 | cost(MetricsFile.read(run.directory / "pretrain" / "metrics.jsonl"))
+    return top1 | cost(MetricsFile.read(run.directory / "pretrain" / layout.METRICS))
 
 
 def check_choice(member: DictConfig, pretraining: DictConfig) -> None:
@@ -169,9 +169,9 @@ def draw(
         return
     images, _, indices = next(train_images.epoch_pass())
     shown = picture(views, images[:8], keys(cfg.seed, 0, indices[:8]))
-    curves = {"pretraining": MetricsFile.read(run.directory / "pretrain" / "metrics.jsonl")}
+    curves = {"pretraining": MetricsFile.read(run.directory / "pretrain" / layout.METRICS)}
     for name in results:
-        curves[name] = MetricsFile.read(Path(evaluations[name][0].dir) / "metrics.jsonl")
+        curves[name] = MetricsFile.read(Path(evaluations[name][0].dir) / layout.METRICS)
     title = f"{cfg.method.name}, {cfg.backbone.name}, {cfg.data.name}"
     labels = test.labels[test.rows]
     figure.overview(path, title, curves, shown.cpu(), features.numpy(), labels, results)

@@ -20,6 +20,7 @@ from ssl_bench.evaluate.features import extract_all
 from ssl_bench.evaluate.labels import check_classes, hold_out
 from ssl_bench.evaluate.neighbours import knn_and_ridge
 from ssl_bench.methods import layers
+from ssl_bench.runs import layout
 from ssl_bench.runs.checkpoint import check_fits
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
@@ -187,8 +188,8 @@ def show_views(
     # a whole batch, since a compiled augmentation would be compiled again for another size
     shown = picture(views, images, keys(cfg.seed, 0, indices))[:, :num_images]
     grid = make_grid(shown.flatten(0, 1).float() / 255, nrow=shown.shape[1])
-    save_image(grid, run.directory / "views.png")
-    run.log_image(0, "views", run.directory / "views.png")
+    save_image(grid, run.directory / layout.VIEWS)
+    run.log_image(0, "views", run.directory / layout.VIEWS)
 
 
 def picture(views: Views, images: Tensor, image_keys: Tensor) -> Tensor:

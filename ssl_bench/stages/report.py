@@ -18,7 +18,7 @@ from ssl_bench.methods.probe import restored
 from ssl_bench.report import grouping, page, tables
 from ssl_bench.report.grouping import Board, Group
 from ssl_bench.report.tables import markdown
-from ssl_bench.runs import checkpoint, record, weights
+from ssl_bench.runs import checkpoint, layout, record, weights
 from ssl_bench.runs.record import Ran
 from ssl_bench.runs.run import Run
 from ssl_bench.stages import single_process
@@ -164,7 +164,7 @@ def view_pictures(boards: list[Board]) -> dict[str, tuple[Path, list[str]]]:
     """{digest: (a picture of augmented views, names of the groups that were shown it)}."""
     pictures: dict[str, tuple[Path, list[str]]] = {}
     for group in (group for board in boards for group in board.groups):
-        paths = (ran.directory / "views.png" for ran in group.runs)
+        paths = (ran.directory / layout.VIEWS for ran in group.runs)
         if path := next((path for path in paths if path.exists()), None):
             pictures.setdefault(files.digest(path), (path, []))[1].append(group.name)
     return pictures
@@ -223,7 +223,7 @@ def look(cfg: DictConfig, run: Run, detail: page.Detail, ran: Ran, source: Sourc
     paths = checkpoint.complete(ran.directory)
     if not paths:
         raise UserError("it has no checkpoint")
-    place = ran.directory / "config.yaml"
+    place = ran.directory / layout.CONFIG
     node = build.found(ran.config, "backbone", cfg, place)
     backbone = build.construct(weights.unfilled(node))
     view = view_of(ran.config, place, resize=ran.config["stage"].get("test_resize", 1.0))
@@ -255,7 +255,7 @@ def open_data(cfg: DictConfig, ran: Ran) -> Dataset:
     This command says where packed images are kept: the configuration of a run from elsewhere must
     not have a folder written or cleared here.
     """
-    node = build.found(ran.config, "data", cfg, ran.directory / "config.yaml")
+    node = build.found(ran.config, "data", cfg, ran.directory / layout.CONFIG)
     if node.get("name") == cfg.data.name and "root" in cfg.data:
         node["root"] = cfg.data.root
     return build.construct(node | {"cache": cfg.data.cache, "workers": cfg.data.workers})

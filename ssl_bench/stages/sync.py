@@ -6,6 +6,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ssl_bench import files
 from ssl_bench.errors import UserError
+from ssl_bench.runs import layout
 from ssl_bench.runs.tracking import choose_mode, rebuild
 
 READS = ("runs", "tracking")
@@ -19,7 +20,7 @@ def sync(cfg: DictConfig, run: Any) -> dict[str, float]:
     could not be rebuilt.
     """
     paths = files.places(cfg.runs)
-    found = [file.parent for path in paths for file in path.rglob("metrics.jsonl")]
+    found = [file.parent for path in paths for file in path.rglob(layout.METRICS)]
     directories = {directory.resolve() for directory in found}
     if not directories:
         raise UserError(

@@ -84,8 +84,8 @@ def verify(
 def _of(cfg: DictConfig, path: Path, known: Sequence[Ran], minutes: float) -> list[Finding]:
     """The findings on one of `what`; minutes: 0, or those that a run may take to be done again."""
     if path.is_dir():
-        folders = sorted({file.parent for file in path.rglob("metrics.jsonl")})
-        below = [folder for folder in folders if (folder / "config.yaml").exists()]
+        folders = sorted({file.parent for file in path.rglob(layout.METRICS)})
+        below = [folder for folder in folders if (folder / layout.CONFIG).exists()]
         if not below and (exported := files.listed(path)):
             return [_file(path / name) for name in exported]
         if not below:
@@ -162,7 +162,7 @@ def _files(folder: Path) -> Iterator[Finding]:
     if sums and not bad:
         yield Finding(str(folder), "whole", f"{len(sums)} files, as {files.SUMS} says")
     if not sums:
-        why = "made by an earlier version" if (folder / "summary.json").exists() else "not finished"
+        why = "made by an earlier version" if (folder / layout.SUMMARY).exists() else "not finished"
         yield Finding(f"{folder}: digests of its files", "missing", why)
 
 
@@ -280,7 +280,7 @@ def _again(cfg: DictConfig, ran: Ran, known: Sequence[Ran], minutes: float) -> F
     if ran.config.get("pretrained") and weights is None:
         return Finding(what, "missing", "what it stands on isn't here")
     print(f"{ran.directory}: again, {expected:.1f} minutes when it ran")
-    place = ran.directory / "config.yaml"
+    place = ran.directory / layout.CONFIG
     groups = [group for group in build.SUPPLIED if ran.config.get(group)]
     nodes = {group: build.found(ran.config, group, cfg, place) for group in groups}
     if nodes["data"].get("name") == cfg.data.name and "root" in cfg.data:
