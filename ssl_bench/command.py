@@ -227,7 +227,7 @@ def execute(words: Sequence[str]) -> Result | None:
             "all else: ssl-bench --help"
         )
         words = ["experiment=quickstart"]
-    if mistaken := _no_option(words):
+    if mistaken := _no_option(words) or messages.no_name(words):
         fail(UserError(mistaken))
     words = [HOME.sub(r'\1="\2"', LIST.sub(r"\1=[\2]", word)) for word in words]
     sys.argv[1:] = _options_first(words)

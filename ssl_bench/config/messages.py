@@ -2,13 +2,15 @@
 
 import os
 import re
+from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString, Sweep
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -50,6 +52,31 @@ def message(error: Exception) -> str:
     if file and isinstance(cause, OmegaConfBaseException):
         return f"{file}{cause.full_key}: {str(cause).splitlines()[0]}"
     return ": ".join([text.splitlines()[0], *str(error.__cause__ or "").splitlines()[:1]])
+
+
+def no_name(words: Sequence[str]) -> str:
+    """A line about the first override that chooses by a number or null, not by name; "": none does.
+
+    Hydra would end with a traceback. words: a command line.
+    """
+    conf = [Path(__file__).parents[1] / "conf"]
+    conf += [Path(word.partition("=")[2]) for word in words if word.startswith("--config-dir=")]
+    for word in words:
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except HydraException:
+            continue  # an option, or what Hydra will report
+        group = override.key_or_group
+        if override.is_delete() or not (conf[0] / group).is_dir() or "." in group:
+            continue
+        value = override.value()
+        values = value.list if isinstance(value, ChoiceSweep) else [value]
+        if all(isinstance(one, str | list | QuotedString | Sweep) for one in values):
+            continue
+        files = [file for folder in conf for file in sorted((folder / group).glob("*.yaml"))]
+        instead = " (leave it out for none)" if group == "experiment" else ""
+        return unknown("choice", word, [f"{group}={file.stem}" for file in files]) + instead
+    return ""
 
 
 def _as_texts(key: str, value: str) -> str:

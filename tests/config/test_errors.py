@@ -123,6 +123,17 @@ CONFIGURATION = {
             "Valid: method=barlow_twins, method=byol, method=dino, method=moco_v1, method=moco_v2",
         ],
     ),
+    "a number for a choice": (
+        ["method=1"],
+        ["method=1: no such choice; Valid: method=barlow_twins, method=byol"],
+    ),
+    "no choice": (["data=null"], ["data=null: no such choice; Valid: data=cifar10,"]),
+    "no number for an experiment": (["experiment=nan"], ["experiment=nan: no such choice; Valid:"]),
+    "the default experiment": (["experiment=null"], ["experiment=null: no such choice; Valid:"]),
+    "numbers in a sweep of choices": (
+        ["-m", "schedule=cosine,2"],
+        ["schedule=cosine,2: no such choice; did you mean schedule=cosine?"],
+    ),
     "type": (["batch_size=abc"], ["batch_size=abc: input should be a valid integer"]),
     "range": (["method.temperature=-1"], ["method.temperature=-1: input should be greater than 0"]),
     "added key": (["+unknown=1"], ["unknown: no such key;", "Valid: augmentation, backbone, "]),
