@@ -10,7 +10,7 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString, Sweep
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -71,7 +71,7 @@ def no_name(words: Sequence[str]) -> str:
             continue
         value = override.value()
         values = value.list if isinstance(value, ChoiceSweep) else [value]
-        if all(isinstance(one, str | list | QuotedString | Sweep) for one in values):
+        if not any(one is None or isinstance(one, int | float) for one in values):
             continue
         files = [file for folder in conf for file in sorted((folder / group).glob("*.yaml"))]
         instead = " (leave it out for none)" if group == "experiment" else ""
