@@ -15,7 +15,7 @@ import sys
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -235,9 +235,8 @@ class SweepLauncher(Launcher):
                 root = Path(ssl_bench.__file__).with_name("conf")
             else:
                 continue
-            for parent, _, names in os.walk(root, followlinks=True):
-                for file in (Path(parent, name) for name in names if name.endswith(".yaml")):
-                    texts[str(file.relative_to(root))] = file.read_text(encoding="utf-8")
+            for file in yaml_below(root):
+                texts[str(file.relative_to(root))] = file.read_text(encoding="utf-8")
         content = repr(sorted(texts.items())).encode()
         copy = folder / f"conf-{blake2b(content, digest_size=4).hexdigest()}"
         if not copy.exists():
@@ -398,6 +397,29 @@ class Workstation(SweepLauncher):
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
+
+
+def yaml_below(root: Path) -> Iterator[Path]:
+    """The YAML files of a folder of choices.
+
+    Not those of runs, which lie there too if --config-dir is the current folder, nor hidden ones,
+    nor any behind a link that leaves the folder.
+    """
+    from ssl_bench.runs import layout
+
+    marks = (layout.METRICS, ".members", "multirun.yaml")  # of a run, of a sweep's folder
+    seen = {root.resolve()}
+    for parent, folders, names in os.walk(root, followlinks=True):
+        yield from (Path(parent, name) for name in sorted(names) if name.endswith(".yaml"))
+        within = {name: Path(parent, name) for name in folders if not name.startswith(".")}
+        folders[:] = []
+        for name, folder in sorted(within.items()):
+            place = folder.resolve()
+            left_by_a_run = any((folder / one).exists() for one in marks)
+            if place in seen or left_by_a_run or not place.is_relative_to(root.resolve()):
+                continue
+            seen.add(place)
+            folders.append(name)
 
 
 def visible_gpus() -> list[str]:
