@@ -22,12 +22,13 @@ def pick_device(name: str, local_rank: int) -> "torch.device":
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-        if name == "cpu" and Path("/dev/nvidia0").exists() and not hidden:
+        slurm = os.environ.get("SLURM_JOB_GPUS") or os.environ.get("SLURM_STEP_GPUS")
+        if name == "cpu" and (Path("/dev/nvidia0").exists() or slurm) and not hidden:
             log.warning(
-                "device=auto: on the CPU, because torch %s, built for CUDA %s, "
-                "can't use the GPU here (see nvidia-smi)",
-                torch.__version__,
-                torch.version.cuda,
+                "device=auto: on the CPU, because torch %s, built for CUDA %s, can't use the GPU %s "
+                "(see nvidia-smi)",
+                *(torch.__version__, torch.version.cuda),
+                f"that Slurm gave this job, {slurm}" if slurm else "here",
             )
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(

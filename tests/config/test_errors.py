@@ -314,6 +314,16 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         pick_device("auto", 2)
 
 
+def test_a_gpu_of_slurm_that_torch_cannot_use_is_missed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("SLURM_JOB_GPUS", "0")
+    assert pick_device("auto", 0).type == "cpu"
+    assert "can't use the GPU that Slurm gave this job, 0 (see nvidia-smi)" in caplog.text
+
+
 def test_a_metric_of_val_is_none_of_pretraining(tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
