@@ -25,8 +25,8 @@ def pick_device(name: str, local_rank: int) -> "torch.device":
         slurm = os.environ.get("SLURM_JOB_GPUS") or os.environ.get("SLURM_STEP_GPUS")
         if name == "cpu" and (Path("/dev/nvidia0").exists() or slurm) and not hidden:
             log.warning(
-                "device=auto: on the CPU, because torch %s, built for CUDA %s, can't use the GPU %s "
-                "(see nvidia-smi)",
+                "device=auto: on the CPU, because torch %s, built for CUDA %s, "
+                "can't use the GPU %s (see nvidia-smi)",
                 *(torch.__version__, torch.version.cuda),
                 f"that Slurm gave this job, {slurm}" if slurm else "here",
             )
