@@ -80,7 +80,8 @@ def make(name: str, backbone: Callable[[], nn.Module] = resnet) -> Method:
 
 @cache
 def num_views(name: str) -> int:
-    return make(name, TwoLayers).num_views
+    with torch.random.fork_rng(devices=[]):  # the first call draws no more than the others
+        return make(name, TwoLayers).num_views
 
 
 def views_of(name: str, batch: int, step: int = 0) -> list[Tensor]:
