@@ -235,7 +235,8 @@ class SweepLauncher(Launcher):
                 root = Path(ssl_bench.__file__).with_name("conf")
             else:
                 continue
-            for file in yaml_below(root):
+            # in a checkout our launchers are behind a link
+            for file in yaml_below(root, outside=scheme == "pkg"):
                 texts[str(file.relative_to(root))] = file.read_text(encoding="utf-8")
         content = repr(sorted(texts.items())).encode()
         copy = folder / f"conf-{blake2b(content, digest_size=4).hexdigest()}"
@@ -399,11 +400,11 @@ class Workstation(SweepLauncher):
                 signal.signal(signum, handler)
 
 
-def yaml_below(root: Path) -> Iterator[Path]:
+def yaml_below(root: Path, outside: bool = False) -> Iterator[Path]:
     """The YAML files of a folder of choices.
 
-    Not those of runs, which lie there too if --config-dir is the current folder, nor hidden ones,
-    nor any behind a link that leaves the folder.
+    Not those of runs, which lie there too if --config-dir is the current folder, nor hidden ones.
+    outside: those behind a link that leaves the folder, too.
     """
     from ssl_bench.runs import layout
 
@@ -416,7 +417,8 @@ def yaml_below(root: Path) -> Iterator[Path]:
         for name, folder in sorted(within.items()):
             place = folder.resolve()
             left_by_a_run = any((folder / one).exists() for one in marks)
-            if place in seen or left_by_a_run or not place.is_relative_to(root.resolve()):
+            leaves = not (outside or place.is_relative_to(root.resolve()))
+            if place in seen or left_by_a_run or leaves:
                 continue
             seen.add(place)
             folders.append(name)

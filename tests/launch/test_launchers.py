@@ -2,7 +2,15 @@
 
 from pathlib import Path
 
+from commands import CHOICES, CONF
+
 from ssl_bench.launch.launchers import yaml_below
+
+
+def test_all_our_choices_are_kept() -> None:
+    """In a checkout our launchers are behind a link."""
+    kept = {path.relative_to(CONF).as_posix() for path in yaml_below(CONF, outside=True)}
+    assert {f"{group}/{choice}.yaml" for group, choice in CHOICES} <= kept
 
 
 def test_choices_are_kept_and_runs_are_not(tmp_path: Path) -> None:
@@ -30,6 +38,7 @@ def test_choices_are_kept_and_runs_are_not(tmp_path: Path) -> None:
     (here / "zlinked").symlink_to(here / "method")
     found = sorted(str(path.relative_to(here)) for path in yaml_below(here))
     assert found == ["config.yaml", "deep/er/one.yaml", "method/mine.yaml"]
+    assert here / "out" / "theirs.yaml" in list(yaml_below(here, outside=True))
     # a link within the folder, to what isn't seen otherwise
     (here / ".hidden").mkdir()
     (here / ".hidden" / "own.yaml").write_text("a: 1\n")
