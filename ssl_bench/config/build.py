@@ -58,7 +58,7 @@ class Root(BaseModel):
     dir: Annotated[Place, Field(min_length=1)] | None
     epochs: PositiveInt
     batch_size: PositiveInt
-    pretrained: Place | None
+    pretrained: Annotated[Place, Field(min_length=1)] | None
     pretrained_prefix: Annotated[str, Field(min_length=1)] | None = None
     continue_from: Place | None = None  # a member of a sweep may be older than the key
     runs: Place | list[Place] | None

@@ -1,6 +1,6 @@
 """continue_from=RUN: a training that goes on from the whole state of another one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -12,6 +12,8 @@ from ssl_bench.errors import UserError
 from ssl_bench.runs import layout, metrics
 from ssl_bench.shell import override
 
+# of an augmentation that is chosen anew: the network has learnt from images of this size and look
+LOOK = ("image_size", "mean", "std")
 BROUGHT = ("augmentation", "optimizer", "schedule")  # groups that a method brings, when chosen
 # stages that train nothing, of a run of any stage, and whose configuration is that run's
 AS_IT_WAS = ("average",)
@@ -39,7 +41,8 @@ def merged(cfg: DictConfig, words: Sequence[str]) -> DictConfig:
     """`cfg` in which all that wasn't typed is as in the run that `cfg.continue_from` names.
 
     words: the overrides of the command. A group that was chosen (augmentation=simclr) is as it was
-    composed; of the others single keys that were typed are changed. UserError.
+    composed, but for the size and look of the images; of the others single keys that were typed are
+    changed. UserError.
     """
     source = cfg.get("continue_from")
     if source is None or not isinstance(source, str):
@@ -72,6 +75,8 @@ def merged(cfg: DictConfig, words: Sequence[str]) -> DictConfig:
     with open_dict(made):
         for group in GROUPS:
             if group in keys or ("method" in keys and group in BROUGHT):
+                if group == "augmentation":
+                    _keep_look(made.augmentation, ran.get(group) or {}, keys)
                 continue
             node = build.literal(build.found(ran, group, cfg, place))
             for word in words:
@@ -83,6 +88,13 @@ def merged(cfg: DictConfig, words: Sequence[str]) -> DictConfig:
         made.pretrained = str(file)
         made.continue_from = source
     return made
+
+
+def _keep_look(node: DictConfig, before: Mapping, keys: set[str]) -> None:
+    """Give a node of an augmentation the size and look of images before, unless they are typed."""
+    for key in LOOK:
+        if key in before and key in node and f"augmentation.{key}" not in keys:
+            node[key] = before[key]
 
 
 def _change(node: DictConfig, group: str, word: str, cfg: DictConfig) -> None:

@@ -25,7 +25,7 @@ GROUPS = (*build.SUPPLIED, "experiment", "settings")
 ALWAYS = ("experiment", "settings", "data.root")
 # keys of a backbone that its weights fit to no other value of
 SHAPE = ("stem", "width", "model", "patch_size")
-LONGEST = 80  # characters of the part of a path that tells commands apart
+LONGEST = 120  # characters of the part of a path that tells commands apart
 # a text that can be told from the key that follows it: a number, or a word without a dash
 PLAIN = re.compile(r"[-+]?\d[\d.]*(e[-+]?\d+)?|[A-Za-z_][\w.]*")
 
@@ -131,7 +131,8 @@ def path_slug(path: object) -> str:
     local = str(path) if path is None else identity.local(str(path))
     if re.fullmatch(r"[\w.]+|[^/]+/seed\d+", local):
         return text
-    return f"{text}-{blake2b(local.encode(), digest_size=4).hexdigest()}"
+    start = re.sub(r"[^\w.]+", "-", local, flags=re.ASCII)[:80].strip("-.")
+    return f"{start}-{blake2b(local.encode(), digest_size=4).hexdigest()}"
 
 
 def began(pretrained: object, continue_from: object) -> str:

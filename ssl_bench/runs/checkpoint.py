@@ -165,9 +165,9 @@ def check_fits(path: Path, typed: str, model: nn.Module) -> None:
     if wrong:
         names = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
         raise UserError(
-            f"{typed}: its state isn't this method's: {len(wrong)} tensors are missing, others or "
-            f"of another shape ({names}): leave method, backbone and their sizes as they were, or "
-            "type pretrained= to begin with its backbone alone"
+            f"{typed}: its state isn't this method's: {len(wrong)} tensors are missing, unexpected "
+            f"or of another shape ({names}): leave method, backbone and their sizes as they were, "
+            "or type pretrained= to begin with its backbone alone"
         )
 
 

@@ -89,7 +89,7 @@ def load_backbone(backbone: nn.Module, source: str, prefix: str | None = None) -
         remarks.append(f"its names are those of {network.spelling}")
     if why:
         others = " or ".join(one.typed for one in found if one is not network)
-        remarks.append(f"it is {why}; pretrained_prefix={others} takes another")
+        remarks.append(f"it is {why}; pretrained_prefix={others} is another")
     if (heads := _heads(backbone)) and not _check_heads(network, heads, source, path):
         remarks.append(f"no tensor says how many attention heads it had: {heads} are taken")
     if key := network.resized:
@@ -106,7 +106,8 @@ def load_backbone(backbone: nn.Module, source: str, prefix: str | None = None) -
         left_out = [key for key in state if not key.startswith("backbone.")]
     if ours and network.prefix == "ema.backbone.":
         remarks.append(
-            "it is the average of the weights (ema); pretrained_prefix=model.backbone takes these"
+            "the averaged weights are taken (ema); "
+            "pretrained_prefix=model.backbone takes the others"
         )
     return Loaded(path, network.prefix, len(tensors), left_out, remarks, _classifier(state))
 

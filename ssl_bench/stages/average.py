@@ -40,7 +40,8 @@ def average(cfg: DictConfig, run: Run, last: Annotated[int, Field(ge=2)]) -> dic
         fewer = f"type stage.last={len(kept)}, or " if len(kept) > 1 else "another run, or "
         raise UserError(
             f"stage.last={last}: {newest.parents[1]} has kept {len(kept)} checkpoint"
-            f"{'s' if len(kept) > 1 else ''}: {fewer}train one with {override('keep', last)}"
+            f"{'s' if len(kept) > 1 else ''}: {fewer}train one with {override('keep', last)} and "
+            "save_every= of a few hundred steps"
         )
     chosen = kept[:last][::-1]
     mean = mean_of(chosen)

@@ -1,12 +1,15 @@
 """Stage runs: the runs there are, and the checkpoints that nothing stands on."""
 
 import json
+import textwrap
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,7 +24,7 @@ READS = ("runs",)
 # whose choice of each group a run is compared with, and which its directory shows already
 CHOSEN = ("stage", "method", "backbone", "data")
 AGES = {"d": 86400, "h": 3600, "min": 60}  # seconds
-WIDTH = 118  # characters of a line
+WIDTH, INDENT = 118, 4 * " "  # of a line
 
 
 @single_process
@@ -35,30 +38,30 @@ def runs(cfg: DictConfig, run: Run, prune: bool = False) -> dict[str, float]:
     found = sorted(record.find(folders), key=lambda ran: ran.directory.parts)
     own = {ran: list(_own_files(ran, found)) for ran in found}
     differing = {ran: changed(ran) for ran in found}
-    shared = set.intersection(*map(set, differing.values())) if len(found) > 1 else set()
-    if words := [word for word in differing[found[0]] if word in shared]:
-        print("all of them: " + " ".join(words) + "\n")
+    counts = {stage: common(differing, stage) for stage in {ran.stage for ran in found}}
+    for stage, (number, count) in sorted(counts.items()):
+        if shared := [word for word in count if count[word] == number > 1]:
+            print(tables.plain(f"all {number} of stage={stage}: {' '.join(sorted(shared))}"))
+    print()
     facts = {ran: [ran.state.name, newest_metric(ran), *age_and_size(own[ran])] for ran in found}
     widths = [max(map(len, column)) for column in zip(*facts.values(), strict=True)]
     for ran in found:
         cells = [fact.ljust(width) for fact, width in zip(facts[ran], widths, strict=True)]
-        line = "    " + "  ".join(cells)
-        words = [word for word in differing[ran] if word not in shared]
+        line = INDENT + "  ".join(cells)
         print(tables.plain(str(ran.directory)))
-        print(tables.plain(f"{line}  {shortened(words, WIDTH - len(line) - 2)}").rstrip())
+        for text in wrapped(line, telling(differing[ran], *counts[ran.stage])):
+            print(tables.plain(text))
     idle = unneeded(found)
     total = sum(path.stat().st_size for path in idle)
-    counts = {"runs": len(found), "finished": sum(ran.summary is not None for ran in found)}
     if prune:
         for path in idle:
             path.unlink()
             print(f"deleted {path}")
     elif idle:
-        several = f"{len(idle)} checkpoint{'s' if len(idle) > 1 else ''}"
-        print(
-            f"\nno run here stands on {several}, {size(total)}: stage.prune=true deletes that much"
-        )
-    return {**counts, "unneeded_gb": 0.0 if prune else total / 1e9}
+        several = f"{len(idle)} checkpoint{'s' if len(idle) > 1 else ''} ({size(total)})"
+        print(f"\nno run here needs {several}: stage.prune=true deletes that much")
+    done = sum(ran.summary is not None for ran in found)
+    return {"runs": len(found), "finished": done, "unneeded_gb": 0.0 if prune else total / 1e9}
 
 
 def unneeded(found: Sequence[Ran]) -> list[Path]:
@@ -90,18 +93,29 @@ def _digests(path: Path) -> Iterable[str]:
     return known.values() if isinstance(known, dict) else ()
 
 
+def common(differing: Mapping[Ran, list[str]], stage: str) -> tuple[int, Counter[str]]:
+    """(how many runs of a stage there are, how many of them each word is of)."""
+    several = [words for ran, words in differing.items() if ran.stage == stage]
+    return len(several), Counter(word for words in several for word in words)
+
+
 def changed(ran: Ran) -> list[str]:
     """The settings in which a run differs from the defaults of its method, backbone and data."""
     names = {group: identity.node(ran.config, group).get("name") for group in CHOSEN}
-    words = tuple(f"{group}={name}" for group, name in names.items() if name)
-    if (usual := _default(words)) is None:
+    options = GlobalHydra.instance().config_loader().get_group_options
+    foreign = [group for group, name in names.items() if name and name not in options(group)]
+    words = [f"{group}={name}" for group, name in names.items() if name and group not in foreign]
+    if (usual := _default(tuple(words))) is None:
         return ["?"]
     ours = ran.identity.own
     theirs = identity.Identity(usual).own
-    keys = sorted(key for key in ours if ours[key] != theirs.get(key) and key != "seed")
+    left_out = ("augmentation.mean", "augmentation.std", *(f"{group}." for group in foreign))
+    keys = sorted(key for key in ours if ours[key] != theirs.get(key))
+    keys = [key for key in keys if not key.startswith(left_out)]
     # a choice of another group says it all
     groups = {key.partition(".")[0] for key in keys if key.endswith(".name")}
     short = [f"{group}={ours[f'{group}.name']}" for group in sorted(groups)]
+    short += [f"{group}={names[group]}" for group in foreign]
     return short + [f"{key}={ours[key]}" for key in keys if key.partition(".")[0] not in groups]
 
 
@@ -116,15 +130,21 @@ def _default(words: tuple[str, ...]) -> dict | None:
         return None
 
 
-def shortened(words: Sequence[str], width: int) -> str:
-    """As many of the words as there is room for, and how many are left."""
-    shown = ""
-    for i, word in enumerate(words):
-        longer = f"{shown} {word}".strip()
-        if len(longer) > width - 4:
-            return f"{shown} +{len(words) - i}".strip()
-        shown = longer
-    return shown
+def telling(words: Iterable[str], number: int, count: Counter[str]) -> list[str]:
+    """The words that not all `number` runs of a stage have, the rarest first: they say most."""
+    own = [word for word in words if count[word] < number or number == 1]
+    return sorted(own, key=count.__getitem__)
+
+
+def wrapped(line: str, words: Sequence[str]) -> list[str]:
+    """The words behind the line or, where they don't fit, below it."""
+    text = " ".join(words)
+    if len(line) + 2 + len(text) <= WIDTH:
+        return [f"{line}  {text}".rstrip()]
+    return [
+        line.rstrip(),
+        *textwrap.wrap(text, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT),
+    ]
 
 
 def newest_metric(ran: Ran) -> str:

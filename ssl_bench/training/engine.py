@@ -56,7 +56,7 @@ def fit(
         peak = max(group["initial_lr"] for group in optimizer.param_groups)
         now, at_end = (peak * schedule(at, epochs) for at in (start / per_epoch, epochs))
         log.info(
-            "learning rate: %.4g until epoch %g, %.4g there from now on, %.4g at epoch %s",
+            "learning rate: was %.4g at epoch %g, goes on at %.4g there, ends at %.4g at epoch %s",
             *(run.rate_before, start / per_epoch, now, at_end, epochs),
         )
     parallel = distributed.data_parallel(model, run.device)

@@ -95,6 +95,8 @@ def test_what_was_not_typed_is_as_it_was(runs: Path) -> None:
     assert made.optimizer.base_lr == 0.5
     assert made.optimizer.momentum == before["optimizer"]["momentum"]
     assert made.augmentation.name == "simclr"
+    assert made.augmentation.image_size == before["augmentation"]["image_size"] == 16
+    assert list(made.augmentation.mean) == before["augmentation"]["mean"]
     assert made.schedule.name == "constant"
     assert made.pretrained == f"{runs}/short/checkpoints/step0000000020.pt"
 
@@ -103,7 +105,7 @@ def test_a_typed_rate_holds(runs: Path, caplog: pytest.LogCaptureFixture) -> Non
     """A state dict of an optimizer has its settings, too: those of the run before don't win."""
     caplog.set_level("INFO", "ssl_bench")
     assert on(runs, "rate", "epochs=3", "optimizer.base_lr=0.5")["lr"] == 0.5 * 128 / 256
-    said = "learning rate: 0.015 until epoch 2, 0.25 there from now on, 0.25 at epoch 3"
+    said = "learning rate: was 0.015 at epoch 2, goes on at 0.25 there, ends at 0.25 at epoch 3"
     assert said in caplog.text
 
 
