@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from ssl_bench.data.pictures import Values
 
 
+_alone = threading.Lock()  # a command's words, folder and Hydra's state are the process's
+
+
 def train(overrides: Sequence[str] = ()) -> command.Result:
     """Do what `ssl-bench OVERRIDES` does, in this process, and return what it leaves.
 
@@ -36,8 +40,7 @@ def train(overrides: Sequence[str] = ()) -> command.Result:
     continues or returns what is there. UserError for a mistake, with the line that the command
     prints. Ctrl-C, or a notebook's stop button, saves and raises KeyboardInterrupt.
     """
-    if isinstance(overrides, str):
-        raise UserError(f"{overrides!r} is one text: ssl_bench.train takes a list, [{overrides!r}]")
+    _check_list("ssl_bench.train", overrides)
     words = [str(word) for word in overrides]
     for word in words:
         if word.startswith("-") and not word.startswith("--config-dir="):
@@ -72,6 +75,9 @@ def load(run: str | os.PathLike, overrides: Sequence[str] = ()) -> tuple["nn.Mod
     --config-dir=DIR for a constructor of your own. The backbone takes what the transform returns
     and gives features (N, D). UserError.
     """
+    if not isinstance(run, str | os.PathLike):
+        raise UserError(f"{run!r}: ssl_bench.load takes a path, or what ssl_bench.train returned")
+    _check_list("ssl_bench.load", overrides)
     with _as_before(), hydra.initialize_config_module("ssl_bench.conf", version_base="1.3"):
         command.see_own_modules()
         words = ["stage=predict", "stage.images=.", f"pretrained={quote(os.fspath(run))}"]
@@ -92,6 +98,14 @@ def load(run: str | os.PathLike, overrides: Sequence[str] = ()) -> tuple["nn.Mod
         known = pretrained.config.get("data") or {}
         values = values_of(known.get("bit_depth"), known.get("value_range"))
     return pretrained.backbone, Transform(packed, view, values)
+
+
+def _check_list(name: str, overrides: Any) -> None:
+    """UserError unless the overrides are a list of texts."""
+    if isinstance(overrides, str):
+        raise UserError(f"{overrides!r} is one text: {name} takes a list, [{overrides!r}]")
+    if not isinstance(overrides, Sequence) or not all(isinstance(one, str) for one in overrides):
+        raise UserError(f"{overrides!r}: {name} takes a list of texts, like ['batch_size=64']")
 
 
 class Transform:
@@ -147,6 +161,11 @@ def _as_before() -> Iterator[None]:
 
     Its log goes to stderr, unless the program has its own handler of the logger "ssl_bench".
     """
+    if not _alone.acquire(blocking=False):
+        raise UserError(
+            "ssl_bench is at work in another thread of this process: one call at a time; "
+            "start processes for more"
+        )
     log = logging.getLogger("ssl_bench")
     if all(isinstance(handler, Console) for handler in log.handlers):
         set_up_logging(quiet=os.environ.get("RANK", "0") != "0")
@@ -163,3 +182,4 @@ def _as_before() -> Iterator[None]:
         else:
             os.environ["HYDRA_FULL_ERROR"] = environment
         GlobalHydra.instance().hydra, HydraConfig.instance().cfg = composed, config
+        _alone.release()

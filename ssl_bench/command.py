@@ -29,7 +29,7 @@ from ssl_bench import __version__
 from ssl_bench.config import build, messages, typed
 from ssl_bench.errors import Interrupted, UserError
 from ssl_bench.launch import resolvers
-from ssl_bench.launch.continuing import continued
+from ssl_bench.launch.continuing import continued, with_choices
 from ssl_bench.launch.process import launch, set_up_logging
 
 log = logging.getLogger(__name__)
@@ -229,6 +229,10 @@ def execute(words: Sequence[str]) -> Result | None:
         words = ["experiment=quickstart"]
     if mistaken := _no_option(words) or messages.no_name(words):
         fail(UserError(mistaken))
+    try:
+        words = with_choices(words)
+    except UserError as error:
+        fail(error)
     words = [HOME.sub(r'\1="\2"', LIST.sub(r"\1=[\2]", word)) for word in words]
     sys.argv[1:] = _options_first(words)
     parser = get_args_parser()

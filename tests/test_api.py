@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hydra
@@ -20,6 +22,7 @@ from PIL import Image
 
 import ssl_bench as api
 from ssl_bench import command
+from ssl_bench.api import _as_before
 from ssl_bench.augment.views import EvalView
 from ssl_bench.launch.process import Console
 
@@ -115,6 +118,30 @@ def test_what_is_for_the_command_line_is_said(words: list[str], here: Path) -> N
     with pytest.raises(api.UserError, match=r"ssl_bench.train (does one run|runs in|takes a list)"):
         api.train(words)
     assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("call", [api.train, lambda words: api.load("x", words)])
+@pytest.mark.parametrize("words", [None, 3, "seed=1", {"seed": 1}, [["seed=1"]]])
+def test_overrides_are_a_list_of_texts(call: Callable, words: object) -> None:
+    if words is None and call is not api.train:
+        words = 1
+    with pytest.raises(api.UserError, match="takes a list"):
+        call(words)
+
+
+@pytest.mark.parametrize("run", [None, 3, ["a"]])
+def test_what_is_loaded_is_a_path(run: object) -> None:
+    with pytest.raises(api.UserError, match=r"ssl_bench\.load takes a path"):
+        api.load(run)
+
+
+def test_two_threads_are_told(here: Path) -> None:
+    """Words, folder and Hydra's state are the process's: the second would lose its own."""
+    with _as_before(), ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(api.train, ["stage=zoo"])
+        with pytest.raises(api.UserError, match="one call at a time"):
+            waiting.result()
+    api.train(["stage=zoo"])
 
 
 def test_a_program_with_its_own_hydra_and_log(here: Path) -> None:

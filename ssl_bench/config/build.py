@@ -51,9 +51,12 @@ SUPPLIED = {
 
 
 class Root(BaseModel):
-    """The keys of conf/config.yaml outside its groups."""
+    """The keys of conf/config.yaml outside its groups.
 
-    model_config = ConfigDict(extra="forbid")
+    Strict: they are used as they were typed, and 2.0 is no number of epochs.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
     seed: NonNegativeInt
     dir: Annotated[Place, Field(min_length=1)] | None
     epochs: PositiveInt
@@ -116,9 +119,20 @@ def check(cfg: DictConfig, quoted: Mapping[str, str] | None = None) -> None:
             f"batch_size={plain['batch_size']} is global, and can't be divided among "
             f"devices={plain['devices']} processes: choose a multiple, like batch_size={nearest}"
         )
+    problems += _unsafe_names(nodes)
     problems += _wrong_start(plain) if not problems else []
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _unsafe_names(nodes: Mapping[str, dict[str, Any]]) -> list[str]:
+    """A line for each name that can't be part of a directory's, as the places of runs have it."""
+    names = {f"{group}.name": str(node.get("name", group)) for group, node in nodes.items()}
+    return [
+        f"{key}={name[:40]}: a name is letters, digits, dots and dashes, at most 80"
+        for key, name in names.items()
+        if not re.fullmatch(r"\w[\w.-]{0,79}", name)
+    ]
 
 
 def _wrong_start(config: Mapping) -> list[str]:

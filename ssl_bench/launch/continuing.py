@@ -9,7 +9,7 @@ from omegaconf.base import SCMode
 
 from ssl_bench.config import build, typed
 from ssl_bench.errors import UserError
-from ssl_bench.runs import layout, metrics
+from ssl_bench.runs import identity, layout, metrics
 from ssl_bench.shell import override
 
 # of an augmentation that is chosen anew: the network has learnt from images of this size and look
@@ -26,7 +26,40 @@ ROOTS: tuple[str, ...] = (
     "sync_batch_norm",
     "zero_init_residual",
 )
-ROOTS += ("ema",)
+ROOTS += ("ema", "log_every", "eval_every", "save_every", "keep")
+
+
+def with_choices(words: Sequence[str]) -> list[str]:
+    """The words of a command, and the choices of groups of the run that it goes on from.
+
+    So that keys of that run's method, say, are keys of the command. UserError.
+    """
+    sources = [word.partition("=")[2] for word in words if typed.key_of(word) == "continue_from"]
+    run = _run_at(sources[0].strip("'\"")) if len(sources) == 1 else None
+    if run is None:
+        return [*words]
+    keys = {typed.key_of(word) for word in words}
+    folders = [Path(__file__).parents[1] / "conf"]
+    folders += [Path(word.partition("=")[2]) for word in words if word.startswith("--config-dir=")]
+    chosen = []
+    for group, name in _names(identity.config(run)).items():
+        free = group not in keys and not ("method" in keys and group in BROUGHT)
+        if free and any((folder / group / f"{name}.yaml").is_file() for folder in folders):
+            chosen.append(f"{group}={name}")
+    return [*words, *chosen]
+
+
+def _run_at(source: str) -> Path | None:
+    """The directory of the run that `continue_from` means; None: it means none."""
+    file = layout.weights_of(Path(source).expanduser())
+    run = layout.run_of(file) if file else None
+    return run if run and (run / layout.CONFIG).is_file() else None
+
+
+def _names(ran: Mapping) -> dict[str, str]:
+    """{group: name of the choice} of a run's configuration."""
+    names = {group: identity.node(ran, group).get("name") for group in GROUPS}
+    return {group: name for group, name in names.items() if isinstance(name, str)}
 
 
 def continued(cfg: DictConfig, words: Sequence[str]) -> DictConfig:
@@ -55,12 +88,14 @@ def merged(cfg: DictConfig, words: Sequence[str]) -> DictConfig:
                 f"{other}= beside continue_from={source}, which says what to begin with: "
                 "type one of the two"
             )
-    file = layout.weights_of(Path(source).expanduser())
-    run = layout.run_of(file) if file else None
-    if file is None or run is None or not (run / layout.CONFIG).is_file():
+    file, run = layout.weights_of(Path(source).expanduser()), _run_at(source)
+    if file is None or run is None:
+        if "continue_from" not in keys:
+            raise UserError(f"pretrained={source}: no run with a checkpoint; name its directory")
         raise UserError(
             f"continue_from={source}: no run with a checkpoint; name a run directory or a "
-            "checkpoint in one, or type pretrained= to begin with the backbone of a file"
+            "checkpoint in one (if it has moved since this run began, type dir=, too), or type "
+            "pretrained= to begin with the backbone of a file"
         )
     place = run / layout.CONFIG
     ran = build.read_back(place, place.read_bytes(), yaml.safe_load)
@@ -70,6 +105,9 @@ def merged(cfg: DictConfig, words: Sequence[str]) -> DictConfig:
             f"continue_from={source}: a run of stage={stage}; stage={cfg.stage.get('name')} goes "
             "on from its own kind alone: type pretrained= for its weights"
         )
+    # to choose what the run had is to leave it as it was
+    restated = {f"{group}={name}" for group, name in _names(ran).items()}
+    keys = {typed.key_of(word) for word in words if word not in restated}
     made = cfg.copy()
     OmegaConf.set_readonly(made, False)
     with open_dict(made):
@@ -82,6 +120,10 @@ def merged(cfg: DictConfig, words: Sequence[str]) -> DictConfig:
             for word in words:
                 _change(node, group, word, cfg)
             made[group] = node
+        if stage == made.stage.name:
+            for key in made.stage:
+                if key in ran["stage"] and f"stage.{key}" not in keys:
+                    made.stage[key] = ran["stage"][key]
         for key in ROOTS:
             if key not in keys and key in ran:
                 made[key] = ran[key]

@@ -1,11 +1,13 @@
 """The directory of a run that isn't given one: the same for the same command, for no other."""
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -73,13 +75,18 @@ def telling(words: Sequence[str], usual: Mapping, config: Mapping) -> list[str]:
     ours, theirs = identity.Identity(config).own, identity.Identity(usual).own
     differing = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
     if identity.PARTS in differing:
-        differing |= {"devices", "method.bn_splits"}
+        differing |= {
+            key
+            for key in ("devices", "method.bn_splits")
+            if _select(config, key) != _select(usual, key)
+        }
 
     def tells(key: str) -> bool:
         return any(other == key or other.startswith(key + ".") for other in differing)
 
     keys = {typed.key_of(word): word for word in words}  # of a key typed twice the last holds
-    return [word for key, word in keys.items() if tells(key) or key in ALWAYS]
+    told = {key: word for key, word in keys.items() if tells(key) or key in ALWAYS}
+    return [_as_resolved(key, word, config) for key, word in told.items()]
 
 
 def slug(words: Sequence[str], data: str = "") -> str:
@@ -109,6 +116,22 @@ def slug(words: Sequence[str], data: str = "") -> str:
     return f"{words_alone[: LONGEST - 9].strip('-.')}-{digest}".lstrip("-")
 
 
+def _as_resolved(key: str, word: str, config: Mapping) -> str:
+    """The override with its value as it is in the configuration: 0.1 for 1e-1."""
+    value = _select(config, key)
+    if key in ALWAYS or isinstance(value, Mapping) or word.startswith("~"):
+        return word
+    value = identity.plain(value)
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+def _select(config: Mapping, key: str) -> Any:
+    node: Any = config
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
+
+
 def below(pretrained: object, what: str, network: str, data: str) -> str:
     """Resolver: where an evaluation of `pretrained` stands, without what tells its seeds apart.
 
@@ -129,8 +152,13 @@ def path_slug(path: object) -> str:
     """Resolver: a path as a folder name, with a hash where that may be another's, too."""
     text = identity.place_slug(path)
     local = str(path) if path is None else identity.local(str(path))
-    if re.fullmatch(r"[\w.]+|[^/]+/seed\d+", local):
+    there = path is not None and os.path.exists(os.path.expanduser(str(path)))
+    in_runs = there and Path(identity.real(str(path))).is_relative_to(identity.real("runs"))
+    if re.fullmatch(r"[\w.]+", local) and not there:  # the name of known weights
         return text
+    if in_runs and re.fullmatch(r"[^/]+/seed\d+", local):
+        return text
+    local = f"runs/{local}" if in_runs else local
     start = re.sub(r"[^\w.]+", "-", local, flags=re.ASCII)[:80].strip("-.")
     return f"{start}-{blake2b(local.encode(), digest_size=4).hexdigest()}"
 
@@ -155,7 +183,7 @@ def _network(config: DictConfig) -> list[str]:
 
 def _names(default: str, word: str) -> bool:
     """Does the default place tell this override from others of its key?"""
-    key, _, value = word.partition("=")
+    key, value = typed.key_of(word), word.partition("=")[2]
     if key in ("pretrained", "continue_from", "stage.images"):
         return True
     if key == "seed":

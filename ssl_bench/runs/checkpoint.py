@@ -131,6 +131,8 @@ def carry_over(path: Path, typed: str, **state: Any) -> int:
     content = read(path)
     if not isinstance(content, dict) or not {"model", "step"} <= content.keys():
         raise UserError(f"{typed}: {path} holds no state of a training")
+    if content["step"] != step_of(path):
+        raise UserError(f"{path}: holds step {content['step']}, not the one of its name")
     for key, value in state.items():
         if key in ("scaler", "ema") and key not in content:
             continue
@@ -155,7 +157,13 @@ def carry_over(path: Path, typed: str, **state: Any) -> int:
 
 def check_fits(path: Path, typed: str, model: nn.Module) -> None:
     """UserError unless the model in a checkpoint has the tensors of this one."""
-    content = read(path)
+    try:
+        content = read(path)
+    except UserError as error:
+        before = [file for file in complete(path.parents[1]) if file.name < path.name]
+        if not before:
+            raise
+        raise UserError(f"{error}; the state before it is continue_from={before[0]}") from None
     saved = content.get("model") if isinstance(content, dict) else None
     wanted = model.state_dict()
     saved = saved if isinstance(saved, dict) else {}

@@ -77,7 +77,7 @@ class Identity:
                 for key, value in node.items():
                     walk(value, f"{path}.{key}" if path else str(key))
             else:
-                flat[path] = _plain(self._placeless(path, node))
+                flat[path] = plain(self._placeless(path, node))
 
         walk(self.config, "")
         return _by_process(flat, self.config, self.processes or self.config.get("devices", 1))
@@ -440,10 +440,10 @@ def _by_process(flat: dict[str, Any], config: Mapping[str, Any], count: int) -> 
     return flat
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value with 30 for 30.0: how a number is spelt is no difference."""
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

@@ -270,7 +270,8 @@ class Run:
         if (steps := metrics.per_epoch(before)) and steps != per_epoch:
             step = round(step * per_epoch / steps)
         if self.is_main:
-            lines = MetricsFile.read(before / layout.METRICS)
+            logged = before / layout.METRICS
+            lines = MetricsFile.read(logged) if logged.is_file() else []
             reached = layout.step_of(file)
             rates = [line["lr"] for line in lines if "lr" in line and line["step"] <= reached]
             self.rate_before = rates[-1] if rates else None

@@ -80,6 +80,16 @@ def load_backbone(backbone: nn.Module, source: str, prefix: str | None = None) -
     except UserError as error:
         raise UserError(f"pretrained={source}: {error}") from None
     tensors, remarks = dict(network.tensors), []
+    for key, value in tensors.items():
+        dense = value.layout is torch.strided and not (value.is_meta or value.is_complex())
+        if not dense or value.is_floating_point() != wanted[key].is_floating_point():
+            kind = (
+                "meta" if value.is_meta else f"{value.layout}, {value.dtype}".replace("torch.", "")
+            )
+            raise UserError(
+                f"pretrained={source}: its tensor {key} is {kind}, where {wanted[key].dtype} is "
+                "wanted: choose another file"
+            )
     if broken := [key for key in tensors if not tensors[key].isfinite().all()]:
         raise UserError(
             f"pretrained={source}: {len(broken)} of its tensors are not finite ({broken[0]}, ...): "

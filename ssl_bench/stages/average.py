@@ -17,11 +17,11 @@ from ssl_bench.errors import UserError
 from ssl_bench.runs import layout, weights
 from ssl_bench.runs.run import Run
 from ssl_bench.shell import override
-from ssl_bench.stages import RUN, _labels, single_process
+from ssl_bench.stages import _labels, single_process
 
 log = logging.getLogger(__name__)
 
-READS = (*RUN, "pretrained")
+READS = ("dir", "sweep", "metric", "tracking", "device", "pretrained")
 
 
 @single_process

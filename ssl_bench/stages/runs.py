@@ -14,8 +14,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from ssl_bench import files
+from ssl_bench.errors import UserError
 from ssl_bench.report import tables
-from ssl_bench.runs import identity, layout, record, units
+from ssl_bench.runs import checkpoint, identity, layout, record, units
 from ssl_bench.runs.record import Ran
 from ssl_bench.runs.run import Run
 from ssl_bench.stages import single_process
@@ -66,14 +67,23 @@ def runs(cfg: DictConfig, run: Run, prune: bool = False) -> dict[str, float]:
 
 def unneeded(found: Sequence[Ran]) -> list[Path]:
     """The checkpoints of finished runs that aren't the last, and that no run began with."""
-    older = [
-        path
-        for ran in found
-        if ran.summary is not None
-        for path in layout.complete(ran.directory)[1:]
-    ]
+    older = [path for ran in found if ran.summary is not None for path in _older(ran)]
     needed = {ran.stands_on for ran in found} | _places(found) | _averaged(found)
     return [p for p in older if not {str(p.resolve()), files.digest(p)} & needed]
+
+
+def _older(ran: Ran) -> list[Path]:
+    """The checkpoints of a finished run before its last; none if that one is damaged."""
+    states = layout.complete(ran.directory)
+    if len(states) < 2:
+        return []
+    try:
+        files.check(states[0])
+        checkpoint.verify(states[0])
+    except UserError as error:
+        print(f"{error}: the checkpoints before it are kept")
+        return []
+    return states[1:]
 
 
 def _places(found: Iterable[Ran]) -> set[str]:

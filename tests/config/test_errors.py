@@ -134,6 +134,17 @@ CONFIGURATION = {
         ["-m", "schedule=cosine,2"],
         ["schedule=cosine,2: no such choice; did you mean schedule=cosine?"],
     ),
+    "a number of epochs with a point": (
+        ["epochs=1.0"],
+        ["epochs=1.0: input should be a valid int"],
+    ),
+    "a seed that is a text": (["seed=00"], ["seed=00: input should be a valid integer"]),
+    "a number that is a truth": (["epochs=true"], ["epochs=True: input should be a valid integer"]),
+    "a name that is a path": (
+        ["data.name=../x"],
+        ["data.name=../x: a name is letters, digits, dots and dashes, at most 80"],
+    ),
+    "a name without end": ([f"method.name={'x' * 300}"], ["a name is letters, digits, dots"]),
     "type": (["batch_size=abc"], ["batch_size=abc: input should be a valid integer"]),
     "range": (["method.temperature=-1"], ["method.temperature=-1: input should be greater than 0"]),
     "added key": (["+unknown=1"], ["unknown: no such key;", "Valid: augmentation, backbone, "]),

@@ -73,6 +73,7 @@ ITEMS = {
     "PIXELS[0], np.float32(1)": "a label '1.0' of type float32: give the number",
 }  # fmt: skip
 OTHERS = {
+    "class A(Good):\n    def __len__(self): return '3'": ".*A: its __len__ raised TypeError",
     "class A:\n def __getitem__(self, index): return PIXELS[0], 1": "A has no __len__",
     "import torch\nclass A(torch.utils.data.IterableDataset): ...": "A has no __len__",
     "class A:\n def __len__(self): return 3": "A has no __getitem__",

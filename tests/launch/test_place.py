@@ -62,6 +62,10 @@ def test_twelve_commands_have_twelve_places() -> None:
 @pytest.mark.parametrize(
     "word",
     [
+        "++seed=0",
+        "devices=1",
+        "method.temperature=2e-1",
+        "augmentation.crop_scale=[.2,1]",
         "batch_size=256",
         "augmentation=moco_v2",
         "method.temperature=0.20",
@@ -132,6 +136,24 @@ def test_names_that_would_be_alike_have_a_hash() -> None:
     assert place.slug(["+a=b"]) == place.slug(["a=b"]) == "a-b"
     assert place.slug(["b=1e-4", "a=x"]) == "a-x-b-1e-4"
     assert place.path_slug("/a/b") != place.path_slug("/a-b")
+
+
+def test_a_value_in_other_words_is_the_same_place() -> None:
+    for several in (
+        ["optimizer.base_lr=0.1", "optimizer.base_lr=0.10", "++optimizer.base_lr=1e-1"],
+        ["augmentation.crop_scale=[0.5,1]", "augmentation.crop_scale=[.5,1.0]"],
+        ["method.bn_splits=4", "method.bn_splits=4 devices=1"],
+        ["seed=1", "++seed=1"],
+    ):
+        assert len({command(*words.split())["dir"] for words in several}) == 1, several
+
+
+def test_two_runs_that_are_alike_below_runs_and_here(tmp_path: Path) -> None:
+    for home in ("zz/seed0", "runs/zz/seed0"):
+        (tmp_path / home).mkdir(parents=True)
+    assert place.path_slug("runs/zz/seed0") == place.path_slug(f"{tmp_path}/runs/zz/seed0/")
+    assert place.path_slug("runs/zz/seed0") == "zz-seed0"
+    assert place.path_slug("zz/seed0") != "zz-seed0"
 
 
 def test_images_of_another_folder(tmp_path: Path) -> None:

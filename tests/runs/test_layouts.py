@@ -575,3 +575,18 @@ def test_our_own_vits_say_how_many_heads_they_have(tmp_path: Path) -> None:
     assert load_backbone(vit.vit_tiny(32), str(tmp_path)).remarks == []
     with pytest.raises(UserError, match="trained with 3 attention heads, and this backbone has 6"):
         load_backbone(vit.vit_tiny(32, num_heads=6), str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta", "int8", "complex64"])
+def test_tensors_of_another_kind_are_refused(tmp_path: Path, kind: str) -> None:
+    network = resnet.resnet18(stem="small", width=8)
+    change = {
+        "sparse": lambda x: x.to_sparse(),
+        "meta": lambda x: x.to("meta"),
+        "int8": lambda x: x.to(torch.int8),
+        "complex64": lambda x: x.to(torch.complex64),
+    }[kind]
+    state = network.state_dict() | {"conv1.weight": change(network.conv1.weight.detach())}
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match=r"its tensor conv1.weight is .*, where torch.float32 is"):
+        load_backbone(network, str(tmp_path / "weights.pt"))

@@ -1,6 +1,9 @@
 """continue_from=RUN: a training that goes on from the whole state of another one."""
 
 import json
+import os
+import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from conftest import TINY_PRETRAIN, Command
 
 from ssl_bench.config import build
 from ssl_bench.errors import UserError
-from ssl_bench.launch.continuing import continued
+from ssl_bench.launch.continuing import continued, with_choices
 from ssl_bench.launch.process import launch
 from ssl_bench.runs import identity, record
 
@@ -142,6 +145,48 @@ def test_an_average_of_the_weights_goes_on_or_begins(runs: Path) -> None:
     on(runs, "further", f"continue_from={runs}/averaged", "epochs=4")
     counts = [final(runs / name)[0]["ema"]["n_averaged"].item() for name in ("averaged", "further")]
     assert counts == [10, 20]
+
+
+def test_a_key_of_the_method_that_the_run_had(runs: Path) -> None:
+    """It is none of the default method's, against which the command alone would be composed."""
+    home = runs / "swav"
+    run(
+        *(word for word in SHORT if "queue_size" not in word),
+        *("method=swav", "method.queue_start=1", "method.queue_length=128", "epochs=2"),
+        *("augmentation.small_size=8", f"dir={home}"),
+    )
+    typed = [f"continue_from={home}", "epochs=3", "method.queue_start=2", "stage=pretrain"]
+    words = with_choices(typed)
+    assert "method=swav" in words
+    made = continued(compose(*words), words)
+    assert (made.method.queue_start, made.method.queue_length) == (2, 128)
+    again = [*typed, "method=swav"]  # to choose what it had leaves it as it was
+    assert continued(compose(*again), again).method.queue_length == 128
+    other = with_choices([*typed[:2], "stage=pretrain", "method=simclr"])
+    assert not [word for word in other if word.startswith(("optimizer=", "augmentation="))]
+
+
+def test_how_often_it_saves_is_as_it_was(runs: Path) -> None:
+    words = ("stage=pretrain", f"continue_from={runs}/short", "epochs=4", "log_every=7")
+    made = continued(compose(*words), words)
+    assert (made.save_every, made.eval_every, made.log_every) == (4, 0, 7)
+
+
+def test_a_run_whose_metrics_are_gone(runs: Path) -> None:
+    shutil.copytree(runs / "short", runs / "bare")
+    for name in ("metrics.jsonl", "SHA256SUMS"):
+        (runs / "bare" / name).unlink()
+    assert on(runs, "from_bare", f"continue_from={runs}/bare", "epochs=3")["epoch"] == 3
+
+
+def test_a_damaged_state_names_the_one_before(runs: Path) -> None:
+    shutil.copytree(runs / "short", runs / "damaged")
+    (runs / "damaged" / "SHA256SUMS").unlink()
+    os.truncate(runs / "damaged/checkpoints/step0000000020.pt", 1000)
+    with pytest.raises(UserError) as caught:
+        on(runs, "from_damaged", f"continue_from={runs}/damaged", "epochs=3")
+    advised = re.search(r"continue_from=\S+$", str(caught.value))
+    assert on(runs, "from_damaged", advised[0], "epochs=3")["epoch"] == 3
 
 
 def test_its_lineage(runs: Path) -> None:

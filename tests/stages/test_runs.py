@@ -5,6 +5,7 @@ from pathlib import Path
 
 import hydra
 import pytest
+import torch
 from commands import compose
 from made_runs import checkpoint, classified, pretrained
 
@@ -69,6 +70,18 @@ def test_only_what_nothing_stands_on_is_deleted(here: Path, capsys: pytest.Captu
     assert gone == {here / "runs/wide/checkpoints/step0000000040.pt"}
     assert first.exists()
     assert not any("stage.prune" in line for line in shown(capsys)[0])
+
+
+def test_where_the_last_one_is_damaged_none_is_deleted(
+    here: Path, capsys: pytest.CaptureFixture
+) -> None:
+    last = here / "runs/wide/checkpoints/step0000000080.pt"
+    torch.save({"model": {"a": torch.zeros(1000)}}, last)
+    assert any("stage.prune=true" in line for line in shown(capsys)[0])
+    os.truncate(last, 1500)
+    lines = shown(capsys, "stage.prune=true")[0]
+    assert (here / "runs/wide/checkpoints/step0000000040.pt").exists()
+    assert any(line.endswith("the checkpoints before it are kept") for line in lines)
 
 
 def test_age_and_own_size(here: Path, capsys: pytest.CaptureFixture) -> None:

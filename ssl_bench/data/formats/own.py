@@ -192,7 +192,10 @@ class _Reader:
     image_size: int
 
     def __len__(self) -> int:
-        return len(self.made)
+        try:
+            return len(self.made)
+        except Exception as error:
+            raise UserError(f"{self.title}: its __len__ raised {_said(error)}") from error
 
     def where(self, index: int) -> str:
         return f"item {index} of {self.title}"
