@@ -63,6 +63,7 @@ class Window:
     """
 
     is_main, directory = False, None  # no files, no pictures
+    rate_before = None  # it goes on from no other run
     ends_at_once = nullcontext
 
     def __init__(
@@ -87,6 +88,9 @@ class Window:
         now = self.clock()
         self.totals[part] += now - self.last
         self.last = now
+
+    def carry_over(self, per_epoch: int, **state: object) -> int:
+        return 0
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         def ends(part: str) -> Callable[..., None]:

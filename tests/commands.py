@@ -118,7 +118,7 @@ def _as_if_alone(argv: list[str], folder: Path) -> Iterator[None]:
     handlers = {signum: signal.getsignal(signum) for signum in signals}
     here, environment, path = Path.cwd(), dict(os.environ), list(sys.path)
     hydras, logger = Singleton.get_state(), logging.getLogger("ssl_bench")
-    logs = logger.handlers, logger.propagate, logger.level
+    logs = [*logger.handlers], logger.propagate, logger.level
     GlobalHydra.instance().clear()
     try:
         os.chdir(folder)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -54,13 +55,26 @@ def _no_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def _log_handlers() -> Iterator[None]:
+@contextmanager
+def _log_as_before() -> Iterator[None]:
     """A command that runs here sets up its log, on a stream that ends with its test."""
     logger = logging.getLogger("ssl_bench")
-    before = logger.handlers, logger.propagate, logger.level
+    before = [*logger.handlers], logger.propagate, logger.level
     yield
     logger.handlers, logger.propagate, logger.level = before
+
+
+@pytest.fixture(autouse=True)
+def _log_of_a_test() -> Iterator[None]:
+    with _log_as_before():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _log_of_a_module() -> Iterator[None]:
+    """Its fixtures run commands, too."""
+    with _log_as_before():
+        yield
 
 
 Command = Callable[..., subprocess.CompletedProcess]

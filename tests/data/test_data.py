@@ -859,6 +859,8 @@ def test_configuration_binds_to_its_signature(path):
 
     node = yaml.safe_load(path.read_text())
     assert node.pop("name") == path.stem
+    if path.stem == "own":
+        return  # tests/data/test_own.py: its constructor is the user's
     module, name = node.pop("_target_").rsplit(".", 1)
     target = getattr(importlib.import_module(module), name)
     inspect.signature(target).bind(**node, on_error="raise", cache=None, workers=None)
