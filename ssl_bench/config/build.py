@@ -127,7 +127,8 @@ def check(cfg: DictConfig, quoted: Mapping[str, str] | None = None) -> None:
 
 def _unsafe_names(nodes: Mapping[str, dict[str, Any]]) -> list[str]:
     """A line for each name that can't be part of a directory's, as the places of runs have it."""
-    names = {f"{group}.name": str(node.get("name", group)) for group, node in nodes.items()}
+    shown = [group for group in ("method", "backbone", "data") if group in nodes]
+    names = {f"{group}.name": str(nodes[group].get("name", group)) for group in shown}
     return [
         f"{key}={name[:40]}: a name is letters, digits, dots and dashes, at most 80"
         for key, name in names.items()

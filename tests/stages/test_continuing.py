@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from commands import compose, interrupted
 from compared import assert_identical, final
 from conftest import TINY_PRETRAIN, Command
@@ -164,6 +165,20 @@ def test_a_key_of_the_method_that_the_run_had(runs: Path) -> None:
     assert continued(compose(*again), again).method.queue_length == 128
     other = with_choices([*typed[:2], "stage=pretrain", "method=simclr"])
     assert not [word for word in other if word.startswith(("optimizer=", "augmentation="))]
+
+
+def test_a_branch_keeps_the_size_of_its_images(runs: Path) -> None:
+    """Which needn't be the size at which they are packed."""
+    shutil.copytree(runs / "short", runs / "sized")
+    (runs / "sized" / "SHA256SUMS").unlink()
+    config = identity.config(runs / "sized")
+    config["augmentation"] |= {"image_size": 24, "mean": [0.1, 0.2, 0.3]}
+    (runs / "sized" / "config.yaml").write_text(yaml.safe_dump(config))
+    words = ["stage=pretrain", f"continue_from={runs}/sized", "epochs=4", "augmentation=simclr"]
+    look = continued(compose(*words), words).augmentation
+    assert (look.name, look.image_size, list(look.mean)) == ("simclr", 24, [0.1, 0.2, 0.3])
+    words.append("augmentation.image_size=20")
+    assert continued(compose(*words), words).augmentation.image_size == 20
 
 
 def test_how_often_it_saves_is_as_it_was(runs: Path) -> None:

@@ -137,8 +137,8 @@ def test_it_is_what_is_loaded_and_the_weights_can_be_asked_for(
 ) -> None:
     saved = content(runs["averaged"])
     for prefix, part, said in (
-        (None, "ema", "it is the average of the weights (ema)"),
-        ("ema.backbone", "ema", "it is the average"),
+        (None, "ema", "the averaged weights are taken (ema)"),
+        ("ema.backbone", "ema", "the averaged weights are taken"),
         ("model.backbone", "model", ""),
     ):
         backbone = resnet18(width=8, stem="small")
