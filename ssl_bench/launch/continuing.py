@@ -120,9 +120,9 @@ def merged(cfg: DictConfig, words: Sequence[str]) -> DictConfig:
             for word in words:
                 _change(node, group, word, cfg)
             made[group] = node
-        if stage == made.stage.name:
-            for key in made.stage:
-                if key in ran["stage"] and f"stage.{key}" not in keys:
+        if stage == made.stage.name:  # its constructor is this command's, whatever the file says
+            for key in made.stage.keys() & ran["stage"].keys() - {"_target_", "name"}:
+                if f"stage.{key}" not in keys:
                     made.stage[key] = ran["stage"][key]
         for key in ROOTS:
             if key not in keys and key in ran:

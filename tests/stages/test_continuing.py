@@ -181,6 +181,24 @@ def test_a_branch_keeps_the_size_of_its_images(runs: Path) -> None:
     assert continued(compose(*words), words).augmentation.image_size == 20
 
 
+@pytest.mark.parametrize(
+    "group", ["stage", "method", "backbone", "data", "augmentation", "optimizer"]
+)
+def test_a_configuration_from_elsewhere_names_no_code(runs: Path, group: str) -> None:
+    home = runs / f"planted-{group}"
+    shutil.copytree(runs / "short", home)
+    (home / "SHA256SUMS").unlink()
+    config = identity.config(home)
+    config[group]["_target_"] = "os.system"
+    (home / "config.yaml").write_text(yaml.safe_dump(config))
+    words = ["stage=pretrain", f"continue_from={home}", "epochs=4"]
+    if group == "stage":  # it is the command's own
+        assert continued(compose(*words), words).stage._target_.startswith("ssl_bench.stages.")
+        return
+    with pytest.raises(UserError, match=rf"{group}\._target_=os.system is not ours"):
+        continued(compose(*words), words)
+
+
 def test_how_often_it_saves_is_as_it_was(runs: Path) -> None:
     words = ("stage=pretrain", f"continue_from={runs}/short", "epochs=4", "log_every=7")
     made = continued(compose(*words), words)
