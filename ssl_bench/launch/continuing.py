@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -114,7 +115,8 @@ def merged(cfg: DictConfig, words: Sequence[str]) -> DictConfig:
         for group in GROUPS:
             if group in keys or ("method" in keys and group in BROUGHT):
                 if group == "augmentation":
-                    _keep_look(made.augmentation, ran.get(group) or {}, keys)
+                    look = OmegaConf.to_container(build.literal(ran.get(group) or {}))
+                    _keep_look(made.augmentation, look, keys)
                 continue
             node = build.literal(build.found(ran, group, cfg, place))
             for word in words:
@@ -123,13 +125,18 @@ def merged(cfg: DictConfig, words: Sequence[str]) -> DictConfig:
         if stage == made.stage.name:  # its constructor is this command's, whatever the file says
             for key in made.stage.keys() & ran["stage"].keys() - {"_target_", "name"}:
                 if f"stage.{key}" not in keys:
-                    made.stage[key] = ran["stage"][key]
+                    made.stage[key] = _as_text(ran["stage"][key])
         for key in ROOTS:
             if key not in keys and key in ran:
-                made[key] = ran[key]
+                made[key] = _as_text(ran[key])
         made.pretrained = str(file)
         made.continue_from = source
     return made
+
+
+def _as_text(value: Any) -> Any:
+    """A value of a file, in which "${" stands for itself."""
+    return OmegaConf.to_container(build.literal({"value": value}))["value"]
 
 
 def _keep_look(node: DictConfig, before: Mapping, keys: set[str]) -> None:

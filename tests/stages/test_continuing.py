@@ -13,6 +13,7 @@ import yaml
 from commands import compose, interrupted
 from compared import assert_identical, final
 from conftest import TINY_PRETRAIN, Command
+from omegaconf import OmegaConf
 
 from ssl_bench.config import build
 from ssl_bench.errors import UserError
@@ -197,6 +198,24 @@ def test_a_configuration_from_elsewhere_names_no_code(runs: Path, group: str) ->
         return
     with pytest.raises(UserError, match=rf"{group}\._target_=os.system is not ours"):
         continued(compose(*words), words)
+
+
+def test_a_configuration_from_elsewhere_reads_no_environment(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = runs / "curious"
+    shutil.copytree(runs / "short", home)
+    (home / "SHA256SUMS").unlink()
+    config = identity.config(home)
+    monkeypatch.setenv("SECRET", "xyzzy")
+    config["precision"] = config["stage"]["online_images"] = "${oc.env:SECRET}"
+    config["augmentation"]["mean"] = config["method"]["dim"] = "${oc.env:SECRET}"
+    (home / "config.yaml").write_text(yaml.safe_dump(config))
+    for more in ([], ["augmentation=simclr"]):
+        words = ["stage=pretrain", f"continue_from={home}", "epochs=4", *more]
+        made = OmegaConf.to_container(continued(compose(*words), words), resolve=True)
+        assert "xyzzy" not in str(made)
+        assert made["precision"] == "${oc.env:SECRET}"
 
 
 def test_how_often_it_saves_is_as_it_was(runs: Path) -> None:
