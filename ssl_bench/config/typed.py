@@ -101,7 +101,7 @@ def _ignored_by(config: Mapping, key: str) -> str:
     for node in nodes.values():
         for condition, idle in _idle(node).items():
             where, _, value = condition.partition("=")
-            if _spelt(_select(config, where)) == value and covers(idle, key):
+            if _spelt(select(config, where)) == value and covers(idle, key):
                 return f"stage={stage['name']} with {where.removesuffix('.name')}={value}"
     return ""
 
@@ -134,7 +134,8 @@ def _spelt(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def _select(config: Mapping, key: str) -> Any:
+def select(config: Mapping, key: str) -> Any:
+    """The value of a dotted key; None: there is none."""
     node: Any = config
     for part in key.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None

@@ -53,8 +53,7 @@ def with_choices(words: Sequence[str]) -> list[str]:
 def _run_at(source: str) -> Path | None:
     """The directory of the run that `continue_from` means; None: it means none."""
     file = layout.weights_of(Path(source).expanduser())
-    run = layout.run_of(file) if file else None
-    return run if run and (run / layout.CONFIG).is_file() else None
+    return layout.run_at(file) if file else None
 
 
 def _names(ran: Mapping) -> dict[str, str]:

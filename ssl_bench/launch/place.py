@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -78,7 +77,7 @@ def telling(words: Sequence[str], usual: Mapping, config: Mapping) -> list[str]:
         differing |= {
             key
             for key in ("devices", "method.bn_splits")
-            if _select(config, key) != _select(usual, key)
+            if typed.select(config, key) != typed.select(usual, key)
         }
 
     def tells(key: str) -> bool:
@@ -118,18 +117,11 @@ def slug(words: Sequence[str], data: str = "") -> str:
 
 def _as_resolved(key: str, word: str, config: Mapping) -> str:
     """The override with its value as it is in the configuration: 0.1 for 1e-1."""
-    value = _select(config, key)
+    value = typed.select(config, key)
     if key in ALWAYS or isinstance(value, Mapping) or word.startswith("~"):
         return word
     value = identity.plain(value)
     return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-
-
-def _select(config: Mapping, key: str) -> Any:
-    node: Any = config
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, Mapping) else None
-    return node
 
 
 def below(pretrained: object, what: str, network: str, data: str) -> str:

@@ -21,7 +21,7 @@ import filelock
 import yaml
 
 from ssl_bench import files
-from ssl_bench.config.typed import key_of
+from ssl_bench.config.typed import key_of, select
 from ssl_bench.errors import UserError
 from ssl_bench.runs import identity, layout
 from ssl_bench.runs.identity import Identity
@@ -74,7 +74,9 @@ class Member:
         own = self.directory / layout.METRICS
         if own.exists() and own.stat().st_size:  # what lies below are evaluations of it
             return self.directory, self.config["epochs"]
-        parts = [path for path in self.directory.glob("**/metrics.jsonl") if path.stat().st_size]
+        parts = [
+            path for path in self.directory.glob(f"**/{layout.METRICS}") if path.stat().st_size
+        ]
         newest = max(parts, key=lambda path: path.stat().st_mtime_ns, default=None)
         if newest is None:
             return self.directory, self.config["epochs"]
@@ -83,7 +85,9 @@ class Member:
     @property
     def has_state(self) -> bool:
         """Has its run, or a part of it, saved anything?"""
-        return any(layout.has_state(path.parent) for path in self.directory.glob("**/config.yaml"))
+        return any(
+            layout.has_state(path.parent) for path in self.directory.glob(f"**/{layout.CONFIG}")
+        )
 
     @property
     def lock(self) -> Path:
@@ -166,9 +170,7 @@ class Member:
         """The value of a key as it was typed or, if it wasn't, from the configuration."""
         if key in self.choices:
             return self.choices[key]
-        node: Any = self.config
-        for part in key.split("."):
-            node = node.get(part) if isinstance(node, dict) else None
+        node = select(self.config, key)
         if isinstance(node, dict):
             node = node.get("name", "")
         return "" if node is None else str(node)
