@@ -20,7 +20,7 @@ from ssl_bench.evaluate.features import extract_all
 from ssl_bench.evaluate.labels import check_classes, hold_out
 from ssl_bench.evaluate.neighbours import knn_and_ridge
 from ssl_bench.methods import layers
-from ssl_bench.runs import layout
+from ssl_bench.runs import layout, weights
 from ssl_bench.runs.checkpoint import check_fits
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
@@ -80,8 +80,11 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
     if build.takes(cfg.method, "batch_size"):
         given |= {"batch_size": cfg.batch_size}
     goes_on = cfg.get("continue_from") is not None
-    seed_init(cfg)
-    backbone = build.construct(cfg.backbone) if goes_on else load_pretrained(cfg)
+    if goes_on:  # all of it is replaced by the state of the run before: nothing is fetched for it
+        seed_init(cfg)
+        backbone = build.construct(weights.unfilled(cfg.backbone))
+    else:
+        backbone = load_pretrained(cfg)
     model = build.construct(cfg.method, backbone=backbone, **given)
     if goes_on:
         check_fits(Path(cfg.pretrained), f"continue_from={cfg.continue_from}", model)
