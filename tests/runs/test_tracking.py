@@ -225,6 +225,7 @@ def test_a_restarted_run_is_rebuilt_whole(run_dir):
         file: file.read_bytes()
         for file in run_dir.rglob("*")
         if file.is_file() and not file.is_symlink()
+        and "logs" not in file.parts  # W&B's service writes these on after a run has ended
     }
     assert len(before) == 2
     assert sorted(history(records(before[0]))) != sorted(history(records(before[1])))
@@ -257,7 +258,7 @@ def test_a_restarted_run_is_rebuilt_whole(run_dir):
     assert "hunter2" not in json.dumps(recorded)
     assert [exit.get("exit_code", 0) for exit in kind(recorded, "exit")] == [0]
     assert not kind(recorded, "stats")
-    assert all(file.read_bytes() == data for file, data in kept.items())
+    assert [file for file, data in kept.items() if file.read_bytes() != data] == []
 
 
 def test_sync_takes_lists_and_the_tracking_of_its_own_command(tmp_path):
