@@ -224,7 +224,8 @@ def test_a_restarted_run_is_rebuilt_whole(run_dir):
     kept = {
         file: file.read_bytes()
         for file in run_dir.rglob("*")
-        if file.is_file() and not file.is_symlink()
+        if file.is_file()
+        and not file.is_symlink()
         and "logs" not in file.parts  # W&B's service writes these on after a run has ended
     }
     assert len(before) == 2
