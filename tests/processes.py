@@ -20,5 +20,7 @@ def work(rank: int, size: int, job: Callable, folder: str) -> None:
 
 
 def in_processes(job: Callable, folder: Path, size: int = 2) -> list[dict[str, Tensor]]:
-    mp.spawn(work, (size, job, str(folder)), nprocs=size)
+    # They come from a process that has imported torch and done nothing else, once for all tests.
+    mp.set_forkserver_preload(["torchvision", "torch._dynamo"])
+    mp.start_processes(work, (size, job, str(folder)), nprocs=size, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
