@@ -42,19 +42,25 @@ class RandomResizedCrop(nn.Module):
         self.interpolation = interpolation
         self.num_draws = 2 * self.tries + 3
 
-    def sample(self, u: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
-        """Top, left, height and width of boxes in height x width, int64 (B,); flip, bool (B,)."""
+    def sample(self, u: Tensor, height: int | Tensor, width: int | Tensor) -> tuple[Tensor, ...]:
+        """Top, left, height and width of boxes in height x width, int64 (B,); flip, bool (B,).
+
+        height, width: those of all images, or int64 (B,).
+        """
         areas, ratios, (y, x, flip) = u[:, : self.tries], u[:, self.tries : -3], u[:, -3:].unbind(1)
-        areas = height * width * _between(areas, *self.scale)
+        tall, wide = (
+            side[:, None] if isinstance(side, Tensor) else side for side in (height, width)
+        )
+        areas = tall * wide * _between(areas, *self.scale)
         ratios = _between(ratios, *map(math.log, self.ratio)).exp()
         widths, heights = (areas * ratios).sqrt().round(), (areas / ratios).sqrt().round()
-        valid = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+        valid = (widths > 0) & (widths <= wide) & (heights > 0) & (heights <= tall)
 
         # The fallback is one more try, always valid; argmax returns the first valid one.
-        fallback_h, fallback_w = self._fallback(height, width)
         valid = torch.cat([valid, torch.ones_like(valid[:, :1])], 1)
-        heights = torch.cat([heights, torch.full_like(heights[:, :1], fallback_h)], 1)
-        widths = torch.cat([widths, torch.full_like(widths[:, :1], fallback_w)], 1)
+        fallback_h, fallback_w = self._fallback(tall, wide)
+        heights = torch.cat([heights, torch.zeros_like(heights[:, :1]) + fallback_h], 1)
+        widths = torch.cat([widths, torch.zeros_like(widths[:, :1]) + fallback_w], 1)
         chosen = valid.int().argmax(1, keepdim=True)
         box_h, box_w = heights.gather(1, chosen).squeeze(1), widths.gather(1, chosen).squeeze(1)
 
@@ -63,12 +69,19 @@ class RandomResizedCrop(nn.Module):
         left = torch.where(centred, (width - box_w).div(2), x * (width - box_w + 1)).floor()
         return top.long(), left.long(), box_h.long(), box_w.long(), flip < self.flip_p
 
-    def _fallback(self, height: int, width: int) -> tuple[int, int]:
+    def _fallback(
+        self, height: int | Tensor, width: int | Tensor
+    ) -> tuple[int | Tensor, int | Tensor]:
+        """The largest box of an allowed shape."""
         low, high = self.ratio
+        if isinstance(height, Tensor):
+            tall = (width.double() / low).round().clamp(min=1).minimum(height)
+            wide = (height.double() * high).round().clamp(min=1).minimum(width)
+            return tall.float(), wide.float()
         if width / height < low:
-            return round(width / low), width
+            return max(1, round(width / low)), width
         if width / height > high:
-            return height, round(height * high)
+            return height, max(1, round(height * high))
         return height, width
 
     def apply(

@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from threading import Barrier
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from ssl_bench.augment.draws import keys as draw_keys
 from ssl_bench.augment.draws import uniforms
 from ssl_bench.augment.ops import (
     ByolJitter,
@@ -21,8 +21,10 @@ from ssl_bench.augment.ops import (
     RandomResizedCrop,
     Solarize,
 )
+from ssl_bench.augment.windows import Windows
 from ssl_bench.config.fields import Fraction, Interpolation, Interval, Resize
 from ssl_bench.errors import UserError
+from ssl_bench.runtime.threads import lone_threads
 
 RGB = tuple[float, float, float]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -49,13 +51,36 @@ class View(nn.Module):
         ops_params = [op.sample(u) for op, u in zip(self.ops, ops_u, strict=True)]
         return [self.crop.sample(crop_u, *images.shape[-2:]), *ops_params]
 
+    def windows(self, sizes: Tensor, keys: Tensor, number: int) -> Windows:
+        """The crops that `sample` draws, of pictures of these sizes (B, 2): heights and widths."""
+        u = uniforms(keys, number, self.crop.num_draws)
+        *box, mirrored = self.crop.sample(u, *sizes.unbind(1))
+        boxes = torch.stack(box, dim=1)
+        size = self.crop.size
+        return Windows(
+            boxes=boxes,
+            resized=torch.full_like(boxes[:, :2], size),
+            corners=torch.zeros_like(boxes[:, :2]),
+            mirrored=mirrored,
+            size=size,
+            interpolation=self.crop.interpolation,
+        )
+
     def transform(
-        self, images: Tensor, params: list[tuple[Tensor, ...]], kinds: list[Tensor] | None = None
+        self,
+        images: Tensor,
+        params: list[tuple[Tensor, ...]],
+        kinds: list[Tensor] | None = None,
+        cut: bool = False,
     ) -> Tensor:
-        """The pure half: no randomness, static shapes if `kinds` is None. It can be compiled."""
+        """The pure half: no randomness, static shapes if `kinds` is None. It can be compiled.
+
+        cut: the images are crops already.
+        """
         layout = _layout(images)
         images = images.to(self.normalize.mean.dtype).mul_(1 / 255)
-        images = self.crop.apply(images, *params[0])
+        if not cut:
+            images = self.crop.apply(images, *params[0])
         for number, (op, values) in enumerate(zip(self.ops, params[1:], strict=True)):
             if kinds is None:
                 images = op.apply(images, *values)
@@ -64,10 +89,10 @@ class View(nn.Module):
         images = self.normalize.apply(images)
         return images.contiguous(memory_format=layout) if kinds is None else images
 
-    def forward(self, images: Tensor, keys: Tensor, number: int) -> Tensor:
+    def forward(self, images: Tensor, keys: Tensor, number: int, cut: bool = False) -> Tensor:
         params = self.sample(images, keys, number)
         if images.device.type != "cpu" or self.compiled:
-            return self.transform(images, params)
+            return self.transform(images, params, cut=cut)
         shape = (len(images), 3, self.crop.size, self.crop.size)
         view = torch.empty(shape, dtype=self.normalize.mean.dtype, memory_format=_layout(images))
         kinds = [op.kinds(*values) for op, values in zip(self.ops, params[1:], strict=True)]
@@ -77,7 +102,7 @@ class View(nn.Module):
             some = [tuple(value[rows] for value in values) for values in params]
             # channels last, so that whole rows of memory are copied
             taken = images.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
-            done = self.transform(taken, some, [kind[rows] for kind in kinds])
+            done = self.transform(taken, some, [kind[rows] for kind in kinds], cut)
             # a fifth of the time of view[rows] = done
             for row, image in zip(rows.tolist(), done, strict=True):
                 view[row] = image
@@ -111,7 +136,8 @@ class Views(nn.Module):
 
     First `num_views` of (B, 3, image_size, image_size), then `num_small_views` of (B, 3,
     small_size, small_size) (multi-crop, SwAV, arXiv:2006.09882, section 3.2). They have the memory
-    format of the images, and the same keys (see `draws.keys`) give the same views.
+    format of the images, and the same keys (see `draws.keys`) give the same views. In place of
+    images: crops of them, uint8 (B, 3, S, S) for each view, that a source has cut (`windows`).
 
     For the operations see `View`. jitter: None, torchvision's, or "byol" (`ops.ByolJitter`).
     grayscale_first: grayscale comes before the jitter. A probability or strength of zero takes its
@@ -177,10 +203,21 @@ class Views(nn.Module):
         self.views = nn.ModuleList(full + [small] * num_small_views)
 
     @torch.no_grad()
-    def forward(self, images: Tensor, keys: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor | list[Tensor], keys: Tensor) -> list[Tensor]:
+        cut = not isinstance(images, Tensor)
+        batches = images if cut else [images] * len(self.views)
+        views = enumerate(zip(self.views, batches, strict=True))
         # bfloat16 resampling would lose the last two bits
-        with torch.autocast(images.device.type, enabled=False):
-            return [view(images, keys, number) for number, view in enumerate(self.views)]
+        with torch.autocast(keys.device.type, enabled=False):
+            return [view(batch, keys, number, cut) for number, (view, batch) in views]
+
+    def windows(self, sizes: Tensor, seed: int, epoch: int, indices: Tensor) -> list[Windows]:
+        """What to cut from pictures of these sizes (B, 2), heights and widths, for each view.
+
+        They are the crops of `forward` with the keys of (seed, epoch, indices).
+        """
+        keys = draw_keys(seed, epoch, indices)
+        return [view.windows(sizes, keys, number) for number, view in enumerate(self.views)]
 
     def compile_transforms(self) -> None:
         for view in set(self.views):
@@ -193,22 +230,7 @@ class Views(nn.Module):
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads of which each works on a chunk alone.
-
-    Torch would let all threads share each operation, and wait for the last of them hundreds of
-    times a view: seventy times slower on cores that other programs use, too.
-    """
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="views")
-    all_there = Barrier(threads)
-
-    def begin(_: int) -> None:
-        # holds for this thread, and for threads that start from now on
-        torch.set_num_threads(1)
-        all_there.wait()
-
-    list(pool.map(begin, range(threads)))
-    torch.set_num_threads(threads)
-    return pool
+    return lone_threads(threads, "views")
 
 
 class EvalView(nn.Module):
@@ -230,12 +252,34 @@ class EvalView(nn.Module):
         self.normalize = Normalize(mean, std)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor | list[Tensor]) -> Tensor:
+        """Images, or the one view of each that `windows` says."""
         from torchvision.transforms.v2 import functional as tv
 
-        images = tv.resize(images, [round(self.image_size * self.resize)], antialias=True)
-        images = tv.center_crop(images, [self.image_size, self.image_size])
+        if isinstance(images, Tensor):
+            images = tv.resize(images, [self._shorter], antialias=True)
+            images = tv.center_crop(images, [self.image_size, self.image_size])
+        else:
+            (images,) = images
         return self.normalize.apply(images.to(self.normalize.mean.dtype).mul_(1 / 255))
+
+    @property
+    def _shorter(self) -> int:
+        """The shorter side in pixels, before the centre is cut out."""
+        return round(self.image_size * self.resize)
+
+    def windows(self, sizes: Tensor, seed: int, epoch: int, indices: Tensor) -> list[Windows]:
+        """What to cut from pictures of these sizes (B, 2), heights and widths: nothing is drawn.
+
+        As torchvision's Resize and CenterCrop: the longer side is rounded down, the corner to the
+        nearest.
+        """
+        shorter = sizes.amin(dim=1, keepdim=True)
+        resized = sizes * self._shorter // shorter
+        corners = ((resized - self.image_size).double() / 2).round().long()
+        boxes = torch.cat([torch.zeros_like(sizes), sizes], dim=1)
+        mirrored = torch.zeros(len(sizes), dtype=torch.bool)
+        return [Windows(boxes, resized, corners, mirrored, self.image_size, "bilinear")]
 
     def denormalize(self, view: Tensor) -> Tensor:
         """A view (B, 3, S, S) as uint8 pixels, to look at."""

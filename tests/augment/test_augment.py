@@ -371,6 +371,10 @@ def test_apply_is_one_static_graph(op):
         (60, 96, (0.08, 1.0), (3 / 4, 4 / 3)),
         (40, 160, (0.5, 1.0), (3 / 4, 4 / 3)),  # most tries don't fit: the fallback
         (160, 40, (0.5, 1.0), (3 / 4, 4 / 3)),
+        (375, 500, (0.08, 1.0), (3 / 4, 4 / 3)),  # a photograph
+        (640, 427, (0.2, 1.0), (3 / 4, 4 / 3)),
+        (300, 6000, (0.08, 1.0), (3 / 4, 4 / 3)),  # a panorama
+        (7, 5, (0.08, 1.0), (3 / 4, 4 / 3)),
     ],
 )
 def test_crop_parameters_follow_torchvision(height, width, scale, ratio):
@@ -401,6 +405,25 @@ def test_crop_fallback_is_torchvisions():
         expected = TorchvisionCrop.get_params(torch.empty(3, height, width), scale, ratio)
         boxes = torch.stack(sample(crop, 3, (height, width))[:4], 1)
         assert boxes.tolist() == [list(expected)] * 3
+
+
+SIDE = st.integers(1, 3000)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(SIDE, SIDE), min_size=1, max_size=20), st.integers(0, 2**31))
+def test_crops_of_many_sizes_are_those_of_each(sizes, seed):
+    """A batch of pictures of any size draws what batches of one size draw; all within them."""
+    crop = ops.RandomResizedCrop(32, (0.08, 1.0), flip_p=0.5)
+    u = uniforms(keys(seed, 0, torch.arange(len(sizes))), 0, crop.num_draws)
+    heights, widths = torch.tensor(sizes).unbind(1)
+    together = crop.sample(u, heights, widths)
+    for number, (height, width) in enumerate(sizes):
+        alone = crop.sample(u[number : number + 1], height, width)
+        assert [value[number].item() for value in together] == [value.item() for value in alone]
+        top, left, box_h, box_w, _ = (value.item() for value in alone)
+        assert 0 <= top < top + box_h <= height
+        assert 0 <= left < left + box_w <= width
 
 
 def test_every_place_of_a_box_is_as_likely():
@@ -462,7 +485,7 @@ def test_policies_state_every_parameter(path):
     )
     assert policy.pop("name") == path.stem
     assert policy.pop("_target_") == "ssl_bench.augment.views.Views"
-    assert policy.pop("image_size") == "${data.image_size}"
+    assert policy.pop("image_size") == "${either:${data.image_size},96}"
     defaults = {
         name: p.default
         for name, p in inspect.signature(Views).parameters.items()
