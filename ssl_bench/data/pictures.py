@@ -1,9 +1,9 @@
 """Image files as 8-bit RGB, and notes on what a person may not expect of them.
 
-Pictures become upright (EXIF orientation) and image_size x image_size: the centre square, resized
-with PIL's antialiased bilinear filter. Transparency is laid on white; of several frames or pages
-the first is shown. Colours are taken as stored: colour profiles aren't applied. Of 16-bit colours
-PIL gives the upper 8 bits.
+Pictures become upright (EXIF orientation) and, where an image_size is given, image_size x
+image_size: the centre square, resized with PIL's antialiased bilinear filter. Transparency is laid
+on white; of several frames or pages the first is shown. Colours are taken as stored: colour
+profiles aren't applied. Of 16-bit colours PIL gives the upper 8 bits.
 
 Values of more than 8 bits, which PIL keeps for grey pictures only:
 
@@ -21,7 +21,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -117,28 +117,40 @@ def tell(noticed: Noticed, name: str, where: Callable[[int], str], told: set[str
 
 
 def decode(
-    path: str, image_size: int, values: Values = AS_STORED, kinds: list[str] | None = None
+    file: str | BinaryIO,
+    image_size: int | None,
+    values: Values = AS_STORED,
+    kinds: list[str] | None = None,
 ) -> np.ndarray:
-    """The image file as uint8 (image_size, image_size, 3). Notes on it are appended to `kinds`.
+    """The image file as uint8 (image_size, image_size, 3), or (H, W, 3), whole, for None.
 
-    Raises what PIL raises for a damaged file, and ValueError where the pixels contradict `values`.
+    Notes on it are appended to `kinds`. Raises what PIL raises for a damaged file, and ValueError
+    where the pixels contradict `values`.
     """
     from PIL import Image
 
     kinds = [] if kinds is None else kinds
-    with warnings.catch_warnings(), Image.open(path) as file:
+    with warnings.catch_warnings(), Image.open(file) as image:
         warnings.simplefilter("ignore")  # PIL's, about a hundred megapixels or odd tags
-        # a large JPEG is decoded at a fraction of its size
-        file.draft(None, (2 * image_size, 2 * image_size))
-        square = squared(file, image_size, values, kinds)
-        kinds.append("all")
-        if int(square.max()) - int(square.min()) <= TENTH:
-            kinds.append("wide_dim" if "wide" in kinds else "dim")
-        if file.format != "MPO":  # a phone's: the other frames are the same picture, or its depth
+        if image_size is not None:
+            # a large JPEG is decoded at a fraction of its size
+            image.draft(None, (2 * image_size, 2 * image_size))
+            pixels = squared(image, image_size, values, kinds)
+        else:
+            pixels = np.array(whole(image, values, kinds))
+        note_range(pixels, kinds)
+        if image.format != "MPO":  # a phone's: the other frames are the same picture, or its depth
             with suppress(Exception):  # the next frame may be damaged
-                if getattr(file, "is_animated", False):
+                if getattr(image, "is_animated", False):
                     kinds.append("frames")
-    return square
+    return pixels
+
+
+def note_range(pixels: np.ndarray, kinds: list[str]) -> None:
+    """Append to the notes `kinds` of a picture what its pixels tell."""
+    kinds.append("all")
+    if int(pixels.max()) - int(pixels.min()) <= TENTH:
+        kinds.append("wide_dim" if "wide" in kinds else "dim")
 
 
 def squared(
@@ -148,13 +160,16 @@ def squared(
 
     For the rest see `decode`.
     """
-    kinds = [] if kinds is None else kinds
+    return centre_square(whole(image, values, [] if kinds is None else kinds), image_size)
+
+
+def whole(image, values: Values, kinds: list[str]):
+    """A picture of PIL's as an upright one of 8-bit RGB. For the rest see `decode`."""
     wide_colour = _is_wide_colour(image)
     if image.format == "PPM" and image.tile and image.tile[0][0] != "raw":
         values = AS_STORED  # PIL scales from the range that the file states to 65,535
     image.load()
-    rgb = _to_rgb(_upright(image, kinds), image, values, wide_colour, kinds)
-    return centre_square(rgb, image_size)
+    return _to_rgb(_upright(image, kinds), image, values, wide_colour, kinds)
 
 
 def _is_wide_colour(file) -> bool:
@@ -163,12 +178,18 @@ def _is_wide_colour(file) -> bool:
 
 
 def _upright(image, kinds: list[str]):
+    turned = orientation(image, kinds)
+    return image.transpose(UPRIGHT[turned]) if turned in UPRIGHT else image
+
+
+def orientation(image, kinds: list[str]) -> int:
+    """EXIF's number for how a picture of PIL's is to be turned; 1: not at all."""
     try:
-        orientation = image.getexif().get(ORIENTATION, 1)
+        turned = image.getexif().get(ORIENTATION, 1)
     except Exception:  # PIL raises many types for a block that isn't EXIF
         kinds.append("exif")
-        return image
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+        return 1
+    return turned if turned in UPRIGHT else 1
 
 
 def _to_rgb(image, file, values: Values, wide_colour: bool, kinds: list[str]):

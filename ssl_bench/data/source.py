@@ -1,6 +1,7 @@
 """Batches of uint8 images on the device, in an order that follows from (seed, epoch).
 
 The sources differ in where the images wait: in host memory, on the device, or undecoded on disk.
+Pictures of any size come as views of them: see `cutting`.
 """
 
 import logging
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_bench.augment.windows import Look
 from ssl_bench.data import pictures
 from ssl_bench.data.pool import default_workers, run_in_order
 from ssl_bench.data.store import DecodeRows, OnError, Split, cannot_decode
@@ -28,7 +30,8 @@ PATIENCE = 600  # seconds without an image after which streaming gives up
 AHEAD = 2  # batches prepared before they are asked for
 BLOCK = 4096  # images sent to the device at once when all of them go there
 
-Batch = tuple[Tensor, Tensor, Tensor]
+# images, or a list of views cut from them; labels; indices in the split
+Batch = tuple[Tensor | list[Tensor], Tensor, Tensor]
 
 
 def permutation(seed: int, epoch: int, n: int) -> Tensor:
@@ -78,6 +81,8 @@ class Source(ABC):
         if subset is not None:
             self.rows = np.flatnonzero(np.isin(indices, subset))
         self.wait_seconds = 0.0  # how long the consumer has waited for batches so far
+        # called now and then while nothing comes, with the seconds waited
+        self.waiting: Callable[[float], None] = lambda seconds: None
 
     @property
     def num_images(self) -> int:
@@ -93,10 +98,16 @@ class Source(ABC):
             )
         return self.num_images // self.batch_size
 
-    def stream(self, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    def shown_as(self, look: Look) -> "Source":
+        """This source, whose batches are to be seen as `look` says: it cuts the views, if any."""
+        return self
+
+    def stream(
+        self, start: int, stop: int
+    ) -> Iterator[tuple[int, Tensor | list[Tensor], Tensor, Tensor]]:
         """Yield (step, images, labels, image indices) for steps `start` to `stop`, on the device.
 
-        images: uint8 (b, 3, H, W) in channels_last; labels, indices: (b,).
+        images: uint8 (b, 3, H, W) in channels_last, or a list of such; labels, indices: (b,).
         """
         batches = self._batches(self._wanted(start, stop))
         for step, batch in zip(range(start, stop), batches, strict=True):
@@ -114,13 +125,15 @@ class Source(ABC):
             at = batch * self.batch_size + self.rank * local
             yield epoch, order[at : at + local]
 
-    def epoch_pass(self) -> Iterator[Batch]:
+    def epoch_pass(self, epoch: int = 0) -> Iterator[Batch]:
         """Yield every image of this rank's share once, in order: (images, labels, image indices).
 
-        The last batch may be smaller. Rank r has every world_size-th image from the r-th on.
+        The last batch may be smaller. Rank r has every world_size-th image from the r-th on. epoch:
+        whose draws views are cut by.
         """
         share, local = self.rows[self.rank :: self.world_size], self.batch_size // self.world_size
-        yield from self._batches((0, share[at : at + local]) for at in range(0, len(share), local))
+        starts = range(0, len(share), local)
+        yield from self._batches((epoch, share[at : at + local]) for at in starts)
 
     @abstractmethod
     def _batches(self, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
@@ -182,7 +195,7 @@ class HostSource(Source):
         if self._copying is None:
             return tuple(tensor.to(self.device) for tensor in batch)
         with torch.cuda.stream(self._copying):
-            batch = tuple(_sent(tensor, self.device) for tensor in batch)
+            batch = tuple(sent(tensor, self.device) for tensor in batch)
         self._copying.synchronize()  # this thread waits, the step doesn't
         return batch
 
@@ -203,7 +216,7 @@ class ResidentSource(Source):
 
     def _batches(self, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
         for _, rows in wanted:
-            at = _sent(torch.from_numpy(np.ascontiguousarray(rows)), self.device)
+            at = sent(torch.from_numpy(np.ascontiguousarray(rows)), self.device)
             images = self.images[at].permute(0, 3, 1, 2)
             yield images, self.device_labels[at], self.device_indices[at]
 
@@ -221,8 +234,6 @@ class StreamedSource(Source):
         indices = np.arange(split.length)
         super().__init__(split.labels_of(indices), indices, *args, **kwargs)
         self.split, self.workers, self.on_error = split, workers or default_workers(), on_error
-        # called now and then while nothing comes, with the seconds waited
-        self.waiting: Callable[[float], None] = lambda seconds: None
         self._told: set[int] = set()
         self._noticed: pictures.Noticed = {}
         self._kinds: set[str] = set()
@@ -244,7 +255,7 @@ class StreamedSource(Source):
                 pictures.merge(self._noticed, noticed)
                 pictures.tell(self._noticed, self.split.name, self.split.where, self._kinds)
                 arrays = (images, self.labels[rows], rows)
-                batch = [_sent(torch.from_numpy(array), self.device) for array in arrays]
+                batch = [sent(torch.from_numpy(array), self.device) for array in arrays]
                 yield batch[0].permute(0, 3, 1, 2), batch[1], batch[2]
 
     def _nothing_came(self, seconds: float, chunk: tuple[np.ndarray]) -> None:
@@ -272,11 +283,11 @@ class FeatureSource(Source):
     def _batches(self, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
         for epoch, rows in wanted:
             copy, at = self.copies[epoch % len(self.copies)], torch.from_numpy(rows)
-            batch = copy[_sent(at, copy.device)], torch.from_numpy(self.labels[rows]), at
-            yield tuple(_sent(tensor, self.device) for tensor in batch)
+            batch = copy[sent(at, copy.device)], torch.from_numpy(self.labels[rows]), at
+            yield tuple(sent(tensor, self.device) for tensor in batch)
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on the device, without waiting.
 
     A copy from pageable memory would wait for the step before.

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import xxhash
@@ -37,8 +37,10 @@ from ssl_bench.errors import UserError
 log = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip"]
+T = TypeVar("T")
 LAYOUT = 2  # version of a store's files, part of its name: since 2 it has digests
 BLOCK = CHUNK  # rows that a digest covers, and that are moved at once when gaps are closed
+THUMBNAIL = 96  # pixels
 LATELY = 600  # seconds for which a store is taken as whole after it was verified
 SMALL_FILES = ("indices.npy", "digests.npy")  # each has one digest, in meta.json
 FILES = ("images.npy", *SMALL_FILES, "meta.json")
@@ -52,8 +54,11 @@ class Split:
     store_name: a file name with a digest of all that decides the pixels: sources, image size.
     fingerprint: hex digest of the files' names and sizes, the labels and the image size; a copy of
     the files has the same. origin: the same without the image size.
-    read: index -> uint8 (image_size, image_size, 3); picklable, for worker processes.
+    read: index -> uint8 (image_size, image_size, 3), or (H, W, 3) where images are taken as they
+    are; picklable, for worker processes.
     where: index -> the path or name to show a person.
+    encoded: index -> the bytes of an image file, picklable; None where images aren't files. nbytes:
+    of all these together.
     """
 
     name: str  # "pretrain" | "train" | "val"
@@ -64,6 +69,22 @@ class Split:
     origin: str
     read: Callable[[int], np.ndarray]
     where: Callable[[int], str]
+    encoded: Callable[[int], bytes] | None = None
+    nbytes: int = 0
+
+    def file(self, index: int) -> bytes:
+        """What the file of an image holds."""
+        assert self.encoded is not None
+        return self.encoded(index)
+
+    def small(self, index: int) -> np.ndarray:
+        """An image to look at: uint8 (h, h, 3); of one that was left as it is, the centre."""
+        pixels = self.read(index)
+        if self.encoded is None or pixels.shape[0] == pixels.shape[1] <= THUMBNAIL:
+            return pixels
+        from PIL import Image
+
+        return pictures.centre_square(Image.fromarray(pixels), THUMBNAIL)
 
     def labels_of(self, indices: np.ndarray) -> np.ndarray:
         """int64, -1 where unlabelled."""
@@ -126,7 +147,7 @@ def open_store(
             split.name,
             len(skipped),
             split.length,
-            _names(split, skipped, 10),
+            names_of(split, skipped, 10),
         )
     pictures.tell(noticed, split.name, split.where, set())
     return store
@@ -140,7 +161,7 @@ def _ensure(
     try:
         root.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(root)
-        lock = _lock(directory, wait=True)
+        lock = lock_of(directory, wait=True)
     except OSError:
         if not directory.is_dir():
             raise
@@ -247,7 +268,7 @@ def _digest_of(meta: dict) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(meta, sort_keys=True).encode())
 
 
-def _lock(directory: Path, wait: bool):
+def lock_of(directory: Path, wait: bool):
     """The right to write this store; filelock.Timeout if another process has it, unless `wait`."""
     from filelock import FileLock, Timeout
 
@@ -271,7 +292,7 @@ def _remove_leftovers(root: Path) -> None:
 
     for partial in root.glob("*.partial"):
         try:
-            with _lock(partial.with_suffix(""), wait=False):
+            with lock_of(partial.with_suffix(""), wait=False):
                 shutil.rmtree(partial, ignore_errors=True)
         except Timeout:
             pass  # being written now
@@ -279,16 +300,16 @@ def _remove_leftovers(root: Path) -> None:
 
 def has_room(split: Split, image_size: int, cache: str | Path | None = None) -> bool:
     """Is the split packed, or is there room to pack it?"""
-    root = _root(cache)
-    return (root / split.store_name).is_dir() or _need(split, image_size) < _free(root)
+    root = root_of(cache)
+    return (root / split.store_name).is_dir() or _need(split, image_size) < free_bytes(root)
 
 
 def place(split: Split, cache: str | Path | None = None) -> Path:
     """The folder of a split's packed images, whether they are there or not."""
-    return _root(cache) / split.store_name
+    return root_of(cache) / split.store_name
 
 
-def _root(cache: str | Path | None) -> Path:
+def root_of(cache: str | Path | None) -> Path:
     return Path(cache) if cache else cache_folder("stores")
 
 
@@ -297,7 +318,7 @@ def _need(split: Split, image_size: int) -> int:
     return split.length * (image_size * image_size * 3 + 8)
 
 
-def _free(root: Path) -> int:
+def free_bytes(root: Path) -> int:
     """Bytes free on the disk where `root` is or would be made."""
     nearest = next(path for path in (root, *root.absolute().parents) if path.is_dir())
     return shutil.disk_usage(nearest).free
@@ -306,7 +327,7 @@ def _free(root: Path) -> int:
 def _pack(
     split: Split, image_size: int, directory: Path, workers: int | None, on_error: OnError
 ) -> None:
-    need, free = _need(split, image_size), _free(directory.parent)
+    need, free = _need(split, image_size), free_bytes(directory.parent)
     if free < need:
         raise UserError(
             f"packing '{split.name}' ({split.length} images) needs {need / 1e9:.1f} GB and "
@@ -339,7 +360,7 @@ def _pack(
         if len(skipped) == split.length:
             raise UserError(
                 f"none of the {split.length} images of '{split.name}' can be decoded: "
-                f"{_names(split, skipped, 1)}"
+                f"{names_of(split, skipped, 1)}"
             )
         keep = np.arange(split.length)
         if skipped:
@@ -366,7 +387,7 @@ def _pack(
         raise
 
 
-def try_read(read: Callable[[int], np.ndarray], index: int) -> np.ndarray | str:
+def try_read(read: Callable[[int], T], index: int) -> T | str:
     """An image, or why it can't be decoded. UserError for a missing file or a failing disk."""
     try:
         return read(index)
@@ -498,7 +519,7 @@ def _load(
     return Store(images, split.labels_of(indices), indices, directory), skipped, noticed
 
 
-def _names(split: Split, bad: dict[int, str], most: int) -> str:
+def names_of(split: Split, bad: dict[int, str], most: int) -> str:
     """The first of these images, each with the reason, and how many more there are."""
     names = [f"{split.where(index)} ({bad[index]})" for index in sorted(bad)[:most]]
     more = f", and {len(bad) - most} more" if len(bad) > most else ""
@@ -508,6 +529,6 @@ def _names(split: Split, bad: dict[int, str], most: int) -> str:
 def cannot_decode(split: Split, bad: dict[int, str]) -> str:
     """The error for images that can't be decoded."""
     return (
-        f"cannot decode {_names(split, bad, 3)}; mend or remove, or leave such images out with "
+        f"cannot decode {names_of(split, bad, 3)}; mend or remove, or leave such images out with "
         "data.on_error=skip"
     )

@@ -47,7 +47,7 @@ def stored_features(
     run: Run,
     backbone: nn.Module,
     source: Source,
-    view: Callable[[Tensor], Tensor],
+    view: Callable[[Tensor | list[Tensor]], Tensor],
     path: Path,
 ) -> np.ndarray:
     """Features of all images of the source, in its order: float16 (N, dim), mapped from `path`.
@@ -57,7 +57,7 @@ def stored_features(
     """
     progress, rows = path.with_suffix(".json"), source.rows
 
-    def seen(images: Tensor, indices: Tensor) -> Tensor:
+    def seen(images: Tensor | list[Tensor], indices: Tensor) -> Tensor:
         return view(images)
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,16 +101,19 @@ def extract_all(
     run: Run,
     backbone: nn.Module,
     source: Source,
-    view: Callable[[Tensor, Tensor], Tensor],
+    view: Callable[[Tensor | list[Tensor], Tensor], Tensor],
     title: str | None = None,
+    epoch: int = 0,
 ) -> Tensor:
     """Features (N, dim) float32 of all images of the source, in its order, on every process's CPU.
 
     view: (images, their indices) -> what the backbone sees. Each process computes its share. title:
     of a progress bar; with it, a signal stops the pass, so don't give one within a training, which
-    has a state to save.
+    has a state to save. epoch: whose draws the view is of.
     """
-    passed = source.epoch_pass() if title is None else watched(run, source, title)
+    passed = source.epoch_pass(epoch)
+    if title is not None:
+        passed = watched(run, source, passed, title)
     batches = ((view(images, indices), labels, indices) for images, labels, indices in passed)
     with autocast(precision, run.device):
         mine, _ = extract(backbone, batches, nn.Identity())
@@ -122,13 +125,13 @@ def extract_all(
     return shares.transpose(0, 1).flatten(0, 1)[: source.num_images]
 
 
-def watched(run: Run, source: Source, title: str) -> Iterator[Batch]:
-    """The source's pass over its images; shows how far it is, and stops for a signal."""
+def watched(run: Run, source: Source, passed: Iterator[Batch], title: str) -> Iterator[Batch]:
+    """A pass over the source's images; shows how far it is, and stops for a signal."""
     world = distributed.world_size()
     # the number of batches that every process has
     everywhere = source.num_images // world // (source.batch_size // world)
     with Progress(source.num_images, title, run.is_main) as progress:
-        for step, batch in enumerate(source.epoch_pass()):
+        for step, batch in enumerate(passed):
             if step < everywhere and run.stopping(step):
                 run.interrupt()
             yield batch

@@ -6,14 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_bench.data.source import Batch
 from ssl_bench.runtime import distributed
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
-    view: Callable[[Tensor], Tensor],
+    batches: Iterable[Batch],
+    view: Callable[[Tensor | list[Tensor]], Tensor],
 ) -> dict[str, float]:
     """Top-1, top-5 (percent) and cross-entropy of `model.logits` over all images of all ranks."""
     model.eval()
@@ -36,8 +37,8 @@ def evaluate(
 @torch.no_grad()
 def extract(
     backbone: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
-    view: Callable[[Tensor], Tensor],
+    batches: Iterable[Batch],
+    view: Callable[[Tensor | list[Tensor]], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Features (N, dim) float32 and labels (N,) of this rank's images, on the CPU.
 

@@ -296,7 +296,7 @@ def test_room_on_the_disk_is_looked_at(tmp_path, monkeypatch):
     from ssl_bench.data import store
     from ssl_bench.data.formats.digits import Digits
 
-    monkeypatch.setattr(store, "_free", lambda root: 1000)
+    monkeypatch.setattr(store, "free_bytes", lambda root: 1000)
     data = Digits(image_size=8, cache=str(tmp_path / "new" / "cache"))
     assert not data.has_room("train")
     monkeypatch.undo()

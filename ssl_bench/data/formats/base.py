@@ -1,17 +1,20 @@
 """The base of all data sets: splits, their digests, their packed stores."""
 
+import copy
 import csv
 import hashlib
+import io
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from ssl_bench.config.fields import Place
-from ssl_bench.data import synthetic
+from ssl_bench.data import encoded, synthetic
+from ssl_bench.data.encoded import Encoded, open_encoded
 from ssl_bench.data.formats.paths import Decoder
 from ssl_bench.data.pictures import Values
 from ssl_bench.data.store import LAYOUT, OnError, Split, Store, has_room, open_store
@@ -26,19 +29,22 @@ SplitName = Literal["pretrain", "train", "val"]
 class Dataset(ABC):
     """Up to three splits: "pretrain" (no labels), "train" and "val".
 
-    `on_error`: "raise" or "skip" images that can't be decoded. `cache`: folder of the packed
-    stores, by default $SSL_BENCH_CACHE/stores or ~/.cache/ssl_bench/stores. `workers`: packing
-    processes, by default one a CPU.
+    `image_size`: of the squares that the images become; None: they stay as they are. `on_error`:
+    "raise" or "skip" images that can't be decoded. `cache`: folder of the packed stores, by default
+    $SSL_BENCH_CACHE/stores or ~/.cache/ssl_bench/stores. `workers`: packing processes, by default
+    one a CPU.
     """
 
     class_names: Sequence[str] = ()  # in the order of the class numbers; empty if they have none
     root = "."  # where index files are looked for
     extra: Sequence[str] = ()  # an index file and its label file
     values = Values()  # how its image files' values are to be read
+    max_side: int | None = None  # pixels; image files are made smaller that are larger
+    draft = False  # large JPEGs are decoded at a part of their size
 
     def __init__(
         self,
-        image_size: int,
+        image_size: int | None,
         on_error: OnError = "raise",
         cache: Place | None = None,
         workers: int | None = None,
@@ -55,6 +61,12 @@ class Dataset(ABC):
     @abstractmethod
     def _list(self, name: str) -> Split: ...
 
+    @property
+    def side(self) -> int:
+        """The size of the images where it is one."""
+        assert self.image_size is not None
+        return self.image_size
+
     def split(self, name: SplitName) -> Split:
         """List the images of a split and check its labels; decodes nothing. Raises UserError."""
         if name not in synthetic.SPLITS:
@@ -69,13 +81,44 @@ class Dataset(ABC):
         return self._splits[name]
 
     def open(self, name: SplitName) -> Store:
-        """The decoded images of a split, packed first if need be. Raises UserError."""
+        """The decoded images of a split, packed first if need be. Raises UserError.
+
+        They have an `image_size`; see `squares`.
+        """
+        split, options = self.split(name), (self.cache, self.workers, self.on_error)
+        return open_store(split, self.side, *options)
+
+    def open_encoded(self, name: SplitName, packed: bool) -> Encoded:
+        """The images of a split as they are, indexed first if need be. Raises UserError.
+
+        packed: their bytes are copied into the cache, else read from where they are.
+        """
+        split, options = self.split(name), (self.cache, self.workers, self.on_error)
+        return open_encoded(split, self.values, packed, *options, self.max_side)
+
+    def begins_small(self, name: SplitName, side: int) -> bool:
+        """Is the first image of a split a square of at most `side` pixels?"""
+        from PIL import Image
+
         split = self.split(name)
-        return open_store(split, self.image_size, self.cache, self.workers, self.on_error)
+        try:
+            with Image.open(io.BytesIO(split.file(0))) as image:
+                return image.size[0] == image.size[1] <= side
+        except Exception:  # PIL raises many kinds; whoever opens the split tells of it
+            return False
+
+    def squares(self, image_size: int) -> "Dataset":
+        """This data set with images of `image_size`."""
+        other = copy.copy(self)
+        other.image_size, other._splits = image_size, {}
+        return other
 
     def has_room(self, name: SplitName) -> bool:
-        """Is there room on the disk for `open` to pack the split?"""
-        return has_room(self.split(name), self.image_size, self.cache)
+        """Is there room on the disk to pack the split?"""
+        split = self.split(name)
+        if self.image_size is None:
+            return encoded.has_room(split, self.cache)
+        return has_room(split, self.image_size, self.cache)
 
     def requested(self, files: Sequence[str] = ()) -> np.ndarray:
         """The images of "pretrain" that have extra labels or are named in index files.
@@ -104,15 +147,20 @@ class Dataset(ABC):
         # Images that no decoder reads keep the first version: their runs go on when the decoding
         # changes.
         pixels: tuple = (1, self.image_size)
+        encoded_images: dict[str, Any] = {}
         if isinstance(read, Decoder):
             pixels = (VERSION, self.image_size, self.values)
+            if self.max_side is not None or self.draft:
+                pixels += (self.max_side, self.draft)
+            encoded_images = {"encoded": read.encoded, "nbytes": digests.nbytes}
         store_name = f"{kind}-{hashed(LAYOUT, *pixels, digests.files)[:16]}"
         facts = digests.content, b"" if labels is None else labels.tobytes()
         fingerprint, origin = hashed(kind, *pixels, *facts), hashed(kind, *facts)
         length = len(read)
         if length == 0:
             raise UserError(f"split '{name}' of {type(self).__name__} holds no images")
-        return Split(name, length, labels, store_name, fingerprint, origin, read, where)
+        whose = (name, length, labels, store_name, fingerprint, origin)
+        return Split(*whose, read, where, **encoded_images)
 
 
 class Digests(NamedTuple):
@@ -120,11 +168,13 @@ class Digests(NamedTuple):
 
     files: str  # of names, sizes and times
     content: str  # of names and sizes, which a copy shares
+    nbytes: int = 0  # of all files together
 
 
 def digests_of(stats: np.ndarray) -> Digests:
     """stats: int64 (n, 3): number, size in bytes, mtime in ns."""
-    return Digests(hashed(stats.tobytes()), hashed(stats[:, :2].tobytes()))
+    nbytes = int(stats[:, 1].sum())
+    return Digests(hashed(stats.tobytes()), hashed(stats[:, :2].tobytes()), nbytes)
 
 
 def hashed(*parts) -> str:

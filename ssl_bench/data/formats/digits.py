@@ -36,7 +36,7 @@ class Digits(Dataset):
         part = slice(-500, None) if name == "val" else slice(None, -500)
         images = (digits.images[part] * (255 / 16)).round().astype(np.uint8)  # 0..16 -> 0..255
         labels = None if name == "pretrain" else digits.target[part].astype(np.int64)
-        read = _DigitReader(images, self.image_size)
+        read = _DigitReader(images, self.side)
         digest = hashed(images.tobytes())
         source = "val" if name == "val" else "train"
         where = f"{source} digit {{}}".format

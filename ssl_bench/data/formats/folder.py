@@ -8,8 +8,9 @@ import numpy as np
 from pydantic import PositiveInt
 
 from ssl_bench.config.fields import BitDepth, Place, ValueRange
-from ssl_bench.data.formats.base import Dataset, folder_at, values_of
+from ssl_bench.data.formats.base import Dataset, Digests, folder_at, values_of
 from ssl_bench.data.formats.listing import list_tree, subfolders
+from ssl_bench.data.formats.paths import Paths
 from ssl_bench.data.store import OnError, Split
 from ssl_bench.errors import UserError
 
@@ -21,14 +22,18 @@ class Folder(Dataset):
 
     With class folders ROOT/train/<class> and ROOT/val/<class> (in upper case, too) it is labelled,
     the classes in sorted order, and "pretrain" is train without its labels; otherwise all images
-    under ROOT are "pretrain". UserError if folders at any depth have the names of a training and a
-    held-out split.
+    under ROOT are "pretrain". image_size: None keeps them as they are, of any size; max_side: those
+    of which a side has more pixels are made smaller; draft: large JPEGs are decoded at a part of
+    their size. UserError if folders at any depth have the
+    names of a training and a held-out split.
     """
 
     def __init__(
         self,
         root: Place,
-        image_size: PositiveInt = 96,
+        image_size: PositiveInt | None = None,
+        max_side: PositiveInt | None = None,
+        draft: bool = False,
         bit_depth: BitDepth | None = None,
         value_range: ValueRange | None = None,
         on_error: OnError = "raise",
@@ -36,7 +41,15 @@ class Folder(Dataset):
         workers: PositiveInt | None = None,
     ):
         super().__init__(image_size, on_error, cache, workers)
-        self.root, self.values = root, values_of(bit_depth, value_range)
+        self.root, self.values, self.max_side = root, values_of(bit_depth, value_range), max_side
+        self._trees: dict[Path, tuple[Paths, Digests, dict[str, int]]] = {}
+        self.draft = draft
+        if image_size is not None and (max_side is not None or draft):
+            typed = "data.draft=true" if max_side is None else f"data.max_side={max_side}"
+            raise UserError(
+                f"{typed} is for pictures that stay as they are, and data.image_size={image_size} "
+                "makes squares of them: leave one of the two out"
+            )
 
     @functools.cached_property
     def class_names(self) -> list[str]:
@@ -56,6 +69,12 @@ class Folder(Dataset):
             raise UserError(f"{root} has {found[0]}/ and {found[1]}/: leave one of the two there")
         return root / (found[0] if found else name)
 
+    def _listed(self, folder: Path, guarded: int | None) -> tuple[Paths, Digests, dict[str, int]]:
+        """What `list_tree` says; listed once, since pretrain and train may be of one folder."""
+        if folder not in self._trees:
+            self._trees[folder] = list_tree(folder, guarded=guarded)
+        return self._trees[folder]
+
     def _list(self, name: str) -> Split:
         root = folder_at(self.root)
         if not self.class_names:
@@ -73,8 +92,8 @@ class Folder(Dataset):
                 "both need the same class folders"
             )
         guarded = None if name == "val" else 1  # from 1 on, since a class may be called "test"
-        paths, digests, counts = list_tree(folder, guarded=guarded)
-        if counts.pop("", 0):
+        paths, digests, counts = self._listed(folder, guarded)
+        if "" in counts:
             raise UserError(
                 f"{folder} has images outside the class folders; move them into one or away"
             )

@@ -119,8 +119,10 @@ def list_tree(
     files, content = hashlib.sha256(), hashlib.sha256()
     passed = Passed()
     guard = None if guarded is None else _Guard(root, guarded)
+    nbytes = 0
     for name, size, mtime in _walk(root, "", frozenset(), passed):
         encoded = os.fsencode(name)
+        nbytes += size
         text += encoded
         ends.append(len(text))
         files.update(encoded + f"\0{size}\0{mtime}\n".encode())
@@ -137,7 +139,8 @@ def list_tree(
         raise UserError(
             f"no images under {root}; {key}= sets the folder; known extensions are {known}"
         )
-    return Paths(root, bytes(text), ends), Digests(files.hexdigest(), content.hexdigest()), counts
+    digests = Digests(files.hexdigest(), content.hexdigest(), nbytes)
+    return Paths(root, bytes(text), ends), digests, counts
 
 
 def _walk(

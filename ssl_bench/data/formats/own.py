@@ -79,7 +79,7 @@ class Own(Dataset):
         else:
             source = "train" if name == "pretrain" and not self._has_unlabelled else name
         made = self._made(source)
-        read = _Reader(made, self.title, self.image_size)
+        read = _Reader(made, self.title, self.side)
         facts = self._facts(source, read)
         labels = None if name == "pretrain" else facts.labels
         if labels is not None and (bare := np.flatnonzero(labels < 0)).size:

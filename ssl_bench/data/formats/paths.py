@@ -60,10 +60,13 @@ class Joined:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Reads image files, and notes what a person may not expect of them."""
+    """Reads image files, and notes what a person may not expect of them.
+
+    image_size: None gives the pictures whole.
+    """
 
     paths: Paths | Numbered | Joined
-    image_size: int
+    image_size: int | None
     values: Values
     noticed: Noticed = field(default_factory=dict)
 
@@ -75,3 +78,8 @@ class Decoder:
         image = pictures.decode(self.paths(index), self.image_size, self.values, kinds)
         pictures.note(self.noticed, kinds, index)
         return image
+
+    def encoded(self, index: int) -> bytes:
+        """What the file holds."""
+        with open(self.paths(index), "rb") as file:
+            return file.read()

@@ -39,7 +39,7 @@ class Synthetic(Dataset):
     def _list(self, name: str) -> Split:
         length = self.lengths[name]
         labels = None if name == "pretrain" else np.arange(length) % self.num_classes
-        read = _Renderer(self.seed, name, length, self.image_size, self.num_classes)
+        read = _Renderer(self.seed, name, length, self.side, self.num_classes)
         digest = hashed(synthetic.VERSION, read)
         where = f"synthetic {name} image {{}}".format
         return self._split(name, name, Digests(digest, digest), labels, read, where)
