@@ -191,9 +191,10 @@ def gather(
     cfg: DictConfig, device: torch.device, wait: Callable[[], None], batches: int = 50
 ) -> dict:
     """A batch from the packed images, when nobody makes it wait."""
-    stream = open_source(cfg, Window(device, 0, 0), build.construct(cfg.data), "pretrain").stream(
-        0, batches
-    )
+    views = build.construct(cfg.augmentation)
+    data = build.construct(cfg.data)
+    source = open_source(cfg, Window(device, 0, 0), data, "pretrain", views)
+    stream = source.stream(0, batches)
     next(stream)
     wait()
     began = time.perf_counter()

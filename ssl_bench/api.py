@@ -111,11 +111,11 @@ def _check_list(name: str, overrides: Any) -> None:
 class Transform:
     """Pictures as the run showed its test images to the backbone.
 
-    packed: the pixels of the square that a picture becomes first; view: what makes normalised
-    float32 (N, 3, S, S) of these; values: how more than 8 bits are read.
+    packed: the pixels of the square that a picture becomes first; None: it stays whole. view: what
+    makes normalised float32 (N, 3, S, S) of these; values: how more than 8 bits are read.
     """
 
-    def __init__(self, packed: int, view: "EvalView", values: "Values") -> None:
+    def __init__(self, packed: int | None, view: "EvalView", values: "Values") -> None:
         self.packed, self.view, self.values = packed, view, values
 
     def __repr__(self) -> str:
@@ -127,6 +127,7 @@ class Transform:
         An image: a path, read as stage=predict reads it, a picture of PIL's, or uint8, a tensor
         (3, H, W) or an array (H, W, 3). UserError for anything else.
         """
+        import numpy as np
         import torch
 
         if isinstance(images, torch.Tensor):
@@ -135,12 +136,28 @@ class Transform:
             one = not isinstance(images, Sequence) or isinstance(images, str)
         if not one and not len(images):
             raise UserError("no images: give one or more")
-        squares = [torch.from_numpy(self._square(image)) for image in ([images] if one else images)]
-        view = self.view(torch.stack(squares).permute(0, 3, 1, 2))
+        pixels = [self._pixels(image) for image in ([images] if one else images)]
+        if self.packed is None:
+            view = self.view([torch.stack([self._cut(whole) for whole in pixels])])
+        else:
+            squares = torch.from_numpy(np.stack(pixels))
+            view = self.view(squares.permute(0, 3, 1, 2))
         return view[0] if one else view
 
-    def _square(self, image: Any) -> "np.ndarray":
-        """uint8 (packed, packed, 3)."""
+    def _cut(self, pixels: "np.ndarray") -> "Tensor":
+        """The test view of a whole picture, before it is normalised: uint8 (3, S, S)."""
+        import torch
+
+        from ssl_bench.data.cutting import cut
+
+        size = pixels.shape[:2]
+        (windows,) = self.view.windows(torch.tensor([size]), 0, 0, torch.zeros(1).long())
+        return cut(pixels, size, windows.each()[0], windows.size, windows.interpolation)
+
+    def _pixels(self, image: Any) -> "np.ndarray":
+        """uint8 (packed, packed, 3), or (H, W, 3)."""
+        import numpy as np
+
         from ssl_bench.data import pictures
         from ssl_bench.data.formats.own import as_picture
 
@@ -150,7 +167,10 @@ class Transform:
             except Exception as error:  # PIL raises errors of many classes
                 raise UserError(f"{image}: can't be decoded ({error})") from None
         try:
-            return pictures.squared(as_picture(image), self.packed, self.values)
+            picture = as_picture(image)
+            if self.packed is None:
+                return np.array(pictures.whole(picture, self.values, []))
+            return pictures.squared(picture, self.packed, self.values)
         except ValueError as error:
             raise UserError(f"{error}; or a path") from None
 

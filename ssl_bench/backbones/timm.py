@@ -2,7 +2,6 @@
 
 import difflib
 import logging
-from functools import cache
 from typing import Any
 
 import torch
@@ -46,7 +45,6 @@ def timm(
             "a backbone has none"
         )
 
-    @cache  # several sizes are asked about
     def plan(**changed: Any) -> nn.Module:
         """The network without weights: quick to make; its forward pass computes only shapes."""
         with torch.device("meta"):

@@ -1,6 +1,7 @@
 """What conf/*.yaml refers to: resolvers, like ${run_dir:...}, and the keys of hydra.launcher."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
@@ -19,6 +20,11 @@ def run_dir(default: str, *, _root_: DictConfig) -> str:
 def judge(eval_every: int, online_images: int) -> str | None:
     """Resolver: the metric that ranks pretrainings; None where nothing that can is measured."""
     return "probe_top1" if eval_every and online_images else None
+
+
+def either(value: Any, default: Any) -> Any:
+    """Resolver: the value, unless it is null."""
+    return default if value is None else value
 
 
 @dataclass
@@ -54,6 +60,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("path_slug", place.path_slug, replace=True)
     OmegaConf.register_new_resolver("began", place.began, replace=True)
     OmegaConf.register_new_resolver("below", place.below, replace=True)
+    OmegaConf.register_new_resolver("either", either, replace=True)
     OmegaConf.register_new_resolver("judge", judge, replace=True)
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
     launchers = {"local": LocalConf, "workstation": WorkstationConf, "slurm": SlurmConf}

@@ -119,14 +119,15 @@ def train_grid(
     labels = torch.from_numpy(source.labels[source.rows])
     backbone, cells = grid.train().backbone, options.cells
 
-    def features_of(view: Callable[[Tensor, Tensor], Tensor], title: str) -> Tensor:
-        return extract_all(cfg.precision, run, backbone, source, view, title)
-
-    clean = features_of(lambda images, indices: test_view(images), "features")
-    drawn = [
-        features_of(_draw(views, cfg.seed, epoch), f"features, copy {epoch + 1}")
-        for epoch in range(options.copies)
-    ]
+    shown_clean, shown_drawn = source.shown_as(test_view), source.shown_as(views)
+    clean = extract_all(
+        cfg.precision, run, backbone, shown_clean, lambda x, _: test_view(x), "features"
+    )
+    drawn = []
+    for epoch in range(options.copies):
+        draw, title = _draw(views, cfg.seed, epoch), f"features, copy {epoch + 1}"
+        copy = extract_all(cfg.precision, run, backbone, shown_drawn, draw, title, epoch)
+        drawn.append(copy)
     shown = drawn or [clean]
     log.info(
         "cached %s features of %s images and %s augmented copies, %.2f GB; %s learning rates x %s "

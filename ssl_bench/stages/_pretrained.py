@@ -100,16 +100,15 @@ class Pretrained(NamedTuple):
     classifier: nn.Linear | None
     classes: list[str]  # the names of its classes; empty if they have none
 
-    def view(self, image_size: int | None, resize: float | None) -> tuple[int, EvalView]:
-        """How its run showed test images: (the size at which they are packed, the test view).
+    def view(self, image_size: int | None, resize: float | None) -> tuple[int | None, EvalView]:
+        """How its run showed test images: (the size of the squares they were first, the test view).
 
-        None: the value of the run or, if that isn't known, ImageNet's 224 pixels, mean and std.
+        None for squares: the view is of whole pictures. None for an argument: the value of the run
+        or, if that isn't known, ImageNet's 224 pixels, mean and std.
         """
         view = view_of(self.config, self.path, image_size, resize)
         packed = (self.config.get("data") or {}).get("image_size") if image_size is None else None
-        if not isinstance(packed, int):
-            packed = round(view.image_size * view.resize)
-        return packed, view
+        return packed if isinstance(packed, int) else None, view
 
 
 def view_of(

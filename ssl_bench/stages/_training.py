@@ -13,7 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl_bench import files
 from ssl_bench.augment.views import Views
+from ssl_bench.augment.windows import Look
 from ssl_bench.config import build
+from ssl_bench.data.cutting import CutSource
+from ssl_bench.data.encoded import Encoded
 from ssl_bench.data.formats.base import Dataset, SplitName
 from ssl_bench.data.source import HostSource, ResidentSource, Source, StreamedSource, fits
 from ssl_bench.errors import UserError
@@ -92,11 +95,18 @@ def seed_init(cfg: DictConfig) -> None:
 
 
 def open_source(
-    cfg: DictConfig, run: Run, data: Dataset, split: SplitName, subset: np.ndarray | None = None
+    cfg: DictConfig,
+    run: Run,
+    data: Dataset,
+    split: SplitName,
+    look: Look,
+    subset: np.ndarray | None = None,
+    once: bool = False,
 ) -> Source:
     """The images of a split, kept where `cfg.source` says, and packed first if they must be.
 
-    subset: the images to use; None: all.
+    look: how they are to be seen. subset: the images to use; None: all. once: they are seen once,
+    so that pictures of any size aren't packed for it.
     """
     count = data.split(split).length
     run.uses(split, data.split(split).fingerprint, count)
@@ -106,6 +116,19 @@ def open_source(
     rank, world = distributed.rank(), distributed.world_size()
     share = (cfg.batch_size, cfg.seed, run.device, rank, world, subset)
     kind = cfg.source
+    if data.image_size is None:
+        opened = _open_encoded(cfg, run, data, split, look, once)
+        if isinstance(opened, Encoded):
+            kept = "packed in" if opened.is_packed else "where they are, indexed in"
+            log.info(
+                "%s: %s pictures as they are, %.2f GB, %s %s",
+                *(split, f"{len(opened):,}", opened.nbytes / 1e9, kept, opened.directory),
+            )
+            values, draft, workers = data.values, data.draft, data.workers
+            cuts = CutSource(opened, look, *share, values=values, draft=draft, workers=workers)
+            cuts.waiting = run.waiting
+            return cuts
+        data = opened
     if kind == "auto" and distributed.any_rank(not data.has_room(split)):
         advice = "streaming; data.cache= sets another disk"
         log.warning("no room on the disk to keep %s decoded: %s", split, advice)
@@ -130,6 +153,41 @@ def open_source(
     size = store.images.nbytes / 1e9
     log.info("%s: %s images, %.2f GB, on %s", split, f"{len(store.images):,}", size, place)
     return SOURCES[kind](store.images, store.labels, store.indices, *share)
+
+
+def _open_encoded(
+    cfg: DictConfig, run: Run, data: Dataset, split: SplitName, look: Look, once: bool
+) -> Encoded | Dataset:
+    """The pictures of a split as they are; where these are small squares, the data set of squares.
+
+    Squares of one size that aren't larger than the views cost least decoded.
+    """
+    if cfg.source == "resident":
+        raise UserError(
+            "source=resident keeps decoded images of one size on the device, and "
+            "data.image_size=null takes them as they are: type data.image_size=96, or leave "
+            "source= out"
+        )
+    packed = cfg.source == "host" or (cfg.source == "auto" and not once)
+    if packed and cfg.source == "auto" and distributed.any_rank(not data.has_room(split)):
+        log.warning(
+            "no room on the disk to pack %s: its files are read where they are; data.cache= sets "
+            "another disk",
+            split,
+        )
+        packed = False
+    if not packed and data.max_side is not None:
+        raise UserError(
+            f"data.max_side={data.max_side} rewrites pictures as they are packed, and they aren't: "
+            "leave it out, or type source=host and data.cache= for another disk"
+        )
+    with run.ends_at_once():
+        if packed and data.begins_small(split, look.image_size):
+            side = data.open_encoded(split, packed=False).side
+            if side is not None and side <= look.image_size:
+                log.info("%s: all images are %d x %d, and are packed decoded", split, side, side)
+                return data.squares(side)
+        return data.open_encoded(split, packed)
 
 
 def check_sizes(cfg: DictConfig, backbone: nn.Module) -> None:
@@ -158,7 +216,7 @@ def make_views(cfg: DictConfig, run: Run, method: type[Method] | Method) -> View
     if views.num_small_views and not method.takes_small_views:
         raise UserError(
             f"augmentation.num_small_views={views.num_small_views}, but {taker} takes none: "
-            "type augmentation.num_small_views=0, or choose method=swav, dino or lejepa"
+            "type augmentation.num_small_views=0, or choose method=swav or method=dino"
         )
     if views.num_views != num_views:
         raise UserError(
@@ -175,7 +233,7 @@ def train(
     run: Run,
     model: Method,
     source: Source,
-    views: Callable[[Tensor, Tensor], list[Tensor]],
+    views: Callable[[Tensor | list[Tensor], Tensor], list[Tensor]],
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     groups: list[dict] | None = None,
 ) -> dict[str, float]:

@@ -220,6 +220,10 @@ def card(
     buffers = view.normalize.buffers()
     mean, std = (tuple(round(x, 4) for x in values.flatten().tolist()) for values in buffers)
     resized = round(view.image_size * view.resize)
+    if packed is None:
+        shrunk = f"the shorter side resized to {resized} pixels"
+    else:
+        shrunk = f"the centre square at {packed} pixels, resized to {resized}"
     numbers, spread = "None were given (`runs=` of `stage=export`).", ""
     if rows := grouping.evaluations(measured):
         numbers = tables.table(rows, ["val_top1", "val_top5", "n"])
@@ -235,7 +239,7 @@ def card(
         numbers,
         spread,
         "## Input",
-        f"RGB, uint8: the centre square at {packed} pixels, resized to {resized} (bilinear, "
+        f"RGB, uint8: {shrunk} (bilinear, "
         f"antialiased, rounded to uint8), the centre {view.image_size} x {view.image_size} cut "
         f"out, divided by 255; mean {mean}, std {std}. Output: {pretrained.backbone.dim} features"
         + (f", then {classifier.out_features} logits." if classifier else "."),

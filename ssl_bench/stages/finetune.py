@@ -67,8 +67,8 @@ def finetune(
     before._replace(seen=(*before.seen, _labels.data_set(cfg, split))).record(run)
     views = make_views(cfg, run, model)
     test_view = EvalView(views.image_size, test_resize, *normalization(cfg)).to(run.device)
-    source = open_source(cfg, run, data, "train", subset)
-    test = open_source(cfg, run, data, "val")
+    source = open_source(cfg, run, data, "train", views, subset)
+    test = open_source(cfg, run, data, "val", test_view)
 
     frozen = digest(*model.frozen)
     groups = rates(cfg, model, head_lr, layer_decay)

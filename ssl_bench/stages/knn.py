@@ -79,8 +79,8 @@ def knn(
     backbone = on_device(load_pretrained(cfg), run).eval()
     check_sizes(cfg, backbone)
     view = EvalView(cfg.augmentation.image_size, test_resize, *normalization(cfg)).to(run.device)
-    source = open_source(cfg, run, data, "train", subset)
-    test = open_source(cfg, run, data, "val")
+    source = open_source(cfg, run, data, "train", view, subset)
+    test = open_source(cfg, run, data, "val", view)
 
     def features(images: Source, title: str) -> Tensor:
         return extract_all(cfg.precision, run, backbone, images, lambda x, _: view(x), title)

@@ -91,8 +91,8 @@ def lincls(
         check_norm(cfg, nn.BatchNorm1d(backbone.dim, affine=False), synced=True)
     views = make_views(cfg, run, LinearProbe)
     test_view = EvalView(views.image_size, test_resize, *normalization(cfg)).to(run.device)
-    source = open_source(cfg, run, data, "train", subset)
-    test = open_source(cfg, run, data, "val")
+    source = open_source(cfg, run, data, "train", views, subset)
+    test = open_source(cfg, run, data, "val", test_view)
 
     before = digest(backbone)
     if features == "cached":

@@ -11,7 +11,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import NonNegativeInt
 
-from ssl_bench.augment.draws import keys
 from ssl_bench.augment.views import EvalView
 from ssl_bench.config import build, typed
 from ssl_bench.errors import UserError
@@ -158,17 +157,17 @@ def draw(
     All processes compute the features; rank 0 draws.
     """
     data = build.construct(cfg.data)
-    train_images, test = (open_source(cfg, run, data, split) for split in ("pretrain", "val"))
     views = build.construct(cfg.augmentation).to(run.device)
+    view = EvalView(views.image_size, 1.0, *normalization(cfg)).to(run.device)
+    train_images = open_source(cfg, run, data, "pretrain", views)
+    test = open_source(cfg, run, data, "val", view)
     backbone = build.construct(weights.unfilled(cfg.backbone))
     weights.load_backbone(backbone, f"{cfg.dir}/pretrain")
-    view = EvalView(views.image_size, 1.0, *normalization(cfg)).to(run.device)
     on_device(backbone, run).eval()
     features = extract_all(cfg.precision, run, backbone, test, lambda images, _: view(images))
     if not run.is_main:
         return
-    images, _, indices = next(train_images.epoch_pass())
-    shown = picture(views, images[:8], keys(cfg.seed, 0, indices[:8]))
+    shown = picture(views, train_images)[:, :8]
     curves = {"pretraining": MetricsFile.read(run.directory / "pretrain" / layout.METRICS)}
     for name in results:
         curves[name] = MetricsFile.read(Path(evaluations[name][0].dir) / layout.METRICS)

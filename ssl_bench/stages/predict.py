@@ -79,7 +79,7 @@ def predict(
     check_size("stage.image_size", view.image_size, pretrained.backbone, name)
     data = open_images(cfg, pretrained, packed)
     split = data.split("pretrain")
-    source = open_source(cfg, run, data, "pretrain")
+    source = open_source(cfg, run, data, "pretrain", view, once=True)
     backbone, view = on_device(pretrained.backbone, run), view.to(run.device)
     classifier, names = pretrained.classifier, pretrained.classes
     if classifier is not None:
@@ -136,8 +136,8 @@ def predict(
     return {"images": total}
 
 
-def open_images(cfg: DictConfig, pretrained: Pretrained, image_size: int) -> Images:
-    """The images of the folder, to be packed at `image_size` pixels."""
+def open_images(cfg: DictConfig, pretrained: Pretrained, image_size: int | None) -> Images:
+    """The images of the folder, to be packed at `image_size` pixels; None: as they are."""
     root = Path(cfg.stage.images)
     keys, known = ("bit_depth", "value_range"), pretrained.config.get("data", {})
     given = {key: cfg.stage[key] for key in keys if cfg.stage[key] is not None}

@@ -108,7 +108,7 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
         run.save(0, model=model)
         return {}
     views = make_views(cfg, run, model)
-    source = open_source(cfg, run, data, model.split)
+    source = open_source(cfg, run, data, model.split, views)
     judged = cfg.eval_every and online_images and not learns_labels
     if learns_labels:
         log.info(
@@ -140,13 +140,13 @@ def online(
             cfg.pretrained,
         )
         return None
-    source = None if known is None else judges(cfg, run, data, known, num_images)
+    test_view = EvalView(views.image_size, 1.0, *normalization(cfg)).to(run.device)
+    source = None if known is None else judges(cfg, run, data, test_view, known, num_images)
     if source is None:
         log.info("no labelled images to judge the features by while they are learnt")
         return None
     targets = source.labels[source.rows]
     asked = torch.from_numpy(hold_out(targets, 0.2, cfg.seed))
-    test_view = EvalView(views.image_size, 1.0, *normalization(cfg)).to(run.device)
 
     def evaluate(network: nn.Module) -> dict[str, float]:
         backbone = network.backbone.eval()
@@ -157,7 +157,7 @@ def online(
 
 
 def judges(
-    cfg: DictConfig, run: Run, data: Dataset, known: np.ndarray, num_images: int
+    cfg: DictConfig, run: Run, data: Dataset, view: EvalView, known: np.ndarray, num_images: int
 ) -> Source | None:
     """At most `num_images` images of the train split, at least two of each of two classes or more.
 
@@ -168,7 +168,7 @@ def judges(
     chosen = chosen[paired(known[chosen])]
     if not len(chosen):
         return None
-    source = open_source(cfg, run, data, "train", chosen)
+    source = open_source(cfg, run, data, "train", view, chosen)
     # once more, since images that can't be decoded were left out
     source.rows = source.rows[paired(source.labels[source.rows])]
     return source if len(source.rows) else None
@@ -187,17 +187,24 @@ def show_views(
     """views.png: the views of the first images; a column an image, the original on top."""
     from torchvision.utils import make_grid, save_image
 
-    images, _, indices = next(source.epoch_pass())
-    # a whole batch, since a compiled augmentation would be compiled again for another size
-    shown = picture(views, images, keys(cfg.seed, 0, indices))[:, :num_images]
+    shown = picture(views, source)[:, :num_images]
     grid = make_grid(shown.flatten(0, 1).float() / 255, nrow=shown.shape[1])
     save_image(grid, run.directory / layout.VIEWS)
     run.log_image(0, "views", run.directory / layout.VIEWS)
 
 
-def picture(views: Views, images: Tensor, image_keys: Tensor) -> Tensor:
-    """uint8 images (N, 3, H, W) -> uint8 (1 + V, N, 3, S, S): the images, then their V views."""
+def picture(views: Views, source: Source) -> Tensor:
+    """The first batch of a source, uint8 (1 + V, N, 3, S, S): the images, then their V views.
+
+    The source's seed draws the views. It is a whole batch, since a compiled augmentation would be
+    compiled again for another size.
+    """
     from torchvision.transforms.v2.functional import resize
 
-    rows = [images, *(views.denormalize(view) for view in views(images, image_keys))]
+    images, _, indices = next(source.epoch_pass())
+    seen = views(images, keys(source.seed, 0, indices))
+    if not isinstance(images, Tensor):  # the source has cut the views
+        square = EvalView(views.image_size, resize=1.0)
+        (images,), _, _ = next(source.shown_as(square).epoch_pass())
+    rows = [images, *(views.denormalize(view) for view in seen)]
     return torch.stack([resize(row, [views.image_size, views.image_size]) for row in rows])

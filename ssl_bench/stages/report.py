@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from pydantic import NonNegativeInt
 
 from ssl_bench import files
+from ssl_bench.augment.views import EvalView
 from ssl_bench.config import build
 from ssl_bench.config.fields import Place
 from ssl_bench.data.formats.base import Dataset
@@ -195,14 +196,14 @@ def examine(cfg: DictConfig, run: Run, group: Group) -> page.Detail:
     try:
         data = open_data(cfg, group.finished[0])
         detail.split = labelled_split(data)
-        source = open_source(cfg, run, data, detail.split)
+        source = open_source(cfg, run, data, detail.split, shown_to(group.finished[0]))
     except (ValueError, OSError) as error:
         what = "predictions, neighbours and map are left out"
         _leave_out(detail, f"{what}, since its data isn't here: {error}")
         return detail
     split = data.split(detail.split)
     detail.labels, detail.classes = source.labels[source.rows], data.class_names
-    detail.image = lambda place: split.read(int(source.indices[source.rows[place]]))
+    detail.image = lambda place: split.small(int(source.indices[source.rows[place]]))
     # with the number, since images that can't be decoded may have been skipped
     detail.images_id = f"{split.fingerprint} {len(detail.labels)}"
     for ran in group.finished:
@@ -226,12 +227,13 @@ def look(cfg: DictConfig, run: Run, detail: page.Detail, ran: Ran, source: Sourc
     place = ran.directory / layout.CONFIG
     node = build.found(ran.config, "backbone", cfg, place)
     backbone = build.construct(weights.unfilled(node))
-    view = view_of(ran.config, place, resize=ran.config["stage"].get("test_resize", 1.0))
+    view = shown_to(ran)
     check_size("augmentation.image_size", view.image_size, backbone, node.get("name", ""))
     weights.load_backbone(backbone, str(paths[0]))
     state = weights.measured(checkpoint.read(paths[0]))
     on_device(backbone, run).eval()
-    features, labels = extract(backbone, source.epoch_pass(), view.to(run.device))
+    passed = source.shown_as(view).epoch_pass()
+    features, labels = extract(backbone, passed, view.to(run.device))
     if detail.features is None:
         detail.features = features.numpy()
     if "fc.weight" not in state or detail.split != "val":
@@ -247,6 +249,12 @@ def look(cfg: DictConfig, run: Run, detail: page.Detail, ran: Ran, source: Sourc
             f"and had {ran.summary['val_top1']:.2f} when it ran: are these other images?"
         )
     detail.predictions[ran] = predicted.numpy()
+
+
+def shown_to(ran: Ran) -> EvalView:
+    """How a run shows test images."""
+    resize = ran.config["stage"].get("test_resize", 1.0)
+    return view_of(ran.config, ran.directory / layout.CONFIG, resize=resize)
 
 
 def open_data(cfg: DictConfig, ran: Ran) -> Dataset:

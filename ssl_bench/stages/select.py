@@ -93,7 +93,8 @@ def select(
         backbone = load_pretrained(cfg)
         check_sizes(cfg, backbone)
 
-    source = open_source(cfg, run, data, "pretrain")
+    view = test_view(cfg, run, test_resize)
+    source = open_source(cfg, run, data, "pretrain", view)
     indices = source.indices[source.rows]
     free = np.flatnonzero(~np.isin(indices, known))
     check_budget(budget, len(free))  # data.on_error=skip may have left some out
@@ -107,11 +108,11 @@ def select(
     else:
         on_device(backbone, run).eval()
         folder = run.directory / "features" if features is None else Path(features)
-        mine = compute(cfg, run, backbone, source, split, test_resize, folder)
+        mine = compute(cfg, run, backbone, source, split, view, folder)
         theirs = mine[:0]
         if others:
-            train = open_source(cfg, run, data, "train")
-            theirs = compute(cfg, run, backbone, train, data.split("train"), test_resize, folder)
+            train = open_source(cfg, run, data, "train", view)
+            theirs = compute(cfg, run, backbone, train, data.split("train"), view, folder)
         if not run.is_main:  # the other ranks were needed for the features
             return {}
         project = selection.Projection(mine, dim, fold(cfg.seed, "projection"), run.device)
@@ -164,22 +165,26 @@ def read_classifier(pretrained: str | None) -> dict[str, Tensor]:
     return state
 
 
+def test_view(cfg: DictConfig, run: Run, test_resize: float) -> EvalView:
+    size = cfg.augmentation.image_size
+    return EvalView(size, test_resize, *normalization(cfg)).to(run.device)
+
+
 def compute(
     cfg: DictConfig,
     run: Run,
     backbone: nn.Module,
     source: Source,
     split: Split,
-    test_resize: float,
+    view: EvalView,
     folder: Path,
 ) -> np.ndarray:
     """Features (N, dim) of the test views, in a file of the folder.
 
     Its name has a hash of all that they depend on.
     """
-    look = (cfg.augmentation.image_size, test_resize, normalization(cfg))
+    look = (view.image_size, view.resize, normalization(cfg))
     whose = fold(digest(backbone), cfg.precision, repr(look), split.store_name, source.num_images)
-    view = EvalView(*look[:2], *look[2]).to(run.device)
     path = folder / f"{split.name}-{whose:016x}.npy"
     return stored_features(cfg.precision, run, backbone, source, view, path)
 
@@ -247,5 +252,5 @@ def contact_sheet(split: Split, chosen: np.ndarray, path: Path) -> None:
     from torchvision.utils import make_grid, save_image
 
     shown = chosen[np.linspace(0, len(chosen) - 1, min(SHOWN, len(chosen))).round().astype(int)]
-    images = torch.from_numpy(np.stack([split.read(int(index)) for index in shown]))
+    images = torch.from_numpy(np.stack([split.small(int(index)) for index in shown]))
     save_image(make_grid(images.permute(0, 3, 1, 2).float() / 255, nrow=12), path)

@@ -28,7 +28,7 @@ def fit(
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
     source: Source,
-    views: Callable[[Tensor, Tensor], list[Tensor]],
+    views: Callable[[Tensor | list[Tensor], Tensor], list[Tensor]],
     run: Run,
     *,
     epochs: int,
@@ -75,7 +75,7 @@ def fit(
         if not finite or scaler.get_scale() < 1:
             run.diverge(int(diverged) or done)
 
-    def batches() -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    def batches() -> Iterator[tuple[int, Tensor | list[Tensor], Tensor, Tensor]]:
         done = start
         try:
             for batch in source.stream(start, total):

@@ -1,0 +1,180 @@
+"""Photographs of any size, from the folder to the accuracy: `data=folder` as a user types it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from compared import assert_identical, final
+from conftest import Command
+from photographs import photographs
+
+import ssl_bench as package
+
+DATA = ["data=folder", "data.root=images", "augmentation.image_size=32", "tracking=local"]
+DATA += ["backbone.width=8", "batch_size=8"]
+PRETRAIN = ["stage=pretrain", *DATA, "method.queue_size=16", "method.bn_splits=1"]
+PRETRAIN += ["epochs=2", "log_every=1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four classes of parts of photographs, in train and val."""
+    root = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 4)):
+        for name, image in list(photographs().items())[:4]:
+            place = root / "images" / split / name
+            place.mkdir(parents=True)
+            for number in range(count):
+                low, high = rng.uniform(0, 0.3, 2), rng.uniform(0.7, 1, 2)
+                box = (*low * image.size, *high * image.size)
+                image.crop(tuple(int(x) for x in box)).save(place / f"{number}.jpg", quality=90)
+    return root
+
+
+@pytest.fixture
+def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "images").symlink_to(folder / "images")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_from_the_folder_to_the_accuracy(ssl_bench: Command, here: Path) -> None:
+    """Every stage that looks at images takes them as they are; the log says so."""
+    said = ssl_bench(*PRETRAIN, "dir=run", check=True).stderr
+    assert "pretrain: 48 pictures as they are, 0.00 GB, packed in" in said
+    assert (here / "run/views.png").is_file()
+    line = json.loads((here / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert {"knn_top1", "probe_top1"} <= line.keys()
+    stages = {
+        "knn": [],
+        "lincls": ["epochs=2"],
+        "cached": ["stage=lincls", "stage.features=cached", "epochs=2", "stage.copies=1"],
+        "finetune": ["epochs=1"],
+    }
+    for name, words in stages.items():
+        stage = [] if "stage=lincls" in words else [f"stage={name}"]
+        ssl_bench(*stage, *words, *DATA, "pretrained=run", f"dir={name}", check=True)
+        summary = json.loads((here / name / "summary.json").read_text())
+        assert 0 <= summary["val_top1"] <= 100
+    words = ["stage=select", "stage.budget=4", "pretrained=run", "dir=select"]
+    ssl_bench(*words, *DATA, check=True)
+    assert (here / "select/chosen.png").is_file()
+    words = ["stage=report", "runs=[run,lincls]", "stage.out=report"]
+    ssl_bench(*words, check=True)
+    assert (here / "report/report.html").is_file()
+
+
+def test_predictions_see_what_the_evaluation_saw(ssl_bench: Command, here: Path) -> None:
+    """Also from Python; the folder's files aren't copied."""
+    ssl_bench(*PRETRAIN, "dir=run", "epochs=1", check=True)
+    ssl_bench("stage=lincls", *DATA, "pretrained=run", "dir=lincls", "epochs=2", check=True)
+    said = ssl_bench(
+        "stage=predict", "pretrained=lincls", "stage.images=images/val", "dir=predict", check=True
+    ).stderr
+    assert "16 pictures as they are, 0.00 GB, where they are, indexed in" in said
+    rows = [line.split(",") for line in (here / "predict/images.csv").read_text().splitlines()[1:]]
+    right = [path.split("/")[0] == name for path, _, _, name in rows]
+    measured = json.loads((here / "lincls/summary.json").read_text())["val_top1"]
+    assert 100 * np.mean(right) == pytest.approx(measured)
+    backbone, transform = package.load("lincls")
+    features = np.load(here / "predict/features.npy")
+    with torch.no_grad():
+        seen = backbone(transform([f"images/val/{path}" for path, *_ in rows]))
+    assert np.allclose(seen, features, atol=1e-4)
+
+
+def test_small_squares_are_packed_decoded(ssl_bench: Command, here: Path) -> None:
+    """All of one size, not larger than the views; one that differs, and they aren't."""
+    squares = here / "squares"
+    squares.mkdir()
+    for number in range(16):
+        image = photographs()["china"].resize((32, 32))
+        image.rotate(number).save(squares / f"{number:02}.png")
+    words = [*PRETRAIN, "data.root=squares", "epochs=1", "eval_every=0"]
+    said = ssl_bench(*words, "dir=one", check=True).stderr
+    assert "pretrain: all images are 32 x 32, and are packed decoded" in said
+    assert "pretrain: 16 images, 0.00 GB, on" in said
+    ssl_bench(*words, "data.image_size=32", "dir=typed", check=True)
+    assert_identical(final(here / "one")[0]["model"], final(here / "typed")[0]["model"])
+    image.resize((33, 32)).save(squares / "15.png")
+    said = ssl_bench(*words, "dir=other", check=True).stderr
+    assert "pretrain: 16 pictures as they are" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["source=resident"], "source=resident keeps decoded images of one size"),
+        (["data.max_side=100", "source=streamed"], "data.max_side=100 rewrites pictures as they"),
+        (["data.max_side=100", "data.image_size=32"], "data.max_side=100 is for pictures that"),
+        (["data.draft=true", "data.image_size=32"], "data.draft=true is for pictures that stay"),
+    ],
+)
+def test_what_does_not_go_together(
+    ssl_bench: Command, here: Path, words: list[str], line: str
+) -> None:
+    said = ssl_bench(*PRETRAIN, *words, "dir=run")
+    assert said.returncode != 0
+    assert line in said.stderr
+    assert "Traceback" not in said.stderr
+
+
+def ended(folder: Path, *words: str) -> dict:
+    """The state of a run that was ended by its command."""
+    command = [sys.executable, "-m", "ssl_bench", *PRETRAIN, "eval_every=0", *words]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, env=ENVIRONMENT)
+    (name,) = (word.removeprefix("dir=") for word in words if word.startswith("dir="))
+    state, _ = final(folder / name)
+    state.pop("run")
+    return state
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_bit_for_bit(here: Path) -> None:
+    """On other numbers of threads, packed or from the files."""
+    whole = ended(here, "dir=whole", "data.workers=1")
+    words = [*PRETRAIN, "eval_every=0", "dir=killed", "save_every=1", "data.workers=3"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ssl_bench", *words],
+        cwd=here,
+        env=ENVIRONMENT,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while len(list(here.glob("killed/checkpoints/*.pt"))) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert "step0000000012" not in " ".join(map(str, here.glob("killed/checkpoints/*")))
+    assert_identical(whole, ended(here, "dir=killed", "data.workers=2", "source=streamed"))
+
+
+@pytest.mark.slow
+def test_two_processes_see_what_one_sees(here: Path) -> None:
+    """The same views, so the same losses but for the rounding of sums."""
+    words = ["method=simclr", "optimizer=sgd", "optimizer.base_lr=0.01", "schedule=constant"]
+    for count in (1, 2):
+        command = [sys.executable, "-m", "ssl_bench", "stage=pretrain", *DATA, *words]
+        command += ["epochs=1", "log_every=1", "eval_every=0"]
+        command += [f"devices={count}", "device=cpu", f"dir=run{count}"]
+        run = subprocess.run(command, cwd=here, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        assert run.returncode == 0, run.stderr
+    losses = []
+    for count in (1, 2):
+        lines = (here / f"run{count}/metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
