@@ -49,7 +49,8 @@ NEEDED = {
     "stl10": ["data.root=/x"],
     "cifar10": ["data.root=/x"],
 }
-NEEDED |= {f"{name}_moco_v2": ["data.root=/x"] for name in ("imagenet", "cifar10", "stl10", "dl21")}
+PUBLISHED = ("imagenet", "imagenet100", "cifar10", "stl10", "dl21")
+NEEDED |= {f"{name}_moco_v2": ["data.root=/x"] for name in PUBLISHED}
 NEEDED |= {"predict": ["stage.images=/x"]}
 NEEDED |= {"own": ["data._target_=ssl_bench.data.formats.digits.Digits"]}
 NEEDED |= {
