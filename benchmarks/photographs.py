@@ -174,7 +174,7 @@ def count(work: Path, counts: list[int], few: int = 200) -> list[dict]:
         repeat_index(work, split, number, few, place(split, False, cache))
         command = [sys.executable, "-m", "ssl_bench", *COMMAND, "source=streamed"]
         command += [f"data.root={root / 'train'}", f"data.cache={cache}", f"dir={run}"]
-        command += ["backbone.width=8", "batch_size=64", "method.queue_size=1024", "log_every=1"]
+        command += ["backbone.width=16", "batch_size=64", "method.queue_size=1024", "log_every=1"]
         rows.append({"images": number, "listing_seconds": listing} | first_steps(command, run))
         print(rows[-1], flush=True)
     return rows

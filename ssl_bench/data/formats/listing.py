@@ -8,6 +8,7 @@ import re
 import stat
 from array import array
 from collections.abc import Iterator
+from itertools import accumulate, chain
 from pathlib import Path
 
 from ssl_bench.data import pictures
@@ -68,15 +69,16 @@ class _Guard:
         self.train = self.held_out = ""  # the first folder of each kind
         self.count = 0  # images in held-out folders
 
-    def see(self, name: str) -> None:
-        parts = name.split("/")[:-1]
+    def see(self, folder: str, count: int) -> None:
+        """folder: with a slash at its end, relative to the root; it holds `count` images."""
+        parts = folder.split("/")[:-1]
         for depth in range(self.depth, len(parts)):
             means = _split_of(parts[depth])
             if means in TRAIN:
                 self.train = self.train or "/".join(parts[: depth + 1])
             elif means in HELD_OUT:
                 self.held_out = self.held_out or "/".join(parts[: depth + 1])
-                self.count += 1
+                self.count += count
                 return
 
     def check(self) -> None:
@@ -120,17 +122,21 @@ def list_tree(
     passed = Passed()
     guard = None if guarded is None else _Guard(root, guarded)
     nbytes = 0
-    for name, size, mtime in _walk(root, "", frozenset(), passed):
-        encoded = os.fsencode(name)
-        nbytes += size
-        text += encoded
-        ends.append(len(text))
-        files.update(encoded + f"\0{size}\0{mtime}\n".encode())
-        content.update(encoded + f"\0{size}\n".encode())
-        first = name.split("/", 1)[0] if "/" in name else ""
-        counts[first] = counts.get(first, 0) + 1
+    for folder, found in _walk(root, "", frozenset(), passed):
+        names = [os.fsencode(folder + name) for name, _, _ in found]
+        ends.extend(accumulate(map(len, names), initial=len(text)))
+        ends.pop(-len(names) - 1)  # the initial value, which is there already
+        text += b"".join(names)
+        nbytes += sum(size for _, size, _ in found)
+        # one update a folder: a million small ones take seconds
+        sizes = [f"\0{size}".encode() for _, size, _ in found]
+        times = [f"\0{mtime}\n".encode() for _, _, mtime in found]
+        files.update(b"".join(chain.from_iterable(zip(names, sizes, times, strict=True))))
+        content.update(b"".join(b"%b%b\n" % pair for pair in zip(names, sizes, strict=True)))
+        first = folder.split("/", 1)[0]
+        counts[first] = counts.get(first, 0) + len(found)
         if guard is not None:
-            guard.see(name)
+            guard.see(folder, len(found))
     if guard is not None:
         guard.check()
     passed.tell(root)
@@ -145,37 +151,45 @@ def list_tree(
 
 def _walk(
     root: Path, below: str, above: frozenset, passed: Passed
-) -> Iterator[tuple[str, int, int]]:
-    """Yield (path relative to root, size, mtime in ns), sorted folder by folder.
+) -> Iterator[tuple[str, list[tuple[str, int, int]]]]:
+    """Yield (folder, [(name, size, mtime in ns), ...]) of images, all in sorted order.
 
-    below: the folder to list, relative to root. above: the identities of the folders on the way to
-    it, so that links are followed, but not in circles.
+    A folder is relative to root, with a slash at its end, "" for root; it comes in parts where it
+    has folders between its files. below: the folder to list. above: the identities of the folders
+    on the way to it, so that links are followed, but not in circles.
     """
     folder = os.path.join(root, below)
     status = os.stat(folder)
     identity = (status.st_dev, status.st_ino)
     if identity in above:
         return
-    found = []
+    found = {}
     with os.scandir(folder) as entries:
         for entry in entries:
             if is_service(entry.name):  # may not even be read
                 passed.add("hidden or service files", below + entry.name)
             else:
-                found.append((entry.name, entry.is_dir()))
-    for name, is_folder in sorted(found):
+                found[entry.name] = entry
+    known = pictures.extensions()
+    files: list[tuple[str, int, int]] = []
+    for name in sorted(found):
+        entry = found[name]
         extension = os.path.splitext(name)[1].lower()
-        if is_folder:
+        if entry.is_dir():
+            if files:
+                yield below, files
+            files = []
             yield from _walk(root, f"{below}{name}/", above | {identity}, passed)
-        elif extension not in pictures.extensions():
+        elif extension not in known:
             passed.add(extension or "no extension", below + name)
         else:
-            path = os.path.join(folder, name)
             try:
-                status = os.stat(path)
+                status = entry.stat()
             except OSError:  # a link to nowhere: reported with the images that can't be decoded
-                status = os.lstat(path)
+                status = entry.stat(follow_symlinks=False)
             if stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode):
-                yield below + name, status.st_size, status.st_mtime_ns
+                files.append((name, status.st_size, status.st_mtime_ns))
             else:  # reading a pipe would never end
                 passed.add("pipes and devices", below + name)
+    if files:
+        yield below, files
