@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+from functools import cache
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ def timm(
             "a backbone has none"
         )
 
+    @cache  # several sizes are asked about
     def plan(**changed: Any) -> nn.Module:
         """The network without weights: quick to make; its forward pass computes only shapes."""
         with torch.device("meta"):

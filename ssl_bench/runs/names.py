@@ -7,6 +7,7 @@ dinov2, transformers' ViT, DINOv2 and ResNet, open-mmlab's mmpretrain, kuangliu'
 
 import re
 from collections.abc import Callable, Iterable
+from functools import cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -161,7 +162,8 @@ def unnumbered(state: State, wanted: Iterable[str]) -> State:
     return found if chosen else {}
 
 
-def _substituted(name: str, rules: Iterable[Rule]) -> str:
+@cache  # a file is compared with many networks
+def _substituted(name: str, rules: tuple[Rule, ...]) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name

@@ -10,6 +10,7 @@ convention of the paper chooses.
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -253,6 +254,7 @@ def interpolated(positions: Tensor, wanted: Tensor, class_token: bool) -> Tensor
     return torch.cat([first, grid.flatten(2).mT], dim=1)
 
 
+@cache  # each name of a file is asked about once a prefix and once a network that it may fit
 def _numberless(name: str) -> str:
     """The first name without its number, by which a fifth layer is one of the backbone's."""
     return re.sub(r"\d+", "#", name.partition(".")[0])

@@ -8,8 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import get_type_hints
 
+import hydra
 import pytest
 from commands import CHOICES, CONF, NEEDED, compose
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from ssl_bench.config import build, signatures, typed
@@ -28,6 +30,34 @@ def test_a_choice(group: str, choice: str) -> None:
     for name, node in cfg.items():
         if name in build.SUPPLIED and node:
             assert_read_as_imported(name, node._target_)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["stage=lincls", "dir=/x y", "epochs=3", "data.image_size=16", "data=digits"],
+        ["experiment=bench_synthetic", "method=simclr", "seed=${epochs}", "~optimizer.momentum"],
+        ["augmentation.crop_scale=[0.2,1]", "++seed=3", "+stage.rows.x=['stage=knn', 'seed=1']"],
+        *(["bach_size=3"], ["seed.x=1"], ["+seed=1"], ["seed=0,1"], ["epochs"], ["dir=it's"]),
+        *(["method=moco_v9", "epochs=3"], ["data={a:1}"], ["data/more=x"]),
+    ],
+    ids=" ".join,
+)
+def test_what_the_tests_compose_is_what_hydra_composes(words: list[str]) -> None:
+    """`commands.compose` remembers a part of it."""
+
+    def whole() -> DictConfig:
+        with hydra.initialize_config_module("ssl_bench.conf", version_base="1.3"):
+            return hydra.compose("config", words)
+
+    found = []
+    for composed in (whole, lambda: compose(*words)):
+        try:
+            cfg = composed()
+            found.append((OmegaConf.to_container(cfg), OmegaConf.is_struct(cfg)))
+        except HydraException as error:
+            found.append(f"{type(error)} {error}")
+    assert found[0] == found[1]
 
 
 @cache

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import run_here
 from compared import assert_identical, final
 from conftest import TINY_PRETRAIN, Command
+from processes import on_ranks
 
 from ssl_bench.data.source import permutation
 
@@ -101,8 +101,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     def run(devices: int) -> Path:
         folder = tmp_path_factory.mktemp("whole")
         words = ["eval_every=0", "source=host", "epochs=1", f"devices={devices}"]
-        result = run_here([*TINY_PRETRAIN, *words, "dir=run"], folder)
-        assert result.returncode == 0, result.stderr
+        on_ranks([*TINY_PRETRAIN, *words, "dir=run"], folder, devices)
         return folder / "run"
 
     return run

@@ -11,9 +11,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from commands import interrupted, run_here
+from commands import interrupted
 from compared import assert_identical, final
 from conftest import TINY, TINY_PRETRAIN, Command
+from processes import on_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -38,8 +39,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], tupl
     @cache
     def run(stage: str, devices: int) -> tuple[dict, list[dict]]:
         folder = tmp_path_factory.mktemp("whole")
-        result = run_here([*command(stage, devices), "dir=run"], folder)
-        assert result.returncode == 0, result.stderr
+        on_ranks([*command(stage, devices), "dir=run"], folder, devices)
         state, lines = final(folder / "run")
         assert [line["step"] for line in lines] == list(range(1, 21))
         del state["run"]
