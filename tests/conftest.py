@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 from commands import run_here
 
+SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where Debian puts daemons
+
 # Several workers at once (make test): torch's threads would wait for each other by spinning, on
 # cores that others need.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -21,6 +24,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = (
         f"{tempfile.gettempdir()}/inductor-{os.environ['PYTEST_XDIST_WORKER']}"
     )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker for each core, and one for Slurm's tests, which wait more than they compute."""
+    from xdist.plugin import pytest_xdist_auto_num_workers as cores
+
+    all_tests = not (config.option.markexpr or config.option.keyword)
+    return cores(config) + (all_tests and shutil.which("slurmctld", path=SYSTEM_PATH) is not None)
 
 
 # xdist reads the groups in such a hook, too
