@@ -71,8 +71,8 @@ def timm(
         return f"fails in {model} ({reason}){mend}"
 
     def classifier_keys() -> tuple[str, ...]:
-        whole = plan(num_classes=1000).state_dict()
-        return tuple(key for key in whole if key not in network.state_dict())
+        whole, ours = plan(num_classes=1000).state_dict(), network.state_dict()
+        return tuple(key for key in whole if key not in ours)
 
     if pretrained:
         _check_weights(model)

@@ -110,7 +110,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
 @pytest.mark.xdist_group("stalled")  # for what they share
 @pytest.mark.parametrize(("devices", "rank"), [(1, 0), (2, 0), (2, 1)])
 def test_stopped_while_no_images_come(
-    ssl_bench: Command, tmp_path: Path, whole: Callable[[int], Path], devices: int, rank: int
+    tmp_path: Path, whole: Callable[[int], Path], devices: int, rank: int
 ) -> None:
     """It ends all the same. One process, or the first of several, has saved the last step that was
     whole; where it is another one whose images don't come, the first is within a step, and those
@@ -119,6 +119,7 @@ def test_stopped_while_no_images_come(
     index = int(permutation(0, 0, IMAGES)[4 * 128 + rank * 64 + 5])  # of the fifth step
     (tmp_path / "mine.py").write_text(STALLING.replace("INDEX", str(index)))
     words = ["data._target_=mine.Mine", f"devices={devices}", "save_every=3", "epochs=1"]
+    words += [f"data.workers={2 // devices}"]  # of each process
     (tmp_path / "stall").touch()
     process = start(tmp_path, *STREAMED, *words, "dir=stopped")
     wait_for_lines(process, tmp_path / "stopped" / "metrics.jsonl", 4)
@@ -130,7 +131,7 @@ def test_stopped_while_no_images_come(
     saved = max((tmp_path / "stopped" / "checkpoints").glob("step*.pt"))
     assert torch.load(saved, weights_only=True)["step"] == (4 if rank == 0 else 3)
     (tmp_path / "stall").unlink()
-    ssl_bench(*STREAMED, *words, "dir=stopped", check=True)
+    on_ranks([*STREAMED, *words, "dir=stopped"], tmp_path, devices)
     assert_same_end(whole(devices), tmp_path / "stopped")
 
 

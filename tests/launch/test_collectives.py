@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY, TINY_PRETRAIN, Command
+from processes import on_ranks
 
 import ssl_bench
 
@@ -274,8 +275,7 @@ def test_a_pipeline_of_two_processes(ssl_bench: Command, tmp_path: Path) -> None
     # it may change the result
     assert yaml.safe_load((pretraining / "config.yaml").read_text())["devices"] == 2
     assert result.stderr.count("step 10/10") == 1  # one rank speaks
-    again = torchrun(tmp_path, "--config-dir=conf", "experiment=mine", *PIPELINE)
-    assert again.returncode == 0, again.stderr
+    on_ranks(["--config-dir=conf", "experiment=mine", *PIPELINE], tmp_path)  # it is finished
 
 
 @pytest.mark.parametrize("launcher", [["-m"], ["launcher=workstation"]])
