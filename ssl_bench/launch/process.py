@@ -1,5 +1,6 @@
 """Runs one stage, in this process or in several."""
 
+import copy
 import io
 import json
 import logging
@@ -214,9 +215,12 @@ def set_up_logging(quiet: bool = False) -> None:
 
 
 class Console(logging.StreamHandler):
-    """Writes above a progress bar."""
+    """Writes above a progress bar; of a record that has a text for a console, that one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
+        if console := getattr(record, "console", None):
+            record = copy.copy(record)
+            record.msg, record.args = console, ()
         tqdm.write(self.format(record), file=self.stream)

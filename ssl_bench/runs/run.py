@@ -36,6 +36,7 @@ from ssl_bench.runtime import distributed
 
 log = logging.getLogger(__name__)
 
+CONSOLE = 108  # characters of a line of a step, beside the time of day
 STALLED = 10  # seconds that the last step before a stop may wait for its images
 
 
@@ -133,6 +134,7 @@ class Run:
             files.write(self.directory / layout.SUMMARY, text)
             if "tracker" in vars(self) and (checkpoints := complete(self.directory)):
                 self.tracker.log_checkpoint_file(checkpoints[0])
+            log.info("finished: %s", self.directory)
 
     def _claim(self, directory: Path) -> filelock.AcquireReturnProxy:
         """Prepare the directory and return its lock, which this process holds from now on.
@@ -326,7 +328,22 @@ class Run:
             values = "  ".join(f"{key} {units.spoken(key, value)}" for key, value in line.items())
             rate = (time.monotonic() - self._began) / max(step - self._start, 1)  # s a step
             left = timedelta(seconds=round((self._total - step) * rate))
-            log.info("step %s  %s  left %s", f"{step:,}/{self._total:,}", values, left)
+            whole = f"step {step:,}/{self._total:,}  {values}  left {left}"
+            log.info("%s", whole, extra={"console": self._console(step, line, left)})
+
+    def _console(self, step: int, line: dict[str, float], left: timedelta) -> str:
+        """The line of a step for a console, as wide as it or CONSOLE; log.txt has all of it."""
+        room = min(CONSOLE, shutil.get_terminal_size((120, 24)).columns - 12)
+        if self._total == 1:  # the result of a stage that doesn't train
+            begin, end = "result:", ""
+        else:
+            begin, end = f"step {step:,}/{self._total:,}  epoch {line['epoch']:.4g}", f"left {left}"
+        if step == self._total and self._total > 1:
+            end = f"took {timedelta(seconds=round(time.monotonic() - self._began))}"
+        shown = {key: value for key, value in line.items() if key not in ("epoch", "images_seen")}
+        return "  ".join(
+            filter(None, [begin, units.headline(shown, room - len(begin) - len(end)), end])
+        )
 
     def log_image(self, step: int, name: str, path: Path) -> None:
         if self.is_main:
@@ -380,7 +397,14 @@ class Run:
         watched = self.is_main and sys.stderr.isatty()
         title = str(self._config["stage"]["name"])
         return tqdm(
-            steps, title, total, initial=start, disable=not watched, unit="step", dynamic_ncols=True
+            steps,
+            title,
+            total,
+            initial=start,
+            disable=not watched,
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0,  # the time left is that of the log, from the mean rate
         )
 
 

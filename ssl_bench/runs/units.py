@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 
@@ -35,6 +35,11 @@ UNITS = {
     "grad_norm": Unit("gradient norm"),
     "data_wait": Unit("time spent waiting for data (%)", 100, ".1f"),
 }
+# What a line of a console says of a step, in this order, as far as its width allows.
+HEADLINE = (
+    *("val_top1", "val_top5", "knn_top1", "probe_top1", "holdout_top1", "loss", "accuracy"),
+    *("lr", "images_per_second"),
+)
 PRETRAINING = "pretraining_"  # prefix of the metrics of the pretraining that was evaluated
 
 
@@ -63,6 +68,22 @@ def spoken(metric: str, value: float) -> str:
     value *= scale
     text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{text} %" if label.endswith("(%)") else text
+
+
+def headline(line: Mapping[str, float], width: int) -> str:
+    """What a person follows of a line of metrics, at most `width` characters.
+
+    All of a line in which nothing is of HEADLINE.
+    """
+    keys = [key for key in HEADLINE if key in line] or list(line)
+    words, length = [], 0
+    for key in keys:
+        word = f"{key} {spoken(key, line[key])}"
+        length += len(word) + 2
+        if length > width:
+            break
+        words.append(word)
+    return "  ".join(words)
 
 
 def mean_std(values: list[float]) -> tuple[float, float]:
