@@ -14,7 +14,7 @@ from ssl_bench.stages._training import compile_
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 LEARNING = [name for name in METHODS if name != "random"]
-MULTI_CROP = ("swav", "dino")
+MULTI_CROP = ("swav", "dino", "lejepa")
 
 
 # heads of the size of the images
@@ -40,6 +40,15 @@ SMALL = {
         "method.queue_length=256",
     ],
     "dino": ["method.out_dim=64", "method.hidden_dim=32", "method.bottleneck_dim=16"],
+    "lejepa": ["method.dim=16", "method.hidden_dim=32", "method.num_directions=32"],
+    "nnclr": [
+        "method.dim=16",
+        "method.hidden_dim=32",
+        "method.predictor_dim=32",
+        "method.queue_size=512",
+    ],
+    "dcl": ["method.dim=16"],
+    "wmse": ["method.dim=8", "method.hidden_dim=32", "method.whitening_size=16"],
 }
 RUN = [
     "stage=pretrain",

@@ -40,9 +40,14 @@ def mlp(
 
 
 def full_precision(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """A loss, or a head, computed outside of autocast; tensors in half precision become float32."""
+    """A loss, or a head, computed outside of autocast; tensors in half precision become float32.
+
+    So do those in a list or a tuple.
+    """
 
     def widened(x: Any) -> Any:
+        if isinstance(x, list | tuple):
+            return type(x)(map(widened, x))
         half = isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.half)
         return x.float() if half else x
 

@@ -216,7 +216,7 @@ def make_views(cfg: DictConfig, run: Run, method: type[Method] | Method) -> View
     if views.num_small_views and not method.takes_small_views:
         raise UserError(
             f"augmentation.num_small_views={views.num_small_views}, but {taker} takes none: "
-            "type augmentation.num_small_views=0, or choose method=swav or method=dino"
+            "type augmentation.num_small_views=0, or choose method=swav, dino or lejepa"
         )
     if views.num_views != num_views:
         raise UserError(

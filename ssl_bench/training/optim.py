@@ -85,6 +85,21 @@ def adamw(
     return _clipping(optimizer, clip_grad_norm)
 
 
+def adam(
+    params: Params,
+    batch_size: PositiveInt,
+    base_lr: PositiveFloat = 1e-3,
+    scaling: Scaling = "none",
+    weight_decay: NonNegativeFloat = 0.0,
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999),
+) -> torch.optim.Optimizer:
+    """Adam (Kingma and Ba, arXiv:1412.6980), with the weight decay added to the gradient."""
+    lr = scaled_lr(base_lr, batch_size, scaling)
+    return torch.optim.Adam(
+        _groups(params), lr=lr, betas=betas, weight_decay=weight_decay, fused=True
+    )
+
+
 def lars(
     params: Params,
     batch_size: PositiveInt,

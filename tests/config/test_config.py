@@ -167,6 +167,9 @@ def test_dino_decays_no_biases() -> None:
         ("vicreg", 2048, 1.6),  # facebookresearch/vicreg, README 80, main_vicreg.py 170
         # facebookresearch/dino, README 207 (8 GPUs of 64 images), main_dino.py 239
         ("dino", 512, 0.06),
+        ("lejepa", 1024, 5e-4),  # rbalestr-lab/lejepa, README, "Training Configuration"
+        ("nnclr", 4096, 4.8),  # arXiv:2104.14548, section 4.1
+        ("wmse", 512, 3e-3),  # htdt/self-supervised, README, train.py 44
         ("supervised", 8192, 3.2),  # arXiv:1706.02677, section 5.1
     ],
 )

@@ -120,7 +120,7 @@ CONFIGURATION = {
         ["method=moco_v9"],
         [
             "method=moco_v9: no such choice; did you mean",
-            "Valid: method=barlow_twins, method=byol, method=dino, method=moco_v1, method=moco_v2",
+            "Valid: method=barlow_twins, method=byol, method=",
         ],
     ),
     "a number for a choice": (

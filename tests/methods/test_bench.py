@@ -41,6 +41,7 @@ SMALL["swav"] += [
     "method.frozen_epochs=0.4",
     "augmentation.num_small_views=2",
 ]
+SMALL["lejepa"] += ["augmentation.num_small_views=2"]
 SMALL["dino"] += ["method.warmup_teacher_temperature_epochs=2", "augmentation.num_small_views=2"]
 
 

@@ -13,13 +13,17 @@ from torch import Tensor, nn
 from ssl_bench.methods.barlow_twins import BarlowTwins
 from ssl_bench.methods.base import Method
 from ssl_bench.methods.byol import BYOL
+from ssl_bench.methods.dcl import DCL
 from ssl_bench.methods.dino import DINO, DINOLoss
+from ssl_bench.methods.lejepa import LeJEPA
 from ssl_bench.methods.moco import MoCo
 from ssl_bench.methods.moco_v3 import MoCoV3
+from ssl_bench.methods.nnclr import NNCLR
 from ssl_bench.methods.simclr import SimCLR
 from ssl_bench.methods.simsiam import SimSiam
 from ssl_bench.methods.swav import SwAV, swapped_prediction_loss
 from ssl_bench.methods.vicreg import VICReg
+from ssl_bench.methods.wmse import WMSE
 from ssl_bench.training.optim import freeze_
 
 MAKE: dict[str, Callable[[nn.Module], Method]] = {
@@ -33,6 +37,10 @@ MAKE: dict[str, Callable[[nn.Module], Method]] = {
     "dino": lambda network: DINO(
         network, 16, 12, 8, momentum=0.9, warmup_teacher_temperature_epochs=5
     ),
+    "lejepa": lambda network: LeJEPA(network, 8, 12, lambd=0.1, num_directions=5),
+    "nnclr": lambda network: NNCLR(network, 8, 12, 10, queue_size=9, temperature=0.3),
+    "dcl": lambda network: DCL(network, 8, temperature=0.3, sigma=0.5),
+    "wmse": lambda network: WMSE(network, 3, 12, whitening_size=6, eps=0.1),
 }
 # (slow copy, what it follows)
 SLOW = {
@@ -156,7 +164,60 @@ def swav(m: SwAV, x: Tensor, y: Tensor, *small: Tensor) -> Tensor:
     )
 
 
+def lejepa(m: LeJEPA, x: Tensor, y: Tensor, *small: Tensor) -> Tensor:
+    """Batch norm of the projector sees all views in one pass. The integral goes from -3 to 3."""
+    backbone = [m.backbone(torch.cat([x, y])), *([m.backbone(torch.cat(small))] if small else ())]
+    views = m.projector(torch.cat(backbone)).split(len(x))
+    center = (views[0] + views[1]) / 2
+    invariance = sum(((view - center) ** 2).mean() for view in views) / len(views)
+    t = torch.linspace(-3, 3, 33, dtype=x.dtype)
+    normal = torch.exp(-(t**2) / 2)
+    statistics = []
+    for view in views:
+        for direction in m.directions.T:
+            transform = torch.exp(1j * torch.outer(view @ direction, t)).mean(0)
+            distance = (transform - normal).abs() ** 2 * normal
+            statistics.append(len(view) * torch.trapezoid(distance, t))
+    return 0.9 * invariance + 0.1 * sum(statistics) / len(statistics)
+
+
+def nnclr(m: NNCLR, x: Tensor, y: Tensor) -> Tensor:
+    def one(sought: Tensor, predicted: Tensor) -> Tensor:
+        similarities = torch.stack(
+            [cosines(sought, key.expand_as(sought)) for key in m.queue.keys.T]
+        )
+        neighbours = m.queue.keys.T[similarities.argmax(0)]
+        return info_nce(neighbours, m.predictor(predicted), 0.3)
+
+    z = [m.projector(m.backbone(view)) for view in (x, y)]
+    return one(z[0], z[1]) / 2 + one(z[1], z[0]) / 2
+
+
+def dcl(m: DCL, x: Tensor, y: Tensor) -> Tensor:
+    """The positive counts by its weight, and stands in no denominator."""
+    z = m.projector(m.backbone(torch.cat([x, y])))
+    num, total = len(x), z.new_zeros(())
+    share = torch.stack([(cosines(z[:num], z[num:]) / 0.5).softmax(0)] * 2).flatten()
+    for i in range(2 * num):
+        own = (i + num) % (2 * num)
+        similarities = cosines(z[i].expand(2 * num, -1), z) / 0.3
+        others = [j for j in range(2 * num) if j not in (i, own)]
+        positive = (2 - num * share[i]) * similarities[own]
+        total = total - positive + similarities[others].exp().sum().log()
+    return total / (2 * num)
+
+
+def wmse(m: WMSE, x: Tensor, y: Tensor) -> Tensor:
+    """The head sees both views in one pass. The Cholesky factor whitens by its inverse."""
+    white = []
+    for z in m.head(torch.cat([m.backbone(x), m.backbone(y)])).split(len(x)):
+        factor = torch.linalg.cholesky(0.9 * z.T.cov() + 0.1 * torch.eye(3, dtype=z.dtype))
+        white.append((z - z.mean(0)) @ factor.inverse().T)
+    return (2 - 2 * cosines(*white)).mean()
+
+
 DEFINITIONS = [byol, simsiam, moco_v3, simclr, barlow_twins, vicreg, dino, swav]
+DEFINITIONS += [lejepa, nnclr, dcl, wmse]
 
 
 def gradients(method: Method, loss: Tensor) -> dict[str, Tensor]:
