@@ -64,6 +64,27 @@ def write(folder: Path, count: int) -> list[Path]:
     return paths
 
 
+def dali(folder: Path, count: int) -> Callable[[], object] | None:
+    """NVIDIA DALI's decoder and two of its random crops on one core; None: it isn't installed."""
+    try:
+        from nvidia.dali import fn, pipeline_def, types
+    except ImportError:
+        return None
+    box = {"random_area": [0.2, 1.0], "random_aspect_ratio": [3 / 4, 4 / 3], "antialias": True}
+
+    at_once = {"exec_async": False, "exec_pipelined": False, "prefetch_queue_depth": 1}
+
+    @pipeline_def(batch_size=count, num_threads=1, device_id=None, **at_once)
+    def pipeline() -> tuple:
+        data, _ = fn.readers.file(file_root=str(folder))
+        images = fn.decoders.image(data, device="cpu", output_type=types.RGB)
+        return tuple(fn.random_resized_crop(images, size=(VIEW, VIEW), **box) for _ in range(2))
+
+    made = pipeline()
+    made.build()
+    return made.run
+
+
 def core(work: Path, repeats: int, count: int = 64) -> dict:
     """Images a second on one core: the median of `repeats` turns of each."""
     torch.set_num_threads(1)
@@ -114,6 +135,8 @@ def core(work: Path, repeats: int, count: int = 64) -> dict:
         "two views, ours, cut on the host": cut,
         "two views, ours, with colours and blur on the same core": ours,
     }
+    if crops := dali(work / "core", count):
+        work_of["two crops, DALI"] = crops
     rates: dict[str, list[float]] = {name: [] for name in work_of}
     for turn in range(repeats + 1):
         for name, function in work_of.items():

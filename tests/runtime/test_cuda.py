@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_PRETRAIN, Command
+from photographs import write
 from small_methods import LEARNING, differing, learnt
 
 from ssl_bench.augment.draws import keys
 from ssl_bench.augment.views import Views
+from ssl_bench.data.cutting import CutSource
+from ssl_bench.data.formats.folder import Folder
 from ssl_bench.data.source import HostSource, ResidentSource
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -60,6 +63,23 @@ def test_a_batch_is_not_overwritten_while_it_is_used() -> None:
         for _, images, _, _ in HostSource(*packed(4000), 400, 0).stream(0, 30)
     ]
     assert torch.stack(sums).tolist() == expected
+
+
+def test_views_of_photographs_are_those_of_the_cpu(tmp_path: Path) -> None:
+    """Cut on the host, copied while the device works, coloured there."""
+    write(tmp_path / "images", count=6)
+    data = Folder(str(tmp_path / "images"), cache=str(tmp_path / "cache"))
+    store, views = data.open_encoded("pretrain", packed=True), Views(32)
+    expected = list(CutSource(store, views, 8, 0).stream(0, 12))
+    batches = []
+    for step, cut, _, indices in CutSource(store, views, 8, 0, "cuda").stream(0, 12):
+        torch.cuda._sleep(20_000_000)
+        assert all(view.is_contiguous(memory_format=torch.channels_last) for view in cut)
+        batches.append((step, [view.clone() for view in cut], indices.clone()))
+    for (step, cut, _, indices), (there, copied, where) in zip(expected, batches, strict=True):
+        assert (step, indices.tolist()) == (there, where.tolist())
+        for one, two in zip(cut, copied, strict=True):
+            assert torch.equal(one, two.cpu())
 
 
 def logged(ssl_bench: Command, tmp_path: Path, *overrides: str) -> list[dict]:
