@@ -40,7 +40,7 @@ def small_resnet() -> nn.Module:
 
 def small_vit(image_size: int = 32) -> nn.Module:
     """As narrow as no ViT is: most of a file of vit_tiny would be read for nothing."""
-    return vit._vit(image_size, 16, DIM, 3, "learned", False, "torchvision")
+    return vit.ViT(image_size, 16, DIM, 3)
 
 
 def below(prefix: str, state: State) -> State:

@@ -7,14 +7,19 @@ import torch
 from commands import CONF, compose
 from torch import Tensor, nn
 
+from ssl_bench.augment.draws import keys
 from ssl_bench.backbones.resnet import resnet18
+from ssl_bench.backbones.vit import ViT
 from ssl_bench.config import build
 from ssl_bench.methods.base import Method
 from ssl_bench.stages._training import compile_
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 LEARNING = [name for name in METHODS if name != "random"]
-MULTI_CROP = ("swav", "dino", "lejepa")
+# those whose recipe has a ViT
+VITS = [name for name in METHODS if compose(f"method={name}").backbone.name.startswith("vit_")]
+PATCHES = [name for name in VITS if name != "moco_v3_vit"]  # and that hide some of its patches
+MULTI_CROP = ("swav", "dino", "lejepa", "ibot", "dinov2")
 
 
 # heads of the size of the images
@@ -27,12 +32,17 @@ SMALL = {
     "barlow_twins": ["method.dim=32"],
     "vicreg": ["method.dim=32"],
     "moco_v3": ["method.dim=16", "method.hidden_dim=32"],
-    "moco_v3_vit": [
-        "method.dim=16",
-        "method.hidden_dim=32",
-        "backbone=vit_tiny",
-        "optimizer.base_lr=1e-3",
+    "moco_v3_vit": ["method.dim=16", "method.hidden_dim=32", "backbone.patch_size=16"],
+    "mae": ["method.decoder_dim=32", "method.decoder_depth=1", "method.decoder_heads=2"],
+    "simmim": ["method.mask_patch_size=4"],
+    "ijepa": [
+        "method.predictor_dim=32",
+        "method.predictor_depth=1",
+        "method.predictor_heads=2",
+        "method.min_keep=0",
     ],
+    "ibot": ["method.out_dim=64", "method.hidden_dim=32", "method.bottleneck_dim=16"],
+    "dinov2": ["method.out_dim=64", "method.hidden_dim=32", "method.bottleneck_dim=16"],
     "swav": [
         "method.dim=16",
         "method.hidden_dim=32",
@@ -67,22 +77,33 @@ RUN += [
 ]
 
 
+WHOLE = slice(None)
+# a ViT that learns something in seconds
+SMALL_VIT = ["backbone=vit_tiny", "backbone.patch_size=4", "backbone.depth=2"]
+SMALL_VIT += ["optimizer.base_lr=1e-3"]
+
+
 def overrides(name: str, *more: str) -> list[str]:
-    words = [*RUN, f"method={name}", *SMALL.get(name, []), *more]
-    return [
-        word
-        for word in words
-        if "vit" not in name or not word.startswith(("backbone.width", "backbone.stem"))
-    ]
+    if name not in VITS:
+        return [*RUN, f"method={name}", *SMALL.get(name, []), *more]
+    words = [word for word in RUN if not word.startswith(("backbone.width", "backbone.stem"))]
+    return [*words, f"method={name}", *SMALL_VIT, *SMALL[name], *more]
 
 
 def resnet() -> nn.Module:
     return resnet18(stem="small", width=8)
 
 
+def small_vit() -> nn.Module:
+    return ViT(16, 4, 24, 3, depth=2)
+
+
 def make(name: str, backbone: Callable[[], nn.Module] = resnet) -> Method:
+    """With that backbone, or a ViT if it needs patches."""
     torch.manual_seed(0)
     cfg = compose(*overrides(name))
+    if name in PATCHES:
+        backbone = small_vit
     given = {"num_classes": 10} if build.takes(cfg.method, "num_classes") else {}
     return build.construct(cfg.method, backbone=backbone(), **given)
 
@@ -97,6 +118,12 @@ def views_of(name: str, batch: int, step: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(step)
     sizes = [16] * num_views(name) + [8, 8] * (name in MULTI_CROP)
     return [torch.rand(batch, 3, size, size, generator=generator) for size in sizes]
+
+
+def drawn(method: Method, batch: int, step: int = 0, part: slice = WHOLE) -> tuple[Tensor, ...]:
+    """What the loop hands to `forward` after the labels, for a part of the batch."""
+    indices = torch.arange(batch)[part]
+    return method.draw(keys(0, step, indices), indices)
 
 
 class TwoLayers(nn.Sequential):
@@ -124,7 +151,8 @@ def learnt(name: str, compiled: bool, device: str = "cpu", num_steps: int = 2) -
         torch.manual_seed(step)
         method.begin(2 * step / num_steps, 2)
         views = [view.to(device) for view in views_of(name, 16, step)]
-        loss = method(views, torch.arange(16, device=device) % 10)["loss"]
+        more = [value.to(device) for value in drawn(method, 16, step)]
+        loss = method(views, torch.arange(16, device=device) % 10, *more)["loss"]
         optimizer.zero_grad()
         loss.backward()
         found |= {

@@ -23,7 +23,7 @@ ROOMS = {
     "runtime": ("errors",),
     "backbones": ("errors",),
     "augment": ("config", "errors", "runtime"),
-    "methods": ("config", "errors", "runtime"),
+    "methods": ("augment", "backbones", "config", "errors", "runtime"),
     "data": ("augment", "config", "errors", "files", "runtime"),
     "runs": ("config", "data", "errors", "files", "methods", "runtime", "shell"),
     "evaluate": ("data", "errors", "files", "runs", "runtime"),

@@ -173,6 +173,12 @@ def _other_recipe(nodes: Mapping[str, dict[str, Any]]) -> str | None:
             f"method=moco_v3_vit is a recipe for backbone=vit_*: with backbone={backbone} "
             "type method=moco_v3"
         )
+    target = nodes.get("method", {}).get("_target_")
+    if not vit and target and signatures.constant(target, "HIDES_PATCHES"):
+        return (
+            f"method={method} hides patches, which backbone={backbone} hasn't: "
+            "type backbone=vit_tiny, backbone=vit_small or backbone=vit_base"
+        )
     return None
 
 

@@ -29,6 +29,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]  # a probability, a ratio, a mome
 # (low, high), bounds included
 Interval = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
 Share = Annotated[float, Field(gt=0, le=1)]  # a part of something
+OpenShare = Annotated[float, Field(gt=0, lt=1)]  # a part that isn't all
 Interpolation = Literal["bilinear", "bicubic"]
 # the size of a test image before its centre is cut out, in sizes of the view
 Resize = Annotated[float, Field(ge=1)]

@@ -9,6 +9,8 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
+from ssl_bench.errors import UserError
+
 # "loss" is required. By "embeddings" (V, N, D), detached, of V views of each image, the loop judges
 # the health of training (evaluate.health). Every other entry is a scalar worth a chart.
 Output = dict[str, Tensor]
@@ -19,6 +21,7 @@ class Method(nn.Module):
 
     num_views: int = 2  # of full size
     takes_small_views: bool = False  # any number of them after the others (multi-crop)
+    image_size: int | None = None  # pixels of the views of full size; None: any
     split: str = "pretrain"  # the images it learns from
     learns: bool = True
     bn_splits: int = 1  # the number of parts in which batch norm sees the batch of a process
@@ -28,10 +31,10 @@ class Method(nn.Module):
         self.backbone = backbone  # what pretraining exports and lincls loads
 
     def param_groups(self) -> list[dict]:
-        """What the optimizer trains. Beside the optimizer's keys the loop knows these two:
+        """What the optimizer trains. Beside the optimizer's keys the loop knows these three:
 
         constant_lr: the schedule leaves the rate alone. frozen_epochs: no gradient before this
-        epoch.
+        epoch. lr_scale: the rate is multiplied by it.
         """
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return [{"params": trained}]
@@ -49,12 +52,29 @@ class Method(nn.Module):
     def begin(self, epoch: float, epochs: int) -> None:
         """Called before each step: at `epoch` (a fraction inside an epoch) of `epochs`."""
 
+    def draw(self, keys: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
+        """What else `forward` is given, after the labels: masks, say.
+
+        Called before each step, and not compiled. keys (N,): of `draws.keys`, by which random
+        numbers are those of the image and the epoch; indices (N,): which images of the data set.
+        """
+        return ()
+
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
         """`num_views` batches (N, 3, H, W), labels (N,) int64 where the method uses them."""
         raise NotImplementedError
 
     def update(self, progress: float) -> None:
         """Called after `optimizer.step()` with the share of training done, 0 < progress <= 1."""
+
+
+def need_patches(backbone: nn.Module, method: str) -> None:
+    """UserError if the backbone has no `tokens`, of which `method` hides some."""
+    if not hasattr(backbone, "tokens"):
+        raise UserError(
+            f"method={method} hides patches, and this backbone has none: "
+            "type backbone=vit_tiny, backbone=vit_small or backbone=vit_base"
+        )
 
 
 def momentum_copy(module: nn.Module) -> nn.Module:

@@ -14,13 +14,65 @@ from ssl_bench.methods.base import Method, Output, by_size, ema_, health_of, mom
 from ssl_bench.runtime import distributed
 
 
-class DINOLoss(nn.Module):
-    """Cross-entropy of the student's crops with the teacher's first two (algorithm 1).
+class Centring(nn.Module):
+    """Targets of a teacher: centred and sharpened (section 3.1).
 
-    The teacher's are centred and sharpened. Its temperature rises with each epoch from
-    `warmup_teacher_temperature` to `teacher_temperature`, which it has from epoch `warmup_epochs` -
-    1 on.
+    Its temperature rises with each epoch from `warmup_temperature`, which it has until epoch
+    `start_epoch`, to `temperature`, which it has from epoch `start_epoch + warmup_epochs - 1` on.
+    shape: of the centre, which broadcasts to the teacher's logits.
     """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        warmup_temperature: float,
+        temperature: float,
+        warmup_epochs: int,
+        center_momentum: float,
+        start_epoch: int = 0,
+    ) -> None:
+        super().__init__()
+        self.warm_up = (warmup_temperature, temperature, warmup_epochs, start_epoch)
+        self.center_momentum = center_momentum
+        self.register_buffer("center", torch.zeros(shape))
+        # a tensor: torch.compile would compile a number anew for each value
+        self.register_buffer("temperature", torch.tensor(warmup_temperature), persistent=False)
+
+    def begin(self, epoch: int) -> None:
+        start, end, epochs, first = self.warm_up
+        epoch = max(0, epoch - first)
+        share = 1.0 if epoch >= epochs - 1 else epoch / (epochs - 1)
+        self.temperature.fill_(start + (end - start) * share)
+
+    def targets(self, teacher: Tensor) -> Tensor:
+        """Logits (..., K) -> probabilities."""
+        return F.softmax((teacher - self.center) / self.temperature, dim=-1)
+
+    def follow(self, batch_center: Tensor) -> None:
+        """Move the centre towards that of a batch, after it was used."""
+        if self.training:
+            self.center.lerp_(batch_center, 1 - self.center_momentum)
+
+
+def crossed(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Logits (V * N, K), probabilities (T * N, K), crop after crop -> T * (V - 1) cross-entropies.
+
+    Each target of the first T crops with each other crop's prediction.
+    """
+    num_crops = 2 * len(student) // len(targets)
+    predictions = F.log_softmax(student / temperature, dim=1).chunk(num_crops)
+    return torch.stack(
+        [
+            -(target * prediction).sum(dim=1).mean()
+            for i, target in enumerate(targets.chunk(2))
+            for j, prediction in enumerate(predictions)
+            if i != j
+        ]
+    )
+
+
+class DINOLoss(Centring):
+    """Cross-entropy of the student's crops with the teacher's first two (algorithm 1)."""
 
     def __init__(
         self,
@@ -31,42 +83,33 @@ class DINOLoss(nn.Module):
         student_temperature: float = 0.1,
         center_momentum: float = 0.9,
     ) -> None:
-        super().__init__()
-        self.warm_up = (warmup_teacher_temperature, teacher_temperature, warmup_epochs)
-        self.student_temperature, self.center_momentum = student_temperature, center_momentum
-        self.register_buffer("center", torch.zeros(1, out_dim))
-        # a tensor: torch.compile would compile a number anew for each value
-        temperature = torch.tensor(warmup_teacher_temperature)
-        self.register_buffer("temperature", temperature, persistent=False)
-
-    def begin(self, epoch: int) -> None:
-        start, end, epochs = self.warm_up
-        share = 1.0 if epoch >= epochs - 1 else epoch / (epochs - 1)
-        self.temperature.fill_(start + (end - start) * share)
+        warm_up = (warmup_teacher_temperature, teacher_temperature, warmup_epochs)
+        super().__init__((1, out_dim), *warm_up, center_momentum)
+        self.student_temperature = student_temperature
 
     @layers.full_precision
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Student (V * N, K), teacher (2 * N, K), crop after crop -> mean over unequal crops."""
         teacher = teacher.detach()
-        num_crops = 2 * len(student) // len(teacher)
-        predictions = F.log_softmax(student / self.student_temperature, dim=1).chunk(num_crops)
-        targets = F.softmax((teacher - self.center) / self.temperature, dim=1).chunk(2)
-        pairs = [
-            -(target * prediction).sum(dim=1).mean()
-            for i, target in enumerate(targets)
-            for j, prediction in enumerate(predictions)
-            if i != j
-        ]
-        if self.training:
-            batch_center = distributed.mean(teacher.mean(dim=0, keepdim=True))
-            self.center.lerp_(batch_center, 1 - self.center_momentum)
-        return torch.stack(pairs).mean()
+        pairs = crossed(student, self.targets(teacher), self.student_temperature)
+        self.follow(distributed.mean(teacher.mean(dim=0, keepdim=True)))
+        return pairs.mean()
 
 
 class DINOHead(nn.Module):
-    """Three layers with GELU to a normalised bottleneck, then weights of norm 1 (appendix C)."""
+    """Three layers with GELU to a normalised bottleneck, then weights of norm 1 (appendix C).
 
-    def __init__(self, width: int, out_dim: int, hidden_dim: int, bottleneck_dim: int) -> None:
+    norm_last: false: these weights have norms that are learnt, from 1 on.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        out_dim: int,
+        hidden_dim: int,
+        bottleneck_dim: int,
+        norm_last: bool = True,
+    ) -> None:
         super().__init__()
         widths = (width, hidden_dim, hidden_dim, bottleneck_dim)
         linear = [nn.Linear(*pair) for pair in pairwise(widths)]
@@ -75,6 +118,8 @@ class DINOHead(nn.Module):
             nn.init.zeros_(layer.bias)
         self.mlp = nn.Sequential(linear[0], nn.GELU(), linear[1], nn.GELU(), linear[2])
         self.last = nn.Linear(bottleneck_dim, out_dim, bias=False)
+        if not norm_last:
+            self.last.register_parameter("norm", nn.Parameter(torch.ones(out_dim, 1)))
 
     def forward(self, features: Tensor) -> Tensor:
         return self.logits(self.mlp(features))
@@ -82,7 +127,9 @@ class DINOHead(nn.Module):
     # In bfloat16 a cosine is off by up to 0.002, which the teacher's temperature turns into 5 %.
     @layers.full_precision
     def logits(self, bottleneck: Tensor) -> Tensor:
-        return F.linear(F.normalize(bottleneck, dim=1), F.normalize(self.last.weight, dim=1))
+        weight = F.normalize(self.last.weight, dim=1)
+        norm = self.last._parameters.get("norm")
+        return F.linear(F.normalize(bottleneck, dim=1), weight if norm is None else weight * norm)
 
 
 class DINO(Method):

@@ -23,7 +23,8 @@ def epps_pulley(x: Tensor, t_max: float = 3.0, num_points: int = 17) -> Tensor:
     t = torch.linspace(0, t_max, num_points, dtype=x.dtype, device=x.device)
     gaussian = torch.exp(-t.square() / 2)
     weights = 2 * t_max / (num_points - 1) * gaussian  # twice: the integrand is even
-    weights[[0, -1]] /= 2  # trapezia
+    weights[0] /= 2  # trapezia
+    weights[-1] /= 2
     angles = x.unsqueeze(-1) * t  # (..., N, K, points)
     real = distributed.mean_with_grad(angles.cos().mean(dim=-3))  # (..., K, points)
     imaginary = distributed.mean_with_grad(angles.sin().mean(dim=-3))

@@ -47,6 +47,7 @@ TORCHVISION = Spelling(
     "torchvision",
     (
         (r"\bclass_token$", "cls_token"),
+        (r"\bregister_tokens$", "reg_token"),
         (r"\bencoder\.pos_embedding$", "pos_embed"),
         (r"\bconv_proj\.", "patch_embed.proj."),
         (r"\bencoder\.ln\.", "norm."),
@@ -62,7 +63,10 @@ SPELLINGS = (
     Spelling("timm", ()),
     TORCHVISION,
     # the blocks in chunks, each with its number in the whole network
-    Spelling("DINOv2", ((r"\bblocks\.\d+\.(\d+)\.", r"blocks.\1."),)),
+    Spelling(
+        "DINOv2",
+        ((r"\bblocks\.\d+\.(\d+)\.", r"blocks.\1."), (r"\bregister_tokens$", "reg_token")),
+    ),
     Spelling(
         "Hugging Face",
         (

@@ -216,12 +216,17 @@ def make_views(cfg: DictConfig, run: Run, method: type[Method] | Method) -> View
     if views.num_small_views and not method.takes_small_views:
         raise UserError(
             f"augmentation.num_small_views={views.num_small_views}, but {taker} takes none: "
-            "type augmentation.num_small_views=0, or choose method=swav, dino or lejepa"
+            "type augmentation.num_small_views=0, or choose a method of multi-crop, as method=dino"
         )
     if views.num_views != num_views:
         raise UserError(
             f"augmentation.num_views={views.num_views}, but {taker} takes {num_views}: "
             f"type augmentation.num_views={num_views}, or choose another augmentation="
+        )
+    if method.image_size not in (None, views.image_size):
+        raise UserError(
+            f"augmentation.image_size={views.image_size}, but {taker} takes the size of its "
+            f"backbone: type backbone.image_size={views.image_size}"
         )
     if cfg.compile:
         views.compile_transforms()

@@ -100,9 +100,11 @@ def fit(
         model.begin(at, epochs)
 
         with torch.no_grad():
-            batch = views(images, keys(seed, epoch, indices))
+            image_keys = keys(seed, epoch, indices)
+            batch = views(images, image_keys)
+            drawn = model.draw(image_keys, indices)
         with autocast(precision, run.device):
-            output = parallel(batch, labels)
+            output = parallel(batch, labels, *drawn)
         embeddings = output.pop("embeddings", None)
 
         optimizer.zero_grad()

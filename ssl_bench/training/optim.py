@@ -220,10 +220,12 @@ def _without(key: str, params: Params, option: str) -> list[dict]:
 def schedule_(optimizer: torch.optim.Optimizer, factor: float, epoch: float, epochs: int) -> None:
     """Set each group's rate and weight decay for the step at `epoch` of `epochs`.
 
-    factor: the schedule's, which groups with constant_lr ignore. final_weight_decay: see `adamw`.
+    factor: the schedule's, which groups with constant_lr ignore. lr_scale: a group's share of the
+    rate. final_weight_decay: see `adamw`.
     """
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * (1.0 if group.get("constant_lr") else factor)
+        scale = group.get("lr_scale", 1.0) * (1.0 if group.get("constant_lr") else factor)
+        group["lr"] = group["initial_lr"] * scale
         if "final_weight_decay" in group:
             start, end = group["initial_weight_decay"], group["final_weight_decay"]
             decay = end + (start - end) * (1 + math.cos(math.pi * epoch / epochs)) / 2

@@ -170,6 +170,11 @@ def test_dino_decays_no_biases() -> None:
         ("lejepa", 1024, 5e-4),  # rbalestr-lab/lejepa, README, "Training Configuration"
         ("nnclr", 4096, 4.8),  # arXiv:2104.14548, section 4.1
         ("wmse", 512, 3e-3),  # htdt/self-supervised, README, train.py 44
+        ("mae", 4096, 2.4e-3),  # facebookresearch/mae, PRETRAIN.md (--blr 1.5e-4)
+        ("simmim", 2048, 4e-4),  # microsoft/SimMIM, configs/vit_base__800ep, main_simmim.py 218
+        ("ijepa", 2048, 1e-3),  # facebookresearch/ijepa, configs/in1k_vith14_ep300.yaml
+        ("ibot", 1024, 2e-3),  # bytedance/ibot, main_ibot.py (--lr 0.0005), README
+        ("dinov2", 1024, 4e-3),  # facebookresearch/dinov2, ssl_default_config.yaml
         ("supervised", 8192, 3.2),  # arXiv:1706.02677, section 5.1
     ],
 )

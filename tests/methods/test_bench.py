@@ -18,8 +18,10 @@ from small_methods import (
     LEARNING,
     METHODS,
     SMALL,
+    VITS,
     TwoLayers,
     differing,
+    drawn,
     learnt,
     make,
     optimizer_of,
@@ -42,6 +44,8 @@ SMALL["swav"] += [
     "augmentation.num_small_views=2",
 ]
 SMALL["lejepa"] += ["augmentation.num_small_views=2"]
+for name in ("ibot", "dinov2"):
+    SMALL[name] += ["augmentation.num_small_views=2", "method.warmup_teacher_temperature_epochs=2"]
 SMALL["dino"] += ["method.warmup_teacher_temperature_epochs=2", "augmentation.num_small_views=2"]
 
 
@@ -50,7 +54,7 @@ def test_a_small_setting_for_each() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * ("vit" in n)) for n in LEARNING]
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in VITS)) for n in LEARNING]
 )
 def test_resume_is_exact(name: str, tmp_path: Path) -> None:
     """From the checkpoint of any step: here one in the middle of an epoch, and with every schedule
@@ -58,7 +62,7 @@ def test_resume_is_exact(name: str, tmp_path: Path) -> None:
     """
     whole, part = tmp_path / "whole", tmp_path / "part"
     words = ["save_every=7"]
-    if "vit" not in name:  # whose patches are of 16 pixels
+    if name not in VITS:  # whose patches are of 4 or 16 pixels
         words += ["data.image_size=8", "augmentation.small_size=4"]  # as the digits are
     launch(compose(*overrides(name, *words, f"dir={whole}")))
     checkpoints = complete(whole)
@@ -103,11 +107,12 @@ def test_bfloat16(name: str) -> None:
     method, views = make(name).train(), views_of(name, 32)
     labels = torch.arange(32) % 10
     method.begin(1.0, 2)
-    full = method(views, labels)["loss"]
+    more = drawn(method, 32)
+    full = method(views, labels, *more)["loss"]
     method = make(name).train()
     method.begin(1.0, 2)
     with torch.autocast("cpu", torch.bfloat16):
-        half = method(views, labels)
+        half = method(views, labels, *more)
     half["loss"].backward()
     assert half["loss"].dtype == torch.float32  # the loss itself is not in bfloat16
     torch.testing.assert_close(half["loss"], full, rtol=0.1, atol=0.02)
@@ -161,7 +166,7 @@ def test_losses_and_heads_are_in_full_precision(name: str) -> None:
     method = make(name).train()
     method.begin(1.0, 2)
     with Spy() as spy, torch.autocast("cpu", torch.bfloat16):
-        method(views_of(name, 32), torch.arange(32) % 10)
+        method(views_of(name, 32), torch.arange(32) % 10, *drawn(method, 32))
     assert spy.half == set()
 
 
@@ -207,7 +212,9 @@ def steps(rank: int, size: int) -> dict[str, Tensor]:
         for step in range(3):
             views = [view.double().chunk(size)[rank] for view in views_of(name, 16, step)]
             method.begin(step / 2, 2)
-            loss = parallel(views, (torch.arange(16) % 10).chunk(size)[rank])["loss"]
+            part = slice(rank * 16 // size, (rank + 1) * 16 // size)
+            labels, more = torch.arange(16)[part] % 10, drawn(method, 16, step, part)
+            loss = parallel(views, labels, *more)["loss"]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -1,5 +1,7 @@
 """What newer methods' own programs compute, in float64: parity_modern.npz, compared to 1e-9."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,20 @@ import torch.nn.functional as F
 from inputs import U
 from torch import Tensor
 
+from ssl_bench.augment.masks import (
+    block_mask,
+    block_size,
+    random_cells,
+    random_patches,
+    targets_and_context,
+)
+from ssl_bench.backbones.vit import ViT, sincos, taken
+from ssl_bench.methods import ijepa, mae, simmim
 from ssl_bench.methods.dcl import dcl_loss, one_way
+from ssl_bench.methods.dino import DINOLoss, crossed
+from ssl_bench.methods.dinov2 import Rising, koleo, sinkhorn
+from ssl_bench.methods.ibot import PatchLoss, patch_loss
+from ssl_bench.methods.ijepa import prediction_loss
 from ssl_bench.methods.layers import Queue
 from ssl_bench.methods.lejepa import epps_pulley, lejepa_loss, sigreg
 from ssl_bench.methods.nnclr import nearest, nnclr_loss
@@ -132,3 +147,370 @@ def test_w_mse(case: str, num_views: int, eps: float, normalized: bool) -> None:
     close(loss, f"wmse/{case}/loss")
     for number, view in enumerate(views):
         close(view.grad, f"wmse/{case}/grad_z{number}")
+
+
+def weights(module: torch.nn.Module, prefix: str, rename: dict[str, str]) -> None:
+    """Parameters by the recipe of README_modern.md, under the authors' names.
+
+    rename: what stands there in the place of these parts of ours.
+    """
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            for ours, theirs in rename.items():
+                name = re.sub(ours, theirs, name)
+            u = U(prefix + name, *parameter.shape)
+            if parameter.ndim >= 2:
+                value = u * (6 / parameter[0].numel()) ** 0.5
+            else:
+                value = 1 + 0.1 * u if name.endswith("weight") else 0.1 * u
+            if parameter.requires_grad:
+                parameter.copy_(value)
+
+
+VIT_NAMES = {
+    r"^class_token$": "cls_token",
+    r"^conv_proj\.": "patch_embed.proj.",
+    r"encoder\.layers\.encoder_layer_(\d+)\.": r"blocks.\1.",
+    r"^encoder\.ln\.": "norm.",
+    r"\.ln_([12])\.": r".norm\1.",
+    r"self_attention\.in_proj_": "attn.qkv.",
+    r"self_attention\.out_proj\.": "attn.proj.",
+    r"\.mlp\.0\.": ".mlp.fc1.",
+    r"\.mlp\.3\.": ".mlp.fc2.",
+}
+
+
+def test_mae_patches() -> None:
+    images = U("mae/patchify/images", 2, 3, 16, 16)
+    close(mae.patchify(images, 8), "mae/patchify")
+    close(mae.unpatchify(U("mae/unpatchify/tokens", 2, 4, 192), 8), "mae/unpatchify")
+    assert torch.equal(mae.unpatchify(mae.patchify(images, 4), 4), images)
+    table = sincos(4, 16, columns_first=True)
+    close(torch.cat([torch.zeros(1, 16), table]), "mae/pos_embed")
+
+
+def noise() -> Tensor:
+    return (U("mae/noise", 2, 16) + 1) / 2
+
+
+def test_mae_masks() -> None:
+    x = U("mae/masking/x", 2, 16, 8)
+    for ratio in (0.75, 0.6):
+        kept, hidden, restore = mae.mask(x, noise(), ratio)
+        close(kept, f"mae/masking/r{ratio}/x_masked")
+        close(hidden, f"mae/masking/r{ratio}/mask")
+        close(restore, "mae/masking/ids_restore")
+    ratios = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
+    counts = [
+        [random_patches(torch.rand(1, num), ratio)[0].shape[1] for ratio in ratios]
+        for num in (10, 16, 49, 64, 100, 196, 256)
+    ]
+    close(torch.tensor(counts), "mae/len_keep")
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_mae_loss(norm_pix: bool) -> None:
+    case = "mae/loss_norm_pix" if norm_pix else "mae/loss"
+    prediction = leaf("mae/pred", 2, 16, 192)
+    hidden = mae.mask(prediction, noise(), 0.75)[1]
+    loss = mae.reconstruction_loss(U("mae/images", 2, 3, 32, 32), prediction, hidden, 8, norm_pix)
+    loss.backward()
+    close(loss, f"{case}/loss")
+    close(prediction.grad[..., :24], f"{case}/grad_pred_24")
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_mae(norm_pix: bool) -> None:
+    """The whole method: encoder, decoder, gradients."""
+    network = ViT(32, 8, 32, 4, depth=2, positions="sincos_columns")
+    method = mae.MAE(network, 0.75, 16, 1, 4, norm_pix).double()
+    method.decoder_positions[1:] = sincos(4, 16, columns_first=True)  # not rounded to float32
+    network.encoder.pos_embedding.data[0, 1:] = sincos(4, 32, columns_first=True)
+    theirs = {r"^backbone\.": "", **VIT_NAMES}
+    weights(method, "mae/", theirs)
+    images = U("mae/images", 2, 3, 32, 32)
+    kept, hidden, ranks = random_patches(noise(), 0.75)
+    latent = network.tokens(images, keep=kept)
+    close(latent, "mae/forward/latent")
+    close(method.decode(latent, ranks)[..., :24], "mae/forward/pred_24")
+    close(hidden, "mae/forward/mask")
+    loss = method([images], None, noise())["loss"]
+    close(loss, "mae/forward/loss_norm_pix" if norm_pix else "mae/forward/loss")
+    if norm_pix:
+        loss.backward()
+        compared = set()
+        for name, parameter in method.named_parameters():
+            for ours, theirs_name in theirs.items():
+                name = re.sub(ours, theirs_name, name)
+            if f"mae/forward/grad/{name}" in REFERENCE.files:
+                close(parameter.grad, f"mae/forward/grad/{name}")
+                compared.add(f"mae/forward/grad/{name}")
+        assert compared == {
+            name for name in REFERENCE.files if name.startswith("mae/forward/grad/")
+        }
+
+
+def test_simmim() -> None:
+    network = ViT(16, 8, 8, 2, depth=1)
+    decoder = simmim.SimMIM(network, 8).double().decoder
+    weights(decoder, "simmim/decoder.", {})
+    reconstruction = decoder(U("simmim/features", 2, 8, 2, 2))
+    close(reconstruction, "simmim/reconstruction")
+    hidden = U("simmim/mask", 2, 4, 4) > -0.2
+    close(hidden, "simmim/mask")
+    loss = simmim.reconstruction_loss(U("simmim/images", 2, 3, 16, 16), reconstruction, hidden, 4)
+    loss.backward()
+    close(loss, "simmim/loss")
+    close(decoder[0].weight.grad, "simmim/grad_decoder.0.weight")
+    close(decoder[0].bias.grad, "simmim/grad_decoder.0.bias")
+
+
+def test_simmim_masks() -> None:
+    permutation = U("simmim/permutation", 16).argsort()
+    rank = permutation.argsort().double()[None]  # a noise that has this order
+    close(random_cells(rank, 0.6, 2).view(8, 8), "simmim/generated_mask")
+    counts = [
+        [
+            int(random_cells(torch.rand(1, (size // patch) ** 2), ratio, 1).sum())
+            for ratio in (0.1, 0.25, 0.4, 0.5, 0.6, 0.75)
+        ]
+        for size, patch in ((192, 32), (192, 16), (32, 8))
+    ]
+    close(torch.tensor(counts), "simmim/mask_count")
+
+
+def test_block_masks() -> None:
+    stream = ((U("dinov2/mask_numbers", 4096) + 1) / 2).tolist()
+    used = 0
+
+    def numbers() -> Iterator[float]:
+        nonlocal used
+        while True:
+            used += 1
+            yield stream[used - 1]
+
+    numbers_ = numbers()
+    drawn = [block_mask(numbers_, 8, target, 4, 32) for target in (0, 6, 12, 20, 28, 32)]
+    close(torch.from_numpy(np.stack(drawn)), "dinov2/block_masks")
+    close(torch.tensor(used), "dinov2/block_masks_numbers_used")
+
+
+def test_dinov2_classes() -> None:
+    large, small = leaf("dinov2/student_global", 24, 16), leaf("dinov2/student_local", 48, 16)
+    teacher = U("dinov2/teacher", 24, 16)
+
+    def exchanged(targets: Tensor) -> Tensor:
+        return torch.cat(targets.chunk(2)[::-1])
+
+    def compare(targets: Tensor, case: str) -> None:
+        pairs = crossed(torch.cat([large, small]), targets, 0.1)  # 0-1, 0-small, 1-0, 1-small
+        local = (pairs[1:5].sum() + pairs[6:].sum()) / 10
+        of_large = (pairs[0] + pairs[5]) / 10
+        close(local, f"dinov2/dino/{case}_local_loss")
+        close(of_large, f"dinov2/dino/{case}_global_loss")
+        torch.testing.assert_close(pairs.mean(), local + of_large)
+
+    targets = sinkhorn(teacher, 0.05)
+    close(exchanged(targets), "dinov2/dino/sinkhorn")
+    compare(targets, "sinkhorn")
+    crossed(torch.cat([large, small]), targets, 0.1).mean().backward()
+    close(large.grad, "dinov2/dino/sinkhorn/grad_student_global")
+    close(small.grad, "dinov2/dino/sinkhorn/grad_student_local")
+
+    centring = Rising((1, 16), 0.05, 0.05, 1, 0.9).double()
+    centring.begin(1.0)  # the temperature in float64
+    centring(teacher)
+    found = centring(U("dinov2/teacher_second", 24, 16))
+    close(exchanged(found), "dinov2/dino/centering_call1")
+    close(centring.center, "dinov2/dino/center")
+    found = centring(teacher)
+    close(exchanged(found), "dinov2/dino/centering_call2")
+    compare(found, "centering")
+
+
+@pytest.mark.parametrize("case", ["sinkhorn", "centering"])
+@pytest.mark.parametrize("hidden_alone", [False, True])
+def test_dinov2_patches(case: str, hidden_alone: bool) -> None:
+    hidden = U("dinov2/masks", 4, 16) > 0.2
+    hidden[1] = False
+    close(hidden, "dinov2/ibot/masks")
+    flat = hidden.flatten()
+    teacher = U("dinov2/patch_teacher", 64, 16)
+    if case == "sinkhorn":
+        targets = sinkhorn(teacher[flat], 0.05)
+    else:
+        centring = Rising((1, 16), 0.05, 0.05, 1, 0.9).double()
+        centring.begin(1.0)  # the temperature in float64
+        centring(U("dinov2/patch_teacher_first", 64, 16)[flat])
+        close(centring.center, "dinov2/ibot/center")
+        targets = centring(teacher[flat])
+    everywhere = torch.zeros(64, 16, dtype=torch.float64)
+    everywhere[flat] = targets
+    close(everywhere, f"dinov2/ibot/{case}")
+    student = leaf("dinov2/patch_student", 64, 16)
+    if hidden_alone:
+        loss = patch_loss(student[flat], targets, hidden, 0.1)
+    else:
+        loss = patch_loss(student, everywhere, hidden, 0.1)
+    loss.backward()
+    close(loss, f"dinov2/ibot/{case}_loss")
+    close(student.grad, f"dinov2/ibot/{case}/grad_student")
+
+
+def test_koleo() -> None:
+    x = leaf("dinov2/koleo", 24, 16)
+    loss = koleo(x)
+    loss.backward()
+    close(loss, "dinov2/koleo/loss")
+    close(x.grad, "dinov2/koleo/grad_x")
+    rows = x.detach()[:12]
+    close(koleo(torch.cat([rows, rows[:1] + 1e-6])), "dinov2/koleo/loss_near_duplicate")
+
+
+def ibot_masks() -> Tensor:
+    hidden = U("ibot/masks", 2, 4, 4, 4) > 0.2
+    hidden[0, 0] = False
+    close(hidden, "ibot/masks")
+    return hidden.flatten(0, 1).flatten(1)  # (crop and image, patch)
+
+
+def test_ibot() -> None:
+    classes = DINOLoss(16, 0.04, 0.07, 2).double()
+    patches = PatchLoss(12, 0.04, 0.06, 2).double()
+    for epoch, case in ((0, "epoch0"), (3, "epoch3_second_call")):
+        classes.begin(epoch)
+        patches.begin(epoch)
+        of_class, local, of_patch = (
+            leaf("ibot/student_cls", 8, 16),
+            leaf("ibot/student_local_cls", 8, 16),
+            leaf("ibot/student_patch", 8, 16, 12),
+        )
+        class_loss = classes(torch.cat([of_class, local]), U("ibot/teacher_cls", 8, 16))
+        teacher = U("ibot/teacher_patch", 8, 16, 12)
+        hidden = ibot_masks()
+        found = patches(of_patch.flatten(0, 1), teacher, hidden)
+        (class_loss + found).backward()
+        close(class_loss, f"ibot/{case}/cls")
+        close(found, f"ibot/{case}/patch")
+        close(class_loss + found, f"ibot/{case}/loss")
+        close(of_class.grad, f"ibot/{case}/grad_student_cls")
+        close(local.grad, f"ibot/{case}/grad_student_local_cls")
+        close(of_patch.grad, f"ibot/{case}/grad_student_patch")
+        if epoch == 0:
+            close(classes.center, "ibot/center")
+            close(patches.center, "ibot/center2")
+
+
+def test_ibot_without_small_crops() -> None:
+    classes = DINOLoss(16, 0.04, 0.07, 2).double()
+    patches = PatchLoss(12, 0.04, 0.06, 2, start_epoch=3).double()
+    schedules: list[list[Tensor]] = [[], []]
+    for epoch in range(8):
+        for criterion, schedule in zip((classes, patches), schedules, strict=True):
+            criterion.begin(epoch)
+            schedule.append(criterion.temperature.clone())
+    # the arrays have float64 where our buffer holds float32
+    for schedule, name in zip(schedules, ("teacher_temp", "teacher_temp2"), strict=True):
+        close(torch.stack(schedule), f"ibot/no_local/{name}_schedule")
+    classes.begin(4)
+    patches.begin(4)
+    hidden = ibot_masks()
+    of_patch = U("ibot/student_patch", 8, 16, 12).flatten(0, 1)
+    where = hidden.flatten().nonzero().squeeze(1)
+    loss = 0.5 * classes(U("ibot/student_cls", 8, 16), U("ibot/teacher_cls", 8, 16))
+    loss = loss + 2 * patches(of_patch[where], U("ibot/teacher_patch", 8, 16, 12), hidden, where)
+    close(loss, "ibot/no_local/loss")
+
+
+def test_ijepa_blocks() -> None:
+    for side, case in ((14, "14x14"), (16, "16x16")):
+        sizes = [
+            (
+                *block_size(v / 20, side, (0.15, 0.2), (0.75, 1.5)),
+                *block_size(v / 20, side, (0.85, 1.0), (1.0, 1.0)),
+            )
+            for v in range(20)
+        ]
+        close(torch.tensor(sizes), f"ijepa/block_size/{case}")
+
+
+@pytest.mark.parametrize(
+    ("case", "num_images", "scale", "min_keep"),
+    [("collate", 3, (0.15, 0.2), 4), ("collate_retries", 6, (0.3, 0.45), 12)],
+)
+def test_ijepa_masks(case: str, num_images: int, scale: tuple, min_keep: int) -> None:
+    chosen = (U(f"ijepa/{case}/rand", 2) + 1) / 2
+    stream = ((U(f"ijepa/{case}/randint", 4096) + 1) / 2).tolist()
+    used = 0
+
+    def numbers() -> Iterator[float]:
+        nonlocal used
+        while True:
+            used += 1
+            yield stream[used - 1]
+
+    numbers_ = numbers()
+    target = block_size(chosen[0].item(), 8, scale, (0.75, 1.5))
+    context = block_size(chosen[1].item(), 8, (0.85, 1.0), (1.0, 1.0))
+    drawn = [
+        targets_and_context(numbers_, 8, target, context, 4, min_keep) for _ in range(num_images)
+    ]
+    close(torch.tensor(used), f"ijepa/{case}/randint_calls")
+    shortest = min(len(found) for _, found in drawn)
+    contexts = np.stack([found[:shortest] for _, found in drawn])[None]
+    close(torch.from_numpy(contexts), f"ijepa/{case}/context")
+    targets = np.stack([np.stack(found) for found, _ in drawn], axis=1)
+    close(torch.from_numpy(targets), f"ijepa/{case}/targets")
+
+
+def test_ijepa() -> None:
+    options = {"depth": 2, "positions": "sincos_columns", "class_token": False}
+    method = ijepa.IJEPA(ViT(32, 8, 32, 4, **options), 16, 1, 4, min_keep=0).double()
+    method.predictor.positions.copy_(sincos(4, 16, columns_first=True))
+    encoder, target = method.student_backbone, method.backbone
+    close(sincos(4, 16, columns_first=True), "ijepa/pos_embed")
+    for network, prefix in ((encoder, "ijepa/encoder/"), (target, "ijepa/target/")):
+        network.encoder.pos_embedding.data[0] = sincos(4, 32, columns_first=True)
+        for parameter in network.parameters():  # the recipe's are those with a gradient
+            parameter.requires_grad_(parameter is not network.encoder.pos_embedding)
+        weights(network, prefix, VIT_NAMES)
+    weights(method.predictor, "ijepa/predictor/", VIT_NAMES)
+    target.requires_grad_(False)
+    images = U("ijepa/images", 3, 3, 32, 32)
+    contexts = [U(f"ijepa/context{e}", 3, 16).argsort(1)[:, :7] for e in range(2)]
+    blocks = torch.stack([U(f"ijepa/block{b}", 3, 16).argsort(1)[:, :4] for b in range(3)], dim=1)
+    wanted = F.layer_norm(target.tokens(images), (32,))
+    wanted = torch.cat([taken(wanted, block) for block in blocks.unbind(1)])
+    close(wanted, "ijepa/forward/target")
+    predictions = [
+        method.predictor(encoder.tokens(images, keep=context), context, blocks)
+        for context in contexts
+    ]
+    close(predictions[0], "ijepa/forward/contexts1/prediction")
+    loss = method([images], None, contexts[0], blocks)["loss"]
+    close(loss, "ijepa/forward/contexts1/loss")
+    loss.backward()
+    compared = set()
+    for module, name in ((encoder, "encoder"), (method.predictor, "predictor")):
+        for key, parameter in module.named_parameters():
+            for ours, theirs in VIT_NAMES.items():
+                key = re.sub(ours, theirs, key)
+            for suffix, part in (("", parameter.grad), ("_16", parameter.grad)):
+                if (path := f"ijepa/forward/grad/{name}.{key}{suffix}") in REFERENCE.files:
+                    close(part[:, :16] if suffix else part, path)
+                    compared.add(path)
+    assert compared == {name for name in REFERENCE.files if name.startswith("ijepa/forward/grad/")}
+    both = torch.stack(
+        [p.unflatten(0, (3, 3)) for p in predictions], dim=1
+    )  # block, context, image
+    close(both, "ijepa/forward/contexts2/prediction")
+    targets = wanted.unflatten(0, (3, 3))[:, None].expand_as(both)
+    close(prediction_loss(both, targets), "ijepa/forward/contexts2/loss")
+
+
+def test_smooth_l1() -> None:
+    z = leaf("ijepa/z", 6, 4, 16)
+    loss = prediction_loss(2 * z, F.layer_norm(3 * U("ijepa/h", 6, 4, 16), (16,)))
+    loss.backward()
+    close(loss, "ijepa/smooth_l1/loss")
+    close(z.grad, "ijepa/smooth_l1/grad_z")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from commands import compose
-from small_methods import LEARNING, TwoLayers
+from small_methods import LEARNING, VITS, TwoLayers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -65,15 +65,21 @@ def step(name: str) -> list[str]:
     the second.
     """
     overrides = ["stage=pretrain", "data=digits", f"method={name}", f"batch_size={BATCH}"]
-    overrides += ["backbone=vit_tiny" if "vit" in name else "backbone.width=8"]
-    overrides += [f"augmentation.image_size={PIXELS}"]
+    overrides += ["backbone=vit_tiny", "backbone.depth=1"] if name in VITS else []
+    overrides += [f"data.image_size={PIXELS}"]
+    if name == "ijepa":
+        overrides += ["method.min_keep=0", "backbone.patch_size=4"]
+    if name == "wmse":
+        overrides += ["method.dim=2", "method.whitening_size=4"]
     cfg = compose(*overrides)
-    whole = name in ("supervised", "moco_v3_vit")  # a ResNet and a ViT: that's enough of them
+    whole = name in ("supervised", *VITS)  # one ResNet: that's enough of them
     backbone = build.construct(cfg.backbone) if whole else TwoLayers()
     known = {"num_classes": 10, "batch_size": BATCH}
     given = {key: value for key, value in known.items() if build.takes(cfg.method, key)}
     model = build.construct(cfg.method, backbone=backbone, **given).train()
     views = build.construct(cfg.augmentation)
+    model.begin(0, 2)
+    real = model.draw(keys(0, 0, torch.arange(BATCH)), torch.arange(BATCH))
     with FakeTensorMode():
         put_on_gpu(model)
         put_on_gpu(views)
@@ -87,8 +93,14 @@ def step(name: str) -> list[str]:
         for number in range(2):
             with Copies() as copies:
                 schedule_(optimizer, 0.5, number, 2)
-                model.begin(number, 2)
-                output = model(views(images, keys(0, 0, indices)), labels)
+                if name != "ijepa":  # it draws the sizes of blocks on the host
+                    model.begin(number, 2)
+                image_keys = keys(0, 0, indices)
+                if name in ("ijepa", "ibot", "dinov2"):  # these draw on the host, on purpose
+                    drawn = [torch.empty(v.shape, dtype=v.dtype, device="cuda") for v in real]
+                else:
+                    drawn = model.draw(image_keys, indices)
+                output = model(views(images, image_keys), labels, *drawn)
                 for value in output.values():
                     assert value.is_cuda
                 for parameter in model.parameters():  # autograd's own threads need a real GPU
