@@ -37,10 +37,12 @@ from ssl_bench.data.store import (
     OnError,
     Split,
     cannot_decode,
+    check_room,
     free_bytes,
     lock_of,
     names_of,
     root_of,
+    tell,
     try_read,
 )
 from ssl_bench.errors import UserError
@@ -169,17 +171,7 @@ def open_encoded(
         ) from error
     if store is None or len(store) + len(store.skipped) != split.length:
         raise UserError(f"the index in {directory} is damaged; delete that folder to make it anew")
-    if store.skipped and on_error == "raise":
-        raise UserError(cannot_decode(split, store.skipped))
-    if store.skipped:
-        log.warning(
-            "'%s': %d of %d images are left out: %s",
-            split.name,
-            len(store.skipped),
-            split.length,
-            names_of(split, store.skipped, 10),
-        )
-    pictures.tell(store.noticed, split.name, split.where, set())
+    tell(split, store.skipped, store.noticed, on_error)
     return store
 
 
@@ -220,13 +212,8 @@ def _index(
     workers: int | None,
     on_error: OnError,
 ) -> None:
-    free = free_bytes(directory.parent)
-    if task.packed and task.max_side is None and free < split.nbytes:
-        raise UserError(
-            f"packing '{split.name}' ({split.length} images) needs {split.nbytes / 1e9:.1f} GB and "
-            f"{directory.parent} has {free / 1e9:.1f} GB free; set data.cache= to a folder on a "
-            "larger disk, or source=streamed"
-        )
+    if task.packed and task.max_side is None:
+        check_room(split, split.nbytes, directory.parent)
     unfinished = directory.with_name(f"{directory.name}.unfinished")
     with _Unfinished(unfinished, split.length, task.packed) as so_far:
         doing = "packing" if task.packed else "indexing"

@@ -139,6 +139,12 @@ def open_store(
             f"the packed images in {directory} are damaged; delete that folder to pack them again"
         )
     store, skipped, noticed = loaded
+    tell(split, skipped, noticed, on_error)
+    return store
+
+
+def tell(split: Split, skipped: dict[int, str], noticed: Noticed, on_error: OnError) -> None:
+    """Log what was left out and noticed; UserError if nothing was to be left out."""
     if skipped and on_error == "raise":
         raise UserError(cannot_decode(split, skipped))
     if skipped:
@@ -150,7 +156,6 @@ def open_store(
             names_of(split, skipped, 10),
         )
     pictures.tell(noticed, split.name, split.where, set())
-    return store
 
 
 def _ensure(
@@ -304,6 +309,16 @@ def has_room(split: Split, image_size: int, cache: str | Path | None = None) -> 
     return (root / split.store_name).is_dir() or _need(split, image_size) < free_bytes(root)
 
 
+def check_room(split: Split, need: int, root: Path) -> None:
+    """UserError unless `need` bytes are free where the split is to be packed."""
+    if (free := free_bytes(root)) < need:
+        raise UserError(
+            f"packing '{split.name}' ({split.length} images) needs {need / 1e9:.1f} GB and "
+            f"{root} has {free / 1e9:.1f} GB free; set data.cache= to a folder on a "
+            "larger disk, or source=streamed"
+        )
+
+
 def place(split: Split, cache: str | Path | None = None) -> Path:
     """The folder of a split's packed images, whether they are there or not."""
     return root_of(cache) / split.store_name
@@ -327,13 +342,7 @@ def free_bytes(root: Path) -> int:
 def _pack(
     split: Split, image_size: int, directory: Path, workers: int | None, on_error: OnError
 ) -> None:
-    need, free = _need(split, image_size), free_bytes(directory.parent)
-    if free < need:
-        raise UserError(
-            f"packing '{split.name}' ({split.length} images) needs {need / 1e9:.1f} GB and "
-            f"{directory.parent} has {free / 1e9:.1f} GB free; set data.cache= to a folder on a "
-            "larger disk, or source=streamed"
-        )
+    check_room(split, _need(split, image_size), directory.parent)
     log.info("packing '%s': %d images into %s", split.name, split.length, directory)
     partial = _partial(directory)
     try:

@@ -15,7 +15,7 @@ import pytest
 from photographs import jpeg, photographs, write
 from PIL import Image
 
-from ssl_bench.data import encoded
+from ssl_bench.data import encoded, store
 from ssl_bench.data.cutting import decode
 from ssl_bench.data.encoded import Encoded
 from ssl_bench.data.formats.folder import Folder
@@ -166,7 +166,7 @@ def test_damage_is_told_when_it_is_read(tmp_path: Path) -> None:
 SLOW = """
 import sys, time
 from ssl_bench.data.formats.folder import Folder
-from ssl_bench.data import encoded
+from ssl_bench.data import encoded, store
 add = encoded._Unfinished.add
 def slowly(self, *args):
     add(self, *args)
@@ -231,7 +231,8 @@ def test_old_leftovers_are_removed(tmp_path: Path) -> None:
 
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "images")
-    monkeypatch.setattr(encoded, "free_bytes", lambda root: 1000)
+    for module in (encoded, store):
+        monkeypatch.setattr(module, "free_bytes", lambda root: 1000)
     assert not data_of(tmp_path).has_room("pretrain")
     with pytest.raises(UserError, match=r"needs 0\.0 GB and .*data\.cache=.*source=streamed"):
         packed(tmp_path)
