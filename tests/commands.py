@@ -48,6 +48,9 @@ CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / gro
 NEEDED = {
     "dl21": ["data.root=/x"],
     "folder": ["data.root=/x"],
+    "imagenet": ["data.root=/x"],
+    "webdataset": ["data.root=/x"],
+    "huggingface": ["data.root=/x"],
     "stl10": ["data.root=/x"],
     "cifar10": ["data.root=/x"],
 }

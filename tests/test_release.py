@@ -42,7 +42,7 @@ def test_the_lock_holds_all_that_is_needed_and_names_no_place() -> None:
     needed = "\n".join(
         [
             SETUP["options"]["install_requires"],
-            *(extras[x] for x in ("search", "timm", "onnx", "dashboard")),
+            *(extras[x] for x in ("search", "timm", "onnx", "dashboard", "huggingface")),
         ]
     )
     for wanted in map(Requirement, filter(None, needed.splitlines())):

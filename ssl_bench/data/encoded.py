@@ -286,17 +286,12 @@ class _Examine:
 
     def _examined(self, index: int) -> tuple[bytes, list[str], tuple[int, int, int, bool]]:
         """The bytes, the notes, and the last four of ENTRY."""
-        from PIL import UnidentifiedImageError
-
         data = self.read(index)
         kinds: list[str] = []
         pixels, turn = _by_turbo(data, kinds)
         is_jpeg = pixels is not None
         if pixels is None:
-            try:
-                pixels = pictures.decode(io.BytesIO(data), None, self.values, kinds)
-            except UnidentifiedImageError:  # its text has an address of memory
-                raise ValueError("no image of a known format") from None
+            pixels = pictures.decode(io.BytesIO(data), None, self.values, kinds)
         height, width = upright(pixels, turn).shape[:2]
         if self.max_side is not None and max(height, width) > self.max_side:
             data = _smaller(upright(pixels, turn), self.max_side)

@@ -127,10 +127,8 @@ def decode(
     Notes on it are appended to `kinds`. Raises what PIL raises for a damaged file, and ValueError
     where the pixels contradict `values`.
     """
-    from PIL import Image
-
     kinds = [] if kinds is None else kinds
-    with warnings.catch_warnings(), Image.open(file) as image:
+    with warnings.catch_warnings(), _opened(file) as image:
         warnings.simplefilter("ignore")  # PIL's, about a hundred megapixels or odd tags
         if image_size is not None:
             # a large JPEG is decoded at a fraction of its size
@@ -144,6 +142,15 @@ def decode(
                 if getattr(image, "is_animated", False):
                     kinds.append("frames")
     return pixels
+
+
+def _opened(file: str | BinaryIO):
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:  # its text has an address of memory, or the path once more
+        raise ValueError("no image of a known format") from None
 
 
 def note_range(pixels: np.ndarray, kinds: list[str]) -> None:

@@ -163,13 +163,13 @@ def receive(connection: Connection, process: subprocess.Popen) -> Any:
 class Progress:
     """A bar on a terminal; elsewhere a line in the log now and then."""
 
-    def __init__(self, total: int, title: str, shown: bool = True):
+    def __init__(self, total: int, title: str, shown: bool = True, unit: str = "images"):
         from tqdm import tqdm
 
-        self.total, self.title, self.done = total, title, 0
+        self.total, self.title, self.unit, self.done = total, title, unit, 0
         self.began = self.logged = time.monotonic()
         hidden = not (shown and sys.stderr.isatty())
-        self.bar = tqdm(total=total, desc=title, unit=" images", disable=hidden)
+        self.bar = tqdm(total=total, desc=title, unit=f" {unit}", disable=hidden)
 
     def __enter__(self) -> "Progress":
         return self
@@ -185,11 +185,13 @@ class Progress:
             self.logged, rate = now, self.done / (now - self.began)
             left = (self.total - self.done) / rate
             log.info(
-                "%s: %d of %d images, %.0f images/s, %.0f s left",
+                "%s: %d of %d %s, %.1f %s/s, %.0f s left",
                 self.title,
                 self.done,
                 self.total,
+                self.unit,
                 rate,
+                self.unit,
                 left,
             )
 

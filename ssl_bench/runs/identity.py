@@ -28,7 +28,9 @@ FREE_KEYS += ("data.root", "data.cache", "data.workers", "runs", "source")
 # Keys that are paths, in every stage that has them. Two spellings of a place are one.
 PATHS = ("pretrained", "continue_from", "stage.images", "stage.out")
 KEPT_IN = {"select": "stage.features"}  # a path in this stage alone: lincls has "cached" there
-BELOW_ROOT = ("data.extra_labels", "stage.requested")  # lists of files, relative to data.root
+# files or lists of files, relative to data.root
+BELOW_ROOT: tuple[str, ...] = ("data.extra_labels", "stage.requested")
+BELOW_ROOT += ("data.pretrain", "data.train", "data.val")
 OVERRIDES = ("stage.protocol", "stage.rows")  # overrides that a pipeline starts its parts with
 PARTS = "devices x bn_splits"
 # The loss of a pretraining depends on these.
@@ -86,7 +88,7 @@ class Identity:
         """The value; a path in it is given its one name, however it was spelt."""
         if key in PATHS or key == KEPT_IN.get(self.stage):
             return value and self._place(value)
-        if key in BELOW_ROOT and value:
+        if key in BELOW_ROOT and value and isinstance(value, str | list):
             root = node(self.config, "data").get("root") or "."
             names = [value] if isinstance(value, str) else value
             return [_inside(os.path.join(root, os.path.expanduser(name)), root) for name in names]

@@ -134,6 +134,7 @@ def open_source(
         log.warning("no room on the disk to keep %s decoded: %s", split, advice)
         kind = "streamed"
     if kind == "streamed":
+        _warn_of_groups(data, split)
         if data.on_error == "skip" and cfg.stage.name != "pretrain":
             raise UserError(
                 "data.on_error=skip with streamed images puts the next one in the place of one "
@@ -176,6 +177,8 @@ def _open_encoded(
             split,
         )
         packed = False
+    if not (packed or once):
+        _warn_of_groups(data, split)
     if not packed and data.max_side is not None:
         raise UserError(
             f"data.max_side={data.max_side} rewrites pictures as they are packed, and they aren't: "
@@ -188,6 +191,15 @@ def _open_encoded(
                 log.info("%s: all images are %d x %d, and are packed decoded", split, side, side)
                 return data.squares(side)
         return data.open_encoded(split, packed)
+
+
+def _warn_of_groups(data: Dataset, split: SplitName) -> None:
+    if not data.reads_singly(split):
+        log.warning(
+            "%s: its files give a whole group of images for each that is read, and in a random "
+            "order that is slow: type source=host, and data.cache= for a disk with room",
+            split,
+        )
 
 
 def check_sizes(cfg: DictConfig, backbone: nn.Module) -> None:

@@ -92,12 +92,14 @@ def test_a_terminal_without_the_character(how: dict[str, str], tmp_path: Path) -
 PLACES = {  # every setting that is a path, with what its stage needs besides
     "dir": "", "pretrained": "stage=lincls", "continue_from": "", "runs": "stage=report",
     "data.root": "data=dl21", "data.cache": "", "data.extra_labels": "data=dl21 data.root=/x",
+    **{f"data.{split}": "data=webdataset data.root=/x" for split in ("pretrain", "train", "val")},
     "stage.out": "stage=select", "stage.features": "stage=select",
     "stage.requested": "stage=select", "stage.images": "stage=predict", "stage.verify": "stage=zoo",
     "stage.readme": "stage=report", "stage.what": "stage=verify",
 }  # fmt: skip
 # and what W&B is told
-TEXTS = {"backbone.model", "backbone.options", "stage.protocol", "stage.rows"}
+TEXTS = {"backbone.model", "backbone.options", "data.image", "data.label"}
+TEXTS |= {"stage.protocol", "stage.rows"}
 OUT = ["stage=export", "stage=report", "stage=dashboard", "stage=synthesize"]
 
 
@@ -110,7 +112,7 @@ def test_home(key: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert OmegaConf.select(build.at_home(cfg), key) == "/home/me/x y"
     assert OmegaConf.select(cfg, key) == "~/x y"
     assert HOME.sub(r'\1="\2"', f"{key}=~/x") == f'{key}="~/x"'  # Hydra's grammar has no ~
-    if key in ("runs", "data.extra_labels", "stage.requested", "stage.what"):
+    if key in ("runs", "data.train", "data.extra_labels", "stage.requested", "stage.what"):
         cfg = compose(*words.split(), f'{key}=["~/x","y/~"]')
         assert OmegaConf.select(build.at_home(cfg), key) == ["/home/me/x", "y/~"]
 

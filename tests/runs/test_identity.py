@@ -83,6 +83,19 @@ def test_two_spellings_of_a_path_are_one_run(place: Path, key: str, one: str, ot
         )
 
 
+def test_shards_are_known_by_their_names_below_the_root() -> None:
+    """A class of the user's own may take such a key for something else."""
+    command = ["stage=lincls", "dir=x", "data=webdataset"]
+    one, moved, other = (
+        of(*command, f"data.root=/{root}", f'data.train="{train}"')
+        for root, train in (("a", "t-*.tar"), ("b", "/b/./t-*.tar"), ("a", "u-*.tar"))
+    )
+    assert not changes(one, moved)
+    assert changes(one, other) == "data.train was ['t-*.tar'], is ['u-*.tar']"
+    own = {"data": {"name": "own", "root": "/a", "train": True}}
+    assert of(*command, "data.root=/a", **own).own["data.train"] is True
+
+
 def test_two_spellings_of_a_number_are_one_run() -> None:
     command = ["stage=lincls", "dir=x"]
     typed = [

@@ -12,10 +12,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ssl_bench.config.fields import Place
+from ssl_bench.config.fields import BitDepth, Place, ValueRange
 from ssl_bench.data import encoded, synthetic
 from ssl_bench.data.encoded import Encoded, open_encoded
-from ssl_bench.data.formats.paths import Decoder
+from ssl_bench.data.formats.paths import Decoder, Files
 from ssl_bench.data.pictures import Values
 from ssl_bench.data.store import LAYOUT, OnError, Split, Store, has_room, open_store
 from ssl_bench.errors import UserError
@@ -35,6 +35,7 @@ class Dataset(ABC):
     one a CPU.
     """
 
+    kind = ""  # names its packed stores; by default what the class is called
     class_names: Sequence[str] = ()  # in the order of the class numbers; empty if they have none
     root = "."  # where index files are looked for
     extra: Sequence[str] = ()  # an index file and its label file
@@ -96,6 +97,10 @@ class Dataset(ABC):
         split, options = self.split(name), (self.cache, self.workers, self.on_error)
         return open_encoded(split, self.values, packed, *options, self.max_side)
 
+    def reads_singly(self, name: SplitName) -> bool:
+        """Can an image of the split be read without others that lie beside it?"""
+        return True
+
     def begins_small(self, name: SplitName, side: int) -> bool:
         """Is the first image of a split a square of at most `side` pixels?"""
         from PIL import Image
@@ -138,12 +143,12 @@ class Dataset(ABC):
             found.append(indices)
         return np.unique(np.concatenate(found))
 
-    def _decoder(self, paths) -> "Decoder":
-        return Decoder(paths, self.image_size, self.values)
+    def _decoder(self, files: Files) -> Decoder:
+        return Decoder(files, self.image_size, self.values)
 
     def _split(self, name, images, digests, labels, read, where) -> Split:
         """A Split of the image set `images` ("unlabeled", "train", ...) with these sources."""
-        kind = f"{type(self).__name__.lower()}-{images}"
+        kind = f"{self.kind or type(self).__name__.lower()}-{images}"
         # Images that no decoder reads keep the first version: their runs go on when the decoding
         # changes.
         pixels: tuple = (1, self.image_size)
@@ -152,7 +157,7 @@ class Dataset(ABC):
             pixels = (VERSION, self.image_size, self.values)
             if self.max_side is not None or self.draft:
                 pixels += (self.max_side, self.draft)
-            encoded_images = {"encoded": read.encoded, "nbytes": digests.nbytes}
+            encoded_images = {"encoded": read.files.read, "nbytes": digests.nbytes}
         store_name = f"{kind}-{hashed(LAYOUT, *pixels, digests.files)[:16]}"
         facts = digests.content, b"" if labels is None else labels.tobytes()
         fingerprint, origin = hashed(kind, *pixels, *facts), hashed(kind, *facts)
@@ -161,6 +166,35 @@ class Dataset(ABC):
             raise UserError(f"split '{name}' of {type(self).__name__} holds no images")
         whose = (name, length, labels, store_name, fingerprint, origin)
         return Split(*whose, read, where, **encoded_images)
+
+
+class ImageFiles(Dataset):
+    """Data sets whose images are files, which stay as they are where image_size is None.
+
+    max_side: pictures of which a side has more pixels are made smaller; draft: large JPEGs are
+    decoded at a part of their size. bit_depth, value_range: see `pictures`.
+    """
+
+    def __init__(
+        self,
+        image_size: int | None,
+        max_side: int | None,
+        draft: bool,
+        bit_depth: BitDepth | None,
+        value_range: ValueRange | None,
+        on_error: OnError,
+        cache: Place | None,
+        workers: int | None,
+    ):
+        super().__init__(image_size, on_error, cache, workers)
+        self.values = values_of(bit_depth, value_range)
+        self.max_side, self.draft = max_side, draft
+        if image_size is not None and (max_side is not None or draft):
+            typed = "data.draft=true" if max_side is None else f"data.max_side={max_side}"
+            raise UserError(
+                f"{typed} is for pictures that stay as they are, and data.image_size={image_size} "
+                "makes squares of them: leave one of the two out"
+            )
 
 
 class Digests(NamedTuple):

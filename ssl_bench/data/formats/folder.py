@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import PositiveInt
 
 from ssl_bench.config.fields import BitDepth, Place, ValueRange
-from ssl_bench.data.formats.base import Dataset, Digests, folder_at, values_of
+from ssl_bench.data.formats.base import Digests, ImageFiles, folder_at
 from ssl_bench.data.formats.listing import list_tree, subfolders
 from ssl_bench.data.formats.paths import Paths
 from ssl_bench.data.store import OnError, Split
@@ -17,15 +17,13 @@ from ssl_bench.errors import UserError
 log = logging.getLogger(__name__)
 
 
-class Folder(Dataset):
+class Folder(ImageFiles):
     """Any tree of images.
 
     With class folders ROOT/train/<class> and ROOT/val/<class> (in upper case, too) it is labelled,
     the classes in sorted order, and "pretrain" is train without its labels; otherwise all images
-    under ROOT are "pretrain". image_size: None keeps them as they are, of any size; max_side: those
-    of which a side has more pixels are made smaller; draft: large JPEGs are decoded at a part of
-    their size. UserError if folders at any depth have the
-    names of a training and a held-out split.
+    under ROOT are "pretrain". UserError if folders at any depth have the names of a training and a
+    held-out split.
     """
 
     def __init__(
@@ -40,16 +38,11 @@ class Folder(Dataset):
         cache: Place | None = None,
         workers: PositiveInt | None = None,
     ):
-        super().__init__(image_size, on_error, cache, workers)
-        self.root, self.values, self.max_side = root, values_of(bit_depth, value_range), max_side
+        super().__init__(
+            image_size, max_side, draft, bit_depth, value_range, on_error, cache, workers
+        )
+        self.root = root
         self._trees: dict[Path, tuple[Paths, Digests, dict[str, int]]] = {}
-        self.draft = draft
-        if image_size is not None and (max_side is not None or draft):
-            typed = "data.draft=true" if max_side is None else f"data.max_side={max_side}"
-            raise UserError(
-                f"{typed} is for pictures that stay as they are, and data.image_size={image_size} "
-                "makes squares of them: leave one of the two out"
-            )
 
     @functools.cached_property
     def class_names(self) -> list[str]:
@@ -61,9 +54,13 @@ class Folder(Dataset):
     def num_classes(self) -> int | None:
         return len(self.class_names) or None
 
+    def _top(self) -> Path:
+        """The folder with train/ and val/."""
+        return folder_at(self.root)
+
     def _part(self, name: str) -> Path:
         """ROOT/train or ROOT/val, in the case that the folder has."""
-        root = folder_at(self.root)
+        root = self._top()
         found = [folder for folder in subfolders(root) if folder.casefold() == name]
         if len(found) > 1:
             raise UserError(f"{root} has {found[0]}/ and {found[1]}/: leave one of the two there")

@@ -50,6 +50,11 @@ class Passed:
         count, first = self.kinds.get(kind, (0, name))
         self.kinds[kind] = count + 1, min(first, name)
 
+    def merge(self, other: "Passed") -> None:
+        for kind, (more, name) in other.kinds.items():
+            count, first = self.kinds.get(kind, (0, name))
+            self.kinds[kind] = count + more, min(first, name)
+
     def tell(self, root: Path) -> None:
         """Log what was left out, if anything, in one line."""
         if not self.kinds:

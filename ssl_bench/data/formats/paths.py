@@ -1,9 +1,11 @@
 """Paths of many image files in little memory, and the decoder that reads them."""
 
+import io
 import os
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -11,7 +13,32 @@ from ssl_bench.data import pictures
 from ssl_bench.data.pictures import Noticed, Values
 
 
-class Paths:
+class Files(Protocol):
+    """Image files by their index, wherever their bytes are; picklable, for worker processes."""
+
+    def __len__(self) -> int: ...
+
+    def __call__(self, index: int) -> str:
+        """The path, or the name to show a person."""
+        ...
+
+    def read(self, index: int) -> bytes:
+        """What the file holds."""
+        ...
+
+
+class OnDisk:
+    """Files that are known by their paths."""
+
+    def __call__(self, index: int) -> str:
+        raise NotImplementedError
+
+    def read(self, index: int) -> bytes:
+        with open(self(index), "rb") as file:
+            return file.read()
+
+
+class Paths(OnDisk):
     """Many paths under one root in little memory, shared by worker processes (see `pool`)."""
 
     def __init__(self, root: Path, text: bytes, ends: array):
@@ -29,7 +56,7 @@ class Paths:
 
 
 @dataclass(frozen=True)
-class Numbered:
+class Numbered(OnDisk):
     """ROOT/0.png, ROOT/1.png, ..."""
 
     root: Path
@@ -43,7 +70,7 @@ class Numbered:
 
 
 @dataclass(frozen=True)
-class Joined:
+class Joined(OnDisk):
     """All files of `first`, then the chosen ones of `second`."""
 
     first: Numbered
@@ -65,21 +92,17 @@ class Decoder:
     image_size: None gives the pictures whole.
     """
 
-    paths: Paths | Numbered | Joined
+    files: Files
     image_size: int | None
     values: Values
     noticed: Noticed = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.files)
 
     def __call__(self, index: int) -> np.ndarray:
         kinds: list[str] = []
-        image = pictures.decode(self.paths(index), self.image_size, self.values, kinds)
+        file = io.BytesIO(self.files.read(index))
+        image = pictures.decode(file, self.image_size, self.values, kinds)
         pictures.note(self.noticed, kinds, index)
         return image
-
-    def encoded(self, index: int) -> bytes:
-        """What the file holds."""
-        with open(self.paths(index), "rb") as file:
-            return file.read()
