@@ -127,7 +127,8 @@ def test_splits_by_name_and_by_files(hub: Path, some: list[Sample]) -> None:
     (hub / "train").rename(hub / "plain_text")
     assert data_of(hub, train="plain_text/train-*.parquet").split("train").length == 12
     assert data_of(hub, pretrain="plain_text", train="none").split("pretrain").length == 16
-    assert data_of(hub, pretrain="plain_text", train="none").num_classes is None
+    unlabelled = data_of(hub, pretrain="plain_text", train="none")
+    assert (unlabelled.num_classes, unlabelled.class_names) == (None, [])
 
 
 def test_what_is_not_there_is_named(hub: Path, saved: Path, tmp_path: Path) -> None:

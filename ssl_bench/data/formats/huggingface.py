@@ -72,19 +72,24 @@ class HuggingFace(ImageFiles):
 
     @property
     def class_names(self) -> Sequence[str]:  # type: ignore[override]
-        return self._table("train").class_names(self.label)
+        table = self._labelled()
+        return table.class_names(self.label) if table else []
 
     @property
     def num_classes(self) -> int | None:
+        if (table := self._labelled()) is None:
+            return None
+        return len(self.class_names) or int(table.labels(self.label).max()) + 1
+
+    def _labelled(self) -> "Table | None":
+        """The split train; None: it has no labels, or there are only rows for "pretrain"."""
         try:
             table = self._table("train")
         except UserError:
             if self.named["pretrain"] is None:
                 raise
-            return None  # there are only unlabelled images
-        if self.label not in table.schema.names:
             return None
-        return len(self.class_names) or int(table.labels(self.label).max()) + 1
+        return table if self.label in table.schema.names else None
 
     def reads_singly(self, name: str) -> bool:
         return not self._table(self._source(name)).is_parquet

@@ -13,6 +13,7 @@ import tarfile
 import zipfile
 from array import array
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -173,8 +174,9 @@ class WebDataset(ImageFiles):
         workers = min(self.workers or default_workers(), len(shards))
         chunks = [(shard,) for shard in range(len(shards))]
         rows, text, ends, passed = [], bytearray(), array("q", [0]), Passed()
-        with Progress(len(shards), f"listing {name}", unit="shards") as progress:
-            for found in run_in_order(task, chunks, workers, lambda seconds, chunk: None):
+        results = run_in_order(task, chunks, workers, lambda seconds, chunk: None)
+        with closing(results), Progress(len(shards), f"listing {name}", unit="shards") as progress:
+            for found in results:
                 rows.append(found.rows)
                 ends.extend(len(text) + end for end in found.ends)
                 text += found.text
