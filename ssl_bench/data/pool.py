@@ -68,7 +68,7 @@ def run_chunks(
 
 def run_in_order(
     task: Callable, chunks: Iterable[tuple], workers: int, waiting: Callable[[float, tuple], None]
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Yield task(*chunk) for each of these chunks, in their order.
 
     The workers take turns, and none is more than AHEAD chunks ahead of what is asked for: where one
