@@ -169,7 +169,9 @@ def _open_encoded(
             "data.image_size=null takes them as they are: type data.image_size=96, or leave "
             "source= out"
         )
-    packed = cfg.source == "host" or (cfg.source == "auto" and not once)
+    kept = cfg.source == "host" or (cfg.source == "auto" and not once)
+    in_shards = data.in_shards and cfg.source == "auto" and data.max_side is None
+    packed = kept and not in_shards
     if packed and cfg.source == "auto" and distributed.any_rank(not data.has_room(split)):
         log.warning(
             "no room on the disk to pack %s: its files are read where they are; data.cache= sets "
@@ -185,7 +187,7 @@ def _open_encoded(
             "leave it out, or type source=host and data.cache= for another disk"
         )
     with run.ends_at_once():
-        if packed and data.begins_small(split, look.image_size):
+        if kept and data.begins_small(split, look.image_size):
             side = data.open_encoded(split, packed=False).side
             if side is not None and side <= look.image_size:
                 log.info("%s: all images are %d x %d, and are packed decoded", split, side, side)

@@ -41,6 +41,7 @@ class Dataset(ABC):
     extra: Sequence[str] = ()  # an index file and its label file
     values = Values()  # how its image files' values are to be read
     max_side: int | None = None  # pixels; image files are made smaller that are larger
+    in_shards = False  # do its images lie in few large files, as if packed?
     draft = False  # large JPEGs are decoded at a part of their size
 
     def __init__(

@@ -56,6 +56,8 @@ class WebDataset(ImageFiles):
     .cls, or else KEYS.
     """
 
+    in_shards = True
+
     def __init__(
         self,
         root: Place,
