@@ -97,7 +97,8 @@ def load(run: str | os.PathLike, overrides: Sequence[str] = ()) -> tuple["nn.Mod
         packed, view = pretrained.view(None, None)
         known = pretrained.config.get("data") or {}
         values = values_of(known.get("bit_depth"), known.get("value_range"))
-    return pretrained.backbone, Transform(packed, view, values)
+    max_side = pretrained.max_side if packed is None else None
+    return pretrained.backbone, Transform(packed, view, values, max_side)
 
 
 def _check_list(name: str, overrides: Any) -> None:
@@ -112,14 +113,22 @@ class Transform:
     """Pictures as the run showed its test images to the backbone.
 
     packed: the pixels of the square that a picture becomes first; None: it stays whole. view: what
-    makes normalised float32 (N, 3, S, S) of these; values: how more than 8 bits are read.
+    makes normalised float32 (N, 3, S, S) of these; values: how more than 8 bits are read. max_side:
+    of a whole picture; a larger one is made smaller, as data.max_side= does.
     """
 
-    def __init__(self, packed: int | None, view: "EvalView", values: "Values") -> None:
-        self.packed, self.view, self.values = packed, view, values
+    def __init__(
+        self,
+        packed: int | None,
+        view: "EvalView",
+        values: "Values",
+        max_side: int | None = None,
+    ) -> None:
+        self.packed, self.view, self.values, self.max_side = packed, view, values, max_side
 
     def __repr__(self) -> str:
-        return f"Transform(packed={self.packed}, view={self.view}, values={self.values})"
+        side = f", max_side={self.max_side}" if self.max_side else ""
+        return f"Transform(packed={self.packed}, view={self.view}, values={self.values}{side})"
 
     def __call__(self, images: Any) -> "Tensor":
         """Float32 (3, S, S) of one image, (N, 3, S, S) of a sequence or a tensor (N, 3, H, W).
@@ -146,13 +155,17 @@ class Transform:
 
     def _cut(self, pixels: "np.ndarray") -> "Tensor":
         """The test view of a whole picture, before it is normalised: uint8 (3, S, S)."""
+        import simplejpeg
         import torch
 
         from ssl_bench.data.cutting import cut
+        from ssl_bench.data.encoded import smaller
 
+        if self.max_side is not None and max(pixels.shape) > self.max_side:
+            pixels = simplejpeg.decode_jpeg(smaller(pixels, self.max_side))
         size = pixels.shape[:2]
         (windows,) = self.view.windows(torch.tensor([size]), 0, 0, torch.zeros(1).long())
-        return cut(pixels, size, windows.each()[0], windows.size, windows.interpolation)
+        return cut(pixels, windows.each()[0], windows.size, windows.interpolation)
 
     def _pixels(self, image: Any) -> "np.ndarray":
         """uint8 (packed, packed, 3), or (H, W, 3)."""

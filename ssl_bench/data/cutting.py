@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ssl_bench.augment.windows import Look, Window
 from ssl_bench.data import pictures
-from ssl_bench.data.encoded import Encoded, upright
+from ssl_bench.data.encoded import MIRRORED, UPSIDE_DOWN, Encoded, upright
 from ssl_bench.data.pictures import Values
 from ssl_bench.data.pool import default_workers
 from ssl_bench.data.source import AHEAD, PATIENCE, Batch, Source, sent
@@ -127,11 +127,11 @@ class CutSource(Source):
             entry = self.store.entries[row]
             eighths = eighths_for(windows) if self.draft and entry["jpeg"] else 8
             pixels = self._decoded(row, entry, eighths)
-            whole = int(entry["height"]), int(entry["width"])
+            scale = Scale.of(pixels, entry, eighths)
             for window, output, kind in zip(
                 windows, part.outputs, part.interpolations, strict=True
             ):
-                output[number] = cut(pixels, whole, window, output.shape[-1], kind)
+                output[number] = cut(pixels, window, output.shape[-1], kind, scale)
 
     def _decoded(self, row: int, entry: np.void, eighths: int) -> np.ndarray:
         data = self.store.read(row)
@@ -182,18 +182,42 @@ def eighths_for(windows: Sequence[Window]) -> int:
     return next((eighths for eighths in EIGHTHS if eighths >= needs), 8)
 
 
+class Scale(NamedTuple):
+    """Where a whole picture lies in one that was decoded at a part of its sides.
+
+    Row y of the whole one is at y * part + top. The decoder rounds sides up, and where a picture is
+    turned, what it has added comes first.
+    """
+
+    part: float = 1.0
+    top: float = 0.0
+    left: float = 0.0
+
+    @classmethod
+    def of(cls, pixels: np.ndarray, entry: np.void, eighths: int) -> "Scale":
+        """pixels: what `decode` gives for the entry."""
+        part, turn = eighths / 8, int(entry["turn"])
+        below = pixels.shape[0] - int(entry["height"]) * part
+        beside = pixels.shape[1] - int(entry["width"]) * part
+        top = below if turn in UPSIDE_DOWN else 0.0
+        return cls(part, top, beside if turn in MIRRORED else 0.0)
+
+
+WHOLE = Scale()
+
+
 def cut(
-    pixels: np.ndarray, whole: tuple[int, int], window: Window, size: int, interpolation: str
+    pixels: np.ndarray, window: Window, size: int, interpolation: str, scale: Scale = WHOLE
 ) -> Tensor:
     """One view uint8 (3, size, size) of a picture uint8 (H, W, 3).
 
-    whole: the picture's height and width in the index, of which it may be an eighth. A random crop
+    scale: that of the picture to the one that the window is of. A random crop
     is resampled by torch, in half of PIL's time; whatever isn't made of whole pixels by PIL: a test
     view, whose pixels are so those of torchvision's transforms on files, and crops of a picture
     that was decoded at a part of its size.
     """
     top, left = window.top, window.left
-    if pixels.shape[:2] == whole and window.resized == (size, size):
+    if scale == WHOLE and window.resized == (size, size):
         box = torch.from_numpy(pixels)[top : top + window.height, left : left + window.width]
         # a batch of one before its axes are turned: so torch sees channels last, and keeps it
         view = box[None].permute(0, 3, 1, 2)
@@ -205,24 +229,24 @@ def cut(
         tall, wide = window.height / window.resized[0], window.width / window.resized[1]
         rows = (top + y * tall, top + (y + size) * tall)
         columns = (left + x * wide, left + (x + size) * wide)
-        view = _resampled(pixels, whole, rows, columns, size, interpolation)
+        view = _resampled(pixels, rows, columns, size, interpolation, scale)
     return view.flip(2) if window.mirrored else view
 
 
 def _resampled(
     pixels: np.ndarray,
-    whole: tuple[int, int],
     rows: tuple[float, float],
     columns: tuple[float, float],
     size: int,
     interpolation: str,
+    scale: Scale,
 ) -> Tensor:
     """What lies between these rows and columns of the whole picture, as uint8 (3, size, size)."""
     from PIL import Image
 
     height, width = pixels.shape[:2]
-    top, bottom = (row * height / whole[0] for row in rows)
-    left, right = (column * width / whole[1] for column in columns)
+    top, bottom = (row * scale.part + scale.top for row in rows)
+    left, right = (column * scale.part + scale.left for column in columns)
     # sums may have been rounded up
     box = (left, top, min(right, width), min(bottom, height))
     kind = Image.Resampling[interpolation.upper()]

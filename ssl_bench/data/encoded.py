@@ -18,7 +18,6 @@ import logging
 import os
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -38,6 +37,8 @@ from ssl_bench.data.store import (
     Split,
     cannot_decode,
     check_room,
+    digest_of,
+    digest_of_file,
     free_bytes,
     lock_of,
     names_of,
@@ -60,7 +61,12 @@ ENTRY = np.dtype(
         ("jpeg", "?"),  # decoded by libjpeg-turbo; else by PIL
     ]
 )
+BYTES, ENTRIES, INDICES, META = "images.bin", "entries.npy", "indices.npy", "meta.json"
+SO_FAR, JOURNAL = "so_far.npy", "chunks.jsonl"  # of a packing that isn't finished
 COLOURS = ("YCbCr", "Gray", "RGB")  # of JPEGs that libjpeg-turbo gives as RGB; the rest is PIL's
+# EXIF orientations that exchange top and bottom, left and right; those from 5 on first exchange
+# rows and columns
+UPSIDE_DOWN, MIRRORED = (3, 4, 7, 8), (2, 3, 6, 7)
 QUALITY = 90  # of JPEGs that data.max_side= writes, as FFCV's recipe for ImageNet
 STALE = 14 * 86_400  # seconds after which what a killed process had packed is removed
 
@@ -73,25 +79,27 @@ class Encoded:
 
     def __init__(self, split: Split, directory: Path) -> None:
         self.split, self.directory = split, directory
-        self.entries = np.load(directory / "entries.npy")
-        self.indices = np.load(directory / "indices.npy")
-        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        meta = json.loads((directory / META).read_text(encoding="utf-8"))
+        if meta.pop("digest") != digest_of(meta):
+            raise ValueError(f"{META} differs from its digest")
+        for name, digest in meta["digests"].items():
+            if digest_of_file(directory / name) != digest:
+                raise ValueError(f"{name} differs from its digest")
+        self.entries, self.indices = np.load(directory / ENTRIES), np.load(directory / INDICES)
         self.skipped = {int(index): why for index, why in meta["skipped"].items()}
         self.noticed = {kind: (count, first) for kind, (count, first) in meta["noticed"].items()}
+        self.is_packed = meta["packed"]
+        if self.is_packed and (directory / BYTES).stat().st_size != self.nbytes:
+            raise ValueError(f"{BYTES} has another length")
         self.labels = split.labels_of(self.indices)
 
     def __len__(self) -> int:
         return len(self.entries)
 
     @cached_property
-    def _packed(self) -> np.ndarray | None:
-        """The bytes of images.bin; None if the images lie in their own files."""
-        path = self.directory / "images.bin"
-        return np.memmap(path, np.uint8, "r") if path.exists() else None
-
-    @property
-    def is_packed(self) -> bool:
-        return self._packed is not None
+    def _packed(self) -> np.ndarray:
+        """The bytes of images.bin."""
+        return np.memmap(self.directory / BYTES, np.uint8, "r")
 
     @property
     def nbytes(self) -> int:
@@ -112,14 +120,13 @@ class Encoded:
     def read(self, row: int) -> bytes | memoryview:
         """The bytes of an image. UserError if they aren't those that were indexed."""
         entry = self.entries[row]
-        packed = self._packed
-        if packed is None:
-            data = self._in_file(row)
+        if self.is_packed:
+            data = self._packed[entry["offset"] : entry["offset"] + entry["length"]].data
         else:
-            data = packed[entry["offset"] : entry["offset"] + entry["length"]].data
+            data = self._in_file(row)
         if xxhash.xxh3_64_intdigest(data) != entry["digest"]:
             name = self.split.where(int(self.indices[row]))
-            if packed is None:
+            if not self.is_packed:
                 raise UserError(
                     f"{name} has changed since it was indexed: delete {self.directory} to have all "
                     "images indexed again"
@@ -169,27 +176,46 @@ def open_encoded(
             f"cannot index '{split.name}' in {directory.parent} ({error}); "
             "data.cache= sets the folder"
         ) from error
-    if store is None or len(store) + len(store.skipped) != split.length:
-        raise UserError(f"the index in {directory} is damaged; delete that folder to make it anew")
-    tell(split, store.skipped, store.noticed, on_error)
+    tell(split, store.skipped, store.noticed, on_error, directory)
     return store
 
 
-def _load(split: Split, directory: Path) -> Encoded | None:
-    """None: its files can't be read."""
+def _load(split: Split, directory: Path) -> Encoded:
+    """UserError for files that aren't whole, or don't belong together."""
     try:
-        return Encoded(split, directory)
-    except (ValueError, KeyError, EOFError):
-        return None
+        store = Encoded(split, directory)
+        if len(store) + len(store.skipped) != split.length:
+            raise ValueError("it is of another number of images")
+        return store
+    except (FileNotFoundError, ValueError, KeyError, EOFError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"the index in {directory} is damaged ({error}); delete that folder to make it anew"
+        ) from None
 
 
 def place(split: Split, packed: bool, cache: str | Path | None = None) -> Path:
     return root_of(cache) / f"{split.store_name}-{'packed' if packed else 'index'}"
 
 
-def has_room(split: Split, cache: str | Path | None = None) -> bool:
-    """Are the split's files packed, or is there room to copy them?"""
-    return place(split, True, cache).is_dir() or split.nbytes < free_bytes(root_of(cache))
+def has_room(split: Split, cache: str | Path | None = None, max_side: int | None = None) -> bool:
+    """Are the split's files packed, or is there room to copy them?
+
+    How much less those take that are made smaller isn't known beforehand: for them there is.
+    """
+    directory = place(split, True, cache)
+    if directory.is_dir() or max_side is not None:
+        return True
+    return _need(split, directory) < free_bytes(root_of(cache))
+
+
+def _need(split: Split, directory: Path) -> int:
+    """The bytes that are still to be copied."""
+    there = _unfinished(directory) / BYTES
+    return split.nbytes - (there.stat().st_size if there.exists() else 0)
+
+
+def _unfinished(directory: Path) -> Path:
+    return directory.with_name(f"{directory.name}.unfinished")
 
 
 def _remove_stale(root: Path) -> None:
@@ -213,9 +239,8 @@ def _index(
     on_error: OnError,
 ) -> None:
     if task.packed and task.max_side is None:
-        check_room(split, split.nbytes, directory.parent)
-    unfinished = directory.with_name(f"{directory.name}.unfinished")
-    with _Unfinished(unfinished, split.length, task.packed) as so_far:
+        check_room(split, _need(split, directory), directory.parent)
+    with _Unfinished(_unfinished(directory), split.length, task.packed) as so_far:
         doing = "packing" if task.packed else "indexing"
         log.info("%s '%s': %d images into %s", doing, split.name, split.length, directory)
         if task.max_side:
@@ -294,7 +319,7 @@ class _Examine:
             pixels = pictures.decode(io.BytesIO(data), None, self.values, kinds)
         height, width = upright(pixels, turn).shape[:2]
         if self.max_side is not None and max(height, width) > self.max_side:
-            data = _smaller(upright(pixels, turn), self.max_side)
+            data = smaller(upright(pixels, turn), self.max_side)
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
             turn, is_jpeg = 1, True
         return data, kinds, (height, width, turn, is_jpeg)
@@ -311,8 +336,8 @@ def _by_turbo(data: bytes, kinds: list[str]) -> tuple[np.ndarray | None, int]:
         if colour not in COLOURS or height * width > 2 * (Image.MAX_IMAGE_PIXELS or 0):
             return None, 1
         pixels = simplejpeg.decode_jpeg(data, strict=True)
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
-            warnings.simplefilter("ignore")
+        pictures.quieten()
+        with Image.open(io.BytesIO(data)) as image:
             turn = pictures.orientation(image, kinds)
     except (ValueError, OSError):
         kinds.clear()
@@ -321,7 +346,7 @@ def _by_turbo(data: bytes, kinds: list[str]) -> tuple[np.ndarray | None, int]:
     return pixels, turn
 
 
-def _smaller(pixels: np.ndarray, side: int) -> bytes:
+def smaller(pixels: np.ndarray, side: int) -> bytes:
     """A JPEG of a picture uint8 (H, W, 3), its longer side `side` pixels."""
     from PIL import Image
 
@@ -336,15 +361,19 @@ def upright(pixels: np.ndarray, turn: int) -> np.ndarray:
     """A picture (H, W, 3), turned as its EXIF orientation says: a view of its memory."""
     if turn >= 5:
         pixels = pixels.transpose(1, 0, 2)
-    if turn in (3, 4, 7, 8):
+    if turn in UPSIDE_DOWN:
         pixels = pixels[::-1]
-    if turn in (2, 3, 6, 7):
+    if turn in MIRRORED:
         pixels = pixels[:, ::-1]
     return pixels
 
 
 class _Unfinished:
-    """What is packed so far: entries.npy of all images, images.bin, and a line for each chunk."""
+    """What is packed so far: images.bin, SO_FAR with the entries of all, a line for each chunk.
+
+    They stay as they are until the folder has its final name, so that a kill at any time costs no
+    more than a chunk.
+    """
 
     def __init__(self, directory: Path, length: int, packed: bool) -> None:
         self.directory, self.length, self.packed = directory, length, packed
@@ -355,7 +384,7 @@ class _Unfinished:
 
     def __enter__(self) -> "_Unfinished":
         self.directory.mkdir(exist_ok=True)
-        entries, journal = self.directory / "entries.npy", self.directory / "chunks.jsonl"
+        entries, journal = self.directory / SO_FAR, self.directory / JOURNAL
         lines = []
         if entries.exists() and journal.exists():
             self.entries = np.load(entries, mmap_mode="r+")
@@ -367,7 +396,7 @@ class _Unfinished:
             self._write(line)
         self.images: BinaryIO | None = None
         if self.packed:
-            path = self.directory / "images.bin"
+            path = self.directory / BYTES
             self.images = open(path, "r+b" if path.exists() else "w+b")
             self.images.truncate(self.end)
             self.images.seek(self.end)
@@ -380,7 +409,7 @@ class _Unfinished:
 
     def _known(self, journal: Path) -> Iterator[dict]:
         """The chunks that a process before has left whole."""
-        path = self.directory / "images.bin"
+        path = self.directory / BYTES
         data = np.memmap(path, np.uint8, "r") if path.exists() and path.stat().st_size else b""
         for text in journal.read_text(encoding="utf-8").splitlines():
             try:
@@ -439,20 +468,33 @@ class _Unfinished:
     def finish(self, name: str, directory: Path) -> None:
         """Give the folder its final form and name."""
         keep = np.setdiff1d(np.arange(self.length), list(self.skipped))
-        kept = self.entries[keep]
-        del self.entries  # the memory map of the file that is written anew
-        np.save(self.directory / "entries.npy", kept)
-        np.save(self.directory / "indices.npy", keep)
-        reasons = {str(index): self.skipped[index] for index in sorted(self.skipped)}
-        meta = {"split": name, "skipped": reasons, "noticed": self.noticed}
-        (self.directory / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        np.save(self.directory / ENTRIES, self.entries[keep])
+        np.save(self.directory / INDICES, keep)
+        meta = {
+            "split": name,
+            "packed": self.packed,
+            "skipped": {str(index): self.skipped[index] for index in sorted(self.skipped)},
+            "noticed": self.noticed,
+            "digests": {one: digest_of_file(self.directory / one) for one in (ENTRIES, INDICES)},
+        }
+        meta["digest"] = digest_of(json.loads(json.dumps(meta)))
+        (self.directory / META).write_text(json.dumps(meta), encoding="utf-8")
         self.__exit__()
-        (self.directory / "chunks.jsonl").unlink()
         # a crash of the machine must not leave a complete folder with incomplete files
         for path in self.directory.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            _sync(path)
         self.directory.rename(directory)
+        _sync(directory.parent)
+        for leftover in (SO_FAR, JOURNAL):
+            (directory / leftover).unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _digest(entries: np.ndarray) -> str:

@@ -128,8 +128,8 @@ def decode(
     where the pixels contradict `values`.
     """
     kinds = [] if kinds is None else kinds
-    with warnings.catch_warnings(), _opened(file) as image:
-        warnings.simplefilter("ignore")  # PIL's, about a hundred megapixels or odd tags
+    quieten()
+    with _opened(file) as image:
         if image_size is not None:
             # a large JPEG is decoded at a fraction of its size
             image.draft(None, (2 * image_size, 2 * image_size))
@@ -151,6 +151,15 @@ def _opened(file: str | BinaryIO):
         return Image.open(file)
     except UnidentifiedImageError:  # its text has an address of memory, or the path once more
         raise ValueError("no image of a known format") from None
+
+
+@functools.cache
+def quieten() -> None:
+    """Pass over PIL's warnings, about a hundred megapixels or odd tags.
+
+    For good: `warnings.catch_warnings` isn't for threads, of which one may end another's silence.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def note_range(pixels: np.ndarray, kinds: list[str]) -> None:

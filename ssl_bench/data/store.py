@@ -139,21 +139,31 @@ def open_store(
             f"the packed images in {directory} are damaged; delete that folder to pack them again"
         )
     store, skipped, noticed = loaded
-    tell(split, skipped, noticed, on_error)
+    tell(split, skipped, noticed, on_error, directory)
     return store
 
 
-def tell(split: Split, skipped: dict[int, str], noticed: Noticed, on_error: OnError) -> None:
-    """Log what was left out and noticed; UserError if nothing was to be left out."""
+def tell(
+    split: Split,
+    skipped: dict[int, str],
+    noticed: Noticed,
+    on_error: OnError,
+    directory: Path,
+) -> None:
+    """Log what was left out and noticed; UserError if nothing was to be left out.
+
+    directory: where that is written, with the reasons as they were then.
+    """
     if skipped and on_error == "raise":
         raise UserError(cannot_decode(split, skipped))
     if skipped:
         log.warning(
-            "'%s': %d of %d images are left out: %s",
+            "'%s': %d of %d images are left out: %s; delete %s to try them again",
             split.name,
             len(skipped),
             split.length,
             names_of(split, skipped, 10),
+            directory,
         )
     pictures.tell(noticed, split.name, split.where, set())
 
@@ -217,10 +227,10 @@ def damage(directory: Path) -> str:
     """How a store differs from its digests, in words; "" if it doesn't. Reads all of it."""
     try:
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-        if meta.pop("digest") != _digest_of(meta):
+        if meta.pop("digest") != digest_of(meta):
             return "meta.json differs from its digest"
         for name in SMALL_FILES:
-            if _digest_of_file(directory / name) != meta["digests"][name]:
+            if digest_of_file(directory / name) != meta["digests"][name]:
                 return f"{name} differs from its digest"
         images = np.load(directory / "images.npy", mmap_mode="r")
         digests = np.load(directory / "digests.npy")
@@ -265,11 +275,11 @@ def _digest_rows(images: np.ndarray, block: int) -> int:
     return xxhash.xxh3_64_intdigest(images[block * BLOCK : (block + 1) * BLOCK].data)
 
 
-def _digest_of_file(path: Path) -> str:
+def digest_of_file(path: Path) -> str:
     return xxhash.xxh3_64_hexdigest(path.read_bytes())
 
 
-def _digest_of(meta: dict) -> str:
+def digest_of(meta: dict) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(meta, sort_keys=True).encode())
 
 
@@ -313,10 +323,15 @@ def check_room(split: Split, need: int, root: Path) -> None:
     """UserError unless `need` bytes are free where the split is to be packed."""
     if (free := free_bytes(root)) < need:
         raise UserError(
-            f"packing '{split.name}' ({split.length} images) needs {need / 1e9:.1f} GB and "
-            f"{root} has {free / 1e9:.1f} GB free; set data.cache= to a folder on a "
+            f"packing '{split.name}' ({split.length} images) needs {size(need)} and "
+            f"{root} has {size(free)} free; set data.cache= to a folder on a "
             "larger disk, or source=streamed"
         )
+
+
+def size(nbytes: int) -> str:
+    """As a person reads it."""
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def place(split: Split, cache: str | Path | None = None) -> Path:
@@ -383,8 +398,8 @@ def _pack(
         np.save(partial / "digests.npy", digests)
         reasons = {str(index): skipped[index] for index in sorted(skipped)}
         meta = {"split": split.name, "skipped": reasons, "noticed": noticed}
-        meta["digests"] = {name: _digest_of_file(partial / name) for name in SMALL_FILES}
-        meta["digest"] = _digest_of(json.loads(json.dumps(meta)))
+        meta["digests"] = {name: digest_of_file(partial / name) for name in SMALL_FILES}
+        meta["digest"] = digest_of(json.loads(json.dumps(meta)))
         (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         # a crash of the machine must not leave a complete folder with incomplete files
         for path in partial.iterdir():

@@ -100,6 +100,12 @@ class Pretrained(NamedTuple):
     classifier: nn.Linear | None
     classes: list[str]  # the names of its classes; empty if they have none
 
+    @property
+    def max_side(self) -> int | None:
+        """In pixels: to so much its run made larger pictures smaller; None: it left them."""
+        side = (self.config.get("data") or {}).get("max_side")
+        return side if isinstance(side, int) and side > 0 else None
+
     def view(self, image_size: int | None, resize: float | None) -> tuple[int | None, EvalView]:
         """How its run showed test images: (the size of the squares they were first, the test view).
 

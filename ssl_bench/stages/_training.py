@@ -171,6 +171,8 @@ def _open_encoded(
         )
     kept = cfg.source == "host" or (cfg.source == "auto" and not once)
     in_shards = data.in_shards and cfg.source == "auto" and data.max_side is None
+    if once and data.max_side is not None:  # the copies that are made smaller are in the store
+        kept = True
     packed = kept and not in_shards
     if packed and cfg.source == "auto" and distributed.any_rank(not data.has_room(split)):
         log.warning(
@@ -187,7 +189,7 @@ def _open_encoded(
             "leave it out, or type source=host and data.cache= for another disk"
         )
     with run.ends_at_once():
-        if kept and data.begins_small(split, look.image_size):
+        if data.begins_small(split, look.image_size):
             side = data.open_encoded(split, packed=False).side
             if side is not None and side <= look.image_size:
                 log.info("%s: all images are %d x %d, and are packed decoded", split, side, side)

@@ -143,6 +143,8 @@ def open_images(cfg: DictConfig, pretrained: Pretrained, image_size: int | None)
     given = {key: cfg.stage[key] for key in keys if cfg.stage[key] is not None}
     values = given or {key: known[key] for key in keys if known.get(key) is not None}
     kept = {"on_error": cfg.data.on_error, "cache": cfg.data.cache, "workers": cfg.data.workers}
+    if image_size is None:
+        kept |= {"max_side": pretrained.max_side, "draft": known.get("draft") is True}
     return Images(str(root), image_size, **values, **kept)
 
 

@@ -184,7 +184,8 @@ def compute(
     Its name has a hash of all that they depend on.
     """
     look = (view.image_size, view.resize, normalization(cfg))
-    whose = fold(digest(backbone), cfg.precision, repr(look), split.store_name, source.num_images)
+    images = (split.store_name, split.fingerprint, source.num_images)
+    whose = fold(digest(backbone), cfg.precision, repr(look), *images)
     path = folder / f"{split.name}-{whose:016x}.npy"
     return stored_features(cfg.precision, run, backbone, source, view, path)
 

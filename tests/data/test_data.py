@@ -266,7 +266,7 @@ def test_a_damaged_store_and_a_full_disk_are_told(dl21, cache, monkeypatch):
     os.truncate(directory / "images.npy", 500)
     assert data.open("val").images.shape == (9, 16, 16, 3)  # packed again
     monkeypatch.setattr(store.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    fails(r"needs 0\.0 GB and .* has 0\.0 GB free; set data.cache=", data.open, "train")
+    fails(r"needs 0\.\d MB and .* has 0\.\d MB free; set data.cache=", data.open, "train")
     (cache.parent / "file").write_text("")
     fails(
         "data.cache= sets the folder",

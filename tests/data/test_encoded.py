@@ -158,8 +158,25 @@ def test_damage_is_told_when_it_is_read(tmp_path: Path) -> None:
     store.read(row + 1)
     with pytest.raises(UserError, match=r"damaged \(.*chelsea.* differs from its digest\): delete"):
         store.read(row)
-    (store.directory / "entries.npy").write_bytes(b"\x93NUMPY")
-    with pytest.raises(UserError, match="is damaged; delete that folder"):
+
+
+@pytest.mark.parametrize("name", ["entries.npy", "indices.npy", "meta.json", "images.bin"])
+@pytest.mark.parametrize("how", ["changed", "empty", "gone"])
+def test_a_damaged_index_is_never_used(tmp_path: Path, name: str, how: str) -> None:
+    """Else a picture would have another's label, or another's window."""
+    write(tmp_path / "images")
+    path = packed(tmp_path).directory / name
+    data = bytearray(path.read_bytes())
+    if how == "gone":
+        path.unlink()
+    elif how == "empty":
+        path.write_bytes(b"")
+    else:
+        data[-9] ^= 1
+        path.write_bytes(data)
+    if (name, how) == ("images.bin", "changed"):  # told when that image is read
+        return
+    with pytest.raises(UserError, match=r"is damaged \(.*\); delete that folder"):
         packed(tmp_path)
 
 
@@ -219,6 +236,36 @@ def test_what_a_crash_has_spoilt_is_packed_again(tmp_path: Path) -> None:
         assert bytes(store.read(row)) == store.split.file(row)
 
 
+AT_THE_END = """
+import os, signal, sys
+from ssl_bench.data.formats.folder import Folder
+from ssl_bench.data import encoded
+encoded._sync = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+data = Folder(sys.argv[1] + "/images", cache=sys.argv[1] + "/cache", workers=1, on_error="skip")
+data.open_encoded("pretrain", packed=True)
+"""
+
+
+def test_killed_at_the_very_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """While all is written to the disk, which takes minutes of a large set: nothing is lost."""
+    write(tmp_path / "images")
+    (tmp_path / "images/bad.jpg").write_bytes(b"no picture")
+    words = [sys.executable, "-c", AT_THE_END, str(tmp_path)]
+    assert subprocess.run(words, capture_output=True).returncode == -signal.SIGKILL
+    with caplog.at_level("INFO"):
+        store = packed(tmp_path, on_error="skip")
+    assert "8 of them are there already" in caplog.text
+    assert len(store) == 7
+    assert sorted(path.name for path in store.directory.iterdir()) == [
+        "entries.npy",
+        "images.bin",
+        "indices.npy",
+        "meta.json",
+    ]
+    for row, index in enumerate(store.indices):
+        assert bytes(store.read(row)) == store.split.file(int(index))
+
+
 def test_old_leftovers_are_removed(tmp_path: Path) -> None:
     write(tmp_path / "images")
     cache = tmp_path / "cache"
@@ -234,5 +281,12 @@ def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (encoded, store):
         monkeypatch.setattr(module, "free_bytes", lambda root: 1000)
     assert not data_of(tmp_path).has_room("pretrain")
-    with pytest.raises(UserError, match=r"needs 0\.0 GB and .*data\.cache=.*source=streamed"):
+    # of those that are made smaller nobody knows the sizes
+    assert data_of(tmp_path, max_side=100).has_room("pretrain")
+    with pytest.raises(UserError, match=r"needs 0\.\d MB and .*data\.cache=.*source=streamed"):
         packed(tmp_path)
+    split = data_of(tmp_path).split("pretrain")
+    unfinished = encoded._unfinished(encoded.place(split, True, tmp_path / "cache"))
+    unfinished.mkdir(parents=True)
+    (unfinished / "images.bin").write_bytes(b"x" * (split.nbytes - 500))  # what a kill has left
+    assert data_of(tmp_path).has_room("pretrain")

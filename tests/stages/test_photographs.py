@@ -91,6 +91,22 @@ def test_predictions_see_what_the_evaluation_saw(ssl_bench: Command, here: Path)
     assert np.allclose(seen, features, atol=1e-4)
 
 
+def test_what_was_made_smaller_is_made_smaller_again(ssl_bench: Command, here: Path) -> None:
+    """Predictions and Python see the pictures that the run saw."""
+    ssl_bench(*PRETRAIN, "data.max_side=60", "dir=run", "epochs=1", check=True)
+    words = ["stage=predict", "pretrained=run", "stage.images=images/val", "dir=predict"]
+    ssl_bench(*words, check=True)
+    features = np.load(here / "predict/features.npy")
+    backbone, transform = package.load("run")
+    assert "max_side=60" in repr(transform)
+    rows = (here / "predict/images.csv").read_text().splitlines()[1:]
+    shown = transform([f"images/val/{path}" for path in rows])
+    with torch.no_grad():
+        assert np.allclose(backbone(shown), features, atol=1e-4)
+    transform.max_side = None
+    assert (transform([f"images/val/{path}" for path in rows]) - shown).abs().max() > 0.1
+
+
 def test_small_squares_are_packed_decoded(ssl_bench: Command, here: Path) -> None:
     """All of one size, not larger than the views; one that differs, and they aren't."""
     squares = here / "squares"
@@ -103,7 +119,9 @@ def test_small_squares_are_packed_decoded(ssl_bench: Command, here: Path) -> Non
     assert "pretrain: all images are 32 x 32, and are packed decoded" in said
     assert "pretrain: 16 images, 0.00 GB, on" in said
     ssl_bench(*words, "data.image_size=32", "dir=typed", check=True)
-    assert_identical(final(here / "one")[0]["model"], final(here / "typed")[0]["model"])
+    ssl_bench(*words, "source=streamed", "dir=streamed", check=True)
+    for other in ("typed", "streamed"):
+        assert_identical(final(here / "one")[0]["model"], final(here / other)[0]["model"])
     image.resize((33, 32)).save(squares / "15.png")
     said = ssl_bench(*words, "dir=other", check=True).stderr
     assert "pretrain: 16 pictures as they are" in said

@@ -96,22 +96,23 @@ class Dataset(ABC):
         packed: their bytes are copied into the cache, else read from where they are.
         """
         split, options = self.split(name), (self.cache, self.workers, self.on_error)
-        return open_encoded(split, self.values, packed, *options, self.max_side)
+        max_side = self.max_side if packed else None  # what lies in its file stays as it is
+        return open_encoded(split, self.values, packed, *options, max_side)
 
     def reads_singly(self, name: SplitName) -> bool:
         """Can an image of the split be read without others that lie beside it?"""
         return True
 
     def begins_small(self, name: SplitName, side: int) -> bool:
-        """Is the first image of a split a square of at most `side` pixels?"""
+        """Is the first image of a split a square of at most `side` pixels? It may be damaged."""
         from PIL import Image
 
         split = self.split(name)
         try:
             with Image.open(io.BytesIO(split.file(0))) as image:
                 return image.size[0] == image.size[1] <= side
-        except Exception:  # PIL raises many kinds; whoever opens the split tells of it
-            return False
+        except Exception:  # PIL raises many kinds; the index tells of it, and of the others' sizes
+            return True
 
     def squares(self, image_size: int) -> "Dataset":
         """This data set with images of `image_size`."""
@@ -123,7 +124,7 @@ class Dataset(ABC):
         """Is there room on the disk to pack the split?"""
         split = self.split(name)
         if self.image_size is None:
-            return encoded.has_room(split, self.cache)
+            return encoded.has_room(split, self.cache, self.max_side)
         return has_room(split, self.image_size, self.cache)
 
     def requested(self, files: Sequence[str] = ()) -> np.ndarray:
@@ -152,14 +153,15 @@ class Dataset(ABC):
         kind = f"{self.kind or type(self).__name__.lower()}-{images}"
         # Images that no decoder reads keep the first version: their runs go on when the decoding
         # changes.
-        pixels: tuple = (1, self.image_size)
+        stored: tuple = (1, self.image_size)
         encoded_images: dict[str, Any] = {}
         if isinstance(read, Decoder):
-            pixels = (VERSION, self.image_size, self.values)
-            if self.max_side is not None or self.draft:
-                pixels += (self.max_side, self.draft)
+            stored = (VERSION, self.image_size, self.values)
+            if self.max_side is not None:
+                stored += (self.max_side,)
             encoded_images = {"encoded": read.files.read, "nbytes": digests.nbytes}
-        store_name = f"{kind}-{hashed(LAYOUT, *pixels, digests.files)[:16]}"
+        store_name = f"{kind}-{hashed(LAYOUT, *stored, digests.files)[:16]}"
+        pixels = (*stored, "draft") if self.draft else stored  # as they are read, not stored
         facts = digests.content, b"" if labels is None else labels.tobytes()
         fingerprint, origin = hashed(kind, *pixels, *facts), hashed(kind, *facts)
         length = len(read)

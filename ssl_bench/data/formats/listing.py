@@ -57,12 +57,15 @@ class Passed:
 
     def tell(self, root: Path) -> None:
         """Log what was left out, if anything, in one line."""
-        if not self.kinds:
-            return
+        if self.kinds:
+            log.info("passed over in %s: %s", root, self.told())
+
+    def told(self) -> str:
+        """Each kind with its number and an example, the most first."""
         kinds = sorted(self.kinds.items(), key=lambda item: (-item[1][0], item[0]))
         shown = [f"{kind} ({count:,}, {first} for one)" for kind, (count, first) in kinds[:12]]
         more = f", and {len(kinds) - 12} kinds more" if len(kinds) > 12 else ""
-        log.info("passed over in %s: %s%s", root, ", ".join(shown), more)
+        return ", ".join(shown) + more
 
 
 class _Guard:
@@ -147,8 +150,9 @@ def list_tree(
     passed.tell(root)
     if not text:
         known = " ".join(sorted(pictures.extensions()))
+        there = f", but {passed.told()}" if passed.kinds else ""
         raise UserError(
-            f"no images under {root}; {key}= sets the folder; known extensions are {known}"
+            f"no images under {root}{there}; {key}= sets the folder; known extensions are {known}"
         )
     digests = Digests(files.hexdigest(), content.hexdigest(), nbytes)
     return Paths(root, bytes(text), ends), digests, counts
