@@ -58,6 +58,7 @@ SMALL = {
         "method.queue_size=512",
     ],
     "dcl": ["method.dim=16"],
+    "ressl": ["method.queue_size=512", "method.dim=16", "method.hidden_dim=32"],
     "wmse": ["method.dim=8", "method.hidden_dim=32", "method.whitening_size=16"],
 }
 RUN = [

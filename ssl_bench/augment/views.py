@@ -141,8 +141,8 @@ class Views(nn.Module):
 
     For the operations see `View`. jitter: None, torchvision's, or "byol" (`ops.ByolJitter`).
     grayscale_first: grayscale comes before the jitter. A probability or strength of zero takes its
-    operation out. blur_p, solarize_p: one for all views, or one for each view of full size and one
-    for all small views. mean, std: None is ImageNet's, too.
+    operation out. jitter_p, grayscale_p, blur_p, solarize_p: one for all views, or one for each
+    view of full size and one for all small views. mean, std: None is ImageNet's, too.
     """
 
     def __init__(
@@ -157,9 +157,9 @@ class Views(nn.Module):
         contrast: NonNegativeFloat = 0.4,
         saturation: NonNegativeFloat = 0.4,
         hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1,
-        jitter_p: Fraction = 0.8,
+        jitter_p: Fraction | tuple[Fraction, ...] = 0.8,
         jitter: Literal["byol"] | None = None,
-        grayscale_p: Fraction = 0.2,
+        grayscale_p: Fraction | tuple[Fraction, ...] = 0.2,
         grayscale_first: bool = False,
         blur_p: Fraction | tuple[Fraction, ...] = 0.5,
         blur_sigma: Interval = (0.1, 2.0),
@@ -179,27 +179,39 @@ class Views(nn.Module):
         self.num_views, self.num_small_views = num_views, num_small_views
         self.normalize = Normalize(mean or IMAGENET_MEAN, std or IMAGENET_STD)
         kinds = num_views + (num_small_views > 0)
-        blurs = _each("blur_p", blur_p, kinds)
-        solarizations = _each("solarize_p", solarize_p, kinds)
+        chances = {
+            "jitter_p": jitter_p,
+            "grayscale_p": grayscale_p,
+            "blur_p": blur_p,
+            "solarize_p": solarize_p,
+        }
+        each = [_each(name, given, kinds) for name, given in chances.items()]
+        probabilities = list(zip(*each, strict=True))  # of each kind
 
-        def view(size: int, scale: tuple[float, float], blur: float, solarize: float) -> View:
+        def view(
+            size: int,
+            scale: tuple[float, float],
+            jitter_p: float,
+            grayscale_p: float,
+            blur_p: float,
+            solarize_p: float,
+        ) -> View:
             colour: list[nn.Module] = []
             if jitter_p > 0 and max(brightness, contrast, saturation, hue) > 0:
                 kind = ByolJitter if jitter == "byol" else ColorJitter
                 colour.append(kind(brightness, contrast, saturation, hue, jitter_p))
             if grayscale_p > 0:
                 colour.insert(0 if grayscale_first else len(colour), RandomGrayscale(grayscale_p))
-            if blur > 0:
-                colour.append(GaussianBlur(size, blur, blur_sigma))
-            if solarize > 0:
-                colour.append(Solarize(solarize))
+            if blur_p > 0:
+                colour.append(GaussianBlur(size, blur_p, blur_sigma))
+            if solarize_p > 0:
+                colour.append(Solarize(solarize_p))
             crop = RandomResizedCrop(size, scale, crop_ratio, flip_p, interpolation)
             return View(crop, colour, self.normalize)
 
         made = cache(view)  # equal views are one module, which is compiled once
-        probabilities = zip(blurs[:num_views], solarizations, strict=False)
-        full = [made(image_size, tuple(crop_scale), *each) for each in probabilities]
-        small = made(small_size, tuple(small_crop_scale), blurs[-1], solarizations[-1])
+        full = [made(image_size, tuple(crop_scale), *own) for own in probabilities[:num_views]]
+        small = made(small_size, tuple(small_crop_scale), *probabilities[-1])
         self.views = nn.ModuleList(full + [small] * num_small_views)
 
     @torch.no_grad()

@@ -104,6 +104,15 @@ class MoCo(Method):
 
         `accuracy`: how often the positive scores highest.
         """
+        query, key = self.encode(views)
+        logits = info_nce_logits(query, key, self.queue.keys, self.temperature)
+        target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        accuracy = (logits[:, 0] > logits[:, 1:].amax(dim=1)).float().mean()
+        loss = F.cross_entropy(logits, target)
+        return {"loss": loss, "accuracy": accuracy.detach(), "embeddings": health_of(query, key)}
+
+    def encode(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Query and key images -> query and key, normalised (N, D)."""
         self.check_splits(len(views[0]))
         query = self.normalized(self.head(self.backbone(views[0])))  # (N, D)
         with torch.no_grad():
@@ -111,13 +120,9 @@ class MoCo(Method):
                 ema_([self.key_backbone, self.key_head], [self.backbone, self.head], self.momentum)
             keys = self.encode_keys(views[1])  # (world * N, D)
             key = keys.view(distributed.world_size(), *query.shape)[distributed.rank()]
-        logits = info_nce_logits(query, key, self.queue.keys, self.temperature)
         # enqueued by `update`: the backward pass has yet to read the queue as it is
         self.newest = keys
-        target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        accuracy = (logits[:, 0] > logits[:, 1:].amax(dim=1)).float().mean()
-        loss = F.cross_entropy(logits, target)
-        return {"loss": loss, "accuracy": accuracy.detach(), "embeddings": health_of(query, key)}
+        return query, key
 
     def update(self, progress: float) -> None:
         self.queue.enqueue(self.newest)

@@ -169,6 +169,7 @@ def test_dino_decays_no_biases() -> None:
         ("dino", 512, 0.06),
         ("lejepa", 1024, 5e-4),  # rbalestr-lab/lejepa, README, "Training Configuration"
         ("nnclr", 4096, 4.8),  # arXiv:2104.14548, section 4.1
+        ("ressl", 256, 0.05),  # KyleZheng1997/ReSSL, ressl.py (--lr), README
         ("wmse", 512, 3e-3),  # htdt/self-supervised, README, train.py 44
         ("mae", 4096, 2.4e-3),  # facebookresearch/mae, PRETRAIN.md (--blr 1.5e-4)
         ("simmim", 2048, 4e-4),  # microsoft/SimMIM, configs/vit_base__800ep, main_simmim.py 218

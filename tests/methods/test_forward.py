@@ -19,6 +19,7 @@ from ssl_bench.methods.lejepa import LeJEPA
 from ssl_bench.methods.moco import MoCo
 from ssl_bench.methods.moco_v3 import MoCoV3
 from ssl_bench.methods.nnclr import NNCLR
+from ssl_bench.methods.ressl import ReSSL
 from ssl_bench.methods.simclr import SimCLR
 from ssl_bench.methods.simsiam import SimSiam
 from ssl_bench.methods.swav import SwAV, swapped_prediction_loss
@@ -40,6 +41,7 @@ MAKE: dict[str, Callable[[nn.Module], Method]] = {
     "lejepa": lambda network: LeJEPA(network, 8, 12, lambd=0.1, num_directions=5),
     "nnclr": lambda network: NNCLR(network, 8, 12, 10, queue_size=9, temperature=0.3),
     "dcl": lambda network: DCL(network, 8, temperature=0.3, sigma=0.5),
+    "ressl": lambda network: ReSSL(network, 8, 12, queue_size=9, momentum=1.0, bn_splits=1),
     "wmse": lambda network: WMSE(network, 3, 12, whitening_size=6, eps=0.1),
 }
 # (slow copy, what it follows)
@@ -207,6 +209,16 @@ def dcl(m: DCL, x: Tensor, y: Tensor) -> Tensor:
     return total / (2 * num)
 
 
+def ressl(m: ReSSL, x: Tensor, y: Tensor) -> Tensor:
+    """The key's distribution over the queue, sharper, is the query's target."""
+
+    def similarities(z: Tensor) -> Tensor:
+        return z / z.norm(dim=1, keepdim=True) @ m.queue.keys
+
+    target = (similarities(m.key_head(m.key_backbone(y))).detach() / 0.04).softmax(1)
+    return -(target * (similarities(m.head(m.backbone(x))) / 0.1).log_softmax(1)).sum(1).mean()
+
+
 def wmse(m: WMSE, x: Tensor, y: Tensor) -> Tensor:
     """The head sees both views in one pass. The Cholesky factor whitens by its inverse."""
     white = []
@@ -217,7 +229,7 @@ def wmse(m: WMSE, x: Tensor, y: Tensor) -> Tensor:
 
 
 DEFINITIONS = [byol, simsiam, moco_v3, simclr, barlow_twins, vicreg, dino, swav]
-DEFINITIONS += [lejepa, nnclr, dcl, wmse]
+DEFINITIONS += [lejepa, nnclr, dcl, ressl, wmse]
 
 
 def gradients(method: Method, loss: Tensor) -> dict[str, Tensor]:

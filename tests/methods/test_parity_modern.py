@@ -28,6 +28,7 @@ from ssl_bench.methods.ijepa import prediction_loss
 from ssl_bench.methods.layers import Queue
 from ssl_bench.methods.lejepa import epps_pulley, lejepa_loss, sigreg
 from ssl_bench.methods.nnclr import nearest, nnclr_loss
+from ssl_bench.methods.ressl import relation_loss
 from ssl_bench.methods.wmse import w_mse_loss, whiten
 
 REFERENCE = np.load(Path(__file__).with_name("parity_modern.npz"))
@@ -114,6 +115,22 @@ def test_nnclr() -> None:
         queue.enqueue(z1)
     close(queue.keys.T, "nnclr/queue")
     close(queue.pointer, "nnclr/queue_ptr")
+
+
+def test_ressl() -> None:
+    queue = Queue(16, 48).double()
+    queue.keys.copy_(F.normalize(U("ressl/queue", 16, 48), dim=0))
+    for step in range(3):
+        query = leaf(f"ressl/q/{step}", 24, 16)
+        key = F.normalize(U(f"ressl/k/{step}", 24, 16), dim=1)
+        loss = relation_loss(query, key, queue.keys.clone(), 0.1, 0.04)
+        loss.backward()
+        close(loss, f"ressl/loss{step}")
+        if step == 2:
+            close(query.grad, "ressl/grad_q")
+        queue.enqueue(key)
+    close(queue.keys, "ressl/queue")
+    close(queue.pointer, "ressl/queue_ptr")
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
