@@ -34,6 +34,7 @@ class Centring(nn.Module):
         super().__init__()
         self.warm_up = (warmup_temperature, temperature, warmup_epochs, start_epoch)
         self.center_momentum = center_momentum
+        self.newest: Tensor | None = None  # the centre of the last batch
         self.register_buffer("center", torch.zeros(shape))
         # a tensor: torch.compile would compile a number anew for each value
         self.register_buffer("temperature", torch.tensor(warmup_temperature), persistent=False)
@@ -49,8 +50,13 @@ class Centring(nn.Module):
         return F.softmax((teacher - self.center) / self.temperature, dim=-1)
 
     def follow(self, batch_center: Tensor) -> None:
-        """Move the centre towards that of a batch, after it was used."""
+        """Note the centre of a batch, towards which `move` moves."""
         if self.training:
+            self.newest = batch_center
+
+    def move(self) -> None:
+        """After the backward pass, which, compiled, may compute targets once more."""
+        if (batch_center := self.newest) is not None:
             self.center.lerp_(batch_center, 1 - self.center_momentum)
 
 
@@ -186,5 +192,6 @@ class DINO(Method):
         return {"loss": loss, "embeddings": health_of(*full_size)}
 
     def update(self, progress: float) -> None:
+        self.criterion.move()
         momentum = rising(self.momentum, progress)
         ema_([self.backbone, self.head], [self.student_backbone, self.student_head], momentum)

@@ -184,6 +184,9 @@ class DINOv2(Method):
         return center(logits)
 
     def update(self, progress: float) -> None:
+        if self.centering == "centering":
+            self.class_center.move()
+            self.patch_center.move()
         momentum = rising(self.momentum, progress)
         ema_([self.backbone, self.heads], [self.student_backbone, self.student_heads], momentum)
 

@@ -191,6 +191,8 @@ class IBOT(Method):
         }
 
     def update(self, progress: float) -> None:
+        self.criterion.move()
+        self.patch_criterion.move()
         momentum = rising(self.momentum, progress)
         ema_([self.backbone, self.head], [self.student_backbone, self.student_head], momentum)
 

@@ -337,7 +337,9 @@ def test_dinov2_classes() -> None:
     centring = Rising((1, 16), 0.05, 0.05, 1, 0.9).double()
     centring.begin(1.0)  # the temperature in float64
     centring(teacher)
+    centring.move()
     found = centring(U("dinov2/teacher_second", 24, 16))
+    centring.move()
     close(exchanged(found), "dinov2/dino/centering_call1")
     close(centring.center, "dinov2/dino/center")
     found = centring(teacher)
@@ -359,6 +361,7 @@ def test_dinov2_patches(case: str, hidden_alone: bool) -> None:
         centring = Rising((1, 16), 0.05, 0.05, 1, 0.9).double()
         centring.begin(1.0)  # the temperature in float64
         centring(U("dinov2/patch_teacher_first", 64, 16)[flat])
+        centring.move()
         close(centring.center, "dinov2/ibot/center")
         targets = centring(teacher[flat])
     everywhere = torch.zeros(64, 16, dtype=torch.float64)
@@ -407,6 +410,8 @@ def test_ibot() -> None:
         hidden = ibot_masks()
         found = patches(of_patch.flatten(0, 1), teacher, hidden)
         (class_loss + found).backward()
+        classes.move()
+        patches.move()
         close(class_loss, f"ibot/{case}/cls")
         close(found, f"ibot/{case}/patch")
         close(class_loss + found, f"ibot/{case}/loss")
