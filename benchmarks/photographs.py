@@ -86,7 +86,7 @@ def dali(folder: Path, count: int) -> Callable[[], object] | None:
 
 
 def core(work: Path, repeats: int, count: int = 64) -> dict:
-    """Images a second on one core: the median of `repeats` turns of each."""
+    """Images per CPU second: the median of `repeats` turns of each, whatever else the machine does."""
     torch.set_num_threads(1)
     keep_freed()  # as the program does
     paths = write(work / "core" / "images", count)
@@ -140,10 +140,10 @@ def core(work: Path, repeats: int, count: int = 64) -> dict:
     rates: dict[str, list[float]] = {name: [] for name in work_of}
     for turn in range(repeats + 1):
         for name, function in work_of.items():
-            began = time.perf_counter()
+            began = time.process_time()
             function()
             if turn:  # the first is to warm up
-                rates[name].append(count / (time.perf_counter() - began))
+                rates[name].append(count / (time.process_time() - began))
     medians = {name: statistics.median(values) for name, values in rates.items()}
     for name, value in medians.items():
         print(f"{value:8.0f} images/s  {name}", flush=True)
