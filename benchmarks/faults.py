@@ -99,7 +99,7 @@ class Done(NamedTuple):
         ours = re.findall(r"^ssl-bench: (.*)$", self.text, re.M)
         words = (
             "damaged|truncated|another run|stopp|skipped|offline|is left out|passed over|in use|"
-            "finished|packed again"
+            "finished already|packed again"
         )
         warned = re.findall(rf"^\d\d:\d\d:\d\d (.*(?:{words}).*)$", self.text, re.M)
         return next(iter([*ours, *warned[-1:]]), "")
