@@ -86,7 +86,7 @@ def dali(folder: Path, count: int) -> Callable[[], object] | None:
 
 
 def core(work: Path, repeats: int, count: int = 64) -> dict:
-    """Images per CPU second: the median of `repeats` turns of each, whatever else the machine does."""
+    """Images a CPU second: the median of `repeats` turns of each, whatever else runs here."""
     torch.set_num_threads(1)
     keep_freed()  # as the program does
     paths = write(work / "core" / "images", count)
