@@ -36,9 +36,11 @@ from torchvision.transforms import v2
 
 from ssl_bench.augment.draws import keys
 from ssl_bench.augment.views import Views
+from ssl_bench.data import encoded
 from ssl_bench.data.cutting import CutSource
 from ssl_bench.data.encoded import place
 from ssl_bench.data.formats.folder import Folder
+from ssl_bench.data.store import digest_of, digest_of_file
 from ssl_bench.runtime.memory import keep_freed
 
 HERE = Path(__file__).parent
@@ -208,10 +210,14 @@ def repeat_index(work: Path, split, number: int, few: int, directory: Path) -> N
     known = Folder(str(work / "few"), cache=str(work / "cache")).open_encoded("pretrain", False)
     order = [int(Path(split.where(index)).stem) % few for index in range(number)]
     directory.mkdir(parents=True)
-    np.save(directory / "entries.npy", known.entries[order])
-    np.save(directory / "indices.npy", np.arange(number))
-    meta = {"split": "pretrain", "skipped": {}, "noticed": {}}
-    (directory / "meta.json").write_text(json.dumps(meta))
+    arrays = {encoded.ENTRIES: known.entries[order], encoded.INDICES: np.arange(number)}
+    for name, array in arrays.items():
+        np.save(directory / name, array)
+    digests = {name: digest_of_file(directory / name) for name in arrays}
+    facts = {"split": "pretrain", "packed": False, "skipped": {}, "noticed": {}}
+    meta = facts | {"digests": digests}
+    text = json.dumps(meta | {"digest": digest_of(meta)})
+    (directory / encoded.META).write_text(text)
 
 
 def first_steps(command: list[str], run: Path, steps: int = 20) -> dict:
