@@ -211,10 +211,10 @@ def cut(
 ) -> Tensor:
     """One view uint8 (3, size, size) of a picture uint8 (H, W, 3).
 
-    scale: that of the picture to the one that the window is of. A random crop
-    is resampled by torch, in half of PIL's time; whatever isn't made of whole pixels by PIL: a test
-    view, whose pixels are so those of torchvision's transforms on files, and crops of a picture
-    that was decoded at a part of its size.
+    scale: that of the picture to the one that the window is of. A random crop is resampled by
+    torch, in half of PIL's time; whatever isn't made of whole pixels by PIL: a test view, whose
+    pixels are so those of torchvision's transforms on files, and crops of a picture that was
+    decoded at a part of its size.
     """
     top, left = window.top, window.left
     if scale == WHOLE and window.resized == (size, size):

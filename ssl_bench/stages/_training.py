@@ -169,11 +169,9 @@ def _open_encoded(
             "data.image_size=null takes them as they are: type data.image_size=96, or leave "
             "source= out"
         )
-    kept = cfg.source == "host" or (cfg.source == "auto" and not once)
-    in_shards = data.in_shards and cfg.source == "auto" and data.max_side is None
-    if once and data.max_side is not None:  # the copies that are made smaller are in the store
-        kept = True
-    packed = kept and not in_shards
+    rewritten = data.max_side is not None  # what is made smaller is in the store alone
+    by_itself = rewritten or not (once or data.in_shards)
+    packed = cfg.source == "host" or (once and rewritten) or (cfg.source == "auto" and by_itself)
     if packed and cfg.source == "auto" and distributed.any_rank(not data.has_room(split)):
         log.warning(
             "no room on the disk to pack %s: its files are read where they are; data.cache= sets "

@@ -8,7 +8,7 @@ import re
 import stat
 from array import array
 from collections.abc import Iterator
-from itertools import accumulate, chain
+from itertools import accumulate, chain, islice
 from pathlib import Path
 
 from ssl_bench.data import pictures
@@ -132,8 +132,8 @@ def list_tree(
     nbytes = 0
     for folder, found in _walk(root, "", frozenset(), passed):
         names = [os.fsencode(folder + name) for name, _, _ in found]
-        ends.extend(accumulate(map(len, names), initial=len(text)))
-        ends.pop(-len(names) - 1)  # the initial value, which is there already
+        after = accumulate(map(len, names), initial=len(text))
+        ends.extend(islice(after, 1, None))  # the initial value is there already
         text += b"".join(names)
         nbytes += sum(size for _, size, _ in found)
         # one update a folder: a million small ones take seconds
