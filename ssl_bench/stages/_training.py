@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl_bench import files
-from ssl_bench.augment.views import Views
+from ssl_bench.augment.views import EvalView, Views
 from ssl_bench.augment.windows import Look
 from ssl_bench.config import build
 from ssl_bench.data.cutting import CutSource
@@ -245,6 +245,11 @@ def make_views(cfg: DictConfig, run: Run, method: type[Method] | Method) -> View
     if cfg.compile:
         views.compile_transforms()
     return views
+
+
+def make_test_view(cfg: DictConfig, run: Run, resize: float) -> EvalView:
+    """How test images are shown: as large, and normalised, as those of the training."""
+    return EvalView(cfg.augmentation.image_size, resize, *normalization(cfg)).to(run.device)
 
 
 def train(

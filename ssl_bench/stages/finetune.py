@@ -4,7 +4,6 @@ from omegaconf import DictConfig
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
-from ssl_bench.augment.views import EvalView
 from ssl_bench.config import build
 from ssl_bench.config.fields import Resize, Share
 from ssl_bench.evaluate.labels import few_labels
@@ -20,8 +19,8 @@ from ssl_bench.stages._training import (
     check_norm,
     check_optimizer,
     check_sizes,
+    make_test_view,
     make_views,
-    normalization,
     on_device,
     open_source,
     train,
@@ -66,7 +65,7 @@ def finetune(
     before = _labels.seen_by(cfg.pretrained)
     before._replace(seen=(*before.seen, _labels.data_set(cfg, split))).record(run)
     views = make_views(cfg, run, model)
-    test_view = EvalView(views.image_size, test_resize, *normalization(cfg)).to(run.device)
+    test_view = make_test_view(cfg, run, test_resize)
     source = open_source(cfg, run, data, "train", views, subset)
     test = open_source(cfg, run, data, "val", test_view)
 

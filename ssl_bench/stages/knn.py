@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from ssl_bench.augment.views import EvalView
 from ssl_bench.config import build
 from ssl_bench.config.fields import Resize, Share
 from ssl_bench.data.pool import Progress
@@ -25,7 +24,12 @@ from ssl_bench.stages import IMAGES, LOOK, PRETRAINED, RUN
 from ssl_bench.stages._labels import check_unseen
 from ssl_bench.stages._lincls_grid import check_holdout
 from ssl_bench.stages._pretrained import check_directory, load_pretrained, log_result
-from ssl_bench.stages._training import check_sizes, normalization, on_device, open_source
+from ssl_bench.stages._training import (
+    check_sizes,
+    make_test_view,
+    on_device,
+    open_source,
+)
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +82,7 @@ def knn(
         log.info("k %s left out: more than the %s images of the bank", left_out, f"{room:,}")
     backbone = on_device(load_pretrained(cfg), run).eval()
     check_sizes(cfg, backbone)
-    view = EvalView(cfg.augmentation.image_size, test_resize, *normalization(cfg)).to(run.device)
+    view = make_test_view(cfg, run, test_resize)
     source = open_source(cfg, run, data, "train", view, subset)
     test = open_source(cfg, run, data, "val", view)
 

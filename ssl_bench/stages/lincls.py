@@ -7,7 +7,6 @@ from omegaconf import DictConfig
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
-from ssl_bench.augment.views import EvalView
 from ssl_bench.config import build
 from ssl_bench.config.fields import Resize, Share, WholeEpochs
 from ssl_bench.evaluate.labels import few_labels, hold_out
@@ -29,8 +28,8 @@ from ssl_bench.stages._training import (
     check_batch,
     check_norm,
     check_sizes,
+    make_test_view,
     make_views,
-    normalization,
     on_device,
     open_source,
     train,
@@ -90,7 +89,7 @@ def lincls(
     if normalize and features == "official":
         check_norm(cfg, nn.BatchNorm1d(backbone.dim, affine=False), synced=True)
     views = make_views(cfg, run, LinearProbe)
-    test_view = EvalView(views.image_size, test_resize, *normalization(cfg)).to(run.device)
+    test_view = make_test_view(cfg, run, test_resize)
     source = open_source(cfg, run, data, "train", views, subset)
     test = open_source(cfg, run, data, "val", test_view)
 

@@ -11,7 +11,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import NonNegativeInt
 
-from ssl_bench.augment.views import EvalView
 from ssl_bench.config import build, typed
 from ssl_bench.errors import UserError
 from ssl_bench.evaluate.features import extract_all
@@ -22,7 +21,7 @@ from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
 from ssl_bench.stages import EVERY, PRETRAINING, RECIPE, _labels, single_process
-from ssl_bench.stages._training import normalization, on_device, open_source
+from ssl_bench.stages._training import make_test_view, on_device, open_source
 from ssl_bench.stages.pretrain import picture
 
 log = logging.getLogger(__name__)
@@ -158,7 +157,7 @@ def draw(
     """
     data = build.construct(cfg.data)
     views = build.construct(cfg.augmentation).to(run.device)
-    view = EvalView(views.image_size, 1.0, *normalization(cfg)).to(run.device)
+    view = make_test_view(cfg, run, 1.0)
     train_images = open_source(cfg, run, data, "pretrain", views)
     test = open_source(cfg, run, data, "val", view)
     backbone = build.construct(weights.unfilled(cfg.backbone))

@@ -31,8 +31,8 @@ from ssl_bench.stages._training import (
     check_batch,
     check_norm,
     check_sizes,
+    make_test_view,
     make_views,
-    normalization,
     on_device,
     open_source,
     seed_init,
@@ -140,7 +140,7 @@ def online(
             cfg.pretrained,
         )
         return None
-    test_view = EvalView(views.image_size, 1.0, *normalization(cfg)).to(run.device)
+    test_view = make_test_view(cfg, run, 1.0)
     source = None if known is None else judges(cfg, run, data, test_view, known, num_images)
     if source is None:
         log.info("no labelled images to judge the features by while they are learnt")

@@ -31,7 +31,13 @@ from ssl_bench.runs.run import Run
 from ssl_bench.runtime.seeding import fold
 from ssl_bench.stages import IMAGES, LOOK, PRETRAINED, RUN
 from ssl_bench.stages._pretrained import check_directory, digest, load_pretrained, log_result
-from ssl_bench.stages._training import check_sizes, normalization, on_device, open_source
+from ssl_bench.stages._training import (
+    check_sizes,
+    make_test_view,
+    normalization,
+    on_device,
+    open_source,
+)
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +99,7 @@ def select(
         backbone = load_pretrained(cfg)
         check_sizes(cfg, backbone)
 
-    view = test_view(cfg, run, test_resize)
+    view = make_test_view(cfg, run, test_resize)
     source = open_source(cfg, run, data, "pretrain", view)
     indices = source.indices[source.rows]
     free = np.flatnonzero(~np.isin(indices, known))
@@ -163,11 +169,6 @@ def read_classifier(pretrained: str | None) -> dict[str, Tensor]:
             "and stage.strategy=margin compares two: choose another stage.strategy="
         )
     return state
-
-
-def test_view(cfg: DictConfig, run: Run, test_resize: float) -> EvalView:
-    size = cfg.augmentation.image_size
-    return EvalView(size, test_resize, *normalization(cfg)).to(run.device)
 
 
 def compute(
