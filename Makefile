@@ -7,12 +7,16 @@ RUN = $(VENV)/bin/
 # a worker for each core, and one for Slurm, which needs about 1 GB; in the order of tests/conftest.py
 PYTEST = $(RUN)python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: quickstart test quicktest lint lock mutants bench
+.PHONY: quickstart test alltests quicktest lint lock mutants bench
 
 quickstart: $(VENV)/.installed
 	$(RUN)ssl-bench experiment=quickstart
 
 test: $(VENV)/.installed-test
+	$(PYTEST) -m "not exhaustive"
+
+# each night, and before a release: every method compiled, benchmarks and the fault campaign in small, too
+alltests: $(VENV)/.installed-test
 	$(PYTEST)
 
 quicktest: $(VENV)/.installed-test

@@ -31,7 +31,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """A worker for each core, and one for Slurm's tests, which wait more than they compute."""
     from xdist.plugin import pytest_xdist_auto_num_workers as cores
 
-    all_tests = not (config.option.markexpr or config.option.keyword)
+    all_tests = config.option.markexpr in ("", "not exhaustive") and not config.option.keyword
     return cores(config) + (all_tests and shutil.which("slurmctld", path=SYSTEM_PATH) is not None)
 
 

@@ -1,7 +1,7 @@
 """Every method, small."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 from commands import CONF, compose
@@ -16,8 +16,12 @@ from ssl_bench.stages._training import compile_
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 LEARNING = [name for name in METHODS if name != "random"]
-# those whose recipe has a ViT
-VITS = [name for name in METHODS if compose(f"method={name}").backbone.name.startswith("vit_")]
+# those whose recipe has a ViT: read, not composed, since each worker asks before its first test
+VITS = [
+    name
+    for name in METHODS
+    if "override /backbone: vit_" in (CONF / "method" / f"{name}.yaml").read_text()
+]
 PATCHES = [name for name in VITS if name != "moco_v3_vit"]  # and that hide some of its patches
 MULTI_CROP = ("swav", "dino", "lejepa", "ibot", "dinov2")
 
@@ -95,16 +99,16 @@ def resnet() -> nn.Module:
     return resnet18(stem="small", width=8)
 
 
-def small_vit() -> nn.Module:
-    return ViT(16, 4, 24, 3, depth=2)
+def small_vit(depth: int = 2) -> nn.Module:
+    return ViT(16, 4, 24, 3, depth=depth)
 
 
-def make(name: str, backbone: Callable[[], nn.Module] = resnet) -> Method:
-    """With that backbone, or a ViT if it needs patches."""
+def make(name: str, backbone: Callable[[], nn.Module] = resnet, depth: int = 2) -> Method:
+    """With that backbone, or a ViT of that depth if it needs patches."""
     torch.manual_seed(0)
     cfg = compose(*overrides(name))
     if name in PATCHES:
-        backbone = small_vit
+        backbone = partial(small_vit, depth)
     given = {"num_classes": 10} if build.takes(cfg.method, "num_classes") else {}
     return build.construct(cfg.method, backbone=backbone(), **given)
 
@@ -141,7 +145,7 @@ class TwoLayers(nn.Sequential):
 
 def learnt(name: str, compiled: bool, device: str = "cpu", num_steps: int = 2) -> dict[str, Tensor]:
     """The loss and each gradient of a few steps over a change of epoch."""
-    method = make(name, TwoLayers).to(device).train()
+    method = make(name, TwoLayers, depth=1).to(device).train()
     if compiled:
         torch._dynamo.reset()
         compile_(method, torch.device(device))

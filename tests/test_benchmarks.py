@@ -23,6 +23,7 @@ def imported(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_quick(tmp_path: Path) -> None:
     command = [
         sys.executable,
@@ -65,6 +66,7 @@ def test_quick(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = imported("accuracy", monkeypatch)
     monkeypatch.setattr(module, "COUNTS", {"num_unlabeled": 100, "num_train": 200, "num_val": 40})

@@ -15,6 +15,7 @@ FEW = ["checkpoint-flipped", "nan-loss", "picture-link", "no-such-node", "disk-f
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_handful(tmp_path: Path) -> None:
     command = [sys.executable, str(FAULTS), "--out", str(tmp_path / "faults.json"), "--only", *FEW]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ)

@@ -108,7 +108,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
 
 
 @pytest.mark.xdist_group("stalled")  # for what they share
-@pytest.mark.parametrize(("devices", "rank"), [(1, 0), (2, 0), (2, 1)])
+@pytest.mark.parametrize(
+    ("devices", "rank"),
+    [
+        (2, 1),
+        *(pytest.param(*more, marks=pytest.mark.exhaustive) for more in ((1, 0), (2, 0))),
+    ],
+)
 def test_stopped_while_no_images_come(
     tmp_path: Path, whole: Callable[[int], Path], devices: int, rank: int
 ) -> None:

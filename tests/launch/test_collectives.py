@@ -351,7 +351,7 @@ def test_a_process_that_comes_late_is_waited_for_at_collectives(tmp_path: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("left", [0, 1])
+@pytest.mark.parametrize("left", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_a_process_that_dies_leaves_nobody_hanging(tmp_path: Path, port: int, left: int) -> None:
     """Killed, it can't say a word; the other one does, at once, and the same command continues."""
     both = [process(tmp_path, rank, port, "epochs=20", "log_every=1") for rank in (0, 1)]
