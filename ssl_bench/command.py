@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ssl_bench import __version__
+from ssl_bench import __version__, doctor
 from ssl_bench.config import build, messages, typed
 from ssl_bench.errors import Interrupted, UserError
 from ssl_bench.launch import resolvers
@@ -198,6 +198,9 @@ def main() -> None:
     set_up_logging(quiet=rank != "0")  # one process speaks for all
     if "--version" in sys.argv[1:]:
         print(f"ssl-bench {__version__}")
+        return
+    if sys.argv[1:] == ["doctor"]:  # not as a stage alone, which needs a torch that can be imported
+        doctor.show()
         return
     try:
         execute(sys.argv[1:])

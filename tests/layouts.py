@@ -365,7 +365,7 @@ BY_ANOTHER_TEST = "Hugging Face: ResNet, ViT, DINOv2"
 
 
 def table() -> str:
-    """The README's table of these."""
+    """The table of these in docs/how-to/load.md."""
     rows = ["| file of | in it | of several |", "|---|---|---|"]
     for name, layout in LAYOUTS.items():
         place = f"`{layout.prefix}.*`" if layout.prefix else ""

@@ -1,21 +1,51 @@
-"""What the README tells people to type is right."""
+"""What the README and the pages of docs/ tell people to type is right."""
 
+import ast
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-from commands import CHOICES, compose
+import yaml
+from commands import CHOICES, CONF, GROUPS, compose
 from omegaconf import OmegaConf
 
 from ssl_bench.config import build, typed
+from ssl_bench.report import tables
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-# `ssl-bench ...` in fenced blocks (not transcripts, which begin with $) and in running text
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in PAGES}
+README = TEXTS["README.md"]
+
+
+def fenced(text: str, kind: str) -> list[str]:
+    """The blocks of code of this kind, without the indentation of a list or a tab around them."""
+    blocks = re.findall(rf"^( *)```{kind}\n(.*?)^\1```", text, re.M | re.S)
+    return [re.sub(f"^{indent}", "", block, flags=re.M) for indent, block in blocks]
+
+
+# `ssl-bench ...`, less its comment, in fenced blocks and in running text; not transcripts, which
+# begin with $
 COMMANDS = sorted(
-    set(re.findall(r"^ *ssl-bench (.+)$", README, re.M))
-    | set(re.findall(r"`ssl-bench ([^`]+)`", README))
+    {
+        re.sub(r"\s+# .*", "", command)
+        for text in TEXTS.values()
+        for command in [
+            *re.findall(r"^ *(?:\w+=\w+ )?ssl-bench (.+)$", text, re.M),
+            *re.findall(r"`(?:\w+=\w+ )?ssl-bench ([^`]+)`", text),
+        ]
+    }
 )
+PYTHON = [
+    pytest.param(block, id=f"{name} {place}")
+    for name, text in TEXTS.items()
+    for place, block in enumerate(fenced(text, "python"))
+]
+# options of Hydra and shorthands, which compose nothing; choices of a folder that isn't there
+NOT_COMPOSED = ("--help", "--config-dir", "-sc ", "...")
 
 
 @pytest.fixture
@@ -30,21 +60,132 @@ def my_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("my_module")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_composes(command: str) -> None:
-    if "--help" in command or "--config-dir" in command:
+    if any(option in command for option in NOT_COMPOSED):
         return
     words = [
         word
-        for word in shlex.split(command, comments=True)
-        if word[0] not in "-$" and word != "job"
+        for word in shlex.split(re.sub("^doctor$", "stage=doctor", command))
+        if word[0] not in "-$" and word != "job" and not word.startswith("hydra/sweeper")
     ]
+    words = [re.sub(r"=interval\(([^,]+),.*", r"=\1", word) for word in words]
     words = [re.sub(r"=([^\[,]+),.*", r"=\1", word) for word in words]
+    words = [word for word in words if not word.startswith("hydra.sweeper")]
     cfg = compose(*words)
     build.check(cfg)
     assert not typed.in_vain(OmegaConf.to_container(cfg), words)
 
 
-def test_every_choice_is_named() -> None:
-    """In its group's own row: another group may have a choice of that name."""
+@pytest.mark.parametrize("block", PYTHON)
+def test_python_compiles_and_what_it_takes_from_us_is_there(block: str) -> None:
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.ImportFrom):
+            module = import_module(node.module or "")
+            assert not [alias.name for alias in node.names if not hasattr(module, alias.name)]
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert node.value.id != "ssl_bench" or hasattr(import_module("ssl_bench"), node.attr)
+
+
+def test_a_loop_of_ones_own_runs() -> None:
+    (_, block) = fenced(TEXTS["docs/how-to/python.md"], "python")
+    names: dict[str, object] = {}
+    exec(block, names)
+    assert names["output"]["loss"].isfinite()  # type: ignore[index]
+
+
+def test_every_choice_of_the_readmes_groups_is_named() -> None:
+    """In its group's own row: another group may have a choice of that name. The other groups are in
+    the reference, which is generated.
+    """
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", README, re.M))
+    assert rows.keys() == {"stage", "method", "backbone", "data"}
     for group, choice in CHOICES:
-        assert f"`{choice}`" in rows[group], f"{group}={choice}"
+        if group in rows:
+            assert f"`{choice}`" in rows[group], f"{group}={choice}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_to_files(name: str) -> None:
+    """Those of docs/ are checked where the site is built: `make docs`."""
+    links = re.findall(r"\]\(([^)\s]+)\)", (ROOT / name).read_text())
+    here = [link for link in links if not re.match(r"https?:", link)]
+    assert here
+    for link in here:
+        path, _, anchor = link.partition("#")
+        assert not path or (ROOT / path).exists(), link
+        if anchor:
+            text = (ROOT / (path or name)).read_text()
+            headings = re.findall(r"^#+ (.*)$", text.lower(), re.M)
+            assert anchor in [re.sub(r"[^\w-]", "", one.replace(" ", "-")) for one in headings]
+
+
+def test_the_tables_are_made_from_the_committed_results() -> None:
+    with_tables = [path for path in PAGES if tables.BLOCK.search(path.read_text())]
+    assert len(with_tables) >= 2
+    for path in with_tables:
+        text = path.read_text()
+        advice = f"ssl-bench stage=report stage.readme={path.relative_to(ROOT)}"
+        assert tables.fill(text, path.parent) == text, advice
+
+
+def test_the_readme_is_short() -> None:
+    assert README.count("\n") < 150
+
+
+# --- the generated reference ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "docs" / "hooks")
+        return import_module("reference")
+
+
+def test_every_key_of_every_choice_is_in_the_reference(reference: ModuleType) -> None:
+    pages = reference.pages()
+    for group, choice in CHOICES:
+        if group in ("experiment", "launcher"):
+            continue  # shown as they are
+        text = (CONF / group / f"{choice}.yaml").read_text()
+        node, own, _ = reference.node_of(group, text)
+        found = {key.path.partition(".")[0] for key in own}
+        assert found == node.keys(), f"{group}={choice}"
+        part = pages[f"reference/{group}.md"].partition(f"\n## {choice}\n")[2].partition("\n## ")[0]
+        for key in node.keys() - {"name", "_target_"}:
+            assert f"| `{group}.{key}" in part, f"{group}={choice}: {key}"
+    keys = yaml.safe_load((CONF / "config.yaml").read_text()).keys()
+    shared = keys - {"defaults", "hydra", "data"}
+    assert all(f"| `{key}` |" in pages["reference/shared.md"] for key in shared)
+
+
+def test_every_choice_is_in_the_reference(reference: ModuleType) -> None:
+    page = reference.pages()["reference/index.md"]
+    assert set(GROUPS) == reference.GROUPS.keys()
+    assert all(f"[`{choice}`]({group}.md#" in page for group, choice in CHOICES)
+
+
+def test_comments_belong_to_their_keys(reference: ModuleType) -> None:
+    text = """# of the file
+a: 1  # of a
+b:
+  # above c
+  c: [1, 2]   # beside c
+              # goes on
+  d: "x # y"  # of d
+e: 3
+"""
+    assert reference.keys(text) == [
+        ("a", "1", "of a"),
+        ("b.c", "[1, 2]", "above c beside c goes on"),
+        ("b.d", '"x # y"', "of d"),
+        ("e", "3", ""),
+    ]
+
+
+def test_types_in_words(reference: ModuleType) -> None:
+    fields = build.Root.model_fields
+    said = reference.spoken_field
+    assert said(fields["epochs"]) == "integer > 0"
+    assert said(fields["ema"]) == "number > 0, < 1 or `null`"
+    assert said(fields["precision"]) == "`fp32`, `tf32`, `bf16` or `fp16`"
+    assert said(fields["runs"]) == "path, list of paths or `null`"

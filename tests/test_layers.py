@@ -30,11 +30,13 @@ ROOMS = {
     "training": ("augment", "config", "data", "errors", "evaluate", "methods", "runs", "runtime"),
     "report": ("errors", "files", "runs"),
     "launch": ("augment", "config", "data", "errors", "report", "runs", "runtime", "shell"),
+    "doctor": ("data", "errors", "runs", "runtime"),
     "stages": (
         *(
             "augment",
             "config",
             "data",
+            "doctor",
             "errors",
             "evaluate",
             "files",
@@ -46,7 +48,7 @@ ROOMS = {
         *("runtime", "shell", "training"),
     ),
     "hydra_plugins": ("launch",),
-    "command": ("config", "errors", "hydra_plugins", "launch"),
+    "command": ("config", "doctor", "errors", "hydra_plugins", "launch"),
     "__main__": ("command",),
     "api": ("command", "config", "data", "errors", "launch", "shell", "stages"),
 }

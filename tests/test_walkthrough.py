@@ -1,6 +1,4 @@
-"""CONTRIBUTING's walk through a new method, in a user's own folder: its code and YAML are taken
-from the page.
-"""
+"""The tutorial on a method of one's own, in a user's folder, with its code and its YAML."""
 
 import json
 import re
@@ -12,21 +10,16 @@ from conftest import TINY, Command
 pytestmark = pytest.mark.slow
 
 
-def blocks(kind: str) -> list[str]:
-    page = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
-    text = page.partition("## Add a method")[2].partition("\n## ")[0]
-    return [
-        re.sub(r"(?m)^   ", "", block)
-        for block in re.findall(rf"(?s)```{kind}\n(.*?)\n   ```", text)
-    ]
+def block(kind: str) -> str:
+    page = (Path(__file__).parents[1] / "docs" / "tutorials" / "method.md").read_text()
+    (text,) = re.findall(rf"(?s)```{kind}\n(.*?)\n```", page)
+    return text
 
 
 def test_a_method_of_ones_own(ssl_bench: Command, tmp_path: Path) -> None:
-    (code,), (recipe,) = blocks("python"), blocks("yaml")
-    (tmp_path / "my_module.py").write_text(code)
+    (tmp_path / "my_module.py").write_text(block("python"))
     (tmp_path / "my_conf" / "method").mkdir(parents=True)
-    recipe = recipe.replace("ssl_bench.methods.mine.Mine", "my_module.Mine")
-    (tmp_path / "my_conf" / "method" / "mine.yaml").write_text(recipe)
+    (tmp_path / "my_conf" / "method" / "mine.yaml").write_text(block("yaml"))
     command = [
         "--config-dir=my_conf",
         *TINY,

@@ -1,15 +1,19 @@
 """What conf/*.yaml refers to: resolvers, like ${run_dir:...}, and the keys of hydra.launcher."""
 
+import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
 from omegaconf import DictConfig, OmegaConf
 
 from ssl_bench.launch import place
 from ssl_bench.runs import identity
 from ssl_bench.shell import quote
+
+HELP = 12  # columns before the choices of a group in --help
 
 
 def run_dir(default: str, *, _root_: DictConfig) -> str:
@@ -25,6 +29,15 @@ def judge(eval_every: int, online_images: int) -> str | None:
 def either(value: Any, default: Any) -> Any:
     """Resolver: the value, unless it is null."""
     return default if value is None else value
+
+
+def choices(group: str) -> str:
+    """Resolver of --help: the choices of a group, wrapped for a terminal of 80 columns."""
+    names = GlobalHydra.instance().config_loader().get_group_options(group)
+    below = " " * HELP
+    return textwrap.fill(
+        ", ".join(names), 80, initial_indent=below, subsequent_indent=below
+    ).lstrip()
 
 
 @dataclass
@@ -60,6 +73,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("path_slug", place.path_slug, replace=True)
     OmegaConf.register_new_resolver("began", place.began, replace=True)
     OmegaConf.register_new_resolver("below", place.below, replace=True)
+    OmegaConf.register_new_resolver("choices", choices, replace=True)
     OmegaConf.register_new_resolver("either", either, replace=True)
     OmegaConf.register_new_resolver("judge", judge, replace=True)
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)

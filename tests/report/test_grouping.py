@@ -570,11 +570,6 @@ def test_what_is_saved_is_loaded(
     assert tables.table(rows, tables.columns(rows))
 
 
-def test_the_tables_of_the_readme_are_made_from_the_committed_results() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert tables.fill(text, ROOT) == text, "type: ssl-bench stage=report stage.readme=README.md"
-
-
 def test_every_committed_results_file_is_one() -> None:
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         rows = json.loads(path.read_text()).get("rows") or []

@@ -94,9 +94,9 @@ def test_a_layout(tmp_path: Path, name: str) -> None:
         assert torch.equal(features(ours), features(meant))
 
 
-def test_the_readme_has_this_table() -> None:
+def test_the_documentation_has_this_table() -> None:
     """`python tests/layouts.py` prints it."""
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "how-to" / "load.md").read_text()
     assert (
         text.partition("<!-- layouts -->\n")[2].partition("<!-- end of layouts -->")[0] == table()
     )

@@ -1,4 +1,4 @@
-"""The README's page "From laptop to cluster", its shell blocks typed as they stand, on a smaller
+"""The tutorial "From laptop to cluster", its shell blocks typed as they stand, on a smaller
 WHAT.
 """
 
@@ -12,8 +12,7 @@ from conftest import TINY_PRETRAIN
 from slurm.cluster import wait
 from slurm.conftest import Sweeps
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-PAGE = README.partition("## From laptop to cluster")[2].partition("\n## ")[0]
+PAGE = (Path(__file__).parents[2] / "docs" / "tutorials" / "cluster.md").read_text()
 
 
 def test_from_laptop_to_cluster(sweeps: Sweeps) -> None:

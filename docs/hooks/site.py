@@ -1,0 +1,79 @@
+"""What MkDocs does beside its own: adds the generated pages, and the files of the repository that
+pages link to, so that a link works on GitHub, in the site and without a network.
+"""
+
+import posixpath
+import re
+from pathlib import Path
+
+import reference
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = reference.ROOT
+SHIM, COPY = "https://unpkg.com/iframe-worker/shim", "assets/iframe-worker.js"
+# files of the repository that are pages of the site
+PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+PAGES |= {
+    f"benchmarks/results/{name}.md": f"results/{name}.md"
+    for name in ("faults", "mutants", "speed_cpu", "speed_cuda")
+}
+LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s#]+)((?:#[^)]*)?\))")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    made = reference.pages() | {there: (ROOT / here).read_text() for here, there in PAGES.items()}
+    for path, text in made.items():
+        files.append(File.generated(config, path, content=text))
+    for page in [*files.documentation_pages()]:
+        source = origin(page.src_uri)
+        for _, target, _ in LINK.findall(page.content_string):
+            here = repository_path(source, target)
+            if here and here not in PAGES and files.get_file_from_path(f"files/{here}") is None:
+                copied = File.generated(config, f"files/{here}", abs_src_path=str(ROOT / here))
+                files.append(copied)
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links to files of the repository lead to their copies, or to the pages made of them."""
+    source, folder = origin(page.file.src_uri), posixpath.dirname(page.file.src_uri)
+
+    def moved(link: re.Match) -> str:
+        here = repository_path(source, link[2])
+        if not here:
+            return link[0]
+        there = PAGES.get(here, f"files/{here}")
+        return f"{link[1]}{posixpath.relpath(there, folder or '.')}{link[3]}"
+
+    # links of pages whose place in the site is another than in the repository
+    return LINK.sub(moved, markdown)
+
+
+def origin(uri: str) -> str:
+    """Where a page of the site lies in the repository."""
+    return next((here for here, there in PAGES.items() if there == uri), f"docs/{uri}")
+
+
+def repository_path(source: str, target: str) -> str | None:
+    """The file, as a path in the repository, that a link of `source` means; None: a page of docs/
+    or another address.
+    """
+    if re.match(r"\w+:", target):
+        return None
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
+    if source in PAGES and path.startswith("docs/"):
+        return None
+    return path if not path.startswith("docs/") and Path(ROOT, path).is_file() else None
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """The theme's one address outside of the site is a copy inside of it."""
+    here = posixpath.relpath(COPY, posixpath.dirname(page.url) or ".")
+    return output.replace(SHIM, here)
+
+
+def on_post_template(output_content: str, template_name: str, config: MkDocsConfig) -> str:
+    """Likewise on the page for addresses that aren't there."""
+    return output_content.replace(SHIM, f"/{COPY}")
