@@ -3,10 +3,11 @@
 import difflib
 import logging
 from functools import cache
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ssl_bench.errors import UserError
 
@@ -92,7 +93,19 @@ def timm(
     # not num_features, the width before the layers that some heads begin with
     network.dim = network.head_hidden_size
     network.refuses, network.classifier_keys = refuses, classifier_keys
+    if hasattr(network, "get_intermediate_layers") and hasattr(network, "num_prefix_tokens"):
+        network.last_tokens = MethodType(_last_tokens, network)
+        network.num_prefix, network.num_blocks = network.num_prefix_tokens, len(network.blocks)
+        network.has_class_token = getattr(network, "cls_token", None) is not None
     return network
+
+
+def _last_tokens(network: nn.Module, images: Tensor, num_blocks: int) -> list[Tensor]:
+    """As `vit.ViT.last_tokens`."""
+    layers = network.get_intermediate_layers(
+        images, num_blocks, return_prefix_tokens=True, norm=True
+    )
+    return [torch.cat([prefix, patches], dim=1) for patches, prefix in layers]
 
 
 def _check_weights(model: str) -> None:

@@ -102,6 +102,7 @@ class ViT(VisionTransformer):
         named = ((f"encoder_layer_{i}", block) for i, block in enumerate(blocks))
         self.encoder.layers = nn.Sequential(OrderedDict(named))
         self.num_prefix = int(class_token) + register_tokens  # tokens before those of the patches
+        self.has_class_token, self.num_blocks = class_token, depth
         self.register_tokens: nn.Parameter | None = None
         if register_tokens:
             registers = torch.empty(1, register_tokens, dim)
@@ -148,6 +149,23 @@ class ViT(VisionTransformer):
         bool (N, L), the patches that are replaced by `mask_token`, which broadcasts to (N, L, dim),
         before they get their positions.
         """
+        return self.encoder.ln(self.encoder.layers(self._embedded(images, keep, mask, mask_token)))
+
+    def last_tokens(self, images: Tensor, num_blocks: int) -> list[Tensor]:
+        """`tokens` of each of the last blocks, normalised as the last one's, which comes last."""
+        x, found = self._embedded(images), []
+        for block in self.encoder.layers:
+            found.append(x := block(x))
+        return [self.encoder.ln(x) for x in found[-num_blocks:]]
+
+    def _embedded(
+        self,
+        images: Tensor,
+        keep: Tensor | None = None,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+    ) -> Tensor:
+        """What the first block is given; see `tokens`."""
         patches = self.conv_proj(images)  # (N, dim, rows, columns)
         positions = self.positions(*patches.shape[2:])
         x = patches.flatten(2).mT  # (N, L, dim)
@@ -164,7 +182,7 @@ class ViT(VisionTransformer):
         if self.register_tokens is not None:
             prefix.append(self.register_tokens)
         x = torch.cat([*(token.expand(x.shape[0], -1, -1) for token in prefix), x], dim=1)
-        return self.encoder.ln(self.encoder.layers(self.encoder.dropout(x)))
+        return self.encoder.dropout(x)
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """Position embeddings (1, C + rows * columns, dim), C = 1 if there is a class token.

@@ -3,9 +3,10 @@
 A constructor's signature is the schema of its YAML node (see `build.check`).
 """
 
+import re
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt
 
 
 class InEpochs(NamedTuple):
@@ -40,3 +41,21 @@ BitDepth = Annotated[int, Field(ge=8, le=16)]  # bits used of the 16 that a file
 # [the value that is black, the value that is white]
 ValueRange = Annotated[list[float], Field(min_length=2, max_length=2)]
 Place = Annotated[str, IsPath()]
+
+
+def _tokens(text: str) -> str:
+    if not re.fullmatch(TOKENS, text):
+        raise ValueError("choose cls, mean or last_4 (or another number of blocks)")
+    return text
+
+
+def _tokens_or_probe(text: str) -> str:
+    if text != "attentive" and not re.fullmatch(TOKENS, text):
+        raise ValueError("choose cls, mean, last_4 (or another number of blocks) or attentive")
+    return text
+
+
+# which of a transformer's tokens are its features: see `evaluate.readout`
+TOKENS = r"cls|mean|last_[1-9]\d*"
+FeaturesOf = Annotated[str, AfterValidator(_tokens)]
+ProbedFeatures = Annotated[str, AfterValidator(_tokens_or_probe)]  # a classifier may learn to pool

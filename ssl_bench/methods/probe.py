@@ -1,5 +1,6 @@
 """Linear classification of frozen features (He et al., arXiv:1911.05722, section 4.1)."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,18 +13,55 @@ from ssl_bench.methods.base import Method, Output
 IGNORED = -100  # the label of an image that a head doesn't learn from
 
 
+class AttentivePool(nn.Module):
+    """What a learnt query finds among the patches: (N, L, dim) -> (N, dim).
+
+    A block of cross-attention, heads of 64 channels, and an MLP of four times the width: the
+    attentive probe of V-JEPA (arXiv:2404.08471, section 4.3; src/models/attentive_pooler.py of the
+    authors, whose initial weights these are).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(1, 1, dim))
+        self.norm, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        heads = math.gcd(dim, max(1, dim // 64))
+        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        outputs = self.attention.out_proj, self.mlp[2]
+        for weight in (self.query, self.attention.in_proj_weight, self.mlp[0].weight):
+            nn.init.trunc_normal_(weight, std=0.02)
+        for layer in outputs:
+            nn.init.trunc_normal_(layer.weight, std=0.02 / math.sqrt(2))
+        for layer in (self.mlp[0], *outputs):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        query, patches = self.query.expand(len(patches), -1, -1), self.norm(patches)
+        x = query + self.attention(query, patches, patches, need_weights=False)[0]
+        return (x + self.mlp(self.norm_mlp(x)))[:, 0]
+
+
 class LinearProbe(Method):
     """One linear layer on a frozen backbone in eval mode.
 
     fc ~ N(0, 0.01), bias 0, as in the authors' main_lincls.py. normalize: standardise the features
     by their batch statistics first (batch norm without parameters, as MAE does, arXiv:2111.06377,
-    A.1), so that one learning rate suits features of any scale.
+    A.1), so that one learning rate suits features of any scale. attentive: the backbone gives
+    patches (`read_out_`), of which an AttentivePool, trained with the layer, makes the features.
     """
 
     num_views = 1
 
-    def __init__(self, backbone: nn.Module, num_classes: int, normalize: bool = False) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        normalize: bool = False,
+        attentive: bool = False,
+    ) -> None:
         super().__init__(backbone.requires_grad_(False))
+        self.pool = AttentivePool(backbone.dim) if attentive else nn.Identity()
         self.norm = nn.BatchNorm1d(backbone.dim, affine=False) if normalize else nn.Identity()
         self.fc = nn.Linear(backbone.dim, num_classes)
         nn.init.normal_(self.fc.weight, std=0.01)
@@ -41,7 +79,7 @@ class LinearProbe(Method):
         """(N, 3, H, W) -> (N, num_classes)."""
         with torch.no_grad():
             features = self.backbone(images)
-        return self.classify(features)
+        return self.classify(self.pool(features))
 
     @layers.full_precision  # a rate of 30 needs all digits of the gradient
     def classify(self, features: Tensor) -> Tensor:
@@ -58,8 +96,8 @@ def restored(backbone: nn.Module, state: Mapping[str, Tensor]) -> LinearProbe:
 
     state: "model" of the run's checkpoint.
     """
-    normalize = "norm.running_mean" in state
-    probe = LinearProbe(backbone, len(state["fc.weight"]), normalize).cpu().eval()
+    options = "norm.running_mean" in state, "pool.query" in state
+    probe = LinearProbe(backbone, len(state["fc.weight"]), *options).cpu().eval()
     probe.load_state_dict({key: state[key] for key in probe.state_dict()})
     return probe
 

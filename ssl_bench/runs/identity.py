@@ -202,9 +202,10 @@ class Identity:
             if self.data != self.below.data:
                 words.append(self.data)
         if not self.config.get("method") or self.stage not in ("pretrain", ""):
-            cached = "cached" if node(self.config, "stage").get("features") == "cached" else ""
+            stage = node(self.config, "stage")
+            cached = "cached" if stage.get("features") == "cached" else ""
             step = "" if self.step is None else f"at step {self.step}"
-            words += [step, self.stage, cached, self.labels]
+            words += [step, self.stage, stage.get("features_of"), cached, self.labels]
         return slug("-".join(map(str, filter(None, words))))
 
     @property

@@ -41,6 +41,7 @@ class Loaded(NamedTuple):
     left_out: list[str]  # the other tensors of the dictionary that they are in
     remarks: list[str]  # whose names they have, why this network, what was adapted
     classifier: nn.Linear | None  # the one that the file has on top of the backbone
+    pool: State  # of a `probe.AttentivePool` between the two; empty: there is none
 
 
 def load_backbone(backbone: nn.Module, source: str, prefix: str | None = None) -> Loaded:
@@ -119,7 +120,8 @@ def load_backbone(backbone: nn.Module, source: str, prefix: str | None = None) -
             "the averaged weights are taken (ema); "
             "pretrained_prefix=model.backbone takes the others"
         )
-    return Loaded(path, network.prefix, len(tensors), left_out, remarks, _classifier(state))
+    pool = {key.removeprefix("pool."): state[key] for key in state if key.startswith("pool.")}
+    return Loaded(path, network.prefix, len(tensors), left_out, remarks, _classifier(state), pool)
 
 
 def measured(content: Mapping) -> State:

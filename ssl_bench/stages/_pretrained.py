@@ -2,18 +2,22 @@
 
 import hashlib
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from ssl_bench.augment.views import EvalView
 from ssl_bench.config import build
+from ssl_bench.config.fields import TOKENS
 from ssl_bench.errors import UserError
-from ssl_bench.runs import layout, published, record, weights
+from ssl_bench.evaluate.readout import read_out_
+from ssl_bench.methods.probe import AttentivePool
+from ssl_bench.runs import identity, layout, published, record, weights
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
 from ssl_bench.shell import listed
@@ -138,6 +142,33 @@ def view_of(
         ) from None
 
 
+def features_of(config: Mapping, place: Path) -> str | None:
+    """Of which tokens the features were that a run's classifier learnt from; see `read_out_`.
+
+    config: from `place`. UserError for an impossible value.
+    """
+    tokens = identity.node(config, "stage").get("features_of")
+    if not (tokens is None or re.fullmatch(rf"{TOKENS}|attentive", str(tokens))):
+        raise UserError(f"{place}: its configuration has stage.features_of={tokens}: mend it")
+    return tokens
+
+
+def as_measured(backbone: nn.Module, tokens: str | None, pool: Mapping[str, Tensor]) -> nn.Module:
+    """The network whose features (N, dim) a classifier learnt from.
+
+    tokens: see `features_of`. pool: the tensors of its AttentivePool, if that made the features.
+    """
+    read_out_(backbone, tokens)
+    if tokens != "attentive":
+        return backbone
+    attended = nn.Sequential(backbone, AttentivePool(backbone.dim))
+    attended[1].load_state_dict(pool)
+    attended.dim = backbone.dim
+    if hasattr(backbone, "refuses"):
+        attended.refuses = backbone.refuses
+    return attended
+
+
 def open_pretrained(cfg: DictConfig) -> Pretrained:
     """The weights that `cfg.pretrained` names, in the backbone of their run or of the command.
 
@@ -171,6 +202,7 @@ def open_pretrained(cfg: DictConfig) -> Pretrained:
         ) from None
     loaded = weights.load_backbone(backbone, cfg.pretrained, cfg.get("pretrained_prefix"))
     tell(loaded)
+    backbone = as_measured(backbone, features_of(config, path), loaded.pool)
     classifier = loaded.classifier
     if classifier is not None and classifier.in_features != backbone.dim:
         classifier = None  # an fc of these names that isn't on top of the backbone

@@ -28,7 +28,7 @@ from ssl_bench.runs.record import Ran
 from ssl_bench.runs.run import Run
 from ssl_bench.shell import override
 from ssl_bench.stages import PRETRAINED, _labels, single_process
-from ssl_bench.stages._pretrained import Pretrained, open_pretrained
+from ssl_bench.stages._pretrained import Pretrained, features_of, open_pretrained
 from ssl_bench.stages._training import check_size
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,12 @@ def export(
         log.info("numbers of %d of %d runs: those that measured these weights", *counts)
     if said := grouping.left_out(measured):
         log.warning(said)
+    tokens = features_of(pretrained.config, pretrained.path)
+    if tokens == "attentive":
+        raise UserError(
+            f"pretrained={cfg.pretrained}: its classifier attends to patches, which no other "
+            "program's layout has: name the pretraining that it measured; stage=predict applies it"
+        )
     size = pretrained.view(image_size, None)[1].image_size
     check_size("stage.image_size", size, pretrained.backbone, pretrained.network.get("name"))
     state = dict(pretrained.backbone.state_dict())
@@ -319,6 +325,9 @@ def usage(pretrained: Pretrained) -> str:
     else:
         arguments = ", ".join(f"{key}={value!r}" for key, value in own.items())
         lines += [f"from {module} import {name}", "", f"network = {name}({arguments})"]
+        if tokens := features_of(pretrained.config, pretrained.path):
+            lines.insert(2, "from ssl_bench.evaluate.readout import read_out_")
+            lines += [f'read_out_(network, "{tokens}")']
         lines += [f"network.fc = torch.nn.Linear(network.dim, {classes})"] if classes else []
     call = "network.fc(network(images))" if classes and not resnet else "network(images)"
     lines += ['network.load_state_dict(load_file("model.safetensors"))']

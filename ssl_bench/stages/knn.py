@@ -11,13 +11,14 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from ssl_bench.config import build
-from ssl_bench.config.fields import Resize, Share
+from ssl_bench.config.fields import FeaturesOf, Resize, Share
 from ssl_bench.data.pool import Progress
 from ssl_bench.data.source import Source, fits
 from ssl_bench.errors import UserError
 from ssl_bench.evaluate.features import extract_all
 from ssl_bench.evaluate.labels import few_labels, hold_out
 from ssl_bench.evaluate.neighbours import QUERIES, nearest, vote
+from ssl_bench.evaluate.readout import read_out_
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
 from ssl_bench.stages import IMAGES, LOOK, PRETRAINED, RUN
@@ -47,6 +48,7 @@ def knn(
     run: Run,
     labels_per_class: PositiveInt | None = None,
     label_fraction: Share | None = None,
+    features_of: FeaturesOf | None = None,
     test_resize: Resize = 256 / 224,
     k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 5, 10, 20, 50, 100, 200),
     temperatures: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.03, 0.07, 0.2),
@@ -54,11 +56,11 @@ def knn(
 ) -> dict[str, float]:
     """Returns top-1 and top-5 (percent) on the val split.
 
-    Features are those of test views. k and temperature are chosen by an exam on held-out images of
-    the training split; the rest of the split is the bank of neighbours there. For the result the
-    bank is the whole training split, and nothing else depends on the val split. Also returns k,
-    temperature and holdout_top1 (percent), and writes grid.csv. One k and one temperature need no
-    exam. See `neighbours.weighted_knn`.
+    Features are those of test views, of the tokens `features_of` (`read_out_`). k and temperature
+    are chosen by an exam on held-out images of the training split; the rest of the split is the
+    bank of neighbours there. For the result the bank is the whole training split, and nothing else
+    depends on the val split. Also returns k, temperature and holdout_top1 (percent), and writes
+    grid.csv. One k and one temperature need no exam. See `neighbours.weighted_knn`.
     """
     check_directory(cfg)
     check_holdout(holdout, exam := chooses(cfg.stage))
@@ -82,6 +84,7 @@ def knn(
         log.info("k %s left out: more than the %s images of the bank", left_out, f"{room:,}")
     backbone = on_device(load_pretrained(cfg), run).eval()
     check_sizes(cfg, backbone)
+    read_out_(backbone, features_of)
     view = make_test_view(cfg, run, test_resize)
     source = open_source(cfg, run, data, "train", view, subset)
     test = open_source(cfg, run, data, "val", view)

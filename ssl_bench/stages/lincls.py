@@ -8,9 +8,11 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
 from ssl_bench.config import build
-from ssl_bench.config.fields import Resize, Share, WholeEpochs
+from ssl_bench.config.fields import ProbedFeatures, Resize, Share, WholeEpochs
+from ssl_bench.errors import UserError
 from ssl_bench.evaluate.labels import few_labels, hold_out
 from ssl_bench.evaluate.passes import evaluate
+from ssl_bench.evaluate.readout import read_out_
 from ssl_bench.methods import layers
 from ssl_bench.methods.probe import LinearGrid, LinearProbe
 from ssl_bench.runs.run import Run
@@ -53,6 +55,7 @@ def lincls(
     run: Run,
     labels_per_class: PositiveInt | None = None,
     label_fraction: Share | None = None,
+    features_of: ProbedFeatures | None = None,
     normalize: bool = False,
     test_resize: Resize = 256 / 224,
     features: Literal["official", "cached"] = "official",
@@ -63,13 +66,15 @@ def lincls(
 ) -> dict[str, float]:
     """Returns top-1, top-5 (percent) and cross-entropy on the val split after the last epoch.
 
-    features: "official" is the protocol of main_lincls.py, in which the backbone sees freshly
-    augmented images in every epoch (without those that don't fill its last batch). With "cached" it
-    sees each image once, and a grid of classifiers learns from its features; see
-    `_lincls_grid.train_grid`.
+    features_of: which tokens of a transformer are its features (`read_out_`). features: "official"
+    is the protocol of main_lincls.py, in which the backbone sees freshly augmented images in every
+    epoch (without those that don't fill its last batch). With "cached" it sees each image once, and
+    a grid of classifiers learns from its features; see `_lincls_grid.train_grid`.
     """
     options = GridOptions(copies, lrs, weight_decays, holdout)
     exam = chooses(cfg.stage)
+    if attentive := features_of == "attentive":
+        check_attentive(cfg)
     if features == "cached":
         check_options(cfg, options)
         check_holdout(holdout, exam)
@@ -86,6 +91,7 @@ def lincls(
     _labels.seen_by(cfg.pretrained).record(run)  # the backbone learns from no more labels here
     backbone = load_pretrained(cfg)
     check_sizes(cfg, backbone)
+    read_out_(backbone, features_of)
     if normalize and features == "official":
         check_norm(cfg, nn.BatchNorm1d(backbone.dim, affine=False), synced=True)
     views = make_views(cfg, run, LinearProbe)
@@ -104,7 +110,7 @@ def lincls(
         on_device(grid, run)
         result = train_grid(cfg, run, grid, options, held, source, test, views, test_view)
     else:
-        probe = LinearProbe(backbone, data.num_classes, normalize)
+        probe = LinearProbe(backbone, data.num_classes, normalize, attentive)
         if distributed.world_size() > 1:
             layers.sync_batch_norm_(probe.norm, run.device, cfg.compile)
         on_device(probe, run)
@@ -115,6 +121,23 @@ def lincls(
         result = train(cfg, run, probe, source, views, measure)
     assert digest(backbone) == before, "the frozen backbone changed"
     return result
+
+
+def check_attentive(cfg: DictConfig) -> None:
+    """UserError for what a classifier that learns to pool can't have."""
+    asked = f"stage={cfg.stage.name} stage.features_of=attentive"
+    if cfg.stage.features == "cached":
+        raise UserError(
+            f"{asked} learns from all patches of an image, which stage.features=cached doesn't "
+            "keep: type stage.features=official"
+        )
+    if cfg.stage.normalize:
+        raise UserError(f"{asked} has a norm of its own: type stage.normalize=false")
+    if cfg.optimizer.name == "lincls":
+        raise UserError(
+            f"{asked} trains a block of attention, and optimizer=lincls is for a linear layer: "
+            "type optimizer=attentive schedule=cosine"
+        )
 
 
 def chooses(stage: DictConfig) -> bool:

@@ -23,7 +23,7 @@ from ssl_bench.runs import checkpoint, layout, record, weights
 from ssl_bench.runs.record import Ran
 from ssl_bench.runs.run import Run
 from ssl_bench.stages import single_process
-from ssl_bench.stages._pretrained import view_of
+from ssl_bench.stages._pretrained import as_measured, features_of, view_of
 from ssl_bench.stages._training import check_size, on_device, open_source
 
 log = logging.getLogger(__name__)
@@ -229,11 +229,12 @@ def look(cfg: DictConfig, run: Run, detail: page.Detail, ran: Ran, source: Sourc
     backbone = build.construct(weights.unfilled(node))
     view = shown_to(ran)
     check_size("augmentation.image_size", view.image_size, backbone, node.get("name", ""))
-    weights.load_backbone(backbone, str(paths[0]))
+    loaded = weights.load_backbone(backbone, str(paths[0]))
     state = weights.measured(checkpoint.read(paths[0]))
-    on_device(backbone, run).eval()
+    network = as_measured(backbone, features_of(ran.config, place), loaded.pool)
+    on_device(network, run).eval()
     passed = source.shown_as(view).epoch_pass()
-    features, labels = extract(backbone, passed, view.to(run.device))
+    features, labels = extract(network, passed, view.to(run.device))
     if detail.features is None:
         detail.features = features.numpy()
     if "fc.weight" not in state or detail.split != "val":

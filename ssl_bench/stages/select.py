@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from ssl_bench import files
 from ssl_bench.augment.views import EvalView
 from ssl_bench.config import build
-from ssl_bench.config.fields import Place, Resize
+from ssl_bench.config.fields import FeaturesOf, Place, Resize
 from ssl_bench.data.source import Source
 from ssl_bench.data.store import Split
 from ssl_bench.errors import UserError
 from ssl_bench.evaluate import selection
 from ssl_bench.evaluate.features import stored_features
+from ssl_bench.evaluate.readout import read_out_
 from ssl_bench.methods.probe import restored
-from ssl_bench.runs import checkpoint, weights
+from ssl_bench.runs import checkpoint, identity, weights
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime.seeding import fold
 from ssl_bench.stages import IMAGES, LOOK, PRETRAINED, RUN
@@ -46,6 +47,7 @@ SHOWN = 144  # images on the contact sheet
 
 READS = (*RUN, *IMAGES, *LOOK, "devices", "data", "backbone", *PRETRAINED)
 FEATURES = (*PRETRAINED, "backbone", *LOOK, "stage.dim", "stage.test_resize", "stage.features")
+FEATURES += ("stage.features_of",)
 IDLE = {"stage.strategy=random": FEATURES, "pretrained=null": ("pretrained_prefix",)}
 
 
@@ -58,6 +60,7 @@ def select(
     cover_train: bool = True,
     dim: NonNegativeInt = 128,
     max_clusters: PositiveInt | None = None,
+    features_of: FeaturesOf | None = None,
     test_resize: Resize = 256 / 224,
     features: Place | None = None,
     out: Place | None = None,
@@ -83,7 +86,7 @@ def select(
             f"stage.max_clusters={max_clusters} would be ignored: "
             "it is for stage.strategy=typiclust"
         )
-    classifier = read_classifier(cfg.pretrained) if strategy == "margin" else {}
+    classifier = read_classifier(cfg) if strategy == "margin" else {}
     data = build.construct(cfg.data)
     split = data.split("pretrain")
     named = [requested] if isinstance(requested, str) else list(requested or [])
@@ -98,6 +101,7 @@ def select(
     if strategy != "random":
         backbone = load_pretrained(cfg)
         check_sizes(cfg, backbone)
+        read_out_(backbone, features_of)
 
     view = make_test_view(cfg, run, test_resize)
     source = open_source(cfg, run, data, "pretrain", view)
@@ -153,8 +157,9 @@ def check_budget(budget: int, free: int) -> None:
         )
 
 
-def read_classifier(pretrained: str | None) -> dict[str, Tensor]:
+def read_classifier(cfg: DictConfig) -> dict[str, Tensor]:
     """The state of a `stage=lincls` run. UserError for anything else."""
+    pretrained = cfg.pretrained
     content = checkpoint.read(weights.find(pretrained)) if pretrained else {}
     ours = isinstance(content, dict) and "model" in content
     state = weights.measured(content) if ours else {}
@@ -167,6 +172,15 @@ def read_classifier(pretrained: str | None) -> dict[str, Tensor]:
         raise UserError(
             f"pretrained={pretrained}: its classifier knows one class, "
             "and stage.strategy=margin compares two: choose another stage.strategy="
+        )
+    learnt = identity.node(weights.recipe(weights.find(pretrained)) or {}, "stage")
+    if (features_of := learnt.get("features_of")) != cfg.stage.features_of:
+        instead = "choose another stage.strategy="
+        if features_of != "attentive":
+            instead = f"type stage.features_of={features_of or 'null'}"
+        raise UserError(
+            f"pretrained={pretrained}: its classifier was trained with "
+            f"stage.features_of={features_of or 'null'}: {instead}"
         )
     return state
 
@@ -186,7 +200,8 @@ def compute(
     """
     look = (view.image_size, view.resize, normalization(cfg))
     images = (split.store_name, split.fingerprint, source.num_images)
-    whose = fold(digest(backbone), cfg.precision, repr(look), *images)
+    tokens = [cfg.stage.features_of] if cfg.stage.features_of else []
+    whose = fold(digest(backbone), cfg.precision, repr(look), *images, *tokens)
     path = folder / f"{split.name}-{whose:016x}.npy"
     return stored_features(cfg.precision, run, backbone, source, view, path)
 
