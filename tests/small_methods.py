@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from commands import CONF, compose
@@ -11,6 +13,7 @@ from ssl_bench.augment.draws import keys
 from ssl_bench.backbones.resnet import resnet18
 from ssl_bench.backbones.vit import ViT
 from ssl_bench.config import build
+from ssl_bench.launch.process import launch
 from ssl_bench.methods.base import Method
 from ssl_bench.stages._training import compile_
 
@@ -62,6 +65,7 @@ SMALL = {
         "method.queue_size=512",
     ],
     "dcl": ["method.dim=16"],
+    "distill": ["method.teacher=timm:none", "method.hidden_dim=32"],
     "ressl": ["method.queue_size=512", "method.dim=16", "method.hidden_dim=32"],
     "wmse": ["method.dim=8", "method.hidden_dim=32", "method.whitening_size=16"],
 }
@@ -110,7 +114,22 @@ def make(name: str, backbone: Callable[[], nn.Module] = resnet, depth: int = 2) 
     if name in PATCHES:
         backbone = partial(small_vit, depth)
     given = {"num_classes": 10} if build.takes(cfg.method, "num_classes") else {}
+    if build.takes(cfg.method, "teacher_network"):
+        given = {"teacher_network": backbone()}
     return build.construct(cfg.method, backbone=backbone(), **given)
+
+
+@cache
+def teacher() -> Path:
+    """A run whose network hasn't learnt anything, for method=distill."""
+    return Path(_teacher().name)
+
+
+@cache
+def _teacher() -> TemporaryDirectory:
+    folder = TemporaryDirectory(prefix="teacher")
+    launch(compose(*RUN, "method=random", f"dir={folder.name}"))
+    return folder
 
 
 @cache

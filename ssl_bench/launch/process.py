@@ -44,12 +44,13 @@ def _settled(cfg: DictConfig) -> DictConfig:
     """cfg with the settings that the weights decide filled in, so that config.yaml states them.
 
     They are the checkpoint, where `pretrained` is a run directory (a later look might find a newer
-    one), and a mean or std that is null.
+    one), a mean or std that is null, and the file and digest of a teacher.
     """
     from ssl_bench.augment.views import IMAGENET_MEAN, IMAGENET_STD
     from ssl_bench.runs import weights
 
-    source, decided = cfg.pretrained, {}
+    method = OmegaConf.to_container(cfg.method, resolve=True) if cfg.get("method") else {}
+    source, decided = cfg.pretrained, weights.with_teacher(method)
     if source is not None and Path(source).is_dir():
         decided["pretrained"] = source = str(weights.find(source))
     look = OmegaConf.to_container(cfg.augmentation, resolve=True) if cfg.get("augmentation") else {}

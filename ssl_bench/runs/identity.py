@@ -26,7 +26,8 @@ FREE_KEYS: tuple[str, ...] = ("dir", "sweep", "metric", "launcher", "tracking", 
 FREE_KEYS += ("log_every", "save_every", "eval_every", "keep")
 FREE_KEYS += ("data.root", "data.cache", "data.workers", "runs", "source")
 # Keys that are paths, in every stage that has them. Two spellings of a place are one.
-PATHS = ("pretrained", "continue_from", "stage.images", "stage.out")
+PATHS = ("pretrained", "continue_from", "stage.images", "stage.out", "method.teacher")
+TIMM = "timm:"  # a teacher by its name, and not by its file
 KEPT_IN = {"select": "stage.features"}  # a path in this stage alone: lincls has "cached" there
 # files or lists of files, relative to data.root
 BELOW_ROOT: tuple[str, ...] = ("data.extra_labels", "stage.requested")
@@ -72,6 +73,9 @@ class Identity:
         def walk(node: object, path: str) -> None:
             if path == "pretrained" or is_free(path) or _is_ours(path, node):
                 return
+            if path.startswith("method.teacher"):  # its content, where that is known
+                flat["method.teacher"] = self._teacher
+                return
             if path == "continue_from":  # from which state, the weights say
                 flat[path] = True if node else None
                 return
@@ -83,6 +87,15 @@ class Identity:
 
         walk(self.config, "")
         return _by_process(flat, self.config, self.processes or self.config.get("devices", 1))
+
+    @property
+    def _teacher(self) -> str | None:
+        """Identifies the network that is learnt from: by its content, or as it was typed."""
+        method = node(self.config, "method")
+        if digest := method.get("teacher_sha256"):
+            return f"sha256 {str(digest)[:16]}"
+        typed = method.get("teacher")
+        return typed and (typed if str(typed).startswith(TIMM) else self._place(str(typed)))
 
     def _placeless(self, key: str, value: Any) -> Any:
         """The value; a path in it is given its one name, however it was spelt."""

@@ -153,13 +153,17 @@ class Member:
         """How the configuration `ran` differs from the member's, in words.
 
         The settings that the weights decided at the launch don't count: which file `pretrained` is,
-        and a mean and std that were null (`launch.process`).
+        a mean and std that were null, and the teacher (`launch.process`).
         """
         look, then = (config.get("augmentation") or {} for config in (self.config, ran))
         decided = [key for key in ("mean", "std") if key in look and look[key] is None]
         look = look | {key: then.get(key) for key in decided}
+        method = dict(identity.node(self.config, "method"))
+        if method.get("teacher") and not method.get("teacher_sha256"):
+            method["teacher_sha256"] = identity.node(ran, "method").get("teacher_sha256")
         before = identity.left_by(ran | {"pretrained": None}, self.directory)
-        now = Identity(self.config | {"pretrained": None, "augmentation": look})
+        mine = {"pretrained": None, "augmentation": look, "method": method or None}
+        now = Identity(self.config | mine)
         return identity.changes(before, now)
 
     def _read(self, name: str, parse: Callable[[str], Any]) -> Any:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -24,6 +24,7 @@ from ssl_bench.config import build
 from ssl_bench.errors import UserError
 from ssl_bench.methods.moco import MoCo
 from ssl_bench.runs import checkpoint, layout, networks, published
+from ssl_bench.runs.identity import TIMM
 from ssl_bench.runs.names import State
 
 # key in the metadata of a safetensors file: the digest of its tensors and its other metadata
@@ -188,16 +189,36 @@ def fitting(content: object) -> str:
     """What to type for the first of our usual networks that a file fits; "": it fits none."""
     if not isinstance(content, Mapping):
         return ""
-    for words, (state, keys) in _usual().items():
+    for words, (_, state, keys) in _usual().items():
         found = networks.search(content, state, keys)
         if found and found[0].fits:
             return f"backbone={words}"
     return ""
 
 
+def node_for(source: str, path: Path) -> dict[str, Any]:
+    """The node of a backbone for the weights in a file that doesn't say which it is of. UserError.
+
+    It is that of the zoo, or the first of our usual networks that the file fits.
+    """
+    known = published.WEIGHTS.get(source) or published.of(path)
+    typed = f"backbone={known.backbone}" if known else fitting(read(path))
+    words = typed.removeprefix("backbone=").split(" backbone.")
+    # dinov2_small, and what fits nothing, isn't among the usual ones
+    node, more = _usual().get(words[0], ({},))[0], (word.split("=") for word in words[1:])
+    if not node:
+        raise UserError(
+            f"pretrained={source}: doesn't say which of our networks it is of: type a run or an "
+            "export of stage=export, or timm:NAME"
+        )
+    options = {key: int(value) if value.isdecimal() else value for key, value in more}
+    size = {"image_size": 28 * options["patch_size"]} if "patch_size" in options else {}
+    return {"name": words[0], **node, **size, **options}
+
+
 @cache
-def _usual() -> dict[str, tuple[State, tuple[str, ...]]]:
-    """{what to type: (the tensors, without values; the beginnings of its classifier's)}."""
+def _usual() -> dict[str, tuple[dict[str, Any], State, tuple[str, ...]]]:
+    """{what to type: (its node, its tensors without values, how its classifier's begin)}."""
     depths, vits = (18, 34, 50, 101), ("tiny", "small", "base")
     kinds: dict[str, dict] = {f"resnet{depth}": {} for depth in depths}
     kinds |= {f"resnet{depth} backbone.stem=small": {"stem": "small"} for depth in depths}
@@ -213,7 +234,7 @@ def _usual() -> dict[str, tuple[State, tuple[str, ...]]]:
         with torch.device("meta"):
             network = build.construct(node)
         keys = network.classifier_keys() if hasattr(network, "classifier_keys") else ()
-        found[words] = network.state_dict(), keys
+        found[words] = node, network.state_dict(), keys
     return found
 
 
@@ -245,6 +266,27 @@ def find(source: str) -> Path:
         f"pretrained={source}: no such file or run directory, nor one of the weights that "
         f"ssl-bench stage=zoo lists{hint}"
     )
+
+
+def with_teacher(method: Mapping) -> dict[str, dict]:
+    """{"method": its node with the file and the digest of its teacher}; {}: it has none, or timm's.
+
+    UserError for a teacher that isn't there, or isn't the one of `teacher_sha256`.
+    """
+    if (teacher := method.get("teacher")) is None or teacher.startswith(TIMM):
+        return {}
+    try:
+        file = find(teacher)
+    except UserError as error:
+        said = str(error).replace("pretrained=", "method.teacher=", 1)
+        raise UserError(f"{said}; timm:NAME is one of timm's") from None
+    now, known = files.digest(file), method.get("teacher_sha256")
+    if known not in (None, now):
+        raise UserError(
+            f"method.teacher={teacher} is another network than that of "
+            f"method.teacher_sha256={known[:16]}...: put the file back, or leave the digest out"
+        )
+    return {"method": {**method, "teacher": str(file), "teacher_sha256": now}}
 
 
 def read(path: Path) -> object:

@@ -69,6 +69,15 @@ def seen_by(pretrained: str | None) -> Labels:
         ) from None
 
 
+def known_of(cfg: DictConfig) -> Labels:
+    """The labels that a run's weights have learnt from as it begins, and its teacher's."""
+    mine, teacher = seen_by(cfg.pretrained), (cfg.get("method") or {}).get("teacher")
+    if teacher is None:
+        return mine
+    theirs = Labels(known=False) if teacher.startswith(identity.TIMM) else seen_by(teacher)
+    return Labels((*mine.seen, *theirs.seen), mine.known and theirs.known)
+
+
 def learns_labels(method: DictConfig) -> bool:
     """Does this method learn from labels, which the train split alone has?"""
     split = build.locate(method._target_, "method").split
@@ -89,7 +98,7 @@ def are_seen(cfg: DictConfig, split: Split) -> bool:
 
     A line in the log where that isn't known.
     """
-    labels, ours = seen_by(cfg.pretrained), data_set(cfg, split)
+    labels, ours = known_of(cfg), data_set(cfg, split)
     if any(_same(one, ours) for one in labels.seen):
         return True
     if not labels.known:

@@ -39,7 +39,13 @@ def load_pretrained(cfg: DictConfig) -> nn.Module:
     backbone = build.construct(weights.unfilled(cfg.backbone))
     loaded = weights.load_backbone(backbone, cfg.pretrained, cfg.get("pretrained_prefix"))
     tell(loaded)
-    before = weights.look(loaded.source)
+    compare_look(cfg, loaded.source)
+    return backbone
+
+
+def compare_look(cfg: DictConfig, source: Path) -> None:
+    """Log whether images are normalised as when the weights in a file were trained."""
+    before = weights.look(source)
     for key in ("mean", "std"):
         now, then = cfg.augmentation.get(key), before.get(key)
         if now and then and list(now) == list(then):
@@ -47,7 +53,6 @@ def load_pretrained(cfg: DictConfig) -> nn.Module:
         elif now and then:
             shown = listed(now), listed(then)
             log.warning("augmentation.%s=%s, but it was trained with %s", key, *shown)
-    return backbone
 
 
 def tell(loaded: weights.Loaded) -> None:

@@ -27,6 +27,7 @@ from ssl_bench.runtime import distributed
 from ssl_bench.runtime.seeding import fold
 from ssl_bench.stages import EVERY, IMAGES, PRETRAINED, PRETRAINING, RECIPE, _labels
 from ssl_bench.stages._pretrained import load_pretrained
+from ssl_bench.stages._teacher import load_teacher
 from ssl_bench.stages._training import (
     check_batch,
     check_norm,
@@ -79,6 +80,8 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
         given = {"num_classes": data.num_classes}
     if build.takes(cfg.method, "batch_size"):
         given |= {"batch_size": cfg.batch_size}
+    if build.takes(cfg.method, "teacher_network"):
+        given |= {"teacher_network": load_teacher(cfg)}
     goes_on = cfg.get("continue_from") is not None
     if goes_on:  # all of it is replaced by the state of the run before: nothing is fetched for it
         seed_init(cfg)
@@ -100,7 +103,7 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
             )
         layers.sync_batch_norm_(model, run.device, cfg.compile)
     model = on_device(model, run)
-    before = _labels.seen_by(cfg.pretrained)
+    before = _labels.known_of(cfg)
     learns_labels = _labels.learns_labels(cfg.method)
     own = [_labels.data_set(cfg, data.split("train"))] if learns_labels else []
     before._replace(seen=(*before.seen, *own)).record(run)

@@ -69,6 +69,7 @@ def unneeded(found: Sequence[Ran]) -> list[Path]:
     """The checkpoints of finished runs that aren't the last, and that no run began with."""
     older = [path for ran in found if ran.summary is not None for path in _older(ran)]
     needed = {ran.stands_on for ran in found} | _places(found) | _averaged(found)
+    needed |= {str(identity.node(ran.config, "method").get("teacher_sha256")) for ran in found}
     return [p for p in older if not {str(p.resolve()), files.digest(p)} & needed]
 
 

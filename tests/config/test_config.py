@@ -228,7 +228,8 @@ def times_in_epochs(cfg: DictConfig) -> dict[str, tuple[float, InEpochs]]:
 )
 def test_every_time_in_epochs_lies_within_them(words: list[str]) -> None:
     """All that a recipe says is within its own epochs; a key typed in vain isn't asked."""
-    cfg = compose(*words)
+    needed = [more for word in words for more in NEEDED.get(word.partition("=")[2], [])]
+    cfg = compose(*words, *needed)
     build.check(cfg)
     times = {
         key: mark for key, (_, mark) in times_in_epochs(cfg).items() if typed.is_read(cfg, key)

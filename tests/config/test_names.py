@@ -96,10 +96,11 @@ PLACES = {  # every setting that is a path, with what its stage needs besides
     "stage.out": "stage=select", "stage.features": "stage=select",
     "stage.requested": "stage=select", "stage.images": "stage=predict", "stage.verify": "stage=zoo",
     "stage.readme": "stage=report", "stage.what": "stage=verify",
+    "method.teacher": "method=distill",
 }  # fmt: skip
 # and what W&B is told
 TEXTS = {"backbone.model", "backbone.options", "data.image", "data.label"}
-TEXTS |= {"stage.protocol", "stage.rows"}
+TEXTS |= {"stage.protocol", "stage.rows", "stage.features_of", "method.teacher_sha256"}
 OUT = ["stage=export", "stage=report", "stage=dashboard", "stage=synthesize"]
 
 

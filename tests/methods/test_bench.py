@@ -26,6 +26,7 @@ from small_methods import (
     make,
     optimizer_of,
     overrides,
+    teacher,
     views_of,
 )
 from torch import Tensor, nn
@@ -64,6 +65,8 @@ def test_resume_is_exact(name: str, tmp_path: Path) -> None:
     words = ["save_every=7"]
     if name not in VITS:  # whose patches are of 4 or 16 pixels
         words += ["data.image_size=8", "augmentation.small_size=4"]  # as the digits are
+    if name == "distill":
+        words += [f"method.teacher={teacher()}"]
     launch(compose(*overrides(name, *words, f"dir={whole}")))
     checkpoints = complete(whole)
     assert [path.stem for path in checkpoints] == ["step0000000010", "step0000000007"]

@@ -74,7 +74,7 @@ def step(name: str) -> list[str]:
     cfg = compose(*overrides)
     whole = name in ("supervised", *VITS)  # one ResNet: that's enough of them
     backbone = build.construct(cfg.backbone) if whole else TwoLayers()
-    known = {"num_classes": 10, "batch_size": BATCH}
+    known = {"num_classes": 10, "batch_size": BATCH, "teacher_network": TwoLayers()}
     given = {key: value for key, value in known.items() if build.takes(cfg.method, key)}
     model = build.construct(cfg.method, backbone=backbone, **given).train()
     views = build.construct(cfg.augmentation)
@@ -82,6 +82,8 @@ def step(name: str) -> list[str]:
     real = model.draw(keys(0, 0, torch.arange(BATCH)), torch.arange(BATCH))
     with FakeTensorMode():
         put_on_gpu(model)
+        if name == "distill":  # not registered, and moved by its `_apply`
+            put_on_gpu(model.teacher)
         put_on_gpu(views)
         optimizer = build.construct(cfg.optimizer, params=model.param_groups(), batch_size=BATCH)
         for group in optimizer.param_groups:
