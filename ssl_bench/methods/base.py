@@ -85,6 +85,7 @@ def momentum_copy(module: nn.Module) -> nn.Module:
     """
     copied = copy.deepcopy(module).requires_grad_(False)
     copied.train = MethodType(_train_statistics, copied)
+    copied.follows = True  # for `health.Following`
     return copied.train(module.training)
 
 

@@ -59,6 +59,7 @@ def workspace(project: str, entity: str | None) -> "Workspace":
         "Health of the embeddings": [
             line("spread: 1 even, 0 collapsed", "pretrain/embedding_std", range_y=(0, None)),
             line("effective rank", "pretrain/effective_rank"),
+            line("LiDAR: directions that tell images apart", "pretrain/lidar"),
             line("alignment of two views", "pretrain/alignment"),
             line("uniformity", "pretrain/uniformity"),
         ],

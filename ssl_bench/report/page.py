@@ -27,6 +27,8 @@ HEALTH = {
     "(Chen & He, arXiv:2011.10566)",
     "effective_rank": "directions that the embeddings use: more is richer "
     "(Garrido et al., arXiv:2210.02885)",
+    "lidar": "directions in which images differ more than views of one do: more is richer "
+    "(Thilak et al., arXiv:2312.04000)",
     "alignment": "distance of two views of an image: smaller is closer "
     "(Wang & Isola, arXiv:2005.10242)",
     "uniformity": "crowding of different images: smaller is more even "

@@ -26,6 +26,7 @@ UNITS = {
     "accuracy": Unit("accuracy (%)", 100, ".1f"),
     "embedding_std": Unit("std of embeddings", form=".3f"),
     "effective_rank": Unit("effective rank", form=".1f"),
+    "lidar": Unit("LiDAR", form=".1f"),
     "alignment": Unit("alignment", form=".3f"),
     "uniformity": Unit("uniformity", form=".3f"),
     "hours": Unit("hours", form=".3f"),

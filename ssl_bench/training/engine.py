@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ssl_bench.augment.draws import keys
 from ssl_bench.data.source import Source
 from ssl_bench.errors import Interrupted
-from ssl_bench.evaluate.health import collapse, health
+from ssl_bench.evaluate.health import Following, collapse, collapsing, health
 from ssl_bench.methods.base import Method
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed, memory
@@ -61,7 +61,7 @@ def fit(
         )
     parallel = distributed.data_parallel(model, run.device)
     model.train()
-    meter = Meter(model, optimizer, source, run, start)
+    meter = Meter(model, optimizer, source, run, start, total)
     # the first step whose loss wasn't finite; 0 while there is none
     diverged = torch.zeros((), dtype=torch.int64, device=run.device)
 
@@ -157,10 +157,15 @@ class Meter:
         source: Source,
         run: Run,
         start: int,
+        total: int,
     ) -> None:
         self.model, self.optimizer, self.source, self.run = model, optimizer, source, run
         self.step, self.clock, self.waited = start, time.perf_counter(), 0.0  # at the line before
-        self.warned = False
+        self.warned: set[str] = set()
+        self.first: dict[str, float] = {}  # the first line with the health of embeddings
+        self.following: Following | None = Following(model)
+        # An epoch is enough for a teacher to move; at the end of training it may stand still.
+        self.follows_at = (start + source.steps_per_epoch, 0.9 * total)
 
     def measure(
         self, step: int, epoch: float, output: dict[str, Tensor], embeddings: Tensor | None
@@ -179,11 +184,33 @@ class Meter:
             "memory_gb": memory.peak(self.run.device),
         }
         self.step, self.clock, self.waited = step, now, self.source.wait_seconds
+        self._check_teacher(step)
         if embeddings is None or not embeddings.isfinite().all():  # a step in float16 may overflow
             return line
         line = health(embeddings) | line  # a method may know better
-        watched = self.run.is_main and epoch >= 1 and not self.warned
-        if watched and (told := collapse(line)):
-            log.warning("step %s: the run has collapsed: %s", f"{step:,}", told)
-            self.warned = True
+        self.first = self.first or line
+        if not self.run.is_main or epoch < 1:
+            return line
+        warnings = {"has collapsed": collapse(line)}
+        if self.model.split != "train":  # a classifier's images become as few as its classes
+            warnings["is collapsing"] = collapsing(self.first, line)
+        for what, told in warnings.items():
+            if told and what not in self.warned:
+                log.warning("step %s: the run %s: %s", f"{step:,}", what, told)
+                self.warned.add(what)
         return line
+
+    def _check_teacher(self, step: int) -> None:
+        """Warn, once, of a momentum teacher that none of an epoch's steps has moved."""
+        first, last = self.follows_at
+        if self.following is None or step < first:
+            return
+        if step <= last and self.following.stand_still() and self.run.is_main:
+            log.warning(
+                "step %s: the momentum teacher stands still: no weight of it has moved since step "
+                "%s, and the student's have: its targets are those of a network that learns nothing"
+                " (is method.momentum less than 1?)",
+                f"{step:,}",
+                f"{first - self.source.steps_per_epoch:,}",
+            )
+        self.following = None
