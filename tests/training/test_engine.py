@@ -38,9 +38,14 @@ class Noted(Method):
         super().__init__(nn.Identity())
         self.weight = nn.Parameter(torch.zeros(()))
         self.begun, self.updated, self.drawn, self.modes = [], [], [], []
+        self.masked: list[Tensor] = []
 
     def begin(self, epoch: float, epochs: int) -> None:
         self.begun.append((epoch, epochs))
+
+    def draw(self, keys: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
+        self.masked.append(keys)
+        return ()
 
     def forward(self, views: list[Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
         self.drawn.append(torch.rand(()).item())
@@ -135,9 +140,10 @@ def test_a_step_is_a_function_of_seed_and_step(tmp_path: Path) -> None:
 
 def test_an_image_is_seen_in_another_order_and_by_other_draws_in_each_epoch(tmp_path: Path) -> None:
     """Its keys are those of (seed, epoch, image), whichever batch it comes in."""
-    _, given = train(tmp_path / "run", seed=5)
+    method, given = train(tmp_path / "run", seed=5)
     for step, (images, image_keys) in enumerate(given):
         assert torch.equal(image_keys, keys(5, step // 3, images.long()))
+        assert torch.equal(method.masked[step], image_keys)  # masks are draws like all others
     orders = [torch.cat([images for images, _ in given[at : at + 3]]).tolist() for at in (0, 3, 6)]
     assert all(len(set(order)) == 12 for order in orders)
     assert len(set(map(tuple, orders))) == EPOCHS
