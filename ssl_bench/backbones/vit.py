@@ -332,8 +332,9 @@ def vit_tiny(
     drop_path: DropPath = 0.0,
     drop_path_uniform: bool = False,
     layer_scale: PositiveFloat | None = None,
+    dim: PositiveInt = 192,
 ) -> nn.Module:
-    """ViT-T (Touvron et al., arXiv:2012.12877, table 1), dim = 192. See ViT.
+    """ViT-T (Touvron et al., arXiv:2012.12877, table 1), whose dim is 192. See ViT.
 
     num_heads: of attention; None: 64 channels each, as in that table. MoCo v3's ViT-S has 12. init:
     whose authors' initial weights.
@@ -341,8 +342,8 @@ def vit_tiny(
     return ViT(
         image_size,
         patch_size,
-        192,
-        num_heads or 3,
+        dim,
+        num_heads or max(1, dim // 64),
         depth,
         positions,
         frozen_patches,

@@ -244,7 +244,7 @@ def _backbone_of(source: str, path: Path, content: object) -> str:
         return f"backbone={known.backbone}"
     if not (node := (recipe(path) or {}).get("backbone")):
         return fitting(content) or "backbone="
-    telling = ("stem", "width", "model", "image_size", "patch_size", "num_heads")
+    telling = ("stem", "width", "model", "image_size", "patch_size", "dim", "num_heads")
     words = [f"backbone.{key}={node[key]}" for key in telling if node.get(key) is not None]
     return " ".join([f"backbone={node.get('name')}", *words])
 
