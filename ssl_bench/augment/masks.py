@@ -147,17 +147,18 @@ def targets_and_context(
     context_size: tuple[int, int],
     num_targets: int,
     min_keep: int,
+    to_edge: bool = False,
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """An image's target blocks, and its context without them: patches in rising order.
 
     As `MaskCollator` of the authors' multiblock.py (arXiv:2301.08243, section 3): a block of at
     most `min_keep` patches is drawn anew; if a context fails twenty times, the last target that was
-    taken out of it is no more. Blocks don't reach the last row and column.
+    taken out of it is no more. Theirs don't reach the last row and column: those with `to_edge` do.
     """
     grid = np.arange(side * side).reshape(side, side)
 
     def block(size: tuple[int, int]) -> np.ndarray:
-        top, left = (math.floor((side - length) * next(numbers)) for length in size)
+        top, left = (math.floor((side - length + to_edge) * next(numbers)) for length in size)
         return grid[top : top + size[0], left : left + size[1]].ravel()
 
     def large_enough(size: tuple[int, int]) -> np.ndarray:

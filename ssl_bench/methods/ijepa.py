@@ -60,8 +60,8 @@ class IJEPA(Method):
 
     Pretraining exports that copy, the target encoder. predictor_dim, predictor_depth,
     predictor_heads: the predictor's width, blocks and attention heads. momentum: the copy's; it
-    rises linearly to 1. target_scale, target_aspect, context_scale, num_targets, min_keep: see
-    `masks.targets_and_context`.
+    rises linearly to 1. target_scale, target_aspect, context_scale, num_targets, min_keep,
+    to_edge: see `masks.targets_and_context`.
     """
 
     num_views = 1
@@ -78,11 +78,13 @@ class IJEPA(Method):
         target_aspect: Interval = (0.75, 1.5),
         context_scale: Interval = (0.85, 1.0),
         min_keep: NonNegativeInt = 10,
+        to_edge: bool = False,
     ) -> None:
         need_patches(backbone, "ijepa")
         super().__init__(momentum_copy(backbone))
         self.image_size, self.side = backbone.image_size, backbone.image_size // backbone.patch_size
         self.momentum, self.num_targets, self.min_keep = momentum, num_targets, min_keep
+        self.to_edge = to_edge
         self.scales, self.aspect = (target_scale, context_scale), target_aspect
         sizes = (
             masks.block_size(v / 1000, self.side, target_scale, target_aspect) for v in range(1000)
@@ -113,7 +115,7 @@ class IJEPA(Method):
         """
         target = masks.block_size(self.chosen[0], self.side, self.scales[0], self.aspect)
         context = masks.block_size(self.chosen[1], self.side, self.scales[1], (1.0, 1.0))
-        rules = (self.side, target, context, self.num_targets, self.min_keep)
+        rules = (self.side, target, context, self.num_targets, self.min_keep, self.to_edge)
         drawn = [masks.targets_and_context(own, *rules) for own in masks.numbers(keys, 1)]
         shortest = torch.tensor([min(len(found) for _, found in drawn)])
         length = int(distributed.all_gather(shortest).min())

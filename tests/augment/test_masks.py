@@ -54,3 +54,20 @@ def test_random_cells_are_squares(scale: int) -> None:
     assert mask.sum(dim=1).tolist() == [10 * scale**2] * 5
     cells = mask.view(5, 4, scale, 4, scale)
     assert (cells == cells[:, :, :1, :, :1]).all()
+
+
+@pytest.mark.parametrize("to_edge", [False, True])
+def test_the_last_row_and_column_are_for_blocks_that_reach_the_edge(to_edge: bool) -> None:
+    """The authors' blocks leave them out, of a grid of 4 x 4 nearly half of the patches."""
+    drawn = [
+        masks.targets_and_context(own, 4, (2, 2), (3, 3), 2, 3, to_edge)
+        for own in masks.numbers(keys(0, 0, torch.arange(64)), 1)
+    ]
+    seen = {
+        int(patch) for targets, context in drawn for part in (*targets, context) for patch in part
+    }
+    inner = {4 * row + column for row in range(3) for column in range(3)}
+    assert seen == (set(range(16)) if to_edge else inner)
+    for targets, context in drawn:
+        assert [len(target) for target in targets] == [4, 4]
+        assert len(context) > 3
