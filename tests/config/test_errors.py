@@ -191,7 +191,7 @@ CONFIGURATION = {
         ["experiment=fast"],
         [
             "experiment=fast: no such choice;",
-            "Valid: experiment=bench_synthetic, experiment=cifar10_moco_v2, ",
+            "Valid: experiment=bench_synthetic, experiment=bench_vit, ",
         ],
     ),
     "processes": (
