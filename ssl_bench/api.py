@@ -15,10 +15,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from ssl_bench import command
+from ssl_bench import command, console
 from ssl_bench.config import build, messages, typed
 from ssl_bench.errors import Interrupted, UserError
-from ssl_bench.launch.process import Console, set_up_logging
+from ssl_bench.launch.process import set_up_logging
 from ssl_bench.shell import quote
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def _as_before() -> Iterator[None]:
             "start processes for more"
         )
     log = logging.getLogger("ssl_bench")
-    if all(isinstance(handler, Console) for handler in log.handlers):
+    if all(isinstance(handler, console.Handler) for handler in log.handlers):
         set_up_logging(quiet=os.environ.get("RANK", "0") != "0")
     argv, environment = sys.argv[:], os.environ.get("HYDRA_FULL_ERROR")
     composed, config = GlobalHydra.instance().hydra, HydraConfig.instance().cfg

@@ -21,10 +21,9 @@ from hydra.core.hydra_config import HydraConfig
 from PIL import Image
 
 import ssl_bench as api
-from ssl_bench import command
+from ssl_bench import command, console
 from ssl_bench.api import _as_before
 from ssl_bench.augment.views import EvalView
-from ssl_bench.launch.process import Console
 
 SHORT = [*TINY_PRETRAIN, "epochs=1", "eval_every=0", "device=cpu"]
 
@@ -158,7 +157,7 @@ def test_a_program_with_its_own_hydra_and_log(here: Path) -> None:
     log.handlers = []
     for _ in range(3):
         api.train(["stage=zoo"])
-    assert [type(handler) for handler in log.handlers] == [Console]
+    assert [type(handler) for handler in log.handlers] == [console.Handler]
 
 
 def test_a_users_modules_are_found_where_the_call_is(here: Path) -> None:

@@ -75,6 +75,7 @@ class Root(BaseModel):
     zero_init_residual: bool
     compile: bool
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    verbosity: Literal["quiet", "normal", "full"] = "normal"
     log_every: PositiveInt
     eval_every: NonNegativeInt
     save_every: PositiveInt

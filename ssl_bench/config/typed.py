@@ -18,7 +18,7 @@ from ssl_bench.config import signatures
 from ssl_bench.shell import in_quotes
 
 # Keys that choose how a configuration is composed and where it runs, for every stage.
-ALWAYS = ("stage", "experiment", "settings", "launcher", "hydra")
+ALWAYS = ("stage", "experiment", "settings", "launcher", "hydra", "verbosity")
 
 
 def key_of(override: str) -> str:

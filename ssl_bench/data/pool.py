@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 
 CHUNK = 256  # images: a few MB of pixels in a worker, and thousands of chunks to balance
 AHEAD = 2  # chunks that a worker may do before they are asked for
-LOG_SECONDS = 10  # between two lines of progress
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
@@ -47,10 +46,12 @@ def run_chunks(
     exception of the task is raised here. Closing the iterator, or leaving it by an exception, ends
     the workers. Shows a progress bar.
     """
+    from ssl_bench.console import Bar  # not in the workers
+
     chunks = [(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
     count = min(workers or default_workers(), len(chunks))
     doing: dict[Connection, tuple[int, int]] = {}
-    with started(task, count) as processes, Progress(total, title) as progress:
+    with started(task, count) as processes, Bar(total, title) as progress:
         waiting = iter(chunks)
         for connection in processes:
             doing[connection] = next(waiting)
@@ -158,42 +159,6 @@ def receive(connection: Connection, process: subprocess.Popen) -> Any:
     if isinstance(result, BaseException):
         raise result
     return result
-
-
-class Progress:
-    """A bar on a terminal; elsewhere a line in the log now and then."""
-
-    def __init__(self, total: int, title: str, shown: bool = True, unit: str = "images"):
-        from tqdm import tqdm
-
-        self.total, self.title, self.unit, self.done = total, title, unit, 0
-        self.began = self.logged = time.monotonic()
-        hidden = not (shown and sys.stderr.isatty())
-        self.bar = tqdm(total=total, desc=title, unit=f" {unit}", disable=hidden)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
-
-    def add(self, count: int) -> None:
-        self.done += count
-        self.bar.update(count)
-        now = time.monotonic()
-        if self.bar.disable and now - self.logged > LOG_SECONDS:
-            self.logged, rate = now, self.done / (now - self.began)
-            left = (self.total - self.done) / rate
-            log.info(
-                "%s: %d of %d %s, %.1f %s/s, %.0f s left",
-                self.title,
-                self.done,
-                self.total,
-                self.unit,
-                rate,
-                self.unit,
-                left,
-            )
 
 
 def work(connection: Connection, shared: int) -> None:

@@ -29,9 +29,10 @@ import numpy as np
 import xxhash
 
 from ssl_bench import files
+from ssl_bench.console import Bar
 from ssl_bench.data import pictures
 from ssl_bench.data.pictures import Noticed
-from ssl_bench.data.pool import CHUNK, LOG_SECONDS, default_workers, run_chunks
+from ssl_bench.data.pool import CHUNK, default_workers, run_chunks
 from ssl_bench.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -248,21 +249,19 @@ def damage(directory: Path) -> str:
 
 
 def _wrong_blocks(images: np.ndarray, digests: np.ndarray, directory: Path) -> list[int]:
-    """The blocks of rows that differ from their digests. Logs how far it is."""
+    """The blocks of rows that differ from their digests. Says how far it is."""
     wrong = []
-    began = logged = time.monotonic()
+    title = f"verifying {directory}"
     # xxhash and the disk release the interpreter's lock
-    with ThreadPoolExecutor(min(8, default_workers())) as threads:
+    with (
+        ThreadPoolExecutor(min(8, default_workers())) as threads,
+        Bar(len(digests), title, unit="blocks") as progress,
+    ):
         found = threads.map(lambda block: _digest_rows(images, block), range(len(digests)))
         for block, digest in enumerate(found):
             if digest != digests[block]:
                 wrong.append(block)
-            now = time.monotonic()
-            if now - logged > LOG_SECONDS:
-                logged = now
-                done = (block + 1) / len(digests)
-                left = (now - began) / done - (now - began)
-                log.info("verifying %s: %.0f %%, %.0f s left", directory, 100 * done, left)
+            progress.add()
     return wrong
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_bench import files
-from ssl_bench.data.pool import Progress
+from ssl_bench.console import Bar
 from ssl_bench.data.source import Batch, Source
 from ssl_bench.errors import UserError
 from ssl_bench.evaluate.passes import extract
@@ -130,7 +130,7 @@ def watched(run: Run, source: Source, passed: Iterator[Batch], title: str) -> It
     world = distributed.world_size()
     # the number of batches that every process has
     everywhere = source.num_images // world // (source.batch_size // world)
-    with Progress(source.num_images, title, run.is_main) as progress:
+    with Bar(source.num_images, title, shown=run.is_main) as progress:
         for step, batch in enumerate(passed):
             if step < everywhere and run.stopping(step):
                 run.interrupt()

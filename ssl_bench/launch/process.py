@@ -1,6 +1,5 @@
 """Runs one stage, in this process or in several."""
 
-import copy
 import io
 import json
 import logging
@@ -16,6 +15,7 @@ from types import ModuleType
 
 from omegaconf import DictConfig, OmegaConf
 
+from ssl_bench import console
 from ssl_bench.config import build
 from ssl_bench.data.pool import default_workers
 from ssl_bench.errors import Abandoned, Interrupted, UserError
@@ -70,6 +70,7 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     from ssl_bench.runs.run import Run
     from ssl_bench.runtime import distributed, memory, precision
 
+    console.choose(cfg.verbosity)
     world = distributed.launched() or distributed.World(0, 0, 1, 1)
     device = pick_device(cfg.device, world.local_rank)
     if device.type == "cpu":
@@ -95,6 +96,7 @@ def _run(cfg: DictConfig) -> dict[str, float]:
                 "%s is finished already (%s); to run it again, delete it or choose another dir=",
                 cfg.dir,
                 ", ".join(values),
+                extra={"result": True},
             )
             return run.summary
         try:
@@ -200,28 +202,15 @@ def _rank(config: str, folder: str) -> dict[str, float]:
 
 
 def set_up_logging(quiet: bool = False) -> None:
-    """Log to stderr, above a progress bar if there is one. quiet: warnings only.
+    """Log to stderr (`console`). quiet: warnings only.
 
     A character that a terminal can't show, such as "±" in ASCII, is printed as its number.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    handler = Console()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler = console.Handler()
     handler.setLevel(logging.WARNING if quiet else logging.INFO)
     logger = logging.getLogger("ssl_bench")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.DEBUG)
-
-
-class Console(logging.StreamHandler):
-    """Writes above a progress bar; of a record that has a text for a console, that one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        if console := getattr(record, "console", None):
-            record = copy.copy(record)
-            record.msg, record.args = console, ()
-        tqdm.write(self.format(record), file=self.stream)

@@ -2,12 +2,12 @@
 
 import http.client
 import logging
-import shutil
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
 from ssl_bench import files
+from ssl_bench.console import Bar
 from ssl_bench.data.store import cache_folder
 from ssl_bench.errors import UserError
 
@@ -174,7 +174,6 @@ def _remember(name: str, path: Path) -> None:
 
 def _download(name: str, path: Path) -> None:
     from filelock import FileLock
-    from tqdm import tqdm
 
     weights = WEIGHTS[name]
     partial = path.with_name(path.name + ".partial")
@@ -192,9 +191,10 @@ def _download(name: str, path: Path) -> None:
                 open(partial, "wb") as file,
             ):
                 length = reply.length
-                options = {"total": length, "desc": path.name, "disable": None}
-                with tqdm.wrapattr(reply, "read", **options) as source:
-                    shutil.copyfileobj(source, file)
+                with Bar(length and length / 1e6, path.name, unit="MB") as progress:
+                    while block := reply.read(1 << 20):
+                        file.write(block)
+                        progress.add(len(block) / 1e6)
             if weights.hash:
                 verify(partial, weights.hash, advice)
             elif length is None or partial.stat().st_size != length:

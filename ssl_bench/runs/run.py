@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import timedelta
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -22,10 +21,10 @@ from typing import Any
 import filelock
 import torch
 import yaml
-from tqdm import tqdm
 
 from ssl_bench import __version__, files
 from ssl_bench.config.build import construct
+from ssl_bench.console import Bar, duration
 from ssl_bench.data.store import Split
 from ssl_bench.errors import Interrupted, UserError, writable
 from ssl_bench.runs import identity, layout, metrics, units
@@ -58,6 +57,8 @@ class Run:
         self._config = config
         self._make_tracker = make_tracker
         self.status = "failed"  # until the stage has ended well
+        self._last: dict[str, float] = {}  # the values that were logged last
+        self._told = 0  # the epoch of the last row on a terminal
         self._mistaken = False  # was it ended by a UserError?
         self._signum = 0  # the last signal that asked for a stop
         self._at_once = False  # would nothing be lost by stopping now?
@@ -134,7 +135,7 @@ class Run:
             files.write(self.directory / layout.SUMMARY, text)
             if "tracker" in vars(self) and (checkpoints := complete(self.directory)):
                 self.tracker.log_checkpoint_file(checkpoints[0])
-            log.info("finished: %s", self.directory)
+            log.info("finished: %s", self.directory, extra={"result": True})
 
     def _claim(self, directory: Path) -> filelock.AcquireReturnProxy:
         """Prepare the directory and return its lock, which this process holds from now on.
@@ -326,24 +327,51 @@ class Run:
             self.metrics.log(step, line)
             self.tracker.log(step, line)
             values = "  ".join(f"{key} {units.spoken(key, value)}" for key, value in line.items())
-            rate = (time.monotonic() - self._began) / max(step - self._start, 1)  # s a step
-            left = timedelta(seconds=round((self._total - step) * rate))
-            whole = f"step {step:,}/{self._total:,}  {values}  left {left}"
-            log.info("%s", whole, extra={"console": self._console(step, line, left)})
+            rate = (time.monotonic() - self._bar.began) / max(step - self._bar.begun, 1)
+            total = int(self._bar.total or 0)
+            left = duration((total - step) * rate)
+            whole = f"step {step:,}/{total:,}  {values}  left {left}"
+            brief = self._brief(step, total, line, left)
+            extra = {"brief": brief, "cells": self._cells(step, line), "result": total == 1}
+            log.info("%s", whole, extra=extra)
 
-    def _console(self, step: int, line: dict[str, float], left: timedelta) -> str:
+    def _brief(self, step: int, total: int, line: dict[str, float], left: str) -> str:
         """The line of a step for a console, as wide as it or CONSOLE; log.txt has all of it."""
         room = min(CONSOLE, shutil.get_terminal_size((120, 24)).columns - 12)
-        if self._total == 1:  # the result of a stage that doesn't train
+        if total == 1:  # the result of a stage that doesn't train
             begin, end = "result:", ""
         else:
-            begin, end = f"step {step:,}/{self._total:,}  epoch {line['epoch']:.4g}", f"left {left}"
-        if step == self._total and self._total > 1:
-            end = f"took {timedelta(seconds=round(time.monotonic() - self._began))}"
+            begin, end = f"step {step:,}/{total:,}  epoch {line['epoch']:.4g}", f"left {left}"
+        if step == total and total > 1:
+            end = f"took {duration(time.monotonic() - self._bar.began)}"
         shown = {key: value for key, value in line.items() if key not in ("epoch", "images_seen")}
         return "  ".join(
             filter(None, [begin, units.headline(shown, room - len(begin) - len(end)), end])
         )
+
+    def _cells(self, step: int, line: dict[str, float]) -> dict[str, str] | None:
+        """A row for a terminal, once an epoch and for each evaluation; {}: below the bar alone.
+
+        None for the result of a stage that doesn't train.
+        """
+        if self._bar.total == 1:
+            return None
+        told = units.cells(line)
+        self._bar.say(
+            "  ".join(
+                f"{head} {told[head]}{_trend(self._last.get(key), line[key])}"
+                for key, head in units.HEADS.items()
+                if key in line
+            )
+        )
+        self._last |= line
+        epoch, evaluated = int(line["epoch"]), any(key.endswith("top1") for key in line)
+        if not (evaluated or epoch > self._told or step == self._bar.total):
+            return {}
+        self._told = epoch
+        columns = [head for key, head in units.HEADS.items() if key in self._last]
+        begin = {"step": f"{step:,}", "epoch": f"{line['epoch']:.4g}"}
+        return begin | {head: told.get(head, "") for head in columns}
 
     def log_image(self, step: int, name: str, path: Path) -> None:
         if self.is_main:
@@ -393,19 +421,21 @@ class Run:
 
     def progress(self, steps: Iterable, start: int, total: int) -> Iterator:
         """`steps`, with a progress bar on a terminal."""
-        self._start, self._total, self._began = start, total, time.monotonic()
-        watched = self.is_main and sys.stderr.isatty()
-        title = str(self._config["stage"]["name"])
-        return tqdm(
-            steps,
-            title,
-            total,
-            initial=start,
-            disable=not watched,
-            unit="step",
-            dynamic_ncols=True,
-            smoothing=0,  # the time left is that of the log, from the mean rate
-        )
+        title, shown = str(self._config["stage"]["name"]), self.is_main and total > 1
+        self._bar = Bar(total, title, unit="steps", begun=start, shown=shown, lines=False)
+        self._last, self._told = {}, 0
+        self._stack.enter_context(self._bar)  # an exception leaves the loop, not the generator
+        return self._bar.follow(steps)
+
+
+def _trend(before: float | None, now: float) -> str:
+    """Where a value has gone since it was told last, by more than its fifth digit."""
+    if before is None or abs(now - before) <= 1e-4 * abs(before):
+        return ""
+    stream = sys.__stderr__  # sys.stderr is what a live bar has put in its place
+    shown = stream is not None and "utf" in stream.encoding.lower()
+    arrows = ("↓", "↑") if shown else ("-", "+")
+    return arrows[now > before]
 
 
 def environment() -> dict:

@@ -41,6 +41,18 @@ HEADLINE = (
     *("val_top1", "val_top5", "knn_top1", "probe_top1", "holdout_top1", "loss", "accuracy"),
     *("lr", "images_per_second"),
 )
+# Heads and order of their columns in the rows of a terminal.
+HEADS = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "lr": "lr",
+    "images_per_second": "images/s",
+    "knn_top1": "kNN %",
+    "probe_top1": "probe %",
+    "holdout_top1": "held-out %",
+    "val_top1": "top-1 %",
+    "val_top5": "top-5 %",
+}
 PRETRAINING = "pretraining_"  # prefix of the metrics of the pretraining that was evaluated
 
 
@@ -85,6 +97,15 @@ def headline(line: Mapping[str, float], width: int) -> str:
             break
         words.append(word)
     return "  ".join(words)
+
+
+def cells(line: Mapping[str, float]) -> dict[str, str]:
+    """{head: value} of a row of a terminal."""
+    return {
+        head: f"{line[key]:.3g}" if key == "lr" else spoken(key, line[key]).removesuffix(" %")
+        for key, head in HEADS.items()
+        if key in line
+    }
 
 
 def mean_std(values: list[float]) -> tuple[float, float]:

@@ -269,17 +269,25 @@ def train(
     optimizer = build.construct(cfg.optimizer, params=params, batch_size=cfg.batch_size)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rates = [group["lr"] for group in optimizer.param_groups]
+    lr = " to ".join(f"{rate:.4g}" for rate in sorted({min(rates), max(rates)}))
+    parameters = f"{sum(parameter.numel() for parameter in trained) / 1e6:,.1f} M"
+    images = f"{source.num_images:,} images, {source.steps_per_epoch:,} steps an epoch"
+    devices = f"{distributed.world_size()} x {run.device}"
     log.info(
-        "%s images, %s steps an epoch, batch %s on %s x %s, "
-        "lr %s, %.1f M trained parameters, in %s",
-        f"{source.num_images:,}",
-        f"{source.steps_per_epoch:,}",
-        cfg.batch_size,
-        distributed.world_size(),
-        run.device,
-        " to ".join(f"{rate:.4g}" for rate in sorted({min(rates), max(rates)})),
-        sum(parameter.numel() for parameter in trained) / 1e6,
-        run.directory,
+        "%s, batch %s on %s, lr %s, %s trained parameters, in %s",
+        *(images, cfg.batch_size, devices, lr, parameters, run.directory),
+        extra={
+            "title": cfg.stage.name,
+            "cells": {
+                "method": cfg.method.name if cfg.stage.name == "pretrain" else "",
+                "backbone": f"{cfg.backbone.name}, {parameters} trained parameters",
+                "data": f"{cfg.data.name}, {images}",
+                "training": f"{cfg.epochs} epochs, batch {cfg.batch_size}, lr {lr}",
+                "device": f"{devices}, {cfg.precision}",
+                "begins with": str(cfg.pretrained or ""),
+                "directory": str(run.directory),
+            },
+        },
     )
     average = None
     if (decay := cfg.get("ema")) is not None:

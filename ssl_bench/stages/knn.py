@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssl_bench.config import build
 from ssl_bench.config.fields import FeaturesOf, Resize, Share
-from ssl_bench.data.pool import Progress
+from ssl_bench.console import Bar
 from ssl_bench.data.source import Source, fits
 from ssl_bench.errors import UserError
 from ssl_bench.evaluate.features import extract_all
@@ -140,7 +140,9 @@ def accuracy(
     most = max(number for number, _ in cells)
     right = torch.zeros(len(cells), 2, dtype=torch.float64)
     share = queries[rank::world].split(QUERIES), targets[rank::world].split(QUERIES)
-    with Progress(len(queries[rank::world]), "neighbours", run.is_main) as progress:
+    with Bar(
+        len(queries[rank::world]), "neighbours", unit="queries", shown=run.is_main
+    ) as progress:
         for block, wanted in zip(*share, strict=True):
             similarities, rows = nearest(block.to(run.device), bank, most)
             neighbours, wanted = labels[rows.cpu()].to(run.device), wanted.to(run.device)

@@ -64,16 +64,25 @@ def pipeline(
     if _labels.learns_labels(cfg.method):
         for member in chain(*evaluations.values()):
             check_choice(member, pretraining)
+    total = 1 + sum(map(len, evaluations.values()))
+    several = ", ".join(f"{len(members)} x {name}" for name, members in evaluations.items())
+    log.info("%s runs: a pretraining, then %s", total, several)
+    log.info("1 of %s: pretraining", total, extra={"heading": True})
     launch(pretraining)
+    done = 1
     results: dict[str, list[float]] = {}
     for name, members in evaluations.items():
         for member in members:
             if run.stopping(0):  # a signal that came between two of them
                 run.interrupt()
+            done += 1
+            part = f"{done} of {total}: {name}, seed {member.seed}"
+            log.info("%s", part, extra={"heading": True})
             if (top1 := launch(member).get("val_top1")) is not None:  # an export has none
                 results.setdefault(name, []).append(top1)
         if name in results:
-            log.info("%s: top-1 %s", name, ", ".join(f"{value:.1f}" for value in results[name]))
+            told = ", ".join(f"{value:.1f}" for value in results[name])
+            log.info("%s: top-1 %s", name, told, extra={"result": True})
     if distributed.any_rank(bool(results)):  # some stages return them on rank 0 alone
         if run.is_main:
             print(f"\n{figure.table(results, 'top-1')}")

@@ -10,8 +10,8 @@ from omegaconf import DictConfig
 from pydantic import PositiveInt
 
 from ssl_bench.config.fields import BitDepth, Place, Resize, ValueRange
+from ssl_bench.console import Bar
 from ssl_bench.data.formats.folder import Images
-from ssl_bench.data.pool import Progress
 from ssl_bench.data.store import Split
 from ssl_bench.errors import UserError
 from ssl_bench.evaluate.features import new_array
@@ -99,7 +99,7 @@ def predict(
     text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     with (
         open(run.directory / "images.csv", "r+" if done else "w", **text) as file,
-        Progress(total - done, "predictions") as progress,
+        Bar(total, "predictions", begun=done) as progress,
         torch.inference_mode(),
     ):
         file.seek(position.bytes)

@@ -22,7 +22,7 @@ from ssl_bench.stages.pipeline import SHARED, evaluation
 ROOT = Path(ssl_bench.__file__).parent
 STAGES = [choice for group, choice in CHOICES if group == "stage"]
 GROUPS = [group for group in build.SUPPLIED if group != "stage"]
-KEYS = [*build.Root.model_fields, *GROUPS]
+KEYS = [key for key in [*build.Root.model_fields, *GROUPS] if key not in typed.ALWAYS]
 
 
 def declared(stage: str) -> tuple[str, ...]:

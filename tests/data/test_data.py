@@ -17,6 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
+from ssl_bench import console
 from ssl_bench.data import pictures, store, synthetic
 from ssl_bench.data.formats import base
 from ssl_bench.data.formats.cifar import CIFAR
@@ -305,17 +306,13 @@ def test_a_flipped_bit_of_a_store_is_named_and_packed_again(cache, caplog, name,
 def test_a_slow_verification_says_how_far_it_is(cache, caplog, monkeypatch):
     caplog.set_level("INFO")
     directory = Synthetic(600, 30, 30, 2, 0, 16, cache=str(cache)).open("pretrain").directory
-    monkeypatch.setattr(store, "LOG_SECONDS", -1)
+    monkeypatch.setattr(console, "LOG_SECONDS", -1)
     assert store.damage(directory) == ""
     assert [
-        record.message.split(": ")[1].split(",")[0]
+        record.message.split(": ")[1].split("  ")[0]
         for record in caplog.records
-        if "verifying" in record.msg
-    ] == [
-        "33 %",
-        "67 %",
-        "100 %",
-    ]
+        if "verifying" in record.message
+    ] == ["1/3 blocks", "2/3 blocks", "3/3 blocks"]
 
 
 def test_a_damaged_store_whose_images_are_gone_is_told(dl21, cache):

@@ -37,7 +37,7 @@ PRELOADED = (
     "omegaconf",
     "pydantic",
     "filelock",
-    "tqdm",
+    "rich",
     "yaml",
     "numpy",
     "PIL.Image",

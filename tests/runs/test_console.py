@@ -1,6 +1,8 @@
 """What a person reads of a run while it runs."""
 
+import io
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -8,7 +10,9 @@ import pytest
 from conftest import TINY_PRETRAIN, Command
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
+from ssl_bench import console, terminal
 from ssl_bench.runs import units
 
 LINES = st.dictionaries(
@@ -57,3 +61,98 @@ def test_the_line_of_a_result(ssl_bench: Command, tmp_path: Path) -> None:
     said = ssl_bench(*words, check=True).stderr.splitlines()
     assert re.search(r"result:  val_top1 \d\d\.?\d* %  val_top5 ", said[-2])
     assert not [line for line in said if " step " in line]
+
+
+def said_on_terminal(monkeypatch: pytest.MonkeyPatch, width: int, *records: tuple) -> list[str]:
+    """What a terminal of that width shows of records: (level, text, extra) each."""
+    stream = io.StringIO()
+    monkeypatch.setattr(console, "on_terminal", lambda: True)
+    shown = Console(file=stream, width=width, force_terminal=True, color_system=None)
+    monkeypatch.setattr(terminal, "terminal", shown)
+    terminal._heads.clear()
+    logger = logging.Logger("other")
+    logger.addHandler(console.Handler())
+    for level, text, extra in records:
+        logger.log(level, text, extra=extra)
+    return stream.getvalue().splitlines()
+
+
+@given(cells=st.dictionaries(st.text("abc %", min_size=1), st.text("0123."), max_size=12))
+@pytest.mark.parametrize("width", [20, 80, 160])
+def test_rows_fit_under_their_heads(cells: dict[str, str], width: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        twice = [(logging.INFO, "whole", {"cells": cells})] * 2
+        lines = said_on_terminal(patch, width, *twice)
+    assert len(lines) in (0, 3)  # the heads once; none where not one column fits
+    assert all(len(line) <= width for line in lines)
+
+
+def test_what_a_terminal_shows_of_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"brief": "step 1", "cells": {"step": "1", "loss": "2.5"}}
+    panel = {"title": "pretrain", "cells": {"data": "digits", "empty": ""}}
+    lines = said_on_terminal(
+        monkeypatch,
+        40,
+        (logging.INFO, "a whole line", row),
+        (logging.INFO, "not shown", {"brief": "step 2", "cells": {}}),  # the bar says it
+        (logging.WARNING, "collapsed", {}),
+        (logging.INFO, "a whole line", row),
+        (logging.INFO, "of digits", panel),
+        (logging.INFO, "2 of 9", {"heading": True}),
+    )
+    text = "\n".join(lines)
+    assert "whole line" not in text
+    assert "not shown" not in text
+    assert [line.split() for line in lines].count(["step", "loss"]) == 2  # anew after the warning
+    assert re.search(r"\d\d:\d\d:\d\d collapsed", text)
+    assert "│ data  digits" in text
+    assert "empty" not in text
+    assert lines[-1].startswith("2 of 9 ---")
+
+
+@pytest.mark.parametrize(
+    ("verbosity", "said"),
+    [
+        ("quiet", ["warned", "done"]),
+        ("normal", ["begun", "step 1", "warned", "done"]),
+        ("full", ["begun", "step 1  loss 2.5  memory 1", "warned", "done"]),
+    ],
+)
+def test_verbosity(verbosity: str, said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("ssl_bench")
+    logger.handlers, logger.propagate = [console.Handler()], False
+    logger.setLevel(logging.INFO)
+    console.choose(verbosity)
+    logger.info("begun")
+    logger.info("step 1  loss 2.5  memory 1", extra={"brief": "step 1"})
+    logger.warning("warned")
+    logger.info("done", extra={"result": True})
+    assert [line[9:] for line in capsys.readouterr().err.splitlines()] == said
+
+
+def test_quiet(ssl_bench: Command, tmp_path: Path) -> None:
+    words = ["stage=knn", "data=digits", "backbone=pixels", "dir=run", "verbosity=quiet"]
+    said = ssl_bench(*words, check=True).stderr.splitlines()
+    assert [line.split()[1] for line in said] == ["result:", "finished:"]
+    assert "images" in (tmp_path / "run/log.txt").read_text()
+
+
+def test_a_bar_where_there_is_no_terminal(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(console, "LOG_SECONDS", -1)
+    with console.Bar(3000, "packing") as bar:
+        bar.add(1000)
+    assert re.fullmatch(
+        r"packing: 1,000/3,000 images  \S+/s  \d:\d\d:\d\d left", caplog.messages[0]
+    )
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00:00"), (3661.4, "1:01:01"), (90061, "1 d 1:01:01"), (-1, "0:00:00")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert console.duration(seconds) == text

@@ -407,8 +407,8 @@ def tracked(directory: Path, *overrides: str) -> dict:
     config = OmegaConf.to_container(compose(*words), resolve=True)
     make = partial(build.construct, config["tracking"], directory=directory, config=config)
     with Run(config, torch.device("cpu"), make) as run:
-        run._total = run._start = run._began = 1
-        run.log(1, {"loss": 1.0, "epoch": 1.0, "val_top1": 9.0})
+        for _ in run.progress([1], 0, 1):
+            run.log(1, {"loss": 1.0, "epoch": 1.0, "val_top1": 9.0})
         run.finish({"val_top1": 5.0})
     (folder,) = folders(directory)
     recorded = records(folder)
@@ -537,8 +537,8 @@ def test_a_tracker_that_cannot_begin_does_not_cost_the_result(
     )
     make = partial(build.construct, config["tracking"], directory=tmp_path / "run", config=config)
     with Run(config, torch.device("cpu"), make) as run:
-        run._total = run._start = run._began = 1
-        run.log(1, {"val_top1": 9.0})
+        for _ in run.progress([1], 0, 1):
+            run.log(1, {"val_top1": 9.0})
         run.finish({"val_top1": 9.0})
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {"val_top1": 9.0}
     assert MetricsFile.read(tmp_path / "run" / "metrics.jsonl") == [{"step": 1, "val_top1": 9.0}]

@@ -24,11 +24,12 @@ from pydantic import PositiveInt
 
 from ssl_bench import files
 from ssl_bench.config.fields import BitDepth, Place, ValueRange
+from ssl_bench.console import Bar
 from ssl_bench.data import pictures
 from ssl_bench.data.formats.base import Digests, ImageFiles, folder_at, hashed
 from ssl_bench.data.formats.listing import Passed
 from ssl_bench.data.formats.patterns import matching
-from ssl_bench.data.pool import Progress, default_workers, run_in_order
+from ssl_bench.data.pool import default_workers, run_in_order
 from ssl_bench.data.store import OnError, Split, root_of
 from ssl_bench.errors import UserError
 
@@ -177,7 +178,7 @@ class WebDataset(ImageFiles):
         chunks = [(shard,) for shard in range(len(shards))]
         rows, text, ends, passed = [], bytearray(), array("q", [0]), Passed()
         results = run_in_order(task, chunks, workers, lambda seconds, chunk: None)
-        with closing(results), Progress(len(shards), f"listing {name}", unit="shards") as progress:
+        with closing(results), Bar(len(shards), f"listing {name}", unit="shards") as progress:
             for found in results:
                 rows.append(found.rows)
                 ends.extend(len(text) + end for end in found.ends)

@@ -1,0 +1,74 @@
+"""What a terminal shows of a training, in a pseudo-terminal. `python tests/runs/test_terminal.py`
+records it for the documentation.
+"""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import sys
+import tempfile
+import termios
+from pathlib import Path
+
+import pyte
+import pytest
+from conftest import TINY_PRETRAIN
+
+DOCS = Path(__file__).parents[2] / "docs" / "recordings"
+
+
+def shown(columns: int, folder: Path, *words: str) -> tuple[list[list[str]], list[str], int]:
+    """The screens on the way, all lines at the end, and the exit status of `ssl-bench words`."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(folder)
+        os.environ.pop("COLUMNS", None)
+        os.environ |= {"TERM": "xterm-256color", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
+        os.execv(sys.executable, [sys.executable, "-m", "ssl_bench", *words])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    screen = pyte.HistoryScreen(columns, 40, history=1000, ratio=1)
+    stream, screens = pyte.ByteStream(screen), []
+    while True:
+        try:
+            stream.feed(os.read(terminal, 1 << 16))
+        except OSError:  # it has ended
+            break
+        screens.append([line.rstrip() for line in screen.display])
+    _, status = os.waitpid(process, 0)
+    above = ["".join(row[x].data for x in range(columns)) for row in screen.history.top]
+    end = [line.rstrip() for line in [*above, *screen.display]]
+    return screens, "\n".join(end).rstrip().splitlines(), os.waitstatus_to_exitcode(status)
+
+
+@pytest.mark.slow
+def test_a_training(tmp_path: Path) -> None:
+    screens, end, status = shown(80, tmp_path, *TINY_PRETRAIN, "dir=run", "eval_every=1")
+    assert status == 0, end
+    text = "\n".join(end)
+    (panel,) = re.findall(r"╭─ pretrain ─.*?╰─+╯", text, re.S)
+    assert "moco_v2" in panel
+    assert "1,297 images, 10 steps an epoch" in panel
+    heads = [line.split() for line in end if line.split()[:2] == ["step", "epoch"]]
+    rows = [line.split() for line in end if re.match(r" +\d+ +\d ", line)]
+    assert heads == [
+        ["step", "epoch", "loss", "accuracy", "lr", "images/s", "kNN", "%", "probe", "%"]
+    ]
+    assert [row[:2] for row in rows] == [["10", "1"], ["20", "2"]]  # an epoch each
+    assert end[-1].endswith("finished: run")
+    live = "\n".join(line for screen in screens for line in screen)
+    assert re.search(r"pretrain +[━╸╺ ]+ \d+/20 steps +\S+/s +0:00:\d\d left", live)
+    assert re.search(r"^loss [\d.]+[↓↑]? ", live, re.M)
+    assert "━" not in text  # no bar is left behind
+
+
+if __name__ == "__main__":
+    DOCS.mkdir(parents=True, exist_ok=True)
+    command = [*TINY_PRETRAIN, "eval_every=2", "epochs=8", "data.cache=cache"]
+    for width in (80, 160):
+        with tempfile.TemporaryDirectory() as work:
+            found, last, _ = shown(width, Path(work), *command)
+        middle = [line for line in found[2 * len(found) // 3] if line]
+        lines = [*middle, "", "... and when it has ended:", "", *last]
+        (DOCS / f"pretrain-{width}.txt").write_text("\n".join(lines) + "\n")
