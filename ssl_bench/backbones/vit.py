@@ -158,6 +158,19 @@ class ViT(VisionTransformer):
             found.append(x := block(x))
         return [self.encoder.ln(x) for x in found[-num_blocks:]]
 
+    def attention(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, heads, L): what the class token attends to in the last block.
+
+        Of the patches; the rest of 1 is the class token's and the registers'.
+        """
+        *before, last = self.encoder.layers
+        x = self._embedded(images)
+        for block in before:
+            x = block(x)
+        x = last.ln_1(x)
+        _, weights = last.self_attention(x, x, x, average_attn_weights=False)
+        return weights[:, :, 0, self.num_prefix :]
+
     def _embedded(
         self,
         images: Tensor,

@@ -103,12 +103,30 @@ class MAE(Method):
     ) -> Output:
         """noise: (N, L), uniform; see `masks.random_patches`."""
         assert noise is not None
-        numbers = torch.arange(noise.shape[1], device=noise.device).expand_as(noise)
-        kept, hidden, ranks = mask(numbers[..., None], noise, self.mask_ratio)
-        latent = self.backbone.tokens(views[0], keep=kept[..., 0])
-        prediction = self.decode(latent, ranks)
+        prediction, hidden = self.predict(views[0], noise)
         loss = reconstruction_loss(views[0], prediction, hidden, self.patch, self.norm_pix)
         return {"loss": loss}
+
+    def predict(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels of all patches (N, L, patch**2 * 3), and which are hidden (N, L)."""
+        numbers = torch.arange(noise.shape[1], device=noise.device).expand_as(noise)
+        kept, hidden, ranks = mask(numbers[..., None], noise, self.mask_ratio)
+        latent = self.backbone.tokens(images, keep=kept[..., 0])
+        return self.decode(latent, ranks), hidden
+
+    def paint(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (N, 3, S, S) in which hidden patches are zero, and in which they are painted.
+
+        With norm_pix each has the mean and standard deviation of its own pixels.
+        """
+        prediction, hidden = self.predict(images, noise)
+        patches, hidden = patchify(images, self.patch), hidden[..., None].bool()
+        if self.norm_pix:
+            mean, variance = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
+            prediction = prediction * (variance + 1e-6).sqrt() + mean
+        both = patches.masked_fill(hidden, 0), torch.where(hidden, prediction, patches)
+        masked, painted = (unpatchify(one, self.patch) for one in both)
+        return masked, painted
 
     def decode(self, latent: Tensor, ranks: Tensor) -> Tensor:
         """Tokens (N, P + K, dim) of the encoder, ranks (N, L) -> pixels (N, L, patch**2 * 3)."""

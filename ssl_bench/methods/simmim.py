@@ -67,11 +67,18 @@ class SimMIM(Method):
     ) -> Output:
         """mask: bool (N, L), of patches."""
         assert mask is not None
-        images = views[0]
+        reconstruction, hidden = self.predict(views[0], mask)
+        return {"loss": reconstruction_loss(views[0], reconstruction, hidden, self.patch)}
+
+    def predict(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The painted images (N, 3, H, W), and the mask (N, rows, columns)."""
         grid = tuple(size // self.patch for size in images.shape[2:])
         tokens = self.backbone.tokens(images, mask=mask, mask_token=self.mask_token)
         patches = tokens[:, self.backbone.num_prefix :].mT.unflatten(2, grid)  # (N, dim, rows, ...)
-        loss = reconstruction_loss(
-            images, self.decoder(patches), mask.unflatten(1, grid), self.patch
-        )
-        return {"loss": loss}
+        return self.decoder(patches), mask.unflatten(1, grid)
+
+    def paint(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (N, 3, H, W) in which hidden patches are zero, and in which they are painted."""
+        reconstruction, hidden = self.predict(images, mask)
+        hidden = hidden.repeat_interleave(self.patch, 1).repeat_interleave(self.patch, 2)[:, None]
+        return images.masked_fill(hidden, 0), torch.where(hidden, reconstruction, images)

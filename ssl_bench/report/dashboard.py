@@ -77,6 +77,9 @@ def workspace(project: str, entity: str | None) -> "Workspace":
         ],
         "Images": [
             browser("augmented views", "pretrain/views"),
+            browser("attention of the class token", "pretrain/attention"),
+            browser("principal components of patches", "pretrain/patches"),
+            browser("what is painted where patches are masked", "pretrain/reconstruction"),
             browser("chosen to be labelled", "select/chosen"),
             browser("overview", "pipeline/overview"),
         ],

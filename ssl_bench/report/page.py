@@ -36,6 +36,14 @@ HEALTH = {
     "knn_top1": "of held-out training images, by their neighbours, while it learns",
     "probe_top1": "of held-out training images, by a linear classifier, while it learns",
 }
+# {digest: (a file, the names of the groups that left such a picture)}
+Pictures = dict[str, tuple[Path, list[str]]]
+LEARNT = {
+    "attention": "what the class token attends to in the last block",
+    "patches": "the first three principal components of patches as red, green and blue, "
+    "alike where tokens are (Oquab et al., arXiv:2304.07193)",
+    "reconstruction": "what is painted where patches are masked",
+}
 TECHNICAL = ("lr", "grad_norm", "images_per_second", "data_wait", "memory_gb")
 QUERIES = 8  # images whose neighbours are shown
 NEIGHBOURS = 8
@@ -71,13 +79,13 @@ def render(
     runs: Sequence[Ran],
     boards: Sequence[Board],
     details: Sequence[Detail],
-    pictures: dict[str, tuple[Path, list[str]]],
+    pictures: dict[str, Pictures],
     notes: Sequence[str],
 ) -> str:
     """The page.
 
-    pictures: {any key: (picture of augmented views, names of the groups that were shown such)}.
-    notes: sentences at its top.
+    pictures: those of augmented views, "views", and of what was learnt (LEARNT). notes: sentences
+    at its top.
     """
     import jinja2
 
@@ -111,7 +119,12 @@ def render(
         maps=[_map(detail, sheets) for detail in with_features],
         sheets=sheets,
         thumb=THUMB,
-        views=[{"names": names, "src": _embed(path)} for path, names in pictures.values()],
+        views=_shown(pictures.get("views", {})),
+        learnt=[
+            {**one, "what": what}
+            for kind, what in LEARNT.items()
+            for one in _shown(pictures.get(kind, {}))
+        ],
         differences=[_differences(board) for board in boards if len(board.groups) > 1],
         runs=_runs(boards, runs),
         num_colours=len(charts.COLOURS),
@@ -407,6 +420,10 @@ def _sheet(images: Sequence[np.ndarray]) -> str:
 
 
 # -- pictures --------------------------------------------------------------------------------------
+
+
+def _shown(pictures: Pictures) -> list[dict]:
+    return [{"names": names, "src": _embed(path)} for path, names in pictures.values()]
 
 
 def _encode(image: np.ndarray) -> str:

@@ -11,6 +11,8 @@ SUMMARY = "summary.json"  # its result: a run that has one is finished
 ENVIRONMENT = "environment.json"  # versions, commit, machine
 INPUTS = "inputs.json"  # the images of each split that it has opened
 VIEWS = "views.png"  # a picture of augmented views
+# and those of what a vision transformer has learnt (`stages._pictures`)
+LEARNT = {name: f"{name}.png" for name in ("attention", "patches", "reconstruction")}
 WEIGHTS = "pretrained.sha256"  # file with the digest of the weights that the run started from
 AVERAGED = "averaged.json"  # of a mean of checkpoints: the sha256 of each
 UNLISTED = (SUMS, "log.txt")  # files that have no digest: they are still written at the end

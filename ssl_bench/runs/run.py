@@ -53,6 +53,7 @@ class Run:
         self._directory = Path(config["dir"] or ".")
         self.device = device
         self.is_main = distributed.rank() == 0
+        self.step = 0  # the newest that is done
         self.summary: dict | None = None  # the final metrics, of an earlier command too
         self._config = config
         self._make_tracker = make_tracker

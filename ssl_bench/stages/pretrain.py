@@ -26,6 +26,7 @@ from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
 from ssl_bench.runtime.seeding import fold
 from ssl_bench.stages import EVERY, IMAGES, PRETRAINED, PRETRAINING, RECIPE, _labels
+from ssl_bench.stages._pictures import painter
 from ssl_bench.stages._pretrained import load_pretrained
 from ssl_bench.stages._teacher import load_teacher
 from ssl_bench.stages._training import (
@@ -118,10 +119,20 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
             "method=%s learns from all labels of the train split: none are left to judge by",
             cfg.method.name,
         )
-    evaluate = online(cfg, run, data, views, online_images) if judged else None
+    judge = online(cfg, run, data, views, online_images) if judged else None
+    paint = None
     if run.is_main:
         show_views(cfg, run, source, views)
-    return train(cfg, run, model, source, views, evaluate)
+        paint = painter(cfg, run, source, model)
+
+    def evaluate(network: nn.Module) -> dict[str, float]:
+        line = judge(network) if judge else {}
+        if paint:
+            paint(network)
+        return line
+
+    looked_at = judge or hasattr(model.backbone, "last_tokens")  # the same on all ranks
+    return train(cfg, run, model, source, views, evaluate if looked_at else None)
 
 
 def online(

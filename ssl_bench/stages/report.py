@@ -80,7 +80,7 @@ def write(
         shown = [examine(cfg, run, group) for group in candidates[:details]]
         title = " and ".join(map(str, paths)) if len(paths) < 4 else f"{len(paths)} folders of runs"
         notes = remarks(runs, len(candidates), details)
-        html = page.render(title, runs, boards, shown, view_pictures(boards), notes)
+        html = page.render(title, runs, boards, shown, all_pictures(boards), notes)
         files.write(folder / "report.html", html)
         files.write(folder / "results.md", write_markdown(title, boards, runs))
         rows = []
@@ -161,11 +161,17 @@ def write_markdown(title: str, boards: list[Board], runs: list[Ran]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def view_pictures(boards: list[Board]) -> dict[str, tuple[Path, list[str]]]:
-    """{digest: (a picture of augmented views, names of the groups that were shown it)}."""
-    pictures: dict[str, tuple[Path, list[str]]] = {}
+def all_pictures(boards: list[Board]) -> dict[str, page.Pictures]:
+    """What runs left of augmented views, and of what they have learnt."""
+    files_of = {"views": layout.VIEWS, **layout.LEARNT}
+    return {kind: pictures_in(boards, file) for kind, file in files_of.items()}
+
+
+def pictures_in(boards: list[Board], file: str) -> page.Pictures:
+    """The pictures of that name, each with the groups of runs that left it."""
+    pictures: page.Pictures = {}
     for group in (group for board in boards for group in board.groups):
-        paths = (ran.directory / layout.VIEWS for ran in group.runs)
+        paths = (ran.directory / file for ran in group.runs)
         if path := next((path for path in paths if path.exists()), None):
             pictures.setdefault(files.digest(path), (path, []))[1].append(group.name)
     return pictures

@@ -115,6 +115,7 @@ def fit(
         scaler.step(optimizer)
         scaler.update()
         model.update(done / total)
+        run.step = done
         if average is not None:
             average.update()
 
