@@ -7,10 +7,12 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import yaml
 from commands import CHOICES, CONF, GROUPS, compose
 from omegaconf import OmegaConf
+from PIL import Image
 
 from ssl_bench.config import build, typed
 from ssl_bench.report import tables
@@ -90,6 +92,19 @@ def test_a_loop_of_ones_own_runs() -> None:
     names: dict[str, object] = {}
     exec(block, names)
     assert names["output"]["loss"].isfinite()  # type: ignore[index]
+
+
+def test_the_map_of_a_folder_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = fenced(TEXTS["docs/tutorials/folder.md"], "python")
+    names = [f"{number}.png" for number in range(8)]
+    for name in names:
+        Image.new("RGBA", (5, 4)).save(tmp_path / name)
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features" / "images.csv").write_text("\n".join(["image", *names]))
+    np.save(tmp_path / "features" / "features.npy", np.random.default_rng(0).normal(size=(8, 3)))
+    monkeypatch.chdir(tmp_path)
+    exec(block.replace("/photos/", ""), {})
+    assert Image.open("map.png").size == (1600, 900)
 
 
 def test_every_choice_of_the_readmes_groups_is_named() -> None:
