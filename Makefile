@@ -29,7 +29,7 @@ lint: $(VENV)/.installed-test
 
 # site/index.html, which opens without a network; a link that leads nowhere is an error. The variable mutes an advertisement.
 docs: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(RUN)mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN)mkdocs build --strict
 
 # the newest versions of everything that is needed to run, on any platform: requirements.lock, which Dockerfile installs
 lock: $(VENV)/bin/python

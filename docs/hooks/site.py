@@ -31,7 +31,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         source = origin(page.src_uri)
         for _, target, _ in LINK.findall(page.content_string):
             here = repository_path(source, target)
-            if here and here not in PAGES and files.get_file_from_path(f"files/{here}") is None:
+            if here and placed(here) == f"files/{here}" and f"files/{here}" not in files.src_uris:
                 copied = File.generated(config, f"files/{here}", abs_src_path=str(ROOT / here))
                 files.append(copied)
     return files
@@ -47,10 +47,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         here = repository_path(source, link[2])
         if not here:
             return link[0]
-        there = PAGES.get(here, f"files/{here}")
-        return f"{link[1]}{posixpath.relpath(there, folder or '.')}{link[3]}"
+        return f"{link[1]}{posixpath.relpath(placed(here), folder or '.')}{link[3]}"
 
-    # links of pages whose place in the site is another than in the repository
     return LINK.sub(moved, markdown)
 
 
@@ -59,16 +57,17 @@ def origin(uri: str) -> str:
     return next((here for here, there in PAGES.items() if there == uri), f"docs/{uri}")
 
 
+def placed(path: str) -> str:
+    """Where a file of the repository is in the site."""
+    return PAGES.get(path) or (path[5:] if path.startswith("docs/") else f"files/{path}")
+
+
 def repository_path(source: str, target: str) -> str | None:
-    """The file, as a path in the repository, that a link of `source` means; None: a page of docs/
-    or another address.
-    """
+    """The file, as a path in the repository, that a link of `source` means; None: none of it."""
     if re.match(r"\w+:", target):
         return None
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-    if source in PAGES and path.startswith("docs/"):
-        return None
-    return path if not path.startswith("docs/") and Path(ROOT, path).is_file() else None
+    return path if Path(ROOT, path).is_file() else None
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
