@@ -41,7 +41,7 @@ OWN = "ssl_bench.data.formats.own.Own"
 SUPPLIED = {
     "data": (),
     "backbone": (),
-    "method": ("backbone", "num_classes", "batch_size", "teacher_network"),
+    "method": ("backbone", "num_classes", "batch_size", "num_images", "teacher_network"),
     "augmentation": (),
     "optimizer": ("params", "batch_size"),
     "schedule": (),

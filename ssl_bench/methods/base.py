@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from types import MethodType
 
@@ -47,6 +47,13 @@ class Method(nn.Module):
         """UserError if it can't learn from so many images, or in such batches on each process.
 
         Called before any image is read.
+        """
+
+    def prepare(self, batches: Iterator[tuple[list[Tensor], Tensor]]) -> None:
+        """Called once, before the first step, for a method that must have seen all images.
+
+        batches: the views and the indices (N,) of each batch of the first epoch. They aren't made
+        unless they are asked for.
         """
 
     def begin(self, epoch: float, epochs: int) -> None:

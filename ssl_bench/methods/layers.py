@@ -18,12 +18,13 @@ def mlp(
     norm: bool = False,
     final_norm: Literal["scaled", "plain"] | None = None,
     final_bias: bool = True,
+    activation: type[nn.Module] = nn.ReLU,
 ) -> nn.Sequential:
-    """Linear layers of the given widths, with ReLU between them.
+    """Linear layers of the given widths, with an activation between them.
 
-    norm: batch norm before each ReLU. final_norm: batch norm after the last layer, with weights but
-    no bias ("scaled") or without either ("plain"). A layer before batch norm has no bias, which the
-    norm would take out again.
+    norm: batch norm before each activation. final_norm: batch norm after the last layer, with
+    weights but no bias ("scaled") or without either ("plain"). A layer before batch norm has no
+    bias, which the norm would take out again.
     """
     layers: list[nn.Module] = []
     for i, (inputs, outputs) in enumerate(pairwise(dims)):
@@ -35,7 +36,7 @@ def mlp(
             if final_norm == "scaled":
                 layers[-1].bias.requires_grad_(False)  # stays zero
         elif not last:
-            layers += [nn.BatchNorm1d(outputs)] * norm + [nn.ReLU()]
+            layers += [nn.BatchNorm1d(outputs)] * norm + [activation()]
     return nn.Sequential(*layers)
 
 

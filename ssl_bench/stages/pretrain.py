@@ -81,6 +81,8 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
         given = {"num_classes": data.num_classes}
     if build.takes(cfg.method, "batch_size"):
         given |= {"batch_size": cfg.batch_size}
+    if build.takes(cfg.method, "num_images"):
+        given |= {"num_images": data.split("pretrain").length}
     if build.takes(cfg.method, "teacher_network"):
         given |= {"teacher_network": load_teacher(cfg)}
     goes_on = cfg.get("continue_from") is not None

@@ -61,6 +61,9 @@ def fit(
         )
     parallel = distributed.data_parallel(model, run.device)
     model.train()
+    if start == 0:  # again, if the run is stopped before its first state is saved
+        with autocast(precision, run.device):
+            model.prepare(first_epoch(source, views, run, seed))
     meter = Meter(model, optimizer, source, run, start, total)
     # the first step whose loss wasn't finite; 0 while there is none
     diverged = torch.zeros((), dtype=torch.int64, device=run.device)
@@ -148,6 +151,24 @@ def fit(
     return run.last_line()
 
 
+def first_epoch(
+    source: Source,
+    views: Callable[[Tensor | list[Tensor], Tensor], list[Tensor]],
+    run: Run,
+    seed: int,
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """The views and the indices of each batch of epoch 0, for `Method.prepare`."""
+    steps = source.steps_per_epoch
+    log.info("before the first step all images are looked at once, in %s batches", f"{steps:,}")
+    for step, images, _, indices in source.stream(0, steps):
+        seed_torch(fold(seed, "prepare", step, distributed.rank()), run.device)
+        with torch.no_grad():
+            shown = views(images, keys(seed, 0, indices))
+        yield shown, indices
+        if run.stopping(step):
+            run.interrupt(0)
+
+
 class Meter:
     """Measures what a log line says of the training; its speeds are since the line before."""
 
@@ -161,7 +182,8 @@ class Meter:
         total: int,
     ) -> None:
         self.model, self.optimizer, self.source, self.run = model, optimizer, source, run
-        self.step, self.clock, self.waited = start, time.perf_counter(), 0.0  # at the line before
+        # at the line before
+        self.step, self.clock, self.waited = start, time.perf_counter(), source.wait_seconds
         self.warned: set[str] = set()
         self.first: dict[str, float] = {}  # the first line with the health of embeddings
         self.following: Following | None = Following(model)

@@ -168,9 +168,20 @@ def test_dino_decays_no_biases() -> None:
         # facebookresearch/dino, README 207 (8 GPUs of 64 images), main_dino.py 239
         ("dino", 512, 0.06),
         ("lejepa", 1024, 5e-4),  # rbalestr-lab/lejepa, README, "Training Configuration"
-        ("nnclr", 4096, 4.8),  # arXiv:2104.14548, section 4.1
+        # facebookresearch/vissl 4df08bbd, nnclr_1node_resnet_imagenette_160.yaml
+        ("nnclr", 4096, 4.8),
+        ("dcl", 256, 1.2),  # lightly-ai/lightly, benchmarks/imagenet/resnet50/dcl.py
         ("ressl", 256, 0.05),  # KyleZheng1997/ReSSL, ressl.py (--lr), README
         ("wmse", 512, 3e-3),  # htdt/self-supervised, README, train.py 44
+        # facebookresearch/swav, scripts/deepclusterv2_800ep_pretrain.sh
+        ("deepcluster_v2", 4096, 4.8),
+        ("tico", 256, 0.2),  # lightly-ai/lightly, benchmarks/imagenet/resnet50/tico.py 124
+        # vturrisi/solo-learn, scripts/pretrain/imagenet-100/vibcreg.yaml
+        ("vibcreg", 256, 0.3),
+        ("mmcr", 2048, 4.8),  # ThomasYerxa/mmcr, pretrain_imagenet.py 10, imagenet/train.py
+        ("nnbyol", 256, 0.2),  # BYOL's
+        # facebookresearch/msn, configs/pretrain/msn_vits16.yaml, on 16 GPUs (README)
+        ("msn", 1024, 1e-3),
         ("mae", 4096, 2.4e-3),  # facebookresearch/mae, PRETRAIN.md (--blr 1.5e-4)
         ("simmim", 2048, 4e-4),  # microsoft/SimMIM, configs/vit_base__800ep, main_simmim.py 218
         ("ijepa", 2048, 1e-3),  # facebookresearch/ijepa, configs/in1k_vith14_ep300.yaml

@@ -44,7 +44,8 @@ SMALL["swav"] += [
     "method.frozen_epochs=0.4",
     "augmentation.num_small_views=2",
 ]
-SMALL["lejepa"] += ["augmentation.num_small_views=2"]
+for name in ("lejepa", "deepcluster_v2", "msn"):
+    SMALL[name] += ["augmentation.num_small_views=2"]
 for name in ("ibot", "dinov2"):
     SMALL[name] += ["augmentation.num_small_views=2", "method.warmup_teacher_temperature_epochs=2"]
 SMALL["dino"] += ["method.warmup_teacher_temperature_epochs=2", "augmentation.num_small_views=2"]

@@ -7,22 +7,27 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from small_methods import TwoLayers, optimizer_of
+from small_methods import TwoLayers, drawn, optimizer_of
 from torch import Tensor, nn
 
 from ssl_bench.methods.barlow_twins import BarlowTwins
 from ssl_bench.methods.base import Method
 from ssl_bench.methods.byol import BYOL
 from ssl_bench.methods.dcl import DCL
+from ssl_bench.methods.deepcluster_v2 import DeepClusterV2
 from ssl_bench.methods.dino import DINO, DINOLoss
 from ssl_bench.methods.lejepa import LeJEPA
+from ssl_bench.methods.mmcr import MMCR
 from ssl_bench.methods.moco import MoCo
 from ssl_bench.methods.moco_v3 import MoCoV3
+from ssl_bench.methods.nnbyol import NNBYOL
 from ssl_bench.methods.nnclr import NNCLR
 from ssl_bench.methods.ressl import ReSSL
 from ssl_bench.methods.simclr import SimCLR
 from ssl_bench.methods.simsiam import SimSiam
 from ssl_bench.methods.swav import SwAV, swapped_prediction_loss
+from ssl_bench.methods.tico import TiCo
+from ssl_bench.methods.vibcreg import VIbCReg
 from ssl_bench.methods.vicreg import VICReg
 from ssl_bench.methods.wmse import WMSE
 from ssl_bench.training.optim import freeze_
@@ -43,12 +48,24 @@ MAKE: dict[str, Callable[[nn.Module], Method]] = {
     "dcl": lambda network: DCL(network, 8, temperature=0.3, sigma=0.5),
     "ressl": lambda network: ReSSL(network, 8, 12, queue_size=9, momentum=1.0, bn_splits=1),
     "wmse": lambda network: WMSE(network, 3, 12, whitening_size=6, eps=0.1),
+    "deepcluster_v2": lambda network: DeepClusterV2(
+        network, 6, 8, 12, num_prototypes=(3, 2, 4), iterations=1
+    ),
+    "tico": lambda network: TiCo(network, 8, 12, momentum=0.9, beta=0.7, rho=3.0),
+    "vibcreg": lambda network: VIbCReg(
+        network, 8, 12, num_groups=4, sim_coeff=3.0, std_coeff=5.0, cov_coeff=7.0
+    ),
+    "mmcr": lambda network: MMCR(network, 2, 8, 12, momentum=0.9, lambd=0.3),
+    "nnbyol": lambda network: NNBYOL(network, 8, 12, momentum=0.9, queue_size=9),
 }
 # (slow copy, what it follows)
 SLOW = {
     "byol": [("target_backbone", "backbone"), ("target_projector", "projector")],
     "moco_v3": [("key_backbone", "backbone"), ("key_projector", "projector")],
     "dino": [("backbone", "student_backbone"), ("head", "student_head")],
+    "tico": [("target_backbone", "backbone"), ("target_projector", "projector")],
+    "nnbyol": [("target_backbone", "backbone"), ("target_projector", "projector")],
+    "mmcr": [("slow_backbone", "backbone"), ("slow_projector", "projector")],
 }
 
 
@@ -60,6 +77,7 @@ def make(name: str) -> Method:
         for slow, _ in SLOW.get(name, ()):
             for parameter in getattr(method, slow).parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
+    method.prepare(iter([(views(16, 16, seed=2), torch.arange(6))]))
     method.begin(0.0, 10)
     return method
 
@@ -228,8 +246,80 @@ def wmse(m: WMSE, x: Tensor, y: Tensor) -> Tensor:
     return (2 - 2 * cosines(*white)).mean()
 
 
+def deepcluster_v2(m: DeepClusterV2, x: Tensor, y: Tensor, *small: Tensor) -> Tensor:
+    """Of an epoch before: what `make` has put into the memory. Every crop learns every set."""
+    parts = [m.backbone(torch.cat([x, y])), *([m.backbone(torch.cat(small))] if small else ())]
+    crops = m.projector(torch.cat(parts)).split(len(x))
+    losses = []
+    for number, centroids in enumerate((m.centroids0, m.centroids1, m.centroids2)):
+        embeddings = m.memory[number % 2]
+        mine = (embeddings @ centroids.T).argmax(1)
+        for crop in crops:
+            similarities = torch.stack(
+                [cosines(crop, centroid.expand_as(crop)) for centroid in centroids], dim=1
+            )
+            chosen = (similarities / 0.1).log_softmax(1)[range(len(x)), mine]
+            losses.append(-chosen.mean())
+    return sum(losses) / len(losses)
+
+
+def tico(m: TiCo, x: Tensor, y: Tensor) -> Tensor:
+    """The covariance is zero before, and gets no gradient."""
+    z1 = m.projector(m.backbone(x))
+    z2 = m.target_projector(m.target_backbone(y)).detach()
+    unit = z1 / z1.norm(dim=1, keepdim=True)
+    covariance = 0.3 * sum(torch.outer(row, row) for row in unit.detach()) / len(unit)
+    contrast = sum(row @ covariance @ row for row in unit) / len(unit)
+    return 1 - cosines(z1, z2).mean() + 3 * contrast
+
+
+def vibcreg(m: VIbCReg, x: Tensor, y: Tensor) -> Tensor:
+    """Whitened in four groups of two dimensions: five of Newton's steps for the inverse root."""
+
+    def whitened(z: Tensor) -> Tensor:
+        groups = []
+        for group in z.split(2, dim=1):
+            matrix = group.T.cov(correction=0) + 1e-5 * torch.eye(2, dtype=z.dtype)
+            root = torch.eye(2, dtype=z.dtype)
+            for _ in range(5):
+                root = (3 * root - root @ root @ root @ (matrix / matrix.trace())) / 2
+            groups.append((group - group.mean(0)) @ (root / matrix.trace().sqrt()))
+        return torch.cat(groups, dim=1) * m.weight
+
+    z = [whitened(m.projector(m.backbone(view))) for view in (x, y)]
+    variance = sum((1 - (v.var(0) + 1e-4).sqrt()).clamp(min=0).mean() for v in z)
+    off = [v.T.corrcoef() - torch.eye(8, dtype=v.dtype) for v in z]
+    return 3 * ((z[0] - z[1]) ** 2).mean() + 5 * variance + 7 * sum((c**2).mean() for c in off)
+
+
+def mmcr(m: MMCR, x: Tensor, y: Tensor) -> Tensor:
+    """Networks see both views in one pass."""
+
+    def directions(backbone: nn.Module, projector: nn.Module) -> Tensor:
+        z = projector(backbone(torch.cat([x, y])))
+        return torch.stack((z / z.norm(dim=1, keepdim=True)).split(len(x)))  # (2, N, D)
+
+    z, slow = (
+        directions(m.backbone, m.projector),
+        directions(m.slow_backbone, m.slow_projector).detach(),
+    )
+    spread = torch.linalg.matrix_norm((z.mean(0) + slow.mean(0)) / 2, "nuc")
+    return 0.3 * torch.linalg.matrix_norm(z.transpose(0, 1), "nuc").mean() - spread
+
+
+def nnbyol(m: NNBYOL, x: Tensor, y: Tensor) -> Tensor:
+    def one(online: Tensor, target: Tensor) -> Tensor:
+        slow = m.target_projector(m.target_backbone(target))
+        similarities = torch.stack([cosines(slow, key.expand_as(slow)) for key in m.queue.keys.T])
+        prediction = m.predictor(m.projector(m.backbone(online)))
+        return (2 - 2 * cosines(prediction, m.queue.keys.T[similarities.argmax(0)])).mean()
+
+    return one(x, y) + one(y, x)
+
+
 DEFINITIONS = [byol, simsiam, moco_v3, simclr, barlow_twins, vicreg, dino, swav]
 DEFINITIONS += [lejepa, nnclr, dcl, ressl, wmse]
+DEFINITIONS += [deepcluster_v2, tico, vibcreg, mmcr, nnbyol]
 
 
 def gradients(method: Method, loss: Tensor) -> dict[str, Tensor]:
@@ -247,7 +337,7 @@ def test_the_loss_is_that_of_the_paper(definition: Callable[..., Tensor]) -> Non
     batch = views(16, 16, 8, 8) if method.takes_small_views else views(16, 16)
     expected = definition(method, *batch)
     wanted = gradients(method, expected)
-    loss = method(batch)["loss"]
+    loss = method(batch, None, *drawn(method, 6))["loss"]
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
     found = gradients(method, loss)
     assert (
@@ -263,11 +353,13 @@ def test_the_loss_is_that_of_the_paper(definition: Callable[..., Tensor]) -> Non
 
 @pytest.mark.parametrize("name", SLOW)
 def test_the_slow_copy_follows_all_of_what_it_copies(name: str) -> None:
-    """By a momentum that rises from 0.9 to 1 along half a cosine; buffers are its own; no optimizer
-    has it.
+    """By a momentum that rises from 0.9 to 1 along half a cosine, MMCR's doesn't; buffers are its
+    own; no optimizer has it.
     """
     for progress, momentum in ((0.5, 0.95), (2 / 3, 0.975), (1.0, 1.0)):
+        momentum = 0.9 if name == "mmcr" else momentum
         method = make(name)
+        method(views(16, 16))
         expected = {}
         for slow, fast in SLOW[name]:
             pairs = zip(

@@ -10,6 +10,7 @@ from torch import Tensor
 from ssl_bench.augment.draws import keys
 from ssl_bench.errors import UserError
 from ssl_bench.methods.base import Method
+from ssl_bench.methods.deepcluster_v2 import assignment_loss
 from ssl_bench.methods.mae import MAE, patchify
 from ssl_bench.methods.simmim import SimMIM
 
@@ -85,3 +86,82 @@ def test_masks_differ_between_epochs_and_images(name: str) -> None:
     part = method.draw(keys(0, 0, indices[8:16]), indices[8:16])
     of_images = 1 if name == "ijepa" else 0  # its contexts are cut to the shortest of the batch
     assert torch.equal(part[of_images], first[of_images][8:16])
+
+
+def test_msn_is_that_of_the_paper() -> None:
+    """Its loss, and its gradient for every parameter; what is left out of a view has no part."""
+    method = make("msn").double().train()
+    with torch.no_grad():
+        for slow in (method.backbone, method.head):
+            for parameter in slow.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    network, head = method.student_backbone, method.student_head
+    target, anchor, small = (torch.rand(6, 3, size, size).double() for size in (16, 16, 8))
+    (kept,) = drawn(method, 6)
+    assert kept.shape == (6, 13)  # int(16 * 0.85)
+    assert len({tuple(sorted(row.tolist())) for row in kept}) > 1  # each image's own
+
+    def assigned(x: Tensor, prototypes: Tensor) -> Tensor:
+        unit = x / x.norm(dim=1, keepdim=True)
+        return (unit @ (prototypes / prototypes.norm(dim=1, keepdim=True)).T / 0.1).softmax(1)
+
+    seen = network.tokens(anchor, keep=kept)[:, 0]  # the class token
+    anchors = [assigned(head(x), method.prototypes) for x in (seen, network(small))]
+    wanted = assigned(method.head(method.backbone(target)), method.prototypes).detach() ** 4
+    wanted = wanted / wanted.sum(1, keepdim=True)
+    for _ in range(3):  # prototypes are used evenly, then images have one each
+        wanted = wanted / wanted.sum(0) / 32
+        wanted = wanted / wanted.sum(1, keepdim=True) / 6
+    cross = sum(-(6 * wanted * anchor.log()).sum(1).mean() for anchor in anchors) / 2
+    mean = torch.cat(anchors).mean(0)
+    expected = cross + torch.tensor(32.0).double().log() + (mean * mean.log()).sum()
+    trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(expected, trained)
+    loss = method([target, anchor, small], None, kept)["loss"]
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
+    for ours, theirs in zip(torch.autograd.grad(loss, trained), gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    hidden = torch.ones(6, 16, dtype=torch.bool).scatter_(1, kept, False)
+    grid = hidden.view(6, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    changed = torch.where(grid, torch.rand(6, 3, 16, 16).double(), anchor)
+    assert not torch.equal(changed, anchor)
+    assert torch.equal(method([target, changed, small], None, kept)["loss"], loss)
+    before = [p.clone() for p in method.backbone.parameters()]
+    method.update(0.25)  # linearly from 0.996 to 1
+    for ours, was, fast in zip(
+        method.backbone.parameters(), before, network.parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours, 0.997 * was + 0.003 * fast)
+
+
+def test_clusters_are_made_at_the_beginning_of_an_epoch() -> None:
+    """Of what the memory has then; images that it doesn't have have no cluster, and no part."""
+    method = make("deepcluster_v2").train()
+    images = [torch.rand(8, 3, 16, 16) for _ in range(2)]
+    method.memory[:, 4:6] = 0  # not seen yet
+    method.begin(1.0, 3)
+    (assignments, indices) = drawn(method, 8)
+    assert (assignments[4:6] == -100).all()
+    assert (assignments[[0, 1, 2, 3, 6, 7]] >= 0).all()
+    output = method(images, None, assignments, indices)
+    part = [0, 1, 2, 3, 6, 7]
+    with torch.no_grad():
+        crops = method.projector(method.backbone(torch.cat(images))).view(2, 8, -1)[:, part]
+    torch.testing.assert_close(
+        output["loss"], assignment_loss(crops, method.centroids, assignments[part], 0.1)
+    )
+    memory, clusters = method.memory.clone(), method.assignments.clone()
+    method.begin(1.5, 3)
+    assert torch.equal(method.assignments, clusters)
+    method.update(0.5)
+    assert (method.memory[:, :8] != memory[:, :8]).any(dim=2).all()  # the newest embeddings
+    assert torch.equal(method.memory[:, 8:], memory[:, 8:])
+    method.begin(2.0, 3)
+    assert (method.assignments >= 0).all()
+
+
+def test_more_clusters_than_images() -> None:
+    method = make("deepcluster_v2")
+    method.check(num_images=13, local_batch=4)
+    with pytest.raises(UserError, match=r"method\.num_prototypes=\[12, 10\]: .* at most 10"):
+        method.check(num_images=13, local_batch=5)

@@ -22,15 +22,21 @@ from ssl_bench.augment.masks import (
 from ssl_bench.backbones.vit import ViT, sincos, taken
 from ssl_bench.methods import ijepa, mae, simmim
 from ssl_bench.methods.base import rising
+from ssl_bench.methods.byol import regression_loss
 from ssl_bench.methods.dcl import dcl_loss, one_way
+from ssl_bench.methods.deepcluster_v2 import assignment_loss, cluster
 from ssl_bench.methods.dino import DINOLoss, crossed
 from ssl_bench.methods.dinov2 import Rising, koleo, sinkhorn
 from ssl_bench.methods.ibot import PatchLoss, patch_loss
 from ssl_bench.methods.ijepa import prediction_loss
 from ssl_bench.methods.layers import Queue
 from ssl_bench.methods.lejepa import epps_pulley, lejepa_loss, sigreg
+from ssl_bench.methods.mmcr import mmcr_loss
+from ssl_bench.methods.msn import assigned, msn_loss, sharpened
 from ssl_bench.methods.nnclr import nearest, nnclr_loss
 from ssl_bench.methods.ressl import relation_loss
+from ssl_bench.methods.tico import tico_loss
+from ssl_bench.methods.vibcreg import correlation, vibcreg_loss
 from ssl_bench.methods.wmse import w_mse_loss, whiten
 from ssl_bench.training.optim import adamw, schedule_
 from ssl_bench.training.schedule import Cosine
@@ -40,12 +46,6 @@ REFERENCE = np.load(Path(__file__).with_name("parity_modern.npz"))
 LEFT_OUT = {
     "aim/": "no method here has AIM's causal attention",
     "all4one/": "no method here has All4One's feature term",
-    "deepcluster/": "no method here yet",
-    "mmcr/": "no method here yet",
-    "msn/": "no method here yet",
-    "nnbyol/": "no method here yet",
-    "tico/": "no method here yet",
-    "vibcreg/": "no method here yet",
     "vicregl/": "matches places of the image, and a method isn't told where its views were cut",
 }
 COMPARED: set[str] = set()
@@ -564,6 +564,120 @@ def test_smooth_l1() -> None:
     loss.backward()
     close(loss, "ijepa/smooth_l1/loss")
     close(z.grad, "ijepa/smooth_l1/grad_z")
+
+
+def memory() -> Tensor:
+    return F.normalize(U("deepcluster/memory", 2, 60, 8), dim=2)  # (crop, slot, D)
+
+
+def clustered(iterations: int) -> tuple[Tensor, list[Tensor]]:
+    """Assignments (set, image) and centroids of three sets, of crops 0, 1, 0."""
+    image, slots = U("deepcluster/index", 60).argsort(), memory()
+    assignments, centroids = torch.empty(3, 60, dtype=torch.long), []
+    for number, size in enumerate((7, 7, 5)):
+        first = U(f"deepcluster/perm/{number}", 60).argsort()[:size]
+        embeddings = slots[number % 2]
+        found, made = cluster(embeddings, embeddings[first], iterations)
+        assignments[number, image] = found
+        centroids.append(made)
+    return assignments, centroids
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 10])
+@pytest.mark.parametrize("block", [None, 7 * 9])
+def test_clusters(iterations: int, block: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine embeddings at a time are clustered as all at once."""
+    if block:
+        monkeypatch.setattr("ssl_bench.methods.deepcluster_v2.BLOCK", block)
+    assignments, centroids = clustered(iterations)
+    close(assignments, f"deepcluster/iters{iterations}/assignments")
+    if iterations == 10:
+        for number, made in enumerate(centroids):
+            close(made, f"deepcluster/iters10/centroids{number}")
+
+
+def test_an_empty_cluster_stays() -> None:
+    slots, first = memory()[0], U("deepcluster/perm/0", 60).argsort()[:7]
+    slots[first[1]] = slots[first[0]] / 2
+    found, made = cluster(slots, slots[first], 2)
+    assignments = torch.empty(1, 60, dtype=torch.long)
+    assignments[0, U("deepcluster/index", 60).argsort()] = found
+    close(assignments, "deepcluster/empty/assignments")
+    close(made, "deepcluster/empty/centroids0")
+
+
+def test_deepcluster() -> None:
+    assignments, centroids = clustered(10)
+    batch = U("deepcluster/batch", 60).argsort()[:10]
+    embeddings = leaf("deepcluster/embeddings", 40, 8)
+    loss = assignment_loss(embeddings.chunk(4), centroids, assignments.T[batch], 0.1)
+    loss.backward()
+    close(loss, "deepcluster/loss")
+    close(embeddings.grad, "deepcluster/grad_embeddings")
+
+
+def test_tico() -> None:
+    covariance = torch.zeros(16, 16, dtype=torch.float64)
+    for step in range(3):
+        z1, z2 = (leaf(f"tico/{name}/{step}", 24, 16) for name in ("z1", "z2"))
+        loss, covariance = tico_loss(z1, z2, covariance, 0.9, 8.0)
+        loss.backward()
+        close(loss, f"tico/loss{step}")
+    close(z1.grad, "tico/grad_z1")
+    close(z2.grad, "tico/grad_z2")
+    close(covariance, "tico/C")
+
+
+def test_vibcreg() -> None:
+    z1, z2 = leaf("vibcreg/z1", 24, 16), leaf("vibcreg/z2", 24, 16)
+    loss = vibcreg_loss(z1, z2, 25.0, 25.0, 200.0)
+    loss.backward()
+    close(loss, "vibcreg/loss")
+    close(z1.grad, "vibcreg/grad_z1")
+    close(z2.grad, "vibcreg/grad_z2")
+    close(correlation(z1) + correlation(z2), "vibcreg/covariance")
+
+
+@pytest.mark.parametrize("lambd", [0.0, 0.1])
+@pytest.mark.parametrize("momentum", [False, True])
+def test_mmcr(lambd: float, momentum: bool) -> None:
+    case = f"mmcr/momentum_lambda{lambd}" if momentum else f"mmcr/lambda{lambd}"
+    z = leaf("mmcr/z", 36, 16)
+    slow = U("mmcr/z_momentum", 36, 16).view(12, 3, 16) if momentum else None
+    loss = mmcr_loss(z.view(12, 3, 16), lambd, slow)
+    loss.backward()
+    close(loss, f"{case}/loss")
+    close(z.grad, f"{case}/grad_z")
+
+
+def test_nnbyol() -> None:
+    queue = F.normalize(U("nnbyol/queue", 48, 16), dim=1)
+    p1, p2 = leaf("nnbyol/p1", 24, 16), leaf("nnbyol/p2", 24, 16)
+    keys = (U(f"nnbyol/{name}", 24, 16) for name in ("k1", "k2"))
+    neighbour1, neighbour2 = (queue[nearest(key, queue.T)] for key in keys)
+    loss = regression_loss(p1, neighbour2) + regression_loss(p2, neighbour1)
+    loss.backward()
+    close(loss, "nnbyol/loss")
+    close(p1.grad, "nnbyol/grad_p1")
+    close(p2.grad, "nnbyol/grad_p2")
+
+
+@pytest.mark.parametrize("case", ["plain", "sinkhorn", "smoothed_labels"])
+def test_msn(case: str) -> None:
+    anchors, prototypes = leaf("msn/anchors", 36, 16), leaf("msn/prototypes", 10, 16)
+    targets = U("msn/targets", 12, 16)
+    smoothing = 0.1 if case == "smoothed_labels" else 0.0
+    options = (0.1, 0.25, case == "sinkhorn")
+    loss, me_max, spread = msn_loss(anchors, targets, prototypes, *options, smoothing)
+    close(loss, f"msn/{case}/loss")
+    close(me_max, f"msn/{case}/me_max")
+    close(spread, f"msn/{case}/entropy")
+    if case != "smoothed_labels":
+        (loss + 2.5 * me_max + 0.5 * spread).backward()
+        close(anchors.grad, f"msn/{case}/grad_anchors")
+        close(prototypes.grad, f"msn/{case}/grad_prototypes")
+        wanted = sharpened(assigned(targets, prototypes.detach(), 0.1), 0.25, case == "sinkhorn")
+        close(wanted, f"msn/{case}/targets")
 
 
 def weight_decay(epoch: float, epochs: int) -> float:

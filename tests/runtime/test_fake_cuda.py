@@ -71,13 +71,19 @@ def step(name: str) -> list[str]:
         overrides += ["method.min_keep=0", "backbone.patch_size=4"]
     if name == "wmse":
         overrides += ["method.dim=2", "method.whitening_size=4"]
+    if name == "deepcluster_v2":
+        overrides += ["method.num_prototypes=[4,3]"]
+    if name == "vibcreg":
+        overrides += ["method.dim=8", "method.num_groups=4"]
     cfg = compose(*overrides)
     whole = name in ("supervised", *VITS)  # one ResNet: that's enough of them
     backbone = build.construct(cfg.backbone) if whole else TwoLayers()
-    known = {"num_classes": 10, "batch_size": BATCH, "teacher_network": TwoLayers()}
+    known = {"num_classes": 10, "batch_size": BATCH, "num_images": BATCH}
+    known |= {"teacher_network": TwoLayers()}
     given = {key: value for key, value in known.items() if build.takes(cfg.method, key)}
     model = build.construct(cfg.method, backbone=backbone, **given).train()
     views = build.construct(cfg.augmentation)
+    model.prepare(iter([([torch.rand(BATCH, 3, 8, 8)] * 2, torch.arange(BATCH))]))
     model.begin(0, 2)
     real = model.draw(keys(0, 0, torch.arange(BATCH)), torch.arange(BATCH))
     with FakeTensorMode():
@@ -95,7 +101,8 @@ def step(name: str) -> list[str]:
         for number in range(2):
             with Copies() as copies:
                 schedule_(optimizer, 0.5, number, 2)
-                if name != "ijepa":  # it draws the sizes of blocks on the host
+                # these draw the sizes of blocks on the host, and wait, once an epoch
+                if name not in ("ijepa", "deepcluster_v2"):
                     model.begin(number, 2)
                 image_keys = keys(0, 0, indices)
                 if name in ("ijepa", "ibot", "dinov2"):  # these draw on the host, on purpose
