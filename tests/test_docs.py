@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in PAGES}
 README = TEXTS["README.md"]
+# the comments of these become the reference
+RECIPES = [path.read_text() for path in sorted((ROOT / "conf").rglob("*.yaml"))]
 
 
 def fenced(text: str, kind: str) -> list[str]:
@@ -31,16 +33,19 @@ def fenced(text: str, kind: str) -> list[str]:
 
 # `ssl-bench ...`, less its comment, in fenced blocks and in running text; not transcripts, which
 # begin with $
-COMMANDS = sorted(
-    {
-        re.sub(r"\s+# .*", "", command)
-        for text in TEXTS.values()
-        for command in [
-            *re.findall(r"^ *(?:\w+=\w+ )?ssl-bench (.+)$", text, re.M),
-            *re.findall(r"`(?:\w+=\w+ )?ssl-bench ([^`]+)`", text),
-        ]
-    }
-)
+COMMANDS = {
+    re.sub(r"\s+# .*", "", command)
+    for text in TEXTS.values()
+    for command in [
+        *re.findall(r"^ *(?:\w+=\w+ )?ssl-bench (.+)$", text, re.M),
+        *re.findall(r"`(?:\w+=\w+ )?ssl-bench ([^`]+)`", text),
+    ]
+}
+COMMANDS |= {
+    re.split(r"  +|\s\(", command)[0]
+    for text in RECIPES
+    for command in re.findall(r"^# +ssl-bench (.+)$", text, re.M)
+}
 PYTHON = [
     pytest.param(block, id=f"{name} {place}")
     for name, text in TEXTS.items()
@@ -60,7 +65,7 @@ def my_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("my_module")
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_command_composes(command: str) -> None:
     if any(option in command for option in NOT_COMPOSED):
         return
@@ -118,17 +123,17 @@ def test_every_choice_of_the_readmes_groups_is_named() -> None:
             assert f"`{choice}`" in rows[group], f"{group}={choice}"
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", [*TEXTS, "CONTRIBUTING.md"])
 def test_links_lead_to_files(name: str) -> None:
-    """Those of docs/ are checked where the site is built: `make docs`."""
+    """As the files lie here; those of the site are checked where it is built: `make docs`."""
     links = re.findall(r"\]\(([^)\s]+)\)", (ROOT / name).read_text())
     here = [link for link in links if not re.match(r"https?:", link)]
-    assert here
     for link in here:
         path, _, anchor = link.partition("#")
-        assert not path or (ROOT / path).exists(), link
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), link
         if anchor:
-            text = (ROOT / (path or name)).read_text()
+            text = target.read_text()
             headings = re.findall(r"^#+ (.*)$", text.lower(), re.M)
             assert anchor in [re.sub(r"[^\w-]", "", one.replace(" ", "-")) for one in headings]
 

@@ -14,12 +14,17 @@ from mkdocs.structure.pages import Page
 ROOT = reference.ROOT
 SHIM, COPY = "https://unpkg.com/iframe-worker/shim", "assets/iframe-worker.js"
 SEARCH = 'data-md-component="search" role="dialog"'
-# files of the repository that are pages of the site
+# files of the repository that are pages of the site as they are
 PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 PAGES |= {
     f"benchmarks/results/{name}.md": f"results/{name}.md"
     for name in ("faults", "mutants", "speed_cpu", "speed_cuda")
 }
+# and those that pages of the site are made from
+MADE = {"conf": "reference/index.md", "conf/config.yaml": "reference/shared.md"}
+MADE |= {f"conf/{group}": f"reference/{group}.md" for group in reference.GROUPS}
+MADE |= {"launchers": "reference/launcher.md"}
+MADE |= {"examples/from_python.ipynb": "tutorials/notebook.md"}
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s#]+)((?:#[^)]*)?\))")
 
 
@@ -47,7 +52,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         here = repository_path(source, link[2])
         if not here:
             return link[0]
-        return f"{link[1]}{posixpath.relpath(placed(here), folder or '.')}{link[3]}"
+        path, mark, anchor = placed(here).partition("#")
+        return f"{link[1]}{posixpath.relpath(path, folder or '.')}{mark}{anchor}{link[3]}"
 
     return LINK.sub(moved, markdown)
 
@@ -58,16 +64,21 @@ def origin(uri: str) -> str:
 
 
 def placed(path: str) -> str:
-    """Where a file of the repository is in the site."""
-    return PAGES.get(path) or (path[5:] if path.startswith("docs/") else f"files/{path}")
+    """Where a file or a folder of the repository is in the site."""
+    folder, name = posixpath.split(path)
+    if path in PAGES or path in MADE:
+        return PAGES.get(path) or MADE[path]
+    if folder in MADE:  # a choice
+        return f"{MADE[folder]}#{name.removesuffix('.yaml')}"
+    return path.removeprefix("docs/") if path.startswith("docs/") else f"files/{path}"
 
 
 def repository_path(source: str, target: str) -> str | None:
-    """The file, as a path in the repository, that a link of `source` means; None: none of it."""
+    """The file or folder of the repository that a link of `source` means; None: none."""
     if re.match(r"\w+:", target):
         return None
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-    return path if Path(ROOT, path).is_file() else None
+    return path if Path(ROOT, path).exists() else None
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
