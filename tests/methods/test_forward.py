@@ -450,3 +450,35 @@ def test_swavs_queue_joins_when_it_is_full_and_keeps_the_newest() -> None:
         torch.testing.assert_close(
             method.queue, torch.cat([*stored, torch.zeros(2, 8, 8)], dim=1)[:, :8].double()
         )
+
+
+@pytest.mark.parametrize("name", ["nnclr", "nnbyol"])
+def test_neighbours_are_sought_among_the_newest(name: str) -> None:
+    """Nine places, six images a batch: the first view of each, where nnbyol has its slow copy's."""
+    method, newest = make(name), []
+    for step in range(2):
+        batch = views(16, 16, seed=step)
+        before = method.queue.keys.clone()
+        with torch.no_grad():
+            if name == "nnclr":
+                z = method.projector(method.backbone(batch[0]))
+            else:
+                z = method.target_projector(method.target_backbone(batch[0]))
+        newest.append(F.normalize(z, dim=1))
+        method(batch)
+        assert torch.equal(method.queue.keys, before)  # until the backward pass is over
+        method.update(1.0)
+    expected = torch.cat([newest[1][3:], newest[0][3:], newest[1][:3]])
+    torch.testing.assert_close(method.queue.keys.T, expected)
+
+
+def test_ticos_covariance_is_that_of_all_batches() -> None:
+    method, expected = make("tico"), torch.zeros(8, 8).double()
+    for step in range(3):
+        batch = views(16, 16, seed=step)
+        with torch.no_grad():
+            z = F.normalize(method.projector(method.backbone(batch[0])), dim=1)
+        expected = 0.7 * expected + 0.3 * z.T @ z / 6
+        method(batch)
+        method.update(1.0)
+        torch.testing.assert_close(method.covariance, expected)

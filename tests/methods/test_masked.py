@@ -156,8 +156,14 @@ def test_clusters_are_made_at_the_beginning_of_an_epoch() -> None:
     method.update(0.5)
     assert (method.memory[:, :8] != memory[:, :8]).any(dim=2).all()  # the newest embeddings
     assert torch.equal(method.memory[:, 8:], memory[:, 8:])
-    method.begin(2.0, 3)
+    again = make("deepcluster_v2").train()  # from a checkpoint
+    again.load_state_dict(method.state_dict())
+    for one in (method, again):
+        torch.manual_seed(0)
+        one.begin(2.0, 3)
     assert (method.assignments >= 0).all()
+    assert torch.equal(again.assignments, method.assignments)
+    assert torch.equal(again.centroids0, method.centroids0)
 
 
 def test_more_clusters_than_images() -> None:
