@@ -166,7 +166,7 @@ def first_epoch(
             shown = views(images, keys(seed, 0, indices))
         yield shown, indices
         if run.stopping(step):
-            run.interrupt(0)
+            run.interrupt()
 
 
 class Meter:

@@ -220,6 +220,8 @@ def steps(rank: int, size: int) -> dict[str, Tensor]:
         method = make(name, TwoLayers).double().train()
         if size > 1:
             layers.sync_batch_norm_(method, torch.device("cpu"), compiled=False)
+        seen = [view.double().chunk(size)[rank] for view in views_of(name, 32, 9)]
+        method.prepare(iter([(seen, torch.arange(32).chunk(size)[rank])]))
         parallel = distributed.data_parallel(method, torch.device("cpu"))
         optimizer = torch.optim.SGD(method.param_groups(), lr=0.05, momentum=0.9)
         losses = []

@@ -116,6 +116,43 @@ def test_stopped_while_no_images_come(tmp_path: Path, monkeypatch: pytest.Monkey
     assert losses[0] == losses[1]
 
 
+class Looking(Noted):
+    """It looks at all images before the first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(IMAGES))
+
+    def prepare(self, batches: Iterator[tuple[list[Tensor], Tensor]]) -> None:
+        for (view,), indices in batches:
+            assert torch.equal(view[:, 0, 0, 0], indices.float())
+            self.seen[indices] += 1
+
+
+def test_a_method_may_look_at_all_images_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: not when it goes on, and anew when it was stopped before a state was saved."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "stopping", lambda run, step: True)
+        with pytest.raises(Interrupted, match=r"^stopped by SIGTERM$"):
+            train(tmp_path / "run", method=(stopped := Looking()))
+    assert stopped.seen.sum() == BATCH
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "stopping", lambda run, step: step == 4)
+        with pytest.raises(Interrupted, match="after step 4"):
+            train(tmp_path / "run", method=(looking := Looking()))
+    assert looking.seen.sum() == 12  # three batches: of each image one view
+    assert looking.seen.max() == 1
+    again, given = train(tmp_path / "run", method=Looking())
+    assert torch.equal(again.seen, looking.seen)  # from the checkpoint
+    assert len(given) == 5  # the steps that were left, and nothing else
+    whole, given = train(tmp_path / "whole", method=Looking())
+    assert torch.equal(again.weight, whole.weight)
+    for (_, first), (_, prepared) in zip(given[3:6], given[:3], strict=True):
+        assert torch.equal(first, prepared)  # the views of the first epoch
+
+
 def test_a_step_is_a_function_of_seed_and_step(tmp_path: Path) -> None:
     method, given = train(tmp_path / "run")
     steps = IMAGES // BATCH * EPOCHS
