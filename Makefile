@@ -35,7 +35,7 @@ docs: $(VENV)/.installed-docs
 lock: $(VENV)/bin/python
 	$(RUN)python -m pip install --quiet uv
 	$(RUN)uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate \
-		--extra search --extra timm --extra onnx --extra dashboard --extra huggingface \
+		--extra search --extra timm --extra onnx --extra dashboard --extra huggingface --extra tensorboard --extra mlflow \
 		--custom-compile-command "make lock" --output-file requirements.lock setup.cfg
 
 # does the suite notice? small faults, one after the other, in a copy of the program: benchmarks/results/mutants.md

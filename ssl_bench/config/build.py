@@ -100,9 +100,15 @@ def check(cfg: DictConfig, quoted: Mapping[str, str] | None = None) -> None:
     if other := _other_recipe(nodes):
         problems.append(other)
         del nodes["backbone"]  # it may have keys of the recipe that this backbone lacks
-    for group, node in nodes.items():
+    within = {
+        f"{group}.{key}": node
+        for group in nodes
+        for key, node in nodes[group].items()
+        if isinstance(node, dict) and "_target_" in node  # tracking=several
+    }
+    for group, node in (nodes | within).items():
         try:
-            schema = _schema(node.get("_target_"), group, SUPPLIED[group])
+            schema = _schema(node.get("_target_"), group, SUPPLIED[group.partition(".")[0]])
         except UserError as error:
             problems.append(str(error))
         else:

@@ -4,6 +4,7 @@ One may fail without hurting the run.
 """
 
 import csv
+import importlib.util
 import json
 import logging
 import math
@@ -143,7 +144,7 @@ class WandbTracker:
             job_type=job_type or what.stage or None,
             name=name or _name(what),
             tags=_tags(what, tags),
-            config=_redact(config | ({"pretraining": what.below.config} if what.below else {})),
+            config=redacted(config | ({"pretraining": what.below.config} if what.below else {})),
         )
         try:
             self._begin(mode, words)
@@ -328,7 +329,7 @@ def rebuild(run_dir: str | Path, settings: Mapping[str, Any] | None = None) -> N
     finished = summary_file.is_file()
     summary = files.parse(summary_file, json.loads) if finished else {}
     if settings is None:
-        own = config.get("tracking") or {}  # tracking=local has none of these
+        own = of_wandb(config.get("tracking") or {}) or {}
         keys = ("project", "entity", "group", "job_type", "name", "tags")
         settings = {key: own[key] for key in keys if key in own}
     shutil.rmtree(run_dir / "wandb-synced", ignore_errors=True)
@@ -432,8 +433,24 @@ def check(settings: Mapping[str, Any]) -> None:
 
     settings: the node `tracking`.
     """
-    if settings["_target_"].endswith("WandbTracker"):
-        choose_mode(settings.get("mode", "auto"))
+    if (own := of_wandb(settings)) is not None:
+        choose_mode(own.get("mode", "auto"))
+    for name, package in (("tensorboard", "tensorboard"), ("mlflow", "mlflow")):
+        asked = (
+            name in settings.get("names", ()) or f".{name}tracker" in settings["_target_"].lower()
+        )
+        if asked and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"tracking={name} needs the {package} package: pip install 'ssl_bench[{name}]'"
+            )
+
+
+def of_wandb(settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The settings of WandbTracker in the node `tracking`; None: it isn't used."""
+    if str(settings.get("_target_")).endswith("WandbTracker"):
+        return settings
+    names = settings.get("names") or ()
+    return settings.get("wandb") if "wandb" in names else None
 
 
 def choose_mode(mode: str) -> str:
@@ -477,9 +494,9 @@ def _run_id(directory: Path) -> str:
     return path.read_text().strip()
 
 
-def _redact(node: Any) -> Any:
+def redacted(node: Any) -> Any:
     """The config with "***" for every string whose key names a secret."""
     if isinstance(node, dict):
         secret = {key for key in node if _SECRET.search(str(key)) and isinstance(node[key], str)}
-        return {key: "***" if key in secret else _redact(node[key]) for key in node}
-    return [_redact(item) for item in node] if isinstance(node, list | tuple) else node
+        return {key: "***" if key in secret else redacted(node[key]) for key in node}
+    return [redacted(item) for item in node] if isinstance(node, list | tuple) else node

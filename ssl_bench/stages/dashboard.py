@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ssl_bench import files
 from ssl_bench.config.fields import Place
@@ -22,14 +22,15 @@ def dashboard(cfg: DictConfig, run: Run, out: Place = "dashboard.json") -> dict[
     Returns their number. UserError without the extra, if W&B can't be reached, and if `out` can't
     be written.
     """
-    project, entity = cfg.tracking.get("project"), cfg.tracking.get("entity")
+    settings = tracking.of_wandb(OmegaConf.to_container(cfg.tracking, resolve=True)) or {}
+    project, entity = settings.get("project"), settings.get("entity")
     if project is None:
         raise UserError(
             "stage=dashboard is for W&B: leave tracking=wandb, "
             "and name its project with tracking.project="
         )
     made = panels.workspace(project, entity)
-    mode = tracking.choose_mode(cfg.tracking.mode)
+    mode = tracking.choose_mode(settings["mode"])
     if mode == "online":
         print(f"dashboard: {tracking.save_workspace(made)}")
     else:

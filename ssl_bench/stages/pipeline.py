@@ -58,8 +58,11 @@ def pipeline(
         if overrides is not None
     }
     for member in chain([pretraining], *evaluations.values()):
-        if name := member.tracking.get("name"):  # each member needs a name of its own
-            member.tracking.name = f"{name} {os.path.relpath(member.dir, cfg.dir)}"
+        nodes = (member.tracking, *member.tracking.values())  # tracking=several has some within
+        for node in nodes:
+            if OmegaConf.is_config(node) and (name := node.get("name")):
+                # each member needs a name of its own
+                node.name = f"{name} {os.path.relpath(member.dir, cfg.dir)}"
         build.check(member)  # all members, before any of them takes time
     if _labels.learns_labels(cfg.method):
         for member in chain(*evaluations.values()):

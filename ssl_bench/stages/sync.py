@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 from ssl_bench import files
 from ssl_bench.errors import UserError
 from ssl_bench.runs import layout
-from ssl_bench.runs.tracking import choose_mode, rebuild
+from ssl_bench.runs.tracking import choose_mode, of_wandb, rebuild
 
 READS = ("runs", "tracking")
 
@@ -27,9 +27,9 @@ def sync(cfg: DictConfig, run: Any) -> dict[str, float]:
             f"runs={cfg.runs}: no metrics.jsonl at or below it; "
             "name run directories: runs=DIR or runs=[DIR,DIR]"
         )
-    tracking = OmegaConf.to_container(cfg.tracking, resolve=True)
-    wandb_asked = tracking.pop("_target_").endswith("WandbTracker")
-    if choose_mode(tracking.get("mode", "auto")) == "disabled":
+    asked = of_wandb(OmegaConf.to_container(cfg.tracking, resolve=True))
+    settings = asked and {key: value for key, value in asked.items() if key != "_target_"}
+    if choose_mode((settings or {}).get("mode", "auto")) == "disabled":
         raise UserError(
             "WANDB_MODE=disabled: there is nothing for stage=sync to do; "
             "unset it, or set it to offline"
@@ -37,7 +37,7 @@ def sync(cfg: DictConfig, run: Any) -> dict[str, float]:
     failed = []
     for directory in sorted(directories):
         try:
-            rebuild(directory, tracking if wandb_asked else None)
+            rebuild(directory, settings)
         except OSError as error:
             failed.append(f"{directory}: can't be written ({error.strerror})")
         except UserError as error:
