@@ -77,8 +77,14 @@ def crossed(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
     )
 
 
-class DINOLoss(Centring):
-    """Cross-entropy of the student's crops with the teacher's first two (algorithm 1)."""
+class CentredLoss(Centring):
+    """A loss of a student's predictions and the centred targets of a teacher.
+
+    ones: the dimensions of the teacher's logits before the last one, over which the centre is a
+    mean.
+    """
+
+    ones: tuple[int, ...] = (1,)
 
     def __init__(
         self,
@@ -88,10 +94,15 @@ class DINOLoss(Centring):
         warmup_epochs: int = 30,
         student_temperature: float = 0.1,
         center_momentum: float = 0.9,
+        start_epoch: int = 0,
     ) -> None:
         warm_up = (warmup_teacher_temperature, teacher_temperature, warmup_epochs)
-        super().__init__((1, out_dim), *warm_up, center_momentum)
+        super().__init__((*self.ones, out_dim), *warm_up, center_momentum, start_epoch)
         self.student_temperature = student_temperature
+
+
+class DINOLoss(CentredLoss):
+    """Cross-entropy of the student's crops with the teacher's first two (algorithm 1)."""
 
     @layers.full_precision
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -138,14 +149,40 @@ class DINOHead(nn.Module):
         return F.linear(F.normalize(bottleneck, dim=1), weight if norm is None else weight * norm)
 
 
-class DINO(Method):
-    """A student learns its slow copy's, the teacher's, soft assignments of the larger crops.
+class SelfDistilled(Method):
+    """A student and its slow copy, the teacher, which pretraining exports (section 5.2).
 
-    Pretraining exports the teacher, the better of the two (section 5.2). momentum: the teacher's;
-    it rises to 1 along a cosine. frozen_epochs: for so long the last layer doesn't move.
+    Their heads follow likewise. momentum: the teacher's; it rises to 1 along a cosine.
+    frozen_epochs: for so long the last layer of the head doesn't move.
     """
 
     takes_small_views = True
+
+    def __init__(
+        self, backbone: nn.Module, head: nn.Module, momentum: float, frozen_epochs: float
+    ) -> None:
+        super().__init__(momentum_copy(backbone))
+        self.momentum, self.frozen_epochs = momentum, frozen_epochs
+        self.student_backbone, self.student_head = backbone, head
+        self.head = momentum_copy(head)
+
+    def param_groups(self) -> list[dict]:
+        last = list(self.student_head.last.parameters())
+        others = [*self.student_backbone.parameters(), *self.student_head.mlp.parameters()]
+        others += self.parameters(recurse=False)
+        trained = [parameter for parameter in others if parameter.requires_grad]
+        return [{"params": trained}, {"params": last, "frozen_epochs": self.frozen_epochs}]
+
+    def update(self, progress: float) -> None:
+        for child in self.children():
+            if isinstance(child, Centring):
+                child.move()
+        momentum = rising(self.momentum, progress)
+        ema_([self.backbone, self.head], [self.student_backbone, self.student_head], momentum)
+
+
+class DINO(SelfDistilled):
+    """A student learns its teacher's soft assignments of the larger crops."""
 
     def __init__(
         self,
@@ -161,11 +198,8 @@ class DINO(Method):
         center_momentum: Fraction = 0.9,
         frozen_epochs: Epochs = 1,
     ) -> None:
-        super().__init__(momentum_copy(backbone))
-        self.momentum, self.frozen_epochs = momentum, frozen_epochs
-        self.student_backbone = backbone
-        self.student_head = DINOHead(backbone.dim, out_dim, hidden_dim, bottleneck_dim)
-        self.head = momentum_copy(self.student_head)
+        head = DINOHead(backbone.dim, out_dim, hidden_dim, bottleneck_dim)
+        super().__init__(backbone, head, momentum, frozen_epochs)
         self.criterion = DINOLoss(
             out_dim,
             warmup_teacher_temperature,
@@ -174,11 +208,6 @@ class DINO(Method):
             student_temperature,
             center_momentum,
         )
-
-    def param_groups(self) -> list[dict]:
-        last = list(self.student_head.last.parameters())
-        others = [*self.student_backbone.parameters(), *self.student_head.mlp.parameters()]
-        return [{"params": others}, {"params": last, "frozen_epochs": self.frozen_epochs}]
 
     def begin(self, epoch: float, epochs: int) -> None:
         self.criterion.begin(int(epoch))
@@ -190,8 +219,3 @@ class DINO(Method):
         loss = self.criterion(self.student_head(features), teacher)
         full_size = features.chunk(len(views))[: self.num_views]
         return {"loss": loss, "embeddings": health_of(*full_size)}
-
-    def update(self, progress: float) -> None:
-        self.criterion.move()
-        momentum = rising(self.momentum, progress)
-        ema_([self.backbone, self.head], [self.student_backbone, self.student_head], momentum)

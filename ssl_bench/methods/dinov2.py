@@ -11,16 +11,8 @@ from torch import Tensor, nn
 from ssl_bench.augment import masks as draws
 from ssl_bench.config.fields import Epochs, Fraction, Interval, WholeEpochs
 from ssl_bench.methods import layers
-from ssl_bench.methods.base import (
-    Method,
-    Output,
-    ema_,
-    health_of,
-    momentum_copy,
-    need_patches,
-    rising,
-)
-from ssl_bench.methods.dino import Centring, DINOHead, crossed
+from ssl_bench.methods.base import Output, health_of, need_patches
+from ssl_bench.methods.dino import Centring, DINOHead, SelfDistilled, crossed
 from ssl_bench.methods.ibot import hidden, patch_loss
 from ssl_bench.runtime import distributed
 
@@ -57,19 +49,16 @@ def koleo(x: Tensor) -> Tensor:
     return -(distances + 1e-8).log().mean()
 
 
-class DINOv2(Method):
+class DINOv2(SelfDistilled):
     """A teacher's soft assignments of large crops, and of their patches, are what a student learns.
 
-    The student sees small crops, too, and large ones with hidden patches. Pretraining exports the
-    teacher. centering: of the teacher's logits, by a running centre or by Sinkhorn and Knopp's
-    algorithm. separate_heads: patches have a head of their own. momentum: the teacher's; it rises
-    to 1 along a cosine. teacher_temperature: rises linearly from the warm-up's. frozen_epochs: for
-    so long the last layers don't move. mask_probability, mask_ratio: see `masks.random_blocks`.
-    koleo_weight, patch_weight: of the losses beside DINO's. layer_decay: the rate of a block as a
-    share of the next one's; patch_rate: that of the patches' projection, as a share of its layer's.
+    The student sees small crops, too, and large ones with hidden patches. centering: of the
+    teacher's logits, by a running centre or by Sinkhorn and Knopp's algorithm. separate_heads:
+    patches have a head of their own. teacher_temperature: rises linearly from the warm-up's.
+    mask_probability, mask_ratio: see `masks.random_blocks`. koleo_weight, patch_weight: of the
+    losses beside DINO's. layer_decay: the rate of a block as a share of the next one's; patch_rate:
+    that of the patches' projection, as a share of its layer's.
     """
-
-    takes_small_views = True
 
     def __init__(
         self,
@@ -94,19 +83,16 @@ class DINOv2(Method):
         patch_rate: Fraction = 0.2,
     ) -> None:
         need_patches(backbone, "dinov2")
-        super().__init__(momentum_copy(backbone))
+        widths = (backbone.dim, out_dim, hidden_dim, bottleneck_dim)
+        names = ("classes", "patches") if separate_heads else ("classes",)
+        heads = nn.ModuleDict({name: DINOHead(*widths, norm_last=False) for name in names})
+        super().__init__(backbone, heads, momentum, frozen_epochs)
         self.image_size, self.side = backbone.image_size, backbone.image_size // backbone.patch_size
         self.centering, self.student_temperature = centering, student_temperature
-        self.momentum, self.frozen_epochs = momentum, frozen_epochs
         self.mask_probability, self.mask_ratio = mask_probability, mask_ratio
         self.koleo_weight, self.patch_weight = koleo_weight, patch_weight
         self.layer_decay, self.patch_rate = layer_decay, patch_rate
-        self.student_backbone = backbone
         self.mask_token = nn.Parameter(torch.zeros(1, 1, backbone.dim))
-        widths = (backbone.dim, out_dim, hidden_dim, bottleneck_dim)
-        names = ("classes", "patches") if separate_heads else ("classes",)
-        self.student_heads = nn.ModuleDict({n: DINOHead(*widths, norm_last=False) for n in names})
-        self.heads = momentum_copy(self.student_heads)
         warm_up = (warmup_teacher_temperature, teacher_temperature)
         rest = (warmup_teacher_temperature_epochs, center_momentum)
         self.class_center = Rising((1, out_dim), *warm_up, *rest)
@@ -116,7 +102,7 @@ class DINOv2(Method):
         groups = layerwise(self.student_backbone, self.layer_decay, self.patch_rate)
         first = self.layer_decay ** (len(self.student_backbone.encoder.layers) + 1)
         groups.append({"params": [self.mask_token], "lr_scale": first})
-        for head in self.student_heads.values():
+        for head in self.student_head.values():
             groups.append({"params": list(head.mlp.parameters())})
             last = list(head.last.parameters())
             groups.append({"params": last, "frozen_epochs": self.frozen_epochs})
@@ -146,16 +132,16 @@ class DINOv2(Method):
         masks = masks.transpose(0, 1).flatten(0, 1)  # (2 * N, L), view after view
         with torch.no_grad():
             tokens = self.backbone.tokens(large)
-            classes = self.heads["classes"](self.backbone.pooled(tokens))  # (2 * N, K)
-            patches = self.patch_head(self.heads)(self.hidden_of(tokens, where))  # (M, K)
+            classes = self.head["classes"](self.backbone.pooled(tokens))  # (2 * N, K)
+            patches = self.patch_head(self.head)(self.hidden_of(tokens, where))  # (M, K)
             targets = self.assigned(classes, self.class_center)
             patch_targets = self.assigned(patches, self.patch_center)
         tokens = self.student_backbone.tokens(large, mask=masks, mask_token=self.mask_token)
         features = [self.student_backbone.pooled(tokens)]
         if small:
             features.append(self.student_backbone(torch.cat(tuple(small))))
-        student = self.student_heads["classes"](torch.cat(features))
-        student_patches = self.patch_head(self.student_heads)(self.hidden_of(tokens, where))
+        student = self.student_head["classes"](torch.cat(features))
+        student_patches = self.patch_head(self.student_head)(self.hidden_of(tokens, where))
         temperature = self.student_temperature
         class_loss = layers.full_precision(crossed)(student, targets, temperature).mean()
         patches_loss = patch_loss(student_patches, patch_targets, masks, temperature, where)
@@ -182,13 +168,6 @@ class DINOv2(Method):
         if self.centering == "sinkhorn_knopp":
             return sinkhorn(logits, center.temperature)
         return center(logits)
-
-    def update(self, progress: float) -> None:
-        if self.centering == "centering":
-            self.class_center.move()
-            self.patch_center.move()
-        momentum = rising(self.momentum, progress)
-        ema_([self.backbone, self.heads], [self.student_backbone, self.student_heads], momentum)
 
 
 class Rising(Centring):

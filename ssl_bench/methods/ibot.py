@@ -10,16 +10,8 @@ from torch import Tensor, nn
 from ssl_bench.augment import masks as draws
 from ssl_bench.config.fields import Epochs, Fraction, Interval, WholeEpochs
 from ssl_bench.methods import layers
-from ssl_bench.methods.base import (
-    Method,
-    Output,
-    ema_,
-    health_of,
-    momentum_copy,
-    need_patches,
-    rising,
-)
-from ssl_bench.methods.dino import Centring, DINOHead, DINOLoss
+from ssl_bench.methods.base import Output, health_of, need_patches
+from ssl_bench.methods.dino import CentredLoss, DINOHead, DINOLoss, SelfDistilled
 from ssl_bench.runtime import distributed
 
 HIDES_PATCHES = True  # see `build`: which backbones have them
@@ -48,22 +40,10 @@ def patch_loss(
     return (losses / counts).sum() / len(masks)
 
 
-class PatchLoss(Centring):
+class PatchLoss(CentredLoss):
     """`patch_loss` with the teacher's targets of the same patches (section 3.1)."""
 
-    def __init__(
-        self,
-        out_dim: int,
-        warmup_teacher_temperature: float = 0.04,
-        teacher_temperature: float = 0.07,
-        warmup_epochs: int = 30,
-        student_temperature: float = 0.1,
-        center_momentum: float = 0.9,
-        start_epoch: int = 0,
-    ) -> None:
-        warm_up = (warmup_teacher_temperature, teacher_temperature, warmup_epochs)
-        super().__init__((1, 1, out_dim), *warm_up, center_momentum, start_epoch)
-        self.student_temperature = student_temperature
+    ones = (1, 1)
 
     @layers.full_precision
     def forward(
@@ -79,16 +59,13 @@ class PatchLoss(Centring):
         return loss
 
 
-class IBOT(Method):
+class IBOT(SelfDistilled):
     """DINO on class tokens; the student learns the teacher's view of the patches it doesn't see.
 
-    One head has both. Pretraining exports the teacher. momentum: the teacher's; it rises to 1 along
-    a cosine. norm_last: see DINOHead. frozen_epochs: for so long the last layer doesn't move.
-    mask_probability, mask_ratio: see `masks.random_blocks`; masks begin at `mask_start_epoch`.
-    class_weight, patch_weight: of the two losses.
+    One head has both. norm_last: see DINOHead. mask_probability, mask_ratio: see
+    `masks.random_blocks`; masks begin at `mask_start_epoch`. class_weight, patch_weight: of the two
+    losses.
     """
-
-    takes_small_views = True
 
     def __init__(
         self,
@@ -113,17 +90,13 @@ class IBOT(Method):
         patch_weight: NonNegativeFloat = 1.0,
     ) -> None:
         need_patches(backbone, "ibot")
-        super().__init__(momentum_copy(backbone))
+        head = DINOHead(backbone.dim, out_dim, hidden_dim, bottleneck_dim, norm_last)
+        super().__init__(backbone, head, momentum, frozen_epochs)
         self.image_size, self.side = backbone.image_size, backbone.image_size // backbone.patch_size
-        self.momentum, self.frozen_epochs = momentum, frozen_epochs
         self.mask_probability, self.mask_ratio = mask_probability, mask_ratio
         self.mask_start, self.masking = mask_start_epochs, True
         self.weights = (class_weight, patch_weight)
-        self.student_backbone = backbone
         self.mask_token = nn.Parameter(torch.zeros(1, 1, backbone.dim))
-        widths = (backbone.dim, out_dim, hidden_dim, bottleneck_dim)
-        self.student_head = DINOHead(*widths, norm_last)
-        self.head = momentum_copy(self.student_head)
         rest = (warmup_teacher_temperature_epochs, student_temperature, center_momentum)
         self.criterion = DINOLoss(out_dim, warmup_teacher_temperature, teacher_temperature, *rest)
         self.patch_criterion = PatchLoss(
@@ -133,15 +106,6 @@ class IBOT(Method):
             *rest,
             start_epoch=mask_start_epochs,
         )
-
-    def param_groups(self) -> list[dict]:
-        last = list(self.student_head.last.parameters())
-        others = [*self.student_backbone.parameters(), *self.student_head.mlp.parameters()]
-        others = [parameter for parameter in others if parameter.requires_grad]
-        return [
-            {"params": [*others, self.mask_token]},
-            {"params": last, "frozen_epochs": self.frozen_epochs},
-        ]
 
     def begin(self, epoch: float, epochs: int) -> None:
         self.masking = epoch >= self.mask_start
@@ -189,12 +153,6 @@ class IBOT(Method):
             "patch_loss": patches_loss.detach(),
             "embeddings": health_of(*features[0].chunk(self.num_views)),
         }
-
-    def update(self, progress: float) -> None:
-        self.criterion.move()
-        self.patch_criterion.move()
-        momentum = rising(self.momentum, progress)
-        ema_([self.backbone, self.head], [self.student_backbone, self.student_head], momentum)
 
 
 def hidden(masks: Tensor) -> Tensor:
