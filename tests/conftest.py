@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from browsing import FLAGS
 from commands import run_here
 
 SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where Debian puts daemons
@@ -136,3 +137,21 @@ TINY = [
     "tracking=local",
 ]
 TINY_PRETRAIN = [*TINY, "stage=pretrain", "method.queue_size=1024", "epochs=2", "save_every=4"]
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """Chromium without a network, for the tests of pages."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("no Chromium here: apt-get install chromium chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    chrome.get("about:blank")  # ends the page of a new browser, which is still loading
+    yield chrome
+    chrome.quit()

@@ -6,6 +6,7 @@ It is named by what tells it from the other groups.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import yaml
@@ -244,6 +245,18 @@ def _assignment(key: str, value: str) -> str:
 
 def _word(value: Any) -> str:
     """A value in one line of YAML."""
+    if isinstance(value, str | int | float | None):
+        return _scalar(type(value), value)
+    return _yaml(value)
+
+
+@cache
+def _scalar(kind: type, value: Any) -> str:
+    """`_yaml`, once for each: hundreds of runs share most of their settings. kind: True isn't 1."""
+    return _yaml(value)
+
+
+def _yaml(value: Any) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
     return text.removesuffix("\n").removesuffix("\n...")
 

@@ -1,56 +1,507 @@
 "use strict";
 
-document.getElementById("theme").addEventListener("click", () => {
-  const root = document.documentElement.style;
-  const dark = root.colorScheme ? root.colorScheme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  root.colorScheme = dark ? "light" : "dark";
+const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+const make = (tag, attributes = {}, ...children) => {
+  const node = document.createElement(tag);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (key in node) node[key] = value; else node.setAttribute(key, value);
+  }
+  node.append(...children);
+  return node;
+};
+const root = document.documentElement;
+const tip = document.getElementById("tip");
+const [thumb, text] = tip.children;
+const data = JSON.parse(document.getElementById("data").textContent);
+const COLOURS = 8, LINES = 24, FIRST = 10; // lines that can be told apart; those drawn until others are chosen
+
+// -- what is chosen -----------------------------------------------------------------------------------------------------------
+const picked = new Set(); // names whose boxes are ticked: these alone are drawn and compared
+const lit = new Set(); // names clicked in a legend: the others are dimmed
+const slots = new Map(); // name -> which colour and dash, kept for as long as it is drawn
+const filter = document.getElementById("filter");
+const wanted = () => filter.value.toLowerCase().split(/\s+/).filter(Boolean);
+const words = new Map(); // name -> what the filter looks at, besides the texts of a row
+const matches = (name, more = "") => {
+  const said = `${name} ${words.get(name) ?? ""} ${more}`.toLowerCase();
+  return wanted().every((word) => said.includes(word));
+};
+const chosen = (board) => board.groups.filter((one) => (picked.size ? picked.has(one.name) : matches(one.name)));
+// Few are easy to tell apart: more are drawn where they are asked for.
+const drawn = (board) => chosen(board).slice(0, picked.size ? LINES : FIRST);
+
+const paint = () => {
+  const names = new Set(data.boards.flatMap((board) => drawn(board).map((one) => one.name)));
+  for (const name of [...slots.keys()]) if (!names.has(name)) slots.delete(name);
+  const taken = new Set(slots.values());
+  for (const name of names) {
+    if (slots.has(name)) continue;
+    let slot = 0;
+    while (taken.has(slot)) slot += 1;
+    taken.add(slot);
+    slots.set(name, slot);
+  }
+  for (const one of all("[data-swatch]")) {
+    const slot = slots.get(one.dataset.swatch);
+    one.className = slot === undefined ? "swatch none" : `swatch s${slot % COLOURS} d${Math.floor(slot / COLOURS) % 3}`;
+  }
+};
+
+const choose = () => { // all that follows from the filter and the boxes
+  words.clear();
+  for (const board of data.boards) for (const one of board.groups) words.set(one.name, `${words.get(one.name) ?? ""} ${one.words}`);
+  for (const box of all("tbody input[type=checkbox]")) box.checked = picked.has(box.value);
+  let [seen, count] = [0, 0];
+  for (const row of all("tr[data-name]")) {
+    row.hidden = !matches(row.dataset.name, row.textContent);
+    if (row.closest("#runs")) [seen, count] = [seen + !row.hidden, count + 1];
+  }
+  document.getElementById("found").textContent = [
+    wanted().length ? `${seen} of ${count} runs` : "", picked.size ? `${picked.size} chosen` : "",
+  ].filter(Boolean).join(", ");
+  document.getElementById("unpick").hidden = !picked.size;
+  for (const table of all("#differences table")) compareColumns(table);
+  paint();
+  layOut();
+};
+const LEAST = 2, MOST = 12; // columns of a comparison
+const compareColumns = (table) => {
+  const heads = [...table.tHead.rows[0].cells];
+  const fit = heads.slice(1).filter((head) => (picked.size ? picked.has(head.dataset.name) : matches(head.dataset.name)));
+  const columns = new Set((fit.length < LEAST && !picked.size ? heads.slice(1) : fit).slice(0, MOST));
+  heads.forEach((head, i) => {
+    if (!i) return;
+    for (const row of table.rows) row.cells[i].hidden = !columns.has(head);
+  });
+  for (const row of table.tBodies[0].rows) {
+    const values = new Set([...row.cells].slice(1).filter((cell) => !cell.hidden).map((cell) => cell.textContent));
+    row.hidden = columns.size > 1 && values.size < 2;
+  }
+};
+filter.addEventListener("input", choose);
+document.getElementById("picker").addEventListener("submit", (event) => event.preventDefault());
+document.getElementById("unpick").addEventListener("click", () => { picked.clear(); choose(); filter.focus(); });
+document.addEventListener("change", ({ target }) => {
+  if (!target.matches("tbody input[type=checkbox]")) return;
+  if (target.checked) picked.add(target.value); else picked.delete(target.value);
+  choose();
 });
 
-// Tables are sorted by data-order, or by the text of a cell: numbers as numbers, the rest as words. Empty cells come last.
+// -- tables -------------------------------------------------------------------------------------------------------------------
+// They are sorted by data-order, or by the text of a cell: numbers as numbers, the rest as words. Empty cells come last.
 const order = (cell) => cell.dataset.order ?? cell.textContent.trim();
 const compare = (a, b) => {
   const [x, y] = [Number(a), Number(b)];
   return Number.isNaN(x) || Number.isNaN(y) ? a.localeCompare(b, undefined, { numeric: true }) : x - y;
 };
-for (const table of document.querySelectorAll("table.sortable")) {
+const sortings = new Map(); // caption of a table -> [head, direction], for when it is written anew
+const captionOf = (table) => table.closest("[aria-labelledby]")?.getAttribute("aria-labelledby") ?? "";
+const sortBy = (table, column, direction) => {
   const heads = [...table.tHead.rows[0].cells];
-  heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
-    const first = head.classList.contains("num") ? "descending" : "ascending"; // the best is on top
-    const other = first === "ascending" ? "descending" : "ascending";
-    const now = head.ariaSort === first ? other : first;
-    heads.forEach((one) => { one.ariaSort = one === head ? now : "none"; });
-    const rows = [...table.tBodies[0].rows];
-    const value = new Map(rows.map((row) => [row, order(row.cells[column])]));
-    const sign = now === "ascending" ? 1 : -1;
-    rows.sort((a, b) => {
-      const [x, y] = [value.get(a), value.get(b)];
-      return x === "" || y === "" ? (x === "") - (y === "") : sign * compare(x, y);
-    });
-    table.tBodies[0].append(...rows);
-  }));
-}
+  heads.forEach((one, i) => { one.ariaSort = i === column ? direction : "none"; });
+  const rows = [...table.tBodies[0].rows];
+  const value = new Map(rows.map((row) => [row, order(row.cells[column])]));
+  const sign = direction === "ascending" ? 1 : -1;
+  rows.sort((a, b) => {
+    const [x, y] = [value.get(a), value.get(b)];
+    return x === "" || y === "" ? (x === "") - (y === "") : sign * compare(x, y);
+  });
+  table.tBodies[0].append(...rows);
+};
+document.addEventListener("click", ({ target }) => {
+  const head = target.closest("table.sortable thead th");
+  if (!head || !target.closest("button")) return;
+  const { first } = head.dataset; // the best is on top
+  const other = first === "ascending" ? "descending" : "ascending";
+  const direction = head.ariaSort === first ? other : first;
+  sortings.set(captionOf(head), [head.textContent, direction]);
+  sortBy(head.closest("table"), head.cellIndex, direction);
+});
 
-// In charts all lines are dimmed but the one that is pointed at in a legend, and those that were clicked there.
-const kept = new Set();
-const light = (wanted) => {
-  for (const line of document.querySelectorAll(".series")) {
-    line.classList.toggle("dim", wanted.size > 0 && !wanted.has(line.dataset.series));
+const save = (name, type, content) => {
+  const url = URL.createObjectURL(content instanceof Blob ? content : new Blob([content], { type }));
+  make("a", { href: url, download: name.replace(/[^\w.-]+/g, "_") }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10000);
+};
+// As it is seen: filtered and sorted. A spreadsheet must not take a name for a formula.
+const csvOf = (table) => {
+  const rows = [...table.rows].filter((row) => !row.hidden).map((row) => [...row.cells].filter((cell) => !cell.hidden));
+  const texts = rows.map((row) => row.map((cell) => cell.textContent.trim()));
+  const spread = texts[0].map((_, i) => texts.slice(1).some((row) => / ± /.test(row[i])) && rows[0][i].classList.contains("num"));
+  const numeric = rows[0].map((cell) => cell.classList.contains("num"));
+  const quoted = (value) => {
+    const safe = /^[=+@\t\r]|^-(?![\d.])/.test(value) ? `'${value}` : value;
+    return /[",\n\r]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
+  };
+  return texts.map((row, number) => row.flatMap((value, i) => {
+    if (!number) return spread[i] ? [`${value} mean`, `${value} std`] : [value];
+    const parts = (numeric[i] ? value.replace(/(\d),(?=\d{3})/g, "$1") : value).split(" ± ");
+    return spread[i] ? [parts[0], parts[1] ?? ""] : [parts.join(" ± ")];
+  }).map(quoted).join(",")).join("\r\n") + "\r\n";
+};
+const addTools = (within) => {
+  for (const table of all("table", within)) {
+    const scroll = table.closest(".scroll") ?? table;
+    const name = document.getElementById(captionOf(table))?.textContent
+      ?? scroll.getAttribute("aria-label") ?? table.closest("figure")?.querySelector("figcaption")?.textContent ?? "table";
+    const button = make("button", { type: "button", className: "tool", ariaLabel: `Download ${name} as CSV` }, "CSV");
+    button.addEventListener("click", () => save(`${name}.csv`, "text/csv", csvOf(table)));
+    scroll.after(make("p", { className: "tools" }, button));
+    const [head, direction] = sortings.get(captionOf(table)) ?? [];
+    const column = [...table.tHead.rows[0].cells].findIndex((one) => one.textContent === head);
+    if (column >= 0) sortBy(table, column, direction);
   }
 };
-for (const button of document.querySelectorAll(".legend button")) {
-  const { series } = button.dataset;
-  for (const event of ["pointerenter", "focus"]) button.addEventListener(event, () => light(new Set([...kept, series])));
-  for (const event of ["pointerleave", "blur"]) button.addEventListener(event, () => light(kept));
-  button.addEventListener("click", () => {
-    if (!kept.delete(series)) kept.add(series);
-    for (const same of document.querySelectorAll(`.legend button[data-series="${series}"]`)) same.ariaPressed = kept.has(series);
-    light(kept);
+
+// -- curves -------------------------------------------------------------------------------------------------------------------
+const controls = document.getElementById("axes");
+const setting = (name) => { const one = controls.elements[name]; return one.type === "checkbox" ? one.checked : one.value; };
+const AXES = ["epoch", "step", "images", "hours"];
+// The axis at an epoch, linear between the rows of the group's table of epoch, step, images, hours.
+const axisOf = ({ axes }, axis) => {
+  const column = AXES.indexOf(axis);
+  if (!column) return (epoch) => epoch;
+  const known = axes.filter((row) => row[column] !== null);
+  return (epoch) => {
+    if (!known.length || epoch < known[0][0] || epoch > known.at(-1)[0] + 1e-9) return null;
+    const next = Math.max(known.findIndex((row) => row[0] >= epoch), 0);
+    const [a, b] = [known[Math.max(next - 1, 0)], known[next]];
+    return b[0] === a[0] ? b[column] : a[column] + (b[column] - a[column]) * (epoch - a[0]) / (b[0] - a[0]);
+  };
+};
+// An exponential mean that begins with the first value, as TensorBoard's.
+const smoothed = (values, weight) => {
+  let [last, norm] = [0, 0];
+  return values.map((value) => {
+    if (value === null) return null;
+    last = last * weight + (1 - weight) * value;
+    norm = norm * weight + (1 - weight);
+    return last / norm;
+  });
+};
+const linesOf = (board, panel) => {
+  const [axis, logx, logy, weight] = [setting("x"), setting("logx"), setting("logy"), Number(setting("smooth"))];
+  const found = [];
+  for (const { name, curves } of drawn(board)) {
+    if (!curves.values[panel.key] || (panel.only && !panel.only.includes(name))) continue;
+    const [grid, means, stds] = curves.values[panel.key];
+    const at = axisOf(curves, axis);
+    const rows = [];
+    smoothed(means, weight).forEach((y, i) => {
+      const x = at(curves.grids[grid][i]);
+      if (x === null || y === null || (logx && x <= 0) || (logy && y <= 0)) return;
+      const std = stds?.[i] ?? 0;
+      // a band stays among possible values
+      const [low, high] = [y >= 0 ? Math.max(y - std, 0) : y - std, panel.label.includes("%") ? Math.min(y + std, 100) : y + std];
+      rows.push([x, y, logy && low <= 0 ? y : low, high]);
+    });
+    if (rows.length) found.push({ name, slot: slots.get(name), band: Boolean(stds), rows });
+  }
+  return found;
+};
+const number = (value) => {
+  const size = Math.abs(value);
+  if (size && (size < 1e-3 || size >= 1e7)) return value.toExponential(2);
+  return value.toLocaleString("en", { maximumSignificantDigits: size >= 1e4 ? 7 : 4 });
+};
+const probe = make("span", { hidden: true });
+document.body.append(probe);
+const colour = (variable) => { // as a canvas and a file need it
+  probe.style.color = `var(${variable})`;
+  return getComputedStyle(probe).color;
+};
+const colourOf = (slot) => colour(`--s${slot % COLOURS}`);
+const DASHES = [[], [7, 3], [2, 2]];
+const dashOf = (slot) => DASHES[Math.floor(slot / COLOURS) % DASHES.length];
+const faded = (rgb, share) => rgb.replace(/^rgba?\((\d+), (\d+), (\d+).*$/, `rgba($1, $2, $3, ${share})`);
+
+const shown = new Map(); // figure -> what is drawn there
+const nearest = (rows, x) => rows.reduce((best, row) => (Math.abs(row[0] - x) < Math.abs(best[0] - x) ? row : best));
+const say = (figure, chart, event) => { // the values under the cursor
+  const { plot, lines, panel } = chart;
+  if (plot.cursor.left < 0) return;
+  const x = plot.posToVal(plot.cursor.left, "x");
+  const near = lines.map((line) => [line, nearest(line.rows, x)]).sort(([, a], [, b]) => b[1] - a[1]);
+  const table = make("table", {}, ...near.slice(0, 12).map(([line, row]) => make("tr", {},
+    make("td", {}, make("span", { className: `swatch s${line.slot % COLOURS} d${Math.floor(line.slot / COLOURS) % 3}` }), line.name),
+    make("td", { className: "num" }, number(row[1])))));
+  thumb.className = "";
+  thumb.removeAttribute("style");
+  text.replaceChildren(make("b", {}, `${panel.title}, ${setting("x")} ${number(x)}`), table);
+  tip.hidden = false;
+  const box = plot.over.getBoundingClientRect();
+  const [left, top] = event ? [event.clientX, event.clientY] : [box.left + plot.cursor.left, box.top + 20];
+  const { width, height } = tip.getBoundingClientRect();
+  tip.style.left = `${left + 16 + width < innerWidth ? left + 16 : Math.max(left - width - 16, 4)}px`;
+  tip.style.top = `${Math.max(Math.min(top + 14, innerHeight - height - 8), 4)}px`;
+};
+
+const draw = (figure) => {
+  const { board, panel } = figure;
+  shown.get(figure)?.plot?.destroy();
+  const lines = linesOf(board, panel);
+  const place = figure.querySelector(".plot");
+  place.replaceChildren();
+  const chart = { board, panel, lines, place };
+  shown.set(figure, chart);
+  figure.dirty = false;
+  const longest = Math.max(0, ...lines.map((line) => line.rows.length));
+  const last = lines.map((line) => `${line.name} ${number(line.rows.at(-1)[1])}`).join("; ");
+  place.ariaLabel = `${panel.title} against ${setting("x")}: ${last || "no values"}`;
+  figure.querySelector(".tools").hidden = longest < 2;
+  if (longest < 2) { // one point is a number, not a chart
+    place.removeAttribute("tabindex");
+    place.append(lines.length ? make("table", { className: "numbers" }, ...lines.map(({ name, rows: [[, y]] }) => make("tr", {},
+      make("th", { scope: "row" }, make("span", { className: "swatch", "data-swatch": name }), name), make("td", { className: "num" }, number(y)))))
+      : make("p", { className: "quiet" }, "No values with these axes."));
+    paint();
+    return;
+  }
+  place.tabIndex = 0;
+  const tables = [], series = [{}], bands = [];
+  for (const { name, slot, band, rows } of lines) {
+    const stroke = colourOf(slot);
+    const columns = [0, 1, ...(band ? [3, 2] : [])].map((column) => rows.map((row) => row[column]));
+    tables.push(columns);
+    series.push({ label: name, stroke, dash: dashOf(slot), width: 1.8, spanGaps: true, points: { show: rows.length === 1, size: 7, fill: stroke } });
+    if (!band) continue;
+    bands.push({ series: [series.length, series.length + 1], fill: faded(stroke, 0.18) });
+    for (let i = 0; i < 2; i += 1) series.push({ label: name, stroke, width: 0, spanGaps: true, points: { show: false } });
+  }
+  const axis = { stroke: colour("--quiet"), font: "12px system-ui, sans-serif", grid: { stroke: colour("--grid"), width: 1 }, ticks: { show: false } };
+  const [logx, logy] = [setting("logx"), setting("logy")];
+  const values = (_, ticks) => ticks.map((tick) => (tick === null ? "" : number(tick)));
+  const log = (base) => (self, splits) => splits.map((split) => (Math.abs(Math.log10(split) % 1) < 1e-9 || splits.length < 8 ? split : null));
+  chart.plot = new uPlot({
+    width: place.clientWidth || 380, height: 230, series, bands,
+    scales: { x: { time: false, distr: logx ? 3 : 1 }, y: { distr: logy ? 3 : 1 } },
+    axes: [
+      { ...axis, values, size: 34, ...(logx && { filter: log() }) },
+      { ...axis, values, size: (self, texts) => 14 + 6.6 * Math.max(3, ...(texts ?? []).map((one) => one.length)), ...(logy && { filter: log() }) },
+    ],
+    legend: { show: false },
+    cursor: { y: false, points: { show: false }, sync: { key: `curves-${board.id}` }, drag: { x: true, y: false } },
+    hooks: { setCursor: [(plot) => { if (place.matches(":hover, :focus") && chart.plot) say(figure, chart, plot.cursor.event); }] },
+  }, uPlot.join(tables), place);
+  light();
+};
+const light = () => {
+  const names = new Set([...lit, ...(light.pointed ? [light.pointed] : [])]);
+  for (const { plot } of shown.values()) {
+    if (!plot) continue;
+    const alphas = plot.series.map((one, i) => (i && names.size && !names.has(one.label) ? 0.1 : 1));
+    if (plot.series.every((one, i) => (one.alpha ?? 1) === alphas[i])) continue;
+    plot.series.forEach((one, i) => { one.alpha = alphas[i]; });
+    plot.redraw(false);
+  }
+};
+// Charts are drawn when they come into sight.
+const inSight = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) {
+    target.inSight = isIntersecting;
+    if (isIntersecting && target.dirty) draw(target);
+  }
+}, { rootMargin: "200px" });
+const stale = () => {
+  for (const figure of all("figure.curve")) {
+    figure.dirty = true;
+    if (figure.inSight) draw(figure);
+  }
+};
+new ResizeObserver(() => {
+  for (const { plot, place } of shown.values()) {
+    if (plot && place.clientWidth && plot.width !== place.clientWidth) plot.setSize({ width: place.clientWidth, height: 230 });
+  }
+}).observe(document.getElementById("main"));
+
+const KINDS = { results: "", health: "Health of the features", technical: "Learning rate, gradients, speed, memory" };
+const figureOf = (board, panel) => {
+  const figure = make("figure", { className: "panel curve" },
+    make("figcaption", {}, panel.title, ...(panel.note ? [make("small", {}, panel.note)] : [])),
+    make("div", { className: "plot", role: "img", tabIndex: 0 }),
+    make("p", { className: "tools" }));
+  Object.assign(figure, { board, panel, dirty: true });
+  const place = figure.querySelector(".plot");
+  place.addEventListener("pointerleave", () => { tip.hidden = true; });
+  place.addEventListener("blur", () => { tip.hidden = true; });
+  place.addEventListener("keydown", (event) => {
+    const { plot } = shown.get(figure) ?? {};
+    const step = { ArrowLeft: -1, ArrowRight: 1, Home: -1e9, End: 1e9 }[event.key];
+    if (!plot || !step) return;
+    event.preventDefault();
+    const xs = plot.data[0];
+    const now = plot.cursor.left >= 0 ? plot.valToIdx(plot.posToVal(plot.cursor.left, "x")) : step > 0 ? -1 : xs.length;
+    const next = Math.min(Math.max(now + step, 0), xs.length - 1);
+    plot.setCursor({ left: plot.valToPos(xs[next], "x"), top: 20 });
+    say(figure, shown.get(figure));
+  });
+  downloads(figure.querySelector(".tools"), panel.title, () => picture(shown.get(figure)));
+  return figure;
+};
+const downloads = (place, name, svg) => {
+  for (const [kind, label] of [["svg", "SVG"], ["png", "PNG"]]) {
+    const button = make("button", { type: "button", className: "tool", ariaLabel: `Download ${name} as ${label}` }, label);
+    button.addEventListener("click", () => (kind === "svg" ? save(`${name}.svg`, "image/svg+xml", svg()) : raster(svg(), (blob) => save(`${name}.png`, "", blob))));
+    place.append(button);
+  }
+};
+const raster = (svg, done) => {
+  const image = new Image();
+  image.addEventListener("load", () => {
+    const canvas = make("canvas", { width: 2 * image.width, height: 2 * image.height });
+    canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
+    canvas.toBlob(done);
+  });
+  image.src = `data:image/svg+xml,${encodeURIComponent(svg)}`;
+};
+const layOut = () => { // the figures of each stage, made anew only if there are others
+  const stages = document.getElementById("stages");
+  if (!stages) return;
+  for (const board of data.boards) {
+    let stage = all(".stage", stages).find((one) => one.board.id === board.id);
+    const plan = JSON.stringify(board.panels);
+    if (!stage || stage.plan !== plan) {
+      const fresh = make("div", { className: "stage" }, make("h3", {}, board.title), make("ul", { className: "legend", ariaLabel: "Lines of the charts" }), make("p", { className: "quiet rest" }));
+      for (const [kind, title] of Object.entries(KINDS)) {
+        const figures = board.panels.filter((panel) => panel.kind === kind).map((panel) => figureOf(board, panel));
+        if (!figures.length) continue;
+        const panels = make("div", { className: "panels" }, ...figures);
+        if (kind === "technical") fresh.append(make("details", {}, make("summary", {}, title), panels));
+        else fresh.append(...(title ? [make("h4", {}, title)] : []), panels);
+        for (const figure of figures) inSight.observe(figure);
+      }
+      fresh.plan = plan;
+      if (stage) {
+        for (const figure of all("figure.curve", stage)) { shown.get(figure)?.plot?.destroy(); shown.delete(figure); inSight.unobserve(figure); }
+        stage.replaceWith(fresh);
+      } else stages.append(fresh);
+      stage = fresh;
+    }
+    stage.board = board;
+    for (const figure of all("figure.curve", stage)) {
+      figure.board = board;
+      // a panel of a method's own loss shows nothing if none of its groups is drawn
+      figure.hidden = !drawn(board).some(({ name, curves }) => curves.values[figure.panel.key] && (figure.panel.only?.includes(name) ?? true));
+    }
+    const groups = drawn(board).filter(({ curves }) => Object.keys(curves.values).length);
+    stage.hidden = !board.panels.length;
+    const legend = stage.querySelector(".legend");
+    const focused = legend.contains(document.activeElement) ? document.activeElement.dataset.series : null;
+    legend.replaceChildren(...groups.map(({ name, n }) => {
+      const button = make("button", { type: "button", ariaPressed: lit.has(name) }, make("span", { className: "swatch", "data-swatch": name, ariaHidden: true }), name,
+        ...(n > 1 ? [make("span", { className: "quiet" }, ` n = ${n}`)] : []));
+      button.dataset.series = name;
+      return make("li", {}, button);
+    }));
+    if (focused !== null) all("button", legend).find((one) => one.dataset.series === focused)?.focus();
+    const rest = chosen(board).length - drawn(board).length;
+    stage.querySelector(".rest").textContent = rest > 0 ? `${rest} more are not drawn: tick the rows you want, or filter.` : "";
+  }
+  paint();
+  stale();
+  for (const place of all(".dots")) dots(place);
+};
+for (const [event, name] of [["pointerover", true], ["focusin", true], ["pointerout", false], ["focusout", false]]) {
+  document.addEventListener(event, ({ target }) => {
+    const button = target.closest?.(".legend button[data-series]");
+    if (!button) return;
+    light.pointed = name ? button.dataset.series : null;
+    light();
   });
 }
+document.addEventListener("click", ({ target }) => {
+  const button = target.closest(".legend button[data-series]");
+  if (!button) return;
+  const { series } = button.dataset;
+  if (!lit.delete(series)) lit.add(series);
+  for (const same of all(".legend button[data-series]")) same.ariaPressed = lit.has(same.dataset.series);
+  light();
+});
+controls?.addEventListener("input", stale);
+controls?.addEventListener("submit", (event) => event.preventDefault());
+
+// -- charts as files ----------------------------------------------------------------------------------------------------------
+const escaped = (value) => String(value).replace(/[&<>"]/g, (sign) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[sign]);
+const svgText = (x, y, value, more = "") => `<text x="${x}" y="${y}" ${more}>${escaped(value)}</text>`;
+const svgFile = (width, height, parts) => `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}" viewBox="0 0 ${width} ${height}" `
+  + `font-family="system-ui, Helvetica, Arial, sans-serif" font-size="12" fill="${colour("--ink")}"><rect width="100%" height="100%" fill="${colour("--paper")}"/>${parts.join("")}</svg>`;
+// uPlot draws on a canvas: this says the same in SVG, at its places, with a title and a legend.
+const picture = ({ plot, lines, panel }) => {
+  const [left, top, width, height] = ["left", "top", "width", "height"].map((side) => plot.bbox[side] / devicePixelRatio);
+  const head = 26, parts = [svgText(left, 18, panel.title, 'font-weight="600"')];
+  const at = ([x, , ], y) => `${(left + plot.valToPos(x, "x")).toFixed(1)},${(head + top + plot.valToPos(y, "y")).toFixed(1)}`;
+  const [ticksX, ticksY] = plot.axes.map((axis) => axis._splits.map((split, i) => [split, axis._values[i]]).filter(([, label]) => label));
+  for (const [split, label] of ticksY) {
+    const y = head + top + plot.valToPos(split, "y");
+    parts.push(`<line x1="${left}" x2="${left + width}" y1="${y}" y2="${y}" stroke="${colour("--grid")}"/>`, svgText(left - 6, y + 4, label, 'text-anchor="end"'));
+  }
+  for (const [split, label] of ticksX) parts.push(svgText(left + plot.valToPos(split, "x"), head + top + height + 16, label, 'text-anchor="middle"'));
+  parts.push(svgText(left + width, head + top + height + 32, setting("x"), 'text-anchor="end"'));
+  parts.push(`<clipPath id="frame"><rect x="${left}" y="${head + top}" width="${width}" height="${height}"/></clipPath><g clip-path="url(#frame)">`);
+  for (const { slot, band, rows } of lines) {
+    const ink = colourOf(slot);
+    const edge = [...rows.map((row) => at(row, row[3])), ...rows.toReversed().map((row) => at(row, row[2]))];
+    if (band) parts.push(`<polygon points="${edge.join(" ")}" fill="${ink}" fill-opacity="0.18"/>`);
+    parts.push(`<polyline points="${rows.map((row) => at(row, row[1])).join(" ")}" fill="none" stroke="${ink}" stroke-width="1.8" stroke-dasharray="${dashOf(slot).join(" ")}"/>`);
+  }
+  parts.push("</g>");
+  lines.forEach(({ name, slot }, i) => {
+    const y = head + top + height + 52 + 18 * i;
+    parts.push(`<line x1="${left}" x2="${left + 22}" y1="${y - 4}" y2="${y - 4}" stroke="${colourOf(slot)}" stroke-width="2.5" stroke-dasharray="${dashOf(slot).join(" ")}"/>`, svgText(left + 28, y, name));
+  });
+  return svgFile(plot.width, head + top + height + 50 + 18 * lines.length, parts);
+};
+// Results of a stage: a dot for each of the n, and their mean in a bar of ± std.
+const dotsOf = (board, width) => {
+  const rows = drawn(board).filter(({ values }) => values.length);
+  if (rows.length < 2 || !board.metric) return null;
+  const every = rows.flatMap(({ values }) => values);
+  const [least, most] = [Math.min(...every), Math.max(...every)];
+  const pad = (most - least || Math.abs(most) || 1) * 0.06;
+  const at = (value) => (8 + (width - 130) * (value - least + pad) / (most - least + 2 * pad)).toFixed(1);
+  const letters = Math.floor((width - 20) / 7.2);
+  const parts = [];
+  rows.forEach(({ name, values, shown: label }, i) => {
+    const y = 38 * i, ink = colourOf(slots.get(name));
+    const mean = values.reduce((sum, value) => sum + value) / values.length;
+    const std = Math.sqrt(values.reduce((sum, value) => sum + (value - mean) ** 2, 0) / Math.max(values.length - 1, 1));
+    const short = name.length > letters ? `${name.slice(0, letters / 3)}…${name.slice(-letters * 2 / 3)}` : name; // names differ at their ends
+    parts.push(`<g><title>${escaped(`${name}: ${label}, n = ${values.length}`)}</title>`, svgText(8, y + 13, short),
+      `<line x1="8" x2="${width - 122}" y1="${y + 25}" y2="${y + 25}" stroke="${colour("--grid")}"/>`);
+    if (values.length > 1) parts.push(`<line x1="${at(Math.max(mean - std, least - pad))}" x2="${at(Math.min(mean + std, most + pad))}" y1="${y + 25}" y2="${y + 25}" stroke="${ink}" stroke-opacity="0.35" stroke-width="7"/>`,
+      `<line x1="${at(mean)}" x2="${at(mean)}" y1="${y + 18}" y2="${y + 32}" stroke="${ink}" stroke-width="2.4"/>`);
+    for (const value of values) parts.push(`<circle cx="${at(value)}" cy="${y + 25}" r="4" fill="${ink}"/>`);
+    parts.push(svgText(width - 112, y + 29, label), "</g>");
+  });
+  return svgFile(width, 38 * rows.length + 6, parts);
+};
+const dots = (place) => {
+  const board = data.boards.find((one) => one.id === place.dataset.stage);
+  const svg = board && dotsOf(board, Math.min(place.clientWidth, 900));
+  if (!svg) { place.replaceChildren(); return; }
+  const names = drawn(board).filter(({ values }) => values.length).map(({ name, shown: label }) => `${name}: ${label}`);
+  const figure = make("figure", { className: "wide" }, make("figcaption", {}, board.metric, make("small", {}, "a dot is one of the n, the bar mean ± std")));
+  figure.insertAdjacentHTML("beforeend", svg); // its texts are escaped
+  const drawing = figure.querySelector("svg");
+  drawing.setAttribute("role", "img");
+  drawing.ariaLabel = `${board.metric} of each sample. ${names.join("; ")}`;
+  const tools = make("p", { className: "tools" });
+  downloads(tools, `${board.title} ${board.metric}`, () => dotsOf(board, 760));
+  figure.append(tools);
+  place.replaceChildren(figure);
+};
+
+// -- light and dark -----------------------------------------------------------------------------------------------------------
+const repaint = () => { stale(); for (const place of all(".dots")) dots(place); };
+document.getElementById("theme").addEventListener("click", () => {
+  const { style } = root;
+  const dark = style.colorScheme ? style.colorScheme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  style.colorScheme = dark ? "light" : "dark";
+  repaint();
+});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
 
 // On maps, a point that is pointed at shows its picture, and the others of its class stand out.
-const tip = document.getElementById("tip");
-const [thumb, text] = tip.children;
 for (const map of document.querySelectorAll(".map")) {
   const { sheet, columns, thumb: size } = map.dataset;
   const clear = () => {
@@ -74,3 +525,44 @@ for (const map of document.querySelectorAll(".map")) {
   });
   map.addEventListener("pointerleave", clear);
 }
+
+addTools(document);
+choose();
+
+// -- live: stage=board answers what has changed since a version ---------------------------------------------------------------
+const POLL = 2000; // milliseconds
+const renew = (name, html) => { // a section as it is now, with its focus and its scrolling
+  const place = document.getElementById(name);
+  const able = () => all("button, input, [tabindex]", place);
+  const focused = able().indexOf(document.activeElement);
+  const scrolled = all(".scroll", place).map((one) => [one.scrollLeft, one.scrollTop]);
+  const typed = document.createRange().createContextualFragment(html);
+  place.replaceChildren(typed);
+  addTools(place);
+  all(".scroll", place).forEach((one, i) => { [one.scrollLeft, one.scrollTop] = scrolled[i] ?? [0, 0]; });
+  if (focused >= 0) able()[focused]?.focus({ preventScroll: true });
+};
+const merge = (news) => {
+  const before = new Map(data.boards.flatMap((board) => board.groups.map((one) => [`${board.id} ${one.name}`, one.curves])));
+  for (const board of news.boards) for (const one of board.groups) one.curves ??= before.get(`${board.id} ${one.name}`);
+  Object.assign(data, { boards: news.boards, version: news.version });
+  for (const [name, html] of Object.entries(news.sections)) renew(name, html);
+  choose();
+};
+const follow = async () => {
+  const pulse = document.getElementById("pulse");
+  try {
+    const query = new URLSearchParams(location.search);
+    query.set("since", data.version);
+    const answer = await fetch(`news?${query}`);
+    if (!answer.ok) throw new Error(answer.statusText);
+    const news = await answer.json();
+    if (news.version !== data.version) merge(news);
+    if (pulse.dataset.lost) { pulse.textContent = "Live: follows the runs."; delete pulse.dataset.lost; }
+  } catch (error) {
+    pulse.dataset.lost = error; // the board was stopped, perhaps; it may come back
+    pulse.textContent = "The board doesn't answer: this is what it said last.";
+  }
+  setTimeout(follow, document.hidden ? 10 * POLL : POLL);
+};
+if ("live" in root.dataset) setTimeout(follow, POLL);

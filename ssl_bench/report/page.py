@@ -1,20 +1,24 @@
 """report.html, one file that needs no other, from groups of runs and what their checkpoints say.
 
-page.html is its template (Jinja); page.css and page.js are put into it.
+page.html is its template (Jinja); page.css and page.js are put into it, and uPlot, which draws the
+curves: https://github.com/leeoniya/uPlot, MIT, 50 kB. `Page` is what a page says; `board` serves it
+while runs go on.
 """
 
 import base64
 import io
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import ssl_bench
-from ssl_bench.report import charts, grouping, tables
+from ssl_bench.report import curves, grouping, tables
 from ssl_bench.report.figure import project
 from ssl_bench.report.grouping import Board, Group
 from ssl_bench.runs import units
@@ -74,6 +78,10 @@ class Detail:
         return self.classes[label] if label < len(self.classes) else str(label)
 
 
+# The sections that change while runs go on.
+LIVE = ("summary", "notes", "leaderboard", "differences", "runs")
+
+
 def render(
     heading: str,
     runs: Sequence[Ran],
@@ -82,61 +90,101 @@ def render(
     pictures: dict[str, Pictures],
     notes: Sequence[str],
 ) -> str:
-    """The page.
+    """The page as one file.
 
     pictures: those of augmented views, "views", and of what was learnt (LEARNT). notes: sentences
     at its top.
     """
+    predicting = [detail for detail in details if detail.predictions]
+    with_features = [detail for detail in details if detail.features is not None]
+    sheets: dict[str, str] = {}
+    of_networks = {
+        "remarks": [(detail.group.name, note) for detail in details for note in detail.notes],
+        "confusions": [_confusion(detail) for detail in predicting],
+        "classes": _classes(predicting),
+        "neighbours": [_neighbours(detail) for detail in with_features],
+        "maps": [_map(detail, sheets) for detail in with_features],
+        "sheets": sheets,
+        "views": _shown(pictures.get("views", {})),
+        "learnt": [
+            {**one, "what": what}
+            for kind, what in LEARNT.items()
+            for one in _shown(pictures.get(kind, {}))
+        ],
+    }
+    return Page(heading, runs, boards, notes).html(charts(boards), **of_networks)
+
+
+@dataclass
+class Page:
+    """What a page says of runs, without their networks."""
+
+    heading: str
+    runs: Sequence[Ran]
+    boards: Sequence[Board]
+    notes: Sequence[str]
+    live: bool = False  # is it served, and asks for what is new?
+
+    def html(self, data: dict, **of_networks: Any) -> str:
+        """The page. data: `charts`. of_networks: what `render` says of them."""
+        nothing = dict.fromkeys(
+            ("remarks", "confusions", "neighbours", "maps", "views", "learnt"), ()
+        )
+        values = {**nothing, "classes": None, "sheets": {}, **of_networks}
+        return _template().render(self._values() | values | {"data": script(data)})
+
+    def sections(self) -> dict[str, str]:
+        """{id: HTML} of those sections that change while runs go on."""
+        template, values = _template(), self._values()
+        context = template.new_context({**values, "remarks": ()})
+        return {name: "".join(template.blocks[name](context)) for name in LIVE}
+
+    def _values(self) -> dict[str, Any]:
+        folder = Path(__file__).parent
+        names = ("page.css", "page.js", "uplot.css", "uplot.js")
+        return {
+            "title": self.heading,
+            "files": {name: (folder / name).read_text(encoding="utf-8") for name in names},
+            "made": f"{time.strftime('%Y-%m-%d %H:%M')}, ssl_bench {ssl_bench.__version__}",
+            "live": self.live,
+            "notes": self.notes,
+            "num_runs": len(self.runs),
+            "num_finished": sum(ran.summary is not None for ran in self.runs),
+            "boards": [_board(board) for board in self.boards if board.has_results],
+            "curves": any(ran.lines for ran in self.runs),
+            "differences": [_differences(board) for board in self.boards if len(board.groups) > 1],
+            "thumb": THUMB,
+            "runs": (rows := _runs(self.boards, self.runs)),
+            "runs_least": all(row["least"] for row in rows),
+        }
+
+
+@cache
+def _template() -> Any:
     import jinja2
 
-    folder = Path(__file__).parent
-    template = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     ).get_template("page.html")
-    names = dict.fromkeys(group.name for board in boards for group in board.groups)
-    numbers = {name: i for i, name in enumerate(names)}
-    predicting = [detail for detail in details if detail.predictions]
-    with_features = [detail for detail in details if detail.features is not None]
-    sheets: dict[str, str] = {}
-    return template.render(
-        title=heading,
-        css=(folder / "page.css").read_text(encoding="utf-8"),
-        js=(folder / "page.js").read_text(encoding="utf-8"),
-        made=f"{time.strftime('%Y-%m-%d %H:%M')}, ssl_bench {ssl_bench.__version__}",
-        notes=notes,
-        num_runs=len(runs),
-        num_finished=sum(ran.summary is not None for ran in runs),
-        boards=[_board(board, numbers) for board in boards if board.has_results],
-        curves=list(filter(None, (_curves(board, numbers) for board in boards))),
-        remarks=[(detail.group.name, note) for detail in details for note in detail.notes],
-        confusions=[_confusion(detail) for detail in predicting],
-        classes=_classes(predicting),
-        neighbours=[_neighbours(detail) for detail in with_features],
-        maps=[_map(detail, sheets) for detail in with_features],
-        sheets=sheets,
-        thumb=THUMB,
-        views=_shown(pictures.get("views", {})),
-        learnt=[
-            {**one, "what": what}
-            for kind, what in LEARNT.items()
-            for one in _shown(pictures.get(kind, {}))
-        ],
-        differences=[_differences(board) for board in boards if len(board.groups) > 1],
-        runs=_runs(boards, runs),
-        num_colours=len(charts.COLOURS),
-    )
+
+
+def script(data: Any) -> str:
+    """JSON that may stand in a script element: names come from elsewhere."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c")
 
 
 # -- tables and curves -----------------------------------------------------------------------------
 
 
-def _board(board: Board, numbers: dict[str, int]) -> dict:
+def _board(board: Board) -> dict:
     rows = board.rows
-    columns = tables.columns(rows)
+    # health last: it has charts, and a window shows the first columns
+    columns = sorted(tables.columns(rows), key=lambda one: one in HEALTH and "top1" not in one)
     lines = []
     for group, row in zip(board.groups, rows, strict=True):
         cells = []
@@ -144,39 +192,76 @@ def _board(board: Board, numbers: dict[str, int]) -> dict:
             values = row["values"].get(column, [])
             order = mean_std(values)[0] if values else row.get(column)
             cells.append({"text": tables.cell(row, column), "order": order})
-        number = numbers[group.name]
-        lines.append({"name": group.name, "number": number, "n": row["n"], "cells": cells})
-    finite = {group.name: _finite(group.values(board.metric)) for group in board.groups}
-    drawn = [(name, numbers[name], values) for name, values in finite.items() if values]
-    best, chart, undrawn = "", None, 0
+        lines.append({"name": group.name, "n": row["n"], "cells": cells})
+    best = ""
     if board.ranked:
         best = units.shown(board.metric, board.groups[0].values(board.metric))
-        chart = charts.dots(board.metric, drawn[: charts.LIMIT]) if len(drawn) > 1 else None
-        undrawn = max(0, len(drawn) - charts.LIMIT)
     return {
         "id": board.stage,
         "title": board.title,
         "metric": units.unit(board.metric).label,
         "unranked": not board.ranked and len(board.groups) > 1,
         "best": best,
-        "columns": [tables.heading(column) for column in columns],
+        "columns": [(tables.heading(column), _least_first(column)) for column in columns],
         "rows": lines,
-        "chart": chart,
-        "undrawn": undrawn,
     }
 
 
-def _finite(values: list[float]) -> list[float]:
-    return [value for value in values if np.isfinite(value)]
+def _least_first(column: str) -> bool:
+    """Is the least the best of this column? A first click puts the best on top."""
+    own = column.removeprefix(units.PRETRAINING)
+    return units.smaller_is_better(own) or own in ("hours", "memory_gb", "data_wait")
 
 
-def _curves(board: Board, numbers: dict[str, int]) -> dict | None:
-    """The panels of a stage: results, its metric first, health, and technical values."""
-    groups = [group for group in board.groups if any(ran.lines for ran in group.runs)]
-    drawn = groups[: charts.LIMIT]
-    methods = {group.name: group.runs[0].name for group in drawn}
-    keys = {key for group in drawn for ran in group.runs for line in ran.lines for key in line}
-    keys -= {"step", "epoch", "images_seen"}
+def charts(boards: Sequence[Board], known: dict[tuple, dict] | None = None) -> dict:
+    """What page.js draws: the panels of each stage, and the curves of each group.
+
+    known: keeps curves for the next call, since most runs are the same then.
+    """
+    known = {} if known is None else known
+    before = dict(known)
+    known.clear()
+    count = sum(len(group.runs) for board in boards for group in board.groups)
+    points = curves.points_for(12 * count)  # a run logs some twelve values
+    found = []
+    for board in boards:
+        differing = grouping.differences([group.runs[0] for group in board.groups])
+        groups = []
+        for place, group in enumerate(board.groups):
+            key = (points, *((ran, ran.source) for ran in group.runs))
+            known[key] = before[key] if key in before else curves.of_group(group, points)
+            settings = [f"{name}={words[place]}" for name, words in differing.items()]
+            states = dict.fromkeys(ran.state.name for ran in group.runs)
+            unit = units.unit(board.metric)
+            values = [unit.scale * value for value in group.values(board.metric)]
+            groups.append(
+                {
+                    "name": group.name,
+                    "n": len(group.samples),
+                    "words": " ".join([group.stage, *states, *settings]),
+                    "values": [value for value in values if np.isfinite(value)],
+                    "shown": units.shown(board.metric, group.values(board.metric)),
+                    "curves": known[key],
+                }
+            )
+        found.append(
+            {
+                "id": board.stage,
+                "title": board.title,
+                "metric": units.unit(board.metric).label if board.ranked else "",
+                "panels": _panels(board),
+                "groups": groups,
+            }
+        )
+    return {"boards": found}
+
+
+def _panels(board: Board) -> list[dict]:
+    """The charts of a stage: results, its metric first, health, and technical values."""
+    keys = {
+        key for group in board.groups for ran in group.runs for line in ran.lines for key in line
+    }
+    keys -= set(curves.BESIDE)
     order = [board.metric, *units.UNITS]
 
     def place(key: str) -> tuple[int, str]:
@@ -193,45 +278,20 @@ def _curves(board: Board, numbers: dict[str, int]) -> dict | None:
         "health": [key for key in health if key not in judged],
         "technical": [*training, *(key for key in TECHNICAL if key in keys)],
     }
-    panels = {kind: [] for kind in kinds}
+    panels = []
     for kind, key in ((kind, key) for kind, wanted in kinds.items() for key in wanted):
-        series = [one for group in drawn if (one := _series(group, key, numbers)).curves]
-        parts = {"": series}
+        label, note = units.unit(key).label, HEALTH.get(key, "")
+        panel = {"kind": kind, "key": key, "label": label, "title": label, "note": note}
+        names: dict[str, list[str]] = {}
         # a loss can't be compared between methods: a panel for each
         if key == "loss" and board.stage == "pretrain":
-            names = dict.fromkeys(methods.values())
-            parts = {name: [one for one in series if methods[one.name] == name] for name in names}
-        for name, part in parts.items():
-            label, note = units.unit(key).label, HEALTH.get(key, "")
-            title = f"{label}: {name}" if len(parts) > 1 else label
-            if part:
-                svg = charts.lines(key, part)
-                panels[kind].append({"title": title, "note": note, "svg": svg})
-    if not any(panels.values()):
-        return None
-    return {
-        "id": board.stage,
-        "title": board.title,
-        "legend": [{"name": g.name, "number": numbers[g.name], "n": len(g.samples)} for g in drawn],
-        "undrawn": len(groups) - len(drawn),
-        **panels,
-    }
-
-
-def _series(group: Group, key: str, numbers: dict[str, int]) -> charts.Series:
-    curves = []
-    for sample in group.samples:
-        having = [points for ran in sample if len(points := _points(ran, key))]
-        if having:
-            curves.append(charts.band(having)[:, :2])
-    return charts.Series(group.name, numbers[group.name], curves, _finite(group.values(key)))
-
-
-def _points(ran: Ran, key: str) -> np.ndarray:
-    """(points, 2): epoch and value of each line that has this metric, if finite."""
-    pairs = [(line["epoch"], line[key]) for line in ran.lines if key in line]
-    points = np.array(pairs, dtype=float).reshape(-1, 2)
-    return points[np.isfinite(points).all(axis=1)]
+            for group in board.groups:
+                names.setdefault(group.runs[0].name, []).append(group.name)
+        if len(names) < 2:
+            panels.append(panel)
+        for name, mine in names.items() if len(names) > 1 else ():
+            panels.append(panel | {"title": f"{label}: {name}", "only": mine})
+    return panels
 
 
 def _differences(board: Board) -> dict:
@@ -247,11 +307,13 @@ def _runs(boards: Sequence[Board], runs: Sequence[Ran]) -> list[dict]:
     lines = []
     for ran in runs:
         metric = ran.config.get("metric") or ""
-        value, hours = ran.values.get(metric), ran.values.get("hours")
+        last = ran.lines[-1] if ran.lines else {}
+        values = ran.values if ran.summary is not None else last
+        metric = metric if metric in values else "loss"
+        value, hours = values.get(metric), ran.values.get("hours")
         result = ""
         if value is not None:
             result = f"{units.unit(metric).label} {units.shown(metric, [value])}"
-        last = ran.lines[-1] if ran.lines else {}
         commit = (ran.environment.get("git_commit") or "")[:7]
         dirty = "+" if ran.environment.get("git_dirty") else ""
         lines.append(
@@ -263,7 +325,8 @@ def _runs(boards: Sequence[Board], runs: Sequence[Ran]) -> list[dict]:
                 "note": " ".join(ran.state.note.split()),
                 "epoch": f"{last.get('epoch', 0):g} of {ran.config['epochs']}" if last else "",
                 "result": result,
-                "order": value,
+                "order": value if value is None or np.isfinite(value) else None,
+                "least": units.smaller_is_better(metric),
                 "hours": "" if hours is None else units.shown("hours", [hours]),
                 "device": ran.device,
                 "started": (ran.environment.get("started") or "")[:16].replace("T", " "),

@@ -43,15 +43,16 @@ class MetricsFile:
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - held for the run
 
     @staticmethod
-    def read(path: str | Path) -> list[dict[str, Any]]:
-        """All complete lines: a last one without its newline is ignored.
+    def read(path: str | Path, skip: int = 0) -> list[dict[str, Any]]:
+        """All complete lines but the first `skip`: a last one without its newline is ignored.
 
         UserError names any other broken line.
         """
         files.check(Path(path))
         data = Path(path).read_bytes()
         rows = []
-        for number, line in enumerate(data[: _complete(data)].splitlines(), start=1):
+        lines = data[: _complete(data)].splitlines()[skip:]
+        for number, line in enumerate(lines, start=skip + 1):
             try:
                 row = json.loads(line)
                 assert isinstance(row["step"], int)

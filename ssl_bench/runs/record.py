@@ -1,8 +1,9 @@
 """Runs read back from disk: their configuration, metrics and state, and the runs below them."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -17,6 +18,11 @@ from ssl_bench.runs import checkpoint, identity, layout, sweep
 from ssl_bench.runs.identity import Identity
 from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.units import PRETRAINING
+
+
+class NoRunError(UserError):
+    """There is no run at or below a path."""
+
 
 WAITING = sweep.State("waiting")
 # The files that are read of a run; those of a finished one are compared with their digests.
@@ -45,6 +51,11 @@ BESIDE = (
 )
 
 
+def _parse(text: str | bytes) -> Any:
+    """YAML of plain values, by the parser in C if PyYAML has it: ten times as quick."""
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
 @dataclass(eq=False)
 class Ran:
     """A run that was started, or a member of a sweep that waits for its start."""
@@ -70,7 +81,7 @@ class Ran:
         except UserError as error:
             raise UserError(f"{error}, or leave this run out of runs=") from None
         path = directory / layout.CONFIG
-        config = build.read_back(path, path.read_bytes(), yaml.safe_load)
+        config = build.read_back(path, path.read_bytes(), _parse)
         known = config | {"stage": (config.get("stage") or {}).get("name")}
         if not all(isinstance(known.get(key), kind) for key, kind in NEEDED.items()):
             raise UserError(f"{path}: no configuration of a run; leave it out of runs=")
@@ -185,32 +196,82 @@ class Ran:
         return self.identity.name
 
 
-def find(paths: Iterable[Path]) -> list[Ran]:
-    """Every run at or below the paths, and members that wait. UserError: a path has none."""
+class Reader:
+    """Reads runs again and again, each time no more than what has changed since.
+
+    It makes another Ran of a run that has changed. What can't be read is left out, and named in
+    `broken`: other runs go on.
+    """
+
+    def __init__(self) -> None:
+        self.broken: list[str] = []
+        self._known: dict[Path, tuple[dict[str, tuple[int, ...]], bool, Ran]] = {}
+
+    def __call__(self, directory: Path) -> Ran | None:
+        now: dict[str, tuple[int, ...]] = {}
+        for name in READ:
+            with suppress(FileNotFoundError):
+                status = (directory / name).stat()
+                # a file that was replaced is another one, though it may have grown
+                now[name] = (status.st_ino, status.st_size, status.st_mtime_ns)
+        busy = layout.SUMMARY not in now and sweep.locked(directory / ".lock")
+        before, was_busy, ran = self._known.get(directory, ({}, False, None))
+        if ran is None or before != now or was_busy != busy:
+            try:
+                ran = self._grown(ran, before, now) or Ran.read(directory)
+            except (UserError, OSError) as error:
+                self.broken.append(str(error))
+                return None
+            self._known[directory] = now, busy, ran
+        return ran
+
+    def _grown(self, ran: Ran | None, before: dict, now: dict) -> Ran | None:
+        """The run with the lines that were added; None: more than that has changed."""
+        if ran is None or layout.SUMMARY in now or before.keys() != now.keys():
+            return None
+        if any(before[name] != now[name] for name in now if name != layout.METRICS):
+            return None
+        (node, size, _), (node_now, size_now, _) = before[layout.METRICS], now[layout.METRICS]
+        if node != node_now or size_now < size:
+            return None  # a restart has taken lines back
+        path = ran.directory / layout.METRICS
+        added = MetricsFile.read(path, skip=len(ran.lines))
+        state = "running" if sweep.locked(ran.directory / ".lock") else "stopped"
+        return replace(ran, lines=ran.lines + added, state=sweep.State(state))
+
+
+def find(paths: Iterable[Path], read: Callable[[Path], Ran | None] = Ran.read) -> list[Ran]:
+    """Every run at or below the paths, and members that wait. UserError: a path has none.
+
+    read: may return None for a run to leave out.
+    """
     runs: dict[Path, Ran] = {}
     for path in paths:
         for directory in sorted({file.parent for file in path.rglob(layout.METRICS)}):
-            if (directory / layout.CONFIG).exists():
-                runs[directory.resolve()] = Ran.read(directory)
+            if (directory / layout.CONFIG).exists() and (ran := read(directory)):
+                runs[directory.resolve()] = ran
         for folder in sorted(file.parent for file in path.rglob(".members")):
             members = sweep.members(folder)
             for member, state in zip(members, sweep.states(members), strict=True):
                 started = (member.directory / layout.METRICS).exists()  # perhaps not below `path`
-                if started:
-                    made = Ran.read(member.directory)
-                else:
-                    made = Ran(member.directory, member.config)
-                runs.setdefault(member.directory.resolve(), made).state = state
+                made = read(member.directory) if started else Ran(member.directory, member.config)
+                if made:
+                    runs.setdefault(member.directory.resolve(), made).state = state
         if not any(directory.is_relative_to(path.resolve()) for directory in runs):
-            raise UserError(
+            raise NoRunError(
                 f"runs={path}: no run at or below it; "
                 "name run directories, sweeps, or a folder of them"
             )
+    folders = {folder for directory in runs for folder in directory.parents}
     for directory, ran in runs.items():
-        above = any(directory in other.parents for other in runs)
+        above = directory in folders
         # evaluations lie in the directory of the run that they measure, which has left something
         ran.holds_runs = above and not (ran.lines or ran.weights)
-        ran.pretraining = _pretraining(ran, runs)
+        below = _pretraining(ran, runs)
+        if below is not ran.pretraining:  # of a run that was read before, too
+            ran.pretraining = below
+            for name in ("older", "identity", "values"):
+                vars(ran).pop(name, None)
     return list(runs.values())
 
 

@@ -2,17 +2,21 @@
 without a network.
 """
 
+import copy
+import csv
 import json
 import shutil
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from browsing import LAPTOP, texts
 from commands import compose
 from conftest import TINY, TINY_PRETRAIN
 from made_runs import classified, pretrained
+from PIL import Image
 
 from ssl_bench import files
 from ssl_bench.errors import UserError
@@ -21,20 +25,6 @@ from ssl_bench.report import grouping, page, tables
 from ssl_bench.runs import layout, record, units
 
 pytestmark = pytest.mark.xdist_group("page")  # one worker makes the runs that they share
-
-LAPTOP = (1366, 768)
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--force-prefers-reduced-motion",  # or a click would have to wait until the page has scrolled
-    "--host-resolver-rules=MAP * ~NOTFOUND",
-)
 
 
 @pytest.fixture(scope="module")
@@ -64,23 +54,6 @@ def reported(runs: Path) -> Path:
     return runs
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("no Chromium here: apt-get install chromium chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    chrome.get("about:blank")  # ends the page of a new browser, which is still loading
-    yield chrome
-    chrome.quit()
-
-
 @pytest.fixture
 def opened(browser, reported: Path):
     return show(browser, reported)
@@ -93,13 +66,6 @@ def show(browser, folder: Path, size: tuple[int, int] = LAPTOP, scheme: str = "l
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     browser.get((folder / "report.html").as_uri())
     return browser
-
-
-def texts(browser, selector: str) -> list[str]:
-    return browser.execute_script(
-        "return [...document.querySelectorAll(arguments[0])].map((one) => one.textContent.trim())",
-        selector,
-    )
 
 
 # -- the files -------------------------------------------------------------------------------------
@@ -195,11 +161,11 @@ def test_tables_sort_on_click(opened) -> None:
     names = order(1)
     assert names == sorted(names)
     assert order(1) == sorted(names, reverse=True)
-    # numbers: largest first, and then the other way
-    assert order(3) == ["1", "1", "1", "0", "0", "0"]
+    # numbers: the best first, and then the other way
     assert order(3) == ["0", "0", "0", "1", "1", "1"]
+    assert order(3) == ["1", "1", "1", "0", "0", "0"]
     hours = order(7)
-    assert sorted(hours, key=float, reverse=True) == hours
+    assert sorted(hours, key=float) == hours
     # by keyboard, too
     opened.find_element("css selector", "#leaderboard thead th:nth-child(2) button").send_keys("\n")
     top1 = [
@@ -242,22 +208,34 @@ def test_charts_render_whole(opened) -> None:
           const box = svg.getBoundingClientRect();
           const inside = (one) => one.left >= box.left - 1 && one.right <= box.right + 1
             && one.top >= box.top - 1 && one.bottom <= box.bottom + 1;
-          const shapes = [...svg.querySelectorAll(".series path, circle, .series use")];
           return {
             label: svg.ariaLabel, width: box.width, height: box.height,
-            drawn: shapes.filter((one) => one.getBoundingClientRect().width > 0).length,
+            drawn: svg.querySelectorAll("circle").length,
             cut: [...svg.querySelectorAll("text")]
               .filter((one) => !inside(one.getBoundingClientRect()))
               .map((one) => one.textContent),
           };
         })""")
-    assert len(charts) > 10
+    assert len(charts) >= 3
     for chart in charts:
         assert chart["width"] > 250, chart
         assert chart["height"] > 60, chart
         assert chart["drawn"] > 0, chart
         assert not chart["cut"], chart
         assert chart["label"]
+    # curves are drawn when they come into sight, on canvases: some dots of each have a colour
+    opened.execute_script("for (const one of document.querySelectorAll('figure.curve')) draw(one)")
+    curves = opened.execute_script("""
+        return [...document.querySelectorAll("figure.curve")].filter((one) => !one.hidden).map(
+          (figure) => {
+            const canvas = figure.querySelector("canvas");
+            const inked = canvas && canvas.getContext("2d")
+              .getImageData(0, 0, canvas.width, canvas.height).data.some((value) => value > 0);
+            return [figure.querySelector(".plot").ariaLabel, canvas ? inked : "numbers"];
+          })""")
+    assert len(curves) > 8
+    assert all(" against epoch: " in label and drawn for label, drawn in curves)
+    assert sum(drawn is True for _, drawn in curves) > 5
     pictures = opened.execute_script(
         "return [...document.images].map((one) => one.naturalWidth * one.alt.length)"
     )
@@ -272,22 +250,181 @@ def test_charts_render_whole(opened) -> None:
     )  # or a chart would be clipped by another's frame
 
 
-def test_curves_are_the_metrics_with_a_band_over_the_seeds(opened) -> None:
-    titles = texts(opened, "#curves figure title")
-    assert any(
-        title.startswith("moco_v2: ") and " ± " in title and "at epoch 2" in title
-        for title in titles
-    )
-    bands = (
-        "return document.querySelectorAll('#curves .panel:first-of-type .series "
-        "[style*=fill-opacity]').length"
-    )
-    assert opened.execute_script(bands) >= 2
+def test_curves_are_the_metrics_with_a_band_over_the_seeds(reported: Path, opened) -> None:
+    lines = [
+        [json.loads(line) for line in (reported / "moco" / f"seed{i}" / "metrics.jsonl").open()]
+        for i in (0, 1)
+    ]
+    drawn = opened.execute_script("""
+        const board = data.boards.find((one) => one.id === "lincls");
+        const panel = board.panels.find((one) => one.key === "val_top1");
+        return linesOf(board, panel).find((one) => one.name === "moco_v2")""")
+    assert drawn["band"]
+    for place, (x, mean, low, high) in enumerate(drawn["rows"]):
+        values = [[one for one in of_run if "val_top1" in one][place] for of_run in lines]
+        assert x == values[0]["epoch"]
+        tops = [one["val_top1"] for one in values]
+        assert mean == pytest.approx(np.mean(tops), rel=1e-4)
+        assert high - low == pytest.approx(2 * np.std(tops, ddof=1), abs=2e-2)
     assert texts(opened, "#curves .legend button") == [
         "moco_v2 n = 2",
         "random init n = 2",
         "moco_v2 n = 2",
     ]
+
+
+def test_axes_and_smoothing(opened) -> None:
+    """The axes are those of the log, linear between its lines; a smoothed line begins where the
+    values do.
+    """
+
+    def line(**settings: object) -> list[list[float]]:
+        return opened.execute_script(
+            """
+            for (const [name, value] of Object.entries(arguments[0])) {
+              const one = controls.elements[name];
+              if (one.type === "checkbox") one.checked = value; else one.value = value;
+            }
+            controls.dispatchEvent(new Event("input"));
+            const board = data.boards.find((one) => one.id === "pretrain");
+            return linesOf(board, board.panels.find((one) => one.key === "loss"))[0].rows""",
+            settings,
+        )
+
+    by_epoch = line(x="epoch")
+    for axis, scale in (("step", 10), ("images", 1280)):
+        found = line(x=axis)
+        assert [row[0] for row in found] == pytest.approx(
+            [scale * row[0] for row in by_epoch], 1e-3
+        )
+        assert [row[1] for row in found] == [row[1] for row in by_epoch]
+    hours = [row[0] for row in line(x="hours", logx=True, logy=True)]
+    assert hours == sorted(hours)
+    assert 0 < hours[-1] < 1
+    smooth = line(x="epoch", logx=False, logy=False, smooth=0.9)
+    values = np.array([row[1] for row in by_epoch])
+    weights = np.tril(0.9 ** np.subtract.outer(range(len(values)), range(len(values))))
+    expected = weights @ values / weights.sum(axis=1)
+    assert [row[1] for row in smooth] == pytest.approx(expected.tolist())
+    assert line(smooth=0) == by_epoch
+
+
+def test_values_under_the_cursor_and_by_keyboard(opened) -> None:
+    webdriver = pytest.importorskip("selenium.webdriver")
+    plot = opened.execute_script("""
+        const figure = [...document.querySelectorAll("figure.curve")].find(
+          (one) => one.board.id === "pretrain" && one.panel.key === "loss");
+        figure.scrollIntoView({ block: "center" });
+        draw(figure);
+        return figure.querySelector(".plot")""")
+    webdriver.ActionChains(opened).move_to_element(plot).perform()
+    tip = opened.find_element("css selector", "#tip")
+    assert tip.is_displayed()
+    (name,) = texts(opened, "#tip tr td:first-child")
+    assert name == "moco_v2"
+    plot.send_keys(webdriver.Keys.END)
+    last = opened.execute_script(
+        "return shown.get(arguments[0].closest('figure')).lines[0].rows.at(-1)", plot
+    )
+    assert texts(opened, "#tip b")[0].endswith("epoch 2")
+    assert float(texts(opened, "#tip td.num")[0]) == pytest.approx(last[1], rel=1e-3)
+
+
+def test_filter_compare_and_clear(opened) -> None:
+    """Words leave out rows and lines; ticked rows alone are drawn and compared."""
+
+    def visible(selector: str) -> list[str]:
+        return opened.execute_script(
+            "return [...document.querySelectorAll(arguments[0])].filter((one) => "
+            "one.checkVisibility()).map((one) => one.textContent.trim())",
+            selector,
+        )
+
+    box = opened.find_element("css selector", "#filter")
+    box.send_keys("random lincls")
+    assert visible("#leaderboard tbody th") == ["random init"]
+    assert visible("#runs tbody th") == ["random init"] * 2
+    assert visible("#curves .legend button") == ["random init n = 2"]
+    assert texts(opened, "#found") == ["2 of 6 runs"]
+    box.clear()
+    box.send_keys(" ")
+    assert len(visible("#runs tbody th")) == 6
+    opened.find_element("css selector", "#leaderboard input[value='moco_v2']").click()
+    assert set(visible("#curves .legend button")) == {"moco_v2 n = 2"}
+    assert visible("#differences thead th") == ["key", "moco_v2"]
+    assert len(visible("#runs tbody th")) == 6  # a choice hides no row
+    opened.find_element("css selector", "#unpick").click()
+    assert len(visible("#curves .legend button")) == 3
+    assert opened.get_log("browser") == []
+
+
+def test_tables_and_charts_can_be_downloaded(opened, tmp_path: Path) -> None:
+    opened.execute_cdp_cmd(
+        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)}
+    )
+    opened.execute_script("""
+        draw(document.querySelector("figure.curve"));
+        document.querySelector("#leaderboard .tools button").click();
+        for (const one of document.querySelectorAll("#leaderboard .dots .tools button, "
+          + "figure.curve:first-of-type .tools button")) if (one.checkVisibility()) one.click()""")
+    opened.set_script_timeout(10)
+    wait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait(opened, 20)
+    kinds = lambda: {path.suffix for path in tmp_path.iterdir()}  # noqa: E731
+    wait.until(lambda _: kinds() >= {".csv", ".svg", ".png"} and ".crdownload" not in kinds())
+    (table,) = tmp_path.glob("*.csv")
+    rows = list(csv.reader(table.open(newline="")))
+    assert rows[0][:3] == ["name", "top\u20111 (%) mean", "top\u20111 (%) std"]
+    shown = texts(opened, "#leaderboard tbody tr:first-child td:nth-child(2)")[0]
+    assert rows[1][0] == "moco_v2"
+    assert " ± ".join(rows[1][1:3]) == shown
+    for picture in tmp_path.glob("*.svg"):
+        drawing = ElementTree.parse(picture).getroot()
+        assert any("moco_v2" in (node.text or "") for node in drawing.iter())
+    for picture in tmp_path.glob("*.png"):
+        with Image.open(picture) as image:
+            assert image.width > 300
+            assert len(image.getcolors(maxcolors=1 << 24) or ()) > 3
+
+
+def test_one_point_is_a_number(browser, tmp_path: Path) -> None:
+    classified(tmp_path / "a", 40.0, "backbone=pixels")
+    launch(compose("stage=report", f"runs={tmp_path}"))
+    show(browser, tmp_path)
+    browser.execute_script("document.querySelector('figure.curve').scrollIntoView()")
+    browser.execute_script("draw(document.querySelector('figure.curve'))")
+    assert texts(browser, "figure.curve:first-of-type .numbers td") == ["40"]
+    assert browser.execute_script("return document.querySelectorAll('canvas').length") == 0
+
+
+def test_three_hundred_runs_open_within_the_limits(browser, tmp_path: Path) -> None:
+    config = pretrained(tmp_path / "run").config
+    runs = []
+    for number in range(300):
+        own = copy.deepcopy(config)
+        own["optimizer"]["base_lr"] = 0.01 + number
+        keys = [*page.HEALTH, *page.TECHNICAL, "loss", "accuracy"]
+        values = np.random.default_rng(number).random((300, len(keys))).tolist()
+        lines = [
+            {
+                "step": step,
+                "epoch": step / 10,
+                "images_seen": step,
+                **dict(zip(keys, row, strict=True)),
+            }
+            for step, row in enumerate(values, 1)
+        ]
+        runs.append(record.Ran(Path(f"run{number}"), own, lines, {"loss": 1.0, "knn_top1": 50.0}))
+    html = page.render("many", runs, grouping.boards(runs), [], {}, [])
+    (tmp_path / "report.html").write_text(html)
+    assert len(html.encode()) < 10e6
+    show(browser, tmp_path)
+    opened_in = "return performance.getEntriesByType('navigation')[0].loadEventEnd"
+    print(f"{len(html.encode()):,} bytes, {browser.execute_script(opened_in):.0f} ms")
+    assert len(texts(browser, "#leaderboard tbody tr")) == 300
+    assert len(texts(browser, "#curves .legend button")) == 10
+    (more,) = texts(browser, "#curves .rest")
+    assert more.startswith("290 more")
+    assert browser.get_log("browser") == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -361,14 +498,15 @@ def test_a_name_pointed_at_is_seen_alone(opened) -> None:
     def dim() -> set[str]:
         return set(
             opened.execute_script(
-                "return [...document.querySelectorAll('.series.dim')].map((one) => "
-                "one.dataset.series)"
+                "return [...shown.values()].flatMap(({ plot }) => plot?.series ?? [])"
+                ".filter((one) => one.alpha < 1).map((one) => one.label)"
             )
         )
 
+    opened.execute_script("draw(document.querySelector('figure.curve'))")
     button = opened.find_element("css selector", "#curves .legend button")
     button.send_keys("\n")  # a click by keyboard: kept
-    assert dim() == {"1"}
+    assert dim() == {"random init"}
     assert button.get_attribute("aria-pressed") == "true"
     button.send_keys("\n")
     opened.execute_script("document.activeElement.blur()")
