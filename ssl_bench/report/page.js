@@ -271,13 +271,16 @@ const draw = (figure) => {
   const axis = { stroke: colour("--quiet"), font: "12px system-ui, sans-serif", grid: { stroke: colour("--grid"), width: 1 }, ticks: { show: false } };
   const [logx, logy] = [setting("logx"), setting("logy")];
   const values = (_, ticks) => ticks.map((tick) => (tick === null ? "" : number(tick)));
-  const log = (base) => (self, splits) => splits.map((split) => (Math.abs(Math.log10(split) % 1) < 1e-9 || splits.length < 8 ? split : null));
+  const filter = (self, splits) => { // on a logarithmic axis: powers of ten, and 2 and 5 where these are few
+    const wanted = splits.at(-1) / splits[0] < 200 ? [1, 2, 5] : [1];
+    return splits.map((split) => (wanted.some((one) => Math.abs(split / 10 ** Math.floor(Math.log10(split) + 1e-9) - one) < 1e-6) ? split : null));
+  };
   chart.plot = new uPlot({
     width: place.clientWidth || 380, height: 230, series, bands,
     scales: { x: { time: false, distr: logx ? 3 : 1 }, y: { distr: logy ? 3 : 1 } },
     axes: [
-      { ...axis, values, size: 34, ...(logx && { filter: log() }) },
-      { ...axis, values, size: (self, texts) => 14 + 6.6 * Math.max(3, ...(texts ?? []).map((one) => one.length)), ...(logy && { filter: log() }) },
+      { ...axis, values, size: 34, ...(logx && { filter }) },
+      { ...axis, values, size: (self, texts) => 14 + 6.6 * Math.max(3, ...(texts ?? []).map((one) => one.length)), ...(logy && { filter }) },
     ],
     legend: { show: false },
     cursor: { y: false, points: { show: false }, sync: { key: `curves-${board.id}` }, drag: { x: true, y: false } },

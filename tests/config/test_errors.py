@@ -181,7 +181,7 @@ CONFIGURATION = {
     ),
     "nothing alike": (
         ["stage=eval"],
-        ["stage=eval: no such choice; Valid: stage=average, stage=dashboard, "],
+        ["stage=eval: no such choice; Valid: stage=average, stage=board, stage=dashboard, "],
     ),
     "a number for a text": (
         ["dir=1e5"],
