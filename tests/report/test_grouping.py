@@ -349,12 +349,14 @@ def test_every_place_has_one_mean_and_one_deviation(tmp_path: Path) -> None:
     made = grouping.boards(runs)
     assert spreads(report.write_markdown("", made, runs)) == expected
     (board,) = [one for one in made if one.stage == "lincls"]
-    numbers = {group.name: i for i, group in enumerate(board.groups)}
-    leaderboard = page._board(board, numbers)
+    leaderboard = page._board(board)
     assert spreads(json.dumps(leaderboard["rows"], ensure_ascii=False)) == expected
-    assert spreads(leaderboard["chart"]) == expected
-    curves = page._curves(board, numbers)
-    assert spreads(next(panel["svg"] for panel in curves["results"])) == expected
+    (charts,) = page.charts([board])["boards"]
+    assert {group["shown"] for group in charts["groups"]} == expected
+    dots = (units.mean_std(group["values"]) for group in charts["groups"])
+    assert {f"{mean:.1f} ± {std:.1f}" for mean, std in dots} == expected
+    ends = [group["curves"]["values"]["val_top1"] for group in charts["groups"]]
+    assert {f"{means[-1]:.1f} ± {stds[-1]:.1f}" for _, means, stds in ends} == expected
     labels, right = np.zeros(1000, dtype=int), np.zeros(1000, dtype=int)
     details = []
     for group in board.groups:
