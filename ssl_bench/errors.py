@@ -40,6 +40,11 @@ class Interrupted(BaseException):
         self.signum = signum
 
 
+def stop(signum: int, frame: object) -> None:
+    """A signal's handler, for those who start runs one after the other in this process."""
+    raise Interrupted(signum)
+
+
 def unknown(what: str, got: str, valid: list[str]) -> str:
     """One line about a key or choice that isn't there."""
     found = re.match(r"(.*[.=])?", got)

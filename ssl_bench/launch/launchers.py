@@ -328,17 +328,21 @@ class Local(SweepLauncher):
         return world.size if world else devices
 
     def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
-        from ssl_bench.errors import UserError
+        from ssl_bench.errors import UserError, stop
         from ssl_bench.launch.member import attempt
 
-        for number, member in enumerate(todo, start=1):
-            log.info("member %s of %s: %s", number, len(todo), member.name)
-            try:
-                attempt(member)
-            except UserError as error:
-                log.warning("failed: %s", error)
-            except Exception:
-                log.exception("failed")
+        before = signal.signal(signal.SIGTERM, stop)  # between members, and from one that has ended
+        try:
+            for number, member in enumerate(todo, start=1):
+                log.info("member %s of %s: %s", number, len(todo), member.name)
+                try:
+                    attempt(member)
+                except UserError as error:
+                    log.warning("failed: %s", error)
+                except Exception:
+                    log.exception("failed")
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 class Workstation(SweepLauncher):

@@ -26,7 +26,7 @@ from ssl_bench import __version__, files
 from ssl_bench.config.build import construct
 from ssl_bench.console import Bar, duration
 from ssl_bench.data.store import Split
-from ssl_bench.errors import Interrupted, UserError, writable
+from ssl_bench.errors import Interrupted, UserError, stop, writable
 from ssl_bench.runs import identity, layout, metrics, units
 from ssl_bench.runs.checkpoint import Checkpoint, carry_over, complete, step_of
 from ssl_bench.runs.metrics import MetricsFile
@@ -88,6 +88,10 @@ class Run:
             self.status = "preempted" if kind is Interrupted else "failed"
             self._mistaken = kind is UserError
         self._stack.close()
+        if kind is None and self._signum:  # it came too late to stop this run
+            outer = signal.getsignal(self._signum)
+            if outer is stop or isinstance(getattr(outer, "__self__", None), Run):
+                outer(self._signum, None)
 
     def _open(self, directory: Path, stack: ExitStack) -> None:
         if self.is_main:

@@ -135,6 +135,15 @@ def test_a_wrong_folder_of_images_costs_a_finished_run_nothing(tmp_path: Path) -
         files.check(tmp_path / "run" / name)
 
 
+def test_a_signal_that_comes_too_late_for_a_run_stops_the_one_around_it(tmp_path: Path) -> None:
+    """That of a pipeline, which would go on with its next part."""
+    with run(tmp_path / "outer", seed=0) as outer:
+        with run(tmp_path / "inner", seed=0) as inner:
+            signal.raise_signal(signal.SIGTERM)
+            inner.finish({"loss": 1.0})
+        assert outer.signalled
+
+
 def test_shares_are_percent_on_the_console_as_in_tables() -> None:
     values = {
         "accuracy": 0.92,

@@ -4,6 +4,7 @@ them.
 
 import csv
 import json
+import logging
 import os
 import re
 import shutil
@@ -478,3 +479,31 @@ def test_search(ssl_bench: Command, tmp_path: Path, space: str, trials: int) -> 
     assert all("temperature-0." in run for run in runs)
     assert float(rows[0]["probe_top1 mean"]) == best["best_value"]
     assert float(rows[0]["method.temperature"]) == best["best_params"]["method.temperature"]
+
+
+def test_a_signal_at_the_end_of_a_member_stops_the_sweep(
+    ssl_bench: Command, tmp_path: Path
+) -> None:
+    """Its result is known, so that it ends well: the next one doesn't start."""
+
+    class Late(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if vars(record).get("result"):
+                logging.getLogger("ssl_bench").removeHandler(self)
+                signal.raise_signal(signal.SIGTERM)
+
+    def setup(**_: object) -> None:
+        logger = logging.getLogger("ssl_bench")
+        logger.addHandler(Late())
+        logger.setLevel(logging.INFO)
+
+    words = ["-m", "stage=knn", "data=digits", "backbone=pixels", "seed=0,1", "tracking=local"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ssl_bench.command.set_up_logging", setup)
+        result = ssl_bench(*words)
+    assert result.returncode == 128 + signal.SIGTERM, result.stderr
+    assert "stopped by SIGTERM" in result.stderr
+    summaries = [*tmp_path.rglob("summary.json")]
+    assert len(summaries) == 1
+    assert ssl_bench(*words).returncode == 0
+    assert len([*tmp_path.rglob("summary.json")]) == 2
