@@ -90,7 +90,8 @@ class Run:
         self._stack.close()
         if kind is None and self._signum:  # it came too late to stop this run
             outer = signal.getsignal(self._signum)
-            if outer is stop or isinstance(getattr(outer, "__self__", None), Run):
+            ours = outer is stop or isinstance(getattr(outer, "__self__", None), Run)
+            if ours and callable(outer):
                 outer(self._signum, None)
 
     def _open(self, directory: Path, stack: ExitStack) -> None:
