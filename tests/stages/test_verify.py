@@ -238,7 +238,7 @@ def test_a_figure_that_was_changed_by_hand(tmp_path: Path, capsys: pytest.Captur
     text = (ROOT / "README.md").read_text()
     value = re.search(r"\| moco_v2 +\| +(\d\d\.\d) ±", text)[1]
     (tmp_path / "README.md").write_text(text.replace(value, "99.9", 1))
-    counts, said = verified(capsys, f"stage.what={tmp_path}/README.md")
+    counts, _ = verified(capsys, f"stage.what={tmp_path}/README.md")
     assert re.match(
         r"1 of \d+ differ: .*README.md: table of benchmarks/results/quickstart.json: not what the",
         counts,
