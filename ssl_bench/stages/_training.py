@@ -274,8 +274,8 @@ def train(
     images = f"{source.num_images:,} images, {source.steps_per_epoch:,} steps an epoch"
     devices = f"{distributed.world_size()} x {run.device}"
     log.info(
-        "%s, batch %s on %s, lr %s, %s trained parameters, in %s",
-        *(images, cfg.batch_size, devices, lr, parameters, run.directory),
+        "%s, batch %s on %s, lr %s, %s trained parameters",
+        *(images, cfg.batch_size, devices, lr, parameters),
         extra={
             "title": cfg.stage.name,
             "cells": {
@@ -289,6 +289,7 @@ def train(
             },
         },
     )
+    log.info("in %s", run.directory, extra={"cells": {}})  # a terminal has it in the panel
     average = None
     if (decay := cfg.get("ema")) is not None:
         log.info(

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import struct
+import subprocess
 import sys
 import tempfile
 import termios
@@ -72,3 +73,7 @@ if __name__ == "__main__":
         middle = [line for line in found[2 * len(found) // 3] if line]
         lines = [*middle, "", "... and when it has ended:", "", *last]
         (DOCS / f"pretrain-{width}.txt").write_text("\n".join(lines) + "\n")
+    with tempfile.TemporaryDirectory() as work, open(DOCS / "pretrain-log.txt", "w") as file:
+        words = [sys.executable, "-m", "ssl_bench", *command]
+        words[words.index("log_every=1")] = "log_every=10"
+        subprocess.run(words, cwd=work, stderr=file, check=True)
