@@ -114,12 +114,13 @@ class MAE(Method):
         latent = self.backbone.tokens(images, keep=kept[..., 0])
         return self.decode(latent, ranks), hidden
 
-    def paint(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def paint(self, images: Tensor, keys: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Images (N, 3, S, S) in which hidden patches are zero, and in which they are painted.
 
-        With norm_pix each has the mean and standard deviation of its own pixels.
+        keys, indices: see `draw`. With norm_pix each has the mean and standard deviation of its own
+        pixels.
         """
-        prediction, hidden = self.predict(images, noise)
+        prediction, hidden = self.predict(images, *self.draw(keys, indices))
         patches, hidden = patchify(images, self.patch), hidden[..., None].bool()
         if self.norm_pix:
             mean, variance = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)

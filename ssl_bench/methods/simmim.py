@@ -77,8 +77,11 @@ class SimMIM(Method):
         patches = tokens[:, self.backbone.num_prefix :].mT.unflatten(2, grid)  # (N, dim, rows, ...)
         return self.decoder(patches), mask.unflatten(1, grid)
 
-    def paint(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (N, 3, H, W) in which hidden patches are zero, and in which they are painted."""
-        reconstruction, hidden = self.predict(images, mask)
+    def paint(self, images: Tensor, keys: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (N, 3, H, W) in which hidden patches are zero, and in which they are painted.
+
+        keys, indices: see `draw`.
+        """
+        reconstruction, hidden = self.predict(images, *self.draw(keys, indices))
         hidden = hidden.repeat_interleave(self.patch, 1).repeat_interleave(self.patch, 2)[:, None]
         return images.masked_fill(hidden, 0), torch.where(hidden, reconstruction, images)

@@ -52,8 +52,8 @@ def painter(
             rows = {name: to_bytes(grid) for name, grid in grids.items()}
             pictures["attention"] = {"image": shown, **rows}
         if hasattr(model, "paint"):
-            more = model.eval().draw(keys(source.seed, 0, indices), indices)
-            masked, painted = model.paint(seen, *more)
+            image_keys = keys(source.seed, 0, indices)
+            masked, painted = model.eval().paint(seen, image_keys, indices)
             rows = {"masked": masked, "painted": painted}
             rows = {name: pixels(view.denormalize(row)) for name, row in rows.items()}
             pictures["reconstruction"] = {"image": shown, **rows}

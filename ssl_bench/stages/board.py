@@ -1,6 +1,8 @@
 """Stage board: the page of runs, served while they go on."""
 
-from contextlib import suppress
+import signal
+import threading
+from contextlib import ExitStack, suppress
 from typing import Annotated
 
 from omegaconf import DictConfig
@@ -38,8 +40,16 @@ def board(
         )
     if token is not None and len(token) < served.SECRET:
         raise UserError(f"stage.token= needs {served.SECRET} characters or more")
-    with served.server(paths, cfg.metric, host, port, token) as server:
+    with (
+        served.server(paths, cfg.metric, host, port, token) as server,
+        suppress(KeyboardInterrupt),
+        ExitStack() as stack,
+    ):
+        if threading.current_thread() is threading.main_thread():
+            # a shell has its background processes ignore Ctrl-C, and Python leaves that so
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                before = signal.signal(signum, signal.default_int_handler)
+                stack.callback(signal.signal, signum, before)
         print(f"{served.address(server, token)}\nCtrl-C ends it.", flush=True)
-        with suppress(KeyboardInterrupt):
-            server.serve_forever()
+        server.serve_forever()
     return {}

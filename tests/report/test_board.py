@@ -58,7 +58,9 @@ def test_a_training_appears_and_grows_while_the_page_is_open(browser, tmp_path: 
     start = [sys.executable, "-m", "ssl_bench"]
     command = [*start, "stage=board", f"runs={tmp_path}/runs", "stage.port=0"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    serving = subprocess.Popen(command, **pipes)
+    # as a shell's background process has it
+    ignoring = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"]
+    serving = subprocess.Popen([*ignoring, *command], **pipes)
     training = None
     try:
         address = serving.stdout.readline().strip()

@@ -567,17 +567,20 @@ def test_a_repeated_command_goes_on_after_the_last_row(
         "batch_size=10",
     ]
     launch(compose(*command, f"dir={tmp_path}/whole"))
-    add, seen = predict.Progress.add, []
+    add, seen = predict.Bar.add, []
 
-    def failing(self: predict.Progress, count: int) -> None:
+    def counting(self: predict.Bar, count: int = 1) -> None:
         if self.title == "predictions":
             seen.append(count)
-            if len(seen) == 6:  # 60 rows are written, 40 of them saved
-                raise KeyboardInterrupt
         add(self, count)
 
+    def failing(self: predict.Bar, count: int = 1) -> None:
+        counting(self, count)
+        if len(seen) == 6:  # 60 rows are written, 40 of them saved
+            raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(predict.Progress, "add", failing)
+        patch.setattr(predict.Bar, "add", failing)
         with pytest.raises(KeyboardInterrupt):
             launch(compose(*command, f"dir={tmp_path}/stopped"))
         seen.clear()
@@ -585,9 +588,7 @@ def test_a_repeated_command_goes_on_after_the_last_row(
             UserError, match="holds a run with another configuration: batch_size was 10, is 5"
         ):
             launch(compose(*command, "batch_size=5", f"dir={tmp_path}/stopped"))
-        patch.setattr(
-            predict.Progress, "add", lambda self, count: (seen.append(count), add(self, count))
-        )
+        patch.setattr(predict.Bar, "add", counting)
         launch(compose(*command, f"dir={tmp_path}/stopped"))
     assert sum(seen) == 54
     for name in ("images.csv", "features.npy"):

@@ -9,6 +9,7 @@ from commands import compose
 from PIL import Image
 from small_methods import drawn, make, overrides
 
+from ssl_bench.augment.draws import keys
 from ssl_bench.backbones.vit import ViT
 from ssl_bench.evaluate.tokens import brightness, principal_colours
 from ssl_bench.launch.process import launch
@@ -63,9 +64,9 @@ def test_colours_are_principal_components() -> None:
 @pytest.mark.parametrize("name", ["mae", "simmim"])
 def test_what_is_seen_stays_and_what_is_hidden_is_painted(name: str) -> None:
     method = make(name).eval()
-    more = drawn(method, 3)
-    masked, painted = method.paint(images(), *more)
-    predicted, hidden = method.predict(images(), *more)
+    indices = torch.arange(3)
+    masked, painted = method.paint(images(), keys(0, 0, indices), indices)
+    predicted, hidden = method.predict(images(), *drawn(method, 3))
     hidden = hidden.flatten(1).bool()
     real, without, there = (patchify(x, 4) for x in (images(), masked, painted))
     assert torch.equal(without[~hidden], real[~hidden])
