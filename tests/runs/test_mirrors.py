@@ -56,6 +56,12 @@ def in_float32(values: list[tuple[int, float]]) -> list[tuple[int, float]]:
     return [(step, float(np.float32(value))) for step, value in values]
 
 
+@pytest.fixture(autouse=True)
+def _artifacts_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow has them in a folder of the one it is started from."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
