@@ -113,10 +113,15 @@ class Bar:
 
     @property
     def left(self) -> str:
-        """The time left at that rate; "" where it isn't known."""
-        if self.total is None or not self.rate:
+        """See `left_after`."""
+        return self.left_after(self.done)
+
+    def left_after(self, done: float) -> str:
+        """The time left at the mean rate, once so much is done; "" where it isn't known."""
+        if self.total is None or done <= self.begun:
             return ""
-        return duration((self.total - self.done) / self.rate)
+        mean = (time.monotonic() - self.began) / (done - self.begun)
+        return duration((self.total - done) * mean)
 
     @property
     def doing(self) -> str:

@@ -3,6 +3,7 @@
 import difflib
 import re
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,8 +42,20 @@ class Interrupted(BaseException):
 
 
 def stop(signum: int, frame: object) -> None:
-    """A signal's handler, for those who start runs one after the other in this process."""
+    """A signal's handler, for those around runs (`interrupted_by`)."""
     raise Interrupted(signum)
+
+
+@contextmanager
+def interrupted_by(*signums: int) -> Iterator[None]:
+    """Within it these signals raise Interrupted; in the main thread, which alone has handlers."""
+    mine = signums if threading.current_thread() is threading.main_thread() else ()
+    before = {signum: signal.signal(signum, stop) for signum in mine}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def unknown(what: str, got: str, valid: list[str]) -> str:

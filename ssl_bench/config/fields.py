@@ -43,19 +43,19 @@ ValueRange = Annotated[list[float], Field(min_length=2, max_length=2)]
 Place = Annotated[str, IsPath()]
 
 
-def _tokens(text: str) -> str:
-    if not re.fullmatch(TOKENS, text):
-        raise ValueError("choose cls, mean or last_4 (or another number of blocks)")
-    return text
+def _among(pattern: str, choices: str) -> AfterValidator:
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"choose {choices}")
+        return text
 
-
-def _tokens_or_probe(text: str) -> str:
-    if text != "attentive" and not re.fullmatch(TOKENS, text):
-        raise ValueError("choose cls, mean, last_4 (or another number of blocks) or attentive")
-    return text
+    return AfterValidator(check)
 
 
 # which of a transformer's tokens are its features: see `evaluate.readout`
 TOKENS = r"cls|mean|last_[1-9]\d*"
-FeaturesOf = Annotated[str, AfterValidator(_tokens)]
-ProbedFeatures = Annotated[str, AfterValidator(_tokens_or_probe)]  # a classifier may learn to pool
+FeaturesOf = Annotated[str, _among(TOKENS, "cls, mean or last_4 (or another number of blocks)")]
+ProbedFeatures = Annotated[  # a classifier may learn to pool
+    str,
+    _among(f"{TOKENS}|attentive", "cls, mean, last_4 (or another number of blocks) or attentive"),
+]

@@ -328,11 +328,10 @@ class Local(SweepLauncher):
         return world.size if world else devices
 
     def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
-        from ssl_bench.errors import UserError, stop
+        from ssl_bench.errors import UserError, interrupted_by
         from ssl_bench.launch.member import attempt
 
-        before = signal.signal(signal.SIGTERM, stop)  # between members, and from one that has ended
-        try:
+        with interrupted_by(signal.SIGTERM):  # between members, and by one that has just ended
             for number, member in enumerate(todo, start=1):
                 log.info("member %s of %s: %s", number, len(todo), member.name)
                 try:
@@ -341,8 +340,6 @@ class Local(SweepLauncher):
                     log.warning("failed: %s", error)
                 except Exception:
                     log.exception("failed")
-        finally:
-            signal.signal(signal.SIGTERM, before)
 
 
 class Workstation(SweepLauncher):
@@ -353,7 +350,7 @@ class Workstation(SweepLauncher):
 
     def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
         from ssl_bench.config import build
-        from ssl_bench.errors import Interrupted, UserError
+        from ssl_bench.errors import UserError, interrupted_by
 
         gpus, cores = visible_gpus(), sorted(os.sched_getaffinity(0))
         at_once = (len(gpus) or len(cores)) if self.at_once is None else self.at_once
@@ -366,42 +363,39 @@ class Workstation(SweepLauncher):
         slots, waiting = list(range(at_once)), list(todo)
         running: dict[subprocess.Popen, tuple[Member, int]] = {}
 
-        def stop(signum: int, frame: object) -> None:
-            raise Interrupted(signum)
-
-        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        before = {signum: signal.signal(signum, stop) for signum in signals}
-        try:
-            while waiting or running:
-                while waiting and slots:
-                    member, slot = waiting.pop(0), slots.pop(0)
-                    mine = {cores[(slot * share + i) % len(cores)] for i in range(share)}
-                    env = {"OMP_NUM_THREADS": str(share)} | os.environ
-                    if gpus:
-                        env["CUDA_VISIBLE_DEVICES"] = gpus[slot]
-                    words = [str(member.file), *build.strange(build.literal(member.config))]
-                    command = [sys.executable, "-m", "ssl_bench.launch.member", *words]
-                    with open(member.file.with_suffix(".log"), "a") as output:
-                        process = subprocess.Popen(
-                            command, env=env, stdout=output, stderr=output, start_new_session=True
-                        )
-                    os.sched_setaffinity(process.pid, mine)  # before it starts any threads
-                    running[process] = member, slot
-                    log.info("started: %s (see %s)", member.name, member.output)
-                for process in [process for process in running if process.poll() is not None]:
-                    member, slot = running.pop(process)
-                    slots.append(slot)
-                    tell(member, process.returncode)
-                time.sleep(0.2)
-        except BaseException:
-            for process in running:
-                process.terminate()  # each saves its state
-            for process in running:
-                process.wait()
-            raise
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
+        with interrupted_by(signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            try:
+                while waiting or running:
+                    while waiting and slots:
+                        member, slot = waiting.pop(0), slots.pop(0)
+                        mine = {cores[(slot * share + i) % len(cores)] for i in range(share)}
+                        env = {"OMP_NUM_THREADS": str(share)} | os.environ
+                        if gpus:
+                            env["CUDA_VISIBLE_DEVICES"] = gpus[slot]
+                        words = [str(member.file), *build.strange(build.literal(member.config))]
+                        command = [sys.executable, "-m", "ssl_bench.launch.member", *words]
+                        with open(member.file.with_suffix(".log"), "a") as output:
+                            process = subprocess.Popen(
+                                command,
+                                env=env,
+                                stdout=output,
+                                stderr=output,
+                                start_new_session=True,
+                            )
+                        os.sched_setaffinity(process.pid, mine)  # before it starts any threads
+                        running[process] = member, slot
+                        log.info("started: %s (see %s)", member.name, member.output)
+                    for process in [process for process in running if process.poll() is not None]:
+                        member, slot = running.pop(process)
+                        slots.append(slot)
+                        tell(member, process.returncode)
+                    time.sleep(0.2)
+            except BaseException:
+                for process in running:
+                    process.terminate()  # each saves its state
+                for process in running:
+                    process.wait()
+                raise
 
 
 def yaml_below(root: Path, outside: bool = False) -> Iterator[Path]:

@@ -1,6 +1,7 @@
 """What a method is: a module that turns views into a loss."""
 
 import copy
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
@@ -82,6 +83,16 @@ def need_patches(backbone: nn.Module, method: str) -> None:
             f"method={method} hides patches, and this backbone has none: "
             "type backbone=vit_tiny, backbone=vit_small or backbone=vit_base"
         )
+
+
+def digest(*modules: nn.Module, size: int = 64) -> bytes:
+    """A hash, of `size` bytes, of every parameter and buffer."""
+    whole = hashlib.blake2b(digest_size=size)
+    for module in modules:
+        for key, value in module.state_dict().items():
+            whole.update(key.encode())
+            whole.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return whole.digest()
 
 
 def momentum_copy(module: nn.Module) -> nn.Module:

@@ -1,6 +1,5 @@
 """A frozen teacher's features, learnt by a network of another family."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from ssl_bench.config.fields import Place
 from ssl_bench.errors import UserError
 from ssl_bench.methods import layers
-from ssl_bench.methods.base import Method, Output, health_of
+from ssl_bench.methods.base import Method, Output, digest, health_of
 from ssl_bench.runtime import distributed
 
 
@@ -58,7 +57,8 @@ class Distill(Method):
         super().__init__(backbone)
         # in a list, so that it is no part of this module: neither of its parameters nor its state
         self._frozen = [teacher_network.requires_grad_(False).eval()]
-        self.register_buffer("teacher_digest", digest(teacher_network))
+        known = digest(teacher_network, size=32)
+        self.register_buffer("teacher_digest", torch.tensor(list(known), dtype=torch.uint8))
         self.gram_weight = gram_weight if loss == "gram" else 0.0
         self.projector: nn.Module = nn.Identity()
         if loss == "cosine":
@@ -93,12 +93,3 @@ class Distill(Method):
         else:
             loss = cosine_loss(projected, wanted)
         return {"loss": loss, "embeddings": health_of(projected)}
-
-
-def digest(network: nn.Module) -> Tensor:
-    """uint8 (32,): a hash of every parameter and buffer."""
-    whole = hashlib.blake2b(digest_size=32)
-    for key, value in network.state_dict().items():
-        whole.update(key.encode())
-        whole.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return torch.tensor(list(whole.digest()), dtype=torch.uint8)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ssl_bench import files
 from ssl_bench.config.build import construct
 from ssl_bench.runs import identity
-from ssl_bench.runs.tracking import AXES, Tracker, WandbTracker, redacted
+from ssl_bench.runs.tracking import Tracker, WandbTracker, named, prefix_of, redacted
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +25,11 @@ class _Mirror:
     def __init__(self, directory: Path, config: dict[str, Any]) -> None:
         self.directory, self.config = Path(directory).resolve(), config
         self.what = identity.with_origin(config, self.directory)
+        self.prefix = prefix_of(self.what)
         self._stopped = False
 
-    def named(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Metrics with the stage before their names, except the axes; as on W&B."""
-        prefix = f"{self.what.stage}/" if self.what.stage else ""
-        return {key if key in AXES else prefix + key: value for key, value in metrics.items()}
+    def log_checkpoint_file(self, path: str | Path) -> None:
+        """Nothing: they keep no checkpoints."""
 
     def attempt(self, call: Callable[[], object]) -> None:
         if self._stopped:
@@ -67,7 +66,7 @@ class TensorBoardTracker(_Mirror):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         def write() -> None:
-            for name, value in self.named(metrics).items():
+            for name, value in named(self.prefix, metrics).items():
                 self._open(step).add_scalar(name, value, step)
 
         self.attempt(write)
@@ -79,13 +78,9 @@ class TensorBoardTracker(_Mirror):
 
             with Image.open(path) as image:
                 pixels = np.asarray(image.convert("RGB"))
-            (named,) = self.named({name: 0})
-            self._open(step).add_image(named, pixels, step, dataformats="HWC")
+            self._open(step).add_image(self.prefix + name, pixels, step, dataformats="HWC")
 
         self.attempt(write)
-
-    def log_checkpoint_file(self, path: str | Path) -> None:
-        pass  # it keeps none
 
     def close(self, status: str, summary: Mapping[str, float]) -> None:
         self.attempt(lambda: self._writer and self._writer.close())
@@ -148,7 +143,7 @@ class MLflowTracker(_Mirror):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if step > self._reached:
-            self.attempt(lambda: self._write(step, self.named(metrics)))
+            self.attempt(lambda: self._write(step, named(self.prefix, metrics)))
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
@@ -161,15 +156,12 @@ class MLflowTracker(_Mirror):
     def log_image(self, step: int, name: str, path: str | Path) -> None:
         self.attempt(lambda: self._client.log_artifact(self._id, str(path)))
 
-    def log_checkpoint_file(self, path: str | Path) -> None:
-        pass  # it keeps none
-
     def close(self, status: str, summary: Mapping[str, float]) -> None:
         """status: see `WandbTracker.close`."""
         ended = {"finished": "FINISHED", "preempted": "KILLED"}.get(status, "FAILED")
 
         def finish() -> None:
-            rest = {k: v for k, v in self.named(summary).items() if k not in self._logged}
+            rest = {k: v for k, v in named(self.prefix, summary).items() if k not in self._logged}
             if rest and status == "finished":
                 self._write(self._reached, rest)
             self._client.set_terminated(self._id, ended)

@@ -333,9 +333,8 @@ class Run:
             self.metrics.log(step, line)
             self.tracker.log(step, line)
             values = "  ".join(f"{key} {units.spoken(key, value)}" for key, value in line.items())
-            rate = (time.monotonic() - self._bar.began) / max(step - self._bar.begun, 1)
-            total = int(self._bar.total or 0)
-            left = duration((total - step) * rate)
+            # the bar counts this step when the next one is asked for
+            total, left = int(self._bar.total or 0), self._bar.left_after(step)
             whole = f"step {step:,}/{total:,}  {values}  left {left}"
             brief = self._brief(step, total, line, left)
             extra = {"brief": brief, "cells": self._cells(step, line), "result": total == 1}

@@ -74,6 +74,16 @@ class Tracker(Protocol):
     def close(self, status: str, summary: Mapping[str, float]) -> None: ...
 
 
+def prefix_of(what: Identity) -> str:
+    """What the names of a run's metrics begin with: its stage."""
+    return f"{what.stage}/" if what.stage else ""
+
+
+def named(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics with the prefix before their names, except the axes."""
+    return {key if key in AXES else prefix + key: value for key, value in metrics.items()}
+
+
 class NoTracker:
     """`tracking=local`: the run directory only. The arguments, given to any tracker, are unused."""
 
@@ -129,7 +139,7 @@ class WandbTracker:
         self.directory = Path(directory).resolve()
         self.log_checkpoint = log_checkpoint
         self._what = what = identity.with_origin(config, self.directory)
-        self._prefix = f"{what.stage}/" if what.stage else ""
+        self._prefix = prefix_of(what)
         self._step = 0  # the last one that was logged
         self._rebuilt = rebuilt
         self._files = self.directory / "wandb-synced" if rebuilt else self.directory
@@ -197,7 +207,7 @@ class WandbTracker:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._step = step
-        self._mirror(lambda run: run.log(self._named(metrics), step=step))
+        self._mirror(lambda run: run.log(named(self._prefix, metrics), step=step))
 
     def log_image(self, step: int, name: str, path: str | Path) -> None:
         import wandb
@@ -220,7 +230,7 @@ class WandbTracker:
 
         def finish(run: Any) -> None:
             try:
-                run.summary.update(self._named(summary) | self._best())
+                run.summary.update(named(self._prefix, summary) | self._best())
                 if status == "finished":
                     self._log_tables(run)
                     self._log_lineage(run, summary)
@@ -240,11 +250,6 @@ class WandbTracker:
     @property
     def _sync(self) -> str:
         return f"ssl-bench stage=sync {override('runs', self.directory)}"
-
-    def _named(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Metrics with the stage before their names, except the axes."""
-        items = metrics.items()
-        return {name if name in AXES else self._prefix + name: value for name, value in items}
 
     def _best(self) -> dict[str, float]:
         """The least of each loss and the greatest of each accuracy in the whole run.
@@ -435,13 +440,13 @@ def check(settings: Mapping[str, Any]) -> None:
     """
     if (own := of_wandb(settings)) is not None:
         choose_mode(own.get("mode", "auto"))
-    for name, package in (("tensorboard", "tensorboard"), ("mlflow", "mlflow")):
+    for name in ("tensorboard", "mlflow"):  # a choice, its package, and the extra that has it
         asked = (
             name in settings.get("names", ()) or f".{name}tracker" in settings["_target_"].lower()
         )
-        if asked and importlib.util.find_spec(package) is None:
+        if asked and importlib.util.find_spec(name) is None:
             raise UserError(
-                f"tracking={name} needs the {package} package: pip install 'ssl_bench[{name}]'"
+                f"tracking={name} needs the {name} package: pip install 'ssl_bench[{name}]'"
             )
 
 

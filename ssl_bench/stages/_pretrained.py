@@ -1,6 +1,5 @@
 """What the stages that measure a pretrained backbone, or train it further, have in common."""
 
-import hashlib
 import logging
 import re
 from collections.abc import Mapping
@@ -77,16 +76,6 @@ def log_result(run: Run, result: dict[str, float]) -> None:
         run.metrics.truncate(0)  # an attempt that was killed may have left its line
     for _ in run.progress([1], 0, 1):
         run.log(1, {"epoch": 1.0, **result})
-
-
-def digest(*modules: nn.Module) -> str:
-    """A digest of every parameter and buffer."""
-    whole = hashlib.blake2b()
-    for module in modules:
-        for key, value in module.state_dict().items():
-            whole.update(key.encode())
-            whole.update(value.cpu().contiguous().numpy().tobytes())
-    return whole.hexdigest()
 
 
 def check_directory(cfg: DictConfig) -> None:

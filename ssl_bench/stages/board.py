@@ -1,15 +1,14 @@
 """Stage board: the page of runs, served while they go on."""
 
 import signal
-import threading
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import Annotated
 
 from omegaconf import DictConfig
 from pydantic import Field
 
 from ssl_bench import files
-from ssl_bench.errors import UserError
+from ssl_bench.errors import Interrupted, UserError, interrupted_by
 from ssl_bench.report import board as served
 from ssl_bench.runs.run import Run
 from ssl_bench.stages import single_process
@@ -42,14 +41,10 @@ def board(
         raise UserError(f"stage.token= needs {served.SECRET} characters or more")
     with (
         served.server(paths, cfg.metric, host, port, token) as server,
-        suppress(KeyboardInterrupt),
-        ExitStack() as stack,
+        suppress(Interrupted),
+        # a shell has its background processes ignore Ctrl-C, and Python leaves that so
+        interrupted_by(signal.SIGINT, signal.SIGTERM),
     ):
-        if threading.current_thread() is threading.main_thread():
-            # a shell has its background processes ignore Ctrl-C, and Python leaves that so
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                before = signal.signal(signum, signal.default_int_handler)
-                stack.callback(signal.signal, signum, before)
         print(f"{served.address(server, token)}\nCtrl-C ends it.", flush=True)
         server.serve_forever()
     return {}

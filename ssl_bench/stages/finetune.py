@@ -9,11 +9,12 @@ from ssl_bench.config.fields import Resize, Share
 from ssl_bench.evaluate.labels import few_labels
 from ssl_bench.evaluate.passes import evaluate
 from ssl_bench.methods import layers
+from ssl_bench.methods.base import digest
 from ssl_bench.methods.finetune import FineTune
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
 from ssl_bench.stages import PRETRAINED, TRAINING, _labels
-from ssl_bench.stages._pretrained import digest, load_pretrained
+from ssl_bench.stages._pretrained import load_pretrained
 from ssl_bench.stages._training import (
     check_batch,
     check_norm,

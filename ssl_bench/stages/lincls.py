@@ -14,6 +14,7 @@ from ssl_bench.evaluate.labels import few_labels, hold_out
 from ssl_bench.evaluate.passes import evaluate
 from ssl_bench.evaluate.readout import read_out_
 from ssl_bench.methods import layers
+from ssl_bench.methods.base import digest
 from ssl_bench.methods.probe import LinearGrid, LinearProbe
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
@@ -25,7 +26,7 @@ from ssl_bench.stages._lincls_grid import (
     check_unused,
     train_grid,
 )
-from ssl_bench.stages._pretrained import digest, load_pretrained
+from ssl_bench.stages._pretrained import load_pretrained
 from ssl_bench.stages._training import (
     check_batch,
     check_norm,

@@ -26,12 +26,13 @@ from ssl_bench.errors import UserError
 from ssl_bench.evaluate import selection
 from ssl_bench.evaluate.features import stored_features
 from ssl_bench.evaluate.readout import read_out_
+from ssl_bench.methods.base import digest
 from ssl_bench.methods.probe import restored
 from ssl_bench.runs import checkpoint, identity, weights
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime.seeding import fold
 from ssl_bench.stages import IMAGES, LOOK, PRETRAINED, RUN
-from ssl_bench.stages._pretrained import check_directory, digest, load_pretrained, log_result
+from ssl_bench.stages._pretrained import check_directory, load_pretrained, log_result
 from ssl_bench.stages._training import (
     check_sizes,
     make_test_view,
@@ -201,7 +202,7 @@ def compute(
     look = (view.image_size, view.resize, normalization(cfg))
     images = (split.store_name, split.fingerprint, source.num_images)
     tokens = [cfg.stage.features_of] if cfg.stage.features_of else []
-    whose = fold(digest(backbone), cfg.precision, repr(look), *images, *tokens)
+    whose = fold(digest(backbone).hex(), cfg.precision, repr(look), *images, *tokens)
     path = folder / f"{split.name}-{whose:016x}.npy"
     return stored_features(cfg.precision, run, backbone, source, view, path)
 
