@@ -108,7 +108,8 @@ class MLflowTracker(_Mirror):
     ) -> None:
         super().__init__(directory, config)
         self._client: Any = None
-        self._id, self._reached, self._logged = "", 0, set[str]()
+        self._id, self._logged = "", set[str]()
+        self._reached = self._last = 0  # steps: until which an earlier attempt came, and the newest
         self.attempt(lambda: self._begin(uri, experiment, name, tags))
 
     def _begin(
@@ -125,7 +126,7 @@ class MLflowTracker(_Mirror):
             self._id = known.read_text().strip()
             self._client.update_run(self._id, status="RUNNING")
             earlier = self._client.get_metric_history(self._id, "epoch")
-            self._reached = max((metric.step for metric in earlier), default=0)
+            self._reached = self._last = max((metric.step for metric in earlier), default=0)
             return
         found = self._client.get_experiment_by_name(experiment)
         home = found.experiment_id if found else self._client.create_experiment(experiment)
@@ -149,6 +150,7 @@ class MLflowTracker(_Mirror):
         from mlflow.entities import Metric
 
         self._logged |= {*metrics}
+        self._last = step
         now = time.time_ns() // 1_000_000  # ms
         items = (Metric(name, value, now, step) for name, value in metrics.items())
         self._client.log_batch(self._id, metrics=[*items])
@@ -163,7 +165,7 @@ class MLflowTracker(_Mirror):
         def finish() -> None:
             rest = {k: v for k, v in named(self.prefix, summary).items() if k not in self._logged}
             if rest and status == "finished":
-                self._write(self._reached, rest)
+                self._write(self._last, rest)
             self._client.set_terminated(self._id, ended)
 
         self.attempt(finish)
