@@ -43,6 +43,19 @@ HOME = re.compile(r"^([\w.+]+)=(~[\w./~-]*)$")
 # a comma here makes a list, not a sweep
 LIST = re.compile(r"^(data\.extra_labels|runs)=([^\[].*,.*)$")
 
+# Hydra's own keys that would do nothing here, and what to type instead.
+HYDRA_IN_VAIN = {
+    "hydra.run": "the directory of a run is dir=",
+    "hydra.output_subdir": "the directory of a run has its configuration, config.yaml",
+    "hydra.sweep.subdir": "a member's directory is named by what was typed; leave it out",
+    "hydra.job.chdir": "a run stays in the folder that it was started from; leave it out",
+    "hydra.job": "set variables in the shell, or on Slurm by hydra.launcher.setup",
+    "hydra.job_logging": "the console has verbosity=, and each run its log.txt",
+    "hydra.hydra_logging": "the console has verbosity=, and each run its log.txt",
+}
+# and those that are for sweeps alone
+HYDRA_SWEEPS = dict.fromkeys(("hydra.sweep", "hydra.sweeper"), "this is one run: add -m")
+
 
 def register_launchers() -> None:
     """Register our launchers: Hydra can't list the folders of an editable install to find them."""
@@ -123,6 +136,21 @@ def refuse_in_vain(cfg: DictConfig, overrides: list[str]) -> None:
         raise UserError("\n".join(lines))
 
 
+def hydra_in_vain(config: DictConfig, is_sweep: bool) -> str:
+    """A line for each override of Hydra's own keys that would be ignored; "": there are none.
+
+    config: the whole configuration.
+    """
+    vain, lines = HYDRA_IN_VAIN | ({} if is_sweep else HYDRA_SWEEPS), []
+    for word in _typed(config.hydra.overrides.hydra):
+        key = typed.key_of(word).replace("/", ".")
+        if key.startswith("hydra.job.env_set") and not is_sweep:
+            continue  # Hydra does that
+        why = next((why for start, why in vain.items() if f"{key}.".startswith(f"{start}.")), "")
+        lines += [f"{word} would be ignored: {why}"] if why else []
+    return "\n".join(lines)
+
+
 def fail(error: Exception) -> NoReturn:
     raise Mistake(error)
 
@@ -131,6 +159,8 @@ class Check(Callback):
     """Checks every member of a sweep before the first one starts."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        if ignored := hydra_in_vain(config, is_sweep=False):
+            fail(UserError(ignored))
         if not config.hydra.launcher._target_.endswith("launchers.Local"):
             fail(
                 UserError(
@@ -154,6 +184,8 @@ class Check(Callback):
     def _check_sweep(self, config: DictConfig, config_name: str | None) -> None:
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
+        if ignored := hydra_in_vain(config, is_sweep=True):
+            raise UserError(ignored)
         task = _typed(config.hydra.overrides.task)
         # a search chooses its members while it runs: check what they have in common
         if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
@@ -196,14 +228,14 @@ def main() -> None:
     """Console entry. A user's mistake is one line and exit code 2; a bug keeps its traceback."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     set_up_logging(quiet=rank != "0")  # one process speaks for all
-    if "--version" in sys.argv[1:]:
-        print(f"ssl-bench {__version__}")
-        return
-    if sys.argv[1:] == ["doctor"]:  # not as a stage alone, which needs a torch that can be imported
-        doctor.show()
-        return
     try:
-        execute(sys.argv[1:])
+        if "--version" in sys.argv[1:]:
+            print(f"ssl-bench {__version__}")
+        elif sys.argv[1:] == ["doctor"]:
+            doctor.show()  # not as a stage alone, which needs a torch that can be imported
+        else:
+            execute(sys.argv[1:])
+        sys.stdout.flush()  # a reader that has left is noticed here, and not after the last line
     except Mistake as mistake:
         print(f"ssl-bench: {mistake.line}", file=sys.stderr)
         raise

@@ -29,6 +29,7 @@ from pydantic import (
 
 from ssl_bench import shell
 from ssl_bench.config import signatures, typed
+from ssl_bench.config.choices import yaml_below
 from ssl_bench.config.fields import InEpochs, Place, is_path
 from ssl_bench.config.renamed import current
 from ssl_bench.errors import UserError, unknown
@@ -389,9 +390,12 @@ def _ours() -> set[tuple[str, str]]:
 
 
 def _targets_below(folder: Path) -> set[tuple[str, str]]:
-    """The constructors that the YAML files of a folder name; the files aren't composed."""
+    """The constructors that the choices of a folder name; its files aren't composed.
+
+    A run that lies there names none: it may come from elsewhere.
+    """
     paths: set[tuple[str, str]] = set()
-    for file in folder.rglob("*.yaml"):
+    for file in yaml_below(folder):
         try:
             text = file.read_text(encoding="utf-8")
             content = yaml.safe_load(text)

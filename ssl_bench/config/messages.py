@@ -71,6 +71,7 @@ def no_name(words: Sequence[str]) -> str:
             continue
         value = override.value()
         values = value.list if isinstance(value, ChoiceSweep) else [value]
+        values = [part for one in values for part in (one if isinstance(one, list) else [one])]
         if not any(one is None or isinstance(one, int | float) for one in values):
             continue
         files = [file for folder in conf for file in sorted((folder / group).glob("*.yaml"))]

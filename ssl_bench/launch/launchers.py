@@ -15,7 +15,7 @@ import sys
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -224,8 +224,10 @@ class SweepLauncher(Launcher):
     def _freeze_files(self, folder: Path) -> Path:
         """A copy of the YAML files, ours and the user's, in one folder named by their hash."""
         import ssl_bench
+        from ssl_bench.config.choices import yaml_below
 
         texts: dict[str, str] = {}
+        chosen = {key.partition("/")[0] for key in self.config.hydra.runtime.choices}
         # reversed: the first folder of the search path wins
         for element in reversed(self.hydra_context.config_loader.get_search_path().get_path()):
             scheme, _, path = element.path.partition("://")
@@ -236,7 +238,7 @@ class SweepLauncher(Launcher):
             else:
                 continue
             # in a checkout our launchers are behind a link
-            for file in yaml_below(root, outside=scheme == "pkg"):
+            for file in yaml_below(root, chosen, outside=scheme == "pkg"):
                 texts[str(file.relative_to(root))] = file.read_text(encoding="utf-8")
         content = repr(sorted(texts.items())).encode()
         copy = folder / f"conf-{blake2b(content, digest_size=4).hexdigest()}"
@@ -396,30 +398,6 @@ class Workstation(SweepLauncher):
                 for process in running:
                     process.wait()
                 raise
-
-
-def yaml_below(root: Path, outside: bool = False) -> Iterator[Path]:
-    """The YAML files of a folder of choices.
-
-    Not those of runs, which lie there too if --config-dir is the current folder, nor hidden ones.
-    outside: those behind a link that leaves the folder, too.
-    """
-    from ssl_bench.runs import layout
-
-    marks = (layout.METRICS, ".members", "multirun.yaml")  # of a run, of a sweep's folder
-    seen = {root.resolve()}
-    for parent, folders, names in os.walk(root, followlinks=True):
-        yield from (Path(parent, name) for name in sorted(names) if name.endswith(".yaml"))
-        within = {name: Path(parent, name) for name in folders if not name.startswith(".")}
-        folders[:] = []
-        for name, folder in sorted(within.items()):
-            place = folder.resolve()
-            left_by_a_run = any((folder / one).exists() for one in marks)
-            leaves = not (outside or place.is_relative_to(root.resolve()))
-            if place in seen or left_by_a_run or leaves:
-                continue
-            seen.add(place)
-            folders.append(name)
 
 
 def visible_gpus() -> list[str]:

@@ -128,6 +128,7 @@ CONFIGURATION = {
         ["method=1: no such choice; Valid: method=barlow_twins, method=byol"],
     ),
     "no choice": (["data=null"], ["data=null: no such choice; Valid: data=cifar10,"]),
+    "no number in a list, either": (["method=[1]"], ["method=[1]: no such choice; Valid:"]),
     "no number for an experiment": (["experiment=nan"], ["experiment=nan: no such choice; Valid:"]),
     "the default experiment": (["experiment=null"], ["experiment=null: no such choice; Valid:"]),
     "numbers in a sweep of choices": (
@@ -464,6 +465,40 @@ def test_a_launcher_without_a_sweep(ssl_bench: Command, tmp_path: Path) -> None:
         said
         == "hydra/launcher is for sweeps, and would be ignored here: add -m, or choose a launcher="
     )
+
+
+@pytest.mark.parametrize(
+    ("word", "is_sweep", "instead"),
+    [
+        ("hydra.job.chdir=true", False, "a run stays in the folder"),
+        ("hydra.run.dir=there", False, "the directory of a run is dir="),
+        ("+hydra.output_subdir=.hydra", True, "config.yaml"),
+        ("hydra/job_logging=default", True, "verbosity="),
+        ("hydra.sweeper.max_batch_size=1", False, "this is one run: add -m"),
+        ("hydra.sweeper.max_batch_size=1", True, None),
+        ("hydra.sweep.dir=there", False, "this is one run: add -m"),
+        ("hydra.sweep.dir=there", True, None),
+        ("hydra.sweep.subdir=there", True, "leave it out"),
+        ("+hydra.job.env_set.A=1", True, "set variables in the shell"),
+        ("+hydra.job.env_set.A=1", False, None),
+        ("hydra.launcher.at_once=1", True, None),
+    ],
+)
+def test_keys_of_hydra_that_do_nothing(word: str, is_sweep: bool, instead: str | None) -> None:
+    config = OmegaConf.create({"hydra": {"overrides": {"hydra": [word]}}})
+    said = command.hydra_in_vain(config, is_sweep)
+    if instead is None:
+        assert said == ""
+    else:
+        assert said.startswith(f"{word} would be ignored: ")
+        assert instead in said
+
+
+@pytest.mark.parametrize("mode", [[], ["-m"]])
+def test_such_a_key_starts_nothing(ssl_bench: Command, tmp_path: Path, mode: list[str]) -> None:
+    words = ["stage=knn", "backbone=pixels", "hydra.job.chdir=true"]
+    assert "hydra.job.chdir=true would be ignored" in complaint(ssl_bench(*mode, *words))
+    assert files(tmp_path) == set()
 
 
 @pytest.mark.slow
@@ -828,7 +863,7 @@ def test_a_member_that_fails_later_does_not_stop_the_sweep(
     assert yaml.safe_load((finished.parent / "config.yaml").read_text())["batch_size"] == 128
 
 
-@pytest.mark.parametrize("words", [["--help"], ["stage=zoo"], ["--cfg", "job"]])
+@pytest.mark.parametrize("words", [["--help"], ["stage=zoo"], ["--cfg", "job"], ["doctor"]])
 def test_a_reader_that_has_seen_enough_ends_it_without_a_word(words: list[str]) -> None:
     command = [sys.executable, "-m", "ssl_bench", *words]
     reader, writer = os.pipe()
