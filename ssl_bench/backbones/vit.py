@@ -20,6 +20,7 @@ from ssl_bench.errors import UserError
 Positions = Literal["learned", "sincos", "sincos_columns"]
 Init = Literal["torchvision", "moco_v3", "mae", "dino", "dinov2", "ijepa"]
 DropPath = Annotated[float, Field(ge=0, lt=1)]
+DIVIDES = {"patch_size": "image_size"}  # see `build`
 
 
 class LayerScale(nn.Module):

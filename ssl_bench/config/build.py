@@ -128,7 +128,8 @@ def check(cfg: DictConfig, quoted: Mapping[str, str] | None = None) -> None:
             f"devices={plain['devices']} processes: choose a multiple, like batch_size={nearest}"
         )
     problems += _unsafe_names(nodes)
-    problems += _wrong_start(plain) if not problems else []
+    if not problems:
+        problems += [*_no_weights(plain), *indivisible(plain), *_wrong_start(plain)]
     if problems:
         raise UserError("\n".join(problems))
 
@@ -142,6 +143,42 @@ def _unsafe_names(nodes: Mapping[str, dict[str, Any]]) -> list[str]:
         for key, name in names.items()
         if not re.fullmatch(r"\w[\w.-]{0,79}", name)
     ]
+
+
+def _no_weights(config: Mapping) -> list[str]:
+    """A line if the stage's module says that it NEEDS_WEIGHTS, and there are none."""
+    stage = config["stage"]
+    needs = signatures.constant(stage["_target_"], "NEEDS_WEIGHTS")
+    if not needs or config["pretrained"] is not None:
+        return []
+    said = f"stage={stage['name']} needs weights: type pretrained=..."
+    return [f"{said} (a run directory, a file, a zoo name)"]
+
+
+def indivisible(config: Mapping) -> list[str]:
+    """A line for each argument that should divide another number, and doesn't.
+
+    The module of its constructor says in DIVIDES which one: a key of the same node, or the batch,
+    of which each process has a share. config: plain, resolved.
+    """
+    lines, batch, devices = [], config["batch_size"], config["devices"]
+    for group in SUPPLIED:
+        node = config.get(group) or {}
+        divides = signatures.constant(node["_target_"], "DIVIDES") if "_target_" in node else None
+        for name, what in (divides or {}).items():
+            value, of, key = node.get(name), node.get(what), f"{group}.{name}"
+            others = [f"{group}.{what}"]
+            if what.startswith("batch_size"):
+                of = batch // devices if what == "batch_size / devices" else batch
+                others = what.split(" / ")
+            numbers = isinstance(value, int) and isinstance(of, int)
+            if numbers and value and of % value and typed.is_read(config, key):
+                said = f"the {of} images of a process" if len(others) > 1 else f"{others[0]}={of}"
+                lines.append(
+                    f"{key}={value} does not divide {said}: "
+                    f"change one of {', '.join([key, *others])}"
+                )
+    return lines
 
 
 def _wrong_start(config: Mapping) -> list[str]:

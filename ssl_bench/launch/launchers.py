@@ -105,6 +105,7 @@ class SweepLauncher(Launcher):
                     f"{member.name} was run with another configuration: {conflict}. "
                     f"Choose another sweep=, or delete {member.directory}"
                 )
+        _check_starts(todo, members)
         if stale := [member for member in finished if member.stale]:
             raise UserError(
                 f"{stale[0].name} stands on other weights than "
@@ -318,6 +319,35 @@ def _refuse_free(job_overrides: Sequence[Sequence[str]], members: Sequence["Memb
                 f"{' and '.join(free)}: no run is named by that, so several values would "
                 "be one run; give one value, or each its own command and sweep="
             )
+
+
+def _check_starts(todo: Sequence["Member"], members: Sequence["Member"]) -> None:
+    """UserError, before any of `todo` starts, for what each of them would find out by itself.
+
+    That is missing weights, unless one of `members` leaves them, and a batch that its processes, of
+    which a launcher knows the number, can't share as its method wants.
+    """
+    from ssl_bench.config import build
+    from ssl_bench.errors import UserError
+    from ssl_bench.runs import identity, published
+
+    made, lines = {Path(identity.real(str(one.directory))) for one in members}, []
+    for member in todo:
+        lines += build.indivisible(member.config)
+        teacher = identity.node(member.config, "method").get("teacher")
+        named = {"pretrained": member.config["pretrained"], "method.teacher": teacher}
+        for key, source in named.items():
+            if not source or source.startswith(identity.TIMM):
+                continue
+            place = Path(identity.real(source))
+            if not made.isdisjoint([place, *place.parents]):
+                continue
+            try:
+                published.located(source)
+            except UserError as error:
+                lines.append(str(error).replace("pretrained=", f"{key}=", 1))
+    if lines:
+        raise UserError("\n".join(["nothing was started.", *dict.fromkeys(lines)]))
 
 
 class Local(SweepLauncher):

@@ -16,6 +16,8 @@ from ssl_bench.runtime import distributed
 
 log = logging.getLogger(__name__)
 
+DIVIDES = {"bn_splits": "batch_size / devices"}  # see `build`
+
 
 def info_nce_logits(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """Normalised query, key (N, D) and queue (D, K) -> (N, 1 + K); the positive comes first."""

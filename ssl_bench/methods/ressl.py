@@ -11,6 +11,8 @@ from ssl_bench.methods import layers
 from ssl_bench.methods.base import Output, health_of, momentum_copy
 from ssl_bench.methods.moco import MoCo
 
+DIVIDES = {"bn_splits": "batch_size / devices"}  # see `build`
+
 
 @layers.full_precision
 def relation_loss(

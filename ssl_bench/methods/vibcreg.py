@@ -12,6 +12,8 @@ from ssl_bench.methods import layers
 from ssl_bench.methods.base import Method, Output, health_of
 from ssl_bench.runtime import distributed
 
+DIVIDES = {"num_groups": "dim"}  # see `build`
+
 
 def correlation(z: Tensor) -> Tensor:
     """z (N, D) -> the mean of the D * D squared correlations, those of a dimension with itself 0.

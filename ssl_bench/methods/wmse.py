@@ -14,6 +14,8 @@ from ssl_bench.methods import layers
 from ssl_bench.methods.base import Method, Output, health_of
 from ssl_bench.runtime import distributed
 
+DIVIDES = {"whitening_size": "batch_size"}  # see `build`
+
 
 @layers.full_precision
 def whiten(x: Tensor, eps: float = 0.0) -> Tensor:

@@ -1,5 +1,6 @@
 """Known published weights: where they lie, whose they are, and the hash that proves a file."""
 
+import difflib
 import http.client
 import logging
 import urllib.request
@@ -10,6 +11,7 @@ from ssl_bench import files
 from ssl_bench.console import Bar
 from ssl_bench.data.store import cache_folder
 from ssl_bench.errors import UserError
+from ssl_bench.runs import layout
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +129,25 @@ WEIGHTS = {
     "imagenet_r101": _torchvision("resnet101-63fe2227", 77.374),
     "imagenet_r101_v2": _torchvision("resnet101-cd907fc2", 81.886),
 }
+
+
+def located(source: str) -> Path | None:
+    """The file that `pretrained=source` means; None: it names one of WEIGHTS. UserError."""
+    path = Path(source)
+    if file := layout.weights_of(path):
+        return file
+    if path.is_dir():
+        raise UserError(
+            f"pretrained={source}: no checkpoint in this directory; give a run directory or a file"
+        )
+    if source in WEIGHTS:
+        return None
+    close = difflib.get_close_matches(source, WEIGHTS, n=3)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    raise UserError(
+        f"pretrained={source}: no such file or run directory, nor one of the weights that "
+        f"ssl-bench stage=zoo lists{hint}"
+    )
 
 
 def fetch(name: str) -> Path:

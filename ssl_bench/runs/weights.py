@@ -7,7 +7,6 @@ the detection converter read; by stage=export the backbone's own names, which fo
 torchvision's and timm's.
 """
 
-import difflib
 import json
 from collections.abc import Mapping
 from functools import cache
@@ -251,21 +250,7 @@ def _backbone_of(source: str, path: Path, content: object) -> str:
 
 def find(source: str) -> Path:
     """The file that `pretrained=source` means. UserError."""
-    path = Path(source)
-    if file := layout.weights_of(path):
-        return file
-    if path.is_dir():
-        raise UserError(
-            f"pretrained={source}: no checkpoint in this directory; give a run directory or a file"
-        )
-    if source in published.WEIGHTS:
-        return published.fetch(source)
-    close = difflib.get_close_matches(source, published.WEIGHTS, n=3)
-    hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    raise UserError(
-        f"pretrained={source}: no such file or run directory, nor one of the weights that "
-        f"ssl-bench stage=zoo lists{hint}"
-    )
+    return published.located(source) or published.fetch(source)
 
 
 def with_teacher(method: Mapping) -> dict[str, dict]:

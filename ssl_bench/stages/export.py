@@ -42,6 +42,7 @@ TOLERANCE = 1e-3  # for ONNX's outputs, relative to the largest: it sums in anot
 
 READS = (*PRETRAINED, "runs", "backbone")
 IDLE = {"pretrained=null": ("pretrained_prefix",)}
+NEEDS_WEIGHTS = True  # see `build`
 
 
 @single_process

@@ -39,6 +39,7 @@ class Position:
 
 READS = (*RUN, *IMAGES, "data.on_error", "data.cache", "data.workers", "backbone", *PRETRAINED)
 IDLE = {"pretrained=null": ("pretrained_prefix",)}
+NEEDS_WEIGHTS = True  # see `build`
 
 
 @single_process

@@ -526,6 +526,21 @@ def test_a_zoo_name_without_a_network(
     [
         (["seed=-1"], "seed=-1: input should be greater than or equal to 0"),
         (["dir=2024"], "dir=2024: should be a text; quote it: 'dir=\"2024\"'"),
+        (["stage=predict", "stage.images=/x"], "stage=predict needs weights: type pretrained="),
+        (
+            ["method.bn_splits=3", "batch_size=8", "devices=2"],
+            "method.bn_splits=3 does not divide the 4 images of a process: change one of "
+            "method.bn_splits, batch_size, devices",
+        ),
+        (
+            ["method=wmse", "method.whitening_size=96"],
+            "method.whitening_size=96 does not divide batch_size=256",
+        ),
+        (
+            ["backbone=vit_small", "method=dino", "backbone.patch_size=5", "data.image_size=32"],
+            "backbone.patch_size=5 does not divide backbone.image_size=32: change one of "
+            "backbone.patch_size, backbone.image_size",
+        ),
         (["dir="], "dir=: string should have at least 1 character"),
         (["device=gpu"], "device=gpu: string should match pattern '^(auto|cpu|mps|cuda"),
         (["epochs=0"], "epochs=0: input should be greater than 0"),
