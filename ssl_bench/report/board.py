@@ -64,19 +64,21 @@ class Watch:
             since = since if since < self.version else -1
             boards = []
             for board in self._charts["boards"]:
-                groups = [
-                    {key: value for key, value in group.items() if key != "curves"}
-                    | ({"curves": group["curves"]} if self._is_new(board, group, since) else {})
-                    for group in board["groups"]
-                ]
-                boards.append(board | {"groups": groups})
+                told = {
+                    name: {key: value for key, value in group.items() if key != "curves"}
+                    | ({"curves": group["curves"]} if self._changed[name] > since else {})
+                    for name, group in page.every_group(board)
+                }
+
+                def of(key: str, told: dict[tuple, dict] = told) -> list[dict]:
+                    return [group for (_, own, _), group in told.items() if own == key]
+
+                by = [one | {"groups": of(one["key"])} for one in board["by"]]
+                boards.append(board | {"groups": of(""), "by": by})
             sections = {
                 name: html for name, html in self._sections.items() if self._changed[name,] > since
             }
             return {"version": self.version, "boards": boards, "sections": sections}
-
-    def _is_new(self, board: dict, group: dict, since: int) -> bool:
-        return self._changed[board["id"], group["name"]] > since
 
     def _look(self) -> None:
         """Read what has changed on the disk, unless that was done just now."""
@@ -115,20 +117,19 @@ class Watch:
         title = " and ".join(map(str, self.paths))
         self._page = page.Page(title, runs, boards, notes, live=True)
         before = {
-            (board["id"], group["name"]): group["curves"]
+            name: group["curves"]
             for board in self._charts.get("boards", ())
-            for group in board["groups"]
+            for name, group in page.every_group(board)
         }
         self._charts = page.charts(boards, self._curves)
         for board in self._charts["boards"]:
-            for group in board["groups"]:
-                key = board["id"], group["name"]
-                if before.get(key) is not group["curves"]:
-                    self._changed[key] = self.version
+            for name, group in page.every_group(board):
+                if before.get(name) is not group["curves"]:
+                    self._changed[name] = self.version
         sections = self._page.sections()
-        for name, html in sections.items():
-            if self._sections.get(name) != html:
-                self._changed[name,] = self.version
+        for section, html in sections.items():
+            if self._sections.get(section) != html:
+                self._changed[section,] = self.version
         self._sections = sections
 
 

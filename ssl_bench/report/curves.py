@@ -4,6 +4,7 @@ Values are scaled as `units` show them, and rounded to five digits.
 """
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -44,8 +45,19 @@ def thin(rows: np.ndarray, points: int) -> np.ndarray:
     return np.vstack([np.add.reduceat(rows[:-1], starts) / counts, rows[-1]])
 
 
+# {run: {metric: `of_run`}}: a run is part of several groups where a page pools them by keys.
+_known: WeakKeyDictionary[Ran, dict[str, np.ndarray]] = WeakKeyDictionary()
+
+
 def of_run(ran: Ran, key: str) -> np.ndarray:
     """(points, 2): epoch and value of each line that has this metric, if finite."""
+    known = _known.setdefault(ran, {})
+    if key not in known:
+        known[key] = _read(ran, key)
+    return known[key]
+
+
+def _read(ran: Ran, key: str) -> np.ndarray:
     pairs = [(line["epoch"], line[key]) for line in ran.lines if key in line and "epoch" in line]
     points = np.array(pairs, dtype=float).reshape(-1, 2)
     points = points[np.isfinite(points).all(axis=1)]

@@ -6,7 +6,7 @@ It is named by what tells it from the other groups.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import yaml
@@ -136,6 +136,15 @@ class Board:
     def has_results(self) -> bool:
         return bool(self.metric)
 
+    @cached_property
+    def differing(self) -> dict[str, list[str]]:
+        """The `differences` of its groups."""
+        return differences([group.runs[0] for group in self.groups])
+
+    @cached_property
+    def pooled(self) -> "list[Pooled]":
+        return pooled(self)
+
 
 def groups(runs: Iterable[Ran]) -> list[Group]:
     """The groups of runs, without those that are `repeated`; they have no names yet."""
@@ -165,14 +174,60 @@ def ranked(groups: Sequence[Group], asked: str | None) -> tuple[str, bool, list[
     Groups come best first if it can; those without a finished run come last.
     """
     metric, able = _judge(groups, asked)
+    return metric, able, _in_order(groups, metric if able else "")
+
+
+def _in_order(groups: Sequence[Group], metric: str) -> list[Group]:
+    """Best first by `metric`, or as they were if it is ""; those with no finished run come last."""
     sign = 1 if smaller_is_better(metric) else -1
 
     def order(group: Group) -> float:
         return sign * mean_std(group.values(metric) or [sign * math.inf])[0]
 
-    if able:
-        groups = sorted(groups, key=order)
-    return metric, able, sorted(groups, key=lambda group: not group.finished)
+    ordered = sorted(groups, key=order) if metric else groups
+    return sorted(ordered, key=lambda group: not group.finished)
+
+
+@dataclass
+class Pooled:
+    """A board with the groups that have the same value of a key as one."""
+
+    key: str
+    also: list[str]  # keys that tell the same groups apart
+    board: Board
+    members: list[list[Group]]  # of each group of the board
+
+
+POOLED = 300  # groups of all `pooled` boards of a stage: a page holds a table and curves of each
+
+
+def pooled(board: Board) -> list[Pooled]:
+    """A board for each key of which some groups have the same value, by the names of the keys.
+
+    The n of its groups are the samples of all their runs: their std is over other settings, too.
+    """
+    same: dict[tuple[int, ...], list[str]] = {}  # which groups are alike -> the keys that say so
+    for key, words in board.differing.items():
+        first = {word: place for place, word in reversed([*enumerate(words)])}
+        same.setdefault(tuple(first[word] for word in words), []).append(key)
+    found, room = [], POOLED
+    for places, keys in sorted(same.items(), key=lambda item: len(set(item[0]))):
+        room -= len(set(places))
+        if len(set(places)) == len(places) or room < 0:
+            continue
+        # the choice of a group says more than its single settings
+        key, *also = sorted(keys, key=lambda key: (not key.endswith(".name"), len(key)))
+        members: dict[str, list[Group]] = {}
+        for word, group in zip(board.differing[key], board.groups, strict=True):
+            members.setdefault(word, []).append(group)
+        of: dict[Group, list[Group]] = {}
+        for word, several in members.items():
+            name = _assignment(key, word) if word else f"no {key.rpartition('.')[2]}"
+            of[Group(name, [ran for group in several for ran in group.runs])] = several
+        made = _in_order([*of], board.metric if board.ranked else "")
+        joined = Board(board.stage, board.metric, board.ranked, made)
+        found.append(Pooled(key, also, joined, [of[group] for group in made]))
+    return sorted(found, key=lambda one: one.key)
 
 
 def _place(stage: str) -> tuple[float, str]:
@@ -184,9 +239,7 @@ def _judge(groups: Sequence[Group], asked: str | None) -> tuple[str, bool]:
     """(the metric that judges groups of a stage, whether it can rank them)."""
     known = {key for group in groups for ran in group.runs for key in ran.values}
     firsts = [group.runs[0] for group in groups]
-    alike = True  # do losses mean the same in all groups?
-    if groups[0].stage == "pretrain":
-        alike = not identity.other_losses(ran.identity for ran in firsts)
+    alike = same_losses(groups)
     if asked in known:
         return asked, alike or "loss" not in asked
     # a pretraining in a pipeline names the pipeline's metric, which it doesn't have
@@ -195,6 +248,13 @@ def _judge(groups: Sequence[Group], asked: str | None) -> tuple[str, bool]:
     usual = [key for key in UNITS if key.endswith("top1") or (alike and key == "loss")]
     able += [key for key in usual if key in known]
     return (able or named or ["loss" if "loss" in known else ""])[0], bool(able)
+
+
+def same_losses(groups: Sequence[Group]) -> bool:
+    """Do losses mean the same in all groups of a stage?"""
+    if groups[0].stage != "pretrain":
+        return True
+    return not identity.other_losses(group.runs[0].identity for group in groups)
 
 
 def differences(runs: Sequence[Ran]) -> dict[str, list[str]]:

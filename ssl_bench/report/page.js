@@ -26,7 +26,52 @@ const matches = (name, more = "") => {
   const said = `${name} ${words.get(name) ?? ""} ${more}`.toLowerCase();
   return wanted().every((word) => said.includes(word));
 };
-const chosen = (board) => board.groups.filter((one) => (picked.size ? picked.has(one.name) : matches(one.name)));
+// -- pooling: the rows that have the same value of a key are drawn as one
+const by = document.getElementById("by");
+const sides = (key) => [key, `pretrained.${key}`, key.replace(/^pretrained\./, "")]; // a pretraining's key is an evaluation's, too
+const poolOf = (board) => (by.value ? sides(by.value).map((key) => board.by.find((one) => one.key === key || one.also.includes(key))).find(Boolean) : undefined);
+const groupsOf = (board) => poolOf(board)?.groups ?? board.groups;
+const membersOf = (group) => group.members ?? [group.name];
+const drawnAs = (name) => { // a run's row -> the rows that are drawn for it
+  const found = data.boards.flatMap(groupsOf).filter((one) => membersOf(one).includes(name)).map((one) => one.name);
+  return found.length ? found : [name];
+};
+const unpooled = () => new Set(data.boards.flatMap(groupsOf).filter((one) => picked.has(one.name)).flatMap(membersOf));
+const poolings = () => { // the choices, which may change while runs go on
+  const keys = [...new Set(data.boards.flatMap((board) => board.by.flatMap(({ key, also }) => [key, ...also])))].sort();
+  const before = by.value;
+  by.replaceChildren(make("option", { value: "" }, "all settings"), ...keys.map((key) => make("option", {}, key)));
+  by.value = keys.includes(before) ? before : "";
+  document.getElementById("grouping").hidden = !keys.length;
+};
+const pool = () => { // tables, and what is said of them
+  for (const place of all(".board")) {
+    const board = data.boards.find((one) => one.id === place.dataset.stage);
+    const key = (board && poolOf(board)?.key) ?? "";
+    if ((place.dataset.by ?? "") === key) continue;
+    place.dataset.by = key;
+    place.querySelector(".pool")?.remove();
+    const rows = place.querySelector(".rows");
+    rows.hidden = Boolean(key);
+    if (!key) continue;
+    const template = all("template", place).find((one) => one.dataset.by === key);
+    const table = make("div", { className: "pool" }, template.content.cloneNode(true));
+    rows.after(table);
+    addTools(table);
+  }
+  const said = document.getElementById("pooled");
+  said.hidden = !by.value;
+  if (!by.value) return;
+  const other = data.boards.map(poolOf).find((one) => one && !sides(by.value).includes(one.key));
+  const whole = data.boards.filter((board) => board.groups.length && !poolOf(board)).map((board) => board.title);
+  said.textContent = [
+    `Rows are values of ${by.value}: mean ± std over all runs with it, whatever their seeds and other settings.`,
+    other ? `${other.key} tells the same rows apart, and names them.` : "",
+    whole.length ? `Not grouped, for no two rows agree there: ${whole.join(", ")}.` : "",
+  ].filter(Boolean).join(" ");
+};
+by.addEventListener("change", () => { picked.clear(); lit.clear(); choose(); });
+const chosen = (board) => groupsOf(board).filter((one) => (picked.size ? picked.has(one.name) : matches(one.name)));
 // Few are easy to tell apart: more are drawn where they are asked for.
 const drawn = (board) => chosen(board).slice(0, picked.size ? LINES : FIRST);
 
@@ -47,10 +92,12 @@ const paint = () => {
   }
 };
 
+const tickedBy = (box) => (by.value && box.closest("#runs") ? drawnAs(box.value) : [box.value]);
 const choose = () => { // all that follows from the filter and the boxes
   words.clear();
-  for (const board of data.boards) for (const one of board.groups) words.set(one.name, `${words.get(one.name) ?? ""} ${one.words}`);
-  for (const box of all("tbody input[type=checkbox]")) box.checked = picked.has(box.value);
+  for (const board of data.boards) for (const one of new Set([...board.groups, ...groupsOf(board)])) words.set(one.name, `${words.get(one.name) ?? ""} ${one.words}`);
+  pool();
+  for (const box of all("tbody input[type=checkbox]")) box.checked = tickedBy(box).every((name) => picked.has(name));
   let [seen, count] = [0, 0];
   for (const row of all("tr[data-name]")) {
     row.hidden = !matches(row.dataset.name, row.textContent);
@@ -67,7 +114,8 @@ const choose = () => { // all that follows from the filter and the boxes
 const LEAST = 2, MOST = 12; // columns of a comparison
 const compareColumns = (table) => {
   const heads = [...table.tHead.rows[0].cells];
-  const fit = heads.slice(1).filter((head) => (picked.size ? picked.has(head.dataset.name) : matches(head.dataset.name)));
+  const base = unpooled();
+  const fit = heads.slice(1).filter((head) => (picked.size ? base.has(head.dataset.name) : matches(head.dataset.name)));
   const columns = new Set((fit.length < LEAST && !picked.size ? heads.slice(1) : fit).slice(0, MOST));
   heads.forEach((head, i) => {
     if (!i) return;
@@ -83,7 +131,7 @@ document.getElementById("picker").addEventListener("submit", (event) => event.pr
 document.getElementById("unpick").addEventListener("click", () => { picked.clear(); choose(); filter.focus(); });
 document.addEventListener("change", ({ target }) => {
   if (!target.matches("tbody input[type=checkbox]")) return;
-  if (target.checked) picked.add(target.value); else picked.delete(target.value);
+  for (const name of tickedBy(target)) if (target.checked) picked.add(name); else picked.delete(name);
   choose();
 });
 
@@ -179,11 +227,14 @@ const smoothed = (values, weight) => {
     return last / norm;
   });
 };
+// A method's own loss has a panel of its own, where nothing is drawn that pools it with others.
+const belongs = (group, { key, only }) => group.curves.values[key] && (!only || membersOf(group).every((name) => only.includes(name)));
 const linesOf = (board, panel) => {
   const [axis, logx, logy, weight] = [setting("x"), setting("logx"), setting("logy"), Number(setting("smooth"))];
   const found = [];
-  for (const { name, curves } of drawn(board)) {
-    if (!curves.values[panel.key] || (panel.only && !panel.only.includes(name))) continue;
+  for (const group of drawn(board)) {
+    const { name, curves } = group;
+    if (!belongs(group, panel)) continue;
     const [grid, means, stds] = curves.values[panel.key];
     const at = axisOf(curves, axis);
     const rows = [];
@@ -384,7 +435,7 @@ const layOut = () => { // the figures of each stage, made anew only if there are
     for (const figure of all("figure.curve", stage)) {
       figure.board = board;
       // a panel of a method's own loss shows nothing if none of its groups is drawn
-      figure.hidden = !drawn(board).some(({ name, curves }) => curves.values[figure.panel.key] && (figure.panel.only?.includes(name) ?? true));
+      figure.hidden = !drawn(board).some((group) => belongs(group, figure.panel));
     }
     const groups = drawn(board).filter(({ curves }) => Object.keys(curves.values).length);
     stage.hidden = !board.panels.length;
@@ -403,6 +454,7 @@ const layOut = () => { // the figures of each stage, made anew only if there are
   paint();
   stale();
   for (const place of all(".dots")) dots(place);
+  drawSweeps();
 };
 for (const [event, name] of [["pointerover", true], ["focusin", true], ["pointerout", false], ["focusout", false]]) {
   document.addEventListener(event, ({ target }) => {
@@ -495,7 +547,7 @@ const dots = (place) => {
 };
 
 // -- light and dark -----------------------------------------------------------------------------------------------------------
-const repaint = () => { stale(); for (const place of all(".dots")) dots(place); };
+const repaint = () => { stale(); for (const place of all(".dots")) dots(place); drawSweeps(); };
 document.getElementById("theme").addEventListener("click", () => {
   const { style } = root;
   const dark = style.colorScheme ? style.colorScheme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
@@ -530,6 +582,7 @@ for (const map of document.querySelectorAll(".map")) {
 }
 
 addTools(document);
+poolings();
 choose();
 
 // -- live: stage=board answers what has changed since a version ---------------------------------------------------------------
@@ -546,9 +599,11 @@ const renew = (name, html) => { // a section as it is now, with its focus and it
   if (focused >= 0) able()[focused]?.focus({ preventScroll: true });
 };
 const merge = (news) => {
-  const before = new Map(data.boards.flatMap((board) => board.groups.map((one) => [`${board.id} ${one.name}`, one.curves])));
-  for (const board of news.boards) for (const one of board.groups) one.curves ??= before.get(`${board.id} ${one.name}`);
+  const every = ({ boards }) => boards.flatMap((board) => [board, ...board.by].flatMap(({ key, groups }) => groups.map((one) => [[board.id, key, one.name].join("\n"), one])));
+  const before = new Map(every(data).map(([name, one]) => [name, one.curves]));
+  for (const [name, one] of every(news)) one.curves ??= before.get(name);
   Object.assign(data, { boards: news.boards, version: news.version });
+  poolings();
   for (const [name, html] of Object.entries(news.sections)) renew(name, html);
   choose();
 };

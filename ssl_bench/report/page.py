@@ -1,15 +1,15 @@
 """report.html, one file that needs no other, from groups of runs and what their checkpoints say.
 
-page.html is its template (Jinja); page.css and page.js are put into it, and uPlot, which draws the
-curves: https://github.com/leeoniya/uPlot, MIT, 50 kB. `Page` is what a page says; `board` serves it
-while runs go on.
+page.html is its template (Jinja); page.css, page.js and page.sweep.js are put into it, and uPlot,
+which draws the curves: https://github.com/leeoniya/uPlot, MIT, 50 kB. `Page` is what a page says;
+`board` serves it while runs go on.
 """
 
 import base64
 import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import ssl_bench
-from ssl_bench.report import curves, grouping, tables
+from ssl_bench.report import curves, grouping, sensitivity, tables
 from ssl_bench.report.figure import project
 from ssl_bench.report.grouping import Board, Group
 from ssl_bench.runs import units
@@ -131,6 +131,7 @@ class Page:
             ("remarks", "confusions", "neighbours", "maps", "views", "learnt"), ()
         )
         values = {**nothing, "classes": None, "sheets": {}, **of_networks}
+        values["sweeps"] = any(board["sweep"] for board in data["boards"])
         return _template().render(self._values() | values | {"data": script(data)})
 
     def sections(self) -> dict[str, str]:
@@ -141,7 +142,7 @@ class Page:
 
     def _values(self) -> dict[str, Any]:
         folder = Path(__file__).parent
-        names = ("page.css", "page.js", "uplot.css", "uplot.js")
+        names = ("page.css", "page.js", "page.sweep.js", "uplot.css", "uplot.js")
         return {
             "title": self.heading,
             "files": {name: (folder / name).read_text(encoding="utf-8") for name in names},
@@ -182,17 +183,8 @@ def script(data: Any) -> str:
 
 
 def _board(board: Board) -> dict:
-    rows = board.rows
     # health last: it has charts, and a window shows the first columns
-    columns = sorted(tables.columns(rows), key=lambda one: one in HEALTH and "top1" not in one)
-    lines = []
-    for group, row in zip(board.groups, rows, strict=True):
-        cells = []
-        for column in columns:
-            values = row["values"].get(column, [])
-            order = mean_std(values)[0] if values else row.get(column)
-            cells.append({"text": tables.cell(row, column), "order": order})
-        lines.append({"name": group.name, "n": row["n"], "cells": cells})
+    order = sorted(tables.columns(board.rows), key=lambda one: one in HEALTH and "top1" not in one)
     best = ""
     if board.ranked:
         best = units.shown(board.metric, board.groups[0].values(board.metric))
@@ -202,9 +194,23 @@ def _board(board: Board) -> dict:
         "metric": units.unit(board.metric).label,
         "unranked": not board.ranked and len(board.groups) > 1,
         "best": best,
-        "columns": [(tables.heading(column), _least_first(column)) for column in columns],
-        "rows": lines,
+        "columns": [(tables.heading(column), _least_first(column)) for column in order],
+        "rows": _lines(board, order),
+        "by": [{"key": one.key, "rows": _lines(one.board, order)} for one in board.pooled],
     }
+
+
+def _lines(board: Board, columns: Sequence[str]) -> list[dict]:
+    """The rows of a leaderboard."""
+    lines = []
+    for group, row in zip(board.groups, board.rows, strict=True):
+        cells = []
+        for column in columns:
+            values = row["values"].get(column, [])
+            order = mean_std(values)[0] if values else row.get(column)
+            cells.append({"text": tables.cell(row, column), "order": order})
+        lines.append({"name": group.name, "n": row["n"], "cells": cells})
+    return lines
 
 
 def _least_first(column: str) -> bool:
@@ -214,7 +220,8 @@ def _least_first(column: str) -> bool:
 
 
 def charts(boards: Sequence[Board], known: dict[tuple, dict] | None = None) -> dict:
-    """What page.js draws: the panels of each stage, and the curves of each group.
+    """What page.js draws: the panels of each stage, the curves of each group, and of those that
+    are pooled by a key; `sweep`: what its settings have to do with its results.
 
     known: keeps curves for the next call, since most runs are the same then.
     """
@@ -222,38 +229,63 @@ def charts(boards: Sequence[Board], known: dict[tuple, dict] | None = None) -> d
     before = dict(known)
     known.clear()
     count = sum(len(group.runs) for board in boards for group in board.groups)
+    count += sum(len(one.board.groups) for board in boards for one in board.pooled)
     points = curves.points_for(12 * count)  # a run logs some twelve values
+
+    def drawn(board: Board, group: Group, words: Iterable[str]) -> dict:
+        key = (points, *((ran, ran.source) for ran in group.runs))
+        known[key] = before[key] if key in before else curves.of_group(group, points)
+        unit = units.unit(board.metric)
+        values = [unit.scale * value for value in group.values(board.metric)]
+        return {
+            "name": group.name,
+            "n": len(group.samples),
+            "words": " ".join(words),
+            "values": [value for value in values if np.isfinite(value)],
+            "shown": units.shown(board.metric, group.values(board.metric)),
+            "curves": known[key],
+        }
+
     found = []
     for board in boards:
-        differing = grouping.differences([group.runs[0] for group in board.groups])
-        groups = []
+        words: dict[Group, dict[str, None]] = {}
         for place, group in enumerate(board.groups):
-            key = (points, *((ran, ran.source) for ran in group.runs))
-            known[key] = before[key] if key in before else curves.of_group(group, points)
-            settings = [f"{name}={words[place]}" for name, words in differing.items()]
-            states = dict.fromkeys(ran.state.name for ran in group.runs)
-            unit = units.unit(board.metric)
-            values = [unit.scale * value for value in group.values(board.metric)]
-            groups.append(
-                {
-                    "name": group.name,
-                    "n": len(group.samples),
-                    "words": " ".join([group.stage, *states, *settings]),
-                    "values": [value for value in values if np.isfinite(value)],
-                    "shown": units.shown(board.metric, group.values(board.metric)),
-                    "curves": known[key],
-                }
-            )
+            settings = [f"{key}={values[place]}" for key, values in board.differing.items()]
+            states = [ran.state.name for ran in group.runs]
+            words[group] = dict.fromkeys([group.stage, *states, *settings])
+        by = []
+        for one in board.pooled:
+            groups = []
+            for group, members in zip(one.board.groups, one.members, strict=True):
+                # what all of them are: a filter mustn't show one for a part of its runs
+                common = [
+                    word for word in words[members[0]] if all(word in words[m] for m in members)
+                ]
+                names = [member.name for member in members]
+                groups.append(drawn(board, group, common) | {"members": names})
+            by.append({"key": one.key, "also": one.also, "groups": groups})
         found.append(
             {
                 "id": board.stage,
                 "title": board.title,
                 "metric": units.unit(board.metric).label if board.ranked else "",
                 "panels": _panels(board),
-                "groups": groups,
+                "groups": [drawn(board, group, words[group]) for group in board.groups],
+                "by": by,
+                "sweep": sensitivity.of_board(board),
             }
         )
     return {"boards": found}
+
+
+def every_group(board: dict) -> Iterator[tuple[tuple[str, str, str], dict]]:
+    """(what names it, the group) of all groups of a board of `charts`, the pooled ones too."""
+    for key, groups in [
+        ("", board["groups"]),
+        *((one["key"], one["groups"]) for one in board["by"]),
+    ]:
+        for group in groups:
+            yield (board["id"], key, group["name"]), group
 
 
 def _panels(board: Board) -> list[dict]:
@@ -295,9 +327,8 @@ def _panels(board: Board) -> list[dict]:
 
 
 def _differences(board: Board) -> dict:
-    rows = grouping.differences([group.runs[0] for group in board.groups])
     names = [group.name for group in board.groups]
-    return {"id": board.stage, "title": board.title, "names": names, "rows": rows}
+    return {"id": board.stage, "title": board.title, "names": names, "rows": board.differing}
 
 
 def _runs(boards: Sequence[Board], runs: Sequence[Ran]) -> list[dict]:

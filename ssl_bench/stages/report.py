@@ -149,7 +149,7 @@ def write_markdown(title: str, boards: list[Board], runs: list[Ran]) -> str:
     ]
     parts += leaderboards(boards)
     for board in boards:
-        if differing := grouping.differences([group.runs[0] for group in board.groups]):
+        if differing := board.differing:
             parts.append(f"## What differs: {board.title}")
             header = ["", *(group.name for group in board.groups)]
             parts.append(markdown(header, [[key, *words] for key, words in differing.items()]))

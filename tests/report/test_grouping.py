@@ -370,6 +370,37 @@ def test_every_place_has_one_mean_and_one_deviation(tmp_path: Path) -> None:
     assert spreads(" ".join(cell["text"] for cell in row["cells"])) == expected
 
 
+def test_rows_are_pooled_by_any_key(tmp_path: Path) -> None:
+    """n and std are over all runs with the value; a filter finds what all of them are."""
+    top1 = {}
+    for lr, size, seed in product((1, 2), (64, 128), (0, 1)):
+        top1[lr, size, seed] = 10.0 * lr + size / 64 + seed
+        words = [f"optimizer.base_lr={lr}", f"batch_size={size}", f"seed={seed}"]
+        words += [f"schedule.warmup_epochs={size // 64 - 1}", f"optimizer.weight_decay={lr}{size}"]
+        classified(tmp_path / f"{lr}{size}{seed}", top1[lr, size, seed], *words)
+    board = boards(tmp_path)["lincls"]
+    by = {one.key: one for one in board.pooled}
+    # no two rows have the same weight decay; the number of warm-up epochs goes with the batch
+    assert set(by) == {"batch_size", "optimizer.base_lr"}
+    assert by["batch_size"].also == ["schedule.warmup_epochs"]
+    rates = by["optimizer.base_lr"]
+    assert names(rates.board) == ["base_lr=2", "base_lr=1"]  # the best first
+    for group, lr in zip(rates.board.groups, (2, 1), strict=True):
+        mine = [value for (rate, *_), value in top1.items() if rate == lr]
+        assert sorted(group.values("val_top1")) == sorted(mine)
+    (charts,) = page.charts([board])["boards"]
+    drawn = next(one for one in charts["by"] if one["key"] == "optimizer.base_lr")["groups"]
+    assert [one["n"] for one in drawn] == [4, 4]
+    assert "optimizer.base_lr=2" in drawn[0]["words"]
+    assert "batch_size=" not in drawn[0]["words"]
+    assert set(drawn[0]["members"]) | set(drawn[1]["members"]) == set(names(board))
+    assert drawn[0]["shown"] == units.shown("val_top1", [22.0, 23.0, 21.0, 22.0])
+    rows = next(one for one in page._board(board)["by"] if one["key"] == "optimizer.base_lr")[
+        "rows"
+    ]
+    assert drawn[0]["shown"] in [cell["text"] for cell in rows[0]["cells"]]
+
+
 def made_sweeps(folder: Path, place: Path) -> dict[str, list[tuple[list[str], float | None]]]:
     """name -> (overrides, result) of each member."""
     seeds = [f"pretrained={place}/p{seed}" for seed in (0, 1)]

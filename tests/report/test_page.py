@@ -6,7 +6,7 @@ import copy
 import csv
 import json
 import shutil
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -57,6 +57,25 @@ def reported(runs: Path) -> Path:
 @pytest.fixture
 def opened(browser, reported: Path):
     return show(browser, reported)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A grid of rates and batches, two seeds each, in which the rate decides."""
+    folder = tmp_path_factory.mktemp("swept")
+    for lr, size, seed in product((1, 2, 3), (64, 128), (0, 1)):
+        words = [f"optimizer.base_lr={lr}", f"batch_size={size}", f"seed={seed}", "epochs=2"]
+        classified(folder / f"{lr}{size}{seed}", 50.0 + 4 * lr + size / 128 + seed / 10, *words)
+    launch(compose("stage=report", f"runs={folder}"))
+    return folder
+
+
+def visible(browser, selector: str) -> list[str]:
+    return browser.execute_script(
+        "return [...document.querySelectorAll(arguments[0])].filter((one) => "
+        "one.checkVisibility()).map((one) => one.textContent.trim())",
+        selector,
+    )
 
 
 def show(browser, folder: Path, size: tuple[int, int] = LAPTOP, scheme: str = "light"):
@@ -333,28 +352,21 @@ def test_values_under_the_cursor_and_by_keyboard(opened) -> None:
 def test_filter_compare_and_clear(opened) -> None:
     """Words leave out rows and lines; ticked rows alone are drawn and compared."""
 
-    def visible(selector: str) -> list[str]:
-        return opened.execute_script(
-            "return [...document.querySelectorAll(arguments[0])].filter((one) => "
-            "one.checkVisibility()).map((one) => one.textContent.trim())",
-            selector,
-        )
-
     box = opened.find_element("css selector", "#filter")
     box.send_keys("random lincls")
-    assert visible("#leaderboard tbody th") == ["random init"]
-    assert visible("#runs tbody th") == ["random init"] * 2
-    assert visible("#curves .legend button") == ["random init n = 2"]
+    assert visible(opened, "#leaderboard tbody th") == ["random init"]
+    assert visible(opened, "#runs tbody th") == ["random init"] * 2
+    assert visible(opened, "#curves .legend button") == ["random init n = 2"]
     assert texts(opened, "#found") == ["2 of 6 runs"]
     box.clear()
     box.send_keys(" ")
-    assert len(visible("#runs tbody th")) == 6
+    assert len(visible(opened, "#runs tbody th")) == 6
     opened.find_element("css selector", "#leaderboard input[value='moco_v2']").click()
-    assert set(visible("#curves .legend button")) == {"moco_v2 n = 2"}
-    assert visible("#differences thead th") == ["key", "moco_v2"]
-    assert len(visible("#runs tbody th")) == 6  # a choice hides no row
+    assert set(visible(opened, "#curves .legend button")) == {"moco_v2 n = 2"}
+    assert visible(opened, "#differences thead th") == ["key", "moco_v2"]
+    assert len(visible(opened, "#runs tbody th")) == 6  # a choice hides no row
     opened.find_element("css selector", "#unpick").click()
-    assert len(visible("#curves .legend button")) == 3
+    assert len(visible(opened, "#curves .legend button")) == 3
     assert opened.get_log("browser") == []
 
 
@@ -384,6 +396,82 @@ def test_tables_and_charts_can_be_downloaded(opened, tmp_path: Path) -> None:
         with Image.open(picture) as image:
             assert image.width > 300
             assert len(image.getcolors(maxcolors=1 << 24) or ()) > 3
+
+
+def choose(browser, selector: str, value: str) -> None:
+    browser.execute_script(
+        "const one = document.querySelector(arguments[0]); one.value = arguments[1];"
+        "one.dispatchEvent(new Event('change', { bubbles: true }))",
+        selector,
+        value,
+    )
+
+
+def test_rows_are_pooled_by_a_key(browser, swept: Path) -> None:
+    """Tables, charts and choices follow, and go back."""
+    show(browser, swept)
+    names = visible(browser, "#leaderboard tbody th")
+    assert len(names) == 6
+    choose(browser, "#by", "optimizer.base_lr")
+    rates = [f"base_lr={lr}" for lr in (3, 2, 1)]
+    assert visible(browser, "#leaderboard tbody th") == rates
+    assert visible(browser, "#curves .legend button") == [f"{rate} n = 4" for rate in rates]
+    expected = units.shown("val_top1", [62.5, 62.6, 63.0, 63.1])
+    assert visible(browser, "#leaderboard tbody td:nth-child(2)")[0] == expected
+    assert expected in texts(browser, "#leaderboard svg")[0]
+    assert "mean ± std over all runs" in visible(browser, "#pooled")[0]
+    # a run's row ticks the row that it is in, and the configurations of that are compared
+    row = browser.find_element("css selector", "#runs tbody tr")
+    row.find_element("css selector", "input").click()
+    ticked = row.get_attribute("data-name")
+    mine = [name for name in names if name.split()[-1] == ticked.split()[-1]]
+    assert len(visible(browser, "#curves .legend button")) == 1
+    assert len(visible(browser, "#differences thead th")) == 1 + len(mine) == 3
+    choose(browser, "#by", "")
+    assert visible(browser, "#leaderboard tbody th") == names
+    assert not visible(browser, "#pooled")
+    assert browser.get_log("browser") == []
+
+
+def test_settings_against_results(browser, swept: Path) -> None:
+    """A line for each row, the key that decides first, and a click that ticks."""
+    show(browser, swept)
+    browser.execute_script("document.getElementById('sweep').scrollIntoView()")
+    wait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait(browser, 20)
+    wait.until(lambda _: texts(browser, "#sweeps tbody th"))
+    assert texts(browser, "#sweeps tbody th") == ["optimizer.base_lr", "batch_size"]
+    assert float(texts(browser, "#sweeps tbody td.bar")[0]) > 95
+    count = "return document.querySelectorAll(arguments[0]).length"
+    assert browser.execute_script(count, "#sweeps path.row") == 6
+    assert browser.execute_script(count, "#sweeps circle.row") == 12
+    (caption,) = texts(browser, "#sweeps .across figcaption small")
+    assert caption == "the best, drawn thick: 63.05 with base_lr 3, batch_size 128"
+    # the best and the worst end at the ends of the last axis
+    ends = browser.execute_script(
+        "return [...document.querySelectorAll('#sweeps path.row')].map("
+        "(one) => Number(one.getAttribute('d').split(',').at(-1)))"
+    )
+    assert ends == sorted(ends, reverse=True)
+    browser.execute_script(
+        "document.querySelector('#sweeps path.row').dispatchEvent("
+        "new MouseEvent('click', { bubbles: true }))"
+    )
+    assert len(visible(browser, "#curves .legend button")) == 1
+    box = browser.find_element("css selector", "#filter")
+    browser.execute_script("document.getElementById('unpick').click()")
+    box.send_keys("batch_size=64")
+    browser.execute_script("document.getElementById('sweep').scrollIntoView()")
+    wait.until(lambda _: browser.execute_script(count, "#sweeps path.row") == 3)
+    # names are short where they are told apart so
+    assert browser.execute_script("return shortOf(['a.lr', 'b.lr', 'method.name', 'c.size'])") == [
+        *("a.lr", "b.lr", "method", "size")
+    ]
+    scale = browser.execute_script(
+        "const one = scaleOf(Array.from({ length: 31 }, (_, i) => String(10 ** (i / 10))));"
+        "return [one.at('1'), one.at('1000'), one.ticks.map(([, label]) => label)]"
+    )
+    assert scale == [pytest.approx(0.04), pytest.approx(0.96), ["1", "10", "100", "1,000"]]
+    assert browser.get_log("browser") == []
 
 
 def test_one_point_is_a_number(browser, tmp_path: Path) -> None:
