@@ -30,6 +30,7 @@ from ssl_bench.config import build, messages, typed
 from ssl_bench.errors import Interrupted, UserError
 from ssl_bench.launch import resolvers
 from ssl_bench.launch.continuing import continued, with_choices
+from ssl_bench.launch.expanded import with_members
 from ssl_bench.launch.process import launch, set_up_logging
 
 log = logging.getLogger(__name__)
@@ -265,7 +266,7 @@ def execute(words: Sequence[str]) -> Result | None:
     if mistaken := _no_option(words) or messages.no_name(words):
         fail(UserError(mistaken))
     try:
-        words = with_choices(words)
+        words = with_members(with_choices(words))
     except UserError as error:
         fail(error)
     words = [HOME.sub(r'\1="\2"', LIST.sub(r"\1=[\2]", word)) for word in words]

@@ -15,7 +15,7 @@ import sys
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -346,8 +346,24 @@ def _check_starts(todo: Sequence["Member"], members: Sequence["Member"]) -> None
                 published.located(source)
             except UserError as error:
                 lines.append(str(error).replace("pretrained=", f"{key}=", 1))
+        if source := member.config["pretrained"]:
+            lines += _other_shape(source, identity.node(member.config, "backbone"))
     if lines:
         raise UserError("\n".join(["nothing was started.", *dict.fromkeys(lines)]))
+
+
+def _other_shape(source: str, backbone: Mapping[str, Any]) -> list[str]:
+    """A line if the run of these weights had the same backbone, but in another shape."""
+    from ssl_bench.launch.place import SHAPE
+    from ssl_bench.runs import identity, layout
+
+    run = layout.run_at(Path(source))
+    had = identity.node(identity.config(run), "backbone") if run else {}
+    shared = [key for key in SHAPE if key in had and key in backbone]
+    if had.get("name") != backbone.get("name") or all(had[key] == backbone[key] for key in shared):
+        return []
+    words = " ".join(f"backbone.{key}={had[key]}" for key in shared)
+    return [f"pretrained={source} was trained with backbone={had['name']} {words}: type these"]
 
 
 class Local(SweepLauncher):

@@ -93,6 +93,8 @@ def _told_apart(rows: Sequence[Group], members: Mapping[Ran, sweep.Member]) -> d
         values = [_values(key, members_of_one) for members_of_one in of_row]
         if len(set(values)) > 1:
             found[key] = values
+    if "pretrained" in found:
+        found = _by_settings(found, rows)
     typed = list(zip(*found.values(), strict=True)) or [()] * len(rows)
     for words in {words for words in typed if typed.count(words) > 1}:
         alike = [row.runs[0] for row, mine in zip(rows, typed, strict=True) if mine == words]
@@ -100,6 +102,16 @@ def _told_apart(rows: Sequence[Group], members: Mapping[Ran, sweep.Member]) -> d
         everywhere = differences([row.runs[0] for row in rows])
         found |= {key: everywhere[key] for key in sorted(edited)}
     return found
+
+
+def _by_settings(found: dict[str, list[str]], rows: Sequence[Group]) -> dict[str, list[str]]:
+    """`found` with the settings of the pretrainings in place of their long paths, if these tell."""
+    everywhere = differences([row.runs[0] for row in rows])
+    below = {key: words for key, words in everywhere.items() if key.startswith("pretrained.")}
+    told = set(zip(*below.values(), strict=True))
+    if len(told) < len(set(found["pretrained"])):
+        return found
+    return {key: words for key, words in found.items() if key != "pretrained"} | below
 
 
 def _values(key: str, members: Sequence[sweep.Member]) -> str:
