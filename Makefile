@@ -7,7 +7,7 @@ RUN = $(VENV)/bin/
 # a worker for each core, and one for Slurm, which needs about 1 GB; in the order of tests/conftest.py
 PYTEST = $(RUN)python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: quickstart test alltests quicktest lint docs lock mutants bench
+.PHONY: quickstart test alltests quicktest durations lint docs lock mutants bench
 
 quickstart: $(VENV)/.installed
 	$(RUN)ssl-bench experiment=quickstart
@@ -20,7 +20,13 @@ alltests: $(VENV)/.installed-test
 	$(PYTEST)
 
 quicktest: $(VENV)/.installed-test
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not seconds"
+
+# which tests `make quicktest` leaves out, measured anew: tests/durations.json
+durations: $(VENV)/.installed-test
+	rm -f /tmp/durations.jsonl
+	TEST_DURATIONS=/tmp/durations.jsonl $(PYTEST) -m "not exhaustive" || true  # a failed test costs, too
+	$(RUN)python tests/durations.py /tmp/durations.jsonl
 
 lint: $(VENV)/.installed-test
 	$(RUN)ruff check .

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import durations
 import pytest
 from browsing import FLAGS
 from commands import run_here
@@ -25,6 +26,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = (
         f"{tempfile.gettempdir()}/inductor-{os.environ['PYTEST_XDIST_WORKER']}"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if clock := durations.clock():
+        config.pluginmanager.register(clock)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -46,6 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         slow, grouped = (item.get_closest_marker(name) for name in ("slow", "xdist_group"))
         if not (slow or grouped):
             item.add_marker(pytest.mark.xdist_group(item.path.stem.removeprefix("test_")))
+    durations.mark(items)
     items.sort(key=lambda item: [not item.get_closest_marker(name) for name in ("slurm", "slow")])
 
 
