@@ -76,6 +76,8 @@ class Root(BaseModel):
     zero_init_residual: bool
     compile: bool
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    accumulate: Annotated[int, Field(ge=2)] | None = None
+    compress: Literal["bf16"] | None = None
     verbosity: Literal["quiet", "normal", "full"] = "normal"
     log_every: PositiveInt
     eval_every: NonNegativeInt

@@ -31,6 +31,8 @@ class BarlowTwins(Method):
     weight of the redundancy, the loss's second part.
     """
 
+    whole_batch = "its loss is of correlations over the batch"
+
     def __init__(
         self, backbone: nn.Module, dim: PositiveInt = 8192, lambd: NonNegativeFloat = 0.0051
     ) -> None:

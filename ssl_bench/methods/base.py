@@ -26,6 +26,9 @@ class Method(nn.Module):
     split: str = "pretrain"  # the images it learns from
     learns: bool = True
     bn_splits: int = 1  # the number of parts in which batch norm sees the batch of a process
+    # what the loss takes from the whole batch, so that it can't come in parts (`accumulate`); None:
+    # it is the mean of what each image has by itself
+    whole_batch: str | None = "it isn't said to be a mean over images (whole_batch = None)"
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -68,12 +71,33 @@ class Method(nn.Module):
         """
         return ()
 
+    def in_parts(self, count: int) -> None:
+        """Called before training if each batch comes in so many parts, one after the other.
+
+        Running statistics move as far by the parts as they would by the batch.
+        """
+        slow_statistics_(self, count)
+
+    def ahead(self, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What `forward` is given after what `draw` gave, (N, ...) each, if a batch comes in parts.
+
+        Called once a step, without gradient, with the whole batch of this process.
+        """
+        return ()
+
     def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
         """`num_views` batches (N, 3, H, W), labels (N,) int64 where the method uses them."""
         raise NotImplementedError
 
     def update(self, progress: float) -> None:
         """Called after `optimizer.step()` with the share of training done, 0 < progress <= 1."""
+
+
+def slow_statistics_(module: nn.Module, count: int) -> None:
+    """Have running statistics move as far by `count` batches as they do by one, in place."""
+    for child in module.modules():
+        if getattr(child, "running_mean", None) is not None and child.momentum is not None:
+            child.momentum = 1 - (1 - child.momentum) ** (1 / count)
 
 
 def need_patches(backbone: nn.Module, method: str) -> None:

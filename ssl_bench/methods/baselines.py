@@ -19,6 +19,7 @@ class Random(Method):
 class Supervised(Method):
     """Cross-entropy with the labels of the training split."""
 
+    whole_batch = None
     num_views = 1
     split = "train"
 

@@ -28,6 +28,8 @@ class BYOL(Method):
     Linear-BN-ReLU-Linear.
     """
 
+    whole_batch: str | None = None
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -62,6 +62,8 @@ class DCL(Method):
     the width of the features. sigma: see `dcl_loss`; None: DCL, a number: DCLW.
     """
 
+    whole_batch = "its negatives are the other images of the batch"
+
     def __init__(
         self,
         backbone: nn.Module,

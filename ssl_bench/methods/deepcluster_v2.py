@@ -74,6 +74,7 @@ class DeepClusterV2(Method):
     k-means. num_images: of the data set, handed over by the stage.
     """
 
+    whole_batch = "its memory takes the embeddings of the whole batch at once"
     takes_small_views = True
 
     def __init__(

@@ -156,6 +156,7 @@ class SelfDistilled(Method):
     frozen_epochs: for so long the last layer of the head doesn't move.
     """
 
+    whole_batch = "its centre follows the teacher's mean over the batch"
     takes_small_views = True
 
     def __init__(

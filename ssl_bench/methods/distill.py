@@ -60,6 +60,7 @@ class Distill(Method):
         known = digest(teacher_network, size=32)
         self.register_buffer("teacher_digest", torch.tensor(list(known), dtype=torch.uint8))
         self.gram_weight = gram_weight if loss == "gram" else 0.0
+        self.whole_batch = "its Gram matrices are of the whole batch" if loss == "gram" else None
         self.projector: nn.Module = nn.Identity()
         if loss == "cosine":
             widths = (backbone.dim, hidden_dim, teacher_network.dim)

@@ -64,6 +64,7 @@ class IJEPA(Method):
     to_edge: see `masks.targets_and_context`.
     """
 
+    whole_batch = None
     num_views = 1
 
     def __init__(

@@ -70,6 +70,7 @@ class LeJEPA(Method):
     characteristic functions are compared.
     """
 
+    whole_batch = "its loss is of the distribution of the batch"
     takes_small_views = True
 
     def __init__(

@@ -66,6 +66,7 @@ class MAE(Method):
     decoder's width, number of blocks and attention heads. norm_pix: see `reconstruction_loss`.
     """
 
+    whole_batch = None
     num_views = 1
 
     def __init__(

@@ -39,6 +39,8 @@ class MMCR(Method):
     see `mmcr_loss`.
     """
 
+    whole_batch = "its loss is of the singular values of the batch"
+
     def __init__(
         self,
         backbone: nn.Module,

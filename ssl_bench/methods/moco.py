@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from ssl_bench.config.fields import Fraction
 from ssl_bench.errors import UserError
 from ssl_bench.methods import layers, splits
-from ssl_bench.methods.base import Method, Output, ema_, health_of, momentum_copy
+from ssl_bench.methods.base import (
+    Method,
+    Output,
+    ema_,
+    health_of,
+    momentum_copy,
+    slow_statistics_,
+)
 from ssl_bench.runtime import distributed
 
 log = logging.getLogger(__name__)
@@ -64,6 +71,8 @@ class MoCo(Method):
     statistics. None: see `split_`, which needs batch_size, that of all processes together.
     """
 
+    whole_batch: str | None = None
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -101,30 +110,54 @@ class MoCo(Method):
                 "process: change one of method.bn_splits, batch_size, devices"
             )
 
-    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
-        """views: query and key images, (N, 3, H, W) each.
+    def in_parts(self, count: int) -> None:
+        """Queries come in parts, each with its share of `bn_splits`; keys never do (`ahead`)."""
+        if self.bn_splits > 1 and self.bn_splits % count:
+            raise UserError(
+                f"accumulate={count} doesn't divide method.bn_splits={self.bn_splits}, the parts "
+                "of the batch that batch norm sees: change one of the two"
+            )
+        for child in self.backbone.modules():
+            if isinstance(child, layers.SplitBatchNorm):
+                child.num_splits //= count
+        slow_statistics_(self.backbone, count)
+
+    def ahead(self, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (self.keys(views[1]),)
+
+    def forward(
+        self,
+        views: Sequence[Tensor],
+        labels: Tensor | None = None,
+        key: Tensor | None = None,
+    ) -> Output:
+        """views: query and key images, (N, 3, H, W) each. key: see `ahead`.
 
         `accuracy`: how often the positive scores highest.
         """
-        query, key = self.encode(views)
+        query, key = self.encode(views, key)
         logits = info_nce_logits(query, key, self.queue.keys, self.temperature)
         target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         accuracy = (logits[:, 0] > logits[:, 1:].amax(dim=1)).float().mean()
         loss = F.cross_entropy(logits, target)
         return {"loss": loss, "accuracy": accuracy.detach(), "embeddings": health_of(query, key)}
 
-    def encode(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Query and key images -> query and key, normalised (N, D)."""
-        self.check_splits(len(views[0]))
+    def encode(self, views: Sequence[Tensor], key: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Query and key images -> query and key, normalised (N, D). key: if it is there already."""
+        if key is None:
+            self.check_splits(len(views[0]))
         query = self.normalized(self.head(self.backbone(views[0])))  # (N, D)
-        with torch.no_grad():
-            if self.training:  # between query and key, as in the authors' code
-                ema_([self.key_backbone, self.key_head], [self.backbone, self.head], self.momentum)
-            keys = self.encode_keys(views[1])  # (world * N, D)
-            key = keys.view(distributed.world_size(), *query.shape)[distributed.rank()]
+        return query, self.keys(views[1]) if key is None else key
+
+    @torch.no_grad()
+    def keys(self, images: Tensor) -> Tensor:
+        """Key images -> keys, normalised (N, D), by the key encoder after its step."""
+        if self.training:  # between query and key, as in the authors' code
+            ema_([self.key_backbone, self.key_head], [self.backbone, self.head], self.momentum)
+        keys = self.encode_keys(images)  # (world * N, D)
         # enqueued by `update`: the backward pass has yet to read the queue as it is
         self.newest = keys
-        return query, key
+        return keys.view(distributed.world_size(), len(images), -1)[distributed.rank()]
 
     def update(self, progress: float) -> None:
         self.queue.enqueue(self.newest)

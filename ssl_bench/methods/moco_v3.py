@@ -39,6 +39,8 @@ class MoCoV3(Method):
     cosine.
     """
 
+    whole_batch = "its negatives are the other images of the batch"
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -89,6 +89,7 @@ class MSN(Method):
     balanced: see `msn_loss`. me_max_weight, entropy_weight: of its other terms.
     """
 
+    whole_batch = "its codes are shared out among the images of the batch"
     takes_small_views = True
 
     def __init__(

@@ -21,6 +21,8 @@ class NNBYOL(BYOL):
     queue_size: number of earlier targets. The others: see BYOL.
     """
 
+    whole_batch = "its queue takes the targets of the whole batch at once"
+
     def __init__(
         self,
         backbone: nn.Module,

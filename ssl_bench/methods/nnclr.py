@@ -39,6 +39,8 @@ class NNCLR(Method):
     number K of earlier images.
     """
 
+    whole_batch = "its negatives are the other images of the batch"
+
     def __init__(
         self,
         backbone: nn.Module,

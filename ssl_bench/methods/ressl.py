@@ -62,9 +62,14 @@ class ReSSL(MoCo):
         self.head = layers.mlp(backbone.dim, hidden_dim, dim)
         self.key_head = momentum_copy(self.head)
 
-    def forward(self, views: Sequence[Tensor], labels: Tensor | None = None) -> Output:
-        """views: query and key images, (N, 3, H, W) each."""
-        query, key = self.encode(views)
+    def forward(
+        self,
+        views: Sequence[Tensor],
+        labels: Tensor | None = None,
+        key: Tensor | None = None,
+    ) -> Output:
+        """views: query and key images, (N, 3, H, W) each. key: see `ahead`."""
+        query, key = self.encode(views, key)
         queue = self.queue.keys
         loss = relation_loss(query, key, queue, self.temperature, self.key_temperature)
         return {"loss": loss, "embeddings": health_of(query, key)}

@@ -33,6 +33,8 @@ class SimCLR(Method):
     hidden width, None: the width of the features.
     """
 
+    whole_batch = "its negatives are the other images of the batch"
+
     def __init__(
         self,
         backbone: nn.Module,

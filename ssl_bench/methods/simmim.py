@@ -34,6 +34,7 @@ class SimMIM(Method):
     hidden.
     """
 
+    whole_batch = None
     num_views = 1
 
     def __init__(

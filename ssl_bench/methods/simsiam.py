@@ -27,6 +27,8 @@ class SimSiam(Method):
     bottleneck.
     """
 
+    whole_batch = None
+
     def __init__(
         self, backbone: nn.Module, dim: PositiveInt = 2048, predictor_dim: PositiveInt = 512
     ) -> None:

@@ -70,6 +70,7 @@ class SwAV(Method):
     epoch `queue_start` on, for batches that are small beside K; 0: none.
     """
 
+    whole_batch = "its codes are shared out among the images of the batch"
     takes_small_views = True
 
     def __init__(

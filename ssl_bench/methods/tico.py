@@ -39,6 +39,8 @@ class TiCo(Method):
     along a cosine. beta, rho: see `tico_loss`.
     """
 
+    whole_batch = "its loss is of a covariance over the batch"
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -60,6 +60,8 @@ class VIbCReg(Method):
     are whitened (`iterative_whitening`); 0: not at all.
     """
 
+    whole_batch = "its loss is of variances and covariances over the batch"
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -31,6 +31,8 @@ class VICReg(Method):
     The expander is Linear-BN-ReLU-Linear-BN-ReLU-Linear. dim: the width of its layers.
     """
 
+    whole_batch = "its loss is of variances and covariances over the batch"
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -63,6 +63,8 @@ class WMSE(Method):
     divisions of the batch. eps: see `whiten`. normalized: see `w_mse_loss`.
     """
 
+    whole_batch = "it whitens the embeddings of the batch"
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -24,7 +24,7 @@ from ssl_bench.runs import layout
 # not what it computes. (`devices` does change that in some runs: see `_by_process`.)
 FREE_KEYS: tuple[str, ...] = ("dir", "sweep", "metric", "launcher", "tracking", "device", "devices")
 FREE_KEYS += ("verbosity", "log_every", "save_every", "eval_every", "keep")
-FREE_KEYS += ("data.root", "data.cache", "data.workers", "runs", "source")
+FREE_KEYS += ("data.root", "data.cache", "data.workers", "runs", "source", "stage.picture")
 # Keys that are paths, in every stage that has them. Two spellings of a place are one.
 PATHS = ("pretrained", "continue_from", "stage.images", "stage.out", "method.teacher")
 TIMM = "timm:"  # a teacher by its name, and not by its file

@@ -8,7 +8,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -226,10 +226,11 @@ def barrier() -> None:
         dist.barrier()
 
 
-def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
+def data_parallel(model: nn.Module, device: torch.device, compress: str | None = None) -> nn.Module:
     """`model` for the forward pass, with gradients averaged over ranks.
 
-    Keep `model` itself for its state.
+    Keep `model` itself for its state. compress: "bf16" has gradients travel in half the bytes, by
+    torch's hook; what is summed is rounded to bfloat16's eight bits.
     """
     if world_size() == 1:
         return model
@@ -239,4 +240,14 @@ def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     renamed = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters  # torch 2.15
     quiet = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     ids = [device] if device.type == "cuda" else None
-    return ddp(model, device_ids=ids, gradient_as_bucket_view=True, **quiet)
+    parallel = ddp(model, device_ids=ids, gradient_as_bucket_view=True, **quiet)
+    if compress == "bf16":
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+        parallel.register_comm_hook(None, bf16_compress_hook)
+    return parallel
+
+
+def apart(model: nn.Module, alone: bool) -> AbstractContextManager[None]:
+    """For a forward and a backward pass after which, if `alone`, ranks keep their gradients."""
+    return model.no_sync() if alone and world_size() > 1 else nullcontext()

@@ -17,7 +17,11 @@ EVERY = ("log_every", "eval_every", "save_every", "keep")
 RECIPE = ("augmentation", "optimizer", "schedule", "epochs", "compile", "ema")
 TRAINING = (*RUN, *IMAGES, *RECIPE, *EVERY, "devices", "data", "backbone")
 PRETRAINED = ("pretrained", "pretrained_prefix")  # keys of one that reads weights
-PRETRAINING = (*TRAINING, "method", "sync_batch_norm")
+PARTED = (
+    "accumulate",
+    "compress",
+)  # keys of how a step is split
+PRETRAINING = (*TRAINING, *PARTED, "method", "sync_batch_norm")
 
 
 def single_process(stage: Stage) -> Stage:

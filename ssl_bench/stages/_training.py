@@ -62,6 +62,38 @@ def check_batch(cfg: DictConfig, num_images: int) -> int:
     return cfg.batch_size // processes
 
 
+def check_parts(cfg: DictConfig, model: Method, local_batch: int) -> None:
+    """UserError for a batch that can't come in `accumulate` parts, or gradients that don't travel.
+
+    Warns if batch norm would see less than without the parts.
+    """
+    if cfg.get("compress") is not None and distributed.world_size() == 1:
+        raise UserError(
+            f"compress={cfg.compress} is for gradients that travel, and this is one process: type "
+            "compress=null, or devices=2"
+        )
+    if (count := cfg.get("accumulate")) is None:
+        return
+    if model.whole_batch is not None:
+        raise UserError(
+            f"accumulate={count}: by parts of a batch method={cfg.method.name} would learn "
+            f"something else: {model.whole_batch}. Type accumulate=null, and a smaller batch_size= "
+            "or precision=bf16 if memory is short"
+        )
+    if local_batch % count:
+        raise UserError(
+            f"accumulate={count} does not divide the {local_batch} images of a process: change one "
+            "of accumulate, batch_size, devices"
+        )
+    learning = (module for module in model.train().modules() if isinstance(module, _BatchNorm))
+    if model.bn_splits == 1 and any(norm.training for norm in learning):
+        log.warning(
+            "accumulate=%s: batch norm sees %s images at once, and not %s: in a network that has "
+            "it, the gradients aren't quite those of the whole batch",
+            *(count, local_batch // count, local_batch),
+        )
+
+
 def check_optimizer(cfg: DictConfig, *own: str) -> None:
     """UserError if the optimizer can't take the parameter groups that the stage will give it.
 
@@ -260,10 +292,12 @@ def train(
     views: Callable[[Tensor | list[Tensor], Tensor], list[Tensor]],
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     groups: list[dict] | None = None,
+    **split: Any,
 ) -> dict[str, float]:
     """`fit` as the configuration says; returns what it does.
 
-    groups: parameter groups with rates of their own; None: those of the model.
+    groups: parameter groups with rates of their own; None: those of the model. split: how a step
+    is split, `fit`'s accumulate and compress.
     """
     params = groups or model.param_groups()
     optimizer = build.construct(cfg.optimizer, params=params, batch_size=cfg.batch_size)
@@ -312,6 +346,7 @@ def train(
         precision=cfg.precision,
         evaluate=evaluate,
         average=average,
+        **split,
     )
 
 

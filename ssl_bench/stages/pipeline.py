@@ -20,9 +20,9 @@ from ssl_bench.runs import identity, layout, units, weights
 from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
-from ssl_bench.stages import EVERY, PRETRAINING, RECIPE, _labels, single_process
+from ssl_bench.stages import EVERY, PARTED, PRETRAINING, RECIPE, _labels, single_process
 from ssl_bench.stages._training import make_test_view, on_device, open_source
-from ssl_bench.stages.pretrain import picture
+from ssl_bench.stages.pretrain import picture as picture_of
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 SHARED = ("data", "backbone", "tracking", "device", "devices", "precision", "zero_init_residual")
 READS = PRETRAINING
 IDLE = {
-    "method.name=random": (*RECIPE[1:], *EVERY),  # the augmentation is read for the picture
+    # the augmentation is read for the picture
+    "method.name=random": (*RECIPE[1:], *PARTED, *EVERY),
     "method.name=supervised": ("eval_every",),
 }
 
@@ -42,13 +43,14 @@ def pipeline(
     protocol: list[str],
     rows: dict[str, list[str] | None],
     seeds: list[NonNegativeInt],
+    picture: bool = True,
 ) -> dict[str, float]:
     """Pretrain by cfg, then run `stage=lincls` for each row and each seed.
 
     protocol: overrides of every evaluation. rows: {name: its own overrides}. If these begin with
     another stage, like stage=knn, the row is that one, without the protocol. Every run has a
-    directory below the pipeline's and continues by itself. Returns the mean top-1 (percent) of each
-    row, and the costs of the pretraining.
+    directory below the pipeline's and continues by itself. picture: draw overview.png. Returns the
+    mean top-1 (percent) of each row, and the costs of the pretraining.
     """
     stage = hydra.compose("config", ["stage=pretrain"]).stage
     pretraining = _with(cfg, dir=f"{cfg.dir}/pretrain", stage=stage)
@@ -86,15 +88,16 @@ def pipeline(
         if name in results:
             told = ", ".join(f"{value:.1f}" for value in results[name])
             log.info("%s: top-1 %s", name, told, extra={"result": True})
-    if distributed.any_rank(bool(results)):  # some stages return them on rank 0 alone
-        if run.is_main:
-            print(f"\n{figure.table(results, 'top-1')}")
-        picture = run.directory / "overview.png"
+    any_results = distributed.any_rank(bool(results))  # some stages return them on rank 0 alone
+    if any_results and run.is_main:
+        print(f"\n{figure.table(results, 'top-1')}")
+    if picture and any_results:
+        path = run.directory / "overview.png"
         try:
-            draw(cfg, run, evaluations, results, picture)
+            draw(cfg, run, evaluations, results, path)
             if run.is_main:
-                run.log_image(0, "overview", picture)
-                print(f"\npicture: {picture}")
+                run.log_image(0, "overview", path)
+                print(f"\npicture: {path}")
         except Exception as error:  # whatever it is: without a picture the results still count
             log.warning("no picture: %s: %s", type(error).__name__, error)
     top1 = {f"{name} top-1": units.mean_std(values)[0] for name, values in results.items()}
@@ -178,7 +181,7 @@ def draw(
     features = extract_all(cfg.precision, run, backbone, test, lambda images, _: view(images))
     if not run.is_main:
         return
-    shown = picture(views, train_images)[:, :8]
+    shown = picture_of(views, train_images)[:, :8]
     curves = {"pretraining": MetricsFile.read(run.directory / "pretrain" / layout.METRICS)}
     for name in results:
         curves[name] = MetricsFile.read(Path(evaluations[name][0].dir) / layout.METRICS)

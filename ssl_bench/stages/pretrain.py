@@ -25,13 +25,14 @@ from ssl_bench.runs.checkpoint import check_fits
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
 from ssl_bench.runtime.seeding import fold
-from ssl_bench.stages import EVERY, IMAGES, PRETRAINED, PRETRAINING, RECIPE, _labels
+from ssl_bench.stages import EVERY, IMAGES, PARTED, PRETRAINED, PRETRAINING, RECIPE, _labels
 from ssl_bench.stages._pictures import painter
 from ssl_bench.stages._pretrained import load_pretrained
 from ssl_bench.stages._teacher import load_teacher
 from ssl_bench.stages._training import (
     check_batch,
     check_norm,
+    check_parts,
     check_sizes,
     make_test_view,
     make_views,
@@ -47,7 +48,7 @@ log = logging.getLogger(__name__)
 WEIGHTS = (*PRETRAINED, "continue_from")
 READS = (*PRETRAINING, *WEIGHTS)
 IDLE = {
-    "method.name=random": (*RECIPE, *EVERY, *IMAGES, "stage.online_images", *WEIGHTS),
+    "method.name=random": (*RECIPE, *PARTED, *EVERY, *IMAGES, "stage.online_images", *WEIGHTS),
     "pretrained=null": ("pretrained_prefix",),
     "eval_every=0": ("stage.online_images",),
     "stage.online_images=0": ("eval_every",),
@@ -96,8 +97,11 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
         check_fits(Path(cfg.pretrained), f"continue_from={cfg.continue_from}", model)
     check_sizes(cfg, model.backbone)
     num_images = data.split(model.split).length
-    model.check(num_images, local_batch=check_batch(cfg, num_images))
-    check_norm(cfg, model, cfg.sync_batch_norm, splits := model.bn_splits)
+    local_batch = check_batch(cfg, num_images)
+    model.check(num_images, local_batch)
+    check_parts(cfg, model, local_batch)
+    splits = model.bn_splits
+    check_norm(cfg, model, cfg.sync_batch_norm, max(splits, cfg.get("accumulate") or 1))
     if cfg.sync_batch_norm and distributed.world_size() > 1:
         if splits > 1:
             raise UserError(
@@ -134,7 +138,8 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
         return line
 
     looked_at = judge or hasattr(model.backbone, "last_tokens")  # the same on all ranks
-    return train(cfg, run, model, source, views, evaluate if looked_at else None)
+    split = {"accumulate": cfg.get("accumulate") or 1, "compress": cfg.get("compress")}
+    return train(cfg, run, model, source, views, evaluate if looked_at else None, **split)
 
 
 def online(

@@ -11,11 +11,12 @@ from ssl_bench.augment.draws import keys
 from ssl_bench.data.source import Source
 from ssl_bench.errors import Interrupted
 from ssl_bench.evaluate.health import Following, collapse, collapsing, health
-from ssl_bench.methods.base import Method
+from ssl_bench.methods.base import Method, Output
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed, memory
 from ssl_bench.runtime.precision import autocast, gradient_scaler
 from ssl_bench.runtime.seeding import fold, seed_torch
+from ssl_bench.training.accumulation import EMBEDDINGS, joined, parts
 from ssl_bench.training.average import Average
 from ssl_bench.training.optim import clip_, freeze_, schedule_
 from ssl_bench.training.schedule import Schedule
@@ -36,10 +37,13 @@ def fit(
     precision: str = "fp32",
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     average: Average | None = None,
+    accumulate: int = 1,
+    compress: str | None = None,
 ) -> dict[str, float]:
     """Train up to `epochs` from the run's checkpoint on. Returns the last line logged (rank 0).
 
-    evaluate: given the model, or the network of the average if there is one.
+    evaluate: given the model, or the network of the average if there is one. accumulate: in how
+    many parts the model sees a batch. compress: see `distributed.data_parallel`.
     """
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
@@ -59,8 +63,10 @@ def fit(
             "learning rate: was %.4g at epoch %g, goes on at %.4g there, ends at %.4g at epoch %s",
             *(run.rate_before, start / per_epoch, now, at_end, epochs),
         )
-    parallel = distributed.data_parallel(model, run.device)
+    parallel = distributed.data_parallel(model, run.device, compress)
     model.train()
+    if accumulate > 1:
+        model.in_parts(accumulate)
     if start == 0:  # again, if the run is stopped before its first state is saved
         with autocast(precision, run.device):
             model.prepare(first_epoch(source, views, run, seed))
@@ -106,12 +112,21 @@ def fit(
             image_keys = keys(seed, epoch, indices)
             batch = views(images, image_keys)
             drawn = model.draw(image_keys, indices)
-        with autocast(precision, run.device):
-            output = parallel(batch, labels, *drawn)
-        embeddings = output.pop("embeddings", None)
+            if accumulate > 1:
+                with autocast(precision, run.device):
+                    drawn = (*drawn, *model.ahead(batch))
 
         optimizer.zero_grad()
-        scaler.scale(output["loss"]).backward()
+        outputs: list[Output] = []
+        for part in parts(batch, labels, drawn, accumulate):
+            # gradients travel between processes with the last part
+            with distributed.apart(parallel, len(outputs) + 1 < accumulate):
+                with autocast(precision, run.device):
+                    outputs.append(parallel(*part))
+                scaler.scale(outputs[-1]["loss"] / accumulate).backward()
+        output = joined(outputs)
+        embeddings = output.pop(EMBEDDINGS, None)
+
         scaler.unscale_(optimizer)
         clip_(optimizer)
         freeze_(optimizer, at)
