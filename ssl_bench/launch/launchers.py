@@ -391,7 +391,11 @@ class Local(SweepLauncher):
 
 
 class Workstation(SweepLauncher):
-    """Runs several members at once, each with a GPU, if there are any, and a share of the cores."""
+    """Runs several members at once, each with a GPU, if there are any, and a share of the cores.
+
+    A member leases them as long as it lives, also if its launcher is killed: no other command puts
+    a member there meanwhile.
+    """
 
     def __init__(self, at_once: int | None) -> None:
         self.at_once = at_once
@@ -399,6 +403,7 @@ class Workstation(SweepLauncher):
     def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
         from ssl_bench.config import build
         from ssl_bench.errors import UserError, interrupted_by
+        from ssl_bench.launch import leases
 
         gpus, cores = visible_gpus(), sorted(os.sched_getaffinity(0))
         at_once = (len(gpus) or len(cores)) if self.at_once is None else self.at_once
@@ -408,15 +413,22 @@ class Workstation(SweepLauncher):
                 f"there are {len(gpus)} GPUs here, one for each member"
             )
         share = max(1, len(cores) // at_once)
-        slots, waiting = list(range(at_once)), list(todo)
-        running: dict[subprocess.Popen, tuple[Member, int]] = {}
+        shares = [
+            {cores[(slot * share + i) % len(cores)] for i in range(share)}
+            for slot in range(len(gpus) or at_once)
+        ]
+        places = [f"gpu-{gpu}" for gpu in gpus] or [
+            f"cores-{slot}-{blake2b(repr(sorted(mine)).encode(), digest_size=4).hexdigest()}"
+            for slot, mine in enumerate(shares)
+        ]
+        waiting, told = list(todo), False
+        running: dict[subprocess.Popen, Member] = {}
 
         with interrupted_by(signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             try:
                 while waiting or running:
-                    while waiting and slots:
-                        member, slot = waiting.pop(0), slots.pop(0)
-                        mine = {cores[(slot * share + i) % len(cores)] for i in range(share)}
+                    while waiting and len(running) < at_once and (taken := leases.take(places)):
+                        member, (slot, lease) = waiting.pop(0), taken
                         env = {"OMP_NUM_THREADS": str(share)} | os.environ
                         if gpus:
                             env["CUDA_VISIBLE_DEVICES"] = gpus[slot]
@@ -429,14 +441,18 @@ class Workstation(SweepLauncher):
                                 stdout=output,
                                 stderr=output,
                                 start_new_session=True,
+                                pass_fds=[lease],
                             )
-                        os.sched_setaffinity(process.pid, mine)  # before it starts any threads
-                        running[process] = member, slot
+                        os.close(lease)  # the member has it now
+                        os.sched_setaffinity(process.pid, shares[slot])  # before it has threads
+                        running[process] = member
                         log.info("started: %s (see %s)", member.name, member.output)
+                    if waiting and len(running) < at_once and not told:
+                        told = True
+                        what = "GPU" if gpus else "share of the cores"
+                        log.info("waiting for a %s: members of other commands hold them", what)
                     for process in [process for process in running if process.poll() is not None]:
-                        member, slot = running.pop(process)
-                        slots.append(slot)
-                        tell(member, process.returncode)
+                        tell(running.pop(process), process.returncode)
                     time.sleep(0.2)
             except BaseException:
                 for process in running:

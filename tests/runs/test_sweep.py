@@ -5,12 +5,15 @@ them.
 import csv
 import json
 import logging
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +26,7 @@ from conftest import TINY_PRETRAIN, Command
 
 from ssl_bench.data import synthetic
 from ssl_bench.errors import UserError
+from ssl_bench.launch import launchers
 from ssl_bench.launch.process import launch
 from ssl_bench.launch.slurm import _stage
 from ssl_bench.report import sweeps
@@ -391,6 +395,8 @@ def test_workstation(ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.Mon
     """
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # GPUs of this test alone
+    monkeypatch.setattr(tempfile, "tempdir", None)
     (tmp_path / "mine.py").write_text(MINE)
     command = [
         "launcher=workstation",
@@ -426,6 +432,49 @@ def test_workstation(ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.Mon
     ssl_bench(*command, check=True)
     assert len(list(runs.glob("*/summary.json"))) == 3
     assert sum("continuing after step" in path.read_text() for path in runs.glob("*/log.txt")) == 2
+
+
+# A member's process, of which a test sees where it runs.
+HOLDS = """#!/bin/sh
+echo "$CUDA_VISIBLE_DEVICES" > "{folder}/began-$$"
+while [ -e "{folder}/hold" ]; do sleep 0.05; done
+"""
+
+
+def test_members_that_outlive_their_launcher_keep_their_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher is killed: the next one starts nothing on a GPU until its member has ended."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5/x")
+    program = tmp_path / "program"
+    program.write_text(HOLDS.format(folder=tmp_path))
+    program.chmod(0o755)
+    (tmp_path / "hold").touch()
+    monkeypatch.setattr(sys, "executable", str(program))
+    members = [member(tmp_path / "sweep", None, f"seed={seed}") for seed in range(4)]
+
+    def run(todo: list[sweep.Member]) -> None:
+        launchers.Workstation(at_once=None)._run(todo, [])
+
+    def begun(count: int) -> list[str]:
+        deadline = time.monotonic() + 60
+        while len(files := [path for path in tmp_path.glob("began-*") if path.read_text()]) < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return sorted(path.read_text().strip() for path in files)
+
+    first = multiprocessing.get_context("fork").Process(target=run, args=[members[:3]])
+    first.start()
+    assert begun(2) == ["3", "GPU-5/x"]
+    first.kill()
+    first.join()
+    later = threading.Timer(1.0, (tmp_path / "hold").unlink)
+    later.start()
+    began = time.monotonic()
+    run(members[2:])
+    assert time.monotonic() - began > 1
+    assert len(begun(4)) == 4
 
 
 def test_an_archive_is_copied_once_to_each_node(tmp_path: Path) -> None:
