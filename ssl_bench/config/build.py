@@ -82,6 +82,7 @@ class Root(BaseModel):
     log_every: PositiveInt
     eval_every: NonNegativeInt
     save_every: PositiveInt
+    on_collapse: Literal["warn", "stop"] = "warn"
     keep: PositiveInt = 2
 
 

@@ -1,6 +1,7 @@
 """Do embeddings collapse? Does a teacher that should follow its student stand still?"""
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,14 @@ from torch import Tensor, nn
 # Below either of these, all images have nearly the same embedding (see `health`).
 COLLAPSED_STD = 0.1  # 1 is an even spread
 COLLAPSED_RANK = 1.5
-COLLAPSING = 0.25  # to so much of what they were at first they may fall while the loss does
+# What must be left of the largest values of a run. Healthy ones come near to it: MoCo's rank fell
+# to a seventh, DeepCluster's spread to two fifths (benchmarks/collapse.py).
+LEFT_STD = 0.3
+LEFT_RANK = 0.1
+FEW = 4, 0.25  # so few directions, and no more than this share of the largest rank
+GROWN = 4  # times its first size: so large weights are only with too high a learning rate
+WATCHED = 20  # steps after which embeddings are looked at, whatever log_every is
+MOVING = 50  # steps after which a teacher has moved, or an epoch
 LIDAR_IMAGES = 256  # as many are enough for a comparison, and their matrices are quickly solved
 SAMPLED = 64  # values of each parameter that are compared
 
@@ -26,21 +34,47 @@ def health(embeddings: Tensor) -> dict[str, float]:
     potential of pairs of images; both of normalised embeddings, and lower is better (Wang and
     Isola, arXiv:2005.10242, section 4).
     """
-    if embeddings.device.type == "mps":
-        embeddings = embeddings.cpu()  # mps can't compute eigenvalues
-    if embeddings.dtype.itemsize < 4:
-        embeddings = embeddings.float()
+    embeddings = _computable(embeddings)
     unit = F.normalize(embeddings, dim=2)
     first = unit[0]
-    values = {
-        "embedding_std": first.std(dim=0).mean() * math.sqrt(first.shape[1]),
-        "effective_rank": effective_rank(embeddings[0]),
-        "uniformity": torch.pdist(first).square().mul(-2).exp().mean().log(),
-    }
+    values = _variety(embeddings[0], first) | {"uniformity": uniformity(first)}
     if len(unit) > 1:
-        values["alignment"] = (first - unit[1]).square().sum(dim=1).mean()
+        values["alignment"] = alignment(first, unit[1])
         values["lidar"] = lidar(embeddings[:, :LIDAR_IMAGES])
+    return _told(values)
+
+
+@torch.no_grad()
+def variety(embeddings: Tensor) -> dict[str, float]:
+    """embedding_std and effective_rank of `health`, of at most LIDAR_IMAGES images."""
+    first = _computable(embeddings[0, :LIDAR_IMAGES])
+    return _told(_variety(first, F.normalize(first, dim=1)))
+
+
+def _variety(embeddings: Tensor, unit: Tensor) -> dict[str, Tensor]:
+    """embeddings (N, D), and the same with norm 1."""
+    std = unit.std(dim=0).mean() * math.sqrt(unit.shape[1])
+    return {"embedding_std": std, "effective_rank": effective_rank(embeddings)}
+
+
+def _computable(embeddings: Tensor) -> Tensor:
+    if embeddings.device.type == "mps":
+        embeddings = embeddings.cpu()  # mps can't compute eigenvalues
+    return embeddings.float() if embeddings.dtype.itemsize < 4 else embeddings
+
+
+def _told(values: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))  # one sync
+
+
+def alignment(first: Tensor, second: Tensor) -> Tensor:
+    """Two views (N, D) of norm 1 of each of N images -> mean squared distance; see `health`."""
+    return (first - second).square().sum(dim=1).mean()
+
+
+def uniformity(unit: Tensor) -> Tensor:
+    """(N, D) of norm 1 -> log of the mean Gaussian potential of pairs; see `health`."""
+    return torch.pdist(unit).square().mul(-2).exp().mean().log()
 
 
 def effective_rank(embeddings: Tensor) -> Tensor:
@@ -82,7 +116,7 @@ def _exponential_entropy(values: Tensor) -> Tensor:
     return torch.special.entr(shares).sum().exp().to(torch.float32)
 
 
-def collapse(values: dict[str, float]) -> str | None:
+def collapse(values: Mapping[str, float]) -> str | None:
     """What to tell a person if the embeddings have collapsed, else None."""
     std, rank = values["embedding_std"], values["effective_rank"]
     if std < COLLAPSED_STD or rank < COLLAPSED_RANK:
@@ -93,25 +127,77 @@ def collapse(values: dict[str, float]) -> str | None:
     return None
 
 
-def collapsing(first: dict[str, float], now: dict[str, float]) -> str | None:
-    """What to tell a person if the loss has fallen and the embeddings' variety with it, else None.
+class Watch:
+    """Tells from the lines of a log that embeddings collapse, as soon as one of them shows it.
 
-    first, now: two lines of a log.
+    What counts is how much a run has lost of the variety that it had: some begin with little, as
+    ViTs do, and what a healthy one has falls at first. Those that have little in their second epoch
+    still have collapsed, too.
+
+    loses: may it lose variety? A classifier's images become as few as its classes.
     """
-    fallen = [
-        f"{name} from {first[key]:.3g} to {now[key]:.3g}"
-        for key, name in (("embedding_std", "spread"), ("effective_rank", "effective rank"))
-        if now[key] < COLLAPSING * first[key]
-    ]
-    if not fallen or not now["loss"] < first["loss"]:
-        return None
-    return f"the loss falls, from {first['loss']:.4g} to {now['loss']:.4g}, and {fallen[0]} with it"
+
+    def __init__(self, loses: bool = False) -> None:
+        self.loses = loses
+        self.most = {"embedding_std": 0.0, "effective_rank": 0.0}
+        self.loss: float | None = None  # of the first line
+
+    def see(self, line: Mapping[str, float]) -> None:
+        """Remember a line. Those that a run has logged before it was stopped are seen, too."""
+        if self.loss is None:
+            self.loss = line.get("loss")
+        self.most = {key: max(most, line.get(key, most)) for key, most in self.most.items()}
+
+    def __call__(self, line: Mapping[str, float], epoch: float) -> dict[str, str]:
+        """{"has collapsed" or "is collapsing": what to tell a person}; empty: neither.
+
+        epoch: at which the line is, counted from 0.
+        """
+        self.see(line)
+        std, rank = line["embedding_std"], line["effective_rank"]
+        told, most = {}, self.most
+        if (said := collapse(line)) and (epoch >= 1 or std < LEFT_STD * most["embedding_std"]):
+            told["has collapsed"] = said
+        if self.loses:
+            return told
+        few, share = FEW
+        most_rank = most["effective_rank"]
+        if std < LEFT_STD * most["embedding_std"]:
+            told["is collapsing"] = (
+                "embeddings of different images become alike: their spread has fallen from "
+                f"{most['embedding_std']:.3g} to {std:.3g}"
+            )
+        elif rank < LEFT_RANK * most_rank or (rank < few and rank < share * most_rank):
+            told["is collapsing"] = (
+                "embeddings come to lie in few directions: their effective rank has fallen from "
+                f"{most_rank:.3g} to {rank:.3g}"
+            )
+        return told
+
+    def cause(self, line: Mapping[str, float], following: "Following") -> str:
+        """In words, why embeddings collapse, as far as it can be told; "": it can't."""
+        if following.stand_still():
+            return "the momentum teacher stands still (is method.momentum less than 1?)"
+        if following.equal():
+            return "the momentum teacher equals its student (is method.momentum more than 0?)"
+        if (grown := following.grown()) > GROWN:
+            return (
+                f"weights are {grown:.3g} times as large as they were: the learning rate is too "
+                "high (optimizer.base_lr, schedule.warmup_epochs)"
+            )
+        if self.loss is not None and line["loss"] < self.loss:
+            return (
+                f"the loss falls with it, from {self.loss:.4g} to {line['loss']:.4g}: too little "
+                "in it keeps images apart"
+            )
+        return ""
 
 
 class Following:
     """Do the momentum copies in a method (`base.momentum_copy`) follow what is trained?"""
 
     def __init__(self, method: nn.Module) -> None:
+        self.method = method
         copies = [child for child in method.modules() if getattr(child, "follows", False)]
         self.copied = [p for copy in copies for p in copy.parameters()]
         self.trained = [p for p in method.parameters() if p.requires_grad]
@@ -123,6 +209,19 @@ class Following:
         if not len(copied) or not torch.equal(self._sample(self.copied), copied):
             return False
         return not torch.equal(self._sample(self.trained), trained)
+
+    def equal(self) -> bool:
+        """Is there a copy, and is each of its tensors one of the others' now?"""
+        ours = {id(p) for p in self.copied}
+        others = [p for p in self.method.parameters() if id(p) not in ours]
+        there = {self._sample([p]).cpu().numpy().tobytes() for p in others}
+        copies = (self._sample([p]).cpu().numpy().tobytes() for p in self.copied)
+        return bool(self.copied) and all(copy in there for copy in copies)
+
+    def grown(self) -> float:
+        """How many times larger what is trained is now than when this was made."""
+        _, trained = self.before
+        return float(self._sample(self.trained).norm() / trained.norm().clamp(min=1e-30))
 
     @torch.no_grad()
     def _sample(self, parameters: list[nn.Parameter]) -> Tensor:

@@ -27,7 +27,7 @@ ROOTS: tuple[str, ...] = (
     "sync_batch_norm",
     "zero_init_residual",
 )
-ROOTS += ("ema", "accumulate", "log_every", "eval_every", "save_every", "keep")
+ROOTS += ("ema", "accumulate", "log_every", "eval_every", "save_every", "keep", "on_collapse")
 
 
 def with_choices(words: Sequence[str]) -> list[str]:

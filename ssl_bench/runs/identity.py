@@ -23,7 +23,7 @@ from ssl_bench.runs import layout
 # A run may continue when these differ: they change where and how fast it runs and what it shows,
 # not what it computes. (`devices` does change that in some runs: see `_by_process`.)
 FREE_KEYS: tuple[str, ...] = ("dir", "sweep", "metric", "launcher", "tracking", "device", "devices")
-FREE_KEYS += ("verbosity", "log_every", "save_every", "eval_every", "keep")
+FREE_KEYS += ("verbosity", "log_every", "save_every", "eval_every", "keep", "on_collapse")
 FREE_KEYS += ("data.root", "data.cache", "data.workers", "runs", "source", "stage.picture")
 # Keys that are paths, in every stage that has them. Two spellings of a place are one.
 PATHS = ("pretrained", "continue_from", "stage.images", "stage.out", "method.teacher")

@@ -328,6 +328,13 @@ class Run:
             "try a lower optimizer.base_lr, a longer schedule.warmup_epochs, or precision=fp32"
         )
 
+    def collapse(self, step: int) -> None:
+        """Stop a run whose embeddings have collapsed, as `on_collapse=stop` asks. UserError."""
+        raise UserError(
+            f"stopped at step {step:,}, whose state is saved: its embeddings collapse, as the line "
+            "above says (on_collapse=stop; the same command with on_collapse=warn goes on)"
+        )
+
     def log(self, step: int, line: dict[str, float]) -> None:
         if self.is_main:
             self.metrics.log(step, line)

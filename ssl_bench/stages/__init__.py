@@ -21,7 +21,7 @@ PARTED = (
     "accumulate",
     "compress",
 )  # keys of how a step is split
-PRETRAINING = (*TRAINING, *PARTED, "method", "sync_batch_norm")
+PRETRAINING = (*TRAINING, *PARTED, "method", "sync_batch_norm", "on_collapse")
 
 
 def single_process(stage: Stage) -> Stage:

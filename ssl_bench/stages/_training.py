@@ -292,12 +292,12 @@ def train(
     views: Callable[[Tensor | list[Tensor], Tensor], list[Tensor]],
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     groups: list[dict] | None = None,
-    **split: Any,
+    **further: Any,
 ) -> dict[str, float]:
     """`fit` as the configuration says; returns what it does.
 
-    groups: parameter groups with rates of their own; None: those of the model. split: how a step
-    is split, `fit`'s accumulate and compress.
+    groups: parameter groups with rates of their own; None: those of the model. further: what
+    `fit` is given beside them: accumulate, compress, on_collapse.
     """
     params = groups or model.param_groups()
     optimizer = build.construct(cfg.optimizer, params=params, batch_size=cfg.batch_size)
@@ -346,7 +346,7 @@ def train(
         precision=cfg.precision,
         evaluate=evaluate,
         average=average,
-        **split,
+        **further,
     )
 
 

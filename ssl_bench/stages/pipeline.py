@@ -31,7 +31,7 @@ SHARED = ("data", "backbone", "tracking", "device", "devices", "precision", "zer
 READS = PRETRAINING
 IDLE = {
     # the augmentation is read for the picture
-    "method.name=random": (*RECIPE[1:], *PARTED, *EVERY),
+    "method.name=random": (*RECIPE[1:], *PARTED, *EVERY, "on_collapse"),
     "method.name=supervised": ("eval_every",),
 }
 

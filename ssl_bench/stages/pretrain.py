@@ -48,7 +48,10 @@ log = logging.getLogger(__name__)
 WEIGHTS = (*PRETRAINED, "continue_from")
 READS = (*PRETRAINING, *WEIGHTS)
 IDLE = {
-    "method.name=random": (*RECIPE, *PARTED, *EVERY, *IMAGES, "stage.online_images", *WEIGHTS),
+    "method.name=random": (
+        *(*RECIPE, *PARTED, *EVERY, *IMAGES, *WEIGHTS),
+        *("stage.online_images", "on_collapse"),
+    ),
     "pretrained=null": ("pretrained_prefix",),
     "eval_every=0": ("stage.online_images",),
     "stage.online_images=0": ("eval_every",),
@@ -138,8 +141,9 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
         return line
 
     looked_at = judge or hasattr(model.backbone, "last_tokens")  # the same on all ranks
-    split = {"accumulate": cfg.get("accumulate") or 1, "compress": cfg.get("compress")}
-    return train(cfg, run, model, source, views, evaluate if looked_at else None, **split)
+    further = {"accumulate": cfg.get("accumulate") or 1, "compress": cfg.get("compress")}
+    further["on_collapse"] = cfg.on_collapse
+    return train(cfg, run, model, source, views, evaluate if looked_at else None, **further)
 
 
 def online(

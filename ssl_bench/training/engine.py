@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from ssl_bench.augment.draws import keys
 from ssl_bench.data.source import Source
 from ssl_bench.errors import Interrupted
-from ssl_bench.evaluate.health import Following, collapse, collapsing, health
+from ssl_bench.evaluate.health import MOVING, WATCHED, Following, Watch, health, variety
 from ssl_bench.methods.base import Method, Output
+from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed, memory
 from ssl_bench.runtime.precision import autocast, gradient_scaler
@@ -39,11 +41,13 @@ def fit(
     average: Average | None = None,
     accumulate: int = 1,
     compress: str | None = None,
+    on_collapse: Literal["warn", "stop"] = "warn",
 ) -> dict[str, float]:
     """Train up to `epochs` from the run's checkpoint on. Returns the last line logged (rank 0).
 
     evaluate: given the model, or the network of the average if there is one. accumulate: in how
-    many parts the model sees a batch. compress: see `distributed.data_parallel`.
+    many parts the model sees a batch. compress: see `distributed.data_parallel`. on_collapse: of
+    the embeddings that a method gives (`health.Watch`); to stop is to save and to raise UserError.
     """
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
@@ -149,8 +153,14 @@ def fit(
             check(done, saving)
 
         line: dict[str, float] = {}
+        # at the first step, too: a collapse is told by what was there before
+        looked = logging_now or done % WATCHED == 0 or done == start + 1
         if logging_now:
             line = meter.measure(done, at, output, embeddings)
+        elif looked:
+            meter.watch(done, at, output, embeddings)
+        asked = on_collapse == "stop" and looked and not last
+        collapsed = asked and distributed.any_rank(meter.collapsed)
         if evaluate and (last or (done % per_epoch == 0 and run.every("eval", done // per_epoch))):
             network = model if average is None else average.network
             distributed.share_buffers(network)
@@ -159,8 +169,12 @@ def fit(
         if line:
             progress = {"epoch": done / per_epoch, "images_seen": done * source.batch_size}
             run.log(done, progress | line)
-        if saving:
+        if collapsed and not saving:
+            check(done, saving=True)
+        if saving or collapsed:
             run.save(done, **state)
+        if collapsed:
+            run.collapse(done)
         if stop and not last:
             run.interrupt(done)
     return run.last_line()
@@ -199,11 +213,16 @@ class Meter:
         self.model, self.optimizer, self.source, self.run = model, optimizer, source, run
         # at the line before
         self.step, self.clock, self.waited = start, time.perf_counter(), source.wait_seconds
+        self.watching = Watch(loses=model.split == "train")
+        for line in MetricsFile.read(run.metrics.path) if run.is_main else ():
+            self.watching.see(line)  # before it was stopped
         self.warned: set[str] = set()
-        self.first: dict[str, float] = {}  # the first line with the health of embeddings
-        self.following: Following | None = Following(model)
-        # An epoch is enough for a teacher to move; at the end of training it may stand still.
-        self.follows_at = (start + source.steps_per_epoch, 0.9 * total)
+        self.collapsed = False  # by what this process has seen
+        self.following = Following(model)
+        # A teacher has moved by then; at the end of training it may stand still.
+        self.follows_at: tuple[float, float] | None
+        self.follows_at = (start + min(source.steps_per_epoch, MOVING), 0.9 * total)
+        self.start = start
 
     def measure(
         self, step: int, epoch: float, output: dict[str, Tensor], embeddings: Tensor | None
@@ -226,29 +245,40 @@ class Meter:
         if embeddings is None or not embeddings.isfinite().all():  # a step in float16 may overflow
             return line
         line = health(embeddings) | line  # a method may know better
-        self.first = self.first or line
-        if not self.run.is_main or epoch < 1:
-            return line
-        warnings = {"has collapsed": collapse(line)}
-        if self.model.split != "train":  # a classifier's images become as few as its classes
-            warnings["is collapsing"] = collapsing(self.first, line)
-        for what, told in warnings.items():
-            if told and what not in self.warned:
-                log.warning("step %s: the run %s: %s", f"{step:,}", what, told)
-                self.warned.add(what)
+        self._tell(step, epoch, line)
         return line
 
-    def _check_teacher(self, step: int) -> None:
-        """Warn, once, of a momentum teacher that none of an epoch's steps has moved."""
-        first, last = self.follows_at
-        if self.following is None or step < first:
+    def watch(
+        self, step: int, epoch: float, output: dict[str, Tensor], embeddings: Tensor | None
+    ) -> None:
+        """Look for a collapse after `step` steps of which no line is made. As for `measure`."""
+        self._check_teacher(step)
+        if embeddings is not None and self.run.is_main and embeddings.isfinite().all():
+            self._tell(step, epoch, variety(embeddings) | {"loss": output["loss"].item()})
+
+    def _tell(self, step: int, epoch: float, line: dict[str, float]) -> None:
+        """Warn, once of each kind, of embeddings that collapse."""
+        if not self.run.is_main:
             return
+        for what, told in self.watching(line, epoch).items():
+            self.collapsed = True
+            if what not in self.warned:
+                why = self.watching.cause(line, self.following)
+                said = f"{told}; {why}" if why else told
+                log.warning("step %s: the run %s: %s", f"{step:,}", what, said)
+                self.warned.add(what)
+
+    def _check_teacher(self, step: int) -> None:
+        """Warn, once, of a momentum teacher that no step has moved."""
+        if self.follows_at is None or step < self.follows_at[0]:
+            return
+        _, last = self.follows_at
         if step <= last and self.following.stand_still() and self.run.is_main:
             log.warning(
                 "step %s: the momentum teacher stands still: no weight of it has moved since step "
                 "%s, and the student's have: its targets are those of a network that learns nothing"
                 " (is method.momentum less than 1?)",
                 f"{step:,}",
-                f"{first - self.source.steps_per_epoch:,}",
+                f"{self.start:,}",
             )
-        self.following = None
+        self.follows_at = None

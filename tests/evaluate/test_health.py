@@ -10,9 +10,11 @@ from commands import compose
 from small_methods import make, overrides
 from torch import Tensor
 
-from ssl_bench.evaluate.health import LIDAR_IMAGES, Following, collapsing, health, lidar
+from ssl_bench.errors import UserError
+from ssl_bench.evaluate.health import LIDAR_IMAGES, Following, Watch, health, lidar, variety
 from ssl_bench.launch.process import launch
 from ssl_bench.methods.byol import BYOL
+from ssl_bench.runs.checkpoint import complete
 
 
 def embeddings(views: int, images: int, dim: int) -> Tensor:
@@ -53,14 +55,58 @@ def test_lidar_ignores_what_views_of_an_image_differ_in() -> None:
     assert "lidar" not in health(noise[:1])
 
 
-def test_a_loss_that_falls_with_the_variety() -> None:
-    first = {"loss": 5.0, "embedding_std": 0.9, "effective_rank": 40.0}
-    fallen = {"loss": 2.0, "embedding_std": 0.8, "effective_rank": 6.0}
-    assert collapsing(first, fallen) == (
-        "the loss falls, from 5 to 2, and effective rank from 40 to 6 with it"
-    )
-    assert collapsing(first, {**fallen, "loss": 5.5}) is None
-    assert collapsing(first, {**fallen, "effective_rank": 20.0}) is None
+def line(std: float, rank: float, loss: float = 3.0) -> dict[str, float]:
+    return {"embedding_std": std, "effective_rank": rank, "loss": loss}
+
+
+def test_a_collapse_is_told_by_what_a_run_has_lost() -> None:
+    watch = Watch()
+    for std, rank in ((0.83, 26), (0.4, 19), (0.3, 8)):  # what healthy ones lose
+        assert not watch(line(std, rank), 0.1)
+    assert watch(line(0.24, 26), 0.2) == {
+        "is collapsing": "embeddings of different images become alike: their spread has fallen "
+        "from 0.83 to 0.24"
+    }
+    assert not watch(line(0.8, 4.5), 0.2)
+    assert watch(line(0.8, 3.8), 0.2) == {
+        "is collapsing": "embeddings come to lie in few directions: their effective rank has "
+        "fallen from 26 to 3.8"
+    }
+    assert watch(line(0.05, 12), 0.3).keys() == {"has collapsed", "is collapsing"}
+
+
+def test_little_variety_at_the_start_is_no_collapse_yet() -> None:
+    watch = Watch()
+    assert not watch(line(0.09, 1.4), 0.1)
+    assert watch(line(0.09, 1.4), 1.0).keys() == {"has collapsed"}
+    again = Watch()  # after a stop: what was logged before is known
+    again.see(line(0.9, 20))
+    assert again(line(0.2, 20), 0.1)
+    assert not Watch()(line(0.2, 20), 0.1)
+    classifier = Watch(loses=True)
+    assert not classifier(line(0.9, 40), 0.1)
+    assert not classifier(line(0.3, 5), 0.1)
+    assert classifier(line(0.05, 1.0), 0.1).keys() == {"has collapsed"}
+
+
+def test_the_cause_of_a_collapse() -> None:
+    def trained(change: float, momentum: float | None) -> str:
+        method = make("byol").train()
+        following, watch = Following(method), Watch()
+        watch(line(0.9, 20, loss=5.0), 0)
+        with torch.no_grad():
+            for parameter in method.parameters():
+                if parameter.requires_grad:
+                    parameter += change
+        if momentum is not None:
+            method.momentum = momentum
+            method.update(0.0)
+        return watch.cause(line(0.1, 20, loss=2.0), following)
+
+    assert trained(0.01, None).startswith("the momentum teacher stands still")
+    assert trained(0.01, 0.0).startswith("the momentum teacher equals its student")
+    assert "the learning rate is too high" in trained(3.0, 0.9)
+    assert trained(0.01, 0.9).startswith("the loss falls with it, from 5 to 2")
 
 
 @pytest.mark.parametrize("name", ["byol", "dino", "ijepa"])
@@ -96,3 +142,31 @@ def test_a_run_warns_of_a_teacher_that_stands_still(
     monkeypatch.setattr(BYOL, "update", lambda self, progress: None)  # an EMA that was forgotten
     launch(compose(*overrides("byol", *words, f"dir={tmp_path}/forgotten")))
     assert "stands still" in caplog.text
+
+
+COLLAPSING = ["data.image_size=8", "augmentation.small_size=4", "batch_size=64", "log_every=500"]
+COLLAPSING += ["eval_every=0", "epochs=3", "optimizer=sgd", "optimizer.base_lr=0.15"]
+COLLAPSING += ["method.std_coeff=0", "method.cov_coeff=0"]
+
+
+@pytest.mark.slow
+def test_a_collapse_is_announced_and_may_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At a 20th step, though lines come at every 500th; its state is saved, and it may go on."""
+    caplog.set_level(logging.WARNING, "ssl_bench")
+    words = overrides("vicreg", *COLLAPSING, f"dir={tmp_path}")
+    with pytest.raises(UserError, match=r"^stopped at step 40, whose state is saved"):
+        launch(compose(*words, "on_collapse=stop"))
+    assert "step 40: the run is collapsing: embeddings of different images become" in caplog.text
+    assert "the loss falls with it" in caplog.text
+    assert complete(tmp_path)[0].name == "step0000000040.pt"
+    assert not (tmp_path / "summary.json").exists()
+    launch(compose(*words))
+    assert (tmp_path / "summary.json").exists()
+
+
+def test_what_is_looked_at_between_lines_is_what_lines_have() -> None:
+    given = embeddings(2, 300, 12)
+    whole = health(given[:, :LIDAR_IMAGES])
+    assert variety(given) == {key: whole[key] for key in ("embedding_std", "effective_rank")}
