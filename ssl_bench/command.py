@@ -29,6 +29,7 @@ from ssl_bench import __version__, doctor
 from ssl_bench.config import build, messages, typed
 from ssl_bench.errors import Interrupted, UserError
 from ssl_bench.launch import resolvers
+from ssl_bench.launch.composing import Composer, without_hydra
 from ssl_bench.launch.continuing import continued, with_choices
 from ssl_bench.launch.expanded import with_members
 from ssl_bench.launch.process import launch, set_up_logging
@@ -187,6 +188,7 @@ class Check(Callback):
 
         if ignored := hydra_in_vain(config, is_sweep=True):
             raise UserError(ignored)
+        Composer.install(GlobalHydra.instance().hydra.config_loader)
         task = _typed(config.hydra.overrides.task)
         # a search chooses its members while it runs: check what they have in common
         if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
@@ -205,16 +207,15 @@ class Check(Callback):
                 raise UserError(f"{word}: there is no such value, and so no member of the sweep")
         problems, composed, quoted = [], [], typed.quoted([*params, *task])
         (members,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
-        if len(members) > 20:
-            log.info("checking %s members, a second each, before any starts", len(members))
+        if len(members) > 100:
+            log.info("checking %s members before any starts", f"{len(members):,}")
         for member in members:
             try:
                 composer = GlobalHydra.instance().hydra
                 cfg = composer.compose_config(
                     config_name, list(member), RunMode.RUN, with_log_configuration=False
                 )
-                cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-                cfg = continued(cfg, member)
+                cfg = continued(without_hydra(cfg), member)
                 build.check(cfg, quoted)
                 composed.append((OmegaConf.to_container(cfg), list(member)))
             except (UserError, HydraException, OmegaConfBaseException) as error:

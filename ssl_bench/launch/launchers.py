@@ -80,22 +80,34 @@ class SweepLauncher(Launcher):
                 f"dir={shared[0]} is that of several members: "
                 "leave out dir=, or sweep over what tells them apart"
             )
+        firsts = self._firsts([member for member in members if member.result() is None])
+        parts = [part for one in members for part in (firsts.get(one.file), one) if part]
+        unfinished = [part for part in parts if part.result() is None]
         # Jobs of earlier commands can't be seen from a machine without Slurm; there the locks of
         # the run directories keep members from running twice.
-        submitted = any(member.job and member.result() is None for member in members)
+        submitted = any(part.job for part in unfinished)
         queue = sweep.queued() if submitted and shutil.which("squeue") else {}
         if queue is None:
             raise UserError(
                 "squeue doesn't answer, and earlier jobs of this sweep may still be there: "
                 "try again later"
             )
-        under_way = [member for member in members if member.job in queue]
-        others = [member for member in members if member not in under_way]
-        elsewhere = [member for member in others if sweep.locked(member.lock)]
-        busy = [*under_way, *elsewhere]
-        todo = [member for member in members if member.result() is None and member not in busy]
-        finished = [member for member in members if member not in (*todo, *busy)]
-        counts = len(finished), len(busy), len(todo)
+        sweep.cancel(
+            part.job for part in unfinished if sweep.is_hopeless(queue.get(part.job or ""))
+        )
+        under_way, elsewhere, todo = [], [], []
+        for part in unfinished:
+            if part.job in queue and not sweep.is_hopeless(queue[part.job]):
+                under_way.append(part)
+            elif sweep.locked(part.lock) or (part.is_first and sweep.locked(part.whole_lock)):
+                elsewhere.append(part)
+            else:
+                todo.append(part)
+        of = {first.file: file for file, first in firsts.items()}
+        waiting, open_ = (
+            {of.get(part.file, part.file) for part in some} for some in (todo, unfinished)
+        )
+        counts = len(members) - len(open_), len(open_ - waiting), len(waiting)
         log.info("%s: %s finished, %s under way, %s to start", folder, *counts)
         runs = shell.override("runs", folder)
         log.info("its members at any time: ssl-bench stage=status %s", runs)
@@ -106,6 +118,7 @@ class SweepLauncher(Launcher):
                     f"Choose another sweep=, or delete {member.directory}"
                 )
         _check_starts(todo, members)
+        finished = [member for member in members if member.file not in open_]
         if stale := [member for member in finished if member.stale]:
             raise UserError(
                 f"{stale[0].name} stands on other weights than "
@@ -188,6 +201,7 @@ class SweepLauncher(Launcher):
         """
         from ssl_bench.config import build
         from ssl_bench.errors import UserError
+        from ssl_bench.launch.composing import without_hydra
         from ssl_bench.launch.continuing import continued
         from ssl_bench.runs.sweep import Member, name, twin
 
@@ -196,8 +210,7 @@ class SweepLauncher(Launcher):
             overrides.sort(key=lambda word: word not in self.config.hydra.overrides.task)
         cfg = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
         HydraConfig.instance().set_config(cfg)  # for the resolver of `dir`
-        own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-        own = continued(own, overrides)
+        own = continued(without_hydra(cfg), overrides)
         if not self._is_grid:  # `command.Check` has checked the members of a grid
             build.check(own)
         config = OmegaConf.to_container(build.at_home(own), resolve=True)
@@ -217,6 +230,39 @@ class SweepLauncher(Launcher):
         file = folder / ".members" / f"{own_name}.json"
         job = Member.load(file).job if file.exists() else None
         return Member(file, overrides, config, os.getcwd(), str(conf), job)
+
+    def _firsts(self, members: Sequence["Member"]) -> dict[Path, "Member"]:
+        """The pretrainings of those that are pipelines, by the files of these.
+
+        UserError for a pipeline whose rows are mistaken. Those that differ in nothing that the rows
+        read are checked once.
+        """
+        from ssl_bench.config import build
+        from ssl_bench.runs.sweep import FIRST, Member
+
+        checked: set[str] = set()
+        by_stage: dict[Any, list[Member]] = {}  # a user's own stage may be a pipeline, too
+        for member in members:
+            target = member.config["stage"].get("_target_")
+            stage: Any = build.locate(target, "stage") if target else None
+            if not hasattr(stage, "pretrainings"):
+                continue
+            by_stage.setdefault(stage, []).append(member)
+            read = [member.config.get(key) for key in stage.read_by_parts]
+            read.append(member.config["method"].get("_target_"))
+            text = json.dumps(read, sort_keys=True).replace(member.config["dir"], "")
+            if text not in checked:
+                stage.check_parts(build.literal(member.config))
+                checked.add(text)
+        firsts = {}
+        for stage, several in by_stage.items():
+            configs = stage.pretrainings([build.literal(member.config) for member in several])
+            for member, config in zip(several, configs, strict=True):
+                file = member.file.with_name(f"{member.name}{FIRST}.json")
+                before = Member.load(file).job if file.exists() else None
+                plain = OmegaConf.to_container(config, resolve=True)
+                firsts[member.file] = replace(member, file=file, config=plain, job=before)
+        return firsts
 
     def _processes(self, devices: int) -> int:
         """How many processes a member has: their number may change its result."""
@@ -382,6 +428,9 @@ class Local(SweepLauncher):
         with interrupted_by(signal.SIGTERM):  # between members, and by one that has just ended
             for number, member in enumerate(todo, start=1):
                 log.info("member %s of %s: %s", number, len(todo), member.name)
+                if not member.is_reached:
+                    tell(member)
+                    continue
                 try:
                     attempt(member)
                 except UserError as error:
@@ -427,8 +476,13 @@ class Workstation(SweepLauncher):
         with interrupted_by(signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             try:
                 while waiting or running:
-                    while waiting and len(running) < at_once and (taken := leases.take(places)):
-                        member, (slot, lease) = waiting.pop(0), taken
+                    while (
+                        len(running) < at_once
+                        and (member := _ready(waiting, [*running.values()]))
+                        and (taken := leases.take(places))
+                    ):
+                        waiting.remove(member)
+                        slot, lease = taken
                         env = {"OMP_NUM_THREADS": str(share)} | os.environ
                         if gpus:
                             env["CUDA_VISIBLE_DEVICES"] = gpus[slot]
@@ -447,7 +501,8 @@ class Workstation(SweepLauncher):
                         os.sched_setaffinity(process.pid, shares[slot])  # before it has threads
                         running[process] = member
                         log.info("started: %s (see %s)", member.name, member.output)
-                    if waiting and len(running) < at_once and not told:
+                    able = len(running) < at_once and _ready(waiting, [*running.values()])
+                    if able and not told:
                         told = True
                         what = "GPU" if gpus else "share of the cores"
                         log.info("waiting for a %s: members of other commands hold them", what)
@@ -460,6 +515,24 @@ class Workstation(SweepLauncher):
                 for process in running:
                     process.wait()
                 raise
+
+
+def _ready(waiting: list["Member"], running: Sequence["Member"]) -> "Member | None":
+    """The first of the waiting members that can start.
+
+    A pipeline can when its pretraining has finished; if that has failed, it waits no more.
+    """
+    from ssl_bench.runs.sweep import FIRST
+
+    before = {member.name for member in (*waiting, *running)}
+    for member in [*waiting]:
+        if f"{member.name}{FIRST}" in before:
+            continue
+        if member.is_reached:
+            return member
+        waiting.remove(member)
+        tell(member)
+    return None
 
 
 def visible_gpus() -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import II, DictConfig, OmegaConf
 
 from ssl_bench.launch import place
 from ssl_bench.runs import identity
@@ -52,6 +52,20 @@ class WorkstationConf:
 
 
 @dataclass
+class EvaluationConf:
+    """What the job of a pipeline's evaluations is given: as its pretraining, unless typed."""
+
+    partition: str | None = II("..partition")
+    account: str | None = II("..account")
+    qos: str | None = II("..qos")
+    constraint: str | None = II("..constraint")
+    timeout_min: int = II("..timeout_min")
+    gres: str | None = II("..gres")
+    cpus_per_task: int | None = II("..cpus_per_task")
+    mem_gb: float | None = II("..mem_gb")
+
+
+@dataclass
 class SlurmConf(SlurmQueueConf):
     _target_: str = "hydra_plugins.ssl_bench_launchers.Slurm"
     wait: bool = True
@@ -64,6 +78,8 @@ class SlurmConf(SlurmQueueConf):
     srun_args: list[str] = field(default_factory=list)
     name: str = "${sweep}"
     max_num_timeout: int = 1000
+    evaluation: EvaluationConf = field(default_factory=EvaluationConf)
+    mem_gb: float | None = None
 
 
 def register() -> None:

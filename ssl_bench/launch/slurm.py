@@ -10,6 +10,8 @@ import os
 import re
 import sys
 import time
+from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +30,18 @@ ORDINARY = ("", "Priority", "Resources", "JobArrayTaskLimit", "BeginTime", "Clea
 
 
 class Slurm(SweepLauncher):
-    """Runs members as a job array of submitit, with what its Hydra plugin lacks in version 1.2."""
+    """Runs members as a job array of submitit, with what its Hydra plugin lacks in version 1.2.
 
-    def __init__(
+    The evaluations of pipelines are another array, in which a job starts when that of its
+    pretraining has finished. evaluation: keys of this launcher that are others for these jobs.
+    """
+
+    def __init__(self, wait: bool, evaluation: Mapping[str, Any], **given: Any) -> None:
+        self.wait, self.evaluation, self._given = wait, dict(evaluation), given
+        self._prepare(**given)
+
+    def _prepare(
         self,
-        wait: bool,
         python: str | None,
         container: list[str],
         env_script: str | None,
@@ -47,7 +56,7 @@ class Slurm(SweepLauncher):
     ) -> None:
         from ssl_bench.shell import quoted
 
-        self.wait, self.max_num_timeout = wait, max_num_timeout
+        self.max_num_timeout = max_num_timeout
         self.folder = Path(submitit_folder).absolute()
         self.stage_in = [os.path.expanduser(file) for file in stage_in]
         here = "python" if container else quoted(sys.executable)
@@ -100,12 +109,7 @@ class Slurm(SweepLauncher):
         return self._tasks if self._tasks > 1 else devices
 
     def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
-        from submitit import AutoExecutor
-        from submitit.core.utils import FailedJobError
-
-        from ssl_bench.config import build
         from ssl_bench.errors import UserError
-        from ssl_bench.launch.member import SlurmTask
 
         self._refuse_names()
         if not self.wait and not self._is_grid:
@@ -134,37 +138,9 @@ class Slurm(SweepLauncher):
                     "processes of hydra.launcher.nodes and tasks_per_node: choose a multiple"
                 )
         if todo:
-            try:
-                init = {"slurm_max_num_timeout": self.max_num_timeout, "slurm_python": self.python}
-                executor = AutoExecutor(folder=self.folder, cluster="slurm", **init)
-            except RuntimeError as error:
-                raise UserError(
-                    f"{error} This launcher needs sbatch and srun; "
-                    "without them: launcher=workstation"
-                ) from None
-            shared = OmegaConf.structured(BaseQueueConf).keys()
-            items = self.parameters.items()
-            executor.update_parameters(
-                **{key if key in shared else f"slurm_{key}": value for key, value in items}
-            )
-            configs = [build.literal(member.config) for member in todo]
-            array = [
-                SlurmTask(member.file, build.strange(config))
-                for member, config in zip(todo, configs, strict=True)
-            ]
-            try:
-                jobs = executor.submit_array(array)
-            except FailedJobError as error:  # its text is what sbatch said
-                raise UserError(
-                    f"{' '.join(str(error).split())}: "
-                    "change hydra.launcher, whose keys are sbatch's"
-                ) from None
-            for member, job in zip(todo, jobs, strict=True):
-                member.job = job.job_id
-                member.save()
+            self._submit(todo, under_way)
         try:
             if todo:
-                log.info("submitted: %s", " ".join(member.job for member in todo))
                 options = self.parameters["additional_parameters"]
                 if elsewhere := [options[key] for key in ("output", "error") if key in options]:
                     log.info("output of their batch scripts: %s", " ".join(elsewhere))
@@ -177,6 +153,80 @@ class Slurm(SweepLauncher):
                 jobs,
             )
             raise
+
+    def _submit(self, todo: list["Member"], under_way: list["Member"]) -> None:
+        """Submit `todo`, and give each member its job.
+
+        under_way: members with a job, on which some of `todo` may depend.
+        """
+        # a pipeline, and the pretraining that it waits for
+        after = {one.file: first for one in todo if (first := one.first)}
+        later = [one for one in todo if one.file in after]
+        pretrainings = [one for one in todo if one.is_first]
+        others = [one for one in todo if one not in later and one not in pretrainings]
+        evaluations = self._for_evaluations() if later else self
+        self._submit_array([*others])
+        self._submit_array(pretrainings)
+        jobs = {one.file: one.job for one in pretrainings}
+        matching = [one for one in later if after[one.file].file in jobs]
+        if matching:
+            first = jobs[after[matching[0].file].file].partition("_")[0]
+            # in the same order, so that task i of the one array waits for task i of the other
+            kind = "aftercorr" if len(matching) > 1 else "afterok"
+            evaluations._submit_array(matching, f"{kind}:{first}")
+        running = {one.file: one.job for one in under_way}
+        for one in (one for one in later if after[one.file].file in running):
+            evaluations._submit_array([one], f"afterok:{running[after[one.file].file]}")
+        evaluations._submit_array([one for one in later if one.job is None])
+
+    def _for_evaluations(self) -> "Slurm":
+        """This launcher as the jobs of evaluations need it."""
+        made = copy(self)
+        made._prepare(**self._given | self.evaluation)
+        return made
+
+    def _submit_array(self, members: list["Member"], dependency: str = "") -> None:
+        from submitit import AutoExecutor
+        from submitit.core.utils import FailedJobError
+
+        from ssl_bench.config import build
+        from ssl_bench.errors import UserError
+        from ssl_bench.launch.member import SlurmTask
+
+        if not members:
+            return
+        try:
+            init = {"slurm_max_num_timeout": self.max_num_timeout, "slurm_python": self.python}
+            executor = AutoExecutor(folder=self.folder, cluster="slurm", **init)
+        except RuntimeError as error:
+            raise UserError(
+                f"{error} This launcher needs sbatch and srun; without them: launcher=workstation"
+            ) from None
+        options = dict(self.parameters["additional_parameters"])
+        if dependency:
+            # with those of the user's own; a job whose dependency has failed leaves the queue
+            options["dependency"] = ",".join(filter(None, [dependency, options.get("dependency")]))
+            options["kill-on-invalid-dep"] = "yes"
+        shared = OmegaConf.structured(BaseQueueConf).keys()
+        items = (self.parameters | {"additional_parameters": options}).items()
+        executor.update_parameters(
+            **{key if key in shared else f"slurm_{key}": value for key, value in items}
+        )
+        configs = [build.literal(member.config) for member in members]
+        array = [
+            SlurmTask(member.file, build.strange(config))
+            for member, config in zip(members, configs, strict=True)
+        ]
+        try:
+            jobs = executor.submit_array(array)
+        except FailedJobError as error:  # its text is what sbatch said
+            raise UserError(
+                f"{' '.join(str(error).split())}: change hydra.launcher, whose keys are sbatch's"
+            ) from None
+        for member, job in zip(members, jobs, strict=True):
+            member.job = job.job_id
+            member.save()
+        log.info("submitted: %s", " ".join(job.job_id for job in jobs))
 
     def _refuse_names(self) -> None:
         """UserError for characters that can't be quoted in `#SBATCH` lines and file patterns."""

@@ -63,7 +63,9 @@ def sweep_table(folder: Path, metric: str | None = None) -> str:
         keys = {key: [words[i] for i in order] for key, words in keys.items()}
     choices = [[words[i] for words in keys.values()] for i in range(len(rows))]
     numbers = [row.row(metric) for row in rows]
-    columns = [metric, "n", *(key for key in COST if any(row.values(key) for row in rows))]
+    others = _both_stages(rows, metric)
+    costs = [key for key in COST if any(row.values(key) for row in rows)]
+    columns = [metric, *others, "n", *costs]
     shown = [
         [*words, *(cell(row, column) for column in columns)]
         for words, row in zip(choices, numbers, strict=True)
@@ -71,14 +73,23 @@ def sweep_table(folder: Path, metric: str | None = None) -> str:
     text = markdown([*keys, *columns], shown, right=len(columns))
     file = io.StringIO()
     writer = csv.writer(file)
-    writer.writerow([*keys, f"{metric} mean", f"{metric} std", *COST, "finished", "members"])
+    spreads = [f"{key} {what}" for key in (metric, *others) for what in ("mean", "std")]
+    writer.writerow([*keys, *spreads, *COST, "finished", "members"])
     for group, words, row in zip(rows, choices, numbers, strict=True):
-        spread = mean_std(group.values(metric) or [math.nan])
+        measured = [group.values(key) or [math.nan] for key in (metric, *others)]
+        spread = [value for values in measured for value in mean_std(values)]
         means = [mean_std(group.values(key) or [math.nan])[0] for key in COST]
         writer.writerow([*words, *spread, *means, row["n"], row["members"]])
     files.write(folder / "table.md", text + "\n")
     files.write(folder / "table.csv", file.getvalue())
     return text
+
+
+def _both_stages(rows: Sequence[Group], metric: str) -> list[str]:
+    """The further results of pipelines: those of the other evaluations, and of the pretraining."""
+    of_pipelines = [row for row in rows if row.stage == "pipeline"]
+    known = [key for row in of_pipelines for ran in row.runs for key in ran.summary or ()]
+    return [key for key in dict.fromkeys(known) if key not in (metric, *COST)]
 
 
 def _told_apart(rows: Sequence[Group], members: Mapping[Ran, sweep.Member]) -> dict[str, list[str]]:

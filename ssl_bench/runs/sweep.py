@@ -2,6 +2,7 @@
 
 SWEEP/.members/NAME.json     a member: overrides, resolved configuration, directory, Slurm job
 SWEEP/.members/NAME.failed   why its last attempt failed
+SWEEP/.members/NAME.pretrain.json   of a pipeline, its pretraining, which starts before the rest
 SWEEP/.members/conf-HASH/    the YAML files as they were, for the stages that compose more
 SWEEP/NAME/                  its run directory
 SWEEP/table.md, table.csv    the results of all members; see `report.sweeps.sweep_table`
@@ -25,6 +26,8 @@ from ssl_bench.config.typed import key_of, select
 from ssl_bench.errors import UserError
 from ssl_bench.runs import identity, layout
 from ssl_bench.runs.identity import Identity
+
+FIRST = ".pretrain"  # the name of a pipeline's pretraining ends so; other names end with a hash
 
 
 @dataclass
@@ -65,8 +68,31 @@ class Member:
 
         The folder may have moved since the member was composed.
         """
-        chosen = Path(self.cwd, self.config["dir"])
-        return self.file.parents[1] / self.name if chosen.name == self.name else chosen
+        chosen, home = Path(self.cwd, self.config["dir"]), self.file.parents[1]
+        if self.name == f"{chosen.parent.name}.{chosen.name}":  # a pipeline's pretraining
+            return home / chosen.parent.name / chosen.name
+        return home / self.name if chosen.name == self.name else chosen
+
+    @property
+    def first(self) -> "Member | None":
+        """The pretraining of a pipeline that runs it apart from its evaluations, or None."""
+        file = self.file.with_name(f"{self.name}{FIRST}.json")
+        return Member.load(file) if file.exists() else None
+
+    @property
+    def is_first(self) -> bool:
+        """Is it the pretraining of a pipeline?"""
+        return self.name.endswith(FIRST)
+
+    @property
+    def whole_lock(self) -> Path:
+        """Of a pipeline's pretraining, the lock of the pipeline, which may run it itself."""
+        return self.directory.parent / self.lock.name
+
+    @property
+    def is_reached(self) -> bool:
+        """Is there nothing left that must have finished before it starts?"""
+        return (first := self.first) is None or first.result() is not None
 
     @property
     def under_way(self) -> tuple[Path, int]:
@@ -74,9 +100,7 @@ class Member:
         own = self.directory / layout.METRICS
         if own.exists() and own.stat().st_size:  # what lies below are evaluations of it
             return self.directory, self.config["epochs"]
-        parts = [
-            path for path in self.directory.glob(f"**/{layout.METRICS}") if path.stat().st_size
-        ]
+        parts = [path for path in self._below(layout.METRICS) if path.stat().st_size]
         newest = max(parts, key=lambda path: path.stat().st_mtime_ns, default=None)
         if newest is None:
             return self.directory, self.config["epochs"]
@@ -85,9 +109,13 @@ class Member:
     @property
     def has_state(self) -> bool:
         """Has its run, or a part of it, saved anything?"""
-        return any(
-            layout.has_state(path.parent) for path in self.directory.glob(f"**/{layout.CONFIG}")
-        )
+        return any(layout.has_state(path.parent) for path in self._below(layout.CONFIG))
+
+    def _below(self, name: str) -> list[Path]:
+        """The files of this name in its directory, but for a pretraining that runs apart."""
+        apart = first.directory if (first := self.first) else None
+        found = self.directory.glob(f"**/{name}")
+        return [path for path in found if path.parent != apart]
 
     @property
     def lock(self) -> Path:
@@ -202,7 +230,13 @@ def name(overrides: Sequence[str]) -> str:
 
 
 def members(folder: Path) -> list[Member]:
-    return [Member.load(file) for file in sorted((folder / ".members").glob("*.json"))]
+    files = sorted((folder / ".members").glob("*.json"))
+    return [Member.load(file) for file in files if not file.stem.endswith(FIRST)]
+
+
+def with_firsts(members: Iterable[Member]) -> list[Member]:
+    """The members, and before each pipeline its pretraining, where that runs apart."""
+    return [one for member in members for one in (member.first, member) if one]
 
 
 # -- what became of them ---------------------------------------------------------------------------
@@ -211,7 +245,8 @@ def members(folder: Path) -> list[Member]:
 class State(NamedTuple):
     """The state of a member, and a note on it.
 
-    name: finished, running, pending, failed, stopped (it will continue), waiting, or Slurm's word.
+    name: finished, running, pending, failed, stopped (it will continue), waiting, not reached (what
+    comes before it has failed), or Slurm's word.
     """
 
     name: str
@@ -222,7 +257,7 @@ class State(NamedTuple):
 
 
 def states(members: Sequence[Member]) -> list[State]:
-    jobs = [member.job for member in members if member.job]
+    jobs = [one.job for one in with_firsts(members) if one.job]
     queue = (queued() or {}) if jobs else {}
     ended = accounted(jobs) if jobs else {}
     return [_state(member, queue, ended) for member in members]
@@ -231,10 +266,15 @@ def states(members: Sequence[Member]) -> list[State]:
 def _state(member: Member, queue: dict[str, State], ended: dict[str, str]) -> State:
     if member.result() is not None:
         return State("finished")
-    if member.job in queue:
+    if member.job in queue and not is_hopeless(queue[member.job]):
         return queue[member.job]
     if locked(member.lock):
         return State("running")
+    if (first := member.first) and first.result() is None:
+        begun = _state(first, queue, ended)
+        if begun.name in ("pending", "running", "stopped", "waiting"):
+            return State("waiting", f"its pretraining is {begun}")
+        return State("not reached", f"its pretraining is {begun}")
     if reason := member.failure:
         return State("failed", "; ".join(filter(None, [reason, _see(member)])))
     if (word := ended.get(member.job or "", "completed")) != "completed":
@@ -256,6 +296,16 @@ def queued() -> dict[str, State] | None:
         job, state, reason = line.split("|")
         queue[job] = State(state.lower(), "" if reason == "None" else reason)
     return queue
+
+
+def is_hopeless(state: State | None) -> bool:
+    """Is it the state of a job that Slurm will never start, since one before it has failed?"""
+    return state is not None and state.note == "DependencyNeverSatisfied"
+
+
+def cancel(jobs: Iterable[str | None]) -> None:
+    if several := [job for job in jobs if job]:
+        _ask("scancel", *several)
 
 
 def accounted(jobs: Sequence[str]) -> dict[str, str]:

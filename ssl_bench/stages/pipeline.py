@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 # Keys that an evaluation shares with the pretraining, unless its own overrides say otherwise.
 SHARED = ("data", "backbone", "tracking", "device", "devices", "precision", "zero_init_residual")
+JUDGES = ("probe_top1", "knn_top1")  # of the pretraining
 READS = PRETRAINING
 IDLE = {
     # the augmentation is read for the picture
@@ -50,30 +52,14 @@ def pipeline(
     protocol: overrides of every evaluation. rows: {name: its own overrides}. If these begin with
     another stage, like stage=knn, the row is that one, without the protocol. Every run has a
     directory below the pipeline's and continues by itself. picture: draw overview.png. Returns the
-    mean top-1 (percent) of each row, and the costs of the pretraining.
+    mean top-1 (percent) of each row, and of the pretraining its own accuracies (percent) and costs.
     """
-    stage = hydra.compose("config", ["stage=pretrain"]).stage
-    pretraining = _with(cfg, dir=f"{cfg.dir}/pretrain", stage=stage)
-    evaluations = {
-        name: [evaluation(cfg, name, protocol, overrides, seed) for seed in seeds]
-        for name, overrides in rows.items()
-        if overrides is not None
-    }
-    for member in chain([pretraining], *evaluations.values()):
-        nodes = (member.tracking, *member.tracking.values())  # tracking=several has some within
-        for node in nodes:
-            if OmegaConf.is_config(node) and (name := node.get("name")):
-                # each member needs a name of its own
-                node.name = f"{name} {os.path.relpath(member.dir, cfg.dir)}"
-        build.check(member)  # all members, before any of them takes time
-    if _labels.learns_labels(cfg.method):
-        for member in chain(*evaluations.values()):
-            check_choice(member, pretraining)
+    pretraining, evaluations = _parts(cfg, protocol, rows, seeds)
     total = 1 + sum(map(len, evaluations.values()))
     several = ", ".join(f"{len(members)} x {name}" for name, members in evaluations.items())
     log.info("%s runs: a pretraining, then %s", total, several)
     log.info("1 of %s: pretraining", total, extra={"heading": True})
-    launch(pretraining)
+    pretrained = launch(pretraining)
     done = 1
     results: dict[str, list[float]] = {}
     for name, members in evaluations.items():
@@ -101,7 +87,44 @@ def pipeline(
         except Exception as error:  # whatever it is: without a picture the results still count
             log.warning("no picture: %s: %s", type(error).__name__, error)
     top1 = {f"{name} top-1": units.mean_std(values)[0] for name, values in results.items()}
-    return top1 | cost(MetricsFile.read(run.directory / "pretrain" / layout.METRICS))
+    judged = {key: pretrained[key] for key in JUDGES if key in pretrained}
+    return top1 | judged | cost(MetricsFile.read(run.directory / "pretrain" / layout.METRICS))
+
+
+def _parts(
+    cfg: DictConfig, protocol: list[str], rows: dict[str, list[str] | None], seeds: list[int]
+) -> tuple[DictConfig, dict[str, list[DictConfig]]]:
+    """The pretraining and the evaluations of each row, all checked before any takes time."""
+    (pretraining,) = pretrainings([cfg])
+    evaluations = {
+        name: [evaluation(cfg, name, protocol, overrides, seed) for seed in seeds]
+        for name, overrides in rows.items()
+        if overrides is not None
+    }
+    for member in chain([pretraining], *evaluations.values()):
+        build.check(member)
+    if _labels.learns_labels(cfg.method):
+        for member in chain(*evaluations.values()):
+            check_choice(member, pretraining)
+    return pretraining, evaluations
+
+
+def check_parts(cfg: DictConfig) -> None:
+    """UserError for a pipeline whose rows are mistaken, before its pretraining takes time."""
+    _parts(cfg, cfg.stage.protocol, cfg.stage.rows, cfg.stage.seeds[:1])
+
+
+def pretrainings(cfgs: Sequence[DictConfig]) -> list[DictConfig]:
+    """The pretraining of each pipeline, a run of its own in a directory below.
+
+    Launchers give it a slot or a job of its own (`launch.launchers`).
+    """
+    stage = hydra.compose("config", ["stage=pretrain"]).stage
+    return [_part(cfg, f"{cfg.dir}/pretrain", cfg, stage=stage) for cfg in cfgs]
+
+
+pipeline.pretrainings, pipeline.check_parts = pretrainings, check_parts
+pipeline.read_by_parts = (*SHARED, "stage", "augmentation")  # and which method it is
 
 
 def check_choice(member: DictConfig, pretraining: DictConfig) -> None:
@@ -134,7 +157,7 @@ def evaluation(
     changed = [word for word, root in roots.items() if root in SHARED and root not in chosen]
     member = hydra.compose("config", [word for word in overrides if word not in changed])
     shared = {key: cfg[key] for key in SHARED if key not in chosen}
-    made = _with(member, seed=seed, dir=f"{cfg.dir}/{identity.slug(name)}/seed{seed}", **shared)
+    made = _part(cfg, f"{cfg.dir}/{identity.slug(name)}/seed{seed}", member, seed=seed, **shared)
     for key in ("mean", "std"):  # so that the baselines see the same images
         if key in made.augmentation and made.augmentation[key] is None:
             made.augmentation[key] = cfg.augmentation[key]
@@ -148,15 +171,21 @@ def evaluation(
     return made
 
 
-def _with(cfg: DictConfig, **nodes: object) -> DictConfig:
-    """A copy with these nodes in place of its own."""
-    changed = OmegaConf.create(OmegaConf.to_container(cfg))
-    with open_dict(changed):
-        for key, node in nodes.items():
+def _part(cfg: DictConfig, directory: str, own: DictConfig, **nodes: object) -> DictConfig:
+    """A run of the pipeline `cfg`: `own` in this directory, with these nodes in place of its own.
+
+    On a dashboard it has a name of its own.
+    """
+    made = OmegaConf.create(OmegaConf.to_container(own))
+    with open_dict(made):
+        for key, node in (nodes | {"dir": directory}).items():
             if OmegaConf.is_config(node):
                 node = OmegaConf.to_container(node, resolve=True)
-            changed[key] = node
-    return changed
+            made[key] = node
+    for node in (made.tracking, *made.tracking.values()):  # tracking=several has some within
+        if OmegaConf.is_config(node) and (name := node.get("name")):
+            node.name = f"{name} {os.path.relpath(directory, cfg.dir)}"
+    return made
 
 
 def draw(

@@ -36,12 +36,13 @@ def status(cfg: DictConfig, run: Run) -> dict[str, float]:
         if known and cfg.metric and cfg.metric not in known:
             valid = [f"metric={key}" for key in known]
             raise UserError(unknown("value", f"metric={cfg.metric}", valid))
-        states = sweep.states(members)
+        parts = sweep.with_firsts(members)
+        states = dict(zip((part.name for part in parts), sweep.states(parts), strict=True))
         if len(paths) > 1:
             print(f"\n{path}\n")
-        print(sweeps.overview(members, states, cfg.metric))
+        print(sweeps.overview(parts, [*states.values()], cfg.metric))
         if shown := sweeps.sweep_table(path, cfg.metric):
             print(f"\n{shown}")
-        for state in states:
+        for state in (states[member.name] for member in members):
             counts[state.name] = counts.get(state.name, 0) + 1
     return counts

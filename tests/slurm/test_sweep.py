@@ -141,8 +141,9 @@ def test_what_is_queued_stays_as_it_was_composed(sweeps: Sweeps, slurm: Cluster)
         file.write_text(file.read_text().replace("0.15", "0.9").replace("0.25", "0.75"))
     again = sweeps(*command, launcher=launcher)
     assert "0 finished, 1 under way, 0 to start" in again.stderr
-    (job,) = slurm.jobs()
-    slurm("scontrol", "release", job)
+    jobs = slurm.jobs()
+    assert len(jobs) == 2  # the pretraining, and the evaluations
+    slurm("scontrol", "release", *jobs)
     wait(lambda: not slurm.jobs(), 180)
     assert "finished" in sweeps.status()
     run = sweeps.run()

@@ -1,0 +1,103 @@
+"""In which order the members of a sweep start, and what becomes of them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import filelock
+import pytest
+from commands import member
+from conftest import TINY_PRETRAIN, Command
+
+from ssl_bench.launch.launchers import _ready
+from ssl_bench.runs import sweep
+
+
+def of_two_stages(folder: Path, seed: int) -> tuple[sweep.Member, sweep.Member]:
+    """A pretraining, and the pipeline that it is of."""
+    whole = member(folder, None, f"seed={seed}")
+    config = whole.config | {"dir": f"{whole.config['dir']}/pretrain"}
+    first = replace(whole, file=whole.file.with_name(f"{whole.name}.pretrain.json"), config=config)
+    first.save()
+    return first, whole
+
+
+def finish(one: sweep.Member) -> None:
+    one.directory.mkdir(parents=True, exist_ok=True)
+    (one.directory / "config.yaml").write_text(json.dumps(one.config))
+    (one.directory / "summary.json").write_text('{"loss": 1.0}')
+
+
+def test_pretrainings_come_first(tmp_path: Path) -> None:
+    """An evaluation starts when its own has finished, and never if that has failed."""
+    (first, rest), (other, dropped) = (of_two_stages(tmp_path / "sweep", seed) for seed in (0, 1))
+    assert first.directory == rest.directory / "pretrain"
+    waiting = [first, rest, other, dropped]
+    assert _ready(waiting, []) is first
+    waiting.remove(first)
+    assert _ready(waiting, [first]) is other
+    waiting.remove(other)
+    assert _ready(waiting, [first, other]) is None
+    finish(first)
+    other.fail("out of luck")
+    assert _ready(waiting, [other]) is rest
+    waiting.remove(rest)
+    assert _ready(waiting, []) is None
+    assert waiting == []
+
+
+def test_the_state_of_both_stages(tmp_path: Path) -> None:
+    first, rest = of_two_stages(tmp_path / "sweep", 0)
+    members = sweep.members(tmp_path / "sweep")
+    assert sweep.with_firsts(members) == [first, rest]
+
+    def told() -> list[str]:
+        return [str(state) for state in sweep.states(sweep.with_firsts(members))]
+
+    assert told() == ["waiting", "waiting: its pretraining is waiting"]
+    first.directory.mkdir(parents=True)
+    with filelock.FileLock(first.lock):
+        assert told() == ["running", "waiting: its pretraining is running"]
+    first.fail("out of luck")
+    reason = "failed: out of luck"
+    assert told() == [reason, f"not reached: its pretraining is {reason}"]
+    finish(first)
+    assert told() == ["finished", "waiting"]
+    # where the sweep is moved to, the two are found again
+    (tmp_path / "sweep").rename(tmp_path / "moved")
+    (moved,) = sweep.members(tmp_path / "moved")
+    assert moved.first.result() == {"loss": 1.0}
+
+
+def test_a_job_that_slurm_never_starts_is_not_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pretraining has failed."""
+    first, rest = of_two_stages(tmp_path / "sweep", 0)
+    for one, job in ((first, "7"), (rest, "8")):
+        one.job = job
+        one.save()
+    first.fail("out of luck")
+    pending = {"8": sweep.State("pending", "DependencyNeverSatisfied")}
+    monkeypatch.setattr(sweep, "queued", lambda: pending)
+    monkeypatch.setattr(sweep, "accounted", lambda jobs: {})
+    assert [state.name for state in sweep.states([first, rest])] == ["failed", "not reached"]
+
+
+@pytest.mark.slow
+def test_two_stages_here(ssl_bench: Command, tmp_path: Path) -> None:
+    """A failed pretraining costs its own evaluations alone; mistaken rows are told first."""
+    command = ["-m", *TINY_PRETRAIN, "stage=pipeline", "augmentation=digits", "epochs=1"]
+    rows = "stage.rows={pretrained: ['augmentation.image_sise=8']}"
+    refused = ssl_bench(*command, "seed=0,1", rows)
+    assert refused.returncode == 2
+    assert "augmentation.image_sise: no such key" in refused.stderr
+    assert not list(tmp_path.glob("runs/sweeps/*/*/pretrain"))
+    command += ["stage.protocol=['epochs=1','stage.labels_per_class=10','batch_size=50']"]
+    result = ssl_bench(*command, "batch_size=2000,128")
+    assert result.returncode == 2
+    begins = "not reached: its pretraining is failed: batch_size=2000 is larger"
+    assert begins in result.stderr.splitlines()[-1]
+    assert "1 of 2 members are not finished" in result.stderr
+    header = (tmp_path / "runs/sweeps/pipeline/table.md").read_text().splitlines()[0]
+    assert all(f" {key} " in header for key in ("pretrained top-1", "probe_top1", "n"))
