@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from hydra_plugins.ssl_bench_launchers import Slurm
 from ssl_bench.config import typed
 from ssl_bench.errors import UserError
+from ssl_bench.launch.slurm import _checked
 from ssl_bench.runs import sweep
 from ssl_bench.shell import VARIABLE, override, quoted
 
@@ -136,7 +137,7 @@ def submit(choice: dict, work: Path, **keys: object) -> None:
     options = OmegaConf.create(own.pop("additional_parameters", {}))
     launcher = Slurm(**choice | {"additional_parameters": options} | own)
     launcher.config = OmegaConf.create({"hydra": {"sweeper": {"_target_": "BasicSweeper"}}})
-    launcher._run(
+    launcher._submit(
         [sweep.Member(work / "sweep" / "member.json", [], {"batch_size": 8}, str(work), "")], []
     )
 
@@ -204,11 +205,8 @@ def test_a_batch_script_means_the_names_that_it_is_given(
     (spied / "scontrol").unlink()
     given = (spied / "srun").read_text().split("\0")[:-1]
     program = python and python.replace("~", env["HOME"]) if python == "~" else python or "python"
-    inside = (
-        ["/bin/bash", "-c", f'source env.sh\nexec {quoted(program)} "$0" "$@"']
-        if script
-        else [program]
-    )
+    lines = [*_checked(["source env.sh"], "env_script"), f'exec {quoted(program)} "$0" "$@"']
+    inside = ["/bin/bash", "-c", "\n".join(lines)] if script else [program]
     seen = VARIABLE.sub(lambda name: env.get(name[0].strip("${}"), ""), word)
     task = ["-u", "-m", "submitit.core._submit", f"{work}/sweep/.submitit/%j"]
     assert given[given.index("run") :] == ["run", seen, *inside, *task]

@@ -15,12 +15,14 @@ import sys
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import filelock
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
@@ -57,12 +59,33 @@ class SweepLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
+        _refuse_processes()
+        folder = Path(self.config.hydra.sweep.dir)
+        with _alone(folder.absolute()):  # until Slurm, too, knows what this command starts
+            self._drop_orphans(folder.absolute())
+            asked, todo, under_way, elsewhere = self._decide(folder, job_overrides)
+            self._submit(todo, under_way)
+        self._run(todo, under_way)
+        if self.wait:
+            self._wait_elsewhere(elsewhere)
+        # Here and not in Hydra's on_multirun_end, which isn't called when a member has failed.
+        from ssl_bench.report import sweeps  # imports torch
+
+        if table := sweeps.sweep_table(folder):
+            print(f"\n{table}\n\n{folder / 'table.md'}, {folder / 'table.csv'}")
+        return self._returns(asked)
+
+    def _decide(
+        self, folder: Path, job_overrides: Sequence[Sequence[str]]
+    ) -> tuple[list["Member"], list["Member"], list["Member"], list["Member"]]:
+        """The members that were asked for, and what of them is to start, under way, elsewhere.
+
+        The last three have the pretrainings of pipelines apart. UserError.
+        """
         from ssl_bench import shell
         from ssl_bench.errors import UserError
         from ssl_bench.runs import sweep
 
-        _refuse_processes()
-        folder = Path(self.config.hydra.sweep.dir)
         conf = self._freeze_files(folder.absolute() / ".members")
         known = sweep.by_key(sweep.members(folder.absolute()))
         asked = [
@@ -85,8 +108,8 @@ class SweepLauncher(Launcher):
         unfinished = [part for part in parts if part.result() is None]
         # Jobs of earlier commands can't be seen from a machine without Slurm; there the locks of
         # the run directories keep members from running twice.
-        submitted = any(part.job for part in unfinished)
-        queue = sweep.queued() if submitted and shutil.which("squeue") else {}
+        jobs = [part.job for part in unfinished if part.job]
+        queue = sweep.queued(jobs) if jobs and shutil.which("squeue") else {}
         if queue is None:
             raise UserError(
                 "squeue doesn't answer, and earlier jobs of this sweep may still be there: "
@@ -129,15 +152,7 @@ class SweepLauncher(Launcher):
             member.job = None
             member.forget_failure()
             member.save()
-        self._run(todo, under_way)
-        if self.wait:
-            self._wait_elsewhere(elsewhere)
-        # Here and not in Hydra's on_multirun_end, which isn't called when a member has failed.
-        from ssl_bench.report import sweeps  # imports torch
-
-        if table := sweeps.sweep_table(folder):
-            print(f"\n{table}\n\n{folder / 'table.md'}, {folder / 'table.csv'}")
-        return self._returns(asked)
+        return asked, todo, under_way, elsewhere
 
     def _check_metric(self, members: list["Member"]) -> None:
         """UserError, before any member starts, for a metric that can't tell which is better."""
@@ -187,9 +202,15 @@ class SweepLauncher(Launcher):
         while busy():
             time.sleep(1)
 
+    def _drop_orphans(self, folder: Path) -> None:
+        """End what a command that was killed has started, and no member knows of."""
+
+    def _submit(self, todo: list["Member"], under_way: list["Member"]) -> None:
+        """Hand `todo` over to whoever starts it, if that is another program. UserError."""
+
     @abstractmethod
     def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
-        """Start `todo`; unless `wait` is false, return when all of `todo` and `under_way` ended."""
+        """Start `todo`, and return when all of `todo` and `under_way` have ended."""
 
     def _compose(
         self, folder: Path, conf: Path, overrides: list[str], known: dict[str, list["Member"]]
@@ -333,6 +354,22 @@ class SweepLauncher(Launcher):
                     )
             returns.append(done)
         return returns
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Until its end, no other command decides which members of the sweep it starts."""
+    (folder / ".members").mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".members" / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        log.info("another command is starting members of %s: waiting for it", folder.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _refuse_processes() -> None:

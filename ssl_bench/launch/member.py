@@ -7,6 +7,7 @@ member, as launchers do: `python -m ssl_bench.launch.member FILE method._target_
 """
 
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -23,15 +24,21 @@ from ssl_bench.launch import resolvers
 from ssl_bench.launch.process import launch, set_up_logging
 from ssl_bench.runs import sweep
 
+STARTS = 3  # of a job that take up its time and save nothing, before it isn't requeued any more
 
-def run(file: Path, named: Sequence[str] = ()) -> None:
+
+def run(
+    file: Path, named: Sequence[str] = (), job: str | None = None, gpus: str | None = None
+) -> None:
     """Run one rank of the member in `file`. An error is written beside the file, and raised.
 
-    named: the user's constructors that the member may call (`build.strange`).
+    named: the user's constructors that the member may call (`build.strange`). job: the Slurm job
+    that this is; gpus: the GPUs that it was given, in the words of the launcher.
     """
     resolvers.register()
     build.restrict(named)
     member, rank = sweep.Member.load(file), int(os.environ.get("SLURM_PROCID", 0))
+    member.job = job or member.job  # the file is older where the job was faster than its command
     set_up_logging(quiet=rank > 0)
     for folder in (member.cwd, member.conf):
         if not (os.path.isabs(folder) and os.path.isdir(folder)):
@@ -43,11 +50,13 @@ def run(file: Path, named: Sequence[str] = ()) -> None:
         sys.path.append(member.cwd)  # a user's own modules
     # a pipeline composes the configurations of its parts
     with hydra.initialize_config_dir(member.conf, version_base="1.3"):
-        attempt(member, rank)
+        attempt(member, rank, gpus)
 
 
-def attempt(member: sweep.Member, rank: int = 0) -> None:
+def attempt(member: sweep.Member, rank: int = 0, gpus: str | None = None) -> None:
     try:
+        if gpus:
+            _check_gpus(gpus, member.config["device"])
         cfg = build.literal(member.config)
         build.check(cfg)  # the file may be older than the code
         launch(cfg)
@@ -59,6 +68,17 @@ def attempt(member: sweep.Member, rank: int = 0) -> None:
         raise
 
 
+def _check_gpus(gpus: str, device: str) -> None:
+    """UserError where `device` would be the CPU of a job that has GPUs."""
+    import torch
+
+    if device != "cpu" and not torch.cuda.is_available():
+        raise UserError(
+            f"the job has {gpus}, and torch sees no GPU on {platform.node()}: try nvidia-smi and "
+            "ssl-bench doctor there; to train on its CPU all the same, type device=cpu"
+        )
+
+
 class SlurmTask:
     """What submitit pickles, and calls once in each task of the job.
 
@@ -67,28 +87,55 @@ class SlurmTask:
       running. The run saves, then submitit's handler has the job requeued.
     - Slurm ends it (scancel, scontrol requeue): SIGTERM when the job no longer counts as running.
       The run saves; Slurm does the rest.
-    - It fails: exit status 1, and srun's --kill-on-bad-exit ends the other tasks.
+    - It fails: exit status 1, and srun's --kill-on-bad-exit ends the other tasks. So does one that
+      was warned, and that has saved nothing new in several starts: it would come back for ever.
     - It finishes.
     """
 
-    def __init__(self, file: Path, named: Sequence[str] = ()) -> None:
-        self.file, self.named = file, named
+    gpus: str | None = None  # these two of a job that was submitted by an earlier version
+    seconds = float("inf")
+
+    def __init__(
+        self, file: Path, named: Sequence[str] = (), gpus: str | None = None, seconds: float = 0
+    ) -> None:
+        """gpus: what the job was given, in words; seconds: from its start to Slurm's warning."""
+        self.file, self.named, self.gpus, self.seconds = file, named, gpus, seconds
 
     def __call__(self) -> None:
+        from submitit import JobEnvironment
+
+        job, began = JobEnvironment().job_id, time.monotonic()
+        rank = int(os.environ.get("SLURM_PROCID", 0))
+        member = sweep.Member.load(self.file)
+        member.job = job
+        if rank == 0:
+            member.count_starts(in_vain=False)
         if shutil.which("scontrol") is None:
             _leave_requeue_to_the_script()
         # submitit's handler: rank 0 has the job requeued and exits, the others return
-        requeue = signal.getsignal(signal.SIGUSR2)
+        submitits = signal.getsignal(signal.SIGUSR2)
+
+        def requeue(signum: int, frame: object) -> None:
+            if rank == 0:
+                whole = time.monotonic() - began > self.seconds / 2
+                if (starts := member.count_starts(in_vain=whole)) >= STARTS:
+                    member.fail(
+                        f"{starts} starts in a row have saved nothing within "
+                        f"{self.seconds / 60:.0f} minutes (images that are being packed, say): "
+                        "type a larger hydra.launcher.timeout_min"
+                    )
+                    sys.exit(1)
+            submitits(signum, frame)
+
         # `Run` sets an alarm at a warning: a long step must not cost the requeue
         signal.signal(signal.SIGALRM, requeue)
         try:
-            run(self.file, self.named)
+            run(self.file, self.named, job, self.gpus)
         except Interrupted as stop:
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # one requeue is enough
-            member = sweep.Member.load(self.file)
             warned = stop.signum == signal.SIGUSR2
             if stop.signum == signal.SIGTERM:
-                warned = _counts_as_running(member.job)
+                warned = _counts_as_running(job)
             if not warned:
                 sys.exit(128 + stop.signum)
             try:
@@ -110,7 +157,7 @@ def _counts_as_running(job: str) -> bool:
 
     There the batch script asks.
     """
-    queue = sweep.queued()
+    queue = sweep.queued([job])
     return queue is None or (job in queue and queue[job].name == "running")
 
 

@@ -78,6 +78,8 @@ class SlurmConf(SlurmQueueConf):
     srun_args: list[str] = field(default_factory=list)
     name: str = "${sweep}"
     max_num_timeout: int = 1000
+    max_running: int = 256
+    array_parallelism: int = II(".max_running")  # as submitit calls it
     evaluation: EvaluationConf = field(default_factory=EvaluationConf)
     mem_gb: float | None = None
 

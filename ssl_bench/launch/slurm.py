@@ -8,9 +8,11 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +54,7 @@ class Slurm(SweepLauncher):
         srun_args: list[str],
         submitit_folder: str,
         max_num_timeout: int,
+        max_running: int,
         **parameters: Any,
     ) -> None:
         from ssl_bench.shell import quoted
@@ -63,7 +66,8 @@ class Slurm(SweepLauncher):
         inside = here if python is None else quoted(os.path.expanduser(python), variables=True)
         words = [quoted(word, variables=True) for word in container]
         if env_script:
-            words += ["/bin/bash", "-c", quoted(f'{env_script}\nexec {inside} "$0" "$@"')]
+            script = [*_checked([env_script], "env_script"), f'exec {inside} "$0" "$@"']
+            words += ["/bin/bash", "-c", quoted("\n".join(script))]
         else:
             words.append(inside)
         self.python = " ".join(words)
@@ -73,7 +77,7 @@ class Slurm(SweepLauncher):
         self.parameters = parameters | {
             "additional_parameters": additional,
             "setup": [
-                *(setup or []),
+                *_checked(setup or [], "setup"),
                 f"export SSL_BENCH_GRACE={math.ceil(0.75 * delay)} SSL_BENCH_REQUEUE={note}",
                 # one may be left from a start of this job that ended before its teardown
                 'rm -f -- "$SSL_BENCH_REQUEUE"',
@@ -102,13 +106,40 @@ class Slurm(SweepLauncher):
         }
 
     @property
+    def _gpus(self) -> str | None:
+        """The GPUs that a job is given, in the words of the launcher; None: it is given none."""
+        given = self.parameters | self.parameters["additional_parameters"]
+        keys = [key for key in ("gres", "gpus_per_node", "gpus_per_task", "gpus") if given.get(key)]
+        named = [f"{key}={given[key]}" for key in keys if key != "gres" or "gpu" in given[key]]
+        return " ".join(named) or None
+
+    @property
+    def _seconds(self) -> float:
+        """From the start of a job to Slurm's warning of its end."""
+        return 60 * self.parameters["timeout_min"] - self.parameters["signal_delay_s"]
+
+    @property
     def _tasks(self) -> int:
         return (self.parameters["nodes"] or 1) * (self.parameters["tasks_per_node"] or 1)
 
     def _processes(self, devices: int) -> int:
         return self._tasks if self._tasks > 1 else devices
 
-    def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
+    def _drop_orphans(self, folder: Path) -> None:
+        """Cancel jobs of this sweep that no member knows: their command was killed too early."""
+        from ssl_bench.runs import sweep
+
+        parts = sweep.with_firsts(sweep.members(folder))
+        orphans = sweep.submitted_from(self.folder.parent) - {part.job for part in parts}
+        if not orphans:
+            return
+        sweep.cancel(orphans)
+        log.warning("cancelled, left by a command that was killed: %s", " ".join(sorted(orphans)))
+        until = time.monotonic() + 60  # they may save first
+        while sweep.queued(orphans) and time.monotonic() < until:
+            time.sleep(1)
+
+    def _submit(self, todo: list["Member"], under_way: list["Member"]) -> None:
         from ssl_bench.errors import UserError
 
         self._refuse_names()
@@ -137,24 +168,39 @@ class Slurm(SweepLauncher):
                     f"batch_size={batch} of {member.name} can't be divided among the {tasks} "
                     "processes of hydra.launcher.nodes and tasks_per_node: choose a multiple"
                 )
-        if todo:
-            self._submit(todo, under_way)
+        if not todo:
+            return
+        log.info("submitting %s jobs", len(todo))
         try:
-            if todo:
-                options = self.parameters["additional_parameters"]
-                if elsewhere := [options[key] for key in ("output", "error") if key in options]:
-                    log.info("output of their batch scripts: %s", " ".join(elsewhere))
+            with _uninterrupted():
+                self._submit_arrays(todo, under_way)
+        except UserError as error:
+            for member in (member for member in todo if member.job is None):
+                member.fail(f"not submitted: {error}")
+            raise
+        except KeyboardInterrupt:
+            self._tell_of_jobs(todo + under_way)
+            raise
+        options = self.parameters["additional_parameters"]
+        if elsewhere := [options[key] for key in ("output", "error") if key in options]:
+            log.info("output of their batch scripts: %s", " ".join(elsewhere))
+
+    def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
+        try:
             if self.wait:
                 self._wait(todo + under_way)
         except KeyboardInterrupt:
-            jobs = " ".join(member.job for member in todo + under_way if member.result() is None)
-            log.warning(
-                "the jobs go on; the same command waits for them again, this ends them: scancel %s",
-                jobs,
-            )
+            self._tell_of_jobs(todo + under_way)
             raise
 
-    def _submit(self, todo: list["Member"], under_way: list["Member"]) -> None:
+    def _tell_of_jobs(self, members: list["Member"]) -> None:
+        jobs = " ".join(member.job for member in members if member.job and member.result() is None)
+        log.warning(
+            "the jobs go on; the same command waits for them again, this ends them: scancel %s",
+            jobs,
+        )
+
+    def _submit_arrays(self, todo: list["Member"], under_way: list["Member"]) -> None:
         """Submit `todo`, and give each member its job.
 
         under_way: members with a job, on which some of `todo` may depend.
@@ -214,7 +260,7 @@ class Slurm(SweepLauncher):
         )
         configs = [build.literal(member.config) for member in members]
         array = [
-            SlurmTask(member.file, build.strange(config))
+            SlurmTask(member.file, build.strange(config), self._gpus, self._seconds)
             for member, config in zip(members, configs, strict=True)
         ]
         try:
@@ -258,7 +304,7 @@ class Slurm(SweepLauncher):
         began, told = time.monotonic(), set(ORDINARY)
         while waiting:
             time.sleep(min(15, 1 + (time.monotonic() - began) / 60))
-            queue = sweep.queued()
+            queue = sweep.queued(waiting)
             if queue is None:
                 continue  # slurmctld is away for a moment
             for job in list(waiting):
@@ -269,6 +315,35 @@ class Slurm(SweepLauncher):
                 missed[job] = 0 if job in queue else missed[job] + 1
                 if missed[job] == 2:
                     tell(waiting.pop(job))
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C and requests to end come after it, for this process and those that it starts.
+
+    sbatch may have handed its job to Slurm already, and nobody would know the number.
+    """
+    late = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, late)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _checked(commands: Sequence[str], key: str) -> list[str]:
+    """Shell: these commands, and the end of the job where one fails, with a line that says which.
+
+    What fails within a file that they read, or a function, doesn't count.
+    """
+    from ssl_bench.shell import quoted
+
+    if not commands:
+        return []
+    said = f'echo "hydra.launcher.{key} failed (status $status): $what" >&2'
+    ends = f"status=$?; [ ${{#BASH_SOURCE[@]}} -gt $depth ] || {{ {said}; exit 1; }}"
+    lines = [line for command in commands for line in (f"what={quoted(command)}", command)]
+    return ["depth=${#BASH_SOURCE[@]}", f"trap '{ends}' ERR", *lines, "trap - ERR"]
 
 
 def _stage(file: str, folder: str) -> str:

@@ -2,6 +2,7 @@
 
 SWEEP/.members/NAME.json     a member: overrides, resolved configuration, directory, Slurm job
 SWEEP/.members/NAME.failed   why its last attempt failed
+SWEEP/.members/NAME.starts   of a Slurm job, what it had saved when it started last
 SWEEP/.members/NAME.pretrain.json   of a pipeline, its pretraining, which starts before the rest
 SWEEP/.members/conf-HASH/    the YAML files as they were, for the stages that compose more
 SWEEP/NAME/                  its run directory
@@ -135,9 +136,10 @@ class Member:
     def failure(self) -> str | None:
         """Why its last attempt failed; None: it didn't."""
         try:
-            return json.loads(self._failed.read_text(encoding="utf-8"))["reason"]
+            said = json.loads(self._failed.read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):  # no such file, or still being written
             return None
+        return said["reason"] if said.get("job") == self.job else None  # else of an earlier job
 
     def fail(self, reason: str, rank: int = 0) -> None:
         """Write down why it failed, unless another rank has: that one is why the others fail."""
@@ -146,6 +148,23 @@ class Member:
 
     def forget_failure(self) -> None:
         self._failed.unlink(missing_ok=True)
+        self._starts.unlink(missing_ok=True)
+
+    def count_starts(self, in_vain: bool) -> int:
+        """How many starts of its job in a row have saved nothing; in_vain: is this one of them?"""
+        saved = sorted(
+            str(path.relative_to(self.directory))
+            for name in ("checkpoints/*.pt", layout.SUMMARY)
+            for path in self.directory.glob(f"**/{name}")
+        )
+        known = files.parse(self._starts, json.loads) if self._starts.exists() else {}
+        before = known["in_vain"] if known.get("saved") == saved else 0
+        files.write(self._starts, json.dumps({"saved": saved, "in_vain": before + in_vain}))
+        return before + in_vain
+
+    @property
+    def _starts(self) -> Path:
+        return self.file.with_suffix(".starts")
 
     @property
     def _failed(self) -> Path:
@@ -256,9 +275,12 @@ class State(NamedTuple):
         return ": ".join(filter(None, self))
 
 
+_EACH = ("--noheader", "--array")  # a line for each job of an array
+
+
 def states(members: Sequence[Member]) -> list[State]:
     jobs = [one.job for one in with_firsts(members) if one.job]
-    queue = (queued() or {}) if jobs else {}
+    queue = (queued(jobs) or {}) if jobs else {}
     ended = accounted(jobs) if jobs else {}
     return [_state(member, queue, ended) for member in members]
 
@@ -278,17 +300,49 @@ def _state(member: Member, queue: dict[str, State], ended: dict[str, str]) -> St
     if reason := member.failure:
         return State("failed", "; ".join(filter(None, [reason, _see(member)])))
     if (word := ended.get(member.job or "", "completed")) != "completed":
-        return State(word, _see(member))
+        return State(
+            word, "; ".join(filter(None, [_ADVICE.get(word), _last_words(member), _see(member)]))
+        )
     return State("stopped" if member.has_state else "waiting")
+
+
+# how jobs end that are ended by Slurm: what to type
+_ADVICE = {
+    "out_of_memory": "type a larger hydra.launcher.mem_gb",
+    "timeout": "Slurm ended it at hydra.launcher.timeout_min, before it had saved its state: "
+    "type more, or a larger hydra.launcher.signal_delay_s",
+    "deadline": "Slurm ended it at its deadline",
+}
+
+
+def _last_words(member: Member) -> str:
+    """The last line of what its job has said: an error of its setup, or of Slurm itself."""
+    folder = member.output
+    logs = [*folder.glob("*.err"), *folder.glob("*.out")] if folder else []
+    told = [log for log in logs if log.stat().st_size]
+    for log in sorted(told, key=lambda log: log.stat().st_mtime_ns, reverse=True):
+        with open(log, "rb") as file:
+            file.seek(max(0, log.stat().st_size - 4096))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+        said = [line.strip() for line in lines if line.strip()]
+        # srun only says then that it ends the task
+        if words := [line for line in said if not line.startswith("srun: ")] or said:
+            return words[-1][:200]
+    return ""
 
 
 def _see(member: Member) -> str:
     return f"see {member.output}" if member.output else ""
 
 
-def queued() -> dict[str, State] | None:
-    """{job: state} of this user's jobs that wait or run; None: Slurm doesn't answer."""
-    lines = _ask("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r")
+def queued(jobs: Iterable[str]) -> dict[str, State] | None:
+    """{job: state} of those of these jobs that wait or run; None: Slurm doesn't answer.
+
+    They may be another user's.
+    """
+    asked = sorted({job.partition("_")[0] for job in jobs})
+    # of a single job that it no longer knows, squeue says that its number is invalid
+    lines = _ask("squeue", f"--jobs={','.join([*asked, *asked])}", *_EACH, "--format=%i|%T|%r")
     if lines is None:
         return None
     queue = {}
@@ -296,6 +350,12 @@ def queued() -> dict[str, State] | None:
         job, state, reason = line.split("|")
         queue[job] = State(state.lower(), "" if reason == "None" else reason)
     return queue
+
+
+def submitted_from(folder: Path) -> set[str]:
+    """The jobs of this user whose batch script was in this folder, and that wait or run."""
+    pairs = (line.split("|", 1) for line in _ask("squeue", "--me", *_EACH, "--format=%i|%o") or [])
+    return {job for job, script in pairs if Path(script).parent.resolve() == folder.resolve()}
 
 
 def is_hopeless(state: State | None) -> bool:
@@ -309,9 +369,15 @@ def cancel(jobs: Iterable[str | None]) -> None:
 
 
 def accounted(jobs: Sequence[str]) -> dict[str, str]:
-    """How jobs ended, like {job: "timeout"}, from Slurm's accounting; empty where there is none."""
-    lines = _ask("sacct", "-n", "-P", "-X", "-o", "JobID,State", "-j", ",".join(jobs)) or []
-    pairs = (line.split("|", 1) for line in lines)
+    """How jobs ended, like {job: "timeout"}, from Slurm's accounting.
+
+    For want of that, from what it remembers for some minutes.
+    """
+    said = _ask("sacct", "-n", "-P", "-X", "-o", "JobID,State", "-j", ",".join(jobs))
+    if not said:
+        asked = ",".join([*jobs, *jobs])
+        said = _ask("squeue", f"--jobs={asked}", *_EACH, "--states=all", "--format=%i|%T")
+    pairs = (line.split("|", 1) for line in said or [])
     return {job: state.split()[0].lower() for job, state in pairs}
 
 

@@ -1,6 +1,7 @@
 """In which order the members of a sweep start, and what becomes of them."""
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 from commands import member
 from conftest import TINY_PRETRAIN, Command
 
+from ssl_bench.errors import Interrupted
 from ssl_bench.launch.launchers import _ready
+from ssl_bench.launch.member import SlurmTask
 from ssl_bench.runs import sweep
 
 
@@ -79,9 +82,55 @@ def test_a_job_that_slurm_never_starts_is_not_under_way(
         one.save()
     first.fail("out of luck")
     pending = {"8": sweep.State("pending", "DependencyNeverSatisfied")}
-    monkeypatch.setattr(sweep, "queued", lambda: pending)
+    monkeypatch.setattr(sweep, "queued", lambda jobs: pending)
     monkeypatch.setattr(sweep, "accounted", lambda jobs: {})
     assert [state.name for state in sweep.states([first, rest])] == ["failed", "not reached"]
+
+
+def test_starts_that_save_nothing_come_to_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As images that are packed anew in each; a preemption early in a start isn't counted."""
+    one = member(tmp_path / "sweep", None, "seed=0")
+    checkpoints = one.directory / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    for key, value in {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "7"}.items():
+        monkeypatch.setenv(key, value)
+    requeued = []
+
+    def warned(*_: object) -> None:
+        raise Interrupted(signal.SIGUSR2)
+
+    monkeypatch.setattr("ssl_bench.launch.member.run", warned)
+
+    def start(seconds: float) -> int:
+        before = {signum: signal.getsignal(signum) for signum in (signal.SIGUSR2, signal.SIGALRM)}
+        signal.signal(signal.SIGUSR2, lambda *_: requeued.append(1))
+        try:
+            with pytest.raises(SystemExit) as stopped:
+                SlurmTask(one.file, seconds=seconds)()
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+        return stopped.value.code
+
+    one.job = "7"
+    one.save()
+    assert [start(0), start(0), start(1000)] == [0, 0, 0]
+    (checkpoints / "step0000000004.pt").touch()
+    assert [start(0), start(0)] == [0, 0]
+    assert one.failure is None
+    assert start(0) == 1
+    assert len(requeued) == 5
+    assert one.failure.startswith("3 starts in a row have saved nothing within 0 minutes")
+
+
+def test_a_failure_belongs_to_the_job_that_failed(tmp_path: Path) -> None:
+    one = member(tmp_path / "sweep", None, "seed=0")
+    one.job = "7"
+    one.fail("out of luck")
+    one.job = "8"
+    assert one.failure is None
 
 
 @pytest.mark.slow

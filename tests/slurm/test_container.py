@@ -79,6 +79,7 @@ def test_the_job(sweeps: Sweeps, slurm: Cluster, whole: Callable[..., tuple]) ->
     )
     words = [
         *LONG,
+        "device=cpu",  # its GPUs are /dev/null
         "method._target_=mine_too.Mine",
         f"hydra.launcher.stage_in=[{folder}/student_dataset.sqsh]",
         f"hydra.launcher.stage_dir={folder}/node",

@@ -20,7 +20,7 @@ def test_from_laptop_to_cluster(sweeps: Sweeps) -> None:
     script = "".join(
         re.sub(f"^{indent}", "", block, flags=re.MULTILINE) for indent, block in blocks
     )
-    tiny = " ".join([*TINY_PRETRAIN, "epochs=1"])
+    tiny = " ".join([*TINY_PRETRAIN, "epochs=1", "device=cpu"])
     script, replaced = re.subn(
         "data=dl21 .* backbone=resnet50 method.temperature=0.1,0.2",
         f"{tiny} method.temperature=0.1",

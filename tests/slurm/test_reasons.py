@@ -1,0 +1,105 @@
+"""What stage=status and the command say of a job that Slurm, or its own beginning, has ended."""
+
+import os
+import signal
+
+import pytest
+
+from slurm.cluster import Cluster, wait
+from slurm.conftest import Sweeps, ended
+
+BEGINNINGS = {
+    "setup": (
+        ["hydra.launcher.setup=[cd,'module load cuda']"],
+        "hydra.launcher.setup failed (status 127): module load cuda",
+    ),
+    "env_script": (
+        ["hydra.launcher.env_script='source nowhere.sh'"],
+        "hydra.launcher.env_script failed (status 1): source nowhere.sh",
+    ),
+    "python": (["hydra.launcher.python=/nowhere/python"], "No such file or directory"),
+}
+
+
+@pytest.mark.parametrize("which", BEGINNINGS)
+def test_a_beginning_that_fails(sweeps: Sweeps, which: str) -> None:
+    words, reason = BEGINNINGS[which]
+    result = sweeps("epochs=1", *words)
+    assert result.returncode == 2
+    told = result.stderr.splitlines()[-1]
+    assert ": failed: " in told
+    assert reason in told
+    assert not (sweeps.run() / "metrics.jsonl").exists()
+
+
+def test_a_gpu_that_torch_does_not_see(sweeps: Sweeps) -> None:
+    """The job isn't trained on the CPU in silence; device=cpu is how one asks for that."""
+    result = sweeps("epochs=1", "hydra.launcher.gres=gpu:1")
+    assert result.returncode == 2
+    assert "failed: the job has gres=gpu:1, and torch sees no GPU on " in result.stderr
+
+
+# stands before the real one, which it calls late
+SLOW = """#!/bin/bash
+touch {folder}/asked
+until [ -e {folder}/go ]; do sleep 0.1; done
+exec /usr/bin/sbatch "$@"
+"""
+
+
+@pytest.fixture
+def slow(sweeps: Sweeps) -> str:
+    """A PATH on which sbatch is slow."""
+    (sweeps.folder / "bin").mkdir()
+    (sweeps.folder / "bin" / "sbatch").write_text(SLOW.format(folder=sweeps.folder))
+    (sweeps.folder / "bin" / "sbatch").chmod(0o755)
+    return f"{sweeps.folder}/bin:{sweeps.slurm.env['PATH']}"
+
+
+HOLD = ["epochs=1", "+hydra.launcher.additional_parameters.hold=true"]
+
+
+def test_ctrl_c_while_sbatch_is_slow(sweeps: Sweeps, slurm: Cluster, slow: str) -> None:
+    """Its job is known all the same."""
+    process = sweeps.start(*HOLD, PATH=slow)
+    wait((sweeps.folder / "asked").exists, 60)
+    process.send_signal(signal.SIGINT)
+    (sweeps.folder / "go").touch()
+    stopped = ended(process)
+    assert stopped.returncode == 130
+    assert stopped.stderr.splitlines()[-1].endswith(f"this ends them: scancel {sweeps.job()}")
+    assert [*slurm.jobs()] == [sweeps.job()]
+    slurm("scancel", sweeps.job())
+
+
+def test_a_command_killed_while_it_submits(sweeps: Sweeps, slurm: Cluster, slow: str) -> None:
+    """What sbatch has submitted behind its back is cancelled, and each member has one job."""
+    grid = [*HOLD, "seed=0,1,2", "hydra.launcher.wait=false"]
+    process = sweeps.start(*grid, PATH=slow)
+    wait((sweeps.folder / "asked").exists, 60)
+    os.kill(process.pid, signal.SIGKILL)
+    (sweeps.folder / "go").touch()
+    wait(slurm.jobs, 30)
+    left = {*slurm.jobs()}
+    again = sweeps(*grid)
+    assert again.returncode == 0, again.stderr
+    assert f"cancelled, left by a command that was killed: {' '.join(sorted(left))}" in again.stderr
+    assert len(slurm.jobs()) == 3
+    assert not left & {*slurm.jobs()}
+    slurm("scancel", *slurm.jobs())
+
+
+def test_two_commands_at_once(sweeps: Sweeps, slurm: Cluster, slow: str) -> None:
+    """The second one waits for what the first has submitted, and submits nothing."""
+    grid = [*HOLD, "seed=0,1,2", "hydra.launcher.wait=false"]
+    first = sweeps.start(*grid, PATH=slow)
+    wait((sweeps.folder / "asked").exists, 60)
+    second = sweeps.start(*grid)
+    told = "another command is starting members of pretrain: waiting for it"
+    assert any(told in line for line in second.stderr)
+    (sweeps.folder / "go").touch()
+    later = ended(second)
+    assert ended(first).returncode == later.returncode == 0
+    assert "0 finished, 3 under way, 0 to start" in later.stderr
+    assert len(slurm.jobs()) == 3
+    slurm("scancel", *slurm.jobs())
