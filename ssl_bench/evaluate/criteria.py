@@ -30,23 +30,32 @@ FITTED = (3, 100)
 
 
 def of_features(features: Tensor) -> dict[str, float]:
-    """Features (N, D) of as many images, unaugmented -> the criteria that need nothing else."""
+    """Features (N, D) of as many images, unaugmented -> the criteria that need nothing else.
+
+    Those that can't be computed are left out: all, of fewer than 3 images, or of values that aren't
+    finite.
+    """
     features = _exact(features)
+    if len(features) < 3 or not features.isfinite().all():
+        return {}
+    falling = eigenvalues(features)
     values = {
         "rankme": effective_rank(features),
-        "alpha_req": alpha_req(features),
-        "nesum": nesum(features),
+        "alpha_req": alpha_req(falling),
+        "nesum": nesum(falling),
         "uniformity": uniformity(F.normalize(features, dim=1)),
     }
-    return {key: float(value) for key, value in values.items()}
+    return {key: float(value) for key, value in values.items() if value.isfinite()}
 
 
 def of_views(views: Tensor) -> dict[str, float]:
-    """Features (Q, N, D) of Q views of N images -> LiDAR and alignment.
+    """Features (Q, N, D) of Q views of N images -> LiDAR and alignment, as `of_features`.
 
     alignment: mean over all pairs of an image's views, as the paper draws them.
     """
     views = _exact(views)
+    if views.shape[1] < 3 or not views.isfinite().all():
+        return {}
     unit = F.normalize(views, dim=2)
     pairs = [(a, b) for a in range(len(views)) for b in range(a)]
     aligned = torch.stack([alignment(unit[a], unit[b]) for a, b in pairs]).mean()
@@ -60,19 +69,18 @@ def _exact(features: Tensor) -> Tensor:
 
 def eigenvalues(features: Tensor) -> Tensor:
     """(N, D) -> the min(N, D) largest eigenvalues of their covariance, the largest first."""
-    centred = _exact(features) - features.double().mean(dim=0)
+    centred = features - features.mean(dim=0)
     narrow = centred if len(centred) <= centred.shape[1] else centred.T
     return torch.linalg.eigvalsh(narrow @ narrow.T / (len(centred) - 1)).clamp(min=0).flip(0)
 
 
-def alpha_req(features: Tensor) -> Tensor:
-    """(N, D) -> the exponent a of the power law j^-a by which eigenvalues of the covariance fall.
+def alpha_req(values: Tensor) -> Tensor:
+    """`eigenvalues` -> the exponent a of the power law j^-a by which they fall.
 
     alpha-ReQ (Agrawal et al., NeurIPS 2022, section 2): the nearer to 1, the better. As the
     authors' code has it (fastssl, powerlaw.py), a line through the logarithms of the eigenvalues
     FITTED, each weighted by 1 / j. NaN for fewer than two that aren't 0.
     """
-    values = eigenvalues(features)
     values = values[: FITTED[1]]
     values = values[: int((values > 1e-12 * values[0].clamp(min=1e-30)).sum())]
     number = torch.arange(1, len(values) + 1, dtype=values.dtype, device=values.device)
@@ -85,12 +93,11 @@ def alpha_req(features: Tensor) -> Tensor:
     return (weight * (x - mean_x) * (y - mean_y)).sum() / (weight * (x - mean_x).square()).sum()
 
 
-def nesum(features: Tensor) -> Tensor:
-    """(N, D) -> sum of the eigenvalues of their covariance, by the largest: 1 to min(N, D).
+def nesum(values: Tensor) -> Tensor:
+    """`eigenvalues` -> their sum by the largest: 1 to min(N, D).
 
     NESum (He and Ozay, ICML 2022, definition 4.1): larger is better.
     """
-    values = eigenvalues(features)
     return values.sum() / values[0].clamp(min=1e-30)
 
 

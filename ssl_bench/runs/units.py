@@ -29,6 +29,10 @@ UNITS = {
     "lidar": Unit("LiDAR", form=".1f"),
     "alignment": Unit("alignment", form=".3f"),
     "uniformity": Unit("uniformity", form=".3f"),
+    "features_rankme": Unit("RankMe of features", form=".1f"),
+    "features_alpha_req": Unit("alpha-ReQ of features", form=".2f"),
+    "features_nesum": Unit("NESum of features", form=".1f"),
+    "features_uniformity": Unit("uniformity of features", form=".3f"),
     "hours": Unit("hours", form=".3f"),
     "images_per_second": Unit("images/s", form=",.0f"),
     "memory_gb": Unit("memory (GB)", form=".2f"),
@@ -117,4 +121,4 @@ def mean_std(values: list[float]) -> tuple[float, float]:
 
 
 def smaller_is_better(metric: str) -> bool:
-    return "loss" in metric
+    return "loss" in metric or metric.endswith(("uniformity", "alignment"))

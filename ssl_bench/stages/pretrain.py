@@ -1,5 +1,6 @@
 """Stage pretrain: train a backbone without labels, and watch what it learns."""
 
+import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from ssl_bench.config import build
 from ssl_bench.data.formats.base import Dataset
 from ssl_bench.data.source import Source
 from ssl_bench.errors import UserError
+from ssl_bench.evaluate import criteria
 from ssl_bench.evaluate.features import extract_all
 from ssl_bench.evaluate.labels import check_classes, hold_out
 from ssl_bench.evaluate.neighbours import knn_and_ridge
@@ -73,7 +75,8 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
             f"metric={cfg.metric}: stage=pretrain never looks at val: type metric=knn_top1 "
             "or metric=probe_top1, which held-out training images give, or metric=loss"
         )
-    if cfg.metric in ("knn_top1", "probe_top1") and not (cfg.eval_every and online_images):
+    judged_online = str(cfg.metric).startswith(("knn_top1", "probe_top1", "features_"))
+    if judged_online and not (cfg.eval_every and online_images):
         raise UserError(
             f"metric={cfg.metric}: nothing measures it with eval_every={cfg.eval_every} and "
             f"stage.online_images={online_images}: type 1 or more for both, or metric=loss"
@@ -128,7 +131,7 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
             "method=%s learns from all labels of the train split: none are left to judge by",
             cfg.method.name,
         )
-    judge = online(cfg, run, data, views, online_images) if judged else None
+    judge = online(cfg, run, data, source, online_images) if judged else None
     paint = None
     if run.is_main:
         show_views(cfg, run, source, views)
@@ -147,36 +150,47 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
 
 
 def online(
-    cfg: DictConfig, run: Run, data: Dataset, views: Views, num_images: int
-) -> Callable[[nn.Module], dict[str, float]] | None:
-    """A function that measures the backbone of a network on `num_images` images of the train split.
+    cfg: DictConfig, run: Run, data: Dataset, trained: Source, num_images: int
+) -> Callable[[nn.Module], dict[str, float]]:
+    """A function that measures the backbone of a network on at most `num_images` images.
 
-    The labels of a fifth of them are predicted from the others. The val split is never looked at.
-    None: there are no labels, too few, or the weights have learnt from them.
+    On those of the train split, if it has labels that the weights haven't learnt from: those of a
+    fifth of them are predicted from the others. Else on some of the images of `trained`, the source
+    that is learnt from. `criteria` need no labels. The val split is never looked at.
     """
     try:
         known = data.split("train").labels
     except UserError:
         known = None
+    test_view = make_test_view(cfg, run, 1.0)
+    source = None
     if known is not None and _labels.are_seen(cfg, data.split("train")):
         log.info(
             "pretrained=%s has learnt from the labels of the train split: "
             "none are left to judge by",
             cfg.pretrained,
         )
-        return None
-    test_view = make_test_view(cfg, run, 1.0)
-    source = None if known is None else judges(cfg, run, data, test_view, known, num_images)
-    if source is None:
-        log.info("no labelled images to judge the features by while they are learnt")
-        return None
-    targets = source.labels[source.rows]
-    asked = torch.from_numpy(hold_out(targets, 0.2, cfg.seed))
+    else:
+        if known is not None:
+            source = judges(cfg, run, data, test_view, known, num_images)
+        if source is None:
+            log.info("no labelled images to judge the features by while they are learnt")
+    targets = asked = None
+    if source is not None:
+        targets = source.labels[source.rows]
+        asked = torch.from_numpy(hold_out(targets, 0.2, cfg.seed))
+    else:
+        source = copy.copy(trained.shown_as(test_view))
+        rng = np.random.default_rng(fold(cfg.seed, "online"))
+        source.rows = np.sort(rng.permutation(trained.rows)[:num_images])
 
     def evaluate(network: nn.Module) -> dict[str, float]:
         backbone = network.backbone.eval()
         features = extract_all(cfg.precision, run, backbone, source, lambda x, _: test_view(x))
-        return knn_and_ridge(features, torch.from_numpy(targets), asked)
+        line = {f"features_{key}": value for key, value in criteria.of_features(features).items()}
+        if targets is None:
+            return line
+        return line | knn_and_ridge(features, torch.from_numpy(targets), asked)
 
     return evaluate
 

@@ -54,7 +54,19 @@ def test_the_judges_are_pairs_that_can_be_decoded(
 
 
 def test_one_image_judges_nothing(command: list[str]) -> None:
-    assert "knn_top1" not in launch(compose(*command, "stage.online_images=1"))
+    result = launch(compose(*command, "stage.online_images=1"))
+    assert not [key for key in result if key.startswith(("knn", "features_"))]
+
+
+def test_features_are_measured_without_labels(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the test view shows them, of the images that are learnt from, where none has a label."""
+    monkeypatch.setattr("ssl_bench.stages.pretrain.judges", lambda *of: None)
+    result = launch(compose(*command, "stage.online_images=7"))
+    assert "knn_top1" not in result
+    assert 1 <= result["features_rankme"] <= 7
+    assert result["features_uniformity"] <= 0
 
 
 # -- from weights there are ------------------------------------------------------------------------
