@@ -3,6 +3,9 @@ floors.
 
     pip install -e ".[bench]"
     python benchmarks/speed.py            on two CPU cores: twenty minutes, 9 GB of disk
+    python benchmarks/speed.py --only contenders --workers 2
+                                          the peers alone, as their examples have them and tuned:
+                                          a quarter of an hour
     python benchmarks/speed.py --quick    a smoke test of a minute; its figures mean nothing
     python benchmarks/speed.py --only contenders parts --cases resnet50:512 --repeats 1 --workers 16
                                                                 the shortest that tells something,
@@ -47,6 +50,13 @@ from ssl_bench.data.synthetic import write_dl21
 HERE = Path(__file__).parent
 TICK = 0.01  # seconds between looks at metrics.jsonl
 PARTS = ("contenders", "startup", "parts", "by_batch", "by_size")
+# each as its own example has it, and as a good user of it would run it
+PEERS = {
+    "plain": ["plain"],
+    "plain, tuned": ["plain", "--tuned"],
+    "lightly": ["lightly"],
+    "lightly, tuned": ["lightly", "--tuned"],
+}
 CALM = 0.1  # cores that other programs may take
 
 
@@ -142,7 +152,7 @@ class Bench:
         command = [
             sys.executable,
             str(HERE / "contenders.py"),
-            name,
+            *PEERS[name],
             str(self.peers),
             "--device",
             self.device,
@@ -238,8 +248,9 @@ def calm(measure: Callable[[], dict], tries: int) -> dict:
 def contenders(bench: Bench, repeats: int, workers: int | None) -> dict:
     """Each peer with the workers that suit it best, or as many as asked for, and ours, in turn."""
     plan, cores = bench.plan, default_workers()
-    peers = ["plain"] + ["lightly"] * (importlib.util.find_spec("lightly") is not None)
-    if "lightly" not in peers:
+    there = importlib.util.find_spec("lightly") is not None
+    peers = [name for name in PEERS if there or not name.startswith("lightly")]
+    if not there:
         print('lightly is not installed, and left out: pip install -e ".[bench]"', flush=True)
     tuning, chosen = {}, dict.fromkeys(peers, workers)
     for name in peers if workers is None else ():
