@@ -479,12 +479,13 @@ class Local(SweepLauncher):
 class Workstation(SweepLauncher):
     """Runs several members at once, each with a GPU, if there are any, and a share of the cores.
 
+    members_per_gpu: so many share each GPU, as small networks leave it idle.
     A member leases them as long as it lives, also if its launcher is killed: no other command puts
     a member there meanwhile.
     """
 
-    def __init__(self, at_once: int | None) -> None:
-        self.at_once = at_once
+    def __init__(self, at_once: int | None, members_per_gpu: int = 1) -> None:
+        self.at_once, self.members_per_gpu = at_once, members_per_gpu
 
     def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
         from ssl_bench.config import build
@@ -492,18 +493,29 @@ class Workstation(SweepLauncher):
         from ssl_bench.launch import leases
 
         gpus, cores = visible_gpus(), sorted(os.sched_getaffinity(0))
+        packed = self.members_per_gpu
+        if packed < 1 or (packed > 1 and not gpus):
+            why = (
+                "choose 1 or more" if gpus else "there is no GPU here: type hydra.launcher.at_once="
+            )
+            raise UserError(f"hydra.launcher.members_per_gpu={packed}: {why}")
+        gpus = gpus * packed  # each is taken once before any is taken twice
         at_once = (len(gpus) or len(cores)) if self.at_once is None else self.at_once
         if at_once < 1 or (gpus and at_once > len(gpus)):
             raise UserError(
-                f"hydra.launcher.at_once={at_once}: "
-                f"there are {len(gpus)} GPUs here, one for each member"
+                f"hydra.launcher.at_once={at_once}: there are {len(gpus) // packed} GPUs here, "
+                f"with hydra.launcher.members_per_gpu={packed}"
             )
         share = max(1, len(cores) // at_once)
         shares = [
             {cores[(slot * share + i) % len(cores)] for i in range(share)}
             for slot in range(len(gpus) or at_once)
         ]
-        places = [f"gpu-{gpu}" for gpu in gpus] or [
+        alone = len(gpus) // packed  # the names that a GPU of one member has
+        places = [
+            f"gpu-{gpu}" + (f"-{slot // alone + 1}" if slot >= alone else "")
+            for slot, gpu in enumerate(gpus)
+        ] or [
             f"cores-{slot}-{blake2b(repr(sorted(mine)).encode(), digest_size=4).hexdigest()}"
             for slot, mine in enumerate(shares)
         ]

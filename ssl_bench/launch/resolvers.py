@@ -49,6 +49,7 @@ class LocalConf:
 class WorkstationConf:
     _target_: str = "hydra_plugins.ssl_bench_launchers.Workstation"
     at_once: int | None = None
+    members_per_gpu: int = 1
 
 
 @dataclass

@@ -477,6 +477,33 @@ def test_members_that_outlive_their_launcher_keep_their_gpus(
     assert len(begun(4)) == 4
 
 
+def test_members_share_a_gpu_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each GPU has a member before any has two, and no more than that."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    program = tmp_path / "program"
+    program.write_text(HOLDS.format(folder=tmp_path))
+    program.chmod(0o755)
+    (tmp_path / "hold").touch()
+    monkeypatch.setattr(sys, "executable", str(program))
+    members = [member(tmp_path / "sweep", None, f"seed={seed}") for seed in range(5)]
+    packed = launchers.Workstation(at_once=None, members_per_gpu=2)
+    running = threading.Thread(target=packed._run, args=[members, []])
+    running.start()
+    deadline = time.monotonic() + 60
+    while sum(bool(path.read_text()) for path in tmp_path.glob("began-*")) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.5)  # a fifth would come now
+    begun = [path.read_text().strip() for path in tmp_path.glob("began-*")]
+    assert sorted(begun) == ["3", "3", "5", "5"]
+    (tmp_path / "hold").unlink()
+    running.join(60)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserError, match="members_per_gpu=2: there is no GPU here"):
+        packed._run(members, [])
+
+
 def test_an_archive_is_copied_once_to_each_node(tmp_path: Path) -> None:
     def stage() -> subprocess.CompletedProcess:
         script = (
