@@ -7,7 +7,7 @@ RUN = $(VENV)/bin/
 # a worker for each core, and one for Slurm, which needs about 1 GB; in the order of tests/conftest.py
 PYTEST = $(RUN)python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: quickstart test alltests quicktest durations lint docs lock mutants bench
+.PHONY: quickstart speedrun test alltests quicktest durations lint docs lock mutants bench
 
 quickstart: $(VENV)/.installed
 	$(RUN)ssl-bench experiment=quickstart
@@ -51,6 +51,10 @@ mutants: $(VENV)/.installed-test
 # of use only on a machine that does nothing else meanwhile
 bench: $(VENV)/.installed-bench
 	$(RUN)python benchmarks/speed.py
+
+# from nothing to an accuracy: the newest record, five seeds, on a machine that does nothing else meanwhile
+speedrun: $(VENV)/.installed
+	$(RUN)python benchmarks/speedrun.py
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 found: apt-get install python3"; exit 1; }

@@ -12,6 +12,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from commands import compose
+
+from ssl_bench.config import build
+from ssl_bench.data.formats.digits import Digits
 
 SPEED = Path(__file__).parents[1] / "benchmarks" / "speed.py"
 
@@ -141,3 +145,45 @@ def test_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for part in ("checkpoint", "store"):
         assert found[part]["seconds without"].keys() <= found[part]["seconds"].keys()
         assert not (tmp_path / part).exists()
+
+
+@pytest.mark.slow
+def test_the_speedrun_writes_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every record composes, is packed before it is timed, and stands in the table."""
+    module = imported("speedrun", monkeypatch)
+    asked = []
+
+    def timed(words: list[str], folder: Path) -> dict:
+        if "seed=0" in words:
+            build.check(compose("experiment=speedrun", *words))
+        assert any((folder / "cache").glob("digits-*"))
+        asked.append(words)
+        return {"seconds": 20.0 + len(asked), "cpu_seconds": 30.0, "top1": 91.0, "draws": [91.0]}
+
+    monkeypatch.setattr(module, "timed", timed)
+    monkeypatch.setattr(module, "machine", lambda: {"git_commit": "0" * 40, "cpus": 2, "cpu": "x"})
+    monkeypatch.setattr(module, "ABLATIONS", dict([*module.ABLATIONS.items()][:2]))
+    words = ["--records", "all", "--seeds", "0", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["", *words])
+    module.main()
+    page = (tmp_path / "speedrun.md").read_text()
+    assert all(f"| {number} | {what} |" in page for number, (what, _) in module.RECORDS.items())
+    assert "| 21.5 (21.0 to 22.0) | 91.0 (91.0 to 91.0) |" in page
+    monkeypatch.setattr(sys, "argv", ["", "--ablations", "--seeds", "0", "--out", str(tmp_path)])
+    module.main()
+    assert len(asked) == 2 * len(module.RECORDS) + len(module.ABLATIONS)
+    assert "data._target_=speedrun.HeldOut" in asked[-1]
+    assert json.loads((tmp_path / "speedrun.json").read_text()).keys() == {"records", "ablations"}
+
+
+def test_the_speedrun_is_tuned_without_the_test_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = imported("speedrun", monkeypatch)
+    data, whole = module.HeldOut(8, cache=str(tmp_path)), Digits(8, cache=str(tmp_path))
+    learnt, measured, train = (
+        np.asarray(one.open(split).images)
+        for one, split in ((data, "pretrain"), (data, "val"), (whole, "train"))
+    )
+    assert (len(learnt), len(measured)) == (1000, 297)
+    assert np.array_equal(np.concatenate([learnt, measured]), train)

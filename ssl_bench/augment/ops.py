@@ -13,6 +13,7 @@ import math
 from itertools import permutations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_bench.config.fields import Interpolation
@@ -175,6 +176,37 @@ class Op(nn.Module):
 
     def _apply_kinds(self, images: Tensor, kinds: Tensor, *params: Tensor) -> Tensor:
         return self.apply(images, *params)
+
+
+class Slant(Op):
+    """Turned by U(-rotate, rotate) and sheared by U(-shear, shear) degrees, about the centre.
+
+    Square images. What comes in from outside is black.
+    """
+
+    num_draws = 2
+
+    def __init__(self, rotate: float = 0.0, shear: float = 0.0):
+        super().__init__()
+        self.rotate, self.shear = rotate, shear
+
+    def sample(self, u: Tensor) -> tuple[Tensor, ...]:
+        """angle and shear, (B,) each, in degrees; clockwise as torchvision's affine"""
+        angle, shear = u.unbind(1)
+        return _between(angle, -self.rotate, self.rotate), _between(shear, -self.shear, self.shear)
+
+    def kinds(self, angle: Tensor, shear: Tensor) -> Tensor:
+        return ((angle != 0) | (shear != 0)).long()
+
+    def apply(self, images: Tensor, angle: Tensor, shear: Tensor) -> Tensor:
+        angle, tangent = angle.deg2rad(), shear.deg2rad().tan()
+        cosine, sine, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+        # from where each pixel comes
+        across = torch.stack([cosine - sine * tangent, cosine * tangent + sine, zero], dim=1)
+        down = torch.stack([-sine, cosine, zero], dim=1)
+        theta = torch.stack([across, down], dim=1).to(images.dtype)
+        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, align_corners=False)
 
 
 class ColorJitter(Op):

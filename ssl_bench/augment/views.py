@@ -19,6 +19,7 @@ from ssl_bench.augment.ops import (
     Op,
     RandomGrayscale,
     RandomResizedCrop,
+    Slant,
     Solarize,
 )
 from ssl_bench.augment.windows import Windows
@@ -37,7 +38,7 @@ CHUNK = 32 * 96 * 96
 
 
 class View(nn.Module):
-    """How one view is made: crop (and flip), jitter, grayscale, blur, solarize, normalise."""
+    """How one view is made: crop, flip, slant, jitter, grayscale, blur, solarize, normalise."""
 
     def __init__(self, crop: RandomResizedCrop, ops: Iterable[Op], normalize: Normalize) -> None:
         super().__init__()
@@ -142,7 +143,8 @@ class Views(nn.Module):
     For the operations see `View`. jitter: None, torchvision's, or "byol" (`ops.ByolJitter`).
     grayscale_first: grayscale comes before the jitter. A probability or strength of zero takes its
     operation out. jitter_p, grayscale_p, blur_p, solarize_p: one for all views, or one for each
-    view of full size and one for all small views. mean, std: None is ImageNet's, too.
+    view of full size and one for all small views. rotate, shear: see `ops.Slant`. mean, std: None
+    is ImageNet's, too.
     """
 
     def __init__(
@@ -169,6 +171,8 @@ class Views(nn.Module):
         num_small_views: NonNegativeInt = 0,
         small_size: PositiveInt = 48,
         small_crop_scale: Interval = (0.05, 0.14),
+        rotate: Annotated[float, Field(gt=0, le=180)] | None = None,
+        shear: Annotated[float, Field(gt=0, lt=90)] | None = None,
     ):
         super().__init__()
         _check_interval("crop_scale", crop_scale, low=0, high=1)
@@ -207,7 +211,8 @@ class Views(nn.Module):
             if solarize_p > 0:
                 colour.append(Solarize(solarize_p))
             crop = RandomResizedCrop(size, scale, crop_ratio, flip_p, interpolation)
-            return View(crop, colour, self.normalize)
+            slant = [Slant(rotate or 0.0, shear or 0.0)] if rotate or shear else []
+            return View(crop, slant + colour, self.normalize)
 
         made = cache(view)  # equal views are one module, which is compiled once
         full = [made(image_size, tuple(crop_scale), *own) for own in probabilities[:num_views]]

@@ -315,6 +315,18 @@ def test_solarize_equals_torchvision():
     assert torch.equal(ours[7:], images[7:])
 
 
+def test_slant_equals_torchvision():
+    """Turned and sheared about the centre, with black outside."""
+    slant, images = ops.Slant(rotate=40.0, shear=30.0), image_batch(20, 9, 9)
+    angle, shear = sample(slant, 20)
+    assert (angle.abs().max(), shear.abs().max()) > (30, 20)
+    ours = slant.apply(images, angle, shear)
+    for i, image in enumerate(images):
+        tilt = [angle[i].item(), [0, 0], 1.0, [shear[i].item(), 0.0]]
+        expected = tv.affine(image, *tilt, interpolation=tv.InterpolationMode.BILINEAR)
+        assert_equals(ours[i], expected, mean=1e-6, largest=2e-5)
+
+
 def test_normalize_equals_torchvision():
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
     images = image_batch(5)
@@ -326,7 +338,7 @@ def test_normalize_equals_torchvision():
     )
 
 
-@pytest.mark.parametrize("op", OPS, ids=lambda op: type(op).__name__)
+@pytest.mark.parametrize("op", [*OPS, ops.Slant(20, 10)], ids=lambda op: type(op).__name__)
 def test_op_is_pure_and_per_sample(op):
     """Inputs stay as they are, an image's result doesn't depend on its neighbours, other dtypes and
     layouts work.
@@ -352,7 +364,7 @@ def test_op_is_pure_and_per_sample(op):
     torch.testing.assert_close(channels_last, whole, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("op", OPS, ids=lambda op: type(op).__name__)
+@pytest.mark.parametrize("op", [*OPS, ops.Slant(20, 10)], ids=lambda op: type(op).__name__)
 def test_apply_is_one_static_graph(op):
     images, params = image_batch(6), sample(op, 6)
     compiled = torch.compile(op.apply, fullgraph=True, dynamic=False, backend="eager")
@@ -629,7 +641,7 @@ def test_transform_is_one_static_graph():
 @pytest.mark.parametrize(
     "policy",
     [
-        {"solarize_p": 0.2},
+        {"solarize_p": 0.2, "rotate": 10.0},
         {"grayscale_first": True},
         {"hue": 0.0},
         {"jitter_p": 0.0},
