@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -484,12 +484,17 @@ def _schema(path: str | None, group: str, supplied: tuple[str, ...]) -> type[Bas
                 )
             theirs = {key: value for key, value in parameters.items() if key != "split"}
             parameters = theirs | _packing()
-    fields = {
-        name: (annotation, ... if required else None)
-        for name, (annotation, required) in parameters.items()
+    return _model(str(path), tuple(parameters.items()))
+
+
+# A sweep's members have their constructors in common, and pydantic takes ms for each.
+@lru_cache(maxsize=256)
+def _model(name: str, parameters: tuple[tuple[str, signatures.Parameter], ...]) -> type[BaseModel]:
+    fields: dict[str, Any] = {
+        key: (annotation, ... if required else None) for key, (annotation, required) in parameters
     }
     config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
-    return create_model(str(path), __config__=config, **fields)
+    return create_model(name, __config__=config, **fields)
 
 
 def _missing(node: object, path: str = "") -> Iterator[str]:

@@ -17,6 +17,7 @@ LEFT_RANK = 0.1
 FEW = 4, 0.25  # so few directions, and no more than this share of the largest rank
 GROWN = 4  # times its first size: so large weights are only with too high a learning rate
 WATCHED = 20  # steps after which embeddings are looked at, whatever log_every is
+WATCHES = ("loss", "embedding_std", "effective_rank")  # what `Watch` wants to know of a step
 MOVING = 50  # steps after which a teacher has moved, or an epoch
 LIDAR_IMAGES = 256  # as many are enough for a comparison, and their matrices are quickly solved
 SAMPLED = 64  # values of each parameter that are compared
@@ -158,7 +159,7 @@ class Watch:
         told, most = {}, self.most
         if (said := collapse(line)) and (epoch >= 1 or std < LEFT_STD * most["embedding_std"]):
             told["has collapsed"] = said
-        if self.loses:
+        if told or self.loses:
             return told
         few, share = FEW
         most_rank = most["effective_rank"]

@@ -170,7 +170,7 @@ class Slurm(SweepLauncher):
                 )
         if not todo:
             return
-        log.info("submitting %s jobs", len(todo))
+        log.info("submitting %s job%s", len(todo), "s" if len(todo) > 1 else "")
         try:
             with _uninterrupted():
                 self._submit_arrays(todo, under_way)
@@ -272,7 +272,8 @@ class Slurm(SweepLauncher):
         for member, job in zip(members, jobs, strict=True):
             member.job = job.job_id
             member.save()
-        log.info("submitted: %s", " ".join(job.job_id for job in jobs))
+        first, task = jobs[0].job_id, jobs[-1].job_id.partition("_")[2]
+        log.info("submitted: %s", f"{first.partition('_')[0]}_[0-{task}]" if task else first)
 
     def _refuse_names(self) -> None:
         """UserError for characters that can't be quoted in `#SBATCH` lines and file patterns."""

@@ -213,7 +213,7 @@ def augmented(
 ) -> list[Tensor]:
     """Features (N, D) of each full view of the source's images, as an epoch draws them."""
     parts: list[list[Tensor]] = [[] for _ in range(views.num_views)]
-    for images, _, indices in source.epoch_pass():
+    for images, _, indices in source.epoch_pass(epoch):
         batch = views(images, keys(cfg.seed, epoch, indices))
         for part, view in zip(parts, batch[: views.num_views], strict=True):
             with autocast(cfg.precision, run.device):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ssl_bench.augment.draws import keys
 from ssl_bench.data.source import Source
 from ssl_bench.errors import Interrupted
-from ssl_bench.evaluate.health import MOVING, WATCHED, Following, Watch, health, variety
+from ssl_bench.evaluate.health import MOVING, WATCHED, WATCHES, Following, Watch, health, variety
 from ssl_bench.methods.base import Method, Output
 from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.run import Run
@@ -254,7 +254,8 @@ class Meter:
         """Look for a collapse after `step` steps of which no line is made. As for `measure`."""
         self._check_teacher(step)
         if embeddings is not None and self.run.is_main and embeddings.isfinite().all():
-            self._tell(step, epoch, variety(embeddings) | {"loss": output["loss"].item()})
+            own = {key: value.item() for key, value in output.items() if key in WATCHES}
+            self._tell(step, epoch, variety(embeddings) | own)  # a method may know better
 
     def _tell(self, step: int, epoch: float, line: dict[str, float]) -> None:
         """Warn, once of each kind, of embeddings that collapse."""

@@ -72,7 +72,7 @@ def test_a_collapse_is_told_by_what_a_run_has_lost() -> None:
         "is collapsing": "embeddings come to lie in few directions: their effective rank has "
         "fallen from 26 to 3.8"
     }
-    assert watch(line(0.05, 12), 0.3).keys() == {"has collapsed", "is collapsing"}
+    assert watch(line(0.05, 12), 0.3).keys() == {"has collapsed"}
 
 
 def test_little_variety_at_the_start_is_no_collapse_yet() -> None:
@@ -145,7 +145,7 @@ def test_a_run_warns_of_a_teacher_that_stands_still(
 
 
 COLLAPSING = ["data.image_size=8", "augmentation.small_size=4", "batch_size=64", "log_every=500"]
-COLLAPSING += ["eval_every=0", "epochs=3", "optimizer=sgd", "optimizer.base_lr=0.15"]
+COLLAPSING += ["eval_every=0", "epochs=3", "optimizer=sgd", "optimizer.base_lr=0.05"]
 COLLAPSING += ["method.std_coeff=0", "method.cov_coeff=0"]
 
 
@@ -153,14 +153,16 @@ COLLAPSING += ["method.std_coeff=0", "method.cov_coeff=0"]
 def test_a_collapse_is_announced_and_may_end_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At a 20th step, though lines come at every 500th; its state is saved, and it may go on."""
+    """At the 20th step, though lines come at every 500th, by the spread that VICReg itself gives; its
+    state is saved, and it may go on.
+    """
     caplog.set_level(logging.WARNING, "ssl_bench")
     words = overrides("vicreg", *COLLAPSING, f"dir={tmp_path}")
-    with pytest.raises(UserError, match=r"^stopped at step 40, whose state is saved"):
+    with pytest.raises(UserError, match=r"^stopped at step 20, whose state is saved"):
         launch(compose(*words, "on_collapse=stop"))
-    assert "step 40: the run is collapsing: embeddings of different images become" in caplog.text
+    assert "step 20: the run has collapsed: all images have nearly the same" in caplog.text
     assert "the loss falls with it" in caplog.text
-    assert complete(tmp_path)[0].name == "step0000000040.pt"
+    assert complete(tmp_path)[0].name == "step0000000020.pt"
     assert not (tmp_path / "summary.json").exists()
     launch(compose(*words))
     assert (tmp_path / "summary.json").exists()

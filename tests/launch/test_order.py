@@ -125,6 +125,46 @@ def test_starts_that_save_nothing_come_to_an_end(
     assert one.failure.startswith("3 starts in a row have saved nothing within 0 minutes")
 
 
+SQUEUE = """#!/bin/bash
+case "$1" in
+    --jobs=7) exit 1 ;;  # as of a single job that it no longer knows
+    --jobs=*7*) echo "7_0|RUNNING|None" ;;
+esac
+"""
+
+
+def test_slurm_is_asked_for_the_jobs_that_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be another user's, and Slurm may have forgotten them."""
+    (tmp_path / "squeue").write_text(SQUEUE)
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert sweep.queued(["7_0", "7_1"]) == {"7_0": sweep.State("running")}
+    assert sweep.queued(["8"]) == {}
+    assert sweep.queued(["7"]) == {"7_0": sweep.State("running")}
+
+
+def test_the_last_words_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own error, and not how srun puts it; and what to type, where Slurm ended it."""
+    one = member(tmp_path / "sweep", None, "seed=0")
+    one.job = "7"
+    folder = tmp_path / "sweep" / ".submitit" / "7"
+    folder.mkdir(parents=True)
+    log = (
+        "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.\nsrun: error: task 0: Killed\n"
+    )
+    (folder / "7_0_log.err").write_text(log)
+    monkeypatch.setattr(sweep, "queued", lambda jobs: {})
+    monkeypatch.setattr(sweep, "accounted", lambda jobs: {"7": "out_of_memory"})
+    (state,) = sweep.states([one])
+    assert state.name == "out_of_memory"
+    advice, said, see = state.note.split("; ")
+    assert advice == "type a larger hydra.launcher.mem_gb"
+    assert said == "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0."
+    assert see == f"see {folder}"
+
+
 def test_a_failure_belongs_to_the_job_that_failed(tmp_path: Path) -> None:
     one = member(tmp_path / "sweep", None, "seed=0")
     one.job = "7"

@@ -1,7 +1,10 @@
 """What stage=status and the command say of a job that Slurm, or its own beginning, has ended."""
 
+import json
 import os
+import resource
 import signal
+from itertools import accumulate
 
 import pytest
 
@@ -56,12 +59,12 @@ def slow(sweeps: Sweeps) -> str:
     return f"{sweeps.folder}/bin:{sweeps.slurm.env['PATH']}"
 
 
-HOLD = ["epochs=1", "+hydra.launcher.additional_parameters.hold=true"]
+HOLD = "+hydra.launcher.additional_parameters.hold=true"
 
 
 def test_ctrl_c_while_sbatch_is_slow(sweeps: Sweeps, slurm: Cluster, slow: str) -> None:
     """Its job is known all the same."""
-    process = sweeps.start(*HOLD, PATH=slow)
+    process = sweeps.start(HOLD, PATH=slow)
     wait((sweeps.folder / "asked").exists, 60)
     process.send_signal(signal.SIGINT)
     (sweeps.folder / "go").touch()
@@ -72,26 +75,50 @@ def test_ctrl_c_while_sbatch_is_slow(sweeps: Sweeps, slurm: Cluster, slow: str) 
     slurm("scancel", sweeps.job())
 
 
-def test_a_command_killed_while_it_submits(sweeps: Sweeps, slurm: Cluster, slow: str) -> None:
-    """What sbatch has submitted behind its back is cancelled, and each member has one job."""
-    grid = [*HOLD, "seed=0,1,2", "hydra.launcher.wait=false"]
-    process = sweeps.start(*grid, PATH=slow)
+# in place of a Python that trains: how many of them run at once
+STUB = """#!/bin/bash
+echo +1 >> {folder}/log
+sleep 0.2
+echo -1 >> {folder}/log
+"""
+
+
+def test_sixty_members_and_a_command_killed_while_it_submits(
+    sweeps: Sweeps, slurm: Cluster, slow: str
+) -> None:
+    """What sbatch has submitted behind its back is cancelled; each member has one job, in one array
+    of which two run at once.
+    """
+    (sweeps.folder / "python").write_text(STUB.format(folder=sweeps.folder))
+    (sweeps.folder / "python").chmod(0o755)
+    grid = ["seed=range(0,30)", "method.temperature=0.1,0.2", "hydra.launcher.wait=false"]
+    grid += [f"hydra.launcher.python={sweeps.folder}/python", "hydra.launcher.max_running=2"]
+    process = sweeps.start(*grid, HOLD, PATH=slow)
     wait((sweeps.folder / "asked").exists, 60)
     os.kill(process.pid, signal.SIGKILL)
     (sweeps.folder / "go").touch()
     wait(slurm.jobs, 30)
     left = {*slurm.jobs()}
+    assert len(left) == 60
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     again = sweeps(*grid)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert again.returncode == 0, again.stderr
-    assert f"cancelled, left by a command that was killed: {' '.join(sorted(left))}" in again.stderr
-    assert len(slurm.jobs()) == 3
-    assert not left & {*slurm.jobs()}
-    slurm("scancel", *slurm.jobs())
+    assert after.ru_utime - before.ru_utime < 20  # s, whatever else the machine does
+    assert "cancelled, left by a command that was killed: " in again.stderr
+    jobs = {json.loads(file.read_text())["job"] for file in sweeps.root.glob(".members/*.json")}
+    assert len(jobs) == 60
+    assert not left & jobs
+    assert len({job.partition("_")[0] for job in jobs}) == 1
+    wait(lambda: not slurm.jobs(), 180)
+    steps = [int(line) for line in (sweeps.folder / "log").read_text().splitlines()]
+    assert steps.count(1) == 60
+    assert max(accumulate(steps)) == 2
 
 
 def test_two_commands_at_once(sweeps: Sweeps, slurm: Cluster, slow: str) -> None:
     """The second one waits for what the first has submitted, and submits nothing."""
-    grid = [*HOLD, "seed=0,1,2", "hydra.launcher.wait=false"]
+    grid = [HOLD, "seed=0,1,2", "hydra.launcher.wait=false"]
     first = sweeps.start(*grid, PATH=slow)
     wait((sweeps.folder / "asked").exists, 60)
     second = sweeps.start(*grid)
