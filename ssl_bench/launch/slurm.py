@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # squeue's reasons for which a job waits that will start by itself
-ORDINARY = ("", "Priority", "Resources", "JobArrayTaskLimit", "BeginTime", "Cleaning")
+ORDINARY = ("", "Priority", "Resources", "JobArrayTaskLimit", "BeginTime", "Cleaning", "Dependency")
 
 
 class Slurm(SweepLauncher):
@@ -313,7 +313,8 @@ class Slurm(SweepLauncher):
                 if state and state.name == "pending" and state.note not in told:
                     told.add(state.note)
                     log.warning("pending: %s  %s, says squeue", waiting[job].name, state.note)
-                missed[job] = 0 if job in queue else missed[job] + 1
+                there = state is not None and not sweep.is_hopeless(state)
+                missed[job] = 0 if there else missed[job] + 1
                 if missed[job] == 2:
                     tell(waiting.pop(job))
 
