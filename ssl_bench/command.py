@@ -43,7 +43,7 @@ VALUED = (*LONG, "-c", "-p", "-cp", "-cn", "-cd")
 # KEY=~/PATH: shells leave the ~ as it is, and Hydra can't parse it
 HOME = re.compile(r"^([\w.+]+)=(~[\w./~-]*)$")
 # a comma here makes a list, not a sweep
-LIST = re.compile(r"^(data\.extra_labels|runs)=([^\[].*,.*)$")
+LIST = re.compile(r"^(data\.extra_labels|runs|stage\.drop|stage\.again)=([^\[].*,.*)$")
 
 # Hydra's own keys that would do nothing here, and what to type instead.
 HYDRA_IN_VAIN = {

@@ -21,6 +21,10 @@ class Abandoned(UserError):
     """Another process of the run has ended; it knows why."""
 
 
+class Diverged(UserError):
+    """The loss or the weights of a run aren't finite: the same run again ends the same way."""
+
+
 @contextmanager
 def writable(key: str, place: str | Path) -> Iterator[None]:
     """UserError if `place`, which `key` of the configuration names, can't be written."""

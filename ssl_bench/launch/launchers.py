@@ -15,7 +15,7 @@ import sys
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import blake2b
@@ -87,7 +87,8 @@ class SweepLauncher(Launcher):
         from ssl_bench.runs import sweep
 
         conf = self._freeze_files(folder.absolute() / ".members")
-        known = sweep.by_key(sweep.members(folder.absolute()))
+        there = folder.absolute()
+        known = sweep.by_key([*sweep.members(there), *sweep.dropped(there)])
         asked = [
             self._compose(folder.absolute(), conf, list(overrides), known)
             for overrides in job_overrides
@@ -96,7 +97,7 @@ class SweepLauncher(Launcher):
             _refuse_free(job_overrides, asked)
         self._check_metric(asked)
         # a search may ask for the same member twice
-        members = list({member.file: member for member in asked}.values())
+        members = _not_set_aside({member.file: member for member in asked}.values(), folder)
         directories = Counter(member.directory for member in members)
         if shared := [path for path, count in directories.items() if count > 1]:
             raise UserError(
@@ -224,6 +225,7 @@ class SweepLauncher(Launcher):
         from ssl_bench.errors import UserError
         from ssl_bench.launch.composing import without_hydra
         from ssl_bench.launch.continuing import continued
+        from ssl_bench.runs import sweep
         from ssl_bench.runs.sweep import Member, name, twin
 
         # what the sweeper chose comes last, as on a command line: a name has room for so many words
@@ -249,6 +251,8 @@ class SweepLauncher(Launcher):
             config = json.loads(json.dumps(config).replace(here, there))
             return replace(other, config=config, cwd=os.getcwd(), conf=str(conf))
         file = folder / ".members" / f"{own_name}.json"
+        if (aside := file.with_suffix(sweep.DROPPED)).exists():
+            file = aside
         job = Member.load(file).job if file.exists() else None
         return Member(file, overrides, config, os.getcwd(), str(conf), job)
 
@@ -333,13 +337,16 @@ class SweepLauncher(Launcher):
             states = sweep.states(members)
         by_name = {member.name: state for member, state in zip(members, states, strict=True)}
         ended = [f"{name}: {state}" for name, state in by_name.items() if state.name != "finished"]
+        ended = [line for line in ended if not line.endswith(": dropped")]
+        only = " that have not diverged" if any(one.name == "diverged" for one in states) else ""
         failure = UserError(
             f"{len(ended)} of {len(by_name)} members are not finished; "
-            "the same command runs only those:\n" + "\n".join(ended)
+            f"the same command runs only those{only}:\n" + "\n".join(ended)
         )
         returns: list[JobReturn] = []
         for member, result in zip(members, results, strict=True):
-            if result is None and self.wait:
+            left_out = member.dropped and self._is_grid
+            if result is None and self.wait and not left_out:
                 failed = _Failed(member.overrides, status=JobStatus.FAILED, _return_value=failure)
                 returns.append(failed)
                 continue
@@ -370,6 +377,25 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _not_set_aside(members: Iterable["Member"], folder: Path) -> list["Member"]:
+    """Those that may start: without what was dropped and what has diverged, which is told."""
+    from ssl_bench import shell
+
+    left = []
+    for member in members:
+        hopeless = next((one for one in (member.first, member) if one and one.diverged), None)
+        diverged = hopeless is not None and member.result() is None
+        if not (member.dropped or diverged):
+            left.append(member)
+            continue
+        again = f"{shell.override('runs', folder)} stage.again={member.name}"
+        what = "was dropped"
+        if hopeless and not member.dropped:
+            what = f"{hopeless.failure or 'diverged'}, and would again"
+        log.warning("%s %s. To start it all the same: stage=status %s", member.name, what, again)
+    return left
 
 
 def _refuse_processes() -> None:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from ssl_bench import console
 from ssl_bench.config import build
 from ssl_bench.data.pool import default_workers
-from ssl_bench.errors import Abandoned, Interrupted, UserError
+from ssl_bench.errors import Abandoned, Diverged, Interrupted, UserError
 from ssl_bench.runtime.device import check_compiler, pick_device
 
 log = logging.getLogger(__name__)
@@ -152,7 +152,8 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
                 results = elastic_launch(settings, _rank)(json.dumps(plain), folder)
         except ChildFailedError as error:
             for message in sorted(Path(folder).glob("*.json")):
-                raise UserError(json.loads(message.read_text(encoding="utf-8"))) from None
+                kind, said = json.loads(message.read_text(encoding="utf-8"))
+                raise (Diverged if kind == Diverged.__name__ else UserError)(said) from None
             codes = [failure.exitcode for failure in error.failures.values()]
             if killed := [signal.Signals(-code).name for code in codes if code < 0]:
                 raise UserError(
@@ -195,7 +196,8 @@ def _rank(config: str, folder: str) -> dict[str, float]:
         raise SystemExit(2) from None  # the rank that failed reports its error
     except UserError as error:
         # By file: the launcher passes on a child's exception only as text for developers.
-        Path(folder, f"{rank}.json").write_text(json.dumps(str(error)), encoding="utf-8")
+        told = json.dumps([type(error).__name__, str(error)])
+        Path(folder, f"{rank}.json").write_text(told, encoding="utf-8")
         raise SystemExit(2) from None
     except Interrupted as stop:
         raise SystemExit(128 + stop.signum) from None

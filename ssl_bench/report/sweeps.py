@@ -50,6 +50,8 @@ def sweep_table(folder: Path, metric: str | None = None) -> str:
     the members name.
     """
     members = {member.directory.resolve(): member for member in sweep.members(folder)}
+    if not members:  # all were dropped
+        return ""
     # not the runs within a pipeline, which is the member
     runs = [ran for ran in find([folder]) if ran.directory.resolve() in members]
     member_of = {ran: members[ran.directory.resolve()] for ran in runs}

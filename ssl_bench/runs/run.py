@@ -26,7 +26,7 @@ from ssl_bench import __version__, files
 from ssl_bench.config.build import construct
 from ssl_bench.console import Bar, duration
 from ssl_bench.data.store import Split
-from ssl_bench.errors import Interrupted, UserError, stop, writable
+from ssl_bench.errors import Diverged, Interrupted, UserError, stop, writable
 from ssl_bench.runs import identity, layout, metrics, units
 from ssl_bench.runs.checkpoint import Checkpoint, carry_over, complete, step_of
 from ssl_bench.runs.metrics import MetricsFile
@@ -319,11 +319,11 @@ class Run:
         raise Interrupted(self._signum or signal.SIGTERM, step)
 
     def diverge(self, step: int) -> None:
-        """Stop a run whose loss or weights are not finite since this step. UserError."""
+        """Stop a run whose loss or weights are not finite since this step. Diverged."""
         kept = "no state was saved yet"
         if good := complete(self.directory):
             kept = f"the last good state, of step {step_of(good[0]):,}, is kept"
-        raise UserError(
+        raise Diverged(
             f"diverged at step {step:,}: loss or weights are not finite; {kept}; "
             "try a lower optimizer.base_lr, a longer schedule.warmup_epochs, or precision=fp32"
         )

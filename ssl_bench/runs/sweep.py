@@ -4,6 +4,7 @@ SWEEP/.members/NAME.json     a member: overrides, resolved configuration, direct
 SWEEP/.members/NAME.failed   why its last attempt failed
 SWEEP/.members/NAME.starts   of a Slurm job, what it had saved when it started last
 SWEEP/.members/NAME.pretrain.json   of a pipeline, its pretraining, which starts before the rest
+SWEEP/.members/NAME.dropped  in place of NAME.json: the member is no part of the sweep any more
 SWEEP/.members/conf-HASH/    the YAML files as they were, for the stages that compose more
 SWEEP/NAME/                  its run directory
 SWEEP/table.md, table.csv    the results of all members; see `report.sweeps.sweep_table`
@@ -29,6 +30,7 @@ from ssl_bench.runs import identity, layout
 from ssl_bench.runs.identity import Identity
 
 FIRST = ".pretrain"  # the name of a pipeline's pretraining ends so; other names end with a hash
+DROPPED = ".dropped"
 
 
 @dataclass
@@ -141,10 +143,37 @@ class Member:
             return None
         return said["reason"] if said.get("job") == self.job else None  # else of an earlier job
 
-    def fail(self, reason: str, rank: int = 0) -> None:
-        """Write down why it failed, unless another rank has: that one is why the others fail."""
+    def fail(self, reason: str, rank: int = 0, diverged: bool = False) -> None:
+        """Write down why it failed, unless another rank has: that one is why the others fail.
+
+        diverged: it would again, as long as its configuration is this one.
+        """
+        said = {"reason": reason, "rank": rank, "job": self.job}
+        if diverged:
+            said["diverged"] = Identity(self.config).key
         with suppress(FileExistsError), open(self._failed, "x", encoding="utf-8") as file:
-            json.dump({"reason": reason, "rank": rank, "job": self.job}, file)
+            json.dump(said, file)
+
+    @property
+    def diverged(self) -> bool:
+        """Has a run of this configuration diverged? Then none is started until it is asked for."""
+        try:
+            said = json.loads(self._failed.read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return False
+        return said.get("diverged") == Identity(self.config).key
+
+    @property
+    def dropped(self) -> bool:
+        """Was it taken out of the sweep?"""
+        return self.file.suffix == DROPPED
+
+    def drop(self) -> None:
+        """Take it out of the sweep, until it is taken back; its directory stays."""
+        self.file = self.file.rename(self.file.with_suffix(DROPPED))
+
+    def take_back(self) -> None:
+        self.file = self.file.rename(self.file.with_suffix(".json"))
 
     def forget_failure(self) -> None:
         self._failed.unlink(missing_ok=True)
@@ -258,14 +287,19 @@ def with_firsts(members: Iterable[Member]) -> list[Member]:
     return [one for member in members for one in (member.first, member) if one]
 
 
+def dropped(folder: Path) -> list[Member]:
+    """Those that were taken out of the sweep, and stay so until they are taken back."""
+    return [Member.load(file) for file in sorted((folder / ".members").glob(f"*{DROPPED}"))]
+
+
 # -- what became of them ---------------------------------------------------------------------------
 
 
 class State(NamedTuple):
     """The state of a member, and a note on it.
 
-    name: finished, running, pending, failed, stopped (it will continue), waiting, not reached (what
-    comes before it has failed), or Slurm's word.
+    name: finished, running, pending, failed, diverged, dropped (neither starts by itself), stopped
+    (it will continue), waiting, not reached (what comes before it has failed), or Slurm's word.
     """
 
     name: str
@@ -292,13 +326,18 @@ def _state(member: Member, queue: dict[str, State], ended: dict[str, str]) -> St
         return queue[member.job]
     if locked(member.lock):
         return State("running")
+    if member.dropped:
+        return State("dropped")
     if (first := member.first) and first.result() is None:
         begun = _state(first, queue, ended)
         if begun.name in ("pending", "running", "stopped", "waiting"):
             return State("waiting", f"its pretraining is {begun}")
         return State("not reached", f"its pretraining is {begun}")
     if reason := member.failure:
-        return State("failed", "; ".join(filter(None, [reason, _see(member)])))
+        return State(
+            "diverged" if member.diverged else "failed",
+            "; ".join(filter(None, [reason, _see(member)])),
+        )
     if (word := ended.get(member.job or "", "completed")) != "completed":
         return State(
             word, "; ".join(filter(None, [_ADVICE.get(word), _last_words(member), _see(member)]))

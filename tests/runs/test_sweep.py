@@ -388,6 +388,66 @@ def test_only_what_is_missing_is_done_again(ssl_bench: Command, tmp_path: Path) 
     assert (tmp_path / "runs/sweeps/pretrain/table.md").read_text() in status
 
 
+def test_members_that_diverged_or_were_dropped_wait_until_they_are_asked_for(
+    ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any other that has failed starts again with the same command."""
+    started = []
+
+    def attempt(member: sweep.Member) -> None:
+        started.append(seed := member.config["seed"])
+        member.fail(f"seed {seed} failed", diverged=seed < 2)
+
+    monkeypatch.setattr("ssl_bench.launch.member.attempt", attempt)
+    words = ["stage=knn", "data=digits", "backbone=pixels", "sweep=x", "seed=0,1,2"]
+    assert "3 of 3 members are not finished; the same" in ssl_bench("-m", *words).stderr
+    folder = tmp_path / "runs/sweeps/x"
+    names = [sweep.name([*words[:-1], f"seed={seed}"]) for seed in range(3)]
+    monkeypatch.chdir(tmp_path)
+    status = ["stage=status", "runs=runs/sweeps/x"]
+    assert launch(compose(*status)) == {"diverged": 2, "failed": 1}
+    counts = launch(compose(*status, f"stage.drop={names[2][-8:]}", f"stage.again={names[1]}"))
+    assert counts == {"diverged": 1, "waiting": 1, "dropped": 1}
+    assert (folder / ".members" / f"{names[2]}.dropped").exists()
+    again = ssl_bench("-m", *words)
+    assert started == [0, 1, 2, 1]
+    assert f"{names[0]} seed 0 failed, and would again. To start it all the same: stage=status" in (
+        again.stderr
+    )
+    assert f"{names[2]} was dropped. To start it" in again.stderr
+    assert "2 of 3 members are not finished; the same command runs only those that have not" in (
+        again.stderr
+    )
+    assert launch(compose(*status, "stage.again=[dropped,*]")) == {"waiting": 3}
+
+
+def test_what_diverged_with_other_settings_is_another_matter(tmp_path: Path) -> None:
+    one = member(tmp_path, None, "seed=0")
+    one.fail("diverged at step 3", diverged=True)
+    assert (one.diverged, sweep.states([one])[0].name) == (True, "diverged")
+    one.config["optimizer"]["base_lr"] = 0.1  # its YAML file was edited
+    assert not one.diverged
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["stage.drop=seed-7*"], "stage.drop=seed-7*: no such member; "),
+        (["stage.again=seed-1*"], "is finished: it is for members that were dropped"),
+        (["stage.drop=[seed-1*,seed-0*]"], "is running: end its process first"),
+    ],
+)
+def test_members_that_cannot_be_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, _ = member(tmp_path, None, "seed=0"), member(tmp_path, {"loss": 1.0}, "seed=1")
+    one.directory.mkdir()
+    with filelock.FileLock(one.lock), pytest.raises(UserError, match=re.escape(says)):
+        launch(compose("stage=status", "runs=.", *words))
+    assert len(sweep.members(tmp_path)) == 2
+
+
 @pytest.mark.slow
 def test_workstation(ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two at once, each with its GPU and its cores; SIGTERM saves them, and the same command
