@@ -3,29 +3,40 @@
 import csv
 import io
 import math
+import re
+import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from ssl_bench import files
 from ssl_bench.report.grouping import Group, differences, groups, ranked
-from ssl_bench.report.tables import cell, markdown
-from ssl_bench.runs import layout, sweep
+from ssl_bench.report.tables import cell, markdown, plain
+from ssl_bench.runs import identity, layout, sweep
 from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.record import Ran, find
 from ssl_bench.runs.sweep import Member, State
 from ssl_bench.runs.units import mean_std, spoken
 
+WIDTH = 120  # columns of a terminal that the overview fits in, but for long paths
+SHOWN = 30  # at most so many characters of a step or value
+
 
 def overview(members: Sequence[Member], states: Sequence[State], metric: str | None = None) -> str:
-    """Markdown with a line for each member: state, step, the newest value of a metric.
+    """Counts of the states; a Markdown table with a line for each member; reasons, equal ones once.
 
-    metric: None for the one that each member names.
+    A member is named by the digits that its name ends with, and by what tells it from the others.
+    Columns that would be empty are left out. metric: None for the one that each member names.
     """
+    known = Counter(state.name for state in states)
+    counts = ", ".join(f"{count} {name}" for name, count in known.items())
+    labels = _labels(members)
     rows = []
     for member, state in zip(members, states, strict=True):
         part, epochs = member.under_way
         lines = MetricsFile.read(path) if (path := part / layout.METRICS).exists() else []
-        step = value = ""
+        step = value = left = ""
         shown = metric or member.config["metric"]
         if lines:
             done, epoch = lines[-1]["step"], lines[-1]["epoch"]
@@ -35,8 +46,89 @@ def overview(members: Sequence[Member], states: Sequence[State], metric: str | N
         result = (having[-1] if having else {}) | (member.result() or {})
         if shown in result:
             value = f"{shown} {spoken(shown, result[shown])}"
-        rows.append([member.name, state.name, step, value, " ".join(state.note.split())])
-    return markdown(["member", "state", "step", "metric", ""], rows)
+        node, job = "", member.job or ""
+        if state.name == "running":
+            node = str(identity.environment(part).get("host", ""))
+            left = _left(lines, epochs)
+        step, value, node = (_cut(text, SHOWN) for text in (step, value, node))
+        rows.append(
+            [_digits(member), labels[member.name], state.name, step, value, job, node, left]
+        )
+    heads = ["", "member", "state", "step", "metric", "job", "node", "left"]
+    used = [i for i in range(len(heads)) if i < 5 or any(row[i] for row in rows)]
+    widths = [max(len(row[i]) for row in (heads, *rows)) for i in used if i != 1]
+    room = max(20, WIDTH - sum(width + 3 for width in widths) - 4)
+    for row in rows:
+        row[1] = _cut(row[1], room)
+    table = markdown([heads[i] for i in used], [[row[i] for i in used] for row in rows])
+    total = f"{len(members)} member{'s' if len(members) != 1 else ''}"
+    parts = [f"{total}: {counts}", table, _reasons(members, states)]
+    return "\n\n".join(filter(None, parts))
+
+
+def _digits(member: Member) -> str:
+    """The eight digits that its name ends with; of a pretraining, those of its pipeline."""
+    found = re.search(r"-([0-9a-f]{8})(\.\w+)?$", member.name)
+    return found[1] if found else member.name
+
+
+def _labels(members: Sequence[Member]) -> dict[str, str]:
+    """{name of a member: what was typed for it alone, like "seed=1 temperature=0.2"}."""
+    keys = dict.fromkeys(key for member in members for key in member.choices)
+    values = {key: [member.choices.get(key, "") for member in members] for key in keys}
+    differing = [key for key in keys if len(set(values[key])) > 1]
+    labels = {}
+    for member in members:
+        words = [
+            f"{key.rpartition('.')[2]}={member.choices[key]}"
+            for key in differing
+            if key in member.choices
+        ]
+        part = "pretraining: " if member.is_first else ""
+        labels[member.name] = part + (" ".join(words) or member.name)
+    return labels
+
+
+def _left(lines: Sequence[Mapping[str, float]], epochs: int) -> str:
+    """The time until a training ends, like 0:12:30, by its newest rate; "": that isn't known."""
+    rated = [line for line in lines if line.get("images_per_second") and line["epoch"]]
+    if not rated:
+        return ""
+    images = rated[-1]["images_seen"] * (epochs / rated[-1]["epoch"] - 1)
+    return str(timedelta(seconds=round(images / rated[-1]["images_per_second"])))
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def _reasons(members: Sequence[Member], states: Sequence[State]) -> str:
+    """What the states' notes say, each once, with the members that it is about."""
+    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for member, state in zip(members, states, strict=True):
+        parts = " ".join(state.note.split()).split("; ")
+        output = parts.pop() if parts[-1].startswith("see ") else ""
+        if reason := "; ".join(parts) or output:
+            groups.setdefault((state.name, reason), []).append((_digits(member), output))
+    said = []
+    for (name, reason), those in groups.items():
+        where = next((output for _, output in those if output not in ("", reason)), "")
+        digits = ", ".join(each for each, _ in those)
+        said += [_wrapped(f"{name}: {reason}"), _wrapped(digits, "  ")]
+        said += [_wrapped(where, "  ")] if where else []
+    return "\n".join(said)
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    """The text in lines of WIDTH; a path isn't broken."""
+    return textwrap.fill(
+        plain(text),
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 COST = ("images_per_second", "memory_gb")  # columns that a table has if runs measured them

@@ -65,10 +65,47 @@ def test_name_says_what_not_where() -> None:
     assert re.fullmatch(r"\w[\w.-]{10,99}", long)
 
 
+def overview_table(members: list[sweep.Member], metric: str | None = None) -> str:
+    return sweeps.overview(members, sweep.states(members), metric).split("\n\n")[1]
+
+
+def test_many_members_fit_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts, who is who, where it runs and for how long, and equal reasons once."""
+    monkeypatch.chdir(tmp_path)
+    long = ["data.root=/a/" + 30 * "long", "optimizer.base_lr=0.3", "stage=pretrain"]
+    several = [
+        member(tmp_path / "sweep", None, *long, f"method.temperature={rate}", f"seed={seed}")
+        for rate in (0.1, 0.2)
+        for seed in range(12)
+    ]
+    for one in several[:2]:
+        one.directory.mkdir()
+        (one.directory / "environment.json").write_text('{"host": "node-7"}')
+        (one.directory / "metrics.jsonl").write_text(
+            '{"step": 500, "epoch": 0.5, "loss": 2.5, "images_seen": 100, "images_per_second": 2}\n'
+        )
+    for one in several[2:9]:
+        one.fail(f"{30 * 'the disk is full, '}and so on")
+        one.file.with_suffix(".log").touch()
+    several[0].job = "123_4"
+    states = sweep.states(several)
+    states[:2] = [sweep.State("running"), sweep.State("running")]
+    text = sweeps.overview(several, states)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert lines[0] == "24 members: 2 running, 7 failed, 15 waiting"
+    first = several[0].name[-8:]
+    shown = [first, "temperature=0.1 seed=0", "running", "500/2,000", "loss 2.5", "123_4"]
+    assert cells(text.split("\n\n")[1])[1] == [*shown, "node-7", "0:02:30"]
+    assert " ".join(text.split()).count("the disk is full") == 30
+    assert lines[-2] == "  " + ", ".join(one.name[-8:] for one in several[2:9])
+    assert lines[-1] == f"  see {several[2].output}"
+
+
 def test_a_pipeline_shows_how_far_its_newest_part_is(tmp_path: Path) -> None:
     """It trains nothing itself: what it has begun, and whether it can go on, is in its parts."""
     one = member(tmp_path / "sweep", None, "seed=0", metric="pretrained top-1")
-    assert cells(sweeps.overview([one], sweep.states([one])))[1][1:3] == ["waiting", ""]
+    assert cells(overview_table([one]))[1][2:4] == ["waiting", ""]
     for number, (name, epochs) in enumerate(
         {"pretrain": 10, "pretrained/seed0": 4}.items(), start=1
     ):
@@ -78,14 +115,14 @@ def test_a_pipeline_shows_how_far_its_newest_part_is(tmp_path: Path) -> None:
         (part / "config.yaml").write_text(f"epochs: {epochs}\n")
         (part / "metrics.jsonl").write_text('{"step": 5, "epoch": 1.0, "loss": 2.0}\n')
         os.utime(part / "metrics.jsonl", (number, number))
-        (row,) = cells(sweeps.overview([one], sweep.states([one])))[1:]
-        assert row[1:3] == ["stopped", f"{name}: 5/{5 * epochs}"]
+        (row,) = cells(overview_table([one]))[1:]
+        assert row[2:4] == ["stopped", f"{name}: 5/{5 * epochs}"]
 
 
 def test_shares_are_percent_as_in_tables(tmp_path: Path) -> None:
     one = member(tmp_path / "sweep", {"accuracy": 0.92, "loss": 5.0}, "seed=0")
     for metric, said in {"accuracy": "accuracy 92 %", "loss": "loss 5"}.items():
-        assert cells(sweeps.overview([one], sweep.states([one]), metric))[1][3] == said
+        assert cells(overview_table([one], metric))[1][4] == said
 
 
 def test_table(tmp_path: Path) -> None:
@@ -212,7 +249,7 @@ def test_a_sweep_that_grows(ssl_bench: Command, tmp_path: Path) -> None:
         "Choose another sweep=" in told
     )
     status = ssl_bench("stage=status", "runs=runs/sweeps/grows", check=True).stdout
-    assert status.count("finished") == 4
+    assert status.startswith("4 members: 4 finished\n")
 
 
 @pytest.mark.parametrize(
@@ -360,9 +397,12 @@ def test_status_of_several_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture)
     of_a_job.fail("again")
     launch(compose("stage=status", f"runs=[{tmp_path}/one,{tmp_path}/two]", "metric=top1"))
     text = capsys.readouterr().out
-    assert re.search(r"/one\n\n\|.*\|\n.*\n.*\| finished \| +\| top1 50 \|", text)
-    assert re.search(r"\| failed \| +\| +\| out of luck +\|", text)
-    assert f"| again; see {tmp_path}/two/.submitit/7 |" in text
+    assert re.search(
+        r"/one\n\n1 member: 1 finished\n\n.*\n.*\n.*\| finished \| +\| top1 50 \|", text
+    )
+    one, two = (made.name[-8:] for made in sweep.members(tmp_path / "two"))
+    assert f"failed: out of luck\n  {one}\nfailed: again\n  {two}\n" in text
+    assert f"\n  see {tmp_path}/two/.submitit/7\n" in text
 
 
 @pytest.mark.slow
@@ -383,7 +423,7 @@ def test_only_what_is_missing_is_done_again(ssl_bench: Command, tmp_path: Path) 
     assert re.search(reported, again.stderr)
     assert "Error executing job" not in again.stderr  # Hydra's, with every override
     status = ssl_bench("stage=status", "runs=runs/sweeps/pretrain", check=True).stdout
-    assert re.search(r"\| failed +\| +\| +\| batch_size=2000 is larger", status)
+    assert re.search(r"\nfailed: batch_size=2000 is larger", status)
     assert re.search(r"\| finished \| 10/10 +\| probe_top1 [\d.]+ % ", status)
     assert (tmp_path / "runs/sweeps/pretrain/table.md").read_text() in status
 

@@ -4,6 +4,7 @@ end.
 
 import csv
 import json
+import re
 import signal
 import statistics
 from pathlib import Path
@@ -39,9 +40,9 @@ def test_a_grid(sweeps: Sweeps, slurm: Cluster) -> None:
     assert said == f"{unlucky}: failed: RuntimeError: out of luck"
     (log,) = (sweeps.folder / logs).glob("*_0_log.err")
     assert 'raise RuntimeError("out of luck")' in log.read_text()  # the traceback
-    (line,) = (line for line in sweeps.status().splitlines() if unlucky in line)
-    assert "failed" in line
-    assert "RuntimeError: out of luck" in line
+    shown = sweeps.status()
+    assert re.search(rf"\| {unlucky[-8:]} .*\| failed +\|", shown)
+    assert f"failed: RuntimeError: out of luck\n  {unlucky[-8:]}\n" in shown
     assert (sweeps.root / "table.md").read_text().count("1 of 2") == 1
 
     again = sweeps(*GRID)

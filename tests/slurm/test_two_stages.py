@@ -52,7 +52,8 @@ def test_evaluations_wait_for_their_pretraining(
     assert len(told) == 1
     reason = "not reached: its pretraining is failed: RuntimeError: out of luck"
     assert told[0].startswith(f"{unlucky}: {reason}")
-    shown = [line for line in sweeps.status().splitlines() if unlucky in line]
+    rows = sweeps.status().splitlines()
+    shown = [line for line in rows if line.startswith(f"| {unlucky[-8:]} ")]
     assert ["failed" in shown[0], "not reached" in shown[1]] == [True, True]
     job = json.loads((sweeps.root / ".members" / f"{unlucky}.json").read_text())["job"]
     assert job not in slurm.jobs()  # Slurm has dropped it
