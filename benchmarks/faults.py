@@ -40,7 +40,7 @@ RESULTS = Path(__file__).with_name("results") / "faults.json"
 PYTHON = [sys.executable, "-m", "ssl_bench"]
 LIMIT = 180  # s: what takes longer hangs
 # of a line or a summary, what no two runs share
-SPEED = ("images_per_second", "data_wait", "memory_gb", "hours")
+SPEED = ("images_per_second", "mfu", "data_wait", "memory_gb", "hours")
 TINY = [
     "data=digits",
     "data.image_size=16",

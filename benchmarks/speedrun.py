@@ -3,9 +3,8 @@
     python benchmarks/speedrun.py                   the newest record: five seeds, two minutes
     python benchmarks/speedrun.py --records all     every record, in turn: a quarter of an hour
     python benchmarks/speedrun.py --records 1 --seeds 0
-    python benchmarks/speedrun.py --quickstart      the quickstart's own pretraining and classifiers,
-                                                    as it is, and by the newest record's way: a
-                                                    quarter of an hour
+    python benchmarks/speedrun.py --quickstart      the quickstart as it is, and by the newest
+                                                    record's way: a quarter of an hour
     python benchmarks/speedrun.py --ablations       what each part of the newest record brings,
                                                     without the test images: a quarter of an hour
 

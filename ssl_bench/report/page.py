@@ -48,7 +48,7 @@ LEARNT = {
     "alike where tokens are (Oquab et al., arXiv:2304.07193)",
     "reconstruction": "what is painted where patches are masked",
 }
-TECHNICAL = ("lr", "grad_norm", "images_per_second", "data_wait", "memory_gb")
+TECHNICAL = ("lr", "grad_norm", "images_per_second", "mfu", "data_wait", "memory_gb")
 QUERIES = 8  # images whose neighbours are shown
 NEIGHBOURS = 8
 MAP_IMAGES = 1000  # points of a map

@@ -157,7 +157,7 @@ class Ran:
     def _costs(self) -> dict[str, float]:
         """hours: training and the evaluations during it, without packing images.
 
-        images_per_second: the median over the lines.
+        images_per_second: the median over the lines, and with it mfu, where that was counted.
         """
         seen, seconds = 0.0, 0.0
         rates: list[float] = []
@@ -170,7 +170,9 @@ class Ran:
                 rates.append(rate)
         if not rates:
             return {}
-        return {"hours": seconds / 3600, "images_per_second": median(rates)}
+        shares = [line["mfu"] for line in self.lines if "mfu" in line]
+        costs = {"hours": seconds / 3600, "images_per_second": median(rates)}
+        return costs | ({"mfu": median(shares)} if shares else {})
 
     @cached_property
     def identity(self) -> Identity:

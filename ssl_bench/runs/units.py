@@ -35,6 +35,7 @@ UNITS = {
     "features_uniformity": Unit("uniformity of features", form=".3f"),
     "hours": Unit("hours", form=".3f"),
     "images_per_second": Unit("images/s", form=",.0f"),
+    "mfu": Unit("MFU (%)", 100, ".1f"),
     "memory_gb": Unit("memory (GB)", form=".2f"),
     "lr": Unit("learning rate", form=".3g"),
     "grad_norm": Unit("gradient norm"),

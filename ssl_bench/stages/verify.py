@@ -31,7 +31,13 @@ REPEATED = ("pretrain", "lincls", "knn", "finetune")  # stages whose runs can be
 WEIGHTS = (".pt", ".pth", ".tar", ".safetensors", ".onnx")  # suffixes
 # points of top-1 between machines or versions; on the same CPU the numbers are the same
 TOLERANCE = 0.5
-SPEED = ("images_per_second", "memory_gb", "data_wait", "hours")  # they differ between equal runs
+SPEED = (
+    "images_per_second",
+    "mfu",
+    "memory_gb",
+    "data_wait",
+    "hours",
+)  # they differ between equal runs
 
 
 class Finding(NamedTuple):

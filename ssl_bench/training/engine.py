@@ -15,7 +15,7 @@ from ssl_bench.evaluate.health import MOVING, WATCHED, WATCHES, Following, Watch
 from ssl_bench.methods.base import Method, Output
 from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.run import Run
-from ssl_bench.runtime import distributed, memory
+from ssl_bench.runtime import distributed, floor, memory
 from ssl_bench.runtime.precision import autocast, gradient_scaler
 from ssl_bench.runtime.seeding import fold, seed_torch
 from ssl_bench.training.accumulation import EMBEDDINGS, joined, parts
@@ -24,6 +24,8 @@ from ssl_bench.training.optim import clip_, freeze_, schedule_
 from ssl_bench.training.schedule import Schedule
 
 log = logging.getLogger(__name__)
+
+COUNTED = 500  # steps: for a shorter training the operations of one aren't worth a second's count
 
 
 def fit(
@@ -157,6 +159,7 @@ def fit(
         looked = logging_now or done % WATCHED == 0 or done == start + 1
         if logging_now:
             line = meter.measure(done, at, output, embeddings)
+            line |= meter.mfu(line["images_per_second"], precision, part, accumulate)
         elif looked:
             meter.watch(done, at, output, embeddings)
         asked = on_collapse == "stop" and looked and not last
@@ -223,6 +226,9 @@ class Meter:
         self.follows_at: tuple[float, float] | None
         self.follows_at = (start + min(source.steps_per_epoch, MOVING), 0.9 * total)
         self.start = start
+        # of a step; None: not counted (yet)
+        self.flops: int | None = None
+        self.counting = model.split == "pretrain" and total - start >= COUNTED
 
     def measure(
         self, step: int, epoch: float, output: dict[str, Tensor], embeddings: Tensor | None
@@ -247,6 +253,26 @@ class Meter:
         line = health(embeddings) | line  # a method may know better
         self._tell(step, epoch, line)
         return line
+
+    def mfu(
+        self, images_per_second: float, precision: str, arguments: tuple, parts: int
+    ) -> dict[str, float]:
+        """Model FLOPs utilization: the operations of a step at this rate, over those of a product.
+
+        arguments: what the model was given in one of the `parts` of a batch. {} where they can't be
+        counted, as with several processes, which wait for each other.
+        """
+        if not self.counting or distributed.world_size() > 1:
+            return {}
+        began = time.perf_counter()
+        if self.flops is None:
+            counted = floor.step_flops(self.model, arguments)
+            self.counting, self.flops = counted is not None, counted
+        rate = floor.matmul_rate(self.run.device, precision)
+        self.clock += time.perf_counter() - began  # which isn't the training's
+        if self.flops is None or rate is None:
+            return {}
+        return {"mfu": self.flops * parts * images_per_second / self.source.batch_size / rate}
 
     def watch(
         self, step: int, epoch: float, output: dict[str, Tensor], embeddings: Tensor | None
