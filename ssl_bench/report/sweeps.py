@@ -13,7 +13,7 @@ from pathlib import Path
 from ssl_bench import files
 from ssl_bench.report.grouping import Group, differences, groups, ranked
 from ssl_bench.report.tables import cell, markdown, plain
-from ssl_bench.runs import identity, layout, sweep
+from ssl_bench.runs import code, identity, layout, sweep
 from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.record import Ran, find
 from ssl_bench.runs.sweep import Member, State
@@ -155,6 +155,7 @@ def sweep_table(folder: Path, metric: str | None = None) -> str:
         order = sorted(range(len(rows)), key=lambda i: [words[i] for words in keys.values()])
         rows = [rows[i] for i in order]
         keys = {key: [words[i] for i in order] for key, words in keys.items()}
+    keys |= _codes(rows)
     choices = [[words[i] for words in keys.values()] for i in range(len(rows))]
     numbers = [row.row(metric) for row in rows]
     others = _both_stages(rows, metric)
@@ -207,6 +208,14 @@ def _told_apart(rows: Sequence[Group], members: Mapping[Ran, sweep.Member]) -> d
         everywhere = differences([row.runs[0] for row in rows])
         found |= {key: everywhere[key] for key in sorted(edited)}
     return found
+
+
+def _codes(rows: Sequence[Group]) -> dict[str, list[str]]:
+    """{"code": the digests of that which the runs of each row had}; {}: it was the same for all."""
+    codes = [{one[:8] for ran in row.runs for one in code.of(ran.environment)} for row in rows]
+    if len(set().union(*codes)) < 2:
+        return {}
+    return {"code": [", ".join(sorted(each)) for each in codes]}
 
 
 def _by_settings(found: dict[str, list[str]], rows: Sequence[Group]) -> dict[str, list[str]]:

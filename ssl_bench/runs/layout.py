@@ -9,6 +9,7 @@ CONFIG = "config.yaml"  # resolved, as it ran
 METRICS = "metrics.jsonl"  # the truth about its metrics; see `runs.metrics`
 SUMMARY = "summary.json"  # its result: a run that has one is finished
 ENVIRONMENT = "environment.json"  # versions, commit, machine
+PATCH = "code-{}.diff"  # how code that isn't committed differs from the commit; by its digest
 INPUTS = "inputs.json"  # the images of each split that it has opened
 VIEWS = "views.png"  # a picture of augmented views
 # and those of what a vision transformer has learnt (`stages._pictures`)

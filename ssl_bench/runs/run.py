@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -27,7 +26,7 @@ from ssl_bench.config.build import construct
 from ssl_bench.console import Bar, duration
 from ssl_bench.data.store import Split
 from ssl_bench.errors import Diverged, Interrupted, UserError, stop, writable
-from ssl_bench.runs import identity, layout, metrics, units
+from ssl_bench.runs import code, identity, layout, metrics, units
 from ssl_bench.runs.checkpoint import Checkpoint, carry_over, complete, step_of
 from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.tracking import Tracker
@@ -107,7 +106,7 @@ class Run:
             self.summary = files.parse(done, json.loads)
             return
         if self.is_main:
-            files.write(directory / layout.ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
+            self._write_environment(directory)
             stack.enter_context(_log_to(directory / "log.txt"))
             self.metrics = MetricsFile(directory / layout.METRICS)
             stack.callback(self.metrics.close)
@@ -177,6 +176,15 @@ class Run:
             raise UserError(
                 f"dir={directory} is in use by another process: wait, or choose another dir="
             ) from None
+
+    def _write_environment(self, directory: Path) -> None:
+        """And, where the code isn't that of its commit, how it differs from it, beside that."""
+        now = environment()
+        before = code.of(identity.environment(directory)) if layout.has_state(directory) else []
+        now["earlier_code"] = [one for one in before if one != now["code"]]
+        files.write(directory / layout.ENVIRONMENT, json.dumps(now, indent=2) + "\n")
+        if now["git_dirty"] and (patch := code.changes()):
+            files.write(directory / layout.PATCH.format(now["code"][:8]), patch)
 
     def _write_config(self, directory: Path) -> None:
         files.write(directory / layout.CONFIG, yaml.safe_dump(self._config, sort_keys=False))
@@ -452,20 +460,6 @@ def _trend(before: float | None, now: float) -> str:
 
 def environment() -> dict:
     """What a result depends on besides its configuration: versions, commit, machine."""
-    import importlib.util
-
-    spec = importlib.util.find_spec("ssl_bench")
-    assert spec, "this module is in it"
-    assert spec.origin, "its __init__"
-    package = Path(spec.origin).parent
-
-    def git(*command: str) -> str:
-        words = ["git", "-C", str(package), *command]
-        try:
-            return subprocess.run(words, capture_output=True, text=True).stdout.strip()
-        except OSError:  # there is no git here
-            return ""
-
     names = "torch torchvision hydra-core omegaconf numpy pydantic wandb pillow"
     packages = {name: metadata.version(name) for name in names.split()}
     return {
@@ -475,8 +469,9 @@ def environment() -> dict:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "packages": {"ssl_bench": __version__} | packages,
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_dirty": bool(git("status", "--porcelain")),
+        "code": code.digest(),
+        "git_commit": code.git("rev-parse", "HEAD"),
+        "git_dirty": bool(code.git("status", "--porcelain")),
         "world_size": distributed.world_size(),
         "cpu_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

@@ -1,0 +1,76 @@
+"""Which code a run had is written beside it, and a table says where it wasn't the same."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from commands import member
+
+from ssl_bench.report import sweeps
+from ssl_bench.runs import code
+from ssl_bench.runs.run import Run
+from ssl_bench.runs.tracking import NoTracker
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package in a repository of its own, as its commit has it."""
+    package = tmp_path / "repository" / "package"
+    package.mkdir(parents=True)
+    (package / "mine.py").write_text("rate = 1\n")
+    monkeypatch.setattr(code, "PACKAGE", package)
+    code.digest.cache_clear()
+    me = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+    for words in (["init", "-q"], ["add", "."], [*me, "commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", str(package), *words], check=True)
+    yield package
+    code.digest.cache_clear()
+
+
+def test_a_run_says_how_its_code_differs_from_the_commit(tmp_path: Path, package: Path) -> None:
+    folder, config = tmp_path / "run", {"dir": str(tmp_path / "run"), "seed": 0}
+
+    def started() -> dict:
+        with Run(config, torch.device("cpu"), NoTracker) as run:
+            run.save(1, model=torch.nn.Linear(1, 1))
+        code.digest.cache_clear()
+        return json.loads((folder / "environment.json").read_text())
+
+    first = started()
+    assert (first["git_dirty"], first["earlier_code"]) == (False, [])
+    assert not list(folder.glob("*.diff"))
+    (package / "mine.py").write_text("rate = 2\n")
+    (package / "new.py").write_text("new = True\n")
+    (package.parent / "notes.txt").write_text("of no interest")
+    second = started()
+    assert second["earlier_code"] == [first["code"]]
+    (patch,) = folder.glob("*.diff")
+    assert patch.name == f"code-{second['code'][:8]}.diff"
+    assert "-rate = 1\n+rate = 2\n" in patch.read_text()
+    assert "new file: new.py\nnew = True\n" in patch.read_text()
+    assert "interest" not in patch.read_text()
+    (package / "mine.py").write_text("rate = 1\n")
+    (package / "new.py").unlink()
+    third = started()
+    assert third["code"] == first["code"]
+    assert third["earlier_code"] == [second["code"]]
+
+
+def test_a_table_of_mixed_code_says_so(tmp_path: Path) -> None:
+    several = [
+        member(tmp_path, {"loss": float(rate)}, f"method.temperature={rate}", f"seed={seed}")
+        for rate in (1, 2)
+        for seed in range(2)
+    ]
+    known = [{"code": 16 * "a"}, {"code": 16 * "a"}, {"code": 16 * "a"}, {}]
+    for one, environment in zip(several, known, strict=True):
+        (one.directory / "environment.json").write_text(json.dumps(environment))
+    assert "code" not in sweeps.sweep_table(tmp_path)
+    known[2]["earlier_code"] = [16 * "b"]
+    (several[2].directory / "environment.json").write_text(json.dumps(known[2]))
+    rows = [line.split("|")[1:-1] for line in sweeps.sweep_table(tmp_path).splitlines()]
+    told = [[cell.strip() for cell in row[:2]] for row in rows if "--" not in row[0]]
+    assert told == [["method.temperature", "code"], ["1", 8 * "a"], ["2", f"{8 * 'a'}, {8 * 'b'}"]]
