@@ -1,5 +1,5 @@
 """Measurements of a network.
 
-`passes` over images, their `features`, which `labels` count, `neighbours`, the `health` of
-embeddings, the `selection` of images to label.
+`passes` over images, their `features`, which `labels` count, `neighbours`, the
+`calibration` of probabilities, the `health` of embeddings, the `selection` of images to label.
 """

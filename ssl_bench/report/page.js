@@ -546,8 +546,47 @@ const dots = (place) => {
   place.replaceChildren(figure);
 };
 
+// Reliability: accuracy in each bin of confidence, the gap to the diagonal, and how many images it has.
+const reliabilityOf = ({ name, error, bins: [counts, confidences, rights] }, width, titled = false) => {
+  const left = 40, head = titled ? 44 : 8, side = width - left - 12, low = 46, height = head + side + low + 44;
+  const total = counts.reduce((sum, value) => sum + value), most = Math.max(...counts), step = side / counts.length;
+  const x = (value) => left + side * value, y = (value) => head + side * (1 - value);
+  const parts = titled ? [svgText(0, 14, name, 'font-weight="600"'), svgText(0, 32, `calibration error ${error} %`)] : [];
+  for (const tick of [0, 0.25, 0.5, 0.75, 1]) {
+    parts.push(`<line x1="${left}" x2="${x(1)}" y1="${y(tick)}" y2="${y(tick)}" stroke="${colour("--grid")}"/>`, svgText(left - 6, y(tick) + 4, 100 * tick, 'text-anchor="end"'),
+      svgText(x(tick), head + side + low + 20, 100 * tick, 'text-anchor="middle"'));
+  }
+  counts.forEach((count, i) => {
+    if (!count) return;
+    const [right, sure] = [rights[i] / count, confidences[i] / count];
+    const [top, bottom] = [Math.max(right, sure), Math.min(right, sure)];
+    const place = `x="${(x(0) + i * step + 1).toFixed(1)}" width="${(step - 2).toFixed(1)}"`;
+    const share = 100 * count / total;
+    parts.push(`<g><title>confidence ${(100 * sure).toFixed(1)} %: right ${(100 * right).toFixed(1)} %, ${share.toFixed(1)} % of the images</title>`,
+      `<rect ${place} y="${y(right)}" height="${side * right}" fill="${colour("--accent")}" fill-opacity="0.75"/>`,
+      `<rect ${place} y="${y(top)}" height="${side * (top - bottom)}" fill="${colour("--wrong")}" fill-opacity="0.28"/>`,
+      `<rect ${place} y="${head + side + low - 36 * count / most}" height="${36 * count / most}" fill="${colour("--s2")}"/></g>`);
+  });
+  parts.push(`<line x1="${x(0)}" y1="${y(0)}" x2="${x(1)}" y2="${y(1)}" stroke="${colour("--ink")}" stroke-dasharray="5 4"/>`,
+    svgText(x(1), height - 4, "confidence (%)", 'text-anchor="end"'), svgText(left + 4, head + 12, "right (%)"));
+  return svgFile(width, height, parts);
+};
+const reliability = () => {
+  for (const figure of all(".reliability")) {
+    const said = { name: figure.dataset.name, error: figure.dataset.error, bins: JSON.parse(figure.dataset.bins) };
+    const place = figure.querySelector(".plot"), tools = figure.querySelector(".tools");
+    place.innerHTML = reliabilityOf(said, Math.min(place.clientWidth || 340, 380)); // its texts are escaped
+    const drawing = place.querySelector("svg");
+    drawing.setAttribute("role", "img");
+    const [counts, confidences, rights] = said.bins;
+    const words = counts.flatMap((count, i) => (count ? [`${(100 * confidences[i] / count).toFixed(0)}: ${(100 * rights[i] / count).toFixed(0)}`] : []));
+    drawing.ariaLabel = `Reliability of ${said.name}, calibration error ${said.error} %. Confidence and share that is right, in percent: ${words.join(", ")}`;
+    if (!tools.children.length) downloads(tools, `Calibration of ${said.name}`, () => reliabilityOf(said, 380, true));
+  }
+};
+
 // -- light and dark -----------------------------------------------------------------------------------------------------------
-const repaint = () => { stale(); for (const place of all(".dots")) dots(place); drawSweeps(); };
+const repaint = () => { stale(); for (const place of all(".dots")) dots(place); drawSweeps(); reliability(); };
 document.getElementById("theme").addEventListener("click", () => {
   const { style } = root;
   const dark = style.colorScheme ? style.colorScheme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
@@ -556,6 +595,58 @@ document.getElementById("theme").addEventListener("click", () => {
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
 
+// -- maps ---------------------------------------------------------------------------------------------------------------------
+const WHOLE = [-2, -2, 104]; // left, top and side of what a map shows
+const zoomable = (map) => {
+  let [left, top, side] = WHOLE;
+  const show = (x, y, size) => {
+    side = Math.min(Math.max(size, WHOLE[2] / 40), WHOLE[2]);
+    [left, top] = [x, y].map((one) => Math.min(Math.max(one, WHOLE[0]), WHOLE[0] + WHOLE[2] - side));
+    map.setAttribute("viewBox", [left, top, side, side].map((one) => one.toFixed(3)).join(" "));
+    map.style.setProperty("--r", `${0.9 * Math.sqrt(side / WHOLE[2])}px`); // points grow, but less than their distances
+  };
+  const zoom = (factor, share = [0.5, 0.5]) => { // around a point of the window, which stays
+    const size = Math.min(Math.max(side * factor, WHOLE[2] / 40), WHOLE[2]);
+    show(left + (side - size) * share[0], top + (side - size) * share[1], size);
+  };
+  const shareOf = ({ clientX, clientY }) => {
+    const box = map.getBoundingClientRect();
+    return [(clientX - box.left) / box.width, (clientY - box.top) / box.height];
+  };
+  map.addEventListener("dblclick", (event) => { event.preventDefault(); zoom(event.shiftKey ? 2 : 0.5, shareOf(event)); });
+  map.addEventListener("wheel", (event) => { // without Ctrl, the page scrolls
+    if (!event.ctrlKey && !event.metaKey) return;
+    event.preventDefault();
+    zoom(1.0015 ** event.deltaY, shareOf(event));
+  }, { passive: false });
+  map.addEventListener("pointermove", (event) => {
+    if (!(event.buttons & 1) || side === WHOLE[2]) return;
+    map.classList.add("moving");
+    const { width } = map.getBoundingClientRect();
+    show(left - event.movementX * side / width, top - event.movementY * side / width, side);
+  });
+  for (const end of ["pointerup", "pointerleave"]) map.addEventListener(end, () => map.classList.remove("moving"));
+  const tools = map.parentNode.querySelector(".zoom"), name = map.ariaLabel;
+  for (const [label, words, act] of [["+", "Zoom into", () => zoom(0.5)], ["−", "Zoom out of", () => zoom(2)], ["all", "Show all of", () => show(...WHOLE)]]) {
+    const button = make("button", { type: "button", className: "tool", ariaLabel: `${words} the ${name}` }, label);
+    button.addEventListener("click", act);
+    tools.append(button);
+  }
+  downloads(tools, name, () => mapOf(map));
+};
+const mapOf = (map) => { // as it is seen, in colours that any program knows
+  const context = make("canvas", { width: 1, height: 1 }).getContext("2d", { willReadFrequently: true });
+  const plain = (css) => {
+    context.fillStyle = css;
+    context.fillRect(0, 0, 1, 1);
+    return `rgb(${[...context.getImageData(0, 0, 1, 1).data].slice(0, 3).join(", ")})`;
+  };
+  const radius = getComputedStyle(map.querySelector("circle")).r.replace("px", "");
+  const parts = all("g", map).map((group) => `<g fill="${plain(getComputedStyle(group).fill)}" fill-opacity="0.8">${all("circle", group)
+    .map((one) => `<circle cx="${one.getAttribute("cx")}" cy="${one.getAttribute("cy")}" r="${radius}"/>`).join("")}</g>`);
+  const key = all("li", map.parentNode).map((one, i) => svgText(8 + 110 * (i % 7), 784 + 18 * Math.floor(i / 7), one.textContent, `fill="${plain(getComputedStyle(one.querySelector(".dot")).backgroundColor)}"`));
+  return svgFile(760, 770 + 18 * Math.ceil(key.length / 7), [`<svg x="0" y="0" width="760" height="760" viewBox="${map.getAttribute("viewBox")}">${parts.join("")}</svg>`, ...key]);
+};
 // On maps, a point that is pointed at shows its picture, and the others of its class stand out.
 for (const map of document.querySelectorAll(".map")) {
   const { sheet, columns, thumb: size } = map.dataset;
@@ -579,11 +670,13 @@ for (const map of document.querySelectorAll(".map")) {
     map.classList.add("focus");
   });
   map.addEventListener("pointerleave", clear);
+  zoomable(map);
 }
 
 addTools(document);
 poolings();
 choose();
+reliability();
 
 // -- live: stage=board answers what has changed since a version ---------------------------------------------------------------
 const POLL = 2000; // milliseconds

@@ -56,6 +56,8 @@ THUMB = 40  # pixels of an image that a point stands for
 CELLS = 20  # classes up to which a confusion matrix shows numbers; beyond, it is a picture
 BLOCKS = 128  # pixels a side of that picture: one for each class, or for several
 PAIRS = 12  # confusions listed beside a matrix
+WRONG = 24  # wrongly classified images shown of a group
+SIDE = 96  # pixels a side to which small pictures are enlarged, and larger ones made smaller
 
 
 @dataclass
@@ -71,6 +73,10 @@ class Detail:
     image: Callable[[int], np.ndarray] | None = None  # place among the N -> uint8 (S, S, 3)
     images_id: str = ""  # equal for details of the same images
     notes: list[str] = field(default_factory=list)  # what is left out, and why
+    confidences: dict[Ran, np.ndarray] = field(default_factory=dict)  # (N,) float32: of predictions
+    # of each run: float64 (3, bins) of images, their summed confidence, how many are right; the
+    # expected calibration error in percent
+    calibration: dict[Ran, tuple[np.ndarray, float]] = field(default_factory=dict)
 
     def class_name(self, label: int) -> str:
         if label < 0:
@@ -102,6 +108,8 @@ def render(
         "remarks": [(detail.group.name, note) for detail in details for note in detail.notes],
         "confusions": [_confusion(detail) for detail in predicting],
         "classes": _classes(predicting),
+        "wrong": [one for detail in predicting if (one := _wrong(detail))],
+        "calibrations": [_calibration(detail) for detail in predicting if detail.calibration],
         "neighbours": [_neighbours(detail) for detail in with_features],
         "maps": [_map(detail, sheets) for detail in with_features],
         "sheets": sheets,
@@ -128,7 +136,11 @@ class Page:
     def html(self, data: dict, **of_networks: Any) -> str:
         """The page. data: `charts`. of_networks: what `render` says of them."""
         nothing = dict.fromkeys(
-            ("remarks", "confusions", "neighbours", "maps", "views", "learnt"), ()
+            (
+                *("remarks", "confusions", "wrong", "calibrations", "neighbours", "maps"),
+                *("views", "learnt"),
+            ),
+            (),
         )
         values = {**nothing, "classes": None, "sheets": {}, **of_networks}
         values["sweeps"] = any(board["sweep"] for board in data["boards"])
@@ -427,6 +439,63 @@ def _classes(details: Sequence[Detail]) -> dict | None:
         row = {"name": same[0].class_name(label), "order": int(label), "count": int(mine.sum())}
         rows.append(row | {"cells": cells})
     return {"names": [detail.group.name for detail in same], "rows": rows}
+
+
+def _wrong(detail: Detail) -> dict | None:
+    """The images that most runs get wrong, those with the surest answers first; None: no image."""
+    runs = [ran for ran in detail.predictions if ran in detail.confidences]
+    if detail.image is None or not runs:
+        return None
+    said = np.stack([detail.predictions[ran] for ran in runs])  # (runs, N)
+    sure = np.stack([detail.confidences[ran] for ran in runs])
+    wrong = (said != detail.labels) & (detail.labels >= 0)
+    times = wrong.sum(axis=0)
+    doubt = np.where(wrong, sure, 0).sum(axis=0) / np.maximum(times, 1)
+    found = np.lexsort((-doubt, -times))
+    tiles = []
+    for place in found[times[found] > 0][:WRONG]:
+        answers = said[wrong[:, place], place]
+        names, counts = np.unique(answers, return_counts=True)
+        image = _at_most(detail.image(int(place)), SIDE)
+        tiles.append(
+            {
+                "src": _encode(image),
+                "width": image.shape[1] * max(1, SIDE // max(image.shape[:2])),
+                "true": detail.class_name(int(detail.labels[place])),
+                "predicted": detail.class_name(int(names[counts.argmax()])),
+                "sure": f"{100 * doubt[place]:.0f}",
+                "times": int(times[place]),
+            }
+        )
+    if not tiles:
+        return None
+    count = int((times > 0).sum())
+    return {"name": detail.group.name, "runs": len(runs), "count": count, "tiles": tiles}
+
+
+def _at_most(image: np.ndarray, side: int) -> np.ndarray:
+    """uint8 (h, w, 3), made smaller if a side has more pixels than that."""
+    if max(image.shape[:2]) <= side:
+        return image
+    from PIL import Image
+
+    small = Image.fromarray(image)
+    small.thumbnail((side, side))
+    return np.asarray(small)
+
+
+def _calibration(detail: Detail) -> dict:
+    """Reliability of all runs of a group together, and the mean of their errors."""
+    bins = sum(bins for bins, _ in detail.calibration.values())
+    errors = {ran: error for ran, (_, error) in detail.calibration.items()}
+    return {
+        "name": detail.group.name,
+        "runs": len(errors),
+        "error": units.shown("val_ece", detail.group.by_sample(errors)),
+        "accuracy": 100 * bins[2].sum() / bins[0].sum(),
+        "confidence": 100 * bins[1].sum() / bins[0].sum(),
+        "bins": [[float(f"{x:.5g}") for x in one] for one in bins],
+    }
 
 
 def _neighbours(detail: Detail) -> dict:

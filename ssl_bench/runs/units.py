@@ -19,6 +19,7 @@ UNITS = {
     "val_top1": Unit("top-1 (%)", form=".1f"),
     "val_top5": Unit("top-5 (%)", form=".1f"),
     "val_loss": Unit("cross-entropy", form=".3f"),
+    "val_ece": Unit("calibration error (%)", form=".1f"),
     "holdout_top1": Unit("held-out top-1 (%)", form=".1f"),
     "knn_top1": Unit("kNN top-1 (%)", form=".1f"),
     "probe_top1": Unit("probe top-1 (%)", form=".1f"),
@@ -122,4 +123,4 @@ def mean_std(values: list[float]) -> tuple[float, float]:
 
 
 def smaller_is_better(metric: str) -> bool:
-    return "loss" in metric or metric.endswith(("uniformity", "alignment"))
+    return "loss" in metric or metric.endswith(("uniformity", "alignment", "_ece"))

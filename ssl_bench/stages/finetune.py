@@ -43,7 +43,7 @@ def finetune(
     mixup: NonNegativeFloat = 0.0,
     test_resize: Resize = 256 / 224,
 ) -> dict[str, float]:
-    """Returns top-1, top-5 (percent) and cross-entropy on the val split after the last epoch.
+    """Returns top-1, top-5, calibration error (%) and cross-entropy on val after the last epoch.
 
     Nothing is chosen by them. The last block has the optimizer's learning rate, each earlier block
     `layer_decay` times that of the next one (as in BEiT, arXiv:2106.08254, and MAE,

@@ -15,6 +15,7 @@ from ssl_bench.config.fields import FeaturesOf, Resize, Share
 from ssl_bench.console import Bar
 from ssl_bench.data.source import Source, fits
 from ssl_bench.errors import UserError
+from ssl_bench.evaluate import calibration
 from ssl_bench.evaluate.features import extract_all
 from ssl_bench.evaluate.labels import few_labels, hold_out
 from ssl_bench.evaluate.neighbours import QUERIES, nearest, vote
@@ -54,7 +55,7 @@ def knn(
     temperatures: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.03, 0.07, 0.2),
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.2,
 ) -> dict[str, float]:
-    """Returns top-1 and top-5 (percent) on the val split.
+    """Returns top-1, top-5 and the calibration error of votes (percent) on the val split.
 
     Features are those of test views, of the tokens `features_of` (`read_out_`). k and temperature
     are chosen by an exam on held-out images of the training split; the rest of the split is the
@@ -97,18 +98,19 @@ def knn(
     if exam:
         held = torch.from_numpy(hold_out(source.labels[source.rows], holdout, cfg.seed, *CHOICE))
         questions, others = (bank[held], labels[held]), (bank[~held], labels[~held])
-        scores = accuracy(run, *questions, *others, data.num_classes, cells)
+        scores = quality(run, *questions, *others, data.num_classes, cells)
         best = max(cells, key=lambda cell: scores[cell][0])  # the first of equals
         result["holdout_top1"] = scores[best][0]
         if run.is_main:
-            report(run, {cell: top1 for cell, (top1, _) in scores.items()}, best, int(held.sum()))
+            report(run, {cell: top1 for cell, (top1, *_) in scores.items()}, best, int(held.sum()))
             if best[0] == max(k) > min(k):
                 advice = "the best may lie beyond; add a larger one to stage.k"
                 log.warning("k %d is the largest tried: %s", best[0], advice)
     queries = features(test, "features of val")
     targets = torch.from_numpy(test.labels[test.rows])
-    top1, top5 = accuracy(run, queries, targets, bank, labels, data.num_classes, [best])[best]
+    top1, top5, ece = quality(run, queries, targets, bank, labels, data.num_classes, [best])[best]
     result |= {"k": best[0], "temperature": best[1], "val_top1": top1, "val_top5": top5}
+    result["val_ece"] = ece
     log_result(run, result)
     return result
 
@@ -121,7 +123,7 @@ def chooses(stage: DictConfig) -> bool:
 knn.chooses, knn.choice = chooses, CHOICE
 
 
-def accuracy(
+def quality(
     run: Run,
     queries: Tensor,
     targets: Tensor,
@@ -129,16 +131,19 @@ def accuracy(
     labels: Tensor,
     num_classes: int,
     cells: list[Cell],
-) -> dict[Cell, tuple[float, float]]:
-    """Top-1 and top-5 (percent) of queries (M, D) by a bank (N, D), for each cell.
+) -> dict[Cell, tuple[float, float, float]]:
+    """Top-1, top-5 and calibration error (percent) of queries (M, D) by a bank (N, D), for each
+    cell.
 
-    Each process computes its share. Only classes that have a vote count among the five.
+    Each process computes its share. Only classes that have a vote count among the five. A share of
+    the votes is taken for a probability.
     """
     if fits(bank.nbytes, run.device):
         bank = bank.to(run.device)  # once, not for each block of queries
     rank, world = distributed.rank(), distributed.world_size()
     most = max(number for number, _ in cells)
     right = torch.zeros(len(cells), 2, dtype=torch.float64)
+    bins = torch.zeros(len(cells), 3, calibration.BINS, dtype=torch.float64)
     share = queries[rank::world].split(QUERIES), targets[rank::world].split(QUERIES)
     with Bar(
         len(queries[rank::world]), "neighbours", unit="queries", shown=run.is_main
@@ -152,9 +157,14 @@ def accuracy(
                 top = votes.topk(min(5, num_classes))
                 hits = (top.indices == wanted[:, None]) & (top.values > 0)
                 right[i] += torch.stack([hits[:, 0].sum(), hits.sum()]).cpu()
+                bins[i] += calibration.binned(votes, wanted)
             progress.add(len(block))
-    percent = 100 * distributed.total(right) / len(queries)
-    return dict(zip(cells, map(tuple, percent.tolist()), strict=True))
+    percent = (100 * distributed.total(right) / len(queries)).tolist()
+    errors = map(calibration.expected_error, distributed.total(bins))
+    return {
+        cell: (top1, top5, ece)
+        for cell, (top1, top5), ece in zip(cells, percent, errors, strict=True)
+    }
 
 
 def report(run: Run, scores: dict[Cell, float], best: Cell, asked: int) -> None:

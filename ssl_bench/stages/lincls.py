@@ -65,7 +65,7 @@ def lincls(
     weight_decays: Decays = DEFAULT.weight_decays,
     holdout: Annotated[float, Field(gt=0, lt=1)] = DEFAULT.holdout,
 ) -> dict[str, float]:
-    """Returns top-1, top-5 (percent) and cross-entropy on the val split after the last epoch.
+    """Returns top-1, top-5, calibration error (%) and cross-entropy on val after the last epoch.
 
     features_of: which tokens of a transformer are its features (`read_out_`). features: "official"
     is the protocol of main_lincls.py, in which the backbone sees freshly augmented images in every

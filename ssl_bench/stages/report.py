@@ -14,6 +14,7 @@ from ssl_bench.config.fields import Place
 from ssl_bench.data.formats.base import Dataset
 from ssl_bench.data.source import Source
 from ssl_bench.errors import UserError, unknown, writable
+from ssl_bench.evaluate import calibration
 from ssl_bench.evaluate.passes import extract
 from ssl_bench.methods.probe import restored
 from ssl_bench.report import grouping, page, tables
@@ -247,7 +248,8 @@ def look(cfg: DictConfig, run: Run, detail: page.Detail, ran: Ran, source: Sourc
         return
     probe = restored(backbone, state)
     with torch.no_grad():
-        predicted = probe.fc(probe.norm(features)).argmax(dim=1)
+        probabilities = probe.fc(probe.norm(features)).softmax(dim=1)
+    confidence, predicted = probabilities.max(dim=1)
     top1 = 100 * (predicted == labels).double().mean().item()
     log.info("%s, seed %s: top-1 %.2f on %s", detail.group.name, ran.seed, top1, detail.split)
     if abs(top1 - ran.summary.get("val_top1", top1)) > TOLERANCE:
@@ -255,7 +257,9 @@ def look(cfg: DictConfig, run: Run, detail: page.Detail, ran: Ran, source: Sourc
             f"seed {ran.seed} has a top-1 of {top1:.2f} here, "
             f"and had {ran.summary['val_top1']:.2f} when it ran: are these other images?"
         )
-    detail.predictions[ran] = predicted.numpy()
+    detail.predictions[ran], detail.confidences[ran] = predicted.numpy(), confidence.numpy()
+    bins = calibration.binned(probabilities, labels)
+    detail.calibration[ran] = bins.numpy(), calibration.expected_error(bins)
 
 
 def shown_to(ran: Ran) -> EvalView:

@@ -5,13 +5,10 @@ import json
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from browsing import texts
+from browsing import served, texts
 from commands import compose
 from conftest import TINY_PRETRAIN
 from made_runs import pretrained
@@ -24,16 +21,6 @@ from ssl_bench.runs import record
 pytestmark = pytest.mark.xdist_group("page")  # the worker that has the browser
 
 TOKEN = "a-secret-of-some-length"
-
-
-@contextmanager
-def served(folder: Path, token: str | None = None) -> Iterator[int]:
-    with board.server([folder], None, "127.0.0.1", 0, token) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        yield server.server_address[1]
-        server.shutdown()
-        thread.join()
 
 
 def ask(port: int, path: str = "/", method: str = "GET", **headers: str) -> tuple[int, str]:

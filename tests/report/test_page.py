@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from browsing import LAPTOP, texts
+from browsing import LAPTOP, served, texts, violations
 from commands import compose
 from conftest import TINY, TINY_PRETRAIN
 from made_runs import classified, pretrained
@@ -148,6 +148,8 @@ def test_opens_from_disk_without_network_or_errors(reported: Path, opened) -> No
         "curves",
         "confusion",
         "classes",
+        "wrong",
+        "calibration",
         "neighbours",
         "map",
         "views",
@@ -229,7 +231,7 @@ def test_charts_render_whole(opened) -> None:
             && one.top >= box.top - 1 && one.bottom <= box.bottom + 1;
           return {
             label: svg.ariaLabel, width: box.width, height: box.height,
-            drawn: svg.querySelectorAll("circle").length,
+            drawn: svg.querySelectorAll("circle, g > rect").length,
             cut: [...svg.querySelectorAll("text")]
               .filter((one) => !inside(one.getBoundingClientRect()))
               .map((one) => one.textContent),
@@ -613,6 +615,64 @@ def test_a_point_of_the_map_shows_its_picture(opened) -> None:
     assert len(opened.find_elements("css selector", ".map g.own")) == 1
 
 
+def test_a_map_is_zoomed(opened) -> None:
+    """By its buttons, as by a double click: what is in the middle stays there."""
+    opened.execute_script("document.querySelector('.map').scrollIntoView()")
+
+    def box() -> list[float]:
+        return [
+            float(one)
+            for one in opened.execute_script(
+                "return document.querySelector('.map').getAttribute('viewBox')"
+            ).split()
+        ]
+
+    def press(number: int) -> None:
+        opened.execute_script(
+            "document.querySelectorAll('.zoom button')[arguments[0]].click()", number
+        )
+
+    press(0)
+    assert box() == [24, 24, 52, 52]
+    press(1)
+    assert box() == [-2, -2, 104, 104]
+    for _ in range(9):
+        press(0)
+    assert box()[2] == pytest.approx(104 / 40)
+    press(2)
+    assert box() == [-2, -2, 104, 104]
+    drawing = ElementTree.fromstring(
+        opened.execute_script("return mapOf(document.querySelector('.map'))")
+    )
+    fills = {node.get("fill", "") for node in drawing.iter("{http://www.w3.org/2000/svg}g")}
+    assert all(fill.startswith("rgb(") for fill in fills)
+
+
+def test_errors_and_calibration_say_what_the_runs_said(reported: Path, opened) -> None:
+    errors = [
+        json.loads((reported / "moco" / f"seed{i}" / "summary.json").read_text())["val_ece"]
+        for i in (0, 1)
+    ]
+    said = texts(opened, ".reliability small")[0]
+    assert said.startswith(f"error {units.shown('val_ece', errors)} %; mean confidence ")
+    bins = json.loads(
+        opened.execute_script("return document.querySelector('.reliability').dataset.bins")
+    )
+    assert sum(bins[0]) == 2 * 500
+    assert opened.execute_script("return document.querySelector('.reliability svg').ariaLabel")
+    tiles = texts(opened, "#wrong .gallery:first-of-type li")
+    assert len(tiles) == page.WRONG
+    sizes = opened.execute_script(
+        "return [...document.querySelectorAll('.gallery img')].map("
+        "(one) => [one.clientWidth, one.naturalWidth])"
+    )
+    assert set(map(tuple, sizes)) == {(96, 16)}
+    true, taken = (
+        texts(opened, f"#wrong .gallery:first-of-type li {one}") for one in ("b", ".taken")
+    )
+    assert all(one != other for one, other in zip(true, taken, strict=True))
+
+
 def test_everything_has_a_name_for_those_who_cannot_see_it(opened) -> None:
     assert opened.execute_script("return document.documentElement.lang") == "en"
     unnamed = """
@@ -630,6 +690,25 @@ def test_everything_has_a_name_for_those_who_cannot_see_it(opened) -> None:
     ]
     assert levels[0] == 1
     assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+@pytest.mark.parametrize("name", ["networks", "settings", "live"])
+def test_axe_finds_nothing(browser, request: pytest.FixtureRequest, swept: Path, name: str) -> None:
+    """WCAG 2 A and AA, and best practices, as far as a program sees them."""
+    folder = request.getfixturevalue("reported") if name == "networks" else swept
+    with served(folder) as port:
+        for width in (1280, 400):
+            show(browser, folder, (width, 900))
+            if name == "live":
+                browser.get(f"http://127.0.0.1:{port}/")
+            browser.execute_script("""
+                for (const one of document.querySelectorAll("details")) one.open = true;
+                for (const one of document.querySelectorAll("figure.curve")) draw(one);
+                for (const one of document.querySelectorAll("#sweeps > *"))
+                  drawSweep(one, one.board);""")
+            assert violations(browser) == [], width
+            assert browser.get_log("browser") == []
+    browser.get("about:blank")
 
 
 # -- what isn't there ------------------------------------------------------------------------------
@@ -762,6 +841,35 @@ def test_neighbours_are_of_the_same_class_where_features_tell_it() -> None:
     assert len(found["rows"]) == page.QUERIES
     for row in found["rows"]:
         assert [tile["kind"] for tile in row] == ["query"] + ["same"] * page.NEIGHBOURS
+
+
+def test_the_surest_errors_come_first() -> None:
+    """Those that more runs make before all others; images are enlarged by whole factors."""
+    one = detail(3, 4, wrong=0)
+    (first,) = one.predictions
+    second = record.Ran(Path("other"), first.config)
+    said = one.predictions[first]
+    one.predictions = {first: said.copy(), second: said.copy()}
+    sure = {ran: np.full(12, 0.5, dtype=np.float32) for ran in one.predictions}
+    one.confidences = sure
+    for ran, place, answer, confidence in (
+        (first, 0, 1, 0.7),
+        (second, 0, 1, 0.5),
+        (first, 5, 2, 0.9),
+        (second, 9, 0, 0.95),
+    ):
+        one.predictions[ran][place], sure[ran][place] = answer, confidence
+    found = page._wrong(one)
+    tiles = [
+        (tile["true"], tile["predicted"], tile["sure"], tile["times"]) for tile in found["tiles"]
+    ]
+    assert tiles == [("0", "1", "60", 2), ("2", "0", "95", 1), ("1", "2", "90", 1)]
+    assert found["count"] == 3
+    assert {tile["width"] for tile in found["tiles"]} == {96}  # 12 times 8 pixels
+    one.image = lambda _: np.zeros((300, 200, 3), dtype=np.uint8)
+    assert {tile["width"] for tile in page._wrong(one)["tiles"]} == {64}
+    one.predictions = {first: said}
+    assert page._wrong(one) is None
 
 
 def test_unlabelled_images_have_neighbours_and_a_map() -> None:

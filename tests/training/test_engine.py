@@ -267,8 +267,8 @@ class Answers(nn.Module):
 @pytest.mark.parametrize("classes", [3, 7])
 @pytest.mark.parametrize("batch", [1, 7, 40])
 def test_each_image_counts_once(classes: int, batch: int) -> None:
-    """Top-1, top-5 and loss are of all images, however they are cut into batches; the last is
-    smaller.
+    """Top-1, top-5, loss and calibration error are of all images, however they are cut into
+    batches; the last is smaller.
     """
     logits = torch.randn(40, classes, generator=torch.Generator().manual_seed(classes))
     labels = torch.arange(40) % classes
@@ -278,7 +278,15 @@ def test_each_image_counts_once(classes: int, batch: int) -> None:
     found = evaluate(Answers().train(), parts, lambda images: images)
     ranks = [int((row > row[label]).sum()) for row, label in zip(logits, labels, strict=True)]
     expected = {f"val_top{k}": 100 * sum(rank < k for rank in ranks) / 40 for k in (1, 5)}
-    assert found == pytest.approx(expected | {"val_loss": F.cross_entropy(logits, labels).item()})
+    expected["val_loss"] = F.cross_entropy(logits, labels).item()
+    confidence, answers = logits.softmax(dim=1).double().max(dim=1)
+    expected["val_ece"] = 0.0
+    for i in range(15):  # Guo et al., equation 3
+        mine = (confidence > i / 15) & (confidence <= (i + 1) / 15)
+        if mine.any():
+            gap = confidence[mine].mean() - (answers == labels)[mine].double().mean()
+            expected["val_ece"] += 100 * mine.double().mean().item() * gap.abs().item()
+    assert found == pytest.approx(expected)
 
 
 def test_judges_know_only_what_the_others_teach() -> None:
