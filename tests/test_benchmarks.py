@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -187,3 +188,56 @@ def test_the_speedrun_is_tuned_without_the_test_images(
     )
     assert (len(learnt), len(measured)) == (1000, 297)
     assert np.array_equal(np.concatenate([learnt, measured]), train)
+
+
+def test_onset_and_announcement_of_a_collapse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The spread halves at step 50 and goes on falling; a dip of ten steps is no onset."""
+    module = imported("collapse", monkeypatch)
+
+    def line(step: int, std: float) -> dict[str, float]:
+        told = {"step": step, "epoch": step / 40, "loss": 5 - step / 100}
+        return told | {"embedding_std": std, "effective_rank": 20.0}
+
+    falling = [1.0] * 20 + [0.45] * 10 + [1.0] * 19 + [0.99**n / 2.01 for n in range(71)]
+    lines = [line(step, std) for step, std in enumerate(falling, start=1)]
+    assert module.onset(lines) == 50
+    # 0.3 is reached at step 101; who looks at the one before it looks again 19 steps later
+    assert lines[99]["embedding_std"] > 0.3 > lines[100]["embedding_std"]
+    assert module.announced(lines) == 120
+    assert module.onset(lines[:60]) is None
+    assert module.announced(lines[:60]) is None
+
+
+def test_what_is_written_of_collapses_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = imported("collapse", monkeypatch)
+    results = json.loads(module.RESULTS.read_text())
+    assert results["collapsing"].keys() == module.COLLAPSING.keys()
+    assert len({module.COLLAPSING[name][0] for name in results["collapsing"]}) >= 8
+    assert all(0 <= row["steps"] <= 50 for row in results["collapsing"].values())
+    assert not [name for name, row in results["healthy"].items() if row["warned"]]
+    assert module.RESULTS.with_suffix(".md").read_text() == module.tables(results)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_a_collapse_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = imported("collapse", monkeypatch)
+    found = module.collapse("MoCo v2, rate x 2,500", 1)
+    assert 0 <= found["steps"] <= 50
+    assert module.healthy("bench_synthetic", "simclr", 6)["warned"] == []
+
+
+@pytest.mark.parametrize("name", ["choice_moco_v2", "choice_bench"])
+def test_what_is_written_of_choices_holds(name: str) -> None:
+    """Rho and regret of each criterion in docs/results/choice.md are those of the results file."""
+    root = SPEED.parents[1]
+    text = (root / "docs/results/choice.md").read_text()
+    content = json.loads((root / f"benchmarks/results/{name}.json").read_text())
+    for row in content["evidence"]["lincls val_top1"]:
+        cells = [f"`{row['criterion']}`" if "rhos" in row else row["criterion"]]
+        for key, form in (("rhos", ".2f"), ("regrets", ".1f")):
+            values = row.get(key, [])
+            shown = f"{np.mean(values):{form}} ± {np.std(values, ddof=1):{form}}" if values else ""
+            cells.append(shown)
+        line = r"\| " + r" +\| +".join(map(re.escape, cells)) + r" +\|"
+        assert re.search(line, text), cells

@@ -18,7 +18,7 @@ SEARCH = 'data-md-component="search" role="dialog"'
 PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 PAGES |= {
     f"benchmarks/results/{name}.md": f"results/{name}.md"
-    for name in ("faults", "mutants", "speed_cpu", "speed_cuda")
+    for name in ("collapse", "faults", "mutants", "speed_cpu", "speed_cuda")
 }
 # and those that pages of the site are made from
 MADE = {"conf": "reference/index.md", "conf/config.yaml": "reference/shared.md"}

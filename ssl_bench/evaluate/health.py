@@ -11,8 +11,10 @@ from torch import Tensor, nn
 COLLAPSED_STD = 0.1  # 1 is an even spread
 COLLAPSED_RANK = 1.5
 # What must be left of the largest values of a run. Healthy ones come near to it: MoCo's rank fell
-# to a seventh, DeepCluster's spread to two fifths (benchmarks/collapse.py).
-LEFT_STD = 0.3
+# to a seventh, DeepCluster's spread to two fifths, and ReSSL's, in its first 25 steps and while its
+# loss rose, to a quarter (benchmarks/collapse.py).
+LEFT_STD = 0.3  # while the loss falls
+LEFT_ANYWAY = 0.2
 LEFT_RANK = 0.1
 FEW = 4, 0.25  # so few directions, and no more than this share of the largest rank
 GROWN = 4  # times its first size: so large weights are only with too high a learning rate
@@ -157,13 +159,15 @@ class Watch:
         self.see(line)
         std, rank = line["embedding_std"], line["effective_rank"]
         told, most = {}, self.most
-        if (said := collapse(line)) and (epoch >= 1 or std < LEFT_STD * most["embedding_std"]):
+        falls = self.loss is not None and line["loss"] < self.loss
+        lost = std < (LEFT_STD if falls else LEFT_ANYWAY) * most["embedding_std"]
+        if (said := collapse(line)) and (epoch >= 1 or lost):
             told["has collapsed"] = said
         if told or self.loses:
             return told
         few, share = FEW
         most_rank = most["effective_rank"]
-        if std < LEFT_STD * most["embedding_std"]:
+        if lost:
             told["is collapsing"] = (
                 "embeddings of different images become alike: their spread has fallen from "
                 f"{most['embedding_std']:.3g} to {std:.3g}"

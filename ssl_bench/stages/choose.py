@@ -97,7 +97,7 @@ class Candidate:
 def choose(
     cfg: DictConfig,
     run: Run,
-    by: Criterion = "rankme",
+    by: Criterion = "uniformity",
     split: SplitName = "val",
     images: PositiveInt = 2000,
     views: PositiveInt = 8,
@@ -400,7 +400,7 @@ def write(
     if not evidence:
         parts.append(
             "No result with labels is here for three checkpoints of a seed: how well this chooses "
-            "isn't known. docs/how-to/choose.md says how well it did elsewhere."
+            "isn't known. docs/results/choice.md says how well it did elsewhere."
         )
     return "\n\n".join(parts) + "\n", evidence
 

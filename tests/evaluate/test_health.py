@@ -63,7 +63,8 @@ def test_a_collapse_is_told_by_what_a_run_has_lost() -> None:
     watch = Watch()
     for std, rank in ((0.83, 26), (0.4, 19), (0.3, 8)):  # what healthy ones lose
         assert not watch(line(std, rank), 0.1)
-    assert watch(line(0.24, 26), 0.2) == {
+    assert not watch(line(0.24, 26), 0.2)  # while the loss doesn't fall
+    assert watch(line(0.24, 26, loss=2.0), 0.2) == {
         "is collapsing": "embeddings of different images become alike: their spread has fallen "
         "from 0.83 to 0.24"
     }
@@ -72,6 +73,7 @@ def test_a_collapse_is_told_by_what_a_run_has_lost() -> None:
         "is collapsing": "embeddings come to lie in few directions: their effective rank has "
         "fallen from 26 to 3.8"
     }
+    assert watch(line(0.16, 26, loss=4.0), 0.2).keys() == {"is collapsing"}
     assert watch(line(0.05, 12), 0.3).keys() == {"has collapsed"}
 
 
@@ -81,8 +83,8 @@ def test_little_variety_at_the_start_is_no_collapse_yet() -> None:
     assert watch(line(0.09, 1.4), 1.0).keys() == {"has collapsed"}
     again = Watch()  # after a stop: what was logged before is known
     again.see(line(0.9, 20))
-    assert again(line(0.2, 20), 0.1)
-    assert not Watch()(line(0.2, 20), 0.1)
+    assert again(line(0.17, 20), 0.1)
+    assert not Watch()(line(0.17, 20), 0.1)
     classifier = Watch(loses=True)
     assert not classifier(line(0.9, 40), 0.1)
     assert not classifier(line(0.3, 5), 0.1)
@@ -153,8 +155,8 @@ COLLAPSING += ["method.std_coeff=0", "method.cov_coeff=0"]
 def test_a_collapse_is_announced_and_may_end_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At the 20th step, though lines come at every 500th, by the spread that VICReg itself gives; its
-    state is saved, and it may go on.
+    """At the 20th step, though lines come at every 500th, by VICReg's own spread; its state is
+    saved, and it may go on.
     """
     caplog.set_level(logging.WARNING, "ssl_bench")
     words = overrides("vicreg", *COLLAPSING, f"dir={tmp_path}")
