@@ -24,8 +24,6 @@ from ssl_bench.launch import resolvers
 from ssl_bench.launch.process import launch, set_up_logging
 from ssl_bench.runs import sweep
 
-STARTS = 3  # of a job that take up its time and save nothing, before it isn't requeued any more
-
 
 def run(
     file: Path, named: Sequence[str] = (), job: str | None = None, gpus: str | None = None
@@ -104,12 +102,15 @@ class SlurmTask:
     def __call__(self) -> None:
         from submitit import JobEnvironment
 
-        job, began = JobEnvironment().job_id, time.monotonic()
+        job = JobEnvironment().job_id
+        began = float(os.environ.get("SSL_BENCH_BEGAN", time.time()))
         rank = int(os.environ.get("SLURM_PROCID", 0))
         member = sweep.Member.load(self.file)
         member.job = job
         if rank == 0:
             member.count_starts(in_vain=False)
+            if note := os.environ.get("SSL_BENCH_VAIN"):  # Python is ready in time
+                Path(note).unlink(missing_ok=True)
         if shutil.which("scontrol") is None:
             _leave_requeue_to_the_script()
         # submitit's handler: rank 0 has the job requeued and exits, the others return
@@ -117,8 +118,8 @@ class SlurmTask:
 
         def requeue(signum: int, frame: object) -> None:
             if rank == 0:
-                whole = time.monotonic() - began > self.seconds / 2
-                if (starts := member.count_starts(in_vain=whole)) >= STARTS:
+                whole = time.time() - began > self.seconds / 2
+                if (starts := member.count_starts(in_vain=whole)) >= sweep.STARTS:
                     member.fail(
                         f"{starts} starts in a row have saved nothing within "
                         f"{self.seconds / 60:.0f} minutes (images that are being packed, say): "
@@ -128,7 +129,8 @@ class SlurmTask:
             submitits(signum, frame)
 
         # `Run` sets an alarm at a warning: a long step must not cost the requeue
-        signal.signal(signal.SIGALRM, requeue)
+        for signum in (signal.SIGALRM, signal.SIGUSR2):
+            signal.signal(signum, requeue)
         try:
             run(self.file, self.named, job, self.gpus)
         except Interrupted as stop:

@@ -57,6 +57,7 @@ class Slurm(SweepLauncher):
         max_running: int,
         **parameters: Any,
     ) -> None:
+        from ssl_bench.runs.sweep import STARTS
         from ssl_bench.shell import quoted
 
         self.max_num_timeout = max_num_timeout
@@ -73,12 +74,15 @@ class Slurm(SweepLauncher):
         self.python = " ".join(words)
         delay = parameters["signal_delay_s"]
         note = f"{quoted(str(self.folder.parent))}/requeue-$SLURM_JOB_ID"
+        vain = f"{quoted(str(self.folder.parent))}/vain-$SLURM_JOB_ID"
+        half = (60 * parameters["timeout_min"] - delay) // 2
         additional = OmegaConf.to_container(parameters["additional_parameters"], resolve=True)
         self.parameters = parameters | {
             "additional_parameters": additional,
             "setup": [
                 *_checked(setup or [], "setup"),
                 f"export SSL_BENCH_GRACE={math.ceil(0.75 * delay)} SSL_BENCH_REQUEUE={note}",
+                f"export SSL_BENCH_BEGAN=$(date +%s) SSL_BENCH_VAIN={vain}",
                 # one may be left from a start of this job that ended before its teardown
                 'rm -f -- "$SSL_BENCH_REQUEUE"',
                 *(_stage(file, os.path.expanduser(stage_dir)) for file in self.stage_in),
@@ -89,6 +93,15 @@ class Slurm(SweepLauncher):
                 # could handle it.
                 'if [ -f "$SSL_BENCH_REQUEUE" ] || [ $status = 140 ]; then',
                 '    rm -f -- "$SSL_BENCH_REQUEUE"',
+                f"    if [ $status = 140 ] && [ $SECONDS -gt {half} ]; then",
+                '        echo >> "$SSL_BENCH_VAIN"',
+                f'        if [ $(wc -l < "$SSL_BENCH_VAIN") -ge {STARTS} ]; then',
+                '            rm -f -- "$SSL_BENCH_VAIN"',
+                f'            echo "Python was not ready within {STARTS} starts: '
+                'type a larger hydra.launcher.timeout_min" >&2',
+                "            exit 1",
+                "        fi",
+                "    fi",
                 # A cancelled job doesn't count as running any more.
                 '    if [ "$(squeue -h -j $SLURM_JOB_ID -o %T)" = RUNNING ]; then',
                 "        scontrol requeue $SLURM_JOB_ID && sleep 300",

@@ -31,6 +31,7 @@ from ssl_bench.runs.identity import Identity
 
 FIRST = ".pretrain"  # the name of a pipeline's pretraining ends so; other names end with a hash
 DROPPED = ".dropped"
+STARTS = 3  # of a job that take up its time and save nothing, before it isn't requeued any more
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,14 +99,22 @@ def test_starts_that_save_nothing_come_to_an_end(
         monkeypatch.setenv(key, value)
     requeued = []
 
+    early = iter([False, True, False, True, False, True])
+
     def warned(*_: object) -> None:
+        if next(early):  # before `Run` handles it
+            signal.raise_signal(signal.SIGUSR2)
         raise Interrupted(signal.SIGUSR2)
 
     monkeypatch.setattr("ssl_bench.launch.member.run", warned)
 
+    def submitits(*_: object) -> None:
+        requeued.append(1)
+        sys.exit(0)
+
     def start(seconds: float) -> int:
         before = {signum: signal.getsignal(signum) for signum in (signal.SIGUSR2, signal.SIGALRM)}
-        signal.signal(signal.SIGUSR2, lambda *_: requeued.append(1))
+        signal.signal(signal.SIGUSR2, submitits)
         try:
             with pytest.raises(SystemExit) as stopped:
                 SlurmTask(one.file, seconds=seconds)()
