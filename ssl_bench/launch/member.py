@@ -121,8 +121,8 @@ class SlurmTask:
                 whole = time.time() - began > self.seconds / 2
                 if (starts := member.count_starts(in_vain=whole)) >= sweep.STARTS:
                     member.fail(
-                        f"{starts} starts in a row have saved nothing within "
-                        f"{self.seconds / 60:.0f} minutes (images that are being packed, say): "
+                        f"{starts} starts in a row, of {self.seconds / 60:.0f} min each, have "
+                        "saved nothing (images that are being packed, say): "
                         "type a larger hydra.launcher.timeout_min"
                     )
                     sys.exit(1)

@@ -131,7 +131,7 @@ def test_starts_that_save_nothing_come_to_an_end(
     assert one.failure is None
     assert start(0) == 1
     assert len(requeued) == 5
-    assert one.failure.startswith("3 starts in a row have saved nothing within 0 minutes")
+    assert one.failure.startswith("3 starts in a row, of 0 min each, have saved nothing")
 
 
 SQUEUE = """#!/bin/bash

@@ -105,17 +105,19 @@ class Sweeps:
         assert result.returncode == 0, result.stderr
         return result.stdout
 
+    def records(self) -> list[Path]:
+        """The files of the members, without the pretrainings of pipelines."""
+        files = self.root.glob(".members/*.json")
+        return [file for file in files if not file.stem.endswith(".pretrain")]
+
     def run(self) -> Path:
         """The directory of the only member."""
-        (record,) = self.root.glob(".members/*.json")
+        (record,) = self.records()
         return self.root / record.stem
 
     def steps(self) -> int:
         """What the only member has logged."""
-        if (
-            not list(self.root.glob(".members/*.json"))
-            or not (path := self.run() / "metrics.jsonl").exists()
-        ):
+        if not self.records() or not (path := self.run() / "metrics.jsonl").exists():
             return 0
         return path.read_bytes().count(b"\n")
 
@@ -137,7 +139,7 @@ class Sweeps:
 
     def job(self) -> str:
         """Of the only member."""
-        (record,) = self.root.glob(".members/*.json")
+        (record,) = self.records()
         return json.loads(record.read_text())["job"]
 
 

@@ -63,7 +63,7 @@ def test_evaluations_wait_for_their_pretraining(
 
     again = sweeps(*TWO, *grid)
     assert again.returncode == 0, again.stderr
-    members = [path.stem for path in sweeps.root.glob(".members/*[!n].json")]
+    members = sweeps.records()
     assert f"{len(members) - 1} finished, 0 under way, 1 to start" in again.stderr
     jobs = ended_jobs(slurm)[before:]
     done = [cores for _, state, cores in jobs if state == "COMPLETED"]
