@@ -120,14 +120,18 @@ class SweepLauncher(Launcher):
             part.job for part in unfinished if sweep.is_hopeless(queue.get(part.job or ""))
         )
         under_way, elsewhere, todo = [], [], []
+        # jobs of an earlier version are a whole pipeline each
+        whole = {one.file for one in members if one.job in queue and one.first is None}
+        of = {first.file: file for file, first in firsts.items()}
         for part in unfinished:
+            if of.get(part.file) in whole:
+                continue
             if part.job in queue and not sweep.is_hopeless(queue[part.job]):
                 under_way.append(part)
             elif sweep.locked(part.lock) or (part.is_first and sweep.locked(part.whole_lock)):
                 elsewhere.append(part)
             else:
                 todo.append(part)
-        of = {first.file: file for file, first in firsts.items()}
         waiting, open_ = (
             {of.get(part.file, part.file) for part in some} for some in (todo, unfinished)
         )
