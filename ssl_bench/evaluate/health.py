@@ -11,12 +11,12 @@ from torch import Tensor, nn
 COLLAPSED_STD = 0.1  # 1 is an even spread
 COLLAPSED_RANK = 1.5
 # What must be left of the largest values of a run. Healthy ones come near to it: MoCo's rank fell
-# to a seventh, DeepCluster's spread to two fifths, and ReSSL's, in its first 25 steps and while its
+# to a tenth, DeepCluster's spread to two fifths, and ReSSL's, in its first 25 steps and while its
 # loss rose, to a quarter (benchmarks/collapse.py).
 LEFT_STD = 0.3  # while the loss falls
 LEFT_ANYWAY = 0.2
-LEFT_RANK = 0.1
-FEW = 4, 0.25  # so few directions, and no more than this share of the largest rank
+LEFT_RANK = 0.08
+FEW = 2.5, 0.25  # so few directions, and no more than this share of the largest rank
 GROWN = 4  # times its first size: so large weights are only with too high a learning rate
 WATCHED = 20  # steps after which embeddings are looked at, whatever log_every is
 WATCHES = ("loss", "embedding_std", "effective_rank")  # what `Watch` wants to know of a step

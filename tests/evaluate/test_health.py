@@ -68,10 +68,10 @@ def test_a_collapse_is_told_by_what_a_run_has_lost() -> None:
         "is collapsing": "embeddings of different images become alike: their spread has fallen "
         "from 0.83 to 0.24"
     }
-    assert not watch(line(0.8, 4.5), 0.2)
-    assert watch(line(0.8, 3.8), 0.2) == {
+    assert not watch(line(0.8, 2.6), 0.2)
+    assert watch(line(0.8, 2.4), 0.2) == {
         "is collapsing": "embeddings come to lie in few directions: their effective rank has "
-        "fallen from 26 to 3.8"
+        "fallen from 26 to 2.4"
     }
     assert watch(line(0.16, 26, loss=4.0), 0.2).keys() == {"is collapsing"}
     assert watch(line(0.05, 12), 0.3).keys() == {"has collapsed"}
