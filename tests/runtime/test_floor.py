@@ -44,6 +44,16 @@ def test_a_method_that_looks_at_numbers_is_not_counted() -> None:
     assert floor.step_flops(Looks(2, 2), (torch.rand(2, 2),)) is None
 
 
+def test_the_rate_is_that_of_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two operations for each of N**3 pairs of numbers, in the least of the times."""
+    ticks = iter(range(0, 1000, 2))
+    monkeypatch.setattr(floor.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setitem(floor.SIDES, "cpu", 8)
+    device = torch.device("cpu")
+    assert floor.matmul_rate.__wrapped__(device, "fp32") == 2 * 8**3 / 2
+    assert floor.matmul_rate.__wrapped__(torch.device("meta"), "fp32") is None
+
+
 def test_a_run_says_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "COUNTED", 2)
     monkeypatch.setattr(floor, "matmul_rate", lambda device, precision: 1e12)
