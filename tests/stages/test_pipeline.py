@@ -15,8 +15,8 @@ from ssl_bench.shell import quote
 
 @pytest.mark.slow
 def test_quickstart(ssl_bench: Command, tmp_path: Path) -> None:
-    """With a quarter of its epochs; a release measures the README's numbers with all of them."""
-    command = ["experiment=quickstart", "epochs=6", "dir=run"]
+    """With half of its epochs; a release measures the README's numbers with all of them."""
+    command = ["experiment=quickstart", "epochs=12", "dir=run"]
     result = ssl_bench(*command, check=True)
     run = tmp_path / "run"
 
