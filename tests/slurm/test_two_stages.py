@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,8 @@ def test_evaluations_wait_for_their_pretraining(
     done = [cores for _, state, cores in jobs if state == "COMPLETED"]
     assert sorted(done) == sorted([*(["1"] * len(members)), *(["2"] * len(members)), str(cores)])
     logs = [*sweeps.root.glob("*/log.txt"), *sweeps.root.glob("*/*/log.txt")]
-    assert {log.read_text().count("finished: ") for log in logs} == {1}  # nothing ran twice
+    ends = [re.findall(rf"finished: \S*{log.parent.name}\n", log.read_text()) for log in logs]
+    assert {len(end) for end in ends} == {1}  # nothing ran twice
     requeued = [log for log in logs if "continuing after step" in log.read_text()]
     assert requeued
     with open(sweeps.root / "table.csv") as file:
