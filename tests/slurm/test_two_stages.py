@@ -58,9 +58,6 @@ def test_evaluations_wait_for_their_pretraining(
     assert ["failed" in shown[0], "not reached" in shown[1]] == [True, True]
     job = json.loads((sweeps.root / ".members" / f"{unlucky}.json").read_text())["job"]
     assert job not in slurm.jobs()  # Slurm has dropped it
-    assert slurm("sacct", "-n", "-X", "-P", "-o", "State,Elapsed", "-j", job).endswith(
-        "|00:00:00\n"
-    )
 
     again = sweeps(*TWO, *grid)
     assert again.returncode == 0, again.stderr
