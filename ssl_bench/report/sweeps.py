@@ -29,7 +29,9 @@ def overview(members: Sequence[Member], states: Sequence[State], metric: str | N
     A member is named by the digits that its name ends with, and by what tells it from the others.
     Columns that would be empty are left out. metric: None for the one that each member names.
     """
-    known = Counter(state.name for state in states)
+    # of a pipeline its pretraining has a line, too, and is no member
+    each = [one for one, member in zip(states, members, strict=True) if not member.is_first]
+    known = Counter(state.name for state in each)
     counts = ", ".join(f"{count} {name}" for name, count in known.items())
     labels = _labels(members)
     rows = []
@@ -61,7 +63,7 @@ def overview(members: Sequence[Member], states: Sequence[State], metric: str | N
     for row in rows:
         row[1] = _cut(row[1], room)
     table = markdown([heads[i] for i in used], [[row[i] for i in used] for row in rows])
-    total = f"{len(members)} member{'s' if len(members) != 1 else ''}"
+    total = f"{len(each)} member{'s' if len(each) != 1 else ''}"
     parts = [f"{total}: {counts}", table, _reasons(members, states)]
     return "\n\n".join(filter(None, parts))
 

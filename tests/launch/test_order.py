@@ -14,6 +14,7 @@ from conftest import TINY_PRETRAIN, Command
 from ssl_bench.errors import Interrupted
 from ssl_bench.launch.launchers import _ready
 from ssl_bench.launch.member import SlurmTask
+from ssl_bench.report.sweeps import overview
 from ssl_bench.runs import sweep
 
 
@@ -59,6 +60,8 @@ def test_the_state_of_both_stages(tmp_path: Path) -> None:
         return [str(state) for state in sweep.states(sweep.with_firsts(members))]
 
     assert told() == ["waiting", "waiting: its pretraining is waiting"]
+    both = sweep.with_firsts(members)
+    assert overview(both, sweep.states(both)).startswith("1 member: 1 waiting\n")
     first.directory.mkdir(parents=True)
     with filelock.FileLock(first.lock):
         assert told() == ["running", "waiting: its pretraining is running"]
