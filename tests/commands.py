@@ -57,7 +57,7 @@ NEEDED = {
 PUBLISHED = ("imagenet", "imagenet100", "cifar10", "stl10", "dl21")
 NEEDED |= {f"{name}_moco_v2": ["data.root=/x"] for name in PUBLISHED}
 NEEDED |= {"distill": ["method.teacher=/x"]}
-NEEDED |= {"predict": ["stage.images=/x"]}
+NEEDED |= {"predict": ["stage.images=/x", "pretrained=/x"], "export": ["pretrained=/x"]}
 NEEDED |= {"own": ["data._target_=ssl_bench.data.formats.digits.Digits"]}
 NEEDED |= {
     "cifar100": ["data.root=/x"],

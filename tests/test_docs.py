@@ -75,7 +75,8 @@ def test_command_composes(command: str) -> None:
         if word[0] not in "-$" and word != "job" and not word.startswith("hydra/sweeper")
     ]
     words = [re.sub(r"=interval\(([^,]+),.*", r"=\1", word) for word in words]
-    words = [re.sub(r"=([^\[,]+),.*", r"=\1", word) for word in words]
+    # of what is swept, the first value, which may be a list itself
+    words = [re.sub(r"^([^=]+)=([^\[,]+|\[[^\]]*\]),.*", r"\1=\2", word) for word in words]
     words = [word for word in words if not word.startswith("hydra.sweeper")]
     cfg = compose(*words)
     build.check(cfg)
