@@ -65,7 +65,7 @@ def files(folder: Path) -> set[str]:
 CONFIGURATION = {
     "key": (
         ["bach_size=3"],
-        ["bach_size: no such key; did you mean batch_size? Valid: augmentation, backbone, "],
+        ["bach_size: no such key; did you mean batch_size? Valid: accumulate, augmentation, "],
     ),
     "nested key": (
         ["method.temprature=0.1"],
@@ -148,7 +148,7 @@ CONFIGURATION = {
     "a name without end": ([f"method.name={'x' * 300}"], ["a name is letters, digits, dots"]),
     "type": (["batch_size=abc"], ["batch_size=abc: input should be a valid integer"]),
     "range": (["method.temperature=-1"], ["method.temperature=-1: input should be greater than 0"]),
-    "added key": (["+unknown=1"], ["unknown: no such key;", "Valid: augmentation, backbone, "]),
+    "added key": (["+unknown=1"], ["unknown: no such key;", "Valid: accumulate, augmentation, "]),
     "needed": (["data=dl21"], ["data.root needs a value: type data.root=..."]),
     "no value": (["batch_size"], ["batch_size: not KEY=VALUE"]),
     "comma": (
@@ -182,7 +182,7 @@ CONFIGURATION = {
     ),
     "nothing alike": (
         ["stage=eval"],
-        ["stage=eval: no such choice; Valid: stage=average, stage=board, stage=dashboard, "],
+        ["stage=eval: no such choice; Valid: stage=average, stage=board, stage=choose, "],
     ),
     "a number for a text": (
         ["dir=1e5"],
@@ -235,7 +235,7 @@ ADVICE = re.compile(
         "method=moko_v2", "backbone=resnt18", "epochs=10 schedule.warmup_epochs=20",
         "batch_size=7 devices=2", "stage=lincls stage.features=cached stage.copies=200",
         "data.cache=1_000", 'dir="it\'s [1]"', "tracking=wand", "optimizer=sdg",
-        "method=swav epochs=1 method.queue_length=0", "stage=predic stage.images=x",
+        "method=swav epochs=1 method.queue_length=0", "stage=predic stage.images=x pretrained=x",
         "--precision bf16", "--epochs=20", "--method.dim 64", "--compile",
         "stage=pipeline stage.rows.pretrained=[stage=knn,stage.k=[9]]",
         "stage=pipeline stage.protocol=[batch_size=3]",

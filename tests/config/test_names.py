@@ -100,7 +100,7 @@ PLACES = {  # every setting that is a path, with what its stage needs besides
 }  # fmt: skip
 # and what W&B is told
 TEXTS = {"backbone.model", "backbone.options", "data.image", "data.label"}
-TEXTS |= {"stage.host", "stage.token"}
+TEXTS |= {"stage.host", "stage.token", "stage.drop", "stage.again"}
 TEXTS |= {"stage.protocol", "stage.rows", "stage.features_of", "method.teacher_sha256"}
 OUT = ["stage=export", "stage=report", "stage=dashboard", "stage=synthesize"]
 
