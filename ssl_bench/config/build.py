@@ -83,7 +83,10 @@ class Root(BaseModel):
     eval_every: NonNegativeInt
     save_every: PositiveInt
     on_collapse: Literal["warn", "stop"] = "warn"
-    keep: PositiveInt = 2
+    keep: PositiveInt | Literal["all", "last", "best", "backbone"] = 2
+    patience: PositiveInt | None = None
+    save_best: Annotated[str, Field(min_length=1)] | None = None
+    until: PositiveInt | None = None
 
 
 def check(cfg: DictConfig, quoted: Mapping[str, str] | None = None) -> None:
@@ -133,6 +136,7 @@ def check(cfg: DictConfig, quoted: Mapping[str, str] | None = None) -> None:
     problems += _unsafe_names(nodes)
     if not problems:
         problems += [*_no_weights(plain), *indivisible(plain), *_wrong_start(plain)]
+        problems += _wrong_keep(plain)
     if problems:
         raise UserError("\n".join(problems))
 
@@ -182,6 +186,21 @@ def indivisible(config: Mapping) -> list[str]:
                     f"change one of {', '.join([key, *others])}"
                 )
     return lines
+
+
+def _wrong_keep(config: Mapping) -> list[str]:
+    """A line if a finished run is to keep what it hasn't, or less than its users need."""
+    keep, stage = config.get("keep"), config["stage"]["name"]
+    if keep == "best" and config.get("save_best") is None and config.get("patience") is None:
+        return [
+            "keep=best needs a metric by which a state is the best: add save_best=knn_top1, which "
+            "stage=pretrain reads, or type keep=last"
+        ]
+    if keep == "backbone" and stage not in ("pretrain", "pipeline", "average"):
+        return [
+            f"keep=backbone is for pretrainings: what stage={stage} learns is more: type keep=last"
+        ]
+    return []
 
 
 def _wrong_start(config: Mapping) -> list[str]:

@@ -28,6 +28,7 @@ ROOTS: tuple[str, ...] = (
     "zero_init_residual",
 )
 ROOTS += ("ema", "accumulate", "log_every", "eval_every", "save_every", "keep", "on_collapse")
+ROOTS += ("patience", "save_best")
 
 
 def with_choices(words: Sequence[str]) -> list[str]:

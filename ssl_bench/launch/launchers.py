@@ -15,7 +15,7 @@ import sys
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import blake2b
@@ -30,6 +30,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 if TYPE_CHECKING:
+    from ssl_bench.runs.halving import Halving, Rules
     from ssl_bench.runs.sweep import Member
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class SweepLauncher(Launcher):
     """
 
     wait = True
+    halving: Mapping[str, Any] | None = None  # the rules of `runs.halving`
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -84,7 +86,8 @@ class SweepLauncher(Launcher):
         """
         from ssl_bench import shell
         from ssl_bench.errors import UserError
-        from ssl_bench.runs import sweep
+        from ssl_bench.launch import forecast
+        from ssl_bench.runs import halving, sweep
 
         conf = self._freeze_files(folder.absolute() / ".members")
         there = folder.absolute()
@@ -96,6 +99,8 @@ class SweepLauncher(Launcher):
         if self._is_grid:
             _refuse_free(job_overrides, asked)
         self._check_metric(asked)
+        if rules := halving.Rules.of(self.halving):
+            self._check_rules(rules, asked)
         # a search may ask for the same member twice
         members = _not_set_aside({member.file: member for member in asked}.values(), folder)
         directories = Counter(member.directory for member in members)
@@ -157,6 +162,8 @@ class SweepLauncher(Launcher):
             member.job = None
             member.forget_failure()
             member.save()
+        if len(todo) > 1:
+            forecast.tell_disk(todo, folder)
         return asked, todo, under_way, elsewhere
 
     def _check_metric(self, members: list["Member"]) -> None:
@@ -190,6 +197,62 @@ class SweepLauncher(Launcher):
                 "their losses are of different things: type metric=probe_top1, by labelled images, "
                 "or metric=null for a table without order"
             )
+
+    def _check_rules(self, rules: "Rules", members: list["Member"]) -> None:
+        """UserError, before any member starts, for a sweep that can't be halved by these rules."""
+        from ssl_bench.errors import UserError
+        from ssl_bench.runs import halving, identity, watch
+
+        key, metric = f"{halving.KEY}.metric={rules.metric}", watch.named("", rules.metric).metric
+        if not self._is_grid:
+            raise UserError(
+                f"{key}: it is for grids; a search has to see each of its trials to the end "
+                "(hydra-optuna-sweeper has no pruners): leave one of the two out"
+            )
+        for member in members:
+            config = member.config
+            if (stage := config["stage"]["name"]) != "pretrain":
+                raise UserError(
+                    f"{key}: it pauses pretrainings, and stage={stage} is none: "
+                    "type stage=pretrain, or leave it out"
+                )
+            if config["until"] is not None:
+                raise UserError(
+                    f"until={config['until']} beside {key}, which says it: leave it out"
+                )
+            rules.epochs(config)
+            judged = config["eval_every"] and config["stage"]["online_images"]
+            if metric in ("knn_top1", "probe_top1") and not judged:
+                raise UserError(
+                    f"{key}: nothing measures it with eval_every={config['eval_every']} and "
+                    f"stage.online_images={config['stage']['online_images']}: type 1 or more for "
+                    "both, or another metric"
+                )
+        differing = identity.other_losses(identity.Identity(one.config) for one in members)
+        if "loss" in metric and differing:
+            raise UserError(
+                f"{key} would compare members that differ in {', '.join(differing[:4])}, and their "
+                f"losses are of different things: type {halving.KEY}.metric=knn_top1, by labelled "
+                f"images, or {halving.KEY}.metric=effective_rank, without"
+            )
+
+    @contextmanager
+    def _plan(self, todo: list["Member"]) -> Iterator["Halving | InTurn"]:
+        """What is to run next of `todo`."""
+        from ssl_bench.runs import halving
+
+        if (rules := halving.Rules.of(self.halving)) is None:
+            yield InTurn(todo)
+            return
+        folder = Path(self.config.hydra.sweep.dir)
+        with halving.alone(folder):
+            plan = halving.Halving(folder, rules, todo)
+            yield plan
+        log.info("halving: %s; see %s", plan.summary(), folder / halving.FILE)
+
+    @property
+    def _halves(self) -> bool:
+        return bool(self.halving and self.halving["metric"] is not None)
 
     @property
     def _is_grid(self) -> bool:
@@ -340,7 +403,8 @@ class SweepLauncher(Launcher):
         if None in results:
             states = sweep.states(members)
         by_name = {member.name: state for member, state in zip(members, states, strict=True)}
-        ended = [f"{name}: {state}" for name, state in by_name.items() if state.name != "finished"]
+        fine = ("finished", "paused") if self._halves else ("finished",)
+        ended = [f"{name}: {state}" for name, state in by_name.items() if state.name not in fine]
         ended = [line for line in ended if not line.endswith(": dropped")]
         only = " that have not diverged" if any(one.name == "diverged" for one in states) else ""
         failure = UserError(
@@ -350,7 +414,7 @@ class SweepLauncher(Launcher):
         returns: list[JobReturn] = []
         for member, result in zip(members, results, strict=True):
             left_out = member.dropped and self._is_grid
-            if result is None and self.wait and not left_out:
+            if by_name[member.name].name not in fine and self.wait and not left_out:
                 failed = _Failed(member.overrides, status=JobStatus.FAILED, _return_value=failure)
                 returns.append(failed)
                 continue
@@ -482,6 +546,9 @@ def _other_shape(source: str, backbone: Mapping[str, Any]) -> list[str]:
 class Local(SweepLauncher):
     """Runs members in this process, one after the other."""
 
+    def __init__(self, halving: Mapping[str, Any] | None = None) -> None:
+        self.halving = halving
+
     def _processes(self, devices: int) -> int:
         from ssl_bench.runtime import distributed
 
@@ -490,20 +557,22 @@ class Local(SweepLauncher):
 
     def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
         from ssl_bench.errors import UserError, interrupted_by
+        from ssl_bench.launch.forecast import Clock
         from ssl_bench.launch.member import attempt
 
-        with interrupted_by(signal.SIGTERM):  # between members, and by one that has just ended
-            for number, member in enumerate(todo, start=1):
-                log.info("member %s of %s: %s", number, len(todo), member.name)
-                if not member.is_reached:
-                    tell(member)
-                    continue
+        clock = Clock(todo, 1, at_most=self._halves)
+        # between members, and by one that has just ended
+        with self._plan(todo) as plan, interrupted_by(signal.SIGTERM):
+            while member := plan.next(()):
+                log.info("member %s: %s", plan.say(member), member.name)
                 try:
                     attempt(member)
                 except UserError as error:
                     log.warning("failed: %s", error)
                 except Exception:
                     log.exception("failed")
+                plan.ended(member)
+                clock.look([member], visible_gpus(), now=True)
 
 
 class Workstation(SweepLauncher):
@@ -514,13 +583,19 @@ class Workstation(SweepLauncher):
     a member there meanwhile.
     """
 
-    def __init__(self, at_once: int | None, members_per_gpu: int = 1) -> None:
-        self.at_once, self.members_per_gpu = at_once, members_per_gpu
+    def __init__(
+        self,
+        at_once: int | None,
+        members_per_gpu: int = 1,
+        halving: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.at_once, self.members_per_gpu, self.halving = at_once, members_per_gpu, halving
 
     def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
         from ssl_bench.config import build
         from ssl_bench.errors import UserError, interrupted_by
         from ssl_bench.launch import leases
+        from ssl_bench.launch.forecast import Clock
 
         gpus, cores = visible_gpus(), sorted(os.sched_getaffinity(0))
         packed = self.members_per_gpu
@@ -549,18 +624,21 @@ class Workstation(SweepLauncher):
             f"cores-{slot}-{blake2b(repr(sorted(mine)).encode(), digest_size=4).hexdigest()}"
             for slot, mine in enumerate(shares)
         ]
-        waiting, told = list(todo), False
+        clock, told = Clock(todo, at_once, at_most=self._halves), False
         running: dict[subprocess.Popen, Member] = {}
+        found: Member | None = None  # the next, until it has a place
 
-        with interrupted_by(signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        with (
+            self._plan(todo) as plan,
+            interrupted_by(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
+        ):
             try:
-                while waiting or running:
-                    while (
-                        len(running) < at_once
-                        and (member := _ready(waiting, [*running.values()]))
-                        and (taken := leases.take(places))
-                    ):
-                        waiting.remove(member)
+                while True:
+                    while len(running) < at_once:
+                        found = found or plan.next({one.name for one in running.values()})
+                        if not found or not (taken := leases.take(places)):
+                            break
+                        member, found = found, None
                         slot, lease = taken
                         env = {"OMP_NUM_THREADS": str(share)} | os.environ
                         if gpus:
@@ -580,13 +658,17 @@ class Workstation(SweepLauncher):
                         os.sched_setaffinity(process.pid, shares[slot])  # before it has threads
                         running[process] = member
                         log.info("started: %s (see %s)", member.name, member.output)
-                    able = len(running) < at_once and _ready(waiting, [*running.values()])
-                    if able and not told:
+                    if not running and not found:
+                        break
+                    if found and not told:
                         told = True
                         what = "GPU" if gpus else "share of the cores"
                         log.info("waiting for a %s: members of other commands hold them", what)
                     for process in [process for process in running if process.poll() is not None]:
-                        tell(running.pop(process), process.returncode)
+                        member = running.pop(process)
+                        tell(member, process.returncode)
+                        plan.ended(member)
+                    clock.look([*running.values()], gpus)
                     time.sleep(0.2)
             except BaseException:
                 for process in running:
@@ -596,22 +678,35 @@ class Workstation(SweepLauncher):
                 raise
 
 
-def _ready(waiting: list["Member"], running: Sequence["Member"]) -> "Member | None":
-    """The first of the waiting members that can start.
+class InTurn:
+    """What is to run next of a sweep without rules: every member to its end, in turn.
 
-    A pipeline can when its pretraining has finished; if that has failed, it waits no more.
+    A pipeline can start when its pretraining has finished; if that has failed, it waits no more.
     """
-    from ssl_bench.runs.sweep import FIRST
 
-    before = {member.name for member in (*waiting, *running)}
-    for member in [*waiting]:
-        if f"{member.name}{FIRST}" in before:
-            continue
-        if member.is_reached:
-            return member
-        waiting.remove(member)
-        tell(member)
-    return None
+    def __init__(self, members: Sequence["Member"]) -> None:
+        self.waiting, self.count = list(members), len(members)
+
+    def next(self, running: Collection[str]) -> "Member | None":
+        """The first of the waiting members that can start; running: the names of others."""
+        from ssl_bench.runs.sweep import FIRST
+
+        before = {*running, *(member.name for member in self.waiting)}
+        for member in [*self.waiting]:
+            if f"{member.name}{FIRST}" in before:
+                continue
+            self.waiting.remove(member)
+            if member.is_reached:
+                return member
+            tell(member)
+        return None
+
+    def ended(self, member: "Member") -> None:
+        """Nothing follows from it."""
+
+    def say(self, member: "Member") -> str:
+        """Which of all a member is that `next` gave."""
+        return f"{self.count - len(self.waiting)} of {self.count}"
 
 
 def visible_gpus() -> list[str]:

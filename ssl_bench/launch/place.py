@@ -135,7 +135,9 @@ def below(pretrained: object, what: str, network: str, data: str) -> str:
     if home.split(os.sep)[0] in ("..", "."):
         words = "-".join(filter(None, (what, network, data)))
         return f"runs/{words}/{path_slug(pretrained)}"
-    file = Path(str(pretrained))
+    file = Path(os.path.expanduser(str(pretrained)))
+    if file.name == layout.BEST:
+        file = layout.weights_of(file) or file
     step = f"-at-step-{layout.step_of(file)}" if file.match("step*.pt") else ""
     return os.path.join(home, "-".join(filter(None, (what, data))) + step)
 

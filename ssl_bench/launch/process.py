@@ -100,7 +100,10 @@ def _run(cfg: DictConfig) -> dict[str, float]:
             )
             return run.summary
         try:
-            run.finish(build.construct(cfg.stage, cfg=cfg, run=run))
+            metrics = build.construct(cfg.stage, cfg=cfg, run=run)
+            if run.paused:
+                return metrics
+            run.finish(metrics)
         except torch.OutOfMemoryError as error:
             said = ". ".join(str(error).split(". ")[:3])  # without the allocator's details
             raise UserError(

@@ -41,8 +41,16 @@ def choices(group: str) -> str:
 
 
 @dataclass
+class HalvingConf:
+    metric: str | None = None
+    eta: int = 3
+    rungs: list[float] | None = None
+
+
+@dataclass
 class LocalConf:
     _target_: str = "hydra_plugins.ssl_bench_launchers.Local"
+    halving: HalvingConf = field(default_factory=HalvingConf)
 
 
 @dataclass
@@ -50,6 +58,7 @@ class WorkstationConf:
     _target_: str = "hydra_plugins.ssl_bench_launchers.Workstation"
     at_once: int | None = None
     members_per_gpu: int = 1
+    halving: HalvingConf = field(default_factory=HalvingConf)
 
 
 @dataclass

@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import re
+import shutil
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -18,10 +19,12 @@ from torch import nn
 
 from ssl_bench import files
 from ssl_bench.errors import UserError
+from ssl_bench.runs import layout
 from ssl_bench.runs.layout import complete, step_of
 
 log = logging.getLogger(__name__)
 
+SMALL = ".small"  # suffix of a state that will take the place of a larger one
 ZIP, FOLDER = b"PK\x03\x04", 0x10
 # Settings and counters of these classes lie beside the tensors in files of other programs. They are
 # allowed by name, and an empty object or a dictionary takes the place of each: none of these
@@ -131,6 +134,7 @@ def carry_over(path: Path, typed: str, **state: Any) -> int:
     content = read(path)
     if not isinstance(content, dict) or not {"model", "step"} <= content.keys():
         raise UserError(f"{typed}: {path} holds no state of a training")
+    check_whole(path, content, typed)
     if content["step"] != step_of(path):
         raise UserError(f"{path}: holds step {content['step']}, not the one of its name")
     for key, value in state.items():
@@ -164,6 +168,7 @@ def check_fits(path: Path, typed: str, model: nn.Module) -> None:
         if not before:
             raise
         raise UserError(f"{error}; the state before it is continue_from={before[0]}") from None
+    check_whole(path, content, typed)
     saved = content.get("model") if isinstance(content, dict) else None
     wanted = model.state_dict()
     saved = saved if isinstance(saved, dict) else {}
@@ -179,10 +184,38 @@ def check_fits(path: Path, typed: str, model: nn.Module) -> None:
         )
 
 
-class Checkpoint:
-    """The newest `keep` states of one run, which `identity` names: files of others are refused."""
+def _backbone_of(content: Any) -> dict[str, Any]:
+    """What `pretrained` reads of the content of a checkpoint: its backbone, and the average's."""
+    kept = {key: content[key] for key in ("run", "step")} | {"kept": "backbone"}
+    for key in ("model", "ema"):
+        if key in content:
+            tensors = content[key].items()
+            kept[key] = {name: value for name, value in tensors if name.startswith("backbone.")}
+    return kept
 
-    def __init__(self, directory: Path, identity: str, keep: int = 2) -> None:
+
+def check_whole(path: Path, content: object, typed: str) -> None:
+    """UserError for a state of which the run has kept the backbone alone."""
+    if isinstance(content, dict) and content.get("kept"):
+        raise UserError(
+            f"{typed}: {path} is a backbone alone (its run had keep={content['kept']}): type "
+            "pretrained= to begin with it"
+        )
+
+
+def name_of(step: int) -> str:
+    """The name of the file with the state of a step."""
+    return f"step{step:010d}.pt"
+
+
+class Checkpoint:
+    """The newest `keep` states of one run, which `identity` names: files of others are refused.
+
+    keep: a number; or "all"; or what stays of a finished run (`settle`), of which there are two as
+    long as it runs: "last", "best" (by a metric), "backbone" (of either).
+    """
+
+    def __init__(self, directory: Path, identity: str, keep: int | str = 2) -> None:
         self.directory, self.identity, self.keep = directory, identity, keep
 
     def save(self, step: int, **state: object) -> Path:
@@ -192,7 +225,7 @@ class Checkpoint:
         """
         content = {"run": self.identity, "step": step}
         content |= {key: value.state_dict() for key, value in state.items()}
-        path = self.directory / "checkpoints" / f"step{step:010d}.pt"
+        path = self.directory / layout.CHECKPOINTS / name_of(step)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         try:
@@ -202,9 +235,57 @@ class Checkpoint:
             if "inline_container" in str(error):  # torch's words for a full disk
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial)) from error
             raise
-        for old in complete(self.directory)[self.keep :]:
-            old.unlink()
+        if self.keep != "all":
+            for old in complete(self.directory)[self.keep if isinstance(self.keep, int) else 2 :]:
+                old.unlink()
         return path
+
+    def keep_best(self, step: int) -> None:
+        """Keep the checkpoint of this step as the best, and delete the one that was it before.
+
+        It is a link, as long as the state is among the newest, and takes no room of its own.
+        """
+        folder = self.directory / layout.BEST
+        folder.mkdir(exist_ok=True)
+        path = folder / name_of(step)
+        partial = path.with_suffix(".partial")
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(self.directory / layout.CHECKPOINTS / path.name, partial)
+        except OSError:  # not every file system has hard links
+            shutil.copyfile(self.directory / layout.CHECKPOINTS / path.name, partial)
+        partial.replace(path)
+        for old in layout.best(self.directory):
+            if old != path:
+                old.unlink()
+
+    def final(self) -> dict[Path, Path]:
+        """{a state that stays of a finished run, last or best: the file that it will be}.
+
+        That file is the state itself, or lies beside it until `settle` moves it.
+        """
+        last, best = complete(self.directory)[:1], layout.best(self.directory)
+        if self.keep == "best" and best:
+            last = []
+        made = {}
+        for path in (*last, *best):
+            made[path] = path
+            if self.keep == "backbone":
+                made[path] = path.with_suffix(SMALL)
+                content = _backbone_of(read(path))
+                with files.replacing(made[path], path.with_suffix(".partial"), "wb") as file:
+                    torch.save(content, file)
+        return made
+
+    def settle(self) -> None:
+        """Delete what a finished run doesn't keep; again, where a kill came in between."""
+        for folder in (layout.CHECKPOINTS, layout.BEST):
+            for path in (self.directory / folder).glob(f"*{SMALL}"):
+                path.replace(path.with_suffix(".pt"))
+        if self.keep in ("last", "best", "backbone"):
+            gone = self.keep == "best" and layout.best(self.directory)
+            for old in complete(self.directory)[0 if gone else 1 :]:
+                old.unlink()
 
     def restore(self, **state: object) -> int:
         """Load the newest usable state into the objects, in place; its step, or 0: there is none.

@@ -24,6 +24,7 @@ from ssl_bench.runs import layout
 # not what it computes. (`devices` does change that in some runs: see `_by_process`.)
 FREE_KEYS: tuple[str, ...] = ("dir", "sweep", "metric", "launcher", "tracking", "device", "devices")
 FREE_KEYS += ("verbosity", "log_every", "save_every", "eval_every", "keep", "on_collapse")
+FREE_KEYS += ("save_best", "until")
 FREE_KEYS += ("data.root", "data.cache", "data.workers", "runs", "source", "stage.picture")
 # Keys that are paths, in every stage that has them. Two spellings of a place are one.
 PATHS = ("pretrained", "continue_from", "stage.images", "stage.out", "method.teacher")
@@ -86,6 +87,9 @@ class Identity:
                 flat[path] = plain(self._placeless(path, node))
 
         walk(self.config, "")
+        if self.config.get("patience") is not None:  # these decide when it ends
+            metric = self.config.get("save_best") or self.config.get("metric")
+            flat |= {"save_best": metric, "eval_every": self.config.get("eval_every")}
         return _by_process(flat, self.config, self.processes or self.config.get("devices", 1))
 
     @property

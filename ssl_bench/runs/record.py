@@ -14,7 +14,7 @@ import yaml
 from ssl_bench import files
 from ssl_bench.config import build
 from ssl_bench.errors import UserError
-from ssl_bench.runs import checkpoint, identity, layout, sweep
+from ssl_bench.runs import checkpoint, identity, layout, sweep, watch
 from ssl_bench.runs.identity import Identity
 from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.units import PRETRAINING
@@ -85,11 +85,11 @@ class Ran:
         known = config | {"stage": (config.get("stage") or {}).get("name")}
         if not all(isinstance(known.get(key), kind) for key, kind in NEEDED.items()):
             raise UserError(f"{path}: no configuration of a run; leave it out of runs=")
+        lines = MetricsFile.read(directory / layout.METRICS)
         if summary is not None:
-            state = sweep.State("finished")
+            state = sweep.State("finished", watch.ended_early(config, lines))
         else:
             state = sweep.State("running" if sweep.locked(directory / ".lock") else "stopped")
-        lines = MetricsFile.read(directory / layout.METRICS)
         return cls(directory, config, lines, summary, environment, state, inputs=inputs)
 
     @property
@@ -105,12 +105,12 @@ class Ran:
         """Its newest checkpoint; None: it has none, or these hold no network."""
         if self.stage == "predict":
             return None
-        return next(iter(checkpoint.complete(self.directory)), None)
+        return next(iter(layout.states(self.directory)), None)
 
     def digest_of(self, name: str) -> str:
         """The sha256 of the checkpoint with this name; "": there is none."""
-        path = self.directory / "checkpoints" / name
-        return files.digest(path) if path.is_file() else ""
+        places = (self.directory / folder / name for folder in (layout.CHECKPOINTS, layout.BEST))
+        return next((files.digest(path) for path in places if path.is_file()), "")
 
     @cached_property
     def stands_on(self) -> str:
@@ -131,8 +131,8 @@ class Ran:
         if (below := self.pretraining) is None:
             return None
         last = [int(line["step"]) for line in below.lines[-1:]]
-        if below.weights:
-            last = [checkpoint.step_of(below.weights)]
+        if states := checkpoint.complete(below.directory):
+            last = [checkpoint.step_of(states[0])]
         return identity.older(Path(self.config["pretrained"]), below.summary is not None, last)
 
     @cached_property
@@ -340,7 +340,8 @@ def measured(runs: Iterable[Ran], weights: Path) -> list[Ran]:
 def evidence(ran: Ran) -> dict[str, Any]:
     """What identifies a finished run, for its row of a results file; stage=verify compares it."""
     sums = files.listed(ran.directory)
-    weights = next((sums[name] for name in sums if name.startswith("checkpoints/")), "")
+    kept = sorted(name for name in sums if name.startswith(("checkpoints/", "best/")))
+    weights = sums[kept[-1]] if kept else ""
     return {
         "run": str(ran.directory),
         "key": ran.identity.key,

@@ -26,8 +26,8 @@ from ssl_bench.config.build import construct
 from ssl_bench.console import Bar, duration
 from ssl_bench.data.store import Split
 from ssl_bench.errors import Diverged, Interrupted, UserError, stop, writable
-from ssl_bench.runs import code, identity, layout, metrics, units
-from ssl_bench.runs.checkpoint import Checkpoint, carry_over, complete, step_of
+from ssl_bench.runs import code, identity, layout, metrics, units, watch
+from ssl_bench.runs.checkpoint import Checkpoint, carry_over, complete, name_of, step_of
 from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.tracking import Tracker
 from ssl_bench.runtime import distributed
@@ -54,6 +54,7 @@ class Run:
         self.is_main = distributed.rank() == 0
         self.step = 0  # the newest that is done
         self.summary: dict | None = None  # the final metrics, of an earlier command too
+        self.paused = False  # did it stop where `until` says, with more to do?
         self._config = config
         self._make_tracker = make_tracker
         self.status = "failed"  # until the stage has ended well
@@ -104,6 +105,8 @@ class Run:
         self.checkpoint = Checkpoint(directory, what.key, self._config.get("keep", 2))
         if (done := directory / layout.SUMMARY).exists():
             self.summary = files.parse(done, json.loads)
+            if self.is_main:
+                self.checkpoint.settle()  # a kill may have come before it
             return
         if self.is_main:
             self._write_environment(directory)
@@ -134,13 +137,41 @@ class Run:
         self.summary, self.status = summary, "finished"
         if self.leaves and self.is_main:
             text = json.dumps(summary, indent=2) + "\n"
-            sums = files.sums_of(self.directory, layout.own(self.directory))
+            folders = (f"{layout.CHECKPOINTS}/", f"{layout.BEST}/")
+            own = [name for name in layout.own(self.directory) if not name.startswith(folders)]
+            sums = files.sums_of(self.directory, own)
+            for path, made in self.checkpoint.final().items():
+                sums[path.relative_to(self.directory).as_posix()] = files.digest(made)
             sums[layout.SUMMARY] = hashlib.sha256(text.encode()).hexdigest()
             files.seal(self.directory, sums)  # first: a run with a summary counts as finished
             files.write(self.directory / layout.SUMMARY, text)
-            if "tracker" in vars(self) and (checkpoints := complete(self.directory)):
-                self.tracker.log_checkpoint_file(checkpoints[0])
+            self.checkpoint.settle()
+            if "tracker" in vars(self) and (states := layout.states(self.directory)):
+                self.tracker.log_checkpoint_file(states[0])
+            self._tell_best()
             log.info("finished: %s", self.directory, extra={"result": True})
+
+    def _tell_best(self) -> None:
+        if (what := watch.watched(self._config)) is None:
+            return
+        if top := watch.best(self._config, MetricsFile.read(self.metrics.path)):
+            value = units.spoken(what.metric, top.value)
+            log.info(
+                "the best %s, %s, was at step %s: %s",
+                *(what.metric, value, f"{top.step:,}", self.directory / layout.BEST),
+                extra={"result": True},
+            )
+
+    def pause(self, step: int, total: int) -> None:
+        """Note that the run stops at `until`, before its end; the state is saved."""
+        self.paused, self.status = True, "preempted"
+        if self.is_main:
+            log.info(
+                "paused after step %s of %s, as until=%s says; the same command with a later "
+                "until=, or without, goes on",
+                *(f"{step:,}", f"{total:,}", self._config["until"]),
+                extra={"result": True},
+            )
 
     def _claim(self, directory: Path) -> filelock.AcquireReturnProxy:
         """Prepare the directory and return its lock, which this process holds from now on.
@@ -265,7 +296,20 @@ class Run:
             self.metrics.truncate(step)
             if step:
                 log.info("continuing after step %s", f"{step:,}")
+            self._mend_best(step)
         return step
+
+    def _mend_best(self, step: int) -> None:
+        """The best state again as the lines have it, where a kill came between the two.
+
+        step: the one restored; later ones will be done again.
+        """
+        for path in layout.best(self.directory):
+            if step_of(path) > step:
+                path.unlink()
+        top = watch.best(self._config, MetricsFile.read(self.metrics.path))
+        if top and top.step == step and not (self.directory / layout.BEST / name_of(step)).exists():
+            self.checkpoint.keep_best(step)
 
     def carry_over(self, per_epoch: int, **state: Any) -> int:
         """Begin with the state of the run that `continue_from` names; returns the step, or 0.
@@ -301,6 +345,38 @@ class Run:
     def save(self, step: int, **state: object) -> None:
         if self.is_main:
             self.checkpoint.save(step, **state)
+
+    @property
+    def watches(self) -> bool:
+        """Does a metric decide which state is the best (`save_best`, `patience`)?"""
+        return watch.watched(self._config) is not None
+
+    def keep_best(self, step: int) -> bool:
+        """After an evaluation whose state was saved: keep it if it is the best so far.
+
+        Returns whether `patience` ends the run, the same on all ranks. UserError where nothing
+        measures the metric.
+        """
+        ends = False
+        if self.is_main and (what := watch.watched(self._config)):
+            lines = MetricsFile.read(self.metrics.path)
+            if what.metric not in lines[-1]:
+                raise UserError(
+                    f"nothing measures {what.metric}: type save_best= with one of "
+                    f"{', '.join(sorted(lines[-1].keys() - {'step', 'epoch', 'images_seen'}))}"
+                )
+            top = watch.best(self._config, lines)
+            if top and top.step == step:
+                self.checkpoint.keep_best(step)
+            if why := watch.exhausted(self._config, lines):
+                log.info("step %s: ends early: %s", f"{step:,}", why, extra={"result": True})
+                ends = True
+        return distributed.any_rank(ends)
+
+    def end_of(self, per_epoch: int, epochs: int) -> int:
+        """The step to stop at: the last, or that of the epoch `until`. per_epoch: steps."""
+        until = self._config.get("until")
+        return per_epoch * (epochs if until is None else min(until, epochs))
 
     @contextmanager
     def ends_at_once(self) -> Iterator[None]:

@@ -26,8 +26,9 @@ import yaml
 from ssl_bench import files
 from ssl_bench.config.typed import key_of, select
 from ssl_bench.errors import UserError
-from ssl_bench.runs import identity, layout
+from ssl_bench.runs import identity, layout, watch
 from ssl_bench.runs.identity import Identity
+from ssl_bench.runs.metrics import MetricsFile
 
 FIRST = ".pretrain"  # the name of a pipeline's pretraining ends so; other names end with a hash
 DROPPED = ".dropped"
@@ -109,6 +110,19 @@ class Member:
         if newest is None:
             return self.directory, self.config["epochs"]
         return newest.parent, files.parse(newest.with_name(layout.CONFIG), yaml.safe_load)["epochs"]
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """What its run has logged; empty for a pipeline, whose parts log."""
+        logged = self.directory / layout.METRICS
+        return MetricsFile.read(logged) if logged.is_file() else []
+
+    @property
+    def paused(self) -> bool:
+        """Has its run stopped at the epoch `until`, with more to do?"""
+        until, lines = self.config.get("until"), self.lines
+        reached = lines[-1].get("epoch", 0) if lines else 0
+        return until is not None and self.has_state and reached >= until
 
     @property
     def has_state(self) -> bool:
@@ -299,8 +313,9 @@ def dropped(folder: Path) -> list[Member]:
 class State(NamedTuple):
     """The state of a member, and a note on it.
 
-    name: finished, running, pending, failed, diverged, dropped (neither starts by itself), stopped
-    (it will continue), waiting, not reached (what comes before it has failed), or Slurm's word.
+    name: finished, running, pending, failed, diverged, dropped (neither starts by itself), paused
+    (`until`), stopped (it will continue), waiting, not reached (what comes before it has failed),
+    or Slurm's word.
     """
 
     name: str
@@ -322,7 +337,8 @@ def states(members: Sequence[Member]) -> list[State]:
 
 def _state(member: Member, queue: dict[str, State], ended: dict[str, str]) -> State:
     if member.result() is not None:
-        return State("finished")
+        lines = member.lines if member.config.get("patience") else []
+        return State("finished", watch.ended_early(member.config, lines))
     if member.job in queue and not is_hopeless(queue[member.job]):
         return queue[member.job]
     if locked(member.lock):
@@ -343,6 +359,9 @@ def _state(member: Member, queue: dict[str, State], ended: dict[str, str]) -> St
         return State(
             word, "; ".join(filter(None, [_ADVICE.get(word), _last_words(member), _see(member)]))
         )
+    if member.paused:
+        epochs = f"{member.config['until']} of {member.config['epochs']}"
+        return State("paused", f"after epoch {epochs}")
     return State("stopped" if member.has_state else "waiting")
 
 

@@ -59,6 +59,17 @@ HEADS = {
     "val_top1": "top-1 %",
     "val_top5": "top-5 %",
 }
+# Neither more nor less of these is better, of what was learnt: costs, settings, and an exponent
+# that should be near 1.
+NEITHER: tuple[str, ...] = (
+    "hours",
+    "images_per_second",
+    "memory_gb",
+    "lr",
+    "grad_norm",
+    "data_wait",
+)
+NEITHER += ("features_alpha_req",)
 PRETRAINING = "pretraining_"  # prefix of the metrics of the pretraining that was evaluated
 
 
@@ -124,3 +135,8 @@ def mean_std(values: list[float]) -> tuple[float, float]:
 
 def smaller_is_better(metric: str) -> bool:
     return "loss" in metric or metric.endswith(("uniformity", "alignment", "_ece"))
+
+
+def has_direction(metric: str) -> bool:
+    """Is it known whether more or less of a metric is better?"""
+    return "loss" in metric or (metric in UNITS and metric not in NEITHER)

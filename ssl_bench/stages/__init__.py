@@ -21,7 +21,8 @@ PARTED = (
     "accumulate",
     "compress",
 )  # keys of how a step is split
-PRETRAINING = (*TRAINING, *PARTED, "method", "sync_batch_norm", "on_collapse")
+WATCHED = ("patience", "save_best")
+PRETRAINING = (*TRAINING, *PARTED, *WATCHED, "method", "sync_batch_norm", "on_collapse")
 
 
 def single_process(stage: Stage) -> Stage:

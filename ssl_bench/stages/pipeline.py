@@ -21,7 +21,7 @@ from ssl_bench.runs import identity, layout, units, weights
 from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
-from ssl_bench.stages import EVERY, PARTED, PRETRAINING, RECIPE, _labels, single_process
+from ssl_bench.stages import EVERY, PARTED, PRETRAINING, RECIPE, WATCHED, _labels, single_process
 from ssl_bench.stages._training import make_test_view, on_device, open_source
 from ssl_bench.stages.pretrain import picture as picture_of
 
@@ -33,7 +33,7 @@ JUDGES = ("probe_top1", "knn_top1")  # of the pretraining
 READS = PRETRAINING
 IDLE = {
     # the augmentation is read for the picture
-    "method.name=random": (*RECIPE[1:], *PARTED, *EVERY, "on_collapse"),
+    "method.name=random": (*RECIPE[1:], *PARTED, *EVERY, *WATCHED, "on_collapse"),
     "method.name=supervised": ("eval_every",),
 }
 

@@ -22,12 +22,21 @@ from ssl_bench.evaluate.features import extract_all
 from ssl_bench.evaluate.labels import check_classes, hold_out
 from ssl_bench.evaluate.neighbours import knn_and_ridge
 from ssl_bench.methods import layers
-from ssl_bench.runs import layout, weights
+from ssl_bench.runs import layout, watch, weights
 from ssl_bench.runs.checkpoint import check_fits
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
 from ssl_bench.runtime.seeding import fold
-from ssl_bench.stages import EVERY, IMAGES, PARTED, PRETRAINED, PRETRAINING, RECIPE, _labels
+from ssl_bench.stages import (
+    EVERY,
+    IMAGES,
+    PARTED,
+    PRETRAINED,
+    PRETRAINING,
+    RECIPE,
+    WATCHED,
+    _labels,
+)
 from ssl_bench.stages._pictures import painter
 from ssl_bench.stages._pretrained import load_pretrained
 from ssl_bench.stages._teacher import load_teacher
@@ -48,14 +57,16 @@ log = logging.getLogger(__name__)
 
 
 WEIGHTS = (*PRETRAINED, "continue_from")
-READS = (*PRETRAINING, *WEIGHTS)
+READS = (*PRETRAINING, *WEIGHTS, "until")
+ONLINE = ("stage.online_images",)
+JUDGED = ("knn_top1", "probe_top1")  # measured on labelled images
 IDLE = {
     "method.name=random": (
-        *(*RECIPE, *PARTED, *EVERY, *IMAGES, *WEIGHTS),
-        *("stage.online_images", "on_collapse"),
+        *(*RECIPE, *PARTED, *EVERY, *WATCHED, *IMAGES, *WEIGHTS, *ONLINE),
+        *("until", "on_collapse"),
     ),
     "pretrained=null": ("pretrained_prefix",),
-    "eval_every=0": ("stage.online_images",),
+    "eval_every=0": (*ONLINE, *WATCHED),
     "stage.online_images=0": ("eval_every",),
     # it learns from all the labels that could judge it
     "method.name=supervised": ("eval_every", "stage.online_images"),
@@ -81,6 +92,7 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
             f"metric={cfg.metric}: nothing measures it with eval_every={cfg.eval_every} and "
             f"stage.online_images={online_images}: type 1 or more for both, or metric=loss"
         )
+    what = watch.watched(cfg)  # UserError
     data = build.construct(cfg.data)
     given = {}
     if build.takes(cfg.method, "num_classes"):
@@ -132,6 +144,11 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
             cfg.method.name,
         )
     judge = online(cfg, run, data, source, online_images) if judged else None
+    if what and what.metric in JUDGED and judge is None:
+        raise UserError(
+            f"save_best={what.metric}: no labelled images measure it here: type "
+            "save_best=effective_rank or save_best=loss"
+        )
     paint = None
     if run.is_main:
         show_views(cfg, run, source, views)

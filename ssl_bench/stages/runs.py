@@ -52,6 +52,8 @@ def runs(cfg: DictConfig, run: Run, prune: bool = False) -> dict[str, float]:
         print(tables.plain(str(ran.directory)))
         for text in wrapped(line, telling(differing[ran], *counts[ran.stage])):
             print(tables.plain(text))
+        if ran.state.note:
+            print(tables.plain(INDENT + ran.state.note))
     idle = unneeded(found)
     total = sum(path.stat().st_size for path in idle)
     if prune:

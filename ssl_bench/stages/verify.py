@@ -176,7 +176,7 @@ def _checkpoints(ran: Ran) -> Iterator[Finding]:
     """The checkpoints: are they whole, and of this run?"""
     full = identity.left_by(ran.config, ran.directory)
     ours = {Identity(ran.config, weights=ran.stands_on).key, full.key}
-    for path in layout.complete(ran.directory):
+    for path in (*layout.complete(ran.directory), *layout.best(ran.directory)):
         try:
             content = checkpoint.read(path)
         except UserError as error:
@@ -212,7 +212,7 @@ def _below(ran: Ran, known: Sequence[Ran]) -> Iterator[Finding]:
 def _weights(ran: Ran, known: Sequence[Ran]) -> Path | None:
     """The file of the weights that a run started from, wherever it is; None: not found."""
     source = Path(ran.config["pretrained"])
-    for path in (source, *(one.directory / "checkpoints" / source.name for one in known)):
+    for path in (source, *(one.directory / source.parent.name / source.name for one in known)):
         if path.is_file() and files.digest(path) == ran.stands_on:
             return path
     return None

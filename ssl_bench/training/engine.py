@@ -47,9 +47,11 @@ def fit(
 ) -> dict[str, float]:
     """Train up to `epochs` from the run's checkpoint on. Returns the last line logged (rank 0).
 
-    evaluate: given the model, or the network of the average if there is one. accumulate: in how
-    many parts the model sees a batch. compress: see `distributed.data_parallel`. on_collapse: of
-    the embeddings that a method gives (`health.Watch`); to stop is to save and to raise UserError.
+    It ends before where the run says so: at its `until`, to go on later, or for want of progress
+    (`patience`). evaluate: given the model, or the network of the average if there is one.
+    accumulate: in how many parts the model sees a batch. compress: see `distributed.data_parallel`.
+    on_collapse: of the embeddings that a method gives (`health.Watch`); to stop is to save and to
+    raise UserError.
     """
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
@@ -60,7 +62,7 @@ def fit(
     if average is not None:
         state["ema"] = average
     per_epoch = source.steps_per_epoch
-    total = epochs * per_epoch
+    total, end = epochs * per_epoch, run.end_of(per_epoch, epochs)
     start = run.restore(**state) or run.carry_over(per_epoch, **state)
     if run.rate_before is not None:
         peak = max(group["initial_lr"] for group in optimizer.param_groups)
@@ -93,7 +95,7 @@ def fit(
     def batches() -> Iterator[tuple[int, Tensor | list[Tensor], Tensor, Tensor]]:
         done = start
         try:
-            for batch in source.stream(start, total):
+            for batch in source.stream(start, end):
                 yield batch
                 done = batch[0] + 1
         except Interrupted:  # while waiting for images: the last step is whole, the next not begun
@@ -104,7 +106,7 @@ def fit(
 
     for step, images, labels, indices in run.progress(batches(), start, total):
         done = step + 1
-        last = done == total
+        last = done == end
         epoch = step // per_epoch
         at = step / per_epoch  # epochs, with their fraction
 
@@ -149,8 +151,10 @@ def fit(
             diverged = diverged.where((diverged > 0) | output["loss"].detach().isfinite(), done)
 
         stop = run.stopping(done)
-        logging_now = run.every("log", done) or last
-        saving = run.every("save", done) or last or stop
+        evaluating = last or (done % per_epoch == 0 and run.every("eval", done // per_epoch))
+        judging = evaluating and run.watches
+        logging_now = run.every("log", done) or last or judging
+        saving = run.every("save", done) or last or stop or judging
         if logging_now or saving:
             check(done, saving)
 
@@ -164,7 +168,7 @@ def fit(
             meter.watch(done, at, output, embeddings)
         asked = on_collapse == "stop" and looked and not last
         collapsed = asked and distributed.any_rank(meter.collapsed)
-        if evaluate and (last or (done % per_epoch == 0 and run.every("eval", done // per_epoch))):
+        if evaluate and evaluating:
             network = model if average is None else average.network
             distributed.share_buffers(network)
             line |= evaluate(network)
@@ -178,8 +182,13 @@ def fit(
             run.save(done, **state)
         if collapsed:
             run.collapse(done)
+        if judging and run.keep_best(done):
+            break
         if stop and not last:
             run.interrupt(done)
+    else:
+        if end < total:
+            run.pause(max(start, end), total)
     return run.last_line()
 
 

@@ -355,12 +355,14 @@ def test_what_is_declared_is_what_is_read(stage: str) -> None:
         read -= {"seed"}  # a mean draws nothing
     if stage == "choose":
         read -= {"batch_size"}  # each run's own
+    if stage == "pretrain":
+        read |= {"patience", "save_best", "until"}  # by the run, which the loop asks
     if stage == "report":
         read -= {"seed"}  # passed on to a source, which is read in order
     ours = set(declared(stage))
     if stage == "pipeline":
         # it is one, from scratch, and then others
-        assert {*ours, *PRETRAINED, "continue_from"} == set(declared("pretrain"))
+        assert {*ours, *PRETRAINED, "continue_from", "until"} == set(declared("pretrain"))
         assert set(SHARED) <= ours | {"zero_init_residual"}
         return
     wholes, parts = ({key for key in ours if ("." in key) is dotted} for dotted in (False, True))

@@ -12,7 +12,7 @@ from commands import member
 from conftest import TINY_PRETRAIN, Command
 
 from ssl_bench.errors import Interrupted
-from ssl_bench.launch.launchers import _ready
+from ssl_bench.launch.launchers import InTurn
 from ssl_bench.launch.member import SlurmTask
 from ssl_bench.report.sweeps import overview
 from ssl_bench.runs import sweep
@@ -37,18 +37,15 @@ def test_pretrainings_come_first(tmp_path: Path) -> None:
     """An evaluation starts when its own has finished, and never if that has failed."""
     (first, rest), (other, dropped) = (of_two_stages(tmp_path / "sweep", seed) for seed in (0, 1))
     assert first.directory == rest.directory / "pretrain"
-    waiting = [first, rest, other, dropped]
-    assert _ready(waiting, []) is first
-    waiting.remove(first)
-    assert _ready(waiting, [first]) is other
-    waiting.remove(other)
-    assert _ready(waiting, [first, other]) is None
+    plan = InTurn([first, rest, other, dropped])
+    assert plan.next(()) is first
+    assert plan.next({first.name}) is other
+    assert plan.next({first.name, other.name}) is None
     finish(first)
     other.fail("out of luck")
-    assert _ready(waiting, [other]) is rest
-    waiting.remove(rest)
-    assert _ready(waiting, []) is None
-    assert waiting == []
+    assert plan.next({other.name}) is rest
+    assert plan.next(()) is None
+    assert plan.waiting == []
 
 
 def test_the_state_of_both_stages(tmp_path: Path) -> None:

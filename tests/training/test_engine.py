@@ -64,12 +64,14 @@ def train(
     view: Callable[..., Tensor] | None = None,
     method: Noted | None = None,
     longest: float | None = None,
+    settings: dict[str, Any] | None = None,
     **options: Any,
 ) -> tuple[Noted, list[tuple[Tensor, Tensor]]]:
     """Image i is filled with i. Returns the method and what the augmentation was given: (pixels,
     keys) a step.
     """
     config = {"dir": str(folder), "seed": seed, "log_every": 1, "save_every": 100, "eval_every": 1}
+    config |= {"epochs": EPOCHS} | (settings or {})
     values, given = np.arange(IMAGES), []
     images = np.broadcast_to(values.astype(np.uint8)[:, None, None, None], (IMAGES, 2, 2, 3)).copy()
     source = HostSource(images, values, values, BATCH, seed, "cpu", rank, size)
@@ -84,7 +86,12 @@ def train(
         optimizer.param_groups[0]["clip_grad_norm"] = longest
     schedule = Cosine(warmup_epochs=1)
     with Run(config | {"stage": {"name": "noted"}}, torch.device("cpu"), NoTracker) as run:
-        fit(method, optimizer, schedule, source, views, run, epochs=EPOCHS, seed=seed, **options)
+        fit(
+            *(method, optimizer, schedule, source, views, run),
+            epochs=config["epochs"],
+            seed=seed,
+            **options,
+        )
     return method, given
 
 
