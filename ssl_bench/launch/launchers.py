@@ -63,11 +63,17 @@ class SweepLauncher(Launcher):
     ) -> Sequence[JobReturn]:
         _refuse_processes()
         folder = Path(self.config.hydra.sweep.dir)
-        with _alone(folder.absolute()):  # until Slurm, too, knows what this command starts
-            self._drop_orphans(folder.absolute())
-            asked, todo, under_way, elsewhere = self._decide(folder, job_overrides)
-            self._submit(todo, under_way)
-        self._run(todo, under_way)
+        begun: list[Member] = []
+        try:
+            with _alone(folder.absolute()):  # until Slurm, too, knows what this command starts
+                self._drop_orphans(folder.absolute())
+                asked, todo, under_way, elsewhere = self._decide(folder, job_overrides)
+                begun = todo + under_way
+                self._submit(todo, under_way)
+            self._run(todo, under_way)
+        except KeyboardInterrupt:
+            self._tell_of_jobs(begun)
+            raise
         if self.wait:
             self._wait_elsewhere(elsewhere)
         # Here and not in Hydra's on_multirun_end, which isn't called when a member has failed.
@@ -279,6 +285,9 @@ class SweepLauncher(Launcher):
     @abstractmethod
     def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
         """Start `todo`, and return when all of `todo` and `under_way` have ended."""
+
+    def _tell_of_jobs(self, members: list["Member"]) -> None:
+        """Log which of the members another program runs, though this command is interrupted."""
 
     def _compose(
         self, folder: Path, conf: Path, overrides: list[str], known: dict[str, list["Member"]]

@@ -191,27 +191,21 @@ class Slurm(SweepLauncher):
             for member in (member for member in todo if member.job is None):
                 member.fail(f"not submitted: {error}")
             raise
-        except KeyboardInterrupt:
-            self._tell_of_jobs(todo + under_way)
-            raise
         options = self.parameters["additional_parameters"]
         if elsewhere := [options[key] for key in ("output", "error") if key in options]:
             log.info("output of their batch scripts: %s", " ".join(elsewhere))
 
     def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
-        try:
-            if self.wait:
-                self._wait(todo + under_way)
-        except KeyboardInterrupt:
-            self._tell_of_jobs(todo + under_way)
-            raise
+        if self.wait:
+            self._wait(todo + under_way)
 
     def _tell_of_jobs(self, members: list["Member"]) -> None:
         jobs = " ".join(member.job for member in members if member.job and member.result() is None)
-        log.warning(
-            "the jobs go on; the same command waits for them again, this ends them: scancel %s",
-            jobs,
-        )
+        if jobs:
+            log.warning(
+                "the jobs go on; the same command waits for them again, this ends them: scancel %s",
+                jobs,
+            )
 
     def _submit_arrays(self, todo: list["Member"], under_way: list["Member"]) -> None:
         """Submit `todo`, and give each member its job.

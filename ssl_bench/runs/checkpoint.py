@@ -240,7 +240,7 @@ class Checkpoint:
                 old.unlink()
         return path
 
-    def keep_best(self, step: int) -> None:
+    def keep_as_best(self, step: int) -> None:
         """Keep the checkpoint of this step as the best, and delete the one that was it before.
 
         It is a link, as long as the state is among the newest, and takes no room of its own.

@@ -309,7 +309,7 @@ class Run:
                 path.unlink()
         top = watch.best(self._config, MetricsFile.read(self.metrics.path))
         if top and top.step == step and not (self.directory / layout.BEST / name_of(step)).exists():
-            self.checkpoint.keep_best(step)
+            self.checkpoint.keep_as_best(step)
 
     def carry_over(self, per_epoch: int, **state: Any) -> int:
         """Begin with the state of the run that `continue_from` names; returns the step, or 0.
@@ -367,7 +367,7 @@ class Run:
                 )
             top = watch.best(self._config, lines)
             if top and top.step == step:
-                self.checkpoint.keep_best(step)
+                self.checkpoint.keep_as_best(step)
             if why := watch.exhausted(self._config, lines):
                 log.info("step %s: ends early: %s", f"{step:,}", why, extra={"result": True})
                 ends = True

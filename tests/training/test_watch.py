@@ -62,7 +62,7 @@ def test_a_kill_changes_neither_the_end_nor_the_best(
 ) -> None:
     """Neither in an evaluation nor, at the best one, between its state and the link to that."""
     whole, _ = train(tmp_path / "whole", settings=PATIENT, evaluate=told(VALUES))
-    keep = Checkpoint.keep_best
+    keep = Checkpoint.keep_as_best
 
     def cut(self: Checkpoint, step: int) -> None:
         if step == 6 and not linked:
@@ -70,7 +70,7 @@ def test_a_kill_changes_neither_the_end_nor_the_best(
         keep(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoint, "keep_best", cut)
+        patch.setattr(Checkpoint, "keep_as_best", cut)
         with pytest.raises(Killed):
             train(tmp_path / "run", settings=PATIENT, evaluate=told(VALUES, killed_at))
     step = layout.step_of(layout.complete(tmp_path / "run")[0])
