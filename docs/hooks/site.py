@@ -16,6 +16,7 @@ SHIM, COPY = "https://unpkg.com/iframe-worker/shim", "assets/iframe-worker.js"
 SEARCH = 'data-md-component="search" role="dialog"'
 # files of the repository that are pages of the site as they are
 PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+PAGES["benchmarks/speedrun.md"] = "results/speedrun.md"
 PAGES |= {
     f"benchmarks/results/{name}.md": f"results/{name}.md"
     for name in ("collapse", "faults", "mutants", "speed_cpu", "speed_cuda")
