@@ -69,6 +69,6 @@ def _members(place: str) -> list[sweep.Member]:
 def _run_of(member: sweep.Member) -> Path | None:
     """The directory of the run that trained its backbone; None: there is no checkpoint in it."""
     for run in (member.directory, member.directory / "pretrain"):  # a pipeline trains there
-        if layout.complete(run):
+        if layout.states(run):
             return run
     return None

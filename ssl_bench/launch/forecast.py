@@ -66,8 +66,8 @@ def state_bytes(config: Mapping[str, Any]) -> tuple[int, int] | None:
     try:
         with torch.device("meta"):
             backbone = build.construct(weights.unfilled(config["backbone"]))
-            given = {"batch_size": config["batch_size"]}
-            given = {key: given[key] for key in given if build.takes(config["method"], key)}
+            sized = build.takes(config["method"], "batch_size")
+            given = {"batch_size": config["batch_size"]} if sized else {}
             model = build.construct(config["method"], backbone=backbone, **given)
         one = torch.nn.Parameter(torch.zeros(64, 64))
         groups = [{"params": [one]}]

@@ -307,6 +307,8 @@ class Run:
         for path in layout.best(self.directory):
             if step_of(path) > step:
                 path.unlink()
+        if not self.watches:  # the lines of a long run take a while to read
+            return
         top = watch.best(self._config, MetricsFile.read(self.metrics.path))
         if top and top.step == step and not (self.directory / layout.BEST / name_of(step)).exists():
             self.checkpoint.keep_as_best(step)

@@ -120,9 +120,10 @@ class Member:
     @property
     def paused(self) -> bool:
         """Has its run stopped at the epoch `until`, with more to do?"""
-        until, lines = self.config.get("until"), self.lines
-        reached = lines[-1].get("epoch", 0) if lines else 0
-        return until is not None and self.has_state and reached >= until
+        if (until := self.config.get("until")) is None or not self.has_state:
+            return False
+        lines = self.lines
+        return bool(lines) and lines[-1].get("epoch", 0) >= until
 
     @property
     def has_state(self) -> bool:

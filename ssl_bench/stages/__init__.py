@@ -17,10 +17,7 @@ EVERY = ("log_every", "eval_every", "save_every", "keep")
 RECIPE = ("augmentation", "optimizer", "schedule", "epochs", "compile", "ema")
 TRAINING = (*RUN, *IMAGES, *RECIPE, *EVERY, "devices", "data", "backbone")
 PRETRAINED = ("pretrained", "pretrained_prefix")  # keys of one that reads weights
-PARTED = (
-    "accumulate",
-    "compress",
-)  # keys of how a step is split
+PARTED = ("accumulate", "compress")  # keys of how a step is split
 WATCHED = ("patience", "save_best")
 PRETRAINING = (*TRAINING, *PARTED, *WATCHED, "method", "sync_batch_norm", "on_collapse")
 

@@ -50,11 +50,7 @@ Criterion = Literal[
 ]
 READS = ("runs", "metric", *DATA, "source", "precision", "seed", "device")
 FILE = "choice.json"
-JUDGES = (
-    "lincls",
-    "knn",
-    "finetune",
-)  # stages whose val_top1 is the truth, the first that is there
+JUDGES = ("lincls", "knn", "finetune")  # whose val_top1 is the truth, of the first that is there
 LOGGED = ("probe_top1", "knn_top1")  # and what a pretraining itself has logged
 LISTED = 30  # rows of candidates that the console shows
 

@@ -74,3 +74,12 @@ def test_a_table_names_what_tells_pretrainings_apart(tmp_path: Path) -> None:
     (line,) = _other_shape(str(ran.directory), had | {"width": 8})
     assert "was trained with backbone=resnet18 backbone.stem=" in line
     assert "backbone.width=64: type these" in line
+
+
+def test_a_member_that_kept_its_best_state_alone_is_measured(tmp_path: Path) -> None:
+    """With keep=best."""
+    one = member(tmp_path, {"loss": 1.0}, "seed=0")
+    (one.directory / "best").mkdir(parents=True)
+    (one.directory / "best" / "step0000000002.pt").touch()
+    words = with_members(["-m", "stage=knn", f"pretrained={tmp_path}"])
+    assert one.name in words[-1]
