@@ -15,7 +15,8 @@ from conftest import TINY_PRETRAIN
 from slurm import cluster
 
 # A user's own method, in the folder where she starts: MoCo, slow until it is interrupted (as often
-# as PACED_STARTS says), and with mishaps.
+# as PACED_STARTS says, and with something saved: on a busy machine a warning may come before the
+# first step), and with mishaps.
 MINE = """
 import os, time
 from pathlib import Path
@@ -30,13 +31,13 @@ def once(name):
 class Mine(MoCo):
     def forward(self, views, labels=None):
         starts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        if starts < int(os.environ.get("PACED_STARTS", 1)):
+        saved = next(Path().glob("runs/*/*/*/checkpoints/*.pt"), None)
+        if starts < int(os.environ.get("PACED_STARTS", 1)) or not saved:
             time.sleep(float(os.environ.get("PAUSE", 0)))
         if os.environ.get("FAIL") == "one" and once("failed-once"):
             raise RuntimeError("out of luck")
         if os.environ.get("FAIL") == "rank1" and os.environ["SLURM_PROCID"] == "1":
             raise RuntimeError("out of luck")
-        saved = next(Path().glob("runs/*/*/*/checkpoints/*.pt"), None)
         if os.environ.get("STUCK") and saved and once("stuck-once"):
             time.sleep(600)
         return super().forward(views, labels)
