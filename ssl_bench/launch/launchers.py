@@ -605,6 +605,7 @@ class Workstation(SweepLauncher):
         from ssl_bench.errors import UserError, interrupted_by
         from ssl_bench.launch import leases
         from ssl_bench.launch.forecast import Clock
+        from ssl_bench.runs import code
 
         gpus, cores = visible_gpus(), sorted(os.sched_getaffinity(0))
         packed = self.members_per_gpu
@@ -634,6 +635,7 @@ class Workstation(SweepLauncher):
             for slot, mine in enumerate(shares)
         ]
         clock, told = Clock(todo, at_once, at_most=self._halves), False
+        copy = code.copied(Path(self.config.hydra.sweep.dir).absolute() / ".members")
         running: dict[subprocess.Popen, Member] = {}
         found: Member | None = None  # the next, until it has a place
 
@@ -649,7 +651,10 @@ class Workstation(SweepLauncher):
                             break
                         member, found = found, None
                         slot, lease = taken
-                        env = {"OMP_NUM_THREADS": str(share)} | os.environ
+                        env = {"OMP_NUM_THREADS": str(share), **os.environ}
+                        # before a checkout that is the working directory
+                        paths = [str(copy), *filter(None, [os.environ.get("PYTHONPATH")])]
+                        env |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
                         if gpus:
                             env["CUDA_VISIBLE_DEVICES"] = gpus[slot]
                         words = [str(member.file), *build.strange(build.literal(member.config))]

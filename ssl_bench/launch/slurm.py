@@ -154,6 +154,7 @@ class Slurm(SweepLauncher):
 
     def _submit(self, todo: list["Member"], under_way: list["Member"]) -> None:
         from ssl_bench.errors import UserError
+        from ssl_bench.runs import code
 
         self._refuse_names()
         if not self.wait and not self._is_grid:
@@ -184,6 +185,7 @@ class Slurm(SweepLauncher):
         if not todo:
             return
         log.info("submitting %s job%s", len(todo), "s" if len(todo) > 1 else "")
+        self.code = code.copied(todo[0].file.parent)
         try:
             with _uninterrupted():
                 self._submit_arrays(todo, under_way)
@@ -245,6 +247,7 @@ class Slurm(SweepLauncher):
         from ssl_bench.config import build
         from ssl_bench.errors import UserError
         from ssl_bench.launch.member import SlurmTask
+        from ssl_bench.shell import quoted
 
         if not members:
             return
@@ -261,7 +264,10 @@ class Slurm(SweepLauncher):
             options["dependency"] = ",".join(filter(None, [dependency, options.get("dependency")]))
             options["kill-on-invalid-dep"] = "yes"
         shared = OmegaConf.structured(BaseQueueConf).keys()
-        items = (self.parameters | {"additional_parameters": options}).items()
+        # before what the user's own setup put there, and a checkout that is the working directory
+        path = f'{quoted(str(self.code))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
+        setup = [*self.parameters["setup"], f"export PYTHONPATH={path} PYTHONSAFEPATH=1"]
+        items = (self.parameters | {"additional_parameters": options, "setup": setup}).items()
         executor.update_parameters(
             **{key if key in shared else f"slurm_{key}": value for key, value in items}
         )

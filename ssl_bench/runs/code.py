@@ -1,22 +1,65 @@
-"""Which code a run has: the digest of the package, and how it differs from its commit."""
+"""Which code a run has: the digest of the package, how it differs from its commit, and a copy."""
 
 import hashlib
+import json
+import os
+import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
+COMMIT = "commit.json"  # beside a copy of the package: what git said of the package itself
 
 
 @cache
 def digest() -> str:
     """Identifies the package by the content of its modules, as they are when it is asked first."""
+    # a link in a checkout, a folder in a copy and in a wheel
+    modules = [path for path in PACKAGE.rglob("*.py") if PACKAGE / "conf" not in path.parents]
+    return _digest(modules, PACKAGE)
+
+
+def _digest(files: Iterable[Path], root: Path) -> str:
     found = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        found.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes() + b"\0")
+    for path in sorted(files):
+        found.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
     return found.hexdigest()[:16]
+
+
+def copied(folder: Path) -> Path:
+    """Copy the package as it is now into a folder below `folder`, and return that for PYTHONPATH.
+
+    What starts later has this code, whatever becomes of the package meanwhile.
+    """
+    partial = folder / f"code.{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)  # of an earlier process, which was killed
+    skipped = shutil.ignore_patterns("__pycache__", ".*")
+    shutil.copytree(PACKAGE, partial / PACKAGE.name, ignore=skipped)
+    (partial / COMMIT).write_text(json.dumps(commit() | {"changes": changes()}))
+    files = [path for path in partial.rglob("*") if path.is_file()]
+    copy = folder / f"code-{_digest(files, partial)[:8]}"
+    try:
+        partial.rename(copy)
+    except OSError:  # it is there
+        shutil.rmtree(partial)
+    return copy
+
+
+def _said() -> dict[str, Any]:
+    """What is kept of the package that this is a copy of; {}: it is none."""
+    note = PACKAGE.with_name(COMMIT)
+    return json.loads(note.read_text()) if note.is_file() else {}
+
+
+def commit() -> dict[str, Any]:
+    """{"git_commit": hash, "git_dirty": differs anything in its repository?}; "" without git."""
+    if said := _said():
+        return {key: said[key] for key in ("git_commit", "git_dirty")}
+    dirty = bool(git("status", "--porcelain"))
+    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": dirty}
 
 
 def git(*command: str) -> str:
@@ -31,6 +74,8 @@ def git(*command: str) -> str:
 
 def changes() -> str:
     """How the package differs from its commit: git's patch, and new files; "": it doesn't."""
+    if said := _said():
+        return said["changes"]
     patch = git("diff", "--no-ext-diff", "--no-color", "HEAD", "--", ".")
     new = git("ls-files", "--others", "--exclude-standard", "-z", "--", "*.py").split("\0")
     texts = [

@@ -59,6 +59,32 @@ def test_a_run_says_how_its_code_differs_from_the_commit(tmp_path: Path, package
     assert third["earlier_code"] == [second["code"]]
 
 
+def test_a_copy_is_the_code_of_its_time(package: Path, tmp_path: Path) -> None:
+    """It has what git said of the original, which may be edited meanwhile."""
+    (package / "mine.py").write_text("rate = 2\n")
+    (package.parent / "yaml").mkdir()
+    (package.parent / "yaml" / "one.yaml").write_text("rate: 1\n")
+    (package / "conf").symlink_to("../yaml")
+    (package / "__pycache__").mkdir()
+    before = code.digest(), code.commit(), code.changes()
+    first = code.copied(tmp_path / "sweep")
+    assert code.copied(tmp_path / "sweep") == first
+    (package.parent / "yaml" / "one.yaml").write_text("rate: 2\n")
+    assert code.copied(tmp_path / "sweep") != first
+    (package / "mine.py").write_text("rate = 3\n")
+    assert len({code.copied(tmp_path / "sweep"), *tmp_path.glob("sweep/*")}) == 3
+
+    copy = first / package.name
+    assert sorted(path.name for path in copy.iterdir()) == ["conf", "mine.py"]
+    assert (copy / "conf" / "one.yaml").read_text() == "rate: 1\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(code, "PACKAGE", copy)
+        code.digest.cache_clear()
+        assert (code.digest(), code.commit(), code.changes()) == before
+    assert before[1]["git_dirty"]
+    assert "-rate = 1\n+rate = 2\n" in before[2]
+
+
 def test_a_table_of_mixed_code_says_so(tmp_path: Path) -> None:
     several = [
         member(tmp_path, {"loss": float(rate)}, f"method.temperature={rate}", f"seed={seed}")

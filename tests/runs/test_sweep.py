@@ -30,7 +30,7 @@ from ssl_bench.launch import launchers
 from ssl_bench.launch.process import launch
 from ssl_bench.launch.slurm import _stage
 from ssl_bench.report import sweeps
-from ssl_bench.runs import sweep
+from ssl_bench.runs import code, sweep
 
 # Says what it was given, and takes its time.
 MINE = """
@@ -532,6 +532,34 @@ def test_workstation(ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.Mon
     ssl_bench(*command, check=True)
     assert len(list(runs.glob("*/summary.json"))) == 3
     assert sum("continuing after step" in path.read_text() for path in runs.glob("*/log.txt")) == 2
+
+
+@pytest.mark.slow
+def test_members_have_the_code_of_when_they_were_launched(tmp_path: Path) -> None:
+    """Though the checkout is edited while they wait, is the working directory, and is the first
+    that Python looks through.
+    """
+    package = tmp_path / "ssl_bench"
+    shutil.copytree(code.PACKAGE, package)
+    words = ["launcher=workstation", "hydra.launcher.at_once=1", *TINY_PRETRAIN]
+    words += ["method._target_=ssl_bench.methods.moco.MoCo", "epochs=1", "seed=0,1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ssl_bench", *words],
+        cwd=tmp_path,
+        env=os.environ | {"TMPDIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    said = ""
+    while "started: " not in said:
+        said += process.stderr.readline()
+        assert process.poll() is None, said
+    (package / "launch" / "member.py").write_text("raise SystemExit('edited')\n")
+    (package / "training" / "engine.py").write_text("raise SystemExit('edited')\n")
+    said += process.communicate(timeout=120)[1]
+    assert process.returncode == 0, said
+    files = [*tmp_path.glob("runs/sweeps/pretrain/*/environment.json")]
+    assert [json.loads(file.read_text())["code"] for file in files] == 2 * [code.digest()]
 
 
 # A member's process, of which a test sees where it runs.

@@ -5,12 +5,15 @@ end.
 import csv
 import json
 import re
+import shutil
 import signal
 import statistics
 from pathlib import Path
 
 import pytest
 import yaml
+
+from ssl_bench.runs import code
 
 from slurm.cluster import Cluster, wait
 from slurm.conftest import CLUSTER, Sweeps, ended
@@ -121,8 +124,11 @@ def test_any_rank_can_fail(sweeps: Sweeps, slurm: Cluster) -> None:
 
 def test_what_is_queued_stays_as_it_was_composed(sweeps: Sweeps, slurm: Cluster) -> None:
     """Neither a key nor what a pipeline composes later follows a YAML file that is edited while the
-    job is pending.
+    job is pending, nor do its jobs have a package that is.
     """
+    package = sweeps.folder / "checkout" / "ssl_bench"
+    shutil.copytree(code.PACKAGE, package)
+    checkout = {"PYTHONPATH": str(package.parent)}
     for group, text in {
         "method": "# @package _global_\ndefaults: [moco_v2]\nmethod: {temperature: 0.15}\n",
         "augmentation": "defaults: [none]\nmean: [0.25, 0.25, 0.25]\n",
@@ -135,14 +141,16 @@ def test_what_is_queued_stays_as_it_was_composed(sweeps: Sweeps, slurm: Cluster)
     sweeps.root = sweeps.root.with_name("pipeline")
 
     launcher = ["--config-dir=conf", *CLUSTER]  # argparse wants it first
-    submitted = sweeps(*command, launcher=launcher)
+    submitted = sweeps(*command, launcher=launcher, **checkout)
     assert submitted.returncode == 0, submitted.stderr
     assert set(slurm.jobs().values()) == {"PENDING"}
     assert "pending" in sweeps.status()
     for file in sweeps.folder.glob("conf/*/mine.yaml"):
         file.write_text(file.read_text().replace("0.15", "0.9").replace("0.25", "0.75"))
-    again = sweeps(*command, launcher=launcher)
+    again = sweeps(*command, launcher=launcher, **checkout)
     assert "0 finished, 1 under way, 0 to start" in again.stderr
+    for module in ("launch/member.py", "training/engine.py", "stages/pipeline.py"):
+        (package / module).write_text("raise SystemExit('edited')\n")
     jobs = slurm.jobs()
     assert len(jobs) == 2  # the pretraining, and the evaluations
     slurm("scontrol", "release", *jobs)
