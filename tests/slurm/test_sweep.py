@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ssl_bench.runs import code
-
 from slurm.cluster import Cluster, wait
 from slurm.conftest import CLUSTER, Sweeps, ended
+from ssl_bench.runs import code
 
 GRID = ["epochs=1", "seed=0,1", "method.temperature=0.1,0.3"]
 
