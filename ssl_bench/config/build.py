@@ -318,6 +318,11 @@ def takes(node: Mapping, name: str) -> bool:
     return name in signatures.parameters(node["_target_"], ())
 
 
+def wanted(node: Mapping, **offers: Callable[[], Any]) -> dict[str, Any]:
+    """Of the arguments that are offered, those that the constructor of a checked node has."""
+    return {name: offer() for name, offer in offers.items() if takes(node, name)}
+
+
 def locate(path: str, group: str) -> Callable:
     """The class or function with this dotted path, imported. UserError.
 

@@ -66,8 +66,7 @@ def state_bytes(config: Mapping[str, Any]) -> tuple[int, int] | None:
     try:
         with torch.device("meta"):
             backbone = build.construct(weights.unfilled(config["backbone"]))
-            sized = build.takes(config["method"], "batch_size")
-            given = {"batch_size": config["batch_size"]} if sized else {}
+            given = build.wanted(config["method"], batch_size=lambda: config["batch_size"])
             model = build.construct(config["method"], backbone=backbone, **given)
         one = torch.nn.Parameter(torch.zeros(64, 64))
         groups = [{"params": [one]}]

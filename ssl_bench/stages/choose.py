@@ -71,7 +71,7 @@ class Candidate:
 
     @property
     def is_last(self) -> bool:
-        return self.path == layout.complete(self.ran.directory)[0]
+        return self.path == layout.states(self.ran.directory)[0]
 
     @property
     def at(self) -> str:
@@ -158,7 +158,7 @@ def candidates(cfg: DictConfig, runs: Sequence[Ran], last: bool) -> list[Candida
     found = []
     for group in (group for board in boards for group in board.groups):
         for ran in group.runs:
-            paths = layout.complete(ran.directory)
+            paths = layout.states(ran.directory)
             found += [Candidate(ran, path, group.name) for path in paths[: 1 if last else None]]
     if not found:
         raise UserError(
@@ -223,21 +223,22 @@ def heldout_loss(
 ) -> float | None:
     """The mean loss of the method on the source's whole batches, in eval mode.
 
-    None for a method that has a state for each image it learns from, or a teacher elsewhere, and
-    for fewer images than a batch had, since the loss may depend on their number.
+    None for a method that has a state for each image it learns from, or a teacher elsewhere, for a
+    checkpoint that is a backbone alone, and for fewer images than a batch had, since the loss may
+    depend on their number.
     """
     ran, place = candidate.ran, candidate.ran.directory / layout.CONFIG
     node = build.found(ran.config, "method", cfg, place)
     elsewhere = any(build.takes(node, name) for name in ("num_images", "teacher_network"))
     if elsewhere or source.batch_size < ran.config["batch_size"]:
         return None
-    given: dict[str, Any] = {}
-    if build.takes(node, "batch_size"):
-        given = {"batch_size": ran.config["batch_size"]}
-    network = build.construct(weights.unfilled(build.found(ran.config, "backbone", cfg, place)))
-    model: Method = build.construct(node, backbone=network, **given)
     content = checkpoint.read(candidate.path)
     assert isinstance(content, dict), "load_backbone has read it"
+    if "kept" in content:
+        return None
+    given = build.wanted(node, batch_size=lambda: ran.config["batch_size"])
+    network = build.construct(weights.unfilled(build.found(ran.config, "backbone", cfg, place)))
+    model: Method = build.construct(node, backbone=network, **given)
     model.load_state_dict(content["model"])
     on_device(model, run).eval()
     per_epoch = metrics.per_epoch(ran.directory)

@@ -94,16 +94,18 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
         )
     what = watch.watched(cfg)  # UserError
     data = build.construct(cfg.data)
-    given = {}
-    if build.takes(cfg.method, "num_classes"):
+
+    def num_classes() -> int:
         check_classes(data.split("train").labels)  # UserError without labels
-        given = {"num_classes": data.num_classes}
-    if build.takes(cfg.method, "batch_size"):
-        given |= {"batch_size": cfg.batch_size}
-    if build.takes(cfg.method, "num_images"):
-        given |= {"num_images": data.split("pretrain").length}
-    if build.takes(cfg.method, "teacher_network"):
-        given |= {"teacher_network": load_teacher(cfg)}
+        return data.num_classes
+
+    given = build.wanted(
+        cfg.method,
+        num_classes=num_classes,
+        batch_size=lambda: cfg.batch_size,
+        num_images=lambda: data.split("pretrain").length,
+        teacher_network=lambda: load_teacher(cfg),
+    )
     goes_on = cfg.get("continue_from") is not None
     if goes_on:  # all of it is replaced by the state of the run before: nothing is fetched for it
         seed_init(cfg)

@@ -75,6 +75,24 @@ def test_settings_and_checkpoints_are_ranked(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("keep, measured", [("best", True), ("backbone", False)])
+def test_what_little_is_kept_is_ranked(
+    tmp_path: Path, capsys: pytest.CaptureFixture, keep: str, measured: bool
+) -> None:
+    """A best state is one like others; a backbone alone has no loss."""
+    run = tmp_path / "run"
+    words = [*SMALL, f"keep={keep}", "save_best=probe_top1", f"dir={run}"]
+    launch(compose(*overrides("moco_v2", *words)))
+    text, returned = shown(capsys, f"runs={run}")
+    (row,) = json.loads((run / "choice.json").read_text())["rows"]
+    assert returned["checkpoints"] == 1
+    (path,) = layout.states(run)
+    assert f"pretrained={path}" in text
+    assert ("heldout_loss" in row["criteria"]) == measured
+    assert set(BETTER) - set(row["criteria"]) <= {"heldout_loss"}
+
+
+@pytest.mark.slow
 @pytest.mark.xdist_group("choose")
 def test_what_can_not_choose_is_told(
     sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture
