@@ -75,7 +75,7 @@ def test_settings_and_checkpoints_are_ranked(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keep, measured", [("best", True), ("backbone", False)])
+@pytest.mark.parametrize(("keep", "measured"), [("best", True), ("backbone", False)])
 def test_what_little_is_kept_is_ranked(
     tmp_path: Path, capsys: pytest.CaptureFixture, keep: str, measured: bool
 ) -> None:
