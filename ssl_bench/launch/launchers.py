@@ -65,7 +65,7 @@ class SweepLauncher(Launcher):
         folder = Path(self.config.hydra.sweep.dir)
         begun: list[Member] = []
         try:
-            with _alone(folder.absolute()):  # until Slurm, too, knows what this command starts
+            with deciding(folder.absolute()):  # until Slurm, too, knows what this command starts
                 self._drop_orphans(folder.absolute())
                 asked, todo, under_way, elsewhere = self._decide(folder, job_overrides)
                 begun = todo + under_way
@@ -243,8 +243,10 @@ class SweepLauncher(Launcher):
             )
 
     @contextmanager
-    def _plan(self, todo: list["Member"]) -> Iterator["Halving | InTurn"]:
-        """What is to run next of `todo`."""
+    def _plan(
+        self, todo: list["Member"], running: Sequence["Member"] = ()
+    ) -> Iterator["Halving | InTurn"]:
+        """What is to run next of `todo`; running: what an earlier command has started."""
         from ssl_bench.runs import halving
 
         if (rules := halving.Rules.of(self.halving)) is None:
@@ -252,7 +254,7 @@ class SweepLauncher(Launcher):
             return
         folder = Path(self.config.hydra.sweep.dir)
         with halving.alone(folder):
-            plan = halving.Halving(folder, rules, todo)
+            plan = halving.Halving(folder, rules, todo, running)
             yield plan
         log.info("halving: %s; see %s", plan.summary(), folder / halving.FILE)
 
@@ -441,8 +443,8 @@ class SweepLauncher(Launcher):
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Until its end, no other command decides which members of the sweep it starts."""
+def deciding(folder: Path) -> Iterator[None]:
+    """Until its end, no other command of the sweep decides whom it starts, or drops orphans."""
     (folder / ".members").mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".members" / ".lock")
     try:

@@ -91,6 +91,7 @@ class SlurmConf(SlurmQueueConf):
     max_running: int = 256
     array_parallelism: int = II(".max_running")  # as submitit calls it
     evaluation: EvaluationConf = field(default_factory=EvaluationConf)
+    halving: HalvingConf = field(default_factory=HalvingConf)
     mem_gb: float | None = None
 
 

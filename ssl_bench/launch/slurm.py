@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -20,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from omegaconf import OmegaConf
 
-from ssl_bench.launch.launchers import SweepLauncher, tell
+from ssl_bench.launch.launchers import InTurn, SweepLauncher, deciding, tell
 
 if TYPE_CHECKING:
+    from ssl_bench.runs.halving import Halving
     from ssl_bench.runs.sweep import Member
 
 log = logging.getLogger(__name__)
@@ -38,8 +40,15 @@ class Slurm(SweepLauncher):
     pretraining has finished. evaluation: keys of this launcher that are others for these jobs.
     """
 
-    def __init__(self, wait: bool, evaluation: Mapping[str, Any], **given: Any) -> None:
-        self.wait, self.evaluation, self._given = wait, dict(evaluation), given
+    def __init__(
+        self,
+        wait: bool,
+        evaluation: Mapping[str, Any],
+        halving: Mapping[str, Any] | None = None,
+        **given: Any,
+    ) -> None:
+        self.wait, self.evaluation, self.halving = wait, dict(evaluation), halving
+        self._given = given
         self._prepare(**given)
 
     def _prepare(
@@ -60,7 +69,7 @@ class Slurm(SweepLauncher):
         from ssl_bench.runs.sweep import STARTS
         from ssl_bench.shell import quoted
 
-        self.max_num_timeout = max_num_timeout
+        self.max_num_timeout, self.max_running = max_num_timeout, max_running
         self.folder = Path(submitit_folder).absolute()
         self.stage_in = [os.path.expanduser(file) for file in stage_in]
         here = "python" if container else quoted(sys.executable)
@@ -154,12 +163,17 @@ class Slurm(SweepLauncher):
 
     def _submit(self, todo: list["Member"], under_way: list["Member"]) -> None:
         from ssl_bench.errors import UserError
-        from ssl_bench.runs import code
+        from ssl_bench.runs import code, halving
 
         self._refuse_names()
         if not self.wait and not self._is_grid:
             raise UserError(
                 "hydra.launcher.wait=false: this sweeper chooses by results; leave it out"
+            )
+        if not self.wait and self._halves:
+            raise UserError(
+                f"hydra.launcher.wait=false: {halving.KEY} decides whenever a member has come to a "
+                "rung; leave one of the two out"
             )
         for file in map(Path, self.stage_in):
             # a folder that isn't here may be on the nodes
@@ -182,10 +196,16 @@ class Slurm(SweepLauncher):
                     f"batch_size={batch} of {member.name} can't be divided among the {tasks} "
                     "processes of hydra.launcher.nodes and tasks_per_node: choose a multiple"
                 )
-        if not todo:
-            return
+        if self._halves or todo:
+            self.code = code.copied(Path(self.config.hydra.sweep.dir).absolute() / ".members")
+        if todo and not self._halves:
+            self._hand_over(todo, under_way)
+
+    def _hand_over(self, todo: list["Member"], under_way: list["Member"]) -> None:
+        """Submit `todo`, and say so. UserError, which is then the failure of those left."""
+        from ssl_bench.errors import UserError
+
         log.info("submitting %s job%s", len(todo), "s" if len(todo) > 1 else "")
-        self.code = code.copied(todo[0].file.parent)
         try:
             with _uninterrupted():
                 self._submit_arrays(todo, under_way)
@@ -198,11 +218,38 @@ class Slurm(SweepLauncher):
             log.info("output of their batch scripts: %s", " ".join(elsewhere))
 
     def _run(self, todo: list["Member"], under_way: list["Member"]) -> None:
-        if self.wait:
-            self._wait(todo + under_way)
+        if self._halves:
+            self._halve(todo, under_way)
+        elif self.wait:
+            for _ in self._ended({one.job: one for one in todo + under_way}):
+                pass
+
+    def _halve(self, todo: list["Member"], under_way: list["Member"]) -> None:
+        """Submit whom the rules send on, at first and whenever a member has ended."""
+        waiting = {one.job: one for one in under_way}
+        with self._plan(todo, under_way) as plan:
+            self._fill(plan, waiting)
+            for member in self._ended(waiting):
+                plan.ended(member)
+                self._fill(plan, waiting)
+
+    def _fill(self, plan: "Halving | InTurn", waiting: dict[str | None, "Member"]) -> None:
+        """Submit what comes next until `max_running` are waited for, and add it to `waiting`."""
+        found: list[Member] = []
+        while len(waiting) + len(found) < self.max_running:
+            member = plan.next({one.name for one in (*waiting.values(), *found)})
+            if member is None:
+                break
+            member.job = None
+            found.append(member)
+        if found:
+            with deciding(Path(self.config.hydra.sweep.dir).absolute()):
+                self._hand_over(found, [])
+            waiting.update({one.job: one for one in found})
 
     def _tell_of_jobs(self, members: list["Member"]) -> None:
-        jobs = " ".join(member.job for member in members if member.job and member.result() is None)
+        going = [one for one in members if one.result() is None and not one.paused]
+        jobs = " ".join(member.job for member in going if member.job)
         if jobs:
             log.warning(
                 "the jobs go on; the same command waits for them again, this ends them: scancel %s",
@@ -306,15 +353,15 @@ class Slurm(SweepLauncher):
                     "which no option of sbatch can have"
                 )
 
-    def _wait(self, members: list["Member"]) -> None:
-        """Return when all jobs have ended: when squeue hasn't listed them twice in a row.
+    def _ended(self, waiting: dict[str | None, "Member"]) -> Iterator["Member"]:
+        """Take from `waiting`, by their jobs, the members whose job has ended, until it is empty.
 
-        Twice, because a job that is being requeued is missing for a moment.
+        That is when squeue hasn't listed it twice in a row: a job that is being requeued is missing
+        for a moment.
         """
         from ssl_bench.runs import sweep
 
-        waiting = {member.job: member for member in members}
-        missed = dict.fromkeys(waiting, 0)
+        missed = Counter[str | None]()
         began, told = time.monotonic(), set(ORDINARY)
         while waiting:
             time.sleep(min(15, 1 + (time.monotonic() - began) / 60))
@@ -329,7 +376,9 @@ class Slurm(SweepLauncher):
                 there = state is not None and not sweep.is_hopeless(state)
                 missed[job] = 0 if there else missed[job] + 1
                 if missed[job] == 2:
-                    tell(waiting.pop(job))
+                    member = waiting.pop(job)
+                    tell(member)
+                    yield member
 
 
 @contextmanager

@@ -113,14 +113,17 @@ class Ladder:
 class Halving:
     """What is to run next of a sweep's members, by rules and by what has come so far."""
 
-    def __init__(self, folder: Path, rules: Rules, members: Sequence[Member]) -> None:
+    def __init__(
+        self, folder: Path, rules: Rules, members: Sequence[Member], running: Sequence[Member] = ()
+    ) -> None:
+        """running: members that run already; those that were sent by these rules are followed."""
         self.file, self.rules = folder / FILE, rules
-        self.members = list(members)
         self._by_name = {member.name: member for member in members}
         what = watch.named("metric", rules.metric)
         self.metric = what.metric
         self.ladder = Ladder(rules.eta, len(rules.rungs), what.smaller)
         self._read()
+        self._by_name |= {one.name: one for one in running if one.name in self.ladder.sent}
         for name, rung in self.ladder.sent.items():
             if name not in self._by_name:
                 continue
@@ -130,9 +133,13 @@ class Halving:
 
     def next(self, running: Collection[str]) -> Member | None:
         """The member to start now, whose `until` is set; None: none, unless one of these ends."""
-        for name in self.ladder.open():
-            if name in self._by_name and name not in running:
-                return self._aim(self._by_name[name], self.ladder.sent[name])
+        for name in [*self.ladder.open()]:
+            if name not in self._by_name or name in running:
+                continue
+            member = self._aim(self._by_name[name], self.ladder.sent[name])
+            if member.result() is None and not member.paused:
+                return member
+            self.ended(member)  # it came when nobody looked
         for name, member in self._by_name.items():
             if name not in self.ladder.sent:
                 return self._send(member, 0, "it is new")
@@ -140,7 +147,9 @@ class Halving:
         return found if found or running else self._promotable(closing=True)
 
     def ended(self, member: Member) -> None:
-        """Note what a member came to that was started and has ended."""
+        """Note what a member came to that has ended; nothing of one that isn't followed."""
+        if member.name not in self._by_name:
+            return
         rung = self.ladder.sent[member.name]
         at = self.rules.epochs(member.config)[rung]
         lines = [line for line in member.lines if line.get("epoch", 0) <= at]

@@ -17,7 +17,7 @@ from ssl_bench.errors import UserError
 from ssl_bench.evaluate.features import extract_all
 from ssl_bench.launch.process import launch
 from ssl_bench.report import figure
-from ssl_bench.runs import identity, layout, units, weights
+from ssl_bench.runs import identity, layout, published, units, weights
 from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
@@ -103,9 +103,11 @@ def _parts(
     }
     for member in chain([pretraining], *evaluations.values()):
         build.check(member)
-    if _labels.learns_labels(cfg.method):
-        for member in chain(*evaluations.values()):
-            check_choice(member, pretraining)
+    for name, members in evaluations.items():
+        for member in members:
+            check_weights(member, name, cfg.dir)
+            if _labels.learns_labels(cfg.method):
+                check_choice(member, pretraining)
     return pretraining, evaluations
 
 
@@ -125,6 +127,19 @@ def pretrainings(cfgs: Sequence[DictConfig]) -> list[DictConfig]:
 
 pipeline.pretrainings, pipeline.check_parts = pretrainings, check_parts
 pipeline.read_by_parts = (*SHARED, "stage", "augmentation")  # and which method it is
+
+
+def check_weights(member: DictConfig, row: str, directory: str) -> None:
+    """UserError for a row whose weights aren't there, unless the pipeline itself leaves them."""
+    if (source := member.pretrained) is None:
+        return
+    place, own = Path(identity.real(source)), Path(identity.real(directory))
+    if own in [place, *place.parents]:
+        return
+    try:
+        published.located(os.path.expanduser(source))
+    except UserError as error:
+        raise UserError(f"stage.rows, {row}: {error}") from None
 
 
 def check_choice(member: DictConfig, pretraining: DictConfig) -> None:

@@ -17,7 +17,7 @@ import ssl_bench
 from ssl_bench.config import build, signatures, typed
 from ssl_bench.errors import UserError
 from ssl_bench.stages import PRETRAINED
-from ssl_bench.stages.pipeline import SHARED, evaluation
+from ssl_bench.stages.pipeline import SHARED, check_parts, evaluation
 
 ROOT = Path(ssl_bench.__file__).parent
 STAGES = [choice for group, choice in CHOICES if group == "stage"]
@@ -178,6 +178,16 @@ def test_rows_of_a_pipeline(protocol: list[str], row: list[str], says: str) -> N
     ):
         evaluation(hydra.compose("config", ["stage=pipeline"]), "mine", protocol, row, 0)
     assert str(error.value).startswith(says)
+
+
+def test_a_row_without_its_weights_is_told_before_a_pretraining(tmp_path: Path) -> None:
+    """Those that the pipeline itself leaves need not be there."""
+    words = ["stage=pipeline", "data=digits", f"dir={tmp_path}/run"]
+    with hydra.initialize_config_module("ssl_bench.conf", version_base="1.3"):
+        check_parts(hydra.compose("config", words))
+        cfg = hydra.compose("config", [*words, "+stage.rows.mine=['pretrained=nowhere.pth']"])
+        with pytest.raises(UserError, match=r"^stage\.rows, mine: pretrained=nowhere\.pth: no"):
+            check_parts(cfg)
 
 
 def test_a_row_changes_single_keys_of_what_it_shares() -> None:

@@ -138,6 +138,32 @@ def test_what_is_next_follows_from_the_lines(tmp_path: Path, count: int) -> None
     assert list(follow(tmp_path / "killed")) == whole[count - 1 :]
 
 
+def test_members_that_run_already_are_followed(tmp_path: Path) -> None:
+    """Of a launcher that was killed: what came meanwhile, and what is still under way. Whom the
+    rules haven't sent is left alone.
+    """
+    plan = Halving(tmp_path / "sweep", RULES, members(tmp_path))
+    first = plan.next(())
+    second = plan.next({first.name})
+    run(first)
+    known = {one.name: one for one in members(tmp_path)}
+    under_way = known.pop(second.name)
+    *_, stranger = known
+    other = known.pop(stranger)
+    later = Halving(tmp_path / "sweep", RULES, [*known.values()], [under_way, other])
+    assert (under_way.config["until"], other.config.get("until")) == (1, None)
+    third = later.next({under_way.name, other.name})
+    assert third.overrides[0] == "optimizer.base_lr=2"
+    run(under_way)
+    later.ended(under_way)
+    later.ended(other)
+    lines = (tmp_path / "sweep" / halving.FILE).read_text().splitlines()[1:]
+    events = [json.loads(line) for line in lines]
+    came = [event["member"] for event in events if "came_to" in event]
+    assert came == [first.name, under_way.name]
+    assert len(events) == 5  # each of the three was sent once
+
+
 def test_a_member_that_failed_is_tried_again_by_the_next_command(tmp_path: Path) -> None:
     assert list(follow(tmp_path, fails="5"))[-4:] == [("5", 1), ("4", 3), ("3", 3), ("4", None)]
     assert list(follow(tmp_path)) == [("5", 1), ("5", 3), ("5", None)]

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import statistics
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import yaml
 
 from slurm.cluster import Cluster, wait
 from slurm.conftest import CLUSTER, Sweeps, ended
-from ssl_bench.runs import code
+from ssl_bench.runs import code, halving
 
 GRID = ["epochs=1", "seed=0,1", "method.temperature=0.1,0.3"]
 
@@ -112,6 +113,43 @@ def test_who_stops_waiting_loses_nothing(sweeps: Sweeps, slurm: Cluster) -> None
     again = sweeps("epochs=1", "+hydra.launcher.additional_parameters.hold=true")
     assert again.returncode == 0, again.stderr
     assert "0 to start" in again.stderr
+
+
+def test_halving(sweeps: Sweeps, slurm: Cluster) -> None:
+    """Two at once; its command is killed, and the same one follows the jobs that went on. Nobody
+    is sent to a rung twice.
+    """
+    before = len(accounted(slurm))
+    grid = ["epochs=4", "eval_every=9", "seed=0,1,2,3", "hydra.launcher.max_running=2"]
+    grid += [f"{halving.KEY}.metric=knn_top1", f"{halving.KEY}.rungs=[0.25,0.5]"]
+    refused = sweeps(*grid, "hydra.launcher.wait=false")
+    assert "wait=false: hydra.launcher.halving decides whenever" in refused.stderr
+
+    def events() -> list[dict]:
+        file = sweeps.root / halving.FILE
+        lines = file.read_text().splitlines()[1:] if file.exists() else []
+        return [json.loads(line) for line in lines]
+
+    process = sweeps.start(*grid, PAUSE="1")
+    wait(lambda: any("came_to" in event for event in events()) and slurm.jobs(), 120)
+    process.kill()
+    process.wait()
+    again = sweeps(*grid)
+    assert again.returncode == 0, again.stderr
+    sent = [(one["member"], one["sent_to"]) for one in events() if "sent_to" in one]
+    came = {(one["member"], one["came_to"]): one["value"] for one in events() if "came_to" in one}
+    assert len(sent) == len({*sent}) == len(came) == len(accounted(slurm)) - before
+    rungs = [{name: came[name, at] for name, at in came if at == rung} for rung in (1, 2, 3)]
+    assert len(rungs[0]) == 4
+    for low, high in pairwise(rungs):  # who came first may have been sent on by a guess
+        assert max(low.values()) in [low[name] for name in high]
+    states = sweeps.status()
+    assert states.count("| finished |") == len(rungs[2])
+    assert states.count("| paused ") == 4 - len(rungs[2])
+
+    nothing = sweeps(*grid)
+    assert nothing.returncode == 0
+    assert len(accounted(slurm)) - before == len(sent)
 
 
 def test_any_rank_can_fail(sweeps: Sweeps, slurm: Cluster) -> None:
