@@ -32,7 +32,7 @@ from ssl_bench.launch import resolvers
 from ssl_bench.launch.composing import Composer, without_hydra
 from ssl_bench.launch.continuing import continued, with_choices
 from ssl_bench.launch.expanded import with_members
-from ssl_bench.launch.process import launch, set_up_logging
+from ssl_bench.launch.process import launch, leave_fast, set_up_logging
 
 log = logging.getLogger(__name__)
 
@@ -228,6 +228,7 @@ class Check(Callback):
 
 def main() -> None:
     """Console entry. A user's mistake is one line and exit code 2; a bug keeps its traceback."""
+    leave_fast()
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     set_up_logging(quiet=rank != "0")  # one process speaks for all
     try:

@@ -7,6 +7,7 @@ enough is the constructor imported.
 
 import ast
 import builtins
+import gc
 import inspect
 from collections.abc import Callable
 from functools import cache
@@ -33,7 +34,14 @@ class _NotPlain(Exception):
 def locate(path: str) -> Callable:
     """The class or function with this dotted path. ImportError, AttributeError, ValueError."""
     module, _, name = current(path).rpartition(".")
-    return getattr(import_module(module), name)
+    collecting = gc.isenabled()
+    gc.disable()  # among the objects of torch, which stay, it took a quarter of their import
+    try:
+        found = import_module(module)
+    finally:
+        if collecting:
+            gc.enable()
+    return getattr(found, name)
 
 
 @cache

@@ -21,7 +21,7 @@ import hydra
 from ssl_bench.config import build
 from ssl_bench.errors import Abandoned, Diverged, Interrupted, UserError
 from ssl_bench.launch import resolvers
-from ssl_bench.launch.process import launch, set_up_logging
+from ssl_bench.launch.process import launch, leave_fast, set_up_logging
 from ssl_bench.runs import sweep
 
 
@@ -33,6 +33,7 @@ def run(
     named: the user's constructors that the member may call (`build.strange`). job: the Slurm job
     that this is; gpus: the GPUs that it was given, in the words of the launcher.
     """
+    leave_fast()
     resolvers.register()
     build.restrict(named)
     member, rank = sweep.Member.load(file), int(os.environ.get("SLURM_PROCID", 0))

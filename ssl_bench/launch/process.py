@@ -1,5 +1,7 @@
 """Runs one stage, in this process or in several."""
 
+import atexit
+import gc
 import io
 import json
 import logging
@@ -204,6 +206,14 @@ def _rank(config: str, folder: str) -> dict[str, float]:
         raise SystemExit(2) from None
     except Interrupted as stop:
         raise SystemExit(128 + stop.signum) from None
+
+
+def leave_fast() -> None:
+    """Have this process end without a last search for cyclic garbage.
+
+    Among the objects of torch that took 1.3 s of the 1.6 s of an exit, of every command.
+    """
+    atexit.register(gc.freeze)
 
 
 def set_up_logging(quiet: bool = False) -> None:

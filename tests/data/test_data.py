@@ -775,6 +775,8 @@ def test_digits(cache):
     assert (len(train.images), len(val.images)) == (1297, 500)
     # none is in both
     assert np.array_equal(np.concatenate([train.labels, val.labels]), load_digits().target)
+    pixels = np.concatenate([data._list(name).read.images for name in ("train", "val")])
+    assert np.array_equal(pixels, np.round(load_digits().images * (255 / 16)))
     assert train.images.shape[1:] == (32, 32, 3)
     assert np.bincount(val.labels).min() > 40
     small = Image.fromarray(train.images[7]).convert("L").resize((8, 8), Image.Resampling.BOX)

@@ -1,6 +1,8 @@
 """The handwritten digits of scikit-learn."""
 
 from dataclasses import dataclass
+from importlib.metadata import distribution
+from pathlib import Path
 
 import numpy as np
 from pydantic import PositiveInt
@@ -9,6 +11,9 @@ from ssl_bench.config.fields import Place
 from ssl_bench.data import pictures
 from ssl_bench.data.formats.base import Dataset, Digests, hashed
 from ssl_bench.data.store import OnError, Split
+
+# What sklearn.datasets.load_digits reads; importing it takes a second, with scipy and pandas.
+FILE = Path(distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz"))
 
 
 class Digits(Dataset):
@@ -30,12 +35,10 @@ class Digits(Dataset):
         super().__init__(image_size, on_error, cache, workers)
 
     def _list(self, name: str) -> Split:
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        part = slice(-500, None) if name == "val" else slice(None, -500)
-        images = (digits.images[part] * (255 / 16)).round().astype(np.uint8)  # 0..16 -> 0..255
-        labels = None if name == "pretrain" else digits.target[part].astype(np.int64)
+        rows = np.loadtxt(FILE, delimiter=",")[slice(-500, None) if name == "val" else slice(-500)]
+        pixels = rows[:, :-1].reshape(-1, 8, 8)
+        images = (pixels * (255 / 16)).round().astype(np.uint8)  # 0..16 -> 0..255
+        labels = None if name == "pretrain" else rows[:, -1].astype(np.int64)
         read = _DigitReader(images, self.side)
         digest = hashed(images.tobytes())
         source = "val" if name == "val" else "train"
