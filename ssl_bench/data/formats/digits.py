@@ -13,7 +13,7 @@ from ssl_bench.data.formats.base import Dataset, Digests, hashed
 from ssl_bench.data.store import OnError, Split
 
 # What sklearn.datasets.load_digits reads; importing it takes a second, with scipy and pandas.
-FILE = Path(distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz"))
+FILE = Path(str(distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")))
 
 
 class Digits(Dataset):
