@@ -9,8 +9,8 @@
                                                     without the test images: a quarter of an hour
 
 The rules, and the log that this script writes: benchmarks/speedrun.md. Threads are as the
-environment has them: leave OMP_NUM_THREADS unset on an idle machine. Writes results/speedrun.json,
-and the tables of speedrun.md.
+environment or the record has them: leave OMP_NUM_THREADS unset on an idle machine. Writes
+results/speedrun.json, and the tables of speedrun.md.
 """
 
 import argparse
@@ -58,7 +58,7 @@ CACHED = (
 )
 UPRIGHT = ("augmentation.rotate=null", "augmentation.shear=null")
 # What each was, in words of today: a later record changes conf/experiment/speedrun.yaml, and then
-# the one before says here what it was.
+# the one before says here what it was. A word in capitals is a variable of the environment.
 RECORDS: dict[int, tuple[str, tuple[str, ...]]] = {
     1: ("the quickstart of then: MoCo v2, 150 epochs at 16 pixels", QUICKSTART),
     2: (
@@ -71,6 +71,7 @@ RECORDS: dict[int, tuple[str, tuple[str, ...]]] = {
     ),
     4: ("turned and sheared views; batches of 64 for 20 epochs", ("epochs=20",)),
     5: ("12 epochs", ()),
+    6: ("one thread; the program starts and ends sooner", ("OMP_NUM_THREADS=1",)),
 }
 # in float32, for processors that don't multiply bfloat16, and longer than a record
 QUICKSTARTS = {
@@ -119,6 +120,14 @@ def settings(words: Iterable[str]) -> list[str]:
     return [*{key_of(word): word for word in words}.values()]
 
 
+def variables_of(words: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(variables of the environment, overrides)."""
+    each: tuple[list[str], list[str]] = ([], [])
+    for word in words:
+        each[not word[0].isupper()].append(word)
+    return each
+
+
 def pack(cache: Path, image_size: int) -> None:
     """The one thing that is there before the clock starts."""
     for kind in (Digits, HeldOut):
@@ -130,10 +139,12 @@ def pack(cache: Path, image_size: int) -> None:
 def timed(words: list[str], folder: Path) -> dict:
     """One run of the program: seconds by the clock and of the processor, and its accuracy."""
     where = folder / f"run{len(list(folder.glob('run*')))}"
+    variables, words = variables_of(words)
     command = [sys.executable, "-m", "ssl_bench", "experiment=speedrun", *words]
     command += [f"dir={where}", f"data.cache={folder / 'cache'}"]
     paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {"PYTHONPATH": os.pathsep.join(paths), "TORCHINDUCTOR_CACHE_DIR": str(where) + ".cache"}
+    own |= dict(word.split("=", 1) for word in variables)
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
     seconds = time.perf_counter() - began
@@ -164,7 +175,10 @@ def runs(words: Iterable[str], seeds: list[int], folder: Path, held_out: bool = 
                 **each[-1]
             )
         )
-    command = shlex.join(["ssl-bench", "experiment=speedrun", *asked, "seed=N"])
+    variables, words = variables_of(asked)
+    if not variables and (threads := os.environ.get("OMP_NUM_THREADS")):
+        variables = [f"OMP_NUM_THREADS={threads}"]
+    command = shlex.join([*variables, "ssl-bench", "experiment=speedrun", *words, "seed=N"])
     found = {"command": command, "runs": each}
     for key in ("top1", "seconds", "cpu_seconds"):
         values = [run[key] for run in each]
