@@ -58,7 +58,7 @@ CACHED = (
 )
 UPRIGHT = ("augmentation.rotate=null", "augmentation.shear=null")
 # What each was, in words of today: a later record changes conf/experiment/speedrun.yaml, and then
-# the one before says here what it was. A word in capitals is a variable of the environment.
+# the one before says here what it was. A word in capitals is an environment variable.
 RECORDS: dict[int, tuple[str, tuple[str, ...]]] = {
     1: ("the quickstart of then: MoCo v2, 150 epochs at 16 pixels", QUICKSTART),
     2: (
@@ -121,7 +121,7 @@ def settings(words: Iterable[str]) -> list[str]:
 
 
 def variables_of(words: Iterable[str]) -> tuple[list[str], list[str]]:
-    """(variables of the environment, overrides)."""
+    """(environment variables, overrides)."""
     each: tuple[list[str], list[str]] = ([], [])
     for word in words:
         each[not word[0].isupper()].append(word)

@@ -90,14 +90,14 @@ def _devices() -> Iterator[str]:
 
 
 def _threads() -> Iterator[str]:
-    """How a network as small as the quickstart's likes them: on a virtual machine, to wake one may
-    take longer than what it then does.
+    """Whether threads speed up a network as small as the quickstart's: on a virtual machine, waking
+    one can take longer than its work.
     """
     import torch
 
     count = torch.get_num_threads()
     if count == 1:
-        yield "1: OMP_NUM_THREADS, or cores for this process"
+        yield "1 (OMP_NUM_THREADS=1, or one core)"
         return
     layers = [torch.nn.Conv2d(16, 16, 3, padding=1), torch.nn.BatchNorm2d(16), torch.nn.ReLU()]
     network, images = torch.nn.Sequential(*layers * 2), torch.randn(128, 16, 12, 12)

@@ -35,7 +35,7 @@ def locate(path: str) -> Callable:
     """The class or function with this dotted path. ImportError, AttributeError, ValueError."""
     module, _, name = current(path).rpartition(".")
     collecting = gc.isenabled()
-    gc.disable()  # among the objects of torch, which stay, it took a quarter of their import
+    gc.disable()  # torch's objects are never freed; searching them took a quarter of its import
     try:
         found = import_module(module)
     finally:

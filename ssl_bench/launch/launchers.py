@@ -16,7 +16,7 @@ import time
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -52,6 +52,7 @@ class SweepLauncher(Launcher):
 
     wait = True
     halving: Mapping[str, Any] | None = None  # the rules of `runs.halving`
+    _copy: Path | None = None
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -62,7 +63,20 @@ class SweepLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         _refuse_processes()
+        from ssl_bench.runs import halving
+
         folder = Path(self.config.hydra.sweep.dir)
+        with halving.alone(folder) if self._halves else nullcontext():
+            asked = self._launch(folder, job_overrides)
+        # Here and not in Hydra's on_multirun_end, which isn't called when a member has failed.
+        from ssl_bench.report import sweeps  # imports torch
+
+        if table := sweeps.sweep_table(folder):
+            print(f"\n{table}\n\n{folder / 'table.md'}, {folder / 'table.csv'}")
+        return self._returns(asked)
+
+    def _launch(self, folder: Path, job_overrides: Sequence[Sequence[str]]) -> list["Member"]:
+        """Run what isn't finished of the members, which are returned."""
         begun: list[Member] = []
         try:
             with deciding(folder.absolute()):  # until Slurm, too, knows what this command starts
@@ -76,12 +90,15 @@ class SweepLauncher(Launcher):
             raise
         if self.wait:
             self._wait_elsewhere(elsewhere)
-        # Here and not in Hydra's on_multirun_end, which isn't called when a member has failed.
-        from ssl_bench.report import sweeps  # imports torch
+        return asked
 
-        if table := sweeps.sweep_table(folder):
-            print(f"\n{table}\n\n{folder / 'table.md'}, {folder / 'table.csv'}")
-        return self._returns(asked)
+    def _code(self) -> Path:
+        """The copy of the package that members run from: one for all that a command launches."""
+        from ssl_bench.runs import code
+
+        if self._copy is None:
+            self._copy = code.copied(Path(self.config.hydra.sweep.dir).absolute() / ".members")
+        return self._copy
 
     def _decide(
         self, folder: Path, job_overrides: Sequence[Sequence[str]]
@@ -253,9 +270,8 @@ class SweepLauncher(Launcher):
             yield InTurn(todo)
             return
         folder = Path(self.config.hydra.sweep.dir)
-        with halving.alone(folder):
-            plan = halving.Halving(folder, rules, todo, running)
-            yield plan
+        plan = halving.Halving(folder, rules, todo, running)
+        yield plan
         log.info("halving: %s; see %s", plan.summary(), folder / halving.FILE)
 
     @property
@@ -607,7 +623,6 @@ class Workstation(SweepLauncher):
         from ssl_bench.errors import UserError, interrupted_by
         from ssl_bench.launch import leases
         from ssl_bench.launch.forecast import Clock
-        from ssl_bench.runs import code
 
         gpus, cores = visible_gpus(), sorted(os.sched_getaffinity(0))
         packed = self.members_per_gpu
@@ -637,7 +652,6 @@ class Workstation(SweepLauncher):
             for slot, mine in enumerate(shares)
         ]
         clock, told = Clock(todo, at_once, at_most=self._halves), False
-        copy = code.copied(Path(self.config.hydra.sweep.dir).absolute() / ".members")
         running: dict[subprocess.Popen, Member] = {}
         found: Member | None = None  # the next, until it has a place
 
@@ -655,7 +669,7 @@ class Workstation(SweepLauncher):
                         slot, lease = taken
                         env = {"OMP_NUM_THREADS": str(share), **os.environ}
                         # before a checkout that is the working directory
-                        paths = [str(copy), *filter(None, [os.environ.get("PYTHONPATH")])]
+                        paths = [str(self._code()), *filter(None, [os.environ.get("PYTHONPATH")])]
                         env |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
                         if gpus:
                             env["CUDA_VISIBLE_DEVICES"] = gpus[slot]

@@ -163,7 +163,7 @@ class Slurm(SweepLauncher):
 
     def _submit(self, todo: list["Member"], under_way: list["Member"]) -> None:
         from ssl_bench.errors import UserError
-        from ssl_bench.runs import code, halving
+        from ssl_bench.runs import halving
 
         self._refuse_names()
         if not self.wait and not self._is_grid:
@@ -196,10 +196,10 @@ class Slurm(SweepLauncher):
                     f"batch_size={batch} of {member.name} can't be divided among the {tasks} "
                     "processes of hydra.launcher.nodes and tasks_per_node: choose a multiple"
                 )
-        if self._halves or todo:
-            self.code = code.copied(Path(self.config.hydra.sweep.dir).absolute() / ".members")
-        if todo and not self._halves:
-            self._hand_over(todo, under_way)
+        if self._halves or not todo:
+            return
+        self._code()  # before it is needed, so that all arrays have the same
+        self._hand_over(todo, under_way)
 
     def _hand_over(self, todo: list["Member"], under_way: list["Member"]) -> None:
         """Submit `todo`, and say so. UserError, which is then the failure of those left."""
@@ -235,17 +235,26 @@ class Slurm(SweepLauncher):
 
     def _fill(self, plan: "Halving | InTurn", waiting: dict[str | None, "Member"]) -> None:
         """Submit what comes next until `max_running` are waited for, and add it to `waiting`."""
+        from ssl_bench.errors import UserError
+
         found: list[Member] = []
         while len(waiting) + len(found) < self.max_running:
             member = plan.next({one.name for one in (*waiting.values(), *found)})
             if member is None:
                 break
             member.job = None
+            member.forget_failure()
             found.append(member)
-        if found:
+        if not found:
+            return
+        try:
             with deciding(Path(self.config.hydra.sweep.dir).absolute()):
                 self._hand_over(found, [])
-            waiting.update({one.job: one for one in found})
+        except UserError as error:
+            if not waiting:
+                raise
+            log.warning("%s; tried again when a job has ended", error)
+        waiting.update({one.job: one for one in found if one.job})
 
     def _tell_of_jobs(self, members: list["Member"]) -> None:
         going = [one for one in members if one.result() is None and not one.paused]
@@ -312,7 +321,7 @@ class Slurm(SweepLauncher):
             options["kill-on-invalid-dep"] = "yes"
         shared = OmegaConf.structured(BaseQueueConf).keys()
         # before what the user's own setup put there, and a checkout that is the working directory
-        path = f'{quoted(str(self.code))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
+        path = f'{quoted(str(self._code()))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
         setup = [*self.parameters["setup"], f"export PYTHONPATH={path} PYTHONSAFEPATH=1"]
         items = (self.parameters | {"additional_parameters": options, "setup": setup}).items()
         executor.update_parameters(

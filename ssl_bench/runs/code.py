@@ -2,16 +2,17 @@
 
 import hashlib
 import json
-import os
 import shutil
+import stat
 import subprocess
+import uuid
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
-COMMIT = "commit.json"  # beside a copy of the package: what git said of the package itself
+COMMIT = "ssl_bench-copied.json"  # beside a copy of the package: what git said of the original
 
 
 @cache
@@ -34,17 +35,21 @@ def copied(folder: Path) -> Path:
 
     What starts later has this code, whatever becomes of the package meanwhile.
     """
-    partial = folder / f"code.{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)  # of an earlier process, which was killed
+    partial = folder / f"code.{uuid.uuid4().hex}"
     skipped = shutil.ignore_patterns("__pycache__", ".*")
     shutil.copytree(PACKAGE, partial / PACKAGE.name, ignore=skipped)
+    for path in partial.rglob("*"):
+        if path.is_dir():  # of an installation that is read-only
+            path.chmod(path.stat().st_mode | stat.S_IRWXU)
     (partial / COMMIT).write_text(json.dumps(commit() | {"changes": changes()}))
     files = [path for path in partial.rglob("*") if path.is_file()]
     copy = folder / f"code-{_digest(files, partial)[:8]}"
     try:
         partial.rename(copy)
-    except OSError:  # it is there
+    except OSError:
         shutil.rmtree(partial)
+        if not copy.is_dir():
+            raise
     return copy
 
 

@@ -97,15 +97,18 @@ class Ladder:
         values = {name: value for name, value in self.came[rung].items() if value is not None}
         return sorted(values, key=lambda name: self.sign * values[name])
 
-    def promotable(self, closing: bool = False) -> tuple[str, int] | None:
+    def promotable(
+        self, closing: bool = False, among: Collection[str] | None = None
+    ) -> tuple[str, int] | None:
         """(member, the rung it came to) that may go on, from the lowest rung that has one.
 
-        closing: nobody else will come, and from each rung at least one goes on.
+        among: those that can be sent; None: all. closing: nobody else will come, and from each rung
+        at least one goes on.
         """
         for rung in range(self.top):
             count = len(self.came[rung]) // self.eta
             for name in self.best(rung)[: max(count, 1) if closing else count]:
-                if self.sent[name] == rung:
+                if self.sent[name] == rung and (among is None or name in among):
                     return name, rung
         return None
 
@@ -116,14 +119,17 @@ class Halving:
     def __init__(
         self, folder: Path, rules: Rules, members: Sequence[Member], running: Sequence[Member] = ()
     ) -> None:
-        """running: members that run already; those that were sent by these rules are followed."""
+        """running: members that run already; those that these rules have sent are followed."""
         self.file, self.rules = folder / FILE, rules
         self._by_name = {member.name: member for member in members}
         what = watch.named("metric", rules.metric)
         self.metric = what.metric
         self.ladder = Ladder(rules.eta, len(rules.rungs), what.smaller)
         self._read()
-        self._by_name |= {one.name: one for one in running if one.name in self.ladder.sent}
+        going = {*self.ladder.open()}
+        self._by_name |= {one.name: one for one in running if one.name in going}
+        for name in going - self._by_name.keys():
+            self._look_up(folder / ".members" / f"{name}.json")
         for name, rung in self.ladder.sent.items():
             if name not in self._by_name:
                 continue
@@ -139,12 +145,12 @@ class Halving:
             member = self._aim(self._by_name[name], self.ladder.sent[name])
             if member.result() is None and not member.paused:
                 return member
-            self.ended(member)  # it came when nobody looked
+            self.ended(member)  # it came while no command was watching
         for name, member in self._by_name.items():
             if name not in self.ladder.sent:
                 return self._send(member, 0, "it is new")
-        found = self._promotable()
-        return found if found or running else self._promotable(closing=True)
+        found = self._promotable(running)
+        return found if found or running else self._promotable(running, closing=True)
 
     def ended(self, member: Member) -> None:
         """Note what a member came to that has ended; nothing of one that isn't followed."""
@@ -175,9 +181,15 @@ class Halving:
             first = f"; the best: {finished[0]}, {self.metric} {units.spoken(self.metric, value)}"
         return f"of {len(self.ladder.sent)} members came {told} (the end){first}"
 
-    def _promotable(self, closing: bool = False) -> Member | None:
-        found = self.ladder.promotable(closing)
-        if found is None or found[0] not in self._by_name:
+    def _look_up(self, file: Path) -> None:
+        """Note what a member came to that has finished while no command was watching."""
+        if file.exists() and (member := Member.load(file)).result() is not None:
+            self._by_name[member.name] = member
+            self.ended(member)
+
+    def _promotable(self, running: Collection[str], closing: bool = False) -> Member | None:
+        found = self.ladder.promotable(closing, self._by_name.keys() - {*running})
+        if found is None:
             return None
         name, rung = found
         place, count = self.ladder.best(rung).index(name) + 1, len(self.ladder.came[rung])

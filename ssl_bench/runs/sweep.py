@@ -6,6 +6,7 @@ SWEEP/.members/NAME.starts   of a Slurm job, what it had saved when it started l
 SWEEP/.members/NAME.pretrain.json   of a pipeline, its pretraining, which starts before the rest
 SWEEP/.members/NAME.dropped  in place of NAME.json: the member is no part of the sweep any more
 SWEEP/.members/conf-HASH/    the YAML files as they were, for the stages that compose more
+SWEEP/.members/code-HASH/    the package as it was, from which members run
 SWEEP/NAME/                  its run directory
 SWEEP/table.md, table.csv    the results of all members; see `report.sweeps.sweep_table`
 """

@@ -130,8 +130,11 @@ pipeline.read_by_parts = (*SHARED, "stage", "augmentation")  # and which method 
 
 
 def check_weights(member: DictConfig, row: str, directory: str) -> None:
-    """UserError for a row whose weights aren't there, unless the pipeline itself leaves them."""
-    if (source := member.pretrained) is None:
+    """UserError for a row whose weights aren't there, unless the pipeline itself leaves them.
+
+    A row that has finished needs them no more.
+    """
+    if (source := member.pretrained) is None or (Path(member.dir) / layout.SUMMARY).exists():
         return
     place, own = Path(identity.real(source)), Path(identity.real(directory))
     if own in [place, *place.parents]:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from commands import member
+from omegaconf import OmegaConf
 
+from ssl_bench.launch.launchers import Workstation
 from ssl_bench.report import sweeps
 from ssl_bench.runs import code
 from ssl_bench.runs.run import Run
@@ -83,6 +85,22 @@ def test_a_copy_is_the_code_of_its_time(package: Path, tmp_path: Path) -> None:
         assert (code.digest(), code.commit(), code.changes()) == before
     assert before[1]["git_dirty"]
     assert "-rate = 1\n+rate = 2\n" in before[2]
+
+
+def test_all_that_a_command_launches_has_one_copy(package: Path, tmp_path: Path) -> None:
+    """A search launches batch after batch."""
+    launcher = Workstation(1)
+    launcher.config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path / "sweep")}}})
+    first = launcher._code()
+    (package / "mine.py").write_text("rate = 2\n")
+    assert launcher._code() == first == Path(*tmp_path.glob("sweep/.members/code-*"))
+
+
+def test_a_copy_of_what_is_read_only(package: Path, tmp_path: Path) -> None:
+    (package / "mine.py").chmod(0o444)
+    package.chmod(0o555)
+    assert code.copied(tmp_path / "sweep") == code.copied(tmp_path / "sweep")
+    package.chmod(0o755)
 
 
 def test_a_table_of_mixed_code_says_so(tmp_path: Path) -> None:

@@ -164,6 +164,22 @@ def test_members_that_run_already_are_followed(tmp_path: Path) -> None:
     assert len(events) == 5  # each of the three was sent once
 
 
+def test_a_member_that_finished_unwatched_has_come(tmp_path: Path) -> None:
+    """At the top: it is no member to start any more, and counts all the same."""
+    launcher = follow(tmp_path)
+    *_, (rate, until) = (next(launcher) for _ in range(9))
+    assert (rate, until) == ("5", None)
+    launcher.close()  # killed, while its job goes on
+    known = {one.name: one for one in members(tmp_path)}
+    (name,) = (name for name, one in known.items() if one.overrides[0].endswith("=5"))
+    launched = known.pop(name)
+    launched.config["until"] = None
+    run(launched)
+    plan = Halving(tmp_path / "sweep", RULES, [*known.values()])
+    assert plan.next(()) is None
+    assert f"1 to rung 3 (the end); the best: {name}" in plan.summary()
+
+
 def test_a_member_that_failed_is_tried_again_by_the_next_command(tmp_path: Path) -> None:
     assert list(follow(tmp_path, fails="5"))[-4:] == [("5", 1), ("4", 3), ("3", 3), ("4", None)]
     assert list(follow(tmp_path)) == [("5", 1), ("5", 3), ("5", None)]

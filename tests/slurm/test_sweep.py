@@ -139,6 +139,7 @@ def test_halving(sweeps: Sweeps, slurm: Cluster) -> None:
     sent = [(one["member"], one["sent_to"]) for one in events() if "sent_to" in one]
     came = {(one["member"], one["came_to"]): one["value"] for one in events() if "came_to" in one}
     assert len(sent) == len({*sent}) == len(came) == len(accounted(slurm)) - before
+    assert len(events()) == 2 * len(sent)
     rungs = [{name: came[name, at] for name, at in came if at == rung} for rung in (1, 2, 3)]
     assert len(rungs[0]) == 4
     for low, high in pairwise(rungs):  # who came first may have been sent on by a guess

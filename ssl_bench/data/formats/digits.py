@@ -1,7 +1,7 @@
 """The handwritten digits of scikit-learn."""
 
 from dataclasses import dataclass
-from importlib.metadata import distribution
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,6 @@ from ssl_bench.config.fields import Place
 from ssl_bench.data import pictures
 from ssl_bench.data.formats.base import Dataset, Digests, hashed
 from ssl_bench.data.store import OnError, Split
-
-# What sklearn.datasets.load_digits reads; importing it takes a second, with scipy and pandas.
-FILE = Path(str(distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")))
 
 
 class Digits(Dataset):
@@ -35,7 +32,12 @@ class Digits(Dataset):
         super().__init__(image_size, on_error, cache, workers)
 
     def _list(self, name: str) -> Split:
-        rows = np.loadtxt(FILE, delimiter=",")[slice(-500, None) if name == "val" else slice(-500)]
+        # What sklearn.datasets.load_digits reads, whose import takes a second.
+        spec = find_spec("sklearn")
+        assert spec is not None, "setup.cfg requires it"
+        assert spec.submodule_search_locations is not None, "it is a package"
+        file = Path(spec.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
+        rows = np.loadtxt(file, delimiter=",")[slice(-500, None) if name == "val" else slice(-500)]
         pixels = rows[:, :-1].reshape(-1, 8, 8)
         images = (pixels * (255 / 16)).round().astype(np.uint8)  # 0..16 -> 0..255
         labels = None if name == "pretrain" else rows[:, -1].astype(np.int64)
