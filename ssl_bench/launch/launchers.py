@@ -92,12 +92,15 @@ class SweepLauncher(Launcher):
             self._wait_elsewhere(elsewhere)
         return asked
 
-    def _code(self) -> Path:
-        """The copy of the package that members run from: one for all that a command launches."""
+    def _code(self, folder: Path) -> Path:
+        """The copy of the package, below a folder, that members run from.
+
+        It is one for all that a command launches.
+        """
         from ssl_bench.runs import code
 
         if self._copy is None:
-            self._copy = code.copied(Path(self.config.hydra.sweep.dir).absolute() / ".members")
+            self._copy = code.copied(folder)
         return self._copy
 
     def _decide(
@@ -669,7 +672,8 @@ class Workstation(SweepLauncher):
                         slot, lease = taken
                         env = {"OMP_NUM_THREADS": str(share), **os.environ}
                         # before a checkout that is the working directory
-                        paths = [str(self._code()), *filter(None, [os.environ.get("PYTHONPATH")])]
+                        copy = self._code(member.file.parent)
+                        paths = [str(copy), *filter(None, [os.environ.get("PYTHONPATH")])]
                         env |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
                         if gpus:
                             env["CUDA_VISIBLE_DEVICES"] = gpus[slot]

@@ -198,7 +198,7 @@ class Slurm(SweepLauncher):
                 )
         if self._halves or not todo:
             return
-        self._code()  # before it is needed, so that all arrays have the same
+        self._code(todo[0].file.parent)  # before it is needed, so that all arrays have the same
         self._hand_over(todo, under_way)
 
     def _hand_over(self, todo: list["Member"], under_way: list["Member"]) -> None:
@@ -321,7 +321,7 @@ class Slurm(SweepLauncher):
             options["kill-on-invalid-dep"] = "yes"
         shared = OmegaConf.structured(BaseQueueConf).keys()
         # before what the user's own setup put there, and a checkout that is the working directory
-        path = f'{quoted(str(self._code()))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
+        path = f'{quoted(str(self._code(members[0].file.parent)))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
         setup = [*self.parameters["setup"], f"export PYTHONPATH={path} PYTHONSAFEPATH=1"]
         items = (self.parameters | {"additional_parameters": options, "setup": setup}).items()
         executor.update_parameters(

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from commands import member
-from omegaconf import OmegaConf
 
 from ssl_bench.launch.launchers import Workstation
 from ssl_bench.report import sweeps
@@ -90,10 +89,9 @@ def test_a_copy_is_the_code_of_its_time(package: Path, tmp_path: Path) -> None:
 def test_all_that_a_command_launches_has_one_copy(package: Path, tmp_path: Path) -> None:
     """A search launches batch after batch."""
     launcher = Workstation(1)
-    launcher.config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path / "sweep")}}})
-    first = launcher._code()
+    first = launcher._code(tmp_path / "sweep")
     (package / "mine.py").write_text("rate = 2\n")
-    assert launcher._code() == first == Path(*tmp_path.glob("sweep/.members/code-*"))
+    assert launcher._code(tmp_path / "sweep") == first == Path(*tmp_path.glob("sweep/code-*"))
 
 
 def test_a_copy_of_what_is_read_only(package: Path, tmp_path: Path) -> None:
