@@ -1,6 +1,6 @@
 """Several members of a sweep on one device: images a second of all of them beside those of one.
 
-    python benchmarks/packed.py                 two CPU cores: ten minutes
+    python benchmarks/packed.py                 two CPU cores: half an hour
     python benchmarks/packed.py --device cuda   one GPU, by hydra.launcher.members_per_gpu: minutes
 
 They are started by `launcher=workstation`, as a user's. On a CPU one member has all cores, two have

@@ -8,11 +8,9 @@ import os
 import platform
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from statistics import median
 
 from packaging.requirements import Requirement
 
@@ -87,34 +85,6 @@ def _devices() -> Iterator[str]:
         yield "mps"
     if not torch.cuda.is_available() and Path("/dev/nvidia0").exists():
         yield "a GPU is here, and this torch can't use it: see nvidia-smi"
-
-
-def _threads() -> Iterator[str]:
-    """Whether threads speed up a network as small as the quickstart's: on a virtual machine, waking
-    one can take longer than its work.
-    """
-    import torch
-
-    count = torch.get_num_threads()
-    if count == 1:
-        yield "1 (OMP_NUM_THREADS=1, or one core)"
-        return
-    layers = [torch.nn.Conv2d(16, 16, 3, padding=1), torch.nn.BatchNorm2d(16), torch.nn.ReLU()]
-    network, images = torch.nn.Sequential(*layers * 2), torch.randn(128, 16, 12, 12)
-    seconds: dict[int, list[float]] = {1: [], count: []}
-    try:
-        for turn in range(24):
-            for threads, taken in seconds.items():
-                torch.set_num_threads(threads)
-                began = time.perf_counter()
-                network(images).sum().backward()
-                if turn >= 4:  # those before are a warm-up
-                    taken.append(time.perf_counter() - began)
-    finally:
-        torch.set_num_threads(count)
-    gain = median(seconds[1]) / median(seconds[count])
-    advice = "; type OMP_NUM_THREADS=1 ssl-bench ... for those" if gain < 0.9 else ""
-    yield f"{count}; networks like the quickstart's are {gain:.1f} x as fast as with 1{advice}"
 
 
 def _precisions() -> Iterator[str]:
@@ -192,7 +162,6 @@ def _wandb() -> Iterator[str]:
 LOOKS: dict[str, Callable[[], Iterator[str]]] = {
     "torch": _torch,
     "device=": _devices,
-    "threads of torch": _threads,
     "precision=": _precisions,
     "compile=": _compile,
     "decoders": _decoders,
