@@ -394,6 +394,7 @@ class SweepLauncher(Launcher):
         """A copy of the YAML files, ours and the user's, in one folder named by their hash."""
         import ssl_bench
         from ssl_bench.config.choices import yaml_below
+        from ssl_bench.runs import sweep
 
         texts: dict[str, str] = {}
         chosen = {key.partition("/")[0] for key in self.config.hydra.runtime.choices}
@@ -416,10 +417,7 @@ class SweepLauncher(Launcher):
             for path, text in texts.items():
                 (partial / path).parent.mkdir(parents=True, exist_ok=True)
                 (partial / path).write_text(text, encoding="utf-8")
-            try:
-                partial.rename(copy)
-            except OSError:  # another command was faster
-                shutil.rmtree(partial)
+            sweep.settle(partial, copy)
         return copy
 
     def _returns(self, members: list["Member"]) -> list[JobReturn]:
@@ -546,13 +544,8 @@ def _check_starts(todo: Sequence["Member"], members: Sequence["Member"]) -> None
         for key, source in named.items():
             if not source or source.startswith(identity.TIMM):
                 continue
-            place = Path(identity.real(source))
-            if not made.isdisjoint([place, *place.parents]):
-                continue
-            try:
-                published.located(source)
-            except UserError as error:
-                lines.append(str(error).replace("pretrained=", f"{key}=", 1))
+            if why := published.missing(source, made):
+                lines.append(why.replace("pretrained=", f"{key}=", 1))
         if source := member.config["pretrained"]:
             lines += _other_shape(source, identity.node(member.config, "backbone"))
     if lines:
@@ -670,7 +663,7 @@ class Workstation(SweepLauncher):
                             break
                         member, found = found, None
                         slot, lease = taken
-                        env = {"OMP_NUM_THREADS": str(share), **os.environ}
+                        env = {"OMP_NUM_THREADS": str(share)} | os.environ
                         # before a checkout that is the working directory
                         copy = self._code(member.file.parent)
                         paths = [str(copy), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from omegaconf import OmegaConf
 
-from ssl_bench.launch.launchers import InTurn, SweepLauncher, deciding, tell
+from ssl_bench.launch.launchers import SweepLauncher, deciding, tell
 
 if TYPE_CHECKING:
+    from ssl_bench.launch.launchers import InTurn
     from ssl_bench.runs.halving import Halving
     from ssl_bench.runs.sweep import Member
 

@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ssl_bench.runs import sweep
+
 PACKAGE = Path(__file__).parents[1]
 COMMIT = "ssl_bench-copied.json"  # beside a copy of the package: what git said of the original
 
@@ -44,12 +46,7 @@ def copied(folder: Path) -> Path:
     (partial / COMMIT).write_text(json.dumps(commit() | {"changes": changes()}))
     files = [path for path in partial.rglob("*") if path.is_file()]
     copy = folder / f"code-{_digest(files, partial)[:8]}"
-    try:
-        partial.rename(copy)
-    except OSError:
-        shutil.rmtree(partial)
-        if not copy.is_dir():
-            raise
+    sweep.settle(partial, copy)
     return copy
 
 

@@ -4,6 +4,7 @@ import difflib
 import http.client
 import logging
 import urllib.request
+from collections.abc import Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from ssl_bench import files
 from ssl_bench.console import Bar
 from ssl_bench.data.store import cache_folder
 from ssl_bench.errors import UserError
-from ssl_bench.runs import layout
+from ssl_bench.runs import identity, layout
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +149,21 @@ def located(source: str) -> Path | None:
         f"pretrained={source}: no such file or run directory, nor one of the weights that "
         f"ssl-bench stage=zoo lists{hint}"
     )
+
+
+def missing(source: str, made: Set[Path]) -> str:
+    """Why no weights are at `pretrained=source`; "": there are, or there will be.
+
+    made: the real paths of run directories whose weights are there once they are needed.
+    """
+    place = Path(identity.real(source))
+    if not made.isdisjoint([place, *place.parents]):
+        return ""
+    try:
+        located(source)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def fetch(name: str) -> Path:

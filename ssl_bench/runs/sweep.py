@@ -12,6 +12,7 @@ SWEEP/table.md, table.csv    the results of all members; see `report.sweeps.swee
 """
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -411,6 +412,19 @@ def queued(jobs: Iterable[str]) -> dict[str, State] | None:
         job, state, reason = line.split("|")
         queue[job] = State(state.lower(), "" if reason == "None" else reason)
     return queue
+
+
+def settle(partial: Path, folder: Path) -> None:
+    """Give a whole folder of `.members` its name, which its content decides.
+
+    Another command may have been faster: then that one stays. OSError.
+    """
+    try:
+        partial.rename(folder)
+    except OSError:
+        shutil.rmtree(partial)
+        if not folder.is_dir():
+            raise
 
 
 def submitted_from(folder: Path) -> set[str]:

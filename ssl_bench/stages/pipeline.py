@@ -136,13 +136,9 @@ def check_weights(member: DictConfig, row: str, directory: str) -> None:
     """
     if (source := member.pretrained) is None or (Path(member.dir) / layout.SUMMARY).exists():
         return
-    place, own = Path(identity.real(source)), Path(identity.real(directory))
-    if own in [place, *place.parents]:
-        return
-    try:
-        published.located(os.path.expanduser(source))
-    except UserError as error:
-        raise UserError(f"stage.rows, {row}: {error}") from None
+    own = Path(identity.real(directory))
+    if why := published.missing(os.path.expanduser(source), {own}):
+        raise UserError(f"stage.rows, {row}: {why}")
 
 
 def check_choice(member: DictConfig, pretraining: DictConfig) -> None:
