@@ -177,7 +177,13 @@ class TwoLayers(nn.Sequential):
         super().__init__(*layers[0], *layers[1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def learnt(name: str, compiled: bool, device: str = "cpu", num_steps: int = 2) -> dict[str, Tensor]:
+def learnt(
+    name: str,
+    compiled: bool,
+    device: str = "cpu",
+    num_steps: int = 2,
+    after_step: Callable[[], object] = lambda: None,
+) -> dict[str, Tensor]:
     """The loss and each gradient of a few steps over a change of epoch."""
     method = make(name, TwoLayers, depth=1).to(device).train()
     if compiled:
@@ -203,6 +209,7 @@ def learnt(name: str, compiled: bool, device: str = "cpu", num_steps: int = 2) -
         found[f"{step} loss"] = loss.detach().clone()
         optimizer.step()
         method.update((step + 1) / num_steps)
+        after_step()
     return found
 
 

@@ -96,6 +96,79 @@ def _normalised_by_running_statistics(norm: nn.modules.batchnorm._BatchNorm, x: 
     return F.batch_norm(x, mean, variance, norm.weight, norm.bias, eps=norm.eps)
 
 
+def _normalised_and_joined(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    means: Tensor,
+    variances: Tensor,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Batch norm of len(means) consecutive parts of x; moves their means and variances (S, C)."""
+    parts = [
+        F.batch_norm(part, mean, variance, weight, bias, True, momentum, eps)
+        for part, mean, variance in zip(x.chunk(len(means)), means, variances, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+class _InOneTensor(torch.autograd.Function):
+    """As `_normalised_and_joined`, with the same kernels, on a CPU: each part is written where it
+    belongs, which spares torch.cat's pass over memory.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        means: Tensor,
+        variances: Tensor,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        num_splits = len(means)
+        whole = torch.empty_like(x)
+        of_batch = torch.empty_like(means), torch.empty_like(variances)  # for the gradient
+        for part, mean, variance, place, *of_part in zip(
+            x.chunk(num_splits), means, variances, whole.chunk(num_splits), *of_batch, strict=True
+        ):
+            torch.ops.aten.native_batch_norm.out(
+                part,
+                weight,
+                bias,
+                mean,
+                variance,
+                True,
+                momentum,
+                eps,
+                out=place,
+                save_mean=of_part[0],
+                save_invstd=of_part[1],
+            )
+        ctx.save_for_backward(x, weight, *of_batch)
+        ctx.eps = eps
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, means, deviations = ctx.saved_tensors
+        affine = weight is not None
+        parts = [
+            torch.ops.aten.native_batch_norm_backward(
+                of_part, part, weight, None, None, *of_batch, True, ctx.eps, [True, affine, affine]
+            )
+            for of_part, part, *of_batch in zip(
+                gradient.chunk(len(means)), x.chunk(len(means)), means, deviations, strict=True
+            )
+        ]
+        of_images, of_weight, of_bias = zip(*parts, strict=True)
+        summed = [torch.stack(each).sum(dim=0) if affine else None for each in (of_weight, of_bias)]
+        return torch.cat(of_images), *summed, None, None, None, None
+
+
 class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over each of `num_splits` consecutive parts of the batch, as so many GPUs do it.
 
@@ -111,15 +184,13 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
         # authors' code.
         means = self.running_mean.repeat(self.num_splits, 1)
         variances = self.running_var.repeat(self.num_splits, 1)
-        weight, bias = self.weight, self.bias
-        parts = [
-            F.batch_norm(part, mean, variance, weight, bias, True, self.momentum, self.eps)
-            for part, mean, variance in zip(x.chunk(self.num_splits), means, variances, strict=True)
-        ]
+        eager_on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        norm = _InOneTensor.apply if eager_on_cpu else _normalised_and_joined
+        normalised = norm(x, self.weight, self.bias, means, variances, self.momentum, self.eps)
         self.running_mean.copy_(means.mean(dim=0))
         self.running_var.copy_(variances.mean(dim=0))
         self.num_batches_tracked.add_(1)
-        return torch.cat(parts)
+        return normalised
 
 
 def split_batch_norm_(module: nn.Module, num_splits: int) -> None:

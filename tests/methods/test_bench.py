@@ -5,7 +5,8 @@ watched for collapse.
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from small_methods import (
     views_of,
 )
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 
 from ssl_bench.evaluate.health import collapse, effective_rank, health
@@ -192,20 +194,32 @@ def test_only_what_learns_drops(name: str) -> None:
         )
 
 
+def _first(name: str, first: Sequence[str]) -> object:
+    """Each takes many seconds: the others only in `make alltests`."""
+    return name if name in first else pytest.param(name, marks=pytest.mark.exhaustive)
+
+
 # a queue, prototypes, views of two sizes, hidden patches, a momentum network
-COMPILED_FIRST = ("moco_v2", "swav", "lejepa", "mae", "byol")
+TRACED_FIRST = ("moco_v2", "swav", "lejepa", "mae", "byol", "dinov2")
+
+
+@pytest.mark.parametrize("name", [_first(name, TRACED_FIRST) for name in LEARNING])
+def test_traced_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.compile makes of it, short of machine code: equal gradients, and a change of epoch
+    doesn't trace it anew.
+    """
+    backend = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    counts: list[int] = []
+    found = learnt(name, True, num_steps=4, after_step=lambda: counts.append(backend.frame_count))
+    assert counts[0] > 0
+    assert counts[-1] == counts[1], counts
+    assert differing(found, learnt(name, False, num_steps=4)) == set()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in COMPILED_FIRST else pytest.mark.exhaustive)
-        for name in LEARNING
-    ],
-)
+@pytest.mark.parametrize("name", [_first(name, ["moco_v2"]) for name in LEARNING])
 def test_compiled(name: str) -> None:
-    """A change of epoch must not compile everything anew."""
     assert differing(learnt(name, True), learnt(name, False)) == set()
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ssl_bench.backbones import pixels, resnet, vit
 from ssl_bench.errors import UserError
-from ssl_bench.methods import splits
+from ssl_bench.methods import layers, splits
 from ssl_bench.methods.base import momentum_copy
 from ssl_bench.methods.layers import (
     Queue,
@@ -135,23 +135,56 @@ def test_batch_norm_of_a_momentum_network_is_the_batchs() -> None:
     assert torch.equal(slow.bn1.running_mean, before)
 
 
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_split_batch_norm_is_batch_norm_of_each_part(layout: torch.memory_format) -> None:
-    whole = nn.Sequential(nn.BatchNorm2d(3))
-    parts = [nn.BatchNorm2d(3) for _ in range(4)]
+def test_split_batch_norm_is_batch_norm_of_each_part(
+    layout: torch.memory_format, dtype: torch.dtype, affine: bool
+) -> None:
+    whole = nn.Sequential(nn.BatchNorm2d(3, affine=affine))
+    parts = [nn.BatchNorm2d(3, affine=affine) for _ in range(4)]
+    for norm in (whole[0], *parts):
+        for parameter, values in zip(
+            norm.parameters(), ([0.5, 1.0, 2.0], [1.0, 0.0, -1.0]), strict=False
+        ):
+            parameter.data = torch.tensor(values)
     split_batch_norm_(whole, 4)
-    x = torch.randn(8, 3, 5, 5).to(memory_format=layout)
-    actual = whole(x)
-    expected = torch.cat([bn(part) for bn, part in zip(parts, x.chunk(4), strict=True)])
-    torch.testing.assert_close(actual, expected)
+    x, gradient = torch.randn(2, 8, 3, 5, 5).to(dtype).unbind()
+    x, of_whole, of_parts = (x.to(memory_format=layout, copy=True) for _ in range(3))
+    actual = whole(of_whole.requires_grad_())
+    pairs = zip(parts, of_parts.requires_grad_().chunk(4), strict=True)
+    expected = torch.cat([norm(part) for norm, part in pairs])
+    assert actual.stride() == x.stride()
+    assert torch.equal(actual, expected)
+    actual.backward(gradient)
+    expected.backward(gradient)
+    assert torch.equal(of_whole.grad, of_parts.grad)
+    for name, parameter in whole[0].named_parameters():
+        summed = sum(getattr(norm, name).grad for norm in parts)
+        torch.testing.assert_close(parameter.grad, summed)
     for name in ("running_mean", "running_var"):
-        of_parts = torch.stack([getattr(bn, name) for bn in parts])
-        torch.testing.assert_close(getattr(whole[0], name), of_parts.mean(0))
+        each = torch.stack([getattr(norm, name) for norm in parts])
+        torch.testing.assert_close(getattr(whole[0], name), each.mean(0))
+    x = x.float()
     whole.eval()
-    torch.testing.assert_close(
-        whole(x), F.batch_norm(x, whole[0].running_mean, whole[0].running_var)
-    )
-    assert whole.state_dict().keys() == nn.Sequential(nn.BatchNorm2d(3)).state_dict().keys()
+    running = whole[0].running_mean, whole[0].running_var, whole[0].weight, whole[0].bias
+    torch.testing.assert_close(whole(x), F.batch_norm(x, *running))
+    assert whole.state_dict().keys() == nn.Sequential(parts[0]).state_dict().keys()
+
+
+def test_split_batch_norm_is_the_same_by_either_way() -> None:
+    """On a CPU each part is written in place; compiled, and on a GPU, torch.cat joins them."""
+    found = []
+    for normalise in (layers._InOneTensor.apply, layers._normalised_and_joined):
+        means, variances = torch.zeros(4, 3), torch.ones(4, 3)
+        weight, bias = torch.tensor([[0.5, 1.0, 2.0], [1.0, 0.0, -1.0]]).requires_grad_().unbind()
+        torch.manual_seed(0)
+        x = torch.randn(8, 3, 5, 5, requires_grad=True)
+        y = normalise(x, weight, bias, means, variances, 0.1, 1e-5)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, weight, bias])])
+        found[-1] += [means, variances]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize(
