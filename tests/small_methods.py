@@ -99,7 +99,7 @@ RUN += [
 
 WHOLE = slice(None)
 # a ViT that learns something in seconds
-SMALL_VIT = ["backbone=vit_tiny", "backbone.patch_size=4", "backbone.depth=2"]
+SMALL_VIT = ["backbone=vit_tiny", "backbone.patch_size=4", "backbone.depth=2", "backbone.dim=96"]
 SMALL_VIT += ["optimizer.base_lr=1e-3"]
 
 

@@ -9,6 +9,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "examples").glob("*.ipynb"))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.exhaustive
 def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
     nbclient, nbformat = map(pytest.importorskip, ("nbclient", "nbformat"))
     pytest.importorskip("ipykernel")

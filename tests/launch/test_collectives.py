@@ -331,6 +331,7 @@ def test_processes_that_do_not_meet_say_so(tmp_path: Path, port: int, address: s
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_process_that_comes_late_is_waited_for_at_collectives(tmp_path: Path, port: int) -> None:
     """Meeting has a limit of seconds here; packing, which the others wait for, hasn't."""
     (tmp_path / "mine.py").write_text(

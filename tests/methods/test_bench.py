@@ -5,7 +5,7 @@ watched for collapse.
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -194,16 +194,17 @@ def test_only_what_learns_drops(name: str) -> None:
         )
 
 
-def _first(name: str, first: Sequence[str]) -> object:
-    """Each takes many seconds: the others only in `make alltests`."""
-    return name if name in first else pytest.param(name, marks=pytest.mark.exhaustive)
-
-
 # a queue, prototypes, views of two sizes, hidden patches, a momentum network
 TRACED_FIRST = ("moco_v2", "swav", "lejepa", "mae", "byol", "dinov2")
 
 
-@pytest.mark.parametrize("name", [_first(name, TRACED_FIRST) for name in LEARNING])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in TRACED_FIRST else pytest.mark.exhaustive)
+        for name in LEARNING
+    ],
+)
 def test_traced_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch.compile makes of it, short of machine code: equal gradients, and a change of epoch
     doesn't trace it anew.
@@ -218,7 +219,8 @@ def test_traced_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [_first(name, ["moco_v2"]) for name in LEARNING])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", LEARNING)
 def test_compiled(name: str) -> None:
     assert differing(learnt(name, True), learnt(name, False)) == set()
 
@@ -336,6 +338,7 @@ def test_health_of_known_embeddings() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", ["byol", "vicreg"])
 def test_a_collapsed_run_is_flagged(
     case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -56,8 +56,13 @@ def assert_same_end(run: Path, whole: tuple[dict, list[dict]]) -> None:
 
 
 @pytest.mark.xdist_group("resume")  # for what they share
-@pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("stage", COMMANDS)
+@pytest.mark.parametrize(
+    ("stage", "devices"),
+    [
+        *((stage, 1) for stage in COMMANDS),
+        *(pytest.param(stage, 2, marks=pytest.mark.exhaustive) for stage in COMMANDS),
+    ],
+)
 def test_killed(
     ssl_bench: Command, tmp_path: Path, whole: Callable[..., tuple], stage: str, devices: int
 ) -> None:

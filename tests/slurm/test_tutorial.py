@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import TINY_PRETRAIN
 
 from slurm.cluster import wait
@@ -15,6 +16,7 @@ from slurm.conftest import Sweeps
 PAGE = (Path(__file__).parents[2] / "docs" / "tutorials" / "cluster.md").read_text()
 
 
+@pytest.mark.exhaustive
 def test_from_laptop_to_cluster(sweeps: Sweeps) -> None:
     blocks = re.findall(r"^( *)```sh\n(.*?)^ *```", PAGE, re.DOTALL | re.MULTILINE)
     script = "".join(

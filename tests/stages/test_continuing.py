@@ -81,7 +81,7 @@ def test_extended_on_two_processes(ssl_bench: Command, runs: Path, tmp_path: Pat
     two, whole = final(tmp_path / "two")[1][1:], final(runs / "long")[1][20:]
     losses = [[line["loss"] for line in lines] for lines in (two, whole)]
     assert losses[0][:4] == pytest.approx(losses[1][:4], rel=1e-6)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
 def test_what_was_not_typed_is_as_it_was(runs: Path) -> None:

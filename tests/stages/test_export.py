@@ -188,12 +188,15 @@ def test_onnx_answers_as_torch_does(place: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(outputs), expected, rtol=1e-3, atol=1e-4)
 
 
+LARGE = ("resnet34", "resnet50x2", "vit_small", "vit_base")  # layers as the others have
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "network",
     [
         *(
-            f"backbone={name}"
+            pytest.param(f"backbone={name}", marks=[pytest.mark.exhaustive] * (name in LARGE))
             for group, name in CHOICES
             if group == "backbone" and name not in ("timm", "dinov2_small", "resnet101")
         ),

@@ -181,6 +181,7 @@ def test_killed_and_resumed_bit_for_bit(here: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_see_what_one_sees(here: Path) -> None:
     """The same views, so the same losses but for the rounding of sums."""
     words = ["method=simclr", "optimizer=sgd", "optimizer.base_lr=0.01", "schedule=constant"]

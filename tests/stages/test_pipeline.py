@@ -191,6 +191,7 @@ def test_a_training_anew_is_not_answered_with_an_old_result(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_pipeline_goes_on_by_another_spelling_of_its_directory_and_after_a_move(
     ssl_bench: Command, tmp_path: Path
 ) -> None:
