@@ -141,7 +141,8 @@ def test_one_cell_learns_from_all_images(place: Path, tmp_path: Path) -> None:
         cells = [f"stage.lrs=[{lrs}]", "stage.weight_decays=[0]"]
         launch(compose(*on(place, "simsiam", *CACHED, *cells, f"dir={tmp_path}/{len(lrs)}")))
         states.append(state(tmp_path / str(len(lrs))))
-    assert torch.equal(states[0]["weights.0"], states[1]["weights.0"])
+    # as one product or as one of two: sums that some processors round otherwise
+    torch.testing.assert_close(states[0]["weights.0"], states[1]["weights.0"])
     assert torch.equal(states[0]["fc.weight"], states[0]["weights.0"])
 
 
