@@ -23,6 +23,7 @@ SQRT2 = math.sqrt(2)
 # Radians to either side. A small network learns tilted shapes in minutes, freely turned ones in
 # hours.
 TILT = 0.25
+PLAIN = np.full((2, 3), [[0.1], [0.9]], np.float32)  # colours: dark ground, light shape
 
 
 def disc(u, v, cu=0.0, cv=0.0, radius=0.9):
@@ -150,12 +151,13 @@ def _colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def render(
-    seed: int, split: str, index: int, image_size: int, num_classes: int
+    seed: int, split: str, index: int, image_size: int, num_classes: int, plain: bool = False
 ) -> tuple[np.ndarray, int]:
     """Image `index` of a split: uint8 (image_size, image_size, 3), and its label.
 
     A pure function of its arguments; the label is index % num_classes. `num_classes` goes up to
-    len(SHAPES); split is "pretrain", "train" or "val".
+    len(SHAPES); split is "pretrain", "train" or "val". plain: light shapes on a dark ground,
+    without colours, textures and clutter.
     """
     bits = np.random.Philox(key=[seed, SPLITS.index(split)], counter=[0, 0, 0, index])
     rng = np.random.Generator(bits)
@@ -164,6 +166,8 @@ def render(
 
     def paint(colour: np.ndarray) -> np.ndarray:
         """A colour with a texture: float32 (image_size or 1, image_size or 1, 3)."""
+        if plain:
+            return colour
         contrast = (rng.uniform(0.08, 0.3) * rng.uniform(-1, 1, 3)).astype(np.float32)
         texture = np.asarray(_texture(rng, image_size))
         return colour + texture[..., None] * contrast
@@ -172,10 +176,10 @@ def render(
         """How much of each pixel a shape covers, its edge one pixel wide: (size, size, 1)."""
         return np.clip(0.5 - distance * (radius * image_size / 2), 0, 1)[..., None]
 
-    back, front = _colours(rng)
+    back, front = PLAIN if plain else _colours(rng)
     image = np.empty((image_size, image_size, 3), np.float32)
     image[:] = paint(back)
-    for _ in range(rng.integers(3)):  # clutter, behind the shape
+    for _ in range(0 if plain else rng.integers(3)):  # clutter, behind the shape
         cx, cy = rng.uniform(-1, 1, 2).tolist()
         blob = cover(disc(x, y, cx, cy, rng.uniform(0.05, 0.12)), 1)
         image += blob * (rng.uniform(0, 1, 3).astype(np.float32) - image)

@@ -25,7 +25,7 @@ from ssl_bench.data.formats.digits import Digits
 from ssl_bench.data.formats.dl21 import DL21
 from ssl_bench.data.formats.folder import Folder, Images
 from ssl_bench.data.formats.stl10 import STL10
-from ssl_bench.data.formats.synthetic import Synthetic
+from ssl_bench.data.formats.synthetic import Shapes, Synthetic
 from ssl_bench.data.pool import receive, run_chunks, send, started
 from ssl_bench.errors import UserError
 
@@ -357,7 +357,7 @@ def test_digests_hold_where_images_were_left_out(dl21, cache):
 
 PACK = """
 import sys
-from ssl_bench.data.formats.synthetic import Synthetic
+from ssl_bench.data.formats.synthetic import Shapes, Synthetic
 data = Synthetic(int(sys.argv[2]), 1, 1, 3, 0, image_size=16, cache=sys.argv[1], workers=2)
 store = data.open("pretrain")
 print(len(store.images), store.images.sum(dtype="int64"))
@@ -796,6 +796,23 @@ def test_synthetic_is_a_function_of_its_arguments(cache):
     assert data.open("val").labels.tolist() == [0, 1, 2, 3, 4]
     assert data.class_names[:3] == ["circle", "square", "triangle"]
     assert Synthetic(20, 10, 5, 10, 4, 48).split("val").store_name != data.split("val").store_name
+
+
+def test_plain_shapes_are_light_on_dark(cache):
+    data = Shapes(20, 1300, 500, 10, 0, 32, cache=str(cache), workers=1)
+    images, labels = data.open("train").images, data.open("train").labels
+    assert np.bincount(labels).tolist() == 10 * [130]
+    for index in (0, 11, 1299):
+        image, label = synthetic.render(0, "train", index, 32, 10, plain=True)
+        assert np.array_equal(images[index], image)
+        assert labels[index] == label
+    grey = images.astype(int).mean(-1)
+    light = (grey > 128).mean((1, 2))
+    assert light.min() > 0.02
+    assert light.max() < 0.6
+    assert (np.minimum(abs(grey - 25), abs(grey - 230)) < 30).mean() > 0.8  # two colours, and edges
+    with_textures = Synthetic(20, 1300, 500, 10, 0, 32)
+    assert data.split("val").store_name != with_textures.split("val").store_name
 
 
 def test_shapes_fill_their_radius_and_differ():

@@ -12,8 +12,32 @@ from ssl_bench.data.formats.base import Dataset, Digests, hashed
 from ssl_bench.data.store import OnError, Split
 
 
+@dataclass(frozen=True)
+class _Renderer:
+    seed: int
+    split: str
+    length: int
+    image_size: int
+    num_classes: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __call__(self, index: int) -> np.ndarray:
+        return synthetic.render(self.seed, self.split, index, self.image_size, self.num_classes)[0]
+
+
+@dataclass(frozen=True)
+class _PlainRenderer(_Renderer):
+    def __call__(self, index: int) -> np.ndarray:
+        arguments = self.seed, self.split, index, self.image_size, self.num_classes
+        return synthetic.render(*arguments, plain=True)[0]
+
+
 class Synthetic(Dataset):
     """Images drawn by `synthetic.render`, whose class is a shape; each split has its own images."""
+
+    renderer: type[_Renderer] = _Renderer
 
     def __init__(
         self,
@@ -39,22 +63,13 @@ class Synthetic(Dataset):
     def _list(self, name: str) -> Split:
         length = self.lengths[name]
         labels = None if name == "pretrain" else np.arange(length) % self.num_classes
-        read = _Renderer(self.seed, name, length, self.side, self.num_classes)
+        read = self.renderer(self.seed, name, length, self.side, self.num_classes)
         digest = hashed(synthetic.VERSION, read)
         where = f"synthetic {name} image {{}}".format
         return self._split(name, name, Digests(digest, digest), labels, read, where)
 
 
-@dataclass(frozen=True)
-class _Renderer:
-    seed: int
-    split: str
-    length: int
-    image_size: int
-    num_classes: int
+class Shapes(Synthetic):
+    """The same shapes, light on dark, which a small network learns in a minute."""
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __call__(self, index: int) -> np.ndarray:
-        return synthetic.render(self.seed, self.split, index, self.image_size, self.num_classes)[0]
+    renderer = _PlainRenderer
