@@ -185,7 +185,8 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
         means = self.running_mean.repeat(self.num_splits, 1)
         variances = self.running_var.repeat(self.num_splits, 1)
         eager_on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        norm = _InOneTensor.apply if eager_on_cpu else _normalised_and_joined
+        single = x.numel() == self.num_splits * x.shape[1]  # which F.batch_norm refuses
+        norm = _InOneTensor.apply if eager_on_cpu and not single else _normalised_and_joined
         normalised = norm(x, self.weight, self.bias, means, variances, self.momentum, self.eps)
         self.running_mean.copy_(means.mean(dim=0))
         self.running_var.copy_(variances.mean(dim=0))

@@ -172,6 +172,14 @@ def test_split_batch_norm_is_batch_norm_of_each_part(
     assert whole.state_dict().keys() == nn.Sequential(parts[0]).state_dict().keys()
 
 
+def test_split_batch_norm_refuses_a_single_value_as_torch_does() -> None:
+    network = nn.Sequential(nn.BatchNorm1d(3))
+    split_batch_norm_(network, 4)
+    network(torch.randn(8, 3))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        network(torch.randn(4, 3))
+
+
 def test_split_batch_norm_is_the_same_by_either_way() -> None:
     """On a CPU each part is written in place; compiled, and on a GPU, torch.cat joins them."""
     found = []
