@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 RUN = $(VENV)/bin/
-# a worker for each core, and two for Slurm, of about 1 GB; in the order of tests/conftest.py
+# a worker for each core, and one for Slurm, which needs about 1 GB; in the order of tests/conftest.py
 PYTEST = $(RUN)python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: quickstart speedrun test alltests quicktest durations lint docs lock mutants bench

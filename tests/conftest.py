@@ -35,12 +35,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A worker for each core, and two for Slurm's tests, which wait more than they compute."""
+    """A worker for each core, and one for Slurm's tests, which wait more than they compute."""
     from xdist.plugin import pytest_xdist_auto_num_workers as cores
 
     all_tests = config.option.markexpr in ("", "not exhaustive") and not config.option.keyword
-    slurm = shutil.which("slurmctld", path=SYSTEM_PATH) is not None
-    return cores(config) + 2 * (all_tests and slurm)
+    return cores(config) + (all_tests and shutil.which("slurmctld", path=SYSTEM_PATH) is not None)
 
 
 # xdist reads the groups in such a hook, too

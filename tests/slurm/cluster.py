@@ -53,7 +53,6 @@ PreemptMode=REQUEUE
 JobRequeue=1
 KillWait={kill_wait}
 MinJobAge=300
-FirstJobId={first_job}
 SlurmdTimeout=6
 GresTypes=gpu
 AccountingStorageType={accounting}
@@ -121,8 +120,6 @@ class Cluster:
             "sql_port": (sql_port := next(ports)),
             "kill_wait": KILL_WAIT,
             "cred_expire": KILL_WAIT + 4,
-            # Ranks of a job meet at a port that follows from its number: no other cluster's here.
-            "first_job": 1 + 100 * (os.getpid() % 100),
             "preempt_signal": f"{'PreemptParameters' if newer else 'SlurmctldParameters'}="
             + ("send_user_signal" if newer else "preempt_send_user_signal"),
             "accounting": "accounting_storage/none",

@@ -54,9 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slurm)
             item.add_marker(pytest.mark.slow)
-            # two clusters side by side: jobs wait more than they compute
-            waits = item.path.stem in ("test_interruptions", "test_container")
-            item.add_marker(pytest.mark.xdist_group("slurm, interrupted" if waits else "slurm"))
+            item.add_marker(pytest.mark.xdist_group("slurm"))  # one cluster
 
 
 @pytest.fixture(scope="session")
