@@ -62,7 +62,7 @@ class Window:
     when they begin.
     """
 
-    is_main, directory = False, None  # no files, no pictures
+    is_main, directory, watches = False, None, False  # no files, no pictures, no best state
     rate_before = None  # it goes on from no other run
     ends_at_once = nullcontext
 
@@ -91,6 +91,9 @@ class Window:
 
     def carry_over(self, per_epoch: int, **state: object) -> int:
         return 0
+
+    def end_of(self, per_epoch: int, epochs: int) -> int:
+        return per_epoch * epochs
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         def ends(part: str) -> Callable[..., None]:

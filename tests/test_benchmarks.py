@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -68,6 +69,18 @@ def test_quick(tmp_path: Path) -> None:
     assert "| resnet18, batch 16 |" in (tmp_path / "speed_cpu.md").read_text()
     assert (tmp_path / "speed_cpu.png").stat().st_size > 10_000
     assert "aten::mm" in (tmp_path / "profile_cpu.txt").read_text()
+
+
+def test_a_step_of_the_program_is_timed_by_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in for a run has all that the loop asks of one."""
+    parts = imported("parts", monkeypatch)
+    cfg = compose(
+        "stage=pretrain", "method=moco_v2", "data=digits", "data.image_size=16", "backbone.width=8",
+        "backbone.stem=small", "method.queue_size=256", "batch_size=32", "dir=none", "device=cpu",
+    )  # fmt: skip
+    window = parts.Window(torch.device("cpu"), 1, 2, time.perf_counter)
+    parts.pretrain(cfg, window)
+    assert window.totals.keys() == {*parts.PARTS}
 
 
 @pytest.mark.slow
