@@ -77,8 +77,8 @@ def measure(name: str, warmup: int, steps: int, cache: str) -> dict[str, float]:
         def mark(self, part: str) -> None:
             times.append(time.perf_counter())
 
-    pretrain(cfg, Timed(device, warmup, steps))
-    # a step has two marks, of its data and of the rest
+    pretrain(cfg, Timed(device, warmup, steps, warm=times.clear))
+    # after the warm-up; a step has two marks, of its data and of the rest
     seconds = median(after - before for before, after in zip(times, times[2:], strict=False))
     cfg.compile = False
     with FlopCounterMode(display=False) as counter:
