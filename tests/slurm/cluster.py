@@ -165,7 +165,7 @@ class Cluster:
 
     def start_node(self) -> None:
         self("slurmd")
-        wait(lambda: self("sinfo", "-h", "-p", "low", "-o", "%t").startswith("idle"), 60)
+        wait(lambda: self("sinfo", "-h", "-p", "low", "-o", "%t").startswith("idle"))
 
     def kill_node(self) -> None:
         """The daemon of the node, without a warning. The tasks that it started live on until
@@ -236,7 +236,8 @@ class Cluster:
         self("sacctmgr", "-i", "add", "user", user, "account=dl17")
 
 
-def wait(happened: Callable[[], object], seconds: float = 30) -> None:
+def wait(happened: Callable[[], object], seconds: float = 180) -> None:
+    """The limit is for what never happens: a busy machine takes minutes for what takes seconds."""
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, f"still waiting after {seconds} s"

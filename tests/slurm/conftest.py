@@ -131,7 +131,7 @@ class Sweeps:
 
     def wait_for_step(self, step: int, process: subprocess.Popen) -> str:
         """Until the only member has logged so many; returns its job."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while self.steps() < step:
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline, self.slurm.jobs()
@@ -145,7 +145,7 @@ class Sweeps:
 
 
 def ended(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=600)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 

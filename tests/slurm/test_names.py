@@ -17,10 +17,10 @@ def test_a_folder_of_any_name(slurm: Cluster, tmp_path: Path, name: str, beside:
     other.mkdir() if beside == "folder" else other.write_text("mine\n")
     sweeps = Sweeps(slurm, tmp_path / name)
     process = sweeps.start("epochs=1")
-    wait(lambda: list(sweeps.root.glob("*/summary.json")), 120)
+    wait(lambda: list(sweeps.root.glob("*/summary.json")))
     job = sweeps.job()
     try:
-        wait(lambda: job not in slurm.jobs(), 30)
+        wait(lambda: job not in slurm.jobs())
         result = ended(process)
     finally:
         slurm("scancel", job)

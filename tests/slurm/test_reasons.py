@@ -65,7 +65,7 @@ HOLD = "+hydra.launcher.additional_parameters.hold=true"
 def test_ctrl_c_while_sbatch_is_slow(sweeps: Sweeps, slurm: Cluster, slow: str) -> None:
     """Its job is known all the same."""
     process = sweeps.start(HOLD, PATH=slow)
-    wait((sweeps.folder / "asked").exists, 60)
+    wait((sweeps.folder / "asked").exists)
     process.send_signal(signal.SIGINT)
     (sweeps.folder / "go").touch()
     stopped = ended(process)
@@ -94,10 +94,10 @@ def test_sixty_members_and_a_command_killed_while_it_submits(
     grid = ["seed=range(0,30)", "method.temperature=0.1,0.2", "hydra.launcher.wait=false"]
     grid += [f"hydra.launcher.python={sweeps.folder}/python", "hydra.launcher.max_running=2"]
     process = sweeps.start(*grid, HOLD, PATH=slow)
-    wait((sweeps.folder / "asked").exists, 60)
+    wait((sweeps.folder / "asked").exists)
     os.kill(process.pid, signal.SIGKILL)
     (sweeps.folder / "go").touch()
-    wait(slurm.jobs, 30)
+    wait(slurm.jobs)
     left = {*slurm.jobs()}
     assert len(left) == 60
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -110,7 +110,7 @@ def test_sixty_members_and_a_command_killed_while_it_submits(
     assert len(jobs) == 60
     assert not left & jobs
     assert len({job.partition("_")[0] for job in jobs}) == 1
-    wait(lambda: not slurm.jobs(), 180)
+    wait(lambda: not slurm.jobs())
     steps = [int(line) for line in (sweeps.folder / "log").read_text().splitlines()]
     assert steps.count(1) == 60
     assert max(accumulate(steps)) == 2
@@ -120,7 +120,7 @@ def test_two_commands_at_once(sweeps: Sweeps, slurm: Cluster, slow: str) -> None
     """The second one waits for what the first has submitted, and submits nothing."""
     grid = [HOLD, "seed=0,1,2", "hydra.launcher.wait=false"]
     first = sweeps.start(*grid, PATH=slow)
-    wait((sweeps.folder / "asked").exists, 60)
+    wait((sweeps.folder / "asked").exists)
     second = sweeps.start(*grid)
     told = "another command is starting members of pretrain: waiting for it"
     assert any(told in line for line in second.stderr)

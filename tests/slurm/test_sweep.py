@@ -131,7 +131,7 @@ def test_halving(sweeps: Sweeps, slurm: Cluster) -> None:
         return [json.loads(line) for line in lines]
 
     process = sweeps.start(*grid, PAUSE="1")
-    wait(lambda: any("came_to" in event for event in events()) and slurm.jobs(), 120)
+    wait(lambda: any("came_to" in event for event in events()) and slurm.jobs())
     process.kill()
     process.wait()
     again = sweeps(*grid)
@@ -192,7 +192,7 @@ def test_what_is_queued_stays_as_it_was_composed(sweeps: Sweeps, slurm: Cluster)
     jobs = slurm.jobs()
     assert len(jobs) == 2  # the pretraining, and the evaluations
     slurm("scontrol", "release", *jobs)
-    wait(lambda: not slurm.jobs(), 180)
+    wait(lambda: not slurm.jobs())
     assert "finished" in sweeps.status()
     run = sweeps.run()
     assert (

@@ -30,7 +30,7 @@ def test_evaluations_wait_for_their_pretraining(
     sweeps.root = sweeps.root.with_name("pipeline")
     before = len(ended_jobs(slurm))
     process = sweeps.start(*TWO, *grid, FAIL="one", PAUSE="0.3")
-    wait(lambda: list(sweeps.root.glob(".members/*.failed")), 120)
+    wait(lambda: list(sweeps.root.glob(".members/*.failed")))
     (failed,) = sweeps.root.glob(".members/*.failed")
     unlucky = failed.stem.removesuffix(".pretrain")
     assert failed.stem != unlucky
@@ -40,13 +40,13 @@ def test_evaluations_wait_for_their_pretraining(
         logs = sweeps.root.glob("*/pretrain/metrics.jsonl")
         return [log.parents[1] for log in logs if 5 <= log.read_bytes().count(b"\n") < 15]
 
-    wait(begun, 120)
+    wait(begun)
     # a job that goes first, and for which all but one core of those that are in use are too few
     used = slurm("squeue", "-h", "-t", "RUNNING", "-o", "%C").split()
     cores = 16 - sum(map(int, used)) + 1
     first = ["--partition=high", f"--cpus-per-task={cores}", "--output=/dev/null"]
     slurm("sbatch", "--quiet", *first, "--wrap=sleep 1")
-    wait(lambda: list(sweeps.root.glob("*/pretrain/checkpoints/step*")), 60)
+    wait(lambda: list(sweeps.root.glob("*/pretrain/checkpoints/step*")))
     result = ended(process)
     assert result.returncode == 2
     told = [line for line in result.stderr.splitlines() if line.startswith(unlucky)]
