@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from common import machine
+from common import machine, publish
 from omegaconf import DictConfig, open_dict
 from torch import nn
 
@@ -219,8 +219,7 @@ def write(results: dict[str, Any]) -> None:
         "LEFT_RANK": LEFT_RANK,
         "WATCHED": WATCHED,
     }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    RESULTS.with_suffix(".md").write_text(tables(results))
+    publish(results, tables(results), RESULTS)
 
 
 def tables(results: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """What the benchmarks share."""
 
+import json
 import os
 import platform
 import tempfile
@@ -28,6 +29,13 @@ def workplace(kept: Path | None, **counts: int) -> Iterator[Path]:
         if not (folder / "data").exists():
             write_dl21(folder / "data", **counts, num_classes=10)
         yield folder
+
+
+def publish(result: dict, table: str, file: Path) -> None:
+    """What was measured to `file`, a .json, and its table to a .md beside it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    file.with_suffix(".md").write_text(table.rstrip("\n") + "\n")
 
 
 def machine() -> dict:

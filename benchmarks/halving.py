@@ -15,7 +15,7 @@ import json
 import os
 from pathlib import Path
 
-from common import folder_for, machine
+from common import folder_for, machine, publish
 
 from ssl_bench.command import execute
 from ssl_bench.launch.process import set_up_logging
@@ -105,9 +105,9 @@ def write(rows: list[dict], out: Path) -> None:
         for one in rows
     ]
     document = {"recipe": RECIPE, "grid": GRID, "rules": RULES, **machine(), "rows": rows}
-    out.write_text(json.dumps(document, indent=1) + "\n")
-    out.with_suffix(".md").write_text(markdown(header, lines, right=2) + "\n")
-    print(f"\n{markdown(header, lines, right=2)}\n\nwritten: {out}", flush=True)
+    table = markdown(header, lines, right=2)
+    publish(document, table, out)
+    print(f"\n{table}\n\nwritten: {out}", flush=True)
 
 
 def main() -> None:

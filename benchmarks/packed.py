@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from common import machine
+from common import machine, publish
 
 DIGITS = ("stage=pretrain", "data=digits", "tracking=local", "eval_every=0", "save_every=1000000")
 DIGITS += ("augmentation=digits", "method.queue_size=1024", "backbone.stem=small", "log_every=10")
@@ -87,7 +87,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=[*NETWORKS])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     steps = args.steps or STEPS[args.device]
     result = {"members": args.members, "steps": steps, **machine(), "networks": {}}
     with tempfile.TemporaryDirectory(prefix="ssl_bench_packed_") as folder:
@@ -103,8 +102,7 @@ def main() -> None:
                 for count, each in turns.items()
             }
     file = args.out / f"packed_{args.device}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    file.with_suffix(".md").write_text(table(result) + "\n")
+    publish(result, table(result), file)
     print(f"\n{table(result)}\nwritten: {file}")
 
 

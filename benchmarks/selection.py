@@ -34,7 +34,7 @@ from typing import NamedTuple
 import hydra
 import numpy as np
 import torch
-from common import folder_for, machine
+from common import folder_for, machine, publish
 from memory import private_bytes
 from PIL import Image
 from torch import nn
@@ -390,8 +390,7 @@ def scale(folder: Path, out: Path) -> None:
 
 
 def finish(out: Path, table: str, document: dict) -> None:
-    out.write_text(json.dumps(document, indent=2) + "\n")
-    out.with_suffix(".md").write_text(table + "\n")
+    publish(document, table, out)
     print(f"\n{table}\n\nwritten: {out}")
 
 

@@ -38,7 +38,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from common import machine
+from common import machine, publish
 from memory import OVERRIDES as SMALL
 from memory import private_bytes
 from speed_report import plot, tables
@@ -455,8 +455,7 @@ def main() -> None:
 
 def write(result: dict, out: Path) -> None:
     path = out / f"speed_{result['device']}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    path.with_suffix(".md").write_text(tables(result) + "\n")
+    publish(result, tables(result), path)
     plot(result, path.with_suffix(".png"))
 
 

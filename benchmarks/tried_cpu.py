@@ -19,7 +19,7 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from common import machine
+from common import machine, publish
 from hydra import compose, initialize_config_module
 from parts import Unmarked, Window, matrix_rate
 from torch import Tensor, nn
@@ -118,10 +118,8 @@ def main() -> None:
                     sys.exit(done.stderr)
                 result["turns"][name].append(json.loads(done.stdout.splitlines()[-1]))
                 print(name, result["turns"][name][-1], flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "tried_cpu.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    file.with_suffix(".md").write_text(table(result) + "\n")
+    publish(result, table(result), file)
     print(f"\n{table(result)}\nwritten: {file}")
 
 

@@ -205,6 +205,35 @@ def test_the_speedrun_is_tuned_without_the_test_images(
     assert np.array_equal(np.concatenate([learnt, measured]), train)
 
 
+def test_stacked_seeds_take_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = imported("stacked", monkeypatch)
+    for network in module.NETWORKS.values():
+        seeds = module.Seeds(network, 2, torch.device("cpu"))
+        views = torch.rand(2, 2, 8, 3, module.SIZE, module.SIZE)
+        for way in module.WAYS.values():
+            getattr(seeds, way)(*views)
+        before = dict(seeds.skeleton.named_parameters())
+        for seed, model in enumerate(seeds.models):
+            for name, weight in model.named_parameters():
+                torch.testing.assert_close(seeds.weights[name][seed], weight, rtol=1e-4, atol=1e-6)
+            assert not torch.equal(weight, before[name])
+
+
+def test_what_was_tried_on_a_cpu_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One turn of one change, of a small network in place of ResNet-50."""
+    module = imported("tried_cpu", monkeypatch)
+    small = ["backbone=resnet18", "backbone.width=8", "data.num_unlabeled=128"]
+    monkeypatch.setattr(module, "WORDS", (*module.WORDS, *small, "method.queue_size=128"))
+    found = module.measure("1x1 convolutions as matrix products", 1, 3, str(tmp_path))
+    assert found["images_per_second"] > 0
+    assert 0 < found["of_floor"] < 1
+    assert "| 1x1 convolutions as matrix products |" in module.table(
+        {"turns": {[*module.CHANGES][3]: [found]}}
+    )
+
+
 def test_onset_and_announcement_of_a_collapse(monkeypatch: pytest.MonkeyPatch) -> None:
     """The spread halves at step 50 and goes on falling; a dip of ten steps is no onset."""
     module = imported("collapse", monkeypatch)
