@@ -76,10 +76,14 @@ def few_labels(
         members = np.flatnonzero(labels == label)
         rng = np.random.default_rng(fold(seed, "labels", int(label)))
         chosen.append(rng.choice(members, number, replace=False))
-    number, all_labels = wanted.sum(), len(labels)
-    share = 100 * number / all_labels
-    log.info("%s of %s labels, %.3g %%", f"{number:,}", f"{all_labels:,}", share)
     return np.sort(np.concatenate(chosen))
+
+
+def log_share(few: np.ndarray | None, labels: np.ndarray) -> None:
+    """Say how many labels these are, unless they are all."""
+    if few is not None:
+        share = 100 * len(few) / len(labels)
+        log.info("%s of %s labels, %.3g %%", f"{len(few):,}", f"{len(labels):,}", share)
 
 
 def check_classes(labels: np.ndarray) -> None:

@@ -6,7 +6,7 @@ from torch import nn
 
 from ssl_bench.config import build
 from ssl_bench.config.fields import Resize, Share
-from ssl_bench.evaluate.labels import few_labels
+from ssl_bench.evaluate.labels import few_labels, log_share
 from ssl_bench.evaluate.passes import evaluate
 from ssl_bench.methods import layers
 from ssl_bench.methods.base import digest
@@ -55,6 +55,7 @@ def finetune(
     split = data.split("train")
     data.split("val")
     subset = few_labels(split.labels, labels_per_class, label_fraction, cfg.seed)
+    log_share(subset, split.labels)
     check_batch(cfg, split.length if subset is None else len(subset))
     backbone = load_pretrained(cfg)
     check_sizes(cfg, backbone)

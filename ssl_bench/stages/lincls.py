@@ -10,7 +10,7 @@ from torch import nn
 from ssl_bench.config import build
 from ssl_bench.config.fields import ProbedFeatures, Resize, Share, WholeEpochs
 from ssl_bench.errors import UserError
-from ssl_bench.evaluate.labels import few_labels, hold_out
+from ssl_bench.evaluate.labels import few_labels, hold_out, log_share
 from ssl_bench.evaluate.passes import evaluate
 from ssl_bench.evaluate.readout import read_out_
 from ssl_bench.methods import layers
@@ -85,6 +85,7 @@ def lincls(
     split = data.split("train")
     data.split("val")
     subset = few_labels(split.labels, labels_per_class, label_fraction, cfg.seed)
+    log_share(subset, split.labels)
     check_batch(cfg, split.length if subset is None else len(subset))
     if exam:  # errors come now, and not after the images are packed
         _labels.check_unseen(cfg, split, *CHOICE)

@@ -15,6 +15,7 @@ from pydantic import NonNegativeInt
 from ssl_bench.config import build, typed
 from ssl_bench.errors import UserError
 from ssl_bench.evaluate.features import extract_all
+from ssl_bench.evaluate.labels import few_labels
 from ssl_bench.launch.process import launch
 from ssl_bench.report import figure
 from ssl_bench.runs import identity, layout, published, units, weights
@@ -22,7 +23,7 @@ from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
 from ssl_bench.stages import EVERY, PARTED, PRETRAINING, RECIPE, WATCHED, _labels, single_process
-from ssl_bench.stages._training import make_test_view, on_device, open_source
+from ssl_bench.stages._training import check_batch, make_test_view, on_device, open_source
 from ssl_bench.stages.pretrain import picture as picture_of
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ def _parts(
             check_weights(member, name, cfg.dir)
             if _labels.learns_labels(cfg.method):
                 check_choice(member, pretraining)
+        check_few_labels(members[0], name)
     return pretraining, evaluations
 
 
@@ -139,6 +141,28 @@ def check_weights(member: DictConfig, row: str, directory: str) -> None:
     own = Path(identity.real(directory))
     if why := published.missing(os.path.expanduser(source), {own}):
         raise UserError(f"stage.rows, {row}: {why}")
+
+
+def check_few_labels(member: DictConfig, row: str) -> None:
+    """UserError for a row of fewer labels than there are, or than its batch needs.
+
+    Images that this machine can't see are left to the one that pretrains.
+    """
+    asked = [member.stage.get(key) for key in ("labels_per_class", "label_fraction")]
+    if asked == [None, None]:
+        return
+    try:
+        split = build.construct(member.data).split("train")
+    except UserError:
+        return
+    try:
+        few = few_labels(split.labels, *asked, member.seed)
+        if "optimizer" in (
+            typed.reads(member.stage._target_) or ()
+        ):  # it learns from whole batches
+            check_batch(member, len(few))
+    except UserError as error:
+        raise UserError(f"stage.rows, {row}: {error}") from None
 
 
 def check_choice(member: DictConfig, pretraining: DictConfig) -> None:

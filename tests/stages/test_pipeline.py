@@ -63,6 +63,30 @@ def test_a_directory_with_special_characters(ssl_bench: Command, tmp_path: Path)
     assert (tmp_path / name / "pretrained" / "seed0" / "summary.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("protocol", "said"),
+    [
+        (
+            ["stage.labels_per_class=10"],
+            "batch_size=128 is larger than the dataset (100 training images): choose at most "
+            "batch_size=100",
+        ),
+        (["stage.labels_per_class=500"], "stage.labels_per_class=500: class 0 has only 128 images"),
+        (["stage.label_fraction=1e-3"], "stage.label_fraction=0.001 of 1,297 images is 1"),
+    ],
+)
+@pytest.mark.parametrize("launcher", [[], ["launcher=workstation"]])
+def test_few_labels_are_counted_before_the_pretraining(
+    ssl_bench: Command, tmp_path: Path, protocol: list[str], said: str, launcher: list[str]
+) -> None:
+    words = [*TINY, "stage=pipeline", "method.queue_size=1024", "augmentation=digits", *launcher]
+    protocol = ["batch_size=128", *protocol]
+    result = ssl_bench(*words, f"stage.protocol=[{','.join(map(repr, protocol))}]")
+    assert result.returncode == 2
+    assert f"stage.rows, random init: {said}" in result.stderr
+    assert not list(tmp_path.glob("runs/**/metrics.jsonl"))
+
+
 @pytest.mark.slow
 def test_a_picture_that_fails_does_not_cost_the_result(
     ssl_bench: Command, process: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
