@@ -99,13 +99,13 @@ def interrupted(command: list[str], cwd: Path, run: Path, step: int, signum: int
         start_new_session=True,
         stderr=subprocess.PIPE,
     )
-    metrics, deadline = cwd / run / "metrics.jsonl", time.monotonic() + 240
+    metrics, deadline = cwd / run / "metrics.jsonl", time.monotonic() + 300
     while not (metrics.exists() and metrics.read_text().count("\n") >= step):
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.002)
     os.killpg(process.pid, signum)
-    process.wait(timeout=60)
+    process.wait(timeout=300)
     return process.returncode
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 def records(folder: Path) -> list[dict]:
     """Every record of an offline run, through W&B's own reader."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
     return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 

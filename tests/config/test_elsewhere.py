@@ -198,7 +198,7 @@ def test_a_file_names_no_code_to_run(
 
 
 def started(*command: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("group", ["backbone", "stage", "tracking"])
@@ -216,7 +216,7 @@ def test_a_members_file_names_no_code_to_run(place: Path, group: str) -> None:
         cwd="/",
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert result.returncode == 1
     assert result.stderr.startswith(

@@ -24,7 +24,7 @@ TOKEN = "a-secret-of-some-length"
 
 
 def ask(port: int, path: str = "/", method: str = "GET", **headers: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
     connection.request(method, path, headers=headers)
     answer = connection.getresponse()
     text = answer.read().decode()
@@ -78,7 +78,7 @@ def test_a_training_appears_and_grows_while_the_page_is_open(browser, tmp_path: 
         wait.until(lambda _: texts(browser, "#runs td:nth-of-type(3)") == ["stopped"])
         assert browser.get_log("browser") == []
         serving.send_signal(signal.SIGINT)
-        said, errors = serving.communicate(timeout=60)
+        said, errors = serving.communicate(timeout=300)
         assert (serving.returncode, errors) == (0, ""), said
         wait.until(lambda _: "doesn't answer" in texts(browser, "#pulse")[0])
     finally:

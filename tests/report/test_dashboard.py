@@ -47,7 +47,7 @@ class Recorded:
             str(self.folder),
         ]
         whole = json.loads(
-            subprocess.run(command, check=True, capture_output=True, timeout=60).stdout
+            subprocess.run(command, check=True, capture_output=True, timeout=300).stdout
         )
         self.config, self.summary, self.state = whole["config"], whole["summary"], whole["state"]
 

@@ -34,7 +34,7 @@ def test_who_comes_second_does_not_take_the_firsts_result_for_its_own(tmp_path: 
             assert not second.done()
             first.finish({"loss": 1.0})
         with pytest.raises(UserError, match="another configuration: seed was 0, is 1"):
-            second.result(timeout=30)
+            second.result(timeout=300)
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["seed"] == 0
 
 

@@ -155,12 +155,12 @@ class Cluster:
 
     def __call__(self, *command: str) -> str:
         return subprocess.run(
-            command, env=self.env, check=True, capture_output=True, text=True, timeout=60
+            command, env=self.env, check=True, capture_output=True, text=True, timeout=300
         ).stdout
 
     def answers(self, *command: str) -> bool:
         return (
-            subprocess.run(command, env=self.env, capture_output=True, timeout=60).returncode == 0
+            subprocess.run(command, env=self.env, capture_output=True, timeout=300).returncode == 0
         )
 
     def start_node(self) -> None:
