@@ -692,7 +692,9 @@ def test_search(ssl_bench: Command, tmp_path: Path, space: str, trials: int) -> 
     assert len(rows) == len(runs) == (4 if space.startswith("interval") else 2)
     assert all("temperature-0." in run for run in runs)
     assert float(rows[0]["probe_top1 mean"]) == best["best_value"]
-    assert float(rows[0]["method.temperature"]) == best["best_params"]["method.temperature"]
+    tied = [row for row in rows if row["probe_top1 mean"] == rows[0]["probe_top1 mean"]]
+    temperatures = [float(row["method.temperature"]) for row in tied]
+    assert best["best_params"]["method.temperature"] in temperatures
 
 
 def test_a_signal_at_the_end_of_a_member_stops_the_sweep(
