@@ -80,7 +80,7 @@ QUICKSTARTS = {
 }
 ABLATIONS = {
     "the record": "",
-    "MoCo v2, queue of 1,024": "method=moco_v2 method.queue_size=1024 method.momentum=0.99",
+    "MoCo v2, queue of 512": "method=moco_v2 method.queue_size=512 method.momentum=0.99",
     "neither turned nor sheared": "augmentation.rotate=null augmentation.shear=null",
     "turned by 30, sheared by 40 degrees": "augmentation.rotate=30 augmentation.shear=40",
     "16 pixels": "data.image_size=16",
