@@ -34,7 +34,7 @@ def workplace(kept: Path | None, **counts: int) -> Iterator[Path]:
 def publish(result: dict, table: str, file: Path) -> None:
     """What was measured to `file`, a .json, and its table to a .md beside it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     file.with_suffix(".md").write_text(table.rstrip("\n") + "\n")
 
 

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import folder_for, machine
+from common import folder_for, machine, publish
 from PIL import Image
 
 RESULTS = Path(__file__).with_name("results") / "faults.json"
@@ -946,12 +946,7 @@ def main() -> None:
         for row in pool.map(lambda name: one(root, name), args.only):
             rows[row["fault"]] = row
             kept = [rows[name] for name in FAULTS if name in rows]
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(
-                json.dumps({"machine": machine(), "rows": kept}, indent=1, ensure_ascii=False)
-                + "\n"
-            )
-            args.out.with_suffix(".md").write_text(table(kept))
+            publish({"machine": machine(), "rows": kept}, table(kept), args.out)
     broken = [name for name in args.only if rows[name]["verdict"].startswith("BROKEN")]
     held = sum(row["verdict"] == "holds" for row in rows.values())
     print(f"{held} of {len(rows)} hold" + (f"; broken: {', '.join(broken)}" if broken else ""))

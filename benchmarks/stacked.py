@@ -1,18 +1,19 @@
 """Several seeds of one configuration in one process: stacked weights beside one after the other.
 
-    python benchmarks/stacked.py                 two CPU cores: some minutes
+    python benchmarks/stacked.py                 one CPU core: some minutes
     python benchmarks/stacked.py --device cuda   one GPU: minutes
 
-A training step of SimCLR's loss and SGD, of batches that are there: torch.func.vmap over the seeds'
-weights, gradients and images, against a loop over the same seeds. Nothing else of the program is
-in it (augmentation, running statistics, logging), so what stacking gains here, or loses, is the
-most that it could. With --threads 1 a seed has one core, as members of a sweep do that share two.
+A training step of SimCLR's loss and SGD, on batches already in memory: torch.func.vmap over the
+seeds' weights, gradients and images, against a loop over the same seeds. It is the step alone,
+without augmentation, running statistics or logging. One thread, as a member of a sweep has that
+shares two cores with another.
 Writes stacked_DEVICE.json and .md to --out.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from statistics import median
@@ -70,7 +71,9 @@ class Seeds:
             optimizer.zero_grad()
 
     def stacked(self, first: Tensor, second: Tensor) -> None:
-        with sdpa_kernel(SDPBackend.MATH):  # flash attention on a CPU can't be stacked (2.14)
+        # flash attention on a CPU can't be stacked (torch 2.14)
+        on_cpu = self.weights[next(iter(self.weights))].device.type == "cpu"
+        with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
             gradients = vmap(grad(self.loss))(self.weights, first, second)
         with torch.no_grad():
             for name, gradient in gradients.items():

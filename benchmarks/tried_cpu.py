@@ -46,7 +46,9 @@ def _pointwise_as_products() -> None:
     def forward(self: nn.Conv2d, x: Tensor) -> Tensor:
         if self.kernel_size != (1, 1) or self.stride != (1, 1):
             return convolve(self, x)
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(
+            0, 3, 1, 2
+        )
 
     nn.Conv2d.forward = forward
 

@@ -13,8 +13,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from commands import compose
+from torch import nn
 
 from ssl_bench.config import build
 from ssl_bench.data.formats.digits import Digits
@@ -211,7 +213,8 @@ def test_stacked_seeds_take_the_same_step(monkeypatch: pytest.MonkeyPatch) -> No
         seeds = module.Seeds(network, 2, torch.device("cpu"))
         views = torch.rand(2, 2, 8, 3, module.SIZE, module.SIZE)
         for way in module.WAYS.values():
-            getattr(seeds, way)(*views)
+            for _ in range(2):  # after one the seeds' weights differ
+                getattr(seeds, way)(*views)
         before = dict(seeds.skeleton.named_parameters())
         for seed, model in enumerate(seeds.models):
             for name, weight in model.named_parameters():
@@ -224,11 +227,15 @@ def test_what_was_tried_on_a_cpu_is_measured(
 ) -> None:
     """One turn of one change, of a small network in place of ResNet-50."""
     module = imported("tried_cpu", monkeypatch)
-    small = ["backbone=resnet18", "backbone.width=8", "data.num_unlabeled=128"]
+    monkeypatch.setattr(nn.Conv2d, "forward", nn.Conv2d.forward)  # is changed, and given back
+    small = ["backbone.width=8", "data.num_unlabeled=128"]
     monkeypatch.setattr(module, "WORDS", (*module.WORDS, *small, "method.queue_size=128"))
     found = module.measure("1x1 convolutions as matrix products", 1, 3, str(tmp_path))
     assert found["images_per_second"] > 0
     assert 0 < found["of_floor"] < 1
+    layer, x = nn.Conv2d(8, 4, 1), torch.randn(2, 8, 5, 5)
+    expected = F.conv2d(x, layer.weight, layer.bias)
+    torch.testing.assert_close(layer(x), expected)
     assert "| 1x1 convolutions as matrix products |" in module.table(
         {"turns": {[*module.CHANGES][3]: [found]}}
     )

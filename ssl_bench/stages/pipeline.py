@@ -1,8 +1,9 @@
 """Stage pipeline: pretrain, evaluate the features beside those of baselines, and show both."""
 
+import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -13,9 +14,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import NonNegativeInt
 
 from ssl_bench.config import build, typed
+from ssl_bench.data.formats.base import Dataset
 from ssl_bench.errors import UserError
 from ssl_bench.evaluate.features import extract_all
-from ssl_bench.evaluate.labels import few_labels
+from ssl_bench.evaluate.labels import few_labels, hold_out
 from ssl_bench.launch.process import launch
 from ssl_bench.report import figure
 from ssl_bench.runs import identity, layout, published, units, weights
@@ -56,6 +58,7 @@ def pipeline(
     mean top-1 (percent) of each row, and of the pretraining its own accuracies (percent) and costs.
     """
     pretraining, evaluations = _parts(cfg, protocol, rows, seeds)
+    check_labels(evaluations)
     total = 1 + sum(map(len, evaluations.values()))
     several = ", ".join(f"{len(members)} x {name}" for name, members in evaluations.items())
     log.info("%s runs: a pretraining, then %s", total, several)
@@ -109,13 +112,23 @@ def _parts(
             check_weights(member, name, cfg.dir)
             if _labels.learns_labels(cfg.method):
                 check_choice(member, pretraining)
-        check_few_labels(members[0], name)
     return pretraining, evaluations
 
 
 def check_parts(cfg: DictConfig) -> None:
-    """UserError for a pipeline whose rows are mistaken, before its pretraining takes time."""
-    _parts(cfg, cfg.stage.protocol, cfg.stage.rows, cfg.stage.seeds[:1])
+    """UserError for a pipeline whose rows are mistaken, before its pretraining takes time.
+
+    The images are looked at for rows of few labels alone: to list millions takes minutes.
+    """
+    _, evaluations = _parts(cfg, cfg.stage.protocol, cfg.stage.rows, cfg.stage.seeds[:1])
+    few = ("labels_per_class", "label_fraction")
+    check_labels(
+        {
+            name: members
+            for name, members in evaluations.items()
+            if any(member.stage.get(key) is not None for member in members for key in few)
+        }
+    )
 
 
 def pretrainings(cfgs: Sequence[DictConfig]) -> list[DictConfig]:
@@ -143,26 +156,41 @@ def check_weights(member: DictConfig, row: str, directory: str) -> None:
         raise UserError(f"stage.rows, {row}: {why}")
 
 
-def check_few_labels(member: DictConfig, row: str) -> None:
-    """UserError for a row of fewer labels than there are, or than its batch needs.
+def check_labels(evaluations: Mapping[str, Sequence[DictConfig]]) -> None:
+    """UserError for a row that its labelled images can't serve, before its pretraining takes time:
+    a split isn't there, a class has fewer than it asks for, they don't fill its batch, or it has
+    too few to choose by.
 
-    Images that this machine can't see are left to the one that pretrains.
+    Of each row the first member stands for all. Rows that have finished pass, and so do images that
+    this machine doesn't have, as the one that only submits may not.
     """
-    asked = [member.stage.get(key) for key in ("labels_per_class", "label_fraction")]
-    if asked == [None, None]:
-        return
-    try:
-        split = build.construct(member.data).split("train")
-    except UserError:
-        return
-    try:
-        few = few_labels(split.labels, *asked, member.seed)
-        if "optimizer" in (
-            typed.reads(member.stage._target_) or ()
-        ):  # it learns from whole batches
-            check_batch(member, len(few))
-    except UserError as error:
-        raise UserError(f"stage.rows, {row}: {error}") from None
+    opened: dict[str, Dataset] = {}
+    for name, members in evaluations.items():
+        for member in members[:1]:
+            root, stage = member.data.get("root"), member.stage
+            done = (Path(member.dir) / layout.SUMMARY).exists()
+            elsewhere = root and not Path(identity.real(root)).exists()
+            if done or elsewhere or "labels_per_class" not in stage:
+                continue
+            key = json.dumps(OmegaConf.to_container(member.data, resolve=True))
+            try:
+                if key not in opened:
+                    opened[key] = build.construct(member.data)
+                _check_labels(member, opened[key])
+            except UserError as error:
+                raise UserError(f"stage.rows, {name}: {error}") from None
+
+
+def _check_labels(member: DictConfig, data: Dataset) -> None:
+    labels, stage = data.split("train").labels, member.stage
+    data.split("val")
+    few = few_labels(labels, stage.labels_per_class, stage.label_fraction, member.seed)
+    labels = labels if few is None else labels[few]
+    if "optimizer" in (typed.reads(stage._target_) or ()):
+        check_batch(member, len(labels))
+    does = build.locate(stage._target_, "stage")
+    if hasattr(does, "chooses") and does.chooses(stage):
+        hold_out(labels, stage.holdout, member.seed, *does.choice)
 
 
 def check_choice(member: DictConfig, pretraining: DictConfig) -> None:

@@ -374,8 +374,8 @@ def packer(cache, count):
     return subprocess.Popen(command, stdout=-1, stderr=-1, text=True, preexec_fn=listen)
 
 
-def wait_for(condition, seconds=20):
-    end = time.monotonic() + seconds
+def wait_for(condition):
+    end = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)

@@ -382,7 +382,7 @@ def test_tables_and_charts_can_be_downloaded(opened, tmp_path: Path) -> None:
         for (const one of document.querySelectorAll("#leaderboard .dots .tools button, "
           + "figure.curve:first-of-type .tools button")) if (one.checkVisibility()) one.click()""")
     opened.set_script_timeout(10)
-    wait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait(opened, 20)
+    wait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait(opened, 120)
     kinds = lambda: {path.suffix for path in tmp_path.iterdir()}  # noqa: E731
     wait.until(lambda _: kinds() >= {".csv", ".svg", ".png"} and ".crdownload" not in kinds())
     (table,) = tmp_path.glob("*.csv")
@@ -439,7 +439,7 @@ def test_settings_against_results(browser, swept: Path) -> None:
     """A line for each row, the key that decides first, and a click that ticks."""
     show(browser, swept)
     browser.execute_script("document.getElementById('sweep').scrollIntoView()")
-    wait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait(browser, 20)
+    wait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait(browser, 120)
     wait.until(lambda _: texts(browser, "#sweeps tbody th"))
     assert texts(browser, "#sweeps tbody th") == ["optimizer.base_lr", "batch_size"]
     assert float(texts(browser, "#sweeps tbody td.bar")[0]) > 95

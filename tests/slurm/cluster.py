@@ -188,10 +188,7 @@ class Cluster:
         for pid in pids:  # each before the one it needs
             try:
                 os.kill(pid, signal.SIGTERM)
-                wait(
-                    lambda pid=pid: not Path(f"/proc/{pid}/cmdline").exists() or not _command(pid),
-                    20,
-                )
+                wait(lambda pid=pid: not Path(f"/proc/{pid}/cmdline").exists() or not _command(pid))
             except ProcessLookupError:
                 pass
         shutil.rmtree(self.folder)
@@ -236,11 +233,11 @@ class Cluster:
         self("sacctmgr", "-i", "add", "user", user, "account=dl17")
 
 
-def wait(happened: Callable[[], object], seconds: float = 180) -> None:
+def wait(happened: Callable[[], object]) -> None:
     """The limit is for what never happens: a busy machine takes minutes for what takes seconds."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + 300
     while not happened():
-        assert time.monotonic() < deadline, f"still waiting after {seconds} s"
+        assert time.monotonic() < deadline, "still waiting after 300 s"
         time.sleep(0.05)
 
 

@@ -108,8 +108,8 @@ def warned(sweeps: Sweeps, interrupt: Callable[[str], object], *words: str) -> N
 
 def at_the_time_limit(sweeps: Sweeps, slurm: Cluster) -> None:
     """submitit's own default gives up here."""
-    # Slurm looks every 30 s, and warns early rather than late: 72 to 102 s after the start. Of one
-    # minute it left 12 to 42 s; a busy machine made no step in them, three times in a row.
+    # Slurm looks every 30 s, and warns early rather than late: 72 to 102 s after the start. With a
+    # limit of one minute it was 12 to 42 s, and a busy machine made no step in that time.
     limit = ["hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=18"]
     result = sweeps(*LONG, *limit, PAUSE="1.9")
     assert result.returncode == 0, result.stderr

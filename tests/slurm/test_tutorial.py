@@ -39,7 +39,7 @@ def test_from_laptop_to_cluster(sweeps: Sweeps) -> None:
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    wait(lambda: not sweeps.slurm.jobs(), 120)  # those that were left
+    wait(lambda: not sweeps.slurm.jobs())  # those that were left
     sweeps.root = sweeps.root.with_name("temperature")
     assert len(list(sweeps.root.glob("*/summary.json"))) == 5
     assert result.stderr.count("to start") == 5

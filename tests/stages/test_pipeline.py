@@ -4,13 +4,17 @@ import json
 import shutil
 from pathlib import Path
 
+import hydra
 import pytest
 import yaml
 from commands import compose
 from conftest import TINY, TINY_PRETRAIN, Command
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from ssl_bench.data.synthetic import write_dl21
+from ssl_bench.errors import UserError
 from ssl_bench.shell import quote
+from ssl_bench.stages import pipeline
 
 
 @pytest.mark.slow
@@ -73,6 +77,10 @@ def test_a_directory_with_special_characters(ssl_bench: Command, tmp_path: Path)
         ),
         (["stage.labels_per_class=500"], "stage.labels_per_class=500: class 0 has only 128 images"),
         (["stage.label_fraction=1e-3"], "stage.label_fraction=0.001 of 1,297 images is 1"),
+        (
+            ["batch_size=5", "stage.labels_per_class=1", "stage.features=cached"],
+            "stage.features=cached chooses by held-out labels, and class 0 has only 1",
+        ),
     ],
 )
 @pytest.mark.parametrize("launcher", [[], ["launcher=workstation"]])
@@ -85,6 +93,38 @@ def test_few_labels_are_counted_before_the_pretraining(
     assert result.returncode == 2
     assert f"stage.rows, random init: {said}" in result.stderr
     assert not list(tmp_path.glob("runs/**/metrics.jsonl"))
+
+
+def test_which_rows_are_looked_at(tmp_path: Path) -> None:
+    """Neighbours need no batch; a row of all labels is left to the pipeline itself, and images that
+    aren't here to the machine that has them.
+    """
+
+    def check(*row: str, data: tuple[str, ...] = ("data=digits",)) -> None:
+        words = ["stage=pipeline", *data, "data.image_size=16", f"dir={tmp_path / 'run'}"]
+        with hydra.initialize_config_module("ssl_bench.conf", version_base="1.3"):
+            cfg = hydra.compose("config", words)
+            cfg.stage.rows, cfg.stage.protocol = {"mine": list(row)}, ["batch_size=1000"]
+            pipeline.check_parts(cfg)
+
+    check("stage=knn", "stage.labels_per_class=10", "batch_size=1000")
+    with pytest.raises(UserError, match=r"stage\.rows, mine: batch_size=1000 is larger"):
+        check("stage.labels_per_class=10")
+    check("batch_size=2000")
+    elsewhere = ("data=folder", f"data.root={tmp_path / 'nowhere'}")
+    check("stage.labels_per_class=10", data=elsewhere)
+
+
+def test_a_row_without_its_test_images_ends_before_the_pretraining(
+    ssl_bench: Command, tmp_path: Path
+) -> None:
+    write_dl21(tmp_path / "data", num_unlabeled=64, num_train=64, num_val=64, num_classes=2)
+    shutil.rmtree(tmp_path / "data" / "val")
+    words = ["data=dl21", "data.root=data", "data.image_size=16", "batch_size=32"]
+    result = ssl_bench("stage=pipeline", *words, "method.queue_size=32", "eval_every=0", "dir=run")
+    assert result.returncode == 2
+    assert "stage.rows, random init: " in result.stderr
+    assert not (tmp_path / "run" / "pretrain").exists()
 
 
 @pytest.mark.slow
