@@ -172,25 +172,26 @@ def check_labels(evaluations: Mapping[str, Sequence[DictConfig]]) -> None:
             elsewhere = root and not Path(identity.real(root)).exists()
             if done or elsewhere or "labels_per_class" not in stage:
                 continue
-            key = json.dumps(OmegaConf.to_container(member.data, resolve=True))
             try:
-                if key not in opened:
-                    opened[key] = build.construct(member.data)
-                _check_labels(member, opened[key])
+                _check_labels(member, opened)
             except UserError as error:
                 raise UserError(f"stage.rows, {name}: {error}") from None
 
 
-def _check_labels(member: DictConfig, data: Dataset) -> None:
-    labels, stage = data.split("train").labels, member.stage
-    data.split("val")
-    few = few_labels(labels, stage.labels_per_class, stage.label_fraction, member.seed)
+def _check_labels(cfg: DictConfig, opened: dict[str, Dataset]) -> None:
+    """opened: the data sets of the rows before, by their configuration, each listed once."""
+    stage, key = cfg.stage, json.dumps(OmegaConf.to_container(cfg.data, resolve=True))
+    if key not in opened:
+        opened[key] = build.construct(cfg.data)
+    labels = opened[key].split("train").labels
+    opened[key].split("val")
+    few = few_labels(labels, stage.labels_per_class, stage.label_fraction, cfg.seed)
     labels = labels if few is None else labels[few]
     if "optimizer" in (typed.reads(stage._target_) or ()):
-        check_batch(member, len(labels))
+        check_batch(cfg, len(labels))
     does = build.locate(stage._target_, "stage")
     if hasattr(does, "chooses") and does.chooses(stage):
-        hold_out(labels, stage.holdout, member.seed, *does.choice)
+        hold_out(labels, stage.holdout, cfg.seed, *does.choice)
 
 
 def check_choice(member: DictConfig, pretraining: DictConfig) -> None:
