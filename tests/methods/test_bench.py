@@ -215,7 +215,9 @@ def test_traced_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
     found = learnt(name, True, num_steps=4, after_step=lambda: counts.append(backend.frame_count))
     assert counts[0] > 0
-    assert counts[-1] == counts[1], counts
+    # I-JEPA's batches have blocks of other sizes, which are traced once as sizes that vary
+    settled = 2 if name == "ijepa" else 1
+    assert counts[-1] == counts[settled], counts
     assert differing(found, learnt(name, False, num_steps=4)) == set()
 
 
