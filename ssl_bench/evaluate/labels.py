@@ -4,6 +4,8 @@ import logging
 
 import numpy as np
 
+from ssl_bench.data.formats.base import Dataset
+from ssl_bench.data.store import Split
 from ssl_bench.errors import UserError
 from ssl_bench.runtime.seeding import fold
 
@@ -34,6 +36,18 @@ def hold_out(
         chosen = min(max(round(share * count), 1), count - 1)
         held[rng.choice(np.flatnonzero(labels == label), chosen, replace=False)] = True
     return held
+
+
+def labelled(
+    data: Dataset, per_class: int | None, fraction: float | None, seed: int
+) -> tuple[Split, np.ndarray | None]:
+    """The split to learn from, and which of its images (see `few_labels`).
+
+    UserError if that split, or the one to measure on, isn't there.
+    """
+    split = data.split("train")
+    data.split("val")
+    return split, few_labels(split.labels, per_class, fraction, seed)
 
 
 def few_labels(

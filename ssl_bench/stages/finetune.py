@@ -6,7 +6,7 @@ from torch import nn
 
 from ssl_bench.config import build
 from ssl_bench.config.fields import Resize, Share
-from ssl_bench.evaluate.labels import few_labels, log_share
+from ssl_bench.evaluate.labels import labelled, log_share
 from ssl_bench.evaluate.passes import evaluate
 from ssl_bench.methods import layers
 from ssl_bench.methods.base import digest
@@ -52,9 +52,7 @@ def finetune(
     """
     check_optimizer(cfg, "lr")
     data = build.construct(cfg.data)
-    split = data.split("train")
-    data.split("val")
-    subset = few_labels(split.labels, labels_per_class, label_fraction, cfg.seed)
+    split, subset = labelled(data, labels_per_class, label_fraction, cfg.seed)
     log_share(subset, split.labels)
     check_batch(cfg, split.length if subset is None else len(subset))
     backbone = load_pretrained(cfg)

@@ -17,7 +17,7 @@ from ssl_bench.data.source import Source, fits
 from ssl_bench.errors import UserError
 from ssl_bench.evaluate import calibration
 from ssl_bench.evaluate.features import extract_all
-from ssl_bench.evaluate.labels import few_labels, hold_out, log_share
+from ssl_bench.evaluate.labels import hold_out, labelled, log_share
 from ssl_bench.evaluate.neighbours import QUERIES, nearest, vote
 from ssl_bench.evaluate.readout import read_out_
 from ssl_bench.runs.run import Run
@@ -66,9 +66,7 @@ def knn(
     check_directory(cfg)
     check_holdout(holdout, exam := chooses(cfg.stage))
     data = build.construct(cfg.data)
-    split = data.split("train")
-    data.split("val")
-    subset = few_labels(split.labels, labels_per_class, label_fraction, cfg.seed)
+    split, subset = labelled(data, labels_per_class, label_fraction, cfg.seed)
     log_share(subset, split.labels)
     labels = split.labels if subset is None else split.labels[subset]
     if exam:

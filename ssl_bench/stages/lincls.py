@@ -10,7 +10,7 @@ from torch import nn
 from ssl_bench.config import build
 from ssl_bench.config.fields import ProbedFeatures, Resize, Share, WholeEpochs
 from ssl_bench.errors import UserError
-from ssl_bench.evaluate.labels import few_labels, hold_out, log_share
+from ssl_bench.evaluate.labels import hold_out, labelled, log_share
 from ssl_bench.evaluate.passes import evaluate
 from ssl_bench.evaluate.readout import read_out_
 from ssl_bench.methods import layers
@@ -82,9 +82,7 @@ def lincls(
     else:
         check_unused(options)
     data = build.construct(cfg.data)
-    split = data.split("train")
-    data.split("val")
-    subset = few_labels(split.labels, labels_per_class, label_fraction, cfg.seed)
+    split, subset = labelled(data, labels_per_class, label_fraction, cfg.seed)
     log_share(subset, split.labels)
     check_batch(cfg, split.length if subset is None else len(subset))
     if exam:  # errors come now, and not after the images are packed

@@ -17,7 +17,7 @@ from ssl_bench.config import build, typed
 from ssl_bench.data.formats.base import Dataset
 from ssl_bench.errors import UserError
 from ssl_bench.evaluate.features import extract_all
-from ssl_bench.evaluate.labels import few_labels, hold_out
+from ssl_bench.evaluate.labels import hold_out, labelled
 from ssl_bench.launch.process import launch
 from ssl_bench.report import figure
 from ssl_bench.runs import identity, layout, published, units, weights
@@ -183,10 +183,8 @@ def _check_labels(cfg: DictConfig, opened: dict[str, Dataset]) -> None:
     stage, key = cfg.stage, json.dumps(OmegaConf.to_container(cfg.data, resolve=True))
     if key not in opened:
         opened[key] = build.construct(cfg.data)
-    labels = opened[key].split("train").labels
-    opened[key].split("val")
-    few = few_labels(labels, stage.labels_per_class, stage.label_fraction, cfg.seed)
-    labels = labels if few is None else labels[few]
+    split, few = labelled(opened[key], stage.labels_per_class, stage.label_fraction, cfg.seed)
+    labels = split.labels if few is None else split.labels[few]
     if "optimizer" in (typed.reads(stage._target_) or ()):
         check_batch(cfg, len(labels))
     does = build.locate(stage._target_, "stage")
