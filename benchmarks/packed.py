@@ -20,6 +20,8 @@ from statistics import median
 
 from common import machine, publish
 
+from ssl_bench.report.tables import markdown
+
 DIGITS = ("stage=pretrain", "data=digits", "tracking=local", "eval_every=0", "save_every=1000000")
 DIGITS += ("augmentation=digits", "method.queue_size=1024", "backbone.stem=small", "log_every=10")
 # a network, as the quickstart's and larger
@@ -66,16 +68,16 @@ def rates(network: str, count: int, device: str, steps: int, folder: Path) -> li
 
 def table(result: dict) -> str:
     counts = result["members"]
-    lines = ["| images/s of all members | " + " | ".join(map(str, counts)) + " |"]
-    lines += ["|---|" + "---:|" * len(counts)]
+    lines = []
     for name, found in result["networks"].items():
         one = found[str(counts[0])]["median"]
         cells = [
             f"{found[str(count)]['median']:,.0f} ({found[str(count)]['median'] / one:.2f})"
             for count in counts
         ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([name, *cells])
+    header = ["images/s of all members", *map(str, counts)]
+    return markdown(header, lines, right=len(counts))
 
 
 def main() -> None:

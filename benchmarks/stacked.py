@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ssl_bench.backbones.resnet import resnet18
 from ssl_bench.backbones.vit import vit_tiny
 from ssl_bench.methods.simclr import nt_xent
+from ssl_bench.report.tables import markdown
 
 SIZE = 16  # pixels
 LR = 0.01
@@ -53,6 +54,7 @@ class Seeds:
     """
 
     def __init__(self, network: Callable[[], nn.Module], count: int, device: torch.device) -> None:
+        self.device = device
         self.skeleton = network().to(device).train()
         for part in self.skeleton.modules():
             if isinstance(part, nn.BatchNorm2d):
@@ -72,7 +74,7 @@ class Seeds:
 
     def stacked(self, first: Tensor, second: Tensor) -> None:
         # flash attention on a CPU can't be stacked (torch 2.14)
-        on_cpu = self.weights[next(iter(self.weights))].device.type == "cpu"
+        on_cpu = self.device.type == "cpu"
         with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
             gradients = vmap(grad(self.loss))(self.weights, first, second)
         with torch.no_grad():
@@ -104,13 +106,13 @@ def rates(
 
 def table(result: dict) -> str:
     counts = result["seeds"]
-    lines = ["| images/s of all seeds | " + " | ".join(map(str, counts)) + " |"]
-    lines += ["|---|" + "---:|" * len(counts)]
+    lines = []
     for name, found in result["networks"].items():
         for way in WAYS:
             cells = [f"{median(turn[way] for turn in found[str(count)]):,.0f}" for count in counts]
-            lines.append(f"| {name}, {way} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            lines.append([f"{name}, {way}", *cells])
+    header = ["images/s of all seeds", *map(str, counts)]
+    return markdown(header, lines, right=len(counts))
 
 
 def main() -> None:

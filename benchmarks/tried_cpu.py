@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ssl_bench.command  # noqa: F401 - registers the resolvers of the configuration
 from ssl_bench.methods import layers
+from ssl_bench.report.tables import markdown
 from ssl_bench.runtime import memory
 from ssl_bench.runtime.precision import prepare
 from ssl_bench.stages.pretrain import pretrain
@@ -46,9 +47,8 @@ def _pointwise_as_products() -> None:
     def forward(self: nn.Conv2d, x: Tensor) -> Tensor:
         if self.kernel_size != (1, 1) or self.stride != (1, 1):
             return convolve(self, x)
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(
-            0, 3, 1, 2
-        )
+        products = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
+        return products.permute(0, 3, 1, 2)
 
     nn.Conv2d.forward = forward
 
@@ -90,11 +90,11 @@ def measure(name: str, warmup: int, steps: int, cache: str) -> dict[str, float]:
 
 
 def table(result: dict) -> str:
-    lines = ["| | images/s | share of the floor, % |", "|---|---:|---:|"]
+    lines = []
     for name, turns in result["turns"].items():
         rate, share = (median(turn[key] for turn in turns) for key in turns[0])
-        lines.append(f"| {name} | {rate:.1f} | {100 * share:.0f} |")
-    return "\n".join(lines)
+        lines.append([name, f"{rate:.1f}", f"{100 * share:.0f}"])
+    return markdown(["", "images/s", "share of the floor, %"], lines, right=2)
 
 
 def main() -> None:

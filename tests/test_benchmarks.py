@@ -230,15 +230,14 @@ def test_what_was_tried_on_a_cpu_is_measured(
     monkeypatch.setattr(nn.Conv2d, "forward", nn.Conv2d.forward)  # is changed, and given back
     small = ["backbone.width=8", "data.num_unlabeled=128"]
     monkeypatch.setattr(module, "WORDS", (*module.WORDS, *small, "method.queue_size=128"))
-    found = module.measure("1x1 convolutions as matrix products", 1, 3, str(tmp_path))
+    name = "1x1 convolutions as matrix products"
+    found = module.measure(name, 1, 3, str(tmp_path))
     assert found["images_per_second"] > 0
     assert 0 < found["of_floor"] < 1
     layer, x = nn.Conv2d(8, 4, 1), torch.randn(2, 8, 5, 5)
     expected = F.conv2d(x, layer.weight, layer.bias)
     torch.testing.assert_close(layer(x), expected)
-    assert "| 1x1 convolutions as matrix products |" in module.table(
-        {"turns": {[*module.CHANGES][3]: [found]}}
-    )
+    assert f"| {name} |" in module.table({"turns": {name: [found]}})
 
 
 def test_onset_and_announcement_of_a_collapse(monkeypatch: pytest.MonkeyPatch) -> None:
