@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -25,6 +24,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.singleton import Singleton
 from omegaconf import DictConfig, OmegaConf
+from patience import PATIENCE, count_lines, wait
 
 import ssl_bench
 import ssl_bench.command
@@ -99,13 +99,9 @@ def interrupted(command: list[str], cwd: Path, run: Path, step: int, signum: int
         start_new_session=True,
         stderr=subprocess.PIPE,
     )
-    metrics, deadline = cwd / run / "metrics.jsonl", time.monotonic() + 300
-    while not (metrics.exists() and metrics.read_text().count("\n") >= step):
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait(lambda: count_lines(cwd / run / "metrics.jsonl") >= step, process)
     os.killpg(process.pid, signum)
-    process.wait(timeout=300)
+    process.wait(timeout=PATIENCE)
     return process.returncode
 
 

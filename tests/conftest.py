@@ -14,6 +14,7 @@ import durations
 import pytest
 from browsing import FLAGS
 from commands import run_here
+from patience import PATIENCE
 
 SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where Debian puts daemons
 
@@ -124,7 +125,7 @@ def process(tmp_path: Path) -> Command:
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=PATIENCE,
         )
         assert not check or result.returncode == 0, result.stderr
         return result

@@ -5,11 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from patience import PATIENCE
+
 
 def records(folder: Path) -> list[dict]:
     """Every record of an offline run, through W&B's own reader."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+    text = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=PATIENCE
+    ).stdout
     return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 

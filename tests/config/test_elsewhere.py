@@ -15,6 +15,7 @@ import yaml
 from commands import compose, run_here
 from conftest import TINY
 from made_runs import classified, pretrained
+from patience import PATIENCE
 from safetensors.torch import load_file
 
 import ssl_bench
@@ -198,7 +199,9 @@ def test_a_file_names_no_code_to_run(
 
 
 def started(*command: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=PATIENCE
+    )
 
 
 @pytest.mark.parametrize("group", ["backbone", "stage", "tracking"])
@@ -216,7 +219,7 @@ def test_a_members_file_names_no_code_to_run(place: Path, group: str) -> None:
         cwd="/",
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert result.returncode == 1
     assert result.stderr.startswith(

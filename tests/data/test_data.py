@@ -15,6 +15,7 @@ import pool_tasks
 import pytest
 import torch
 import yaml
+from patience import PATIENCE, wait
 from PIL import Image
 
 from ssl_bench import console
@@ -374,16 +375,9 @@ def packer(cache, count):
     return subprocess.Popen(command, stdout=-1, stderr=-1, text=True, preexec_fn=listen)
 
 
-def wait_for(condition):
-    end = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 def test_processes_that_pack_together_pack_once(cache):
     both = [packer(cache, 3000) for _ in range(2)]
-    outputs = [process.communicate(timeout=300) for process in both]
+    outputs = [process.communicate(timeout=PATIENCE) for process in both]
     assert outputs[0][0] == outputs[1][0] != ""
     assert sorted(path.suffix for path in cache.iterdir() if path.suffix != ".lock") == [""]
 
@@ -391,10 +385,10 @@ def test_processes_that_pack_together_pack_once(cache):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_ended_packer_leaves_nothing_that_is_used(cache, how):
     process = packer(cache, 100_000)
-    wait_for(lambda: list(cache.glob("*.partial/images.npy")))
+    wait(lambda: list(cache.glob("*.partial/images.npy")))
     time.sleep(0.2)
     process.send_signal(how)
-    process.communicate(timeout=300)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     left = [path.name for path in cache.iterdir() if path.suffix != ".lock"]
     assert len(left) == (how == signal.SIGKILL)
@@ -459,7 +453,7 @@ def test_a_worker_whose_parent_is_gone_ends_without_a_word():
     command = [sys.executable, "-m", "ssl_bench.data.pool", str(theirs.fileno()), "0"]
     ours.close()
     ended = subprocess.run(
-        command, pass_fds=(theirs.fileno(),), capture_output=True, text=True, timeout=300
+        command, pass_fds=(theirs.fileno(),), capture_output=True, text=True, timeout=PATIENCE
     )
     theirs.close()
     assert (ended.returncode, ended.stderr) == (0, "")

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import torch
 from compared import assert_identical, final
 from conftest import TINY_PRETRAIN, Command
+from patience import PATIENCE, count_lines, wait
 from processes import on_ranks
 
 from ssl_bench.data.source import permutation
@@ -37,14 +37,6 @@ def start(folder: Path, *words: str) -> subprocess.Popen:
     )
 
 
-def wait_for_lines(process: subprocess.Popen, metrics: Path, count: int) -> None:
-    deadline = time.monotonic() + 300
-    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= count):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def assert_same_end(one: Path, other: Path) -> None:
     ends = final(one), final(other)
     for state, _ in ends:
@@ -64,7 +56,7 @@ def test_shared_memory_is_not_needed(ssl_bench: Command, tmp_path: Path) -> None
     if subprocess.run([*unshared, "true"], capture_output=True).returncode:
         pytest.skip("can't mount here")
     result = subprocess.run(
-        [*unshared, *command], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        [*unshared, *command], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
     )
     assert result.returncode == 0, result.stderr
     assert_same_end(tmp_path / "host", tmp_path / "streamed")
@@ -128,9 +120,9 @@ def test_stopped_while_no_images_come(
     words += [f"data.workers={2 // devices}"]  # of each process
     (tmp_path / "stall").touch()
     process = start(tmp_path, *STREAMED, *words, "dir=stopped")
-    wait_for_lines(process, tmp_path / "stopped" / "metrics.jsonl", 4)
+    wait(lambda: count_lines(tmp_path / "stopped" / "metrics.jsonl") >= 4, process)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=300)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGTERM, said
     assert "Traceback" not in said
     assert said.splitlines()[-1].startswith("ssl-bench: stopped by SIGTERM")
@@ -143,12 +135,12 @@ def test_stopped_while_no_images_come(
 
 def test_a_killed_worker_is_told(tmp_path: Path) -> None:
     process = start(tmp_path, *STREAMED, "epochs=50", "dir=run")
-    wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 2)
+    wait(lambda: count_lines(tmp_path / "run" / "metrics.jsonl") >= 2, process)
     children = subprocess.run(
         ["pgrep", "-P", str(process.pid), "-f", "ssl_bench.data.pool"], capture_output=True
     )
     os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
-    _, said = process.communicate(timeout=300)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2, said
     assert "Traceback" not in said
     assert re.search(r"\nssl-bench: a data worker ended with status -9 [^\n]*\n$", said)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY, TINY_PRETRAIN, Command
+from patience import PATIENCE, count_lines, wait
 from processes import on_ranks
 
 import ssl_bench
@@ -239,7 +239,7 @@ def torchrun(folder: Path, *words: str, **env: str) -> subprocess.CompletedProce
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         env=environment,
     )
 
@@ -319,7 +319,7 @@ def port() -> int:
 @pytest.mark.parametrize("address", ["no-such-node.invalid", "127.0.0.1"])
 def test_processes_that_do_not_meet_say_so(tmp_path: Path, port: int, address: str) -> None:
     one = process(tmp_path, 1, port, SSL_BENCH_RENDEZVOUS="3", MASTER_ADDR=address)
-    _, said = one.communicate(timeout=300)
+    _, said = one.communicate(timeout=PATIENCE)
     assert one.returncode == 2
     assert "Traceback" not in said
     last = said.splitlines()[-1]
@@ -347,7 +347,7 @@ def test_a_process_that_comes_late_is_waited_for_at_collectives(tmp_path: Path, 
     words = ["epochs=1", "data._target_=mine.Mine"]
     both = [process(tmp_path, rank, port, *words, SSL_BENCH_RENDEZVOUS="4") for rank in (0, 1)]
     for one in both:
-        _, said = one.communicate(timeout=300)
+        _, said = one.communicate(timeout=PATIENCE)
         assert one.returncode == 0, said
 
 
@@ -356,13 +356,9 @@ def test_a_process_that_comes_late_is_waited_for_at_collectives(tmp_path: Path, 
 def test_a_process_that_dies_leaves_nobody_hanging(tmp_path: Path, port: int, left: int) -> None:
     """Killed, it can't say a word; the other one does, at once, and the same command continues."""
     both = [process(tmp_path, rank, port, "epochs=20", "log_every=1") for rank in (0, 1)]
-    lines = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while not (lines.exists() and lines.read_bytes().count(b"\n") >= 6):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait(lambda: count_lines(tmp_path / "run" / "metrics.jsonl") >= 6, both[0])
     both[1 - left].send_signal(signal.SIGKILL)
-    _, said = both[left].communicate(timeout=300)
+    _, said = both[left].communicate(timeout=PATIENCE)
     both[1 - left].communicate()
     assert both[left].returncode == 2, said
     assert "Traceback" not in said
@@ -387,9 +383,7 @@ def test_of_a_process_that_was_killed_its_parent_tells(tmp_path: Path) -> None:
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    while not list((tmp_path / "run").glob("checkpoints/step*.pt")):
-        assert run.poll() is None
-        time.sleep(0.05)
+    wait(lambda: list((tmp_path / "run").glob("checkpoints/step*.pt")), run)
     children = subprocess.run(
         ["pgrep", "-P", str(run.pid)], capture_output=True, text=True
     ).stdout.split()
@@ -399,7 +393,7 @@ def test_of_a_process_that_was_killed_its_parent_tells(tmp_path: Path) -> None:
         if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     ]
     os.kill(int(ranks[0] if ranks else children[-1]), signal.SIGKILL)
-    _, said = run.communicate(timeout=300)
+    _, said = run.communicate(timeout=PATIENCE)
     assert run.returncode == 2
     assert "Traceback" not in said
     assert "ssl-bench: one of the 2 processes was ended by SIGKILL" in said

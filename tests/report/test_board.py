@@ -12,6 +12,7 @@ from browsing import served, texts
 from commands import compose
 from conftest import TINY_PRETRAIN
 from made_runs import pretrained
+from patience import PATIENCE
 
 from ssl_bench.errors import UserError
 from ssl_bench.launch.process import launch
@@ -24,7 +25,7 @@ TOKEN = "a-secret-of-some-length"
 
 
 def ask(port: int, path: str = "/", method: str = "GET", **headers: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     connection.request(method, path, headers=headers)
     answer = connection.getresponse()
     text = answer.read().decode()
@@ -78,7 +79,7 @@ def test_a_training_appears_and_grows_while_the_page_is_open(browser, tmp_path: 
         wait.until(lambda _: texts(browser, "#runs td:nth-of-type(3)") == ["stopped"])
         assert browser.get_log("browser") == []
         serving.send_signal(signal.SIGINT)
-        said, errors = serving.communicate(timeout=300)
+        said, errors = serving.communicate(timeout=PATIENCE)
         assert (serving.returncode, errors) == (0, ""), said
         wait.until(lambda _: "doesn't answer" in texts(browser, "#pulse")[0])
     finally:

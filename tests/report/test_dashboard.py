@@ -13,6 +13,7 @@ import wandb
 from commands import compose
 from conftest import TINY, TINY_PRETRAIN
 from offline_wandb import folders, history, kind, records
+from patience import PATIENCE
 from PIL import Image
 from pydantic import TypeAdapter
 
@@ -47,7 +48,7 @@ class Recorded:
             str(self.folder),
         ]
         whole = json.loads(
-            subprocess.run(command, check=True, capture_output=True, timeout=300).stdout
+            subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE).stdout
         )
         self.config, self.summary, self.state = whole["config"], whole["summary"], whole["state"]
 

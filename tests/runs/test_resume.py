@@ -14,6 +14,7 @@ import pytest
 from commands import interrupted
 from compared import assert_identical, final
 from conftest import TINY, TINY_PRETRAIN, Command
+from patience import PATIENCE
 from processes import on_ranks
 
 pytestmark = pytest.mark.slow
@@ -113,7 +114,7 @@ def test_terminated_while_packing(ssl_bench: Command, tmp_path: Path) -> None:
             break
     process.send_signal(signal.SIGTERM)
     said = process.stderr.read()
-    assert process.wait(timeout=300) == 128 + signal.SIGTERM
+    assert process.wait(timeout=PATIENCE) == 128 + signal.SIGTERM
     assert said.endswith("ssl-bench: stopped by SIGTERM; the same command continues\n")
     assert not [
         path for path in (tmp_path / "cache").rglob("*") if path.is_dir() and path.name != "stores"

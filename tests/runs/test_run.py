@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from patience import PATIENCE
 
 from ssl_bench import files
 from ssl_bench.errors import UserError
@@ -34,7 +35,7 @@ def test_who_comes_second_does_not_take_the_firsts_result_for_its_own(tmp_path: 
             assert not second.done()
             first.finish({"loss": 1.0})
         with pytest.raises(UserError, match="another configuration: seed was 0, is 1"):
-            second.result(timeout=300)
+            second.result(timeout=PATIENCE)
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["seed"] == 0
 
 

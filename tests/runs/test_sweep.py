@@ -23,6 +23,7 @@ import pytest
 import yaml
 from commands import compose, member
 from conftest import TINY_PRETRAIN, Command
+from patience import PATIENCE, count_lines, wait
 
 from ssl_bench.data import synthetic
 from ssl_bench.errors import UserError
@@ -511,11 +512,8 @@ def test_workstation(ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.Mon
         cwd=tmp_path,
         env=os.environ | {"PAUSE": "2"},
     )
-    runs, deadline = tmp_path / "runs" / "sweeps" / "pretrain", time.monotonic() + 300
-    while sum(path.read_bytes().count(b"\n") >= 2 for path in runs.glob("*/metrics.jsonl")) < 2:
-        assert started.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    runs = tmp_path / "runs" / "sweeps" / "pretrain"
+    wait(lambda: sum(count_lines(path) >= 2 for path in runs.glob("*/metrics.jsonl")) == 2, started)
     status = ssl_bench("stage=status", f"runs={runs}", check=True).stdout
     assert (status.count("| running "), status.count("| waiting ")) == (2, 1)
     started.send_signal(signal.SIGTERM)
@@ -556,7 +554,7 @@ def test_members_have_the_code_of_when_they_were_launched(tmp_path: Path) -> Non
         assert process.poll() is None, said
     (package / "launch" / "member.py").write_text("raise SystemExit('edited')\n")
     (package / "training" / "engine.py").write_text("raise SystemExit('edited')\n")
-    said += process.communicate(timeout=300)[1]
+    said += process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 0, said
     files = [*tmp_path.glob("runs/sweeps/pretrain/*/environment.json")]
     assert [json.loads(file.read_text())["code"] for file in files] == 2 * [code.digest()]
@@ -586,11 +584,12 @@ def test_members_that_outlive_their_launcher_keep_their_gpus(
         launchers.Workstation(at_once=None)._run(todo, [])
 
     def begun(count: int) -> list[str]:
-        deadline = time.monotonic() + 300
-        while len(files := [path for path in tmp_path.glob("began-*") if path.read_text()]) < count:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        return sorted(path.read_text().strip() for path in files)
+        def gpus() -> list[str]:
+            said = [path.read_text().strip() for path in tmp_path.glob("began-*")]
+            return sorted(filter(None, said))
+
+        wait(lambda: len(gpus()) >= count)
+        return gpus()
 
     first = multiprocessing.get_context("fork").Process(target=run, args=[members[:3]])
     first.start()
@@ -618,10 +617,7 @@ def test_members_share_a_gpu_if_asked(tmp_path: Path, monkeypatch: pytest.Monkey
     packed = launchers.Workstation(at_once=None, members_per_gpu=2)
     running = threading.Thread(target=packed._run, args=[members, []])
     running.start()
-    deadline = time.monotonic() + 300
-    while sum(bool(path.read_text()) for path in tmp_path.glob("began-*")) < 4:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait(lambda: sum(bool(path.read_text()) for path in tmp_path.glob("began-*")) >= 4)
     time.sleep(0.5)  # a fifth would come now
     begun = [path.read_text().strip() for path in tmp_path.glob("began-*")]
     assert sorted(begun) == ["3", "3", "5", "5"]

@@ -11,9 +11,9 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
+
+from patience import PATIENCE, wait
 
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
@@ -155,13 +155,12 @@ class Cluster:
 
     def __call__(self, *command: str) -> str:
         return subprocess.run(
-            command, env=self.env, check=True, capture_output=True, text=True, timeout=300
+            command, env=self.env, check=True, capture_output=True, text=True, timeout=PATIENCE
         ).stdout
 
     def answers(self, *command: str) -> bool:
-        return (
-            subprocess.run(command, env=self.env, capture_output=True, timeout=300).returncode == 0
-        )
+        said = subprocess.run(command, env=self.env, capture_output=True, timeout=PATIENCE)
+        return said.returncode == 0
 
     def start_node(self) -> None:
         self("slurmd")
@@ -231,14 +230,6 @@ class Cluster:
         self("sacctmgr", "-i", "add", "cluster", "throwaway")
         self("sacctmgr", "-i", "add", "account", "dl17", "Description=test", "Organization=test")
         self("sacctmgr", "-i", "add", "user", user, "account=dl17")
-
-
-def wait(happened: Callable[[], object]) -> None:
-    """The limit is for what never happens: a busy machine takes minutes for what takes seconds."""
-    deadline = time.monotonic() + 300
-    while not happened():
-        assert time.monotonic() < deadline, "still waiting after 300 s"
-        time.sleep(0.05)
 
 
 def _free_ports(count: int) -> list[int]:

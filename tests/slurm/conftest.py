@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import TINY_PRETRAIN
+from patience import wait
 
 from slurm import cluster
 
@@ -131,11 +131,7 @@ class Sweeps:
 
     def wait_for_step(self, step: int, process: subprocess.Popen) -> str:
         """Until the only member has logged so many; returns its job."""
-        deadline = time.monotonic() + 300
-        while self.steps() < step:
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline, self.slurm.jobs()
-            time.sleep(0.02)
+        wait(lambda: self.steps() >= step, process)
         return self.job()
 
     def job(self) -> str:
@@ -154,4 +150,4 @@ def sweeps(slurm: cluster.Cluster, tmp_path: Path) -> Iterator[Sweeps]:
     yield Sweeps(slurm, tmp_path)
     if jobs := slurm.jobs():  # of a test that failed
         slurm("scancel", *jobs)
-        cluster.wait(lambda: not slurm.jobs())
+        wait(lambda: not slurm.jobs())

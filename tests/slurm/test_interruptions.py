@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from compared import assert_identical, final
 from conftest import TINY_PRETRAIN
+from patience import wait
 
-from slurm.cluster import Cluster, wait
+from slurm.cluster import Cluster
 from slurm.conftest import Sweeps, ended
 
 STEPS, AT = 60, 15

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+from patience import wait
 
-from slurm.cluster import Cluster, wait
+from slurm.cluster import Cluster
 from slurm.conftest import Sweeps, ended
 
 

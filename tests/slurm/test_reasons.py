@@ -7,8 +7,9 @@ import signal
 from itertools import accumulate
 
 import pytest
+from patience import wait
 
-from slurm.cluster import Cluster, wait
+from slurm.cluster import Cluster
 from slurm.conftest import Sweeps, ended
 
 BEGINNINGS = {

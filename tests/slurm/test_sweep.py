@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from patience import wait
 
-from slurm.cluster import Cluster, wait
+from slurm.cluster import Cluster
 from slurm.conftest import CLUSTER, Sweeps, ended
 from ssl_bench.runs import code, halving
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY_PRETRAIN
+from patience import wait
 
-from slurm.cluster import wait
 from slurm.conftest import Sweeps
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tutorials" / "cluster.md").read_text()

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+from patience import wait
 
-from slurm.cluster import Cluster, wait
+from slurm.cluster import Cluster
 from slurm.conftest import Sweeps, ended
 
 TWO = ["stage=pipeline", "augmentation=digits", "epochs=2", "save_every=4"]

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import torch
 from compared import assert_identical, final
 from conftest import Command
+from patience import wait
 from photographs import photographs
 
 import ssl_bench as package
@@ -169,11 +169,7 @@ def test_killed_and_resumed_bit_for_bit(here: Path) -> None:
         env=ENVIRONMENT,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 300
-    while len(list(here.glob("killed/checkpoints/*.pt"))) < 2:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait(lambda: len(list(here.glob("killed/checkpoints/*.pt"))) >= 2, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert "step0000000012" not in " ".join(map(str, here.glob("killed/checkpoints/*")))
