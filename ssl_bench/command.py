@@ -188,6 +188,9 @@ class Check(Callback):
 
         if ignored := hydra_in_vain(config, is_sweep=True):
             raise UserError(ignored)
+        for key in ("sweeper", "launcher"):
+            if not OmegaConf.is_dict(chosen := config.hydra[key]):
+                raise UserError(f"hydra.{key}={chosen} is none: choose one by hydra/{key}=NAME")
         Composer.install(GlobalHydra.instance().hydra.config_loader)
         task = _typed(config.hydra.overrides.task)
         # a search chooses its members while it runs: check what they have in common
@@ -291,8 +294,13 @@ def execute(words: Sequence[str]) -> Result | None:
         if wants_trace:
             raise
         fail(error)
-    except OSError as error:
-        if wants_trace or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        own = [word for word in words if re.match(r"[+~]*hydra\b", word)]
+        if own and not wants_trace and _is_hydras(error):
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            fail(UserError(f"{' '.join(own)}: Hydra can't use that: {why}"))
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if wants_trace or not is_full:
             raise
         where = f": {error.filename}" if error.filename else ""
         fail(
@@ -302,6 +310,13 @@ def execute(words: Sequence[str]) -> Result | None:
             )
         )
     return _results.pop() if _results else None
+
+
+def _is_hydras(error: Exception) -> bool:
+    """Whether it is from Hydra, which none of our own code was called by."""
+    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    below = files[files.index(Path(hydra.main.__code__.co_filename)) :]
+    return not any(file.is_relative_to(Path(__file__).parent) for file in below)
 
 
 def see_own_modules() -> None:

@@ -128,7 +128,8 @@ def _unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
     parent = error.full_key.rpartition(".")[0]
     names = [str(name) for name in error.parent_node if not str(name).startswith("_")]
     if not names:
-        return f"{error.full_key}: no such key; {parent} has none"
+        new = f"; a new one has a +: type +{error.full_key}=" if parent.startswith("hydra.") else ""
+        return f"{error.full_key}: no such key; {parent} has none{new}"
     valid = [f"{parent}.{name}" if parent else name for name in names]
     line = unknown("key", error.full_key, valid)
     target = OmegaConf.to_container(error.parent_node).get("_target_") if parent else None

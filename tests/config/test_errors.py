@@ -89,6 +89,30 @@ CONFIGURATION = {
         ],
     ),
     "key of a value": (["seed.x=1"], ["seed.x: no such key; seed has none"]),
+    "a group of Hydra's that is a number": (
+        ["hydra=3"],
+        ["hydra=3: Hydra can't use that: Config group override must be a string or a list"],
+    ),
+    "a value that Hydra asserts": (
+        ["hydra.verbose=3"],
+        ["hydra.verbose=3: Hydra can't use that: "],
+    ),
+    "no launcher": (
+        ["-m", "seed=0,1", "hydra.launcher=3"],
+        ["hydra.launcher=3 is none: choose one by hydra/launcher=NAME"],
+    ),
+    "no sweeper": (
+        ["-m", "seed=0,1", "hydra.sweeper=null"],
+        ["hydra.sweeper=None is none: choose one by hydra/sweeper=NAME"],
+    ),
+    "a sweeper of elsewhere": (
+        ["-m", "seed=0,1", "hydra.sweeper._target_=os.system"],
+        ["hydra.sweeper._target_=os.system: Hydra can't use that: Invalid plugin 'os.system'"],
+    ),
+    "values to sweep that aren't there": (
+        ["-m", "hydra.sweeper.params.sed=3"],
+        ["hydra.sweeper.params.sed: no such key; ", "type +hydra.sweeper.params.sed="],
+    ),
     "several values to show": (
         ["-m", "seed=0,1", "--cfg", "job"],
         ["seed=0,1: --cfg shows one configuration: give one value"],

@@ -381,11 +381,9 @@ def main() -> None:
     print(summary(result))
     if args.out:
         sys.path.insert(0, str(ROOT / "benchmarks"))
-        from common import machine  # only now: a fork must not have the program
+        from common import machine, publish  # only now: a fork must not have the program
 
-        result = {**machine(), **result}
-        (args.out / "mutants.json").write_text(json.dumps(result, indent=1) + "\n")
-        (args.out / "mutants.md").write_text(markdown(result))
+        publish({**machine(), **result}, markdown(result), args.out / "mutants.json")
     sys.exit(bool(told) or not all(row["caught"] for row in rows))
 
 
