@@ -45,6 +45,8 @@ HOME = re.compile(r"^([\w.+]+)=(~[\w./~-]*)$")
 # a comma here makes a list, not a sweep
 LIST = re.compile(r"^(data\.extra_labels|runs|stage\.drop|stage\.again)=([^\[].*,.*)$")
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # no room, or no more of it for this user
+
 # Hydra's own keys that would do nothing here, and what to type instead.
 HYDRA_IN_VAIN = {
     "hydra.run": "the directory of a run is dir=",
@@ -299,8 +301,7 @@ def execute(words: Sequence[str]) -> Result | None:
         if own and not wants_trace and _is_hydras(error):
             why = (str(error).splitlines() or [type(error).__name__])[0]
             fail(UserError(f"{' '.join(own)}: Hydra can't use that: {why}"))
-        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if wants_trace or not is_full:
+        if wants_trace or not isinstance(error, OSError) or error.errno not in FULL:
             raise
         where = f": {error.filename}" if error.filename else ""
         fail(

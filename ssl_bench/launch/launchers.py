@@ -77,9 +77,13 @@ class SweepLauncher(Launcher):
 
     def _launch(self, folder: Path, job_overrides: Sequence[Sequence[str]]) -> list["Member"]:
         """Run what isn't finished of the members, which are returned."""
+        from ssl_bench.runs import halving
+
         begun: list[Member] = []
         try:
             with deciding(folder.absolute()):  # until Slurm, too, knows what this command starts
+                if not self._halves:
+                    halving.refuse_beside(folder)
                 self._drop_orphans(folder.absolute())
                 asked, todo, under_way, elsewhere = self._decide(folder, job_overrides)
                 begun = todo + under_way

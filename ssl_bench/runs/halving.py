@@ -246,9 +246,15 @@ def alone(folder: Path) -> Iterator[None]:
     """UserError while another command halves this sweep: two would decide for each other."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with filelock.FileLock(folder / ".halving.lock", timeout=0):
+        with filelock.FileLock(folder / ".halving.lock", timeout=1):
             yield
     except filelock.Timeout:
         raise UserError(
             f"{folder}: another command halves this sweep: wait, or choose another sweep="
         ) from None
+
+
+def refuse_beside(folder: Path) -> None:
+    """UserError while a command halves this sweep: whom it lets wait isn't to be started."""
+    with alone(folder):
+        pass

@@ -247,6 +247,17 @@ def test_what_cannot_be_halved(ssl_bench: Command, words: list[str], said: str) 
 
 
 @pytest.mark.slow
+def test_a_command_without_rules_starts_nothing_beside_one_that_halves(
+    ssl_bench: Command, tmp_path: Path
+) -> None:
+    """It would start those that wait at a rung, a second time or against the rules."""
+    folder = tmp_path / "runs" / "sweeps" / "few"
+    with halving.alone(folder):
+        assert "another command halves this sweep" in complaint(ssl_bench(*SWEEP, "seed=0,1"))
+    assert not sweep.members(folder)
+
+
+@pytest.mark.slow
 def test_a_member_that_paused_is_one_that_never_did(ssl_bench: Command, tmp_path: Path) -> None:
     """The best of three, here; the paused ones go on without halving."""
     result = ssl_bench(*SWEEP, "seed=0,1,2", *HALVED, check=True)
