@@ -6,6 +6,7 @@ The file chooses among our constructors. A user's own constructors are named by 
 member, as launchers do: `python -m ssl_bench.launch.member FILE method._target_=my_module.Mine`.
 """
 
+import logging
 import os
 import platform
 import shutil
@@ -22,16 +23,23 @@ from ssl_bench.config import build
 from ssl_bench.errors import Abandoned, Diverged, Interrupted, UserError
 from ssl_bench.launch import resolvers
 from ssl_bench.launch.process import launch, leave_fast, set_up_logging
-from ssl_bench.runs import sweep
+from ssl_bench.runs import code, sweep
+
+log = logging.getLogger(__name__)
 
 
 def run(
-    file: Path, named: Sequence[str] = (), job: str | None = None, gpus: str | None = None
+    file: Path,
+    named: Sequence[str] = (),
+    job: str | None = None,
+    gpus: str | None = None,
+    submitted: str | None = None,
 ) -> None:
     """Run one rank of the member in `file`. An error is written beside the file, and raised.
 
     named: the user's constructors that the member may call (`build.strange`). job: the Slurm job
-    that this is; gpus: the GPUs that it was given, in the words of the launcher.
+    that this is; gpus: the GPUs that it was given, in the words of the launcher; submitted: the
+    code that it was submitted with (`code.digest`).
     """
     leave_fast()
     resolvers.register()
@@ -39,6 +47,12 @@ def run(
     member, rank = sweep.Member.load(file), int(os.environ.get("SLURM_PROCID", 0))
     member.job = job or member.job  # the file is older where the job was faster than its command
     set_up_logging(quiet=rank > 0)
+    if submitted not in (None, code.digest()):
+        log.warning(
+            "%s has other code than the command that submitted this job: in a container, pass on "
+            "PYTHONPATH and bind the folder of the sweep",
+            code.PACKAGE,
+        )
     for folder in (member.cwd, member.conf):
         if not (os.path.isabs(folder) and os.path.isdir(folder)):
             raise UserError(
@@ -91,14 +105,16 @@ class SlurmTask:
     - It finishes.
     """
 
-    gpus: str | None = None  # these two of a job that was submitted by an earlier version
+    gpus: str | None = None  # these three of a job that was submitted by an earlier version
     seconds = float("inf")
+    code: str | None = None
 
     def __init__(
         self, file: Path, named: Sequence[str] = (), gpus: str | None = None, seconds: float = 0
     ) -> None:
         """gpus: what the job was given, in words; seconds: from its start to Slurm's warning."""
         self.file, self.named, self.gpus, self.seconds = file, named, gpus, seconds
+        self.code = code.digest()
 
     def __call__(self) -> None:
         from submitit import JobEnvironment
@@ -133,7 +149,7 @@ class SlurmTask:
         for signum in (signal.SIGALRM, signal.SIGUSR2):
             signal.signal(signum, requeue)
         try:
-            run(self.file, self.named, job, self.gpus)
+            run(self.file, self.named, job, self.gpus, self.code)
         except Interrupted as stop:
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # one requeue is enough
             warned = stop.signum == signal.SIGUSR2

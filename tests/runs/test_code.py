@@ -2,12 +2,14 @@
 
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from commands import member
+from patience import PATIENCE
 
 from ssl_bench.launch.launchers import Workstation
 from ssl_bench.report import sweeps
@@ -116,3 +118,17 @@ def test_a_table_of_mixed_code_says_so(tmp_path: Path) -> None:
     rows = [line.split("|")[1:-1] for line in sweeps.sweep_table(tmp_path).splitlines()]
     told = [[cell.strip() for cell in row[:2]] for row in rows if "--" not in row[0]]
     assert told == [["method.temperature", "code"], ["1", 8 * "a"], ["2", f"{8 * 'a'}, {8 * 'b'}"]]
+
+
+def test_a_job_with_other_code_says_so(tmp_path: Path) -> None:
+    """As in a container that doesn't pass PYTHONPATH on."""
+    one = member(tmp_path / "sweep", None, "seed=0")
+    program = (
+        "import sys, pathlib; from ssl_bench.launch import member\n"
+        "member.run(pathlib.Path(sys.argv[1]), submitted=sys.argv[2])\n"
+    )
+    for submitted, says in ((code.digest(), False), ("0" * 16, True)):
+        words = [sys.executable, "-c", program, str(one.file), submitted]
+        said = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE).stderr
+        assert "the command of the sweep makes its members anew" in said  # it has no choices
+        assert ("has other code than the command that submitted this job" in said) == says
