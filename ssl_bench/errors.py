@@ -25,6 +25,10 @@ class Diverged(UserError):
     """The loss or the weights of a run aren't finite: the same run again ends the same way."""
 
 
+class Collapsed(Diverged):
+    """The embeddings of a run collapse, at which on_collapse=stop ends it."""
+
+
 @contextmanager
 def writable(key: str, place: str | Path) -> Iterator[None]:
     """UserError if `place`, which `key` of the configuration names, can't be written."""

@@ -23,6 +23,7 @@ def tell_disk(members: Sequence[Member], folder: Path) -> None:
     Nothing where it can't be told: of networks that aren't ours, or that aren't made without data.
     """
     known: dict[str, tuple[int, int]] = {}
+    members = _pretraining(members)
     for member in members:
         config = member.config
         keys = ("method", "backbone", "optimizer", "ema", "keep", "save_best", "patience", "stage")
@@ -43,6 +44,11 @@ def tell_disk(members: Sequence[Member], folder: Path) -> None:
             "or keep=last",
             *(told, _gb(running), _gb(free)),
         )
+
+
+def _pretraining(members: Sequence[Member]) -> list[Member]:
+    """Without pipelines whose pretraining is a member of its own: theirs are evaluations."""
+    return [one for one in members if one.first is None]
 
 
 def _gb(size: float) -> str:
@@ -100,12 +106,13 @@ def _bytes(module: Any) -> int:
 class Clock:
     """Tells once how long a sweep takes, when the first of its members has logged its rate.
 
+    Evaluations that run apart from their pretrainings aren't counted.
     places: members at once. at_most: may members end before their last epoch?
     """
 
     def __init__(self, members: Sequence[Member], places: int, at_most: bool) -> None:
-        self.members, self.places, self.at_most = list(members), places, at_most
-        self.told, self.looked = len(members) < 2, 0.0
+        self.members, self.places, self.at_most = _pretraining(members), places, at_most
+        self.told, self.looked = len(self.members) < 2, 0.0
 
     def look(self, members: Sequence[Member], gpus: Sequence[str], now: bool = False) -> None:
         """Look at what these members have logged, on GPUs if there are any.

@@ -20,7 +20,7 @@ from pathlib import Path
 import hydra
 
 from ssl_bench.config import build
-from ssl_bench.errors import Abandoned, Diverged, Interrupted, UserError
+from ssl_bench.errors import Abandoned, Collapsed, Diverged, Interrupted, UserError
 from ssl_bench.launch import resolvers
 from ssl_bench.launch.process import launch, leave_fast, set_up_logging
 from ssl_bench.runs import code, sweep
@@ -77,7 +77,8 @@ def attempt(member: sweep.Member, rank: int = 0, gpus: str | None = None) -> Non
         if isinstance(error, Abandoned):
             time.sleep(1)  # until the rank that failed has written why
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        member.fail(f"{kind}{error}", rank, diverged=isinstance(error, Diverged))
+        collapsed = isinstance(error, Collapsed)
+        member.fail(f"{kind}{error}", rank, isinstance(error, Diverged), collapsed)
         raise
 
 

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from ssl_bench import console
 from ssl_bench.config import build
 from ssl_bench.data.pool import default_workers
-from ssl_bench.errors import Abandoned, Diverged, Interrupted, UserError
+from ssl_bench.errors import Abandoned, Collapsed, Diverged, Interrupted, UserError
 from ssl_bench.runtime.device import check_compiler, pick_device
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,8 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
         except ChildFailedError as error:
             for message in sorted(Path(folder).glob("*.json")):
                 kind, said = json.loads(message.read_text(encoding="utf-8"))
-                raise (Diverged if kind == Diverged.__name__ else UserError)(said) from None
+                kinds = {one.__name__: one for one in (Diverged, Collapsed)}
+                raise kinds.get(kind, UserError)(said) from None
             codes = [failure.exitcode for failure in error.failures.values()]
             if killed := [signal.Signals(-code).name for code in codes if code < 0]:
                 raise UserError(

@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from ssl_bench.launch.launchers import SweepLauncher, deciding, tell
 
 if TYPE_CHECKING:
+    from ssl_bench.launch.forecast import Clock
     from ssl_bench.launch.launchers import InTurn
     from ssl_bench.runs.halving import Halving
     from ssl_bench.runs.sweep import Member
@@ -222,7 +223,7 @@ class Slurm(SweepLauncher):
         if self._halves:
             self._halve(todo, under_way)
         elif self.wait:
-            for _ in self._ended({one.job: one for one in todo + under_way}):
+            for _ in self._ended({one.job: one for one in todo + under_way}, self._clock(todo)):
                 pass
 
     def _halve(self, todo: list["Member"], under_way: list["Member"]) -> None:
@@ -230,9 +231,14 @@ class Slurm(SweepLauncher):
         waiting = {one.job: one for one in under_way}
         with self._plan(todo, under_way) as plan:
             self._fill(plan, waiting)
-            for member in self._ended(waiting):
+            for member in self._ended(waiting, self._clock(todo)):
                 plan.ended(member)
                 self._fill(plan, waiting)
+
+    def _clock(self, todo: list["Member"]) -> "Clock":
+        from ssl_bench.launch.forecast import Clock
+
+        return Clock(todo, self.max_running, at_most=self._halves)
 
     def _fill(self, plan: "Halving | InTurn", waiting: dict[str | None, "Member"]) -> None:
         """Submit what comes next until `max_running` are waited for, and add it to `waiting`."""
@@ -363,7 +369,7 @@ class Slurm(SweepLauncher):
                     "which no option of sbatch can have"
                 )
 
-    def _ended(self, waiting: dict[str | None, "Member"]) -> Iterator["Member"]:
+    def _ended(self, waiting: dict[str | None, "Member"], clock: "Clock") -> Iterator["Member"]:
         """Take from `waiting`, by their jobs, the members whose job has ended, until it is empty.
 
         That is when squeue hasn't listed it twice in a row: a job that is being requeued is missing
@@ -375,6 +381,7 @@ class Slurm(SweepLauncher):
         began, told = time.monotonic(), set(ORDINARY)
         while waiting:
             time.sleep(min(15, 1 + (time.monotonic() - began) / 60))
+            clock.look([*waiting.values()], ["a GPU"] if self._gpus else [])
             queue = sweep.queued(waiting)
             if queue is None:
                 continue  # slurmctld is away for a moment

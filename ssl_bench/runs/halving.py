@@ -153,7 +153,10 @@ class Halving:
         return found if found or running else self._promotable(running, closing=True)
 
     def ended(self, member: Member) -> None:
-        """Note what a member came to that has ended; nothing of one that isn't followed."""
+        """Note what a member came to that has ended; nothing of one that isn't followed.
+
+        UserError where it came, and nothing measures the metric.
+        """
         if member.name not in self._by_name:
             return
         rung = self.ladder.sent[member.name]
@@ -161,6 +164,11 @@ class Halving:
         lines = [line for line in member.lines if line.get("epoch", 0) <= at]
         values = [line[self.metric] for line in lines if self.metric in line]
         there = member.result() is not None or member.paused
+        if there and lines and not values:
+            logged = sorted(lines[-1].keys() - {"step", "epoch", "images_seen"})
+            raise UserError(
+                f"{KEY}.metric={self.metric}: nothing measures it: type one of {', '.join(logged)}"
+            )
         value = values[-1] if there and values else None
         self._write({"member": member.name, "came_to": rung + 1, "epoch": at, "value": value})
         self.ladder.arrive(member.name, rung, value)
@@ -219,6 +227,10 @@ class Halving:
             known = events[0] if events else rules
             if known != rules:
                 told = ", ".join(f"{key}={value}" for key, value in known["rules"].items())
+                if not any("came_to" in event for event in events):  # they have decided nothing
+                    self.file.unlink()
+                    self._read()
+                    return
                 raise UserError(
                     f"{self.file}: this sweep was halved by other rules ({told}): "
                     f"type these as {KEY}, or choose another sweep="

@@ -25,7 +25,7 @@ from ssl_bench import __version__, files
 from ssl_bench.config.build import construct
 from ssl_bench.console import Bar, duration
 from ssl_bench.data.store import Split
-from ssl_bench.errors import Diverged, Interrupted, UserError, stop, writable
+from ssl_bench.errors import Collapsed, Diverged, Interrupted, UserError, stop, writable
 from ssl_bench.runs import code, identity, layout, metrics, units, watch
 from ssl_bench.runs.checkpoint import Checkpoint, carry_over, complete, name_of, step_of
 from ssl_bench.runs.metrics import MetricsFile
@@ -414,11 +414,11 @@ class Run:
             "try a lower optimizer.base_lr, a longer schedule.warmup_epochs, or precision=fp32"
         )
 
-    def collapse(self, step: int) -> None:
-        """Stop a run whose embeddings have collapsed, as `on_collapse=stop` asks. UserError."""
-        raise UserError(
-            f"stopped at step {step:,}, whose state is saved: its embeddings collapse, as the line "
-            "above says (on_collapse=stop; the same command with on_collapse=warn goes on)"
+    def collapse(self, step: int, why: str) -> None:
+        """Stop a run whose embeddings have collapsed, as `on_collapse=stop` asks. Collapsed."""
+        raise Collapsed(
+            f"stopped at step {step:,}, whose state is saved: the run {why} "
+            "(on_collapse=stop; the same command with on_collapse=warn goes on)"
         )
 
     def log(self, step: int, line: dict[str, float]) -> None:

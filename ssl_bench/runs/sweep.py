@@ -161,25 +161,34 @@ class Member:
             return None
         return said["reason"] if said.get("job") == self.job else None  # else of an earlier job
 
-    def fail(self, reason: str, rank: int = 0, diverged: bool = False) -> None:
+    def fail(
+        self, reason: str, rank: int = 0, diverged: bool = False, collapsed: bool = False
+    ) -> None:
         """Write down why it failed, unless another rank has: that one is why the others fail.
 
-        diverged: it would again, as long as its configuration is this one.
+        diverged: it would again, as long as its configuration is this one. collapsed: and
+        on_collapse=stop.
         """
         said = {"reason": reason, "rank": rank, "job": self.job}
         if diverged:
             said["diverged"] = Identity(self.config).key
+        if collapsed:
+            said["on_collapse"] = "stop"
         with suppress(FileExistsError), open(self._failed, "x", encoding="utf-8") as file:
             json.dump(said, file)
 
     @property
     def diverged(self) -> bool:
-        """Has a run of this configuration diverged? Then none is started until it is asked for."""
+        """Has a run of this configuration diverged, or collapsed where that is to stop it?
+
+        Then none is started until it is asked for.
+        """
         try:
             said = json.loads(self._failed.read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):
             return False
-        return said.get("diverged") == Identity(self.config).key
+        same = said.get("diverged") == Identity(self.config).key
+        return same and said.get("on_collapse") in (None, self.config.get("on_collapse"))
 
     @property
     def dropped(self) -> bool:

@@ -167,7 +167,7 @@ def fit(
         elif looked:
             meter.watch(done, at, output, embeddings)
         asked = on_collapse == "stop" and looked and not last
-        collapsed = asked and distributed.any_rank(meter.collapsed)
+        collapsed = asked and distributed.any_rank(bool(meter.collapsed))
         if evaluate and evaluating:
             network = model if average is None else average.network
             distributed.share_buffers(network)
@@ -181,7 +181,7 @@ def fit(
         if saving or collapsed:
             run.save(done, **state)
         if collapsed:
-            run.collapse(done)
+            run.collapse(done, meter.collapsed or "has collapsed")  # rank 0 knows how
         if judging and run.keep_best(done):
             break
         if stop and not last:
@@ -229,7 +229,7 @@ class Meter:
         for line in MetricsFile.read(run.metrics.path) if run.is_main else ():
             self.watching.see(line)  # before it was stopped
         self.warned: set[str] = set()
-        self.collapsed = False  # by what this process has seen
+        self.collapsed = ""  # how, by what this process has seen
         self.following = Following(model)
         # A teacher has moved by then; at the end of training it may stand still.
         self.follows_at: tuple[float, float] | None
@@ -297,11 +297,10 @@ class Meter:
         if not self.run.is_main:
             return
         for what, told in self.watching(line, epoch).items():
-            self.collapsed = True
+            why = self.watching.cause(line, self.following)
+            self.collapsed = f"{what}: {told}; {why}" if why else f"{what}: {told}"
             if what not in self.warned:
-                why = self.watching.cause(line, self.following)
-                said = f"{told}; {why}" if why else told
-                log.warning("step %s: the run %s: %s", f"{step:,}", what, said)
+                log.warning("step %s: the run %s", f"{step:,}", self.collapsed)
                 self.warned.add(what)
 
     def _check_teacher(self, step: int) -> None:

@@ -10,7 +10,7 @@ from commands import compose
 from small_methods import make, overrides
 from torch import Tensor
 
-from ssl_bench.errors import UserError
+from ssl_bench.errors import Collapsed
 from ssl_bench.evaluate.health import LIDAR_IMAGES, Following, Watch, health, lidar, variety
 from ssl_bench.launch.process import launch
 from ssl_bench.methods.byol import BYOL
@@ -160,7 +160,11 @@ def test_a_collapse_is_announced_and_may_end_the_run(
     """
     caplog.set_level(logging.WARNING, "ssl_bench")
     words = overrides("vicreg", *COLLAPSING, f"dir={tmp_path}")
-    with pytest.raises(UserError, match=r"^stopped at step 20, whose state is saved"):
+    with pytest.raises(
+        Collapsed,
+        match=r"^stopped at step 20, whose state is saved: the run has collapsed: all images .*"
+        r"; the loss falls with it, .*on_collapse=warn goes on",
+    ):
         launch(compose(*words, "on_collapse=stop"))
     assert "step 20: the run has collapsed: all images have nearly the same" in caplog.text
     assert "the loss falls with it" in caplog.text

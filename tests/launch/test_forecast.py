@@ -1,6 +1,7 @@
 """What a sweep is said to cost, and what it does cost."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from omegaconf import OmegaConf
 
 from ssl_bench.config import build
 from ssl_bench.launch import forecast
-from ssl_bench.runs import metrics
+from ssl_bench.runs import metrics, sweep
 from ssl_bench.runs.checkpoint import Checkpoint
 from ssl_bench.training.average import Average
 
@@ -63,6 +64,21 @@ def test_a_full_disk_is_said_before(
     assert said.startswith("4 members leave about ")
     assert said.endswith(" GB of states (keep=2); 0.1 GB is free")
     assert warned.endswith("more than the 0.1 GB that is free: type keep=backbone, or keep=last")
+
+
+def test_a_pipeline_of_two_stages_is_counted_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = member(tmp_path / "sweep", None)
+    whole.config = resolved("stage=pipeline")
+    first = replace(whole, file=whole.file.with_name(f"{whole.name}{sweep.FIRST}.json"))
+    first.config = resolved("stage=pretrain")
+    first.save()
+    with caplog.at_level(logging.INFO, "ssl_bench"):
+        forecast.tell_disk([first, whole] * 2, tmp_path)
+    (said,) = (r.getMessage() for r in caplog.records if r.name == forecast.__name__)
+    assert said.startswith("2 members leave about ")
+    assert forecast.Clock([first, whole] * 2, 1, at_most=False).members == [first] * 2
 
 
 def test_the_time_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

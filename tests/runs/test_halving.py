@@ -185,6 +185,16 @@ def test_a_member_that_failed_is_tried_again_by_the_next_command(tmp_path: Path)
     assert list(follow(tmp_path)) == [("5", 1), ("5", 3), ("5", None)]
 
 
+def test_a_metric_that_nothing_logs(tmp_path: Path) -> None:
+    """Nobody came to a rung by it, so that the sweep goes on by another one."""
+    wrong = RULES._replace(metric="max:probe")
+    plan = Halving(tmp_path / "sweep", wrong, members(tmp_path))
+    run(first := plan.next(()))
+    with pytest.raises(UserError, match=r"halving.metric=probe: nothing measures it: .*knn_top1"):
+        plan.ended(first)
+    assert [*follow(tmp_path)] == [*follow(tmp_path / "by the right one at once")]
+
+
 def test_other_rules(tmp_path: Path) -> None:
     list(follow(tmp_path, 1))
     with pytest.raises(UserError, match=r"halved by other rules .*eta=3.*another sweep="):

@@ -470,6 +470,14 @@ def test_what_diverged_with_other_settings_is_another_matter(tmp_path: Path) -> 
     assert not one.diverged
 
 
+def test_what_collapsed_goes_on_where_that_only_warns(tmp_path: Path) -> None:
+    one = member(tmp_path, None, "seed=0", "on_collapse=stop")
+    one.fail("stopped at step 20", diverged=True, collapsed=True)
+    assert (one.diverged, sweep.states([one])[0].name) == (True, "diverged")
+    one.config["on_collapse"] = "warn"
+    assert not one.diverged
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
