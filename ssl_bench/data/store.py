@@ -12,6 +12,7 @@ share one store.
 """
 
 import errno
+import hashlib
 import json
 import logging
 import math
@@ -23,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import xxhash
@@ -43,6 +44,7 @@ LAYOUT = 2  # version of a store's files, part of its name: since 2 it has diges
 BLOCK = CHUNK  # rows that a digest covers, and that are moved at once when gaps are closed
 THUMBNAIL = 96  # pixels
 LATELY = 600  # seconds for which a store is taken as whole after it was verified
+SAMPLED = 16  # files that tell a set of images from another of the same names and sizes
 SMALL_FILES = ("indices.npy", "digests.npy")  # each has one digest, in meta.json
 FILES = ("images.npy", *SMALL_FILES, "meta.json")
 VERIFIED = "verified"  # the file with the sizes and times of FILES when they were verified
@@ -77,6 +79,17 @@ class Split:
         """What the file of an image holds."""
         assert self.encoded is not None
         return self.encoded(index)
+
+    def facts(self) -> dict[str, Any]:
+        """What tells these images from others, however they are called, wherever they are.
+
+        {"fingerprint": hex digits, "images": their number, "sample": hex digits of what SAMPLED of
+        the files hold, "" where images aren't files}.
+        """
+        some = np.unique(np.linspace(0, self.length - 1, SAMPLED, dtype=int))
+        held = [hashlib.sha256(self.file(int(index))) for index in some] if self.encoded else []
+        sample = hashlib.sha256(b"".join(one.digest() for one in held)).hexdigest() if held else ""
+        return {"fingerprint": self.fingerprint, "images": self.length, "sample": sample}
 
     def small(self, index: int) -> np.ndarray:
         """An image to look at: uint8 (h, h, 3); of one that was left as it is, the centre."""

@@ -1,5 +1,6 @@
 """The directory of a run that isn't given one: the same for the same command, for no other."""
 
+import glob
 import json
 import os
 import re
@@ -46,6 +47,12 @@ def place(default: str, config: DictConfig) -> str:
     words = tuple(OmegaConf.to_container(command.overrides.task))
     if command.mode == RunMode.MULTIRUN:
         return os.path.join(command.sweep.dir, sweep.name(words))
+    return _of_its_images(_by_words(default, config, words), config)
+
+
+def _by_words(default: str, config: DictConfig, words: tuple[str, ...]) -> str:
+    """The place that follows from the words of a command alone."""
+    command = HydraConfig.get()
     network = _network(config)
     named = tuple(word for word in words if word in network or _names(default, word))
     changed = [word for word in words if word not in named]
@@ -67,6 +74,42 @@ def place(default: str, config: DictConfig) -> str:
     if not (name := slug(changed, identity.node(config, "data").get("name", ""))):
         return default
     return os.path.join(os.path.dirname(default), name, os.path.basename(default))
+
+
+def _of_its_images(path: str, config: DictConfig) -> str:
+    """`path`, or the place beside it where that has a run of other images.
+
+    Folders of one name are one place, wherever they have moved, until two of them have been used.
+    """
+    root = typed.select(config, "data.root")
+    folder, last = os.path.split(path)
+    beside = Path(folder).parent.glob(f"{glob.escape(os.path.basename(folder))}-images-*")
+    opened = {
+        one: sorted(one.glob(f"*/{layout.INPUTS}")) for one in (Path(folder), *sorted(beside))
+    }
+    taken = {one: inputs[0].parent for one, inputs in opened.items() if inputs}
+    if not isinstance(root, str) or not taken:
+        return path
+    for one, run in taken.items():
+        if _same_folder(identity.node(identity.config(run), "data").get("root"), root):
+            return str(one / last)
+    try:
+        cfg = build.literal(_plain(config))
+        data = build.construct(cfg.data)
+        for one, run in taken.items():
+            known = identity.inputs(run)
+            now = {name: data.split(name).facts() for name in known}
+            if all(identity.same_images(known[name], now[name]) for name in known):
+                return str(one / last)
+    except (UserError, TypeError, ValueError, OmegaConfBaseException):
+        return path  # a mistake, which the run puts in words
+    told = "".join(facts["fingerprint"] + facts["sample"] for facts in now.values())
+    digest = blake2b(told.encode(), digest_size=4).hexdigest()
+    return f"{folder}-images-{digest}/{last}"
+
+
+def _same_folder(one: object, other: str) -> bool:
+    return isinstance(one, str) and identity.real(one) == identity.real(other)
 
 
 def telling(words: Sequence[str], usual: Mapping, config: Mapping) -> list[str]:

@@ -318,7 +318,7 @@ def known_by(
 
 
 def inputs(directory: Path) -> dict[str, dict[str, Any]]:
-    """The images that a run has opened: {split: {"fingerprint": hex digits, "images": number}}.
+    """The images that a run has opened: {split: `data.store.Split.facts`}.
 
     UserError for a damaged file.
     """
@@ -326,6 +326,11 @@ def inputs(directory: Path) -> dict[str, dict[str, Any]]:
     if not all(_has(facts, {"fingerprint": str, "images": int}) for facts in known.values()):
         raise files.damaged(path)
     return known
+
+
+def same_images(known: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Are the images that a run has opened those of now? An earlier version wrote down less."""
+    return all(known[key] == now[key] for key in known.keys() & now.keys())
 
 
 def environment(directory: Path) -> dict[str, Any]:

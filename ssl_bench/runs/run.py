@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from importlib import metadata
@@ -475,18 +475,18 @@ class Run:
         if self.is_main:
             self.tracker.log_image(step, name, path)
 
-    def uses(self, split: str, fingerprint: str, images: int) -> None:
-        """Write down the images of a split. UserError if the run began with other ones."""
+    def uses(self, split: str, now: Mapping[str, Any]) -> None:
+        """Write down the images of a split (`Split.facts`). UserError if it began with others."""
         if self.is_main and self.leaves:
             known = identity.inputs(self.directory)
-            now = {"fingerprint": fingerprint, "images": images}
-            if layout.has_state(self.directory) and known.get(split, now) != now:
+            same = identity.same_images(known.get(split, {}), now)
+            if layout.has_state(self.directory) and not same:
                 raise UserError(
-                    f"dir={self.directory} holds a run of other images: split '{split}' had "
-                    f"{known[split]['images']:,}, has {images:,} now, not the same. Choose another "
-                    "dir=, or delete it"
+                    f"dir={self.directory} holds a run of other images: its split '{split}' had "
+                    f"{known[split]['images']:,}, the {now['images']:,} now are not the same. "
+                    "Choose another dir=, or delete it"
                 )
-            if known.get(split) != now:
+            if split not in known or not same:
                 text = json.dumps(known | {split: now}, indent=2) + "\n"
                 files.write(self.directory / layout.INPUTS, text)
 
@@ -504,8 +504,7 @@ class Run:
             return
         split = split or construct(now).split
         for name in known:
-            found = split(name)
-            self.uses(name, found.fingerprint, found.length)
+            self.uses(name, split(name).facts())
         sums = files.listed(self.directory)
         (self.directory / files.SUMS).unlink(missing_ok=True)  # it has the former config.yaml's
         self._write_config(self.directory)

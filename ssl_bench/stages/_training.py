@@ -141,7 +141,7 @@ def open_source(
     so that pictures of any size aren't packed for it.
     """
     count = data.split(split).length
-    run.uses(split, data.split(split).fingerprint, count)
+    run.uses(split, data.split(split).facts())
     if split == "train" and data.class_names and run.is_main and run.leaves:
         text = json.dumps({"classes": list(data.class_names)}) + "\n"
         files.write(run.directory / weights.CLASSES, text)

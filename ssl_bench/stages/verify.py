@@ -219,7 +219,7 @@ def _weights(ran: Ran, known: Sequence[Ran]) -> Path | None:
 
 
 def _data(cfg: DictConfig, ran: Ran) -> Iterator[Finding]:
-    """The images, by their fingerprint (names, sizes, labels), and the packed ones."""
+    """The images, by their fingerprint (names, sizes, labels) and some files, and packed ones."""
     for split, facts in ran.inputs.items():
         what = f"{ran.directory}: images of '{split}'"
         try:
@@ -227,11 +227,14 @@ def _data(cfg: DictConfig, ran: Ran) -> Iterator[Finding]:
         except (ValueError, OSError) as error:
             yield Finding(what, "missing", f"{error}; data= and data.root= say where they are")
             continue
-        if (now := images.fingerprint) == facts["fingerprint"]:
-            yield Finding(what, "whole", f"{facts['images']:,}, fingerprint {now[:16]}")
+        now = images.facts()
+        if identity.same_images(facts, now):
+            note = f"{facts['images']:,}, fingerprint {now['fingerprint'][:16]}"
+            yield Finding(what, "whole", note)
         else:
-            note = f"fingerprint {now[:16]}, was {facts['fingerprint'][:16]}"
-            yield Finding(what, "differs", note)
+            changed = [key for key in facts if key in now and facts[key] != now[key]]
+            told = [f"{key} {str(now[key])[:16]}, was {str(facts[key])[:16]}" for key in changed]
+            yield Finding(what, "differs", "; ".join(told))
         if (packed := store.place(images, cfg.data.cache)).is_dir():
             said = store.damage(packed)
             yield Finding(f"{what}, packed in {packed}", "differs" if said else "whole", said)

@@ -1,20 +1,29 @@
 """The directory of a run that isn't given one."""
 
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import hydra
+import numpy as np
 import pytest
+import torch
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from PIL import Image
 
 import ssl_bench.command  # noqa: F401 - registers the resolvers
+from ssl_bench.config import build
+from ssl_bench.errors import UserError
 from ssl_bench.launch import place
 from ssl_bench.runs.identity import Identity
+from ssl_bench.runs.run import Run
+from ssl_bench.runs.tracking import NoTracker
 
 
 @pytest.fixture(autouse=True)
@@ -163,6 +172,51 @@ def test_images_of_another_folder(tmp_path: Path) -> None:
     assert photos("/x/cats") == photos("/y/cats/") == "runs/moco_v2-resnet18-folder/root-cats/seed0"
     assert photos("/x/dogs") != photos("/x/cats")
     assert command("data=dl21", "data.root=/x/dl21")["dir"] == "runs/moco_v2-resnet18-dl21/seed0"
+
+
+def test_two_folders_of_one_name_are_two_places_once_both_are_used(tmp_path: Path) -> None:
+    """Their files have the same names and sizes. A copy is the same images, a moved folder, too."""
+    for name in ("a", "b"):
+        (tmp_path / name / "photos").mkdir(parents=True)
+        for number in range(3):
+            pixels = np.random.default_rng(len(name) + ord(name) + number)
+            image = Image.fromarray(pixels.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            image.save(tmp_path / name / "photos" / f"{number}.bmp")
+
+    def used(root: str, seed: int = 0) -> str:
+        """The place of a run that has opened its images."""
+        config = command("data=folder", "data.image_size=8", f"data.root={root}", f"seed={seed}")
+        with Run(config, torch.device("cpu"), NoTracker) as run:
+            split = build.construct(OmegaConf.create(config["data"])).split("pretrain")
+            run.uses("pretrain", split.facts())
+            run.save(1, model=torch.nn.Linear(1, 1))
+        return config["dir"]
+
+    first, second = used("a/photos"), used("b/photos")
+    assert first == "runs/moco_v2-resnet18-folder/data.image_size-8-root-photos/seed0"
+    assert re.fullmatch(rf"{first.removesuffix('/seed0')}-images-[0-9a-f]{{8}}/seed0", second)
+    assert [used("b/photos"), used("./a/photos/")] == [second, first]
+    shutil.copytree("b", "copy")
+    assert used("copy/photos") == second
+    shutil.move("a", "moved")
+    assert used("moved/photos") == first
+    assert used("copy/photos", seed=1) == second.replace("seed0", "seed1")
+    assert command("data=folder", "data.image_size=8", "data.root=nowhere/photos")["dir"] == first
+
+
+def test_a_run_notices_images_of_the_same_names_and_sizes(tmp_path: Path) -> None:
+    facts = {"fingerprint": "a", "images": 40, "sample": "b"}
+    config = {"dir": str(tmp_path / "run"), "seed": 0}
+    with Run(config, torch.device("cpu"), NoTracker) as run:
+        run.uses("train", facts)
+        run.save(1, model=torch.nn.Linear(1, 1))
+        with pytest.raises(UserError, match="had 40, the 40 now are not the same"):
+            run.uses("train", facts | {"sample": "c"})
+        inputs = tmp_path / "run" / "inputs.json"
+        inputs.write_text('{"train": {"fingerprint": "a", "images": 40}}')  # of an earlier version
+        before = inputs.read_bytes()
+        run.uses("train", facts)
+        assert inputs.read_bytes() == before
 
 
 def a_run(directory: str, *words: str) -> str:

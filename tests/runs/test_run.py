@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,10 @@ from ssl_bench.runs.run import Run
 from ssl_bench.runs.sweep import locked
 from ssl_bench.runs.tracking import NoTracker
 from ssl_bench.runs.units import spoken
+
+
+def images(fingerprint: str, count: int) -> dict[str, Any]:
+    return {"fingerprint": fingerprint, "images": count, "sample": ""}
 
 
 def run(directory: Path, seed: int) -> Run:
@@ -53,15 +58,16 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
 def test_other_images_than_it_began_with(tmp_path: Path) -> None:
     """Told where something was computed from the former ones; before that they may change."""
     with run(tmp_path / "run", seed=0) as first:
-        first.uses("train", "a", 40)
-        first.uses("train", "b", 41)
+        first.uses("train", images("a", 40))
+        first.uses("train", images("b", 41))
         first.save(1, model=torch.nn.Linear(1, 1))
-        first.uses("val", "c", 10)
+        first.uses("val", images("c", 10))
         with pytest.raises(
-            UserError, match="a run of other images: split 'train' had 41, has 40 now, not the same"
+            UserError,
+            match="of other images: its split 'train' had 41, the 40 now are not the same",
         ):
-            first.uses("train", "a", 40)
-        first.uses("train", "b", 41)
+            first.uses("train", images("a", 40))
+        first.uses("train", images("b", 41))
 
 
 @pytest.mark.parametrize("ignored", [False, True])
@@ -103,9 +109,9 @@ def test_nothing_is_left_of_a_configuration_that_saved_nothing(tmp_path: Path) -
     (tmp_path / "weights").write_text("first")
     config = {"dir": str(tmp_path / "run"), "seed": 0, "pretrained": str(tmp_path / "weights")}
     with Run(config, torch.device("cpu"), NoTracker) as first:
-        first.uses("train", "a", 40)
+        first.uses("train", images("a", 40))
     with run(tmp_path / "run", seed=0) as second:
-        second.uses("pretrain", "b", 41)
+        second.uses("pretrain", images("b", 41))
         second.finish({"loss": 1.0})
     left = identity.left_by(second._config, tmp_path / "run")
     assert (left.weights, left.images) == ("", {"pretrain": "b"})
@@ -115,19 +121,19 @@ def test_a_wrong_folder_of_images_costs_a_finished_run_nothing(tmp_path: Path) -
     """Its digests neither: that the images are others is found before anything is written."""
     config = {"dir": str(tmp_path / "run"), "seed": 0, "data": {"root": "here"}}
     with Run(config, torch.device("cpu"), NoTracker) as first:
-        for split, images in (("train", 40), ("val", 10)):
-            first.uses(split, "a", images)
+        for split, count in (("train", 40), ("val", 10)):
+            first.uses(split, images("a", count))
         first.finish({"loss": 1.0})
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
     def split_of(fingerprint: str) -> Callable[[str], SimpleNamespace]:
         return lambda name: SimpleNamespace(
-            fingerprint=fingerprint, length=40 if name == "train" else 10
+            facts=lambda: images(fingerprint, 40 if name == "train" else 10)
         )
 
     moved = config | {"data": {"root": "there"}}
     with Run(moved, torch.device("cpu"), NoTracker) as again:
-        with pytest.raises(UserError, match="holds a run of other images: split 'train'"):
+        with pytest.raises(UserError, match="holds a run of other images: its split 'train'"):
             again.check_data(split_of("b"))
         assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
         again.check_data(split_of("a"))
