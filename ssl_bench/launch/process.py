@@ -68,7 +68,7 @@ def _settled(cfg: DictConfig) -> DictConfig:
 def _run(cfg: DictConfig) -> dict[str, float]:
     import torch
 
-    from ssl_bench.runs import units, weights
+    from ssl_bench.runs import identity, units, weights
     from ssl_bench.runs.run import Run
     from ssl_bench.runtime import distributed, memory, precision
 
@@ -94,10 +94,17 @@ def _run(cfg: DictConfig) -> dict[str, float]:
             split = getattr(build.locate(cfg.stage._target_, "stage"), "split", None)
             run.check_data(split and partial(split, cfg))
             values = [f"{key} {units.spoken(key, value)}" for key, value in run.summary.items()]
+            then = identity.config(run.directory)
+            late = [
+                f"{key}={plain[key]}"
+                for key in ("save_best", "keep")
+                if key in then and then[key] != plain[key]
+            ]
             log.info(
-                "%s is finished already (%s); to run it again, delete it or choose another dir=",
+                "%s is finished already (%s)%s; to run it again, delete it or choose another dir=",
                 cfg.dir,
                 ", ".join(values),
+                f", too late for {' '.join(late)}" if late else "",
                 extra={"result": True},
             )
             return run.summary

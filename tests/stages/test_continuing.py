@@ -261,6 +261,9 @@ def test_the_same_command_is_finished(runs: Path, caplog: pytest.LogCaptureFixtu
     caplog.set_level("INFO", "ssl_bench")
     assert on(runs, "twice", "epochs=3") == result
     assert "is finished already" in caplog.text
+    assert "too late for" not in caplog.text
+    on(runs, "twice", "epochs=3", "save_best=loss", "keep=backbone")
+    assert "), too late for save_best=loss keep=backbone; to run it again" in caplog.text
 
 
 @pytest.mark.parametrize(
