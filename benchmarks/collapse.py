@@ -61,9 +61,9 @@ METHODS = {
     "bench_synthetic": (
         *("moco_v1", "moco_v2", "moco_v3", "simclr", "byol", "swav", "simsiam", "barlow_twins"),
         *("vicreg", "dino", "lejepa", "nnclr", "dcl", "ressl", "wmse", "deepcluster_v2", "tico"),
-        *("vibcreg", "mmcr", "nnbyol"),
+        *("vibcreg", "mmcr", "nnbyol", "supervised"),
     ),
-    "bench_vit": ("dino", "dinov2", "ibot", "ijepa", "lejepa", "moco_v3_vit", "simclr"),
+    "bench_vit": ("dino", "dinov2", "ibot", "ijepa", "lejepa", "moco_v3_vit", "msn", "simclr"),
 }
 # what is done: (method, overrides, is its predictor left out?)
 COLLAPSING = {
