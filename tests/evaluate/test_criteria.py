@@ -1,13 +1,14 @@
 """Criteria without labels, against their papers' formulas written out in numpy."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from ssl_bench.evaluate import criteria
-from ssl_bench.evaluate.health import lidar
+from ssl_bench.evaluate.health import alignment, lidar
 
 
 def features(images: int, dim: int, decay: float = 0.7) -> np.ndarray:
@@ -44,6 +45,23 @@ def test_criteria_are_the_papers_formulas(images: int, dim: int) -> None:
     unit = given / np.linalg.norm(given, axis=1, keepdims=True)
     pairs = [np.exp(-2 * ((a - b) ** 2).sum()) for i, a in enumerate(unit) for b in unit[:i]]
     assert found["uniformity"] == pytest.approx(np.log(np.mean(pairs)), rel=1e-9)
+
+
+def test_criteria_are_what_published_programs_compute() -> None:
+    """criteria.npz: features (160, 24), four views of 60 images (4, 60, 12), and what was computed
+    of them by the authors' programs: alpha-ReQ's (fastssl, utils/powerlaw.py), Wang and Isola's
+    (align_uniform); RankMe and NESum by Tsitsulin et al.'s (google-research, graph_embedding), LiDAR
+    by stable-pretraining's, whose covariance within images is the unbiased one.
+    """
+    known = np.load(Path(__file__).with_name("criteria.npz"))
+    found = criteria.of_features(torch.from_numpy(known["features"]))
+    for name in ("rankme", "nesum", "alpha_req", "uniformity"):
+        assert found[name] == pytest.approx(known[name].item(), rel=1e-7), name
+    views = torch.from_numpy(known["views"])
+    first, second = torch.nn.functional.normalize(views, dim=2)[:2]
+    assert alignment(first, second).item() == pytest.approx(known["alignment"].item(), rel=1e-9)
+    unbiased = 1 - 1 / len(views)  # the same but for a factor, which goes into delta
+    assert lidar(views, 1e-4 * unbiased).item() == pytest.approx(known["lidar"].item(), rel=1e-6)
 
 
 def test_criteria_of_views() -> None:
