@@ -50,8 +50,8 @@ def test_criteria_are_the_papers_formulas(images: int, dim: int) -> None:
 def test_criteria_are_what_published_programs_compute() -> None:
     """criteria.npz: features (160, 24), four views of 60 images (4, 60, 12), and what was computed
     of them by the authors' programs: alpha-ReQ's (fastssl, utils/powerlaw.py), Wang and Isola's
-    (align_uniform); RankMe and NESum by Tsitsulin et al.'s (google-research, graph_embedding), LiDAR
-    by stable-pretraining's, whose covariance within images is the unbiased one.
+    (align_uniform); RankMe and NESum by Tsitsulin et al.'s (google-research, graph_embedding),
+    LiDAR by stable-pretraining's, whose covariance within images is the unbiased one.
     """
     known = np.load(Path(__file__).with_name("criteria.npz"))
     found = criteria.of_features(torch.from_numpy(known["features"]))
