@@ -33,6 +33,7 @@ from ssl_bench.data import pictures
 from ssl_bench.data.pictures import Noticed, Values
 from ssl_bench.data.pool import run_chunks
 from ssl_bench.data.store import (
+    JOURNAL,
     OnError,
     Split,
     cannot_decode,
@@ -62,7 +63,7 @@ ENTRY = np.dtype(
     ]
 )
 BYTES, ENTRIES, INDICES, META = "images.bin", "entries.npy", "indices.npy", "meta.json"
-SO_FAR, JOURNAL = "so_far.npy", "chunks.jsonl"  # of a packing that isn't finished
+SO_FAR = "so_far.npy"  # of a packing that isn't finished, beside its JOURNAL
 COLOURS = ("YCbCr", "Gray", "RGB")  # of JPEGs that libjpeg-turbo gives as RGB; the rest is PIL's
 # EXIF orientations that exchange top and bottom, left and right; those from 5 on first exchange
 # rows and columns

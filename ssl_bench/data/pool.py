@@ -16,7 +16,7 @@ import tempfile
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import cycle, islice
@@ -38,20 +38,26 @@ def default_workers() -> int:
 
 
 def run_chunks(
-    task: Callable[[int, int], Any], total: int, workers: int | None = None, title: str = ""
+    task: Callable[[int, int], Any],
+    total: int,
+    workers: int | None = None,
+    title: str = "",
+    done: Collection[int] = (),
 ) -> Generator[tuple[int, int, Any], None, None]:
     """Yield (start, stop, task(start, stop)) for every chunk of range(total), as they finish.
 
     `task` is pickled once; large numpy arrays in it are shared by all workers, not copied. An
     exception of the task is raised here. Closing the iterator, or leaving it by an exception, ends
-    the workers. Shows a progress bar.
+    the workers. Shows a progress bar. done: the starts of chunks to leave out.
     """
     from ssl_bench.console import Bar  # not in the workers
 
-    chunks = [(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
+    every = [(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
+    chunks = [chunk for chunk in every if chunk[0] not in done]
+    begun = total - sum(stop - start for start, stop in chunks)
     count = min(workers or default_workers(), len(chunks))
     doing: dict[Connection, tuple[int, int]] = {}
-    with started(task, count) as processes, Bar(total, title) as progress:
+    with started(task, count) as processes, Bar(total, title, begun=begun) as progress:
         waiting = iter(chunks)
         for connection in processes:
             doing[connection] = next(waiting)

@@ -13,6 +13,7 @@ share one store.
 
 import errno
 import hashlib
+import io
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -47,6 +48,8 @@ LATELY = 600  # seconds for which a store is taken as whole after it was verifie
 SAMPLED = 16  # files that tell a set of images from another of the same names and sizes
 SMALL_FILES = ("indices.npy", "digests.npy")  # each has one digest, in meta.json
 FILES = ("images.npy", *SMALL_FILES, "meta.json")
+JOURNAL = "chunks.jsonl"  # a line for each chunk of a packing that isn't finished
+LEFT = 7 * 24 * 3600  # seconds for which the beginnings of another store are kept
 VERIFIED = "verified"  # the file with the sizes and times of FILES when they were verified
 
 
@@ -189,7 +192,7 @@ def _ensure(
     root = directory.parent
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(root)
+        _remove_leftovers(root, _partial(directory), LEFT)
         lock = lock_of(directory, wait=True)
     except OSError:
         if not directory.is_dir():
@@ -313,16 +316,28 @@ def _partial(directory: Path) -> Path:
     return directory.with_name(directory.name + ".partial")
 
 
-def _remove_leftovers(root: Path) -> None:
-    """Remove half-written stores whose lock is free: their packers were killed."""
+def _remove_leftovers(root: Path, wanted: Path, seconds: float) -> None:
+    """Remove half-written stores that nobody has gone on with for so long, but for `wanted`."""
     from filelock import Timeout
 
     for partial in root.glob("*.partial"):
+        journal = partial / JOURNAL
+        began = journal.stat().st_mtime if journal.exists() else 0
+        if partial == wanted or time.time() - began < seconds:
+            continue
         try:
             with lock_of(partial.with_suffix(""), wait=False):
                 shutil.rmtree(partial, ignore_errors=True)
         except Timeout:
             pass  # being written now
+
+
+def progress(cache: str | Path | None) -> list[str]:
+    """What is packed in a cache, and how far what isn't finished: another list as that goes on."""
+    folders = [path for path in root_of(cache).glob("*") if path.is_dir()]
+    journals = [path / JOURNAL for path in folders]
+    sizes = [journal.stat().st_size if journal.exists() else "" for journal in journals]
+    return sorted(f"{folder.name} {size}" for folder, size in zip(folders, sizes, strict=True))
 
 
 def has_room(split: Split, image_size: int, cache: str | Path | None = None) -> bool:
@@ -369,30 +384,42 @@ def free_bytes(root: Path) -> int:
 def _pack(
     split: Split, image_size: int, directory: Path, workers: int | None, on_error: OnError
 ) -> None:
-    check_room(split, _need(split, image_size), directory.parent)
-    log.info("packing '%s': %d images into %s", split.name, split.length, directory)
     partial = _partial(directory)
+    left = partial / "images.npy"
+    need = _need(split, image_size) - (left.stat().st_blocks * 512 if left.exists() else 0)
+    if free_bytes(directory.parent) < need:
+        _remove_leftovers(directory.parent, partial, 0)
+    check_room(split, need, directory.parent)
+    log.info("packing '%s': %d images into %s", split.name, split.length, directory)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        partial.mkdir(exist_ok=True)
         shape = (split.length, image_size, image_size, 3)
-        with open(partial / "images.npy", "wb") as file:
-            header = _write_header(file, shape)
-            file.truncate(header + math.prod(shape))
+        header = _reserve(partial / "images.npy", shape)
         task = _Decode(split.read, str(partial / "images.npy"), header, shape[1:])
         skipped: dict[int, str] = {}
         noticed: Noticed = {}
         digests = np.zeros(_blocks(split.length), np.uint64)
-        results = run_chunks(task, split.length, workers, f"packing {split.name}")
-        try:
+
+        def take(line: dict[str, Any]) -> None:
+            digests[line["start"] // BLOCK] = line["digest"]
+            skipped.update({int(index): why for index, why in line["skipped"].items()})
+            pictures.merge(noticed, line["noticed"])
+            journal.write(json.dumps(line) + "\n")
+            journal.flush()
+            if skipped and on_error == "raise":
+                raise UserError(cannot_decode(split, skipped))
+
+        known = _known(partial)
+        title = f"packing {split.name}"
+        results = run_chunks(task, split.length, workers, title, known.keys())
+        with open(partial / JOURNAL, "w", encoding="utf-8") as journal, closing(results):
+            if known:
+                there = sum(min(BLOCK, split.length - start) for start in known)
+                log.info("%s of them are there already", f"{there:,}")
+            for line in known.values():
+                take(line)
             for start, _, (bad, more, digest) in results:
-                digests[start // BLOCK] = digest
-                skipped |= bad
-                pictures.merge(noticed, more)
-                if bad and on_error == "raise":
-                    raise UserError(cannot_decode(split, skipped))
-        finally:
-            results.close()
+                take({"start": start, "skipped": bad, "noticed": more, "digest": digest})
         if len(skipped) == split.length:
             raise UserError(
                 f"none of the {split.length} images of '{split.name}' can be decoded: "
@@ -413,14 +440,46 @@ def _pack(
         meta["digests"] = {name: digest_of_file(partial / name) for name in SMALL_FILES}
         meta["digest"] = digest_of(json.loads(json.dumps(meta)))
         (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        (partial / JOURNAL).unlink()
         # a crash of the machine must not leave a complete folder with incomplete files
         for path in partial.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         partial.rename(directory)
-    except BaseException:
+    except Exception:  # not what stops it, after which the next one goes on
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _reserve(path: Path, shape: tuple[int, ...]) -> int:
+    """Where row 0 begins in images.npy, which is made unless an earlier packing has left it."""
+    wanted = io.BytesIO()
+    header = _write_header(wanted, shape)
+    if path.exists() and path.stat().st_size == header + math.prod(shape):
+        with open(path, "rb") as file:
+            if file.read(header) == wanted.getvalue():
+                return header
+    with open(path, "wb") as file:
+        file.write(wanted.getvalue())
+        file.truncate(header + math.prod(shape))
+    return header
+
+
+def _known(partial: Path) -> dict[int, dict[str, Any]]:
+    """{start: line of the journal} of the chunks that an earlier packing has left whole."""
+    if not (journal := partial / JOURNAL).exists():
+        return {}
+    images = np.load(partial / "images.npy", mmap_mode="r")
+    known = {}
+    for text in journal.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+            whole = _digest_rows(images, line["start"] // BLOCK) == line["digest"]
+        except (ValueError, KeyError, TypeError):  # the last line, which a kill has torn
+            continue
+        if whole:
+            known[line["start"]] = line
+    return known
 
 
 def try_read(read: Callable[[int], T], index: int) -> T | str:

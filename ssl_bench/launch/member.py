@@ -20,6 +20,7 @@ from pathlib import Path
 import hydra
 
 from ssl_bench.config import build
+from ssl_bench.data import store
 from ssl_bench.errors import Abandoned, Collapsed, Diverged, Interrupted, UserError
 from ssl_bench.launch import resolvers
 from ssl_bench.launch.process import launch, leave_fast, set_up_logging
@@ -125,8 +126,12 @@ class SlurmTask:
         rank = int(os.environ.get("SLURM_PROCID", 0))
         member = sweep.Member.load(self.file)
         member.job = job
+
+        def packed() -> list[str]:
+            return store.progress(member.config["data"].get("cache"))
+
         if rank == 0:
-            member.count_starts(in_vain=False)
+            member.count_starts(in_vain=False, packed=packed())
             if note := os.environ.get("SSL_BENCH_VAIN"):  # Python is ready in time
                 Path(note).unlink(missing_ok=True)
         if shutil.which("scontrol") is None:
@@ -137,10 +142,10 @@ class SlurmTask:
         def requeue(signum: int, frame: object) -> None:
             if rank == 0:
                 whole = time.time() - began > self.seconds / 2
-                if (starts := member.count_starts(in_vain=whole)) >= sweep.STARTS:
+                if (starts := member.count_starts(whole, packed())) >= sweep.STARTS:
                     member.fail(
                         f"{starts} starts in a row, of {self.seconds / 60:.0f} min each, have "
-                        "saved nothing (images that are being packed, say): "
+                        "saved nothing, and packed nothing: "
                         "type a larger hydra.launcher.timeout_min"
                     )
                     sys.exit(1)

@@ -206,13 +206,17 @@ class Member:
         self._failed.unlink(missing_ok=True)
         self._starts.unlink(missing_ok=True)
 
-    def count_starts(self, in_vain: bool) -> int:
-        """How many starts of its job in a row have saved nothing; in_vain: is this one of them?"""
+    def count_starts(self, in_vain: bool, packed: Sequence[str]) -> int:
+        """How many starts of its job in a row have saved nothing; in_vain: is this one of them?
+
+        packed: what changes with the packing of images, which is worth a start, too.
+        """
         saved = sorted(
             str(path.relative_to(self.directory))
             for name in ("checkpoints/*.pt", layout.SUMMARY)
             for path in self.directory.glob(f"**/{name}")
         )
+        saved += packed
         known = files.parse(self._starts, json.loads) if self._starts.exists() else {}
         before = known["in_vain"] if known.get("saved") == saved else 0
         files.write(self._starts, json.dumps({"saved": saved, "in_vain": before + in_vain}))

@@ -1,5 +1,6 @@
 import contextlib
 import importlib
+import json
 import multiprocessing
 import os
 import pickle
@@ -15,7 +16,7 @@ import pool_tasks
 import pytest
 import torch
 import yaml
-from patience import PATIENCE, wait
+from patience import PATIENCE, count_lines, wait
 from PIL import Image
 
 from ssl_bench import console
@@ -365,6 +366,11 @@ print(len(store.images), store.images.sum(dtype="int64"))
 """
 
 
+def wait_for_path(folder, pattern):
+    wait(lambda: list(folder.glob(pattern)))
+    return folder.glob(pattern)
+
+
 def packer(cache, count):
     command = [sys.executable, "-c", PACK, str(cache), str(count)]
 
@@ -383,33 +389,52 @@ def test_processes_that_pack_together_pack_once(cache):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_ended_packer_leaves_nothing_that_is_used(cache, how):
-    process = packer(cache, 100_000)
-    wait(lambda: list(cache.glob("*.partial/images.npy")))
-    time.sleep(0.2)
+def test_a_packer_that_was_ended_is_gone_on_with(cache, tmp_path, caplog, how):
+    """What it has left whole isn't packed again: not a damaged chunk, nor a torn line."""
+    process = packer(cache, 20_000)
+    (partial,) = wait_for_path(cache, "*.partial")
+    wait(lambda: count_lines(partial / store.JOURNAL) >= 4)
     process.send_signal(how)
     process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
-    left = [path.name for path in cache.iterdir() if path.suffix != ".lock"]
-    assert len(left) == (how == signal.SIGKILL)
-    assert all(name.endswith(".partial") for name in left)
-    # of another store
-    Synthetic(5, 1, 1, 3, 0, image_size=16, cache=str(cache), workers=1).open("pretrain")
-    assert not list(cache.glob("*.partial"))
+    assert [path for path in cache.iterdir() if path.suffix != ".lock"] == [partial]
+    whole = count_lines(partial / store.JOURNAL)
+    first = json.loads((partial / store.JOURNAL).read_text().splitlines()[0])["start"]
+    with open(partial / store.JOURNAL, "a") as journal:
+        journal.write('{"start": 5')
+    np.load(partial / "images.npy", mmap_mode="r+")[first] ^= 1
+
+    def opened(folder, count=20_000):
+        data = Synthetic(count, 1, 1, 3, 0, image_size=16, cache=str(folder), workers=2)
+        return data.open("pretrain")
+
+    caplog.set_level("INFO", "ssl_bench")
+    opened(cache, 5)  # another store: nobody's beginnings are removed so early
+    assert partial.exists()
+    again = opened(cache)
+    assert f"{(whole - 1) * store.BLOCK:,} of them are there already" in caplog.text
+    assert np.array_equal(again.images, opened(tmp_path / "undisturbed").images)
+    assert not partial.exists()
+    assert store.JOURNAL not in {path.name for path in again.directory.iterdir()}
 
 
-def test_stopped_at_the_beginning_of_packing(cache, monkeypatch):
-    mkdir = Path.mkdir
+def test_beginnings_that_nobody_went_on_with_are_removed(cache, monkeypatch):
+    """After a week, or where their room is needed."""
+    for name, age in (("old", 2 * store.LEFT), ("new", 0)):
+        (cache / f"{name}.partial").mkdir(parents=True)
+        (cache / f"{name}.partial" / store.JOURNAL).touch()
+        then = time.time() - age
+        os.utime(cache / f"{name}.partial" / store.JOURNAL, (then, then))
 
-    def stopped(path, *args, **kwargs):
-        mkdir(path, *args, **kwargs)
-        if path.suffix == ".partial":
-            raise KeyboardInterrupt
+    def left():
+        return {path.name for path in cache.glob("*.partial")}
 
-    monkeypatch.setattr(Path, "mkdir", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        Synthetic(5, 1, 1, 3, 0, image_size=16, cache=str(cache), workers=1).open("pretrain")
-    assert not [path for path in cache.iterdir() if path.is_dir()]
+    data = Synthetic(5, 1, 1, 3, 0, image_size=16, cache=str(cache), workers=1)
+    data.open("pretrain")
+    assert left() == {"new.partial"}
+    monkeypatch.setattr(store, "free_bytes", lambda root: 0 if left() else 10**9)
+    data.open("train")
+    assert left() == set()
 
 
 # --- the pool

@@ -11,6 +11,7 @@ import pytest
 from commands import member
 from conftest import TINY_PRETRAIN, Command
 
+from ssl_bench.data import store
 from ssl_bench.errors import Interrupted
 from ssl_bench.launch.launchers import InTurn
 from ssl_bench.launch.member import SlurmTask
@@ -91,7 +92,7 @@ def test_a_job_that_slurm_never_starts_is_not_under_way(
 def test_starts_that_save_nothing_come_to_an_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As images that are packed anew in each; a preemption early in a start isn't counted."""
+    """What was packed is saved, too; a preemption early in a start isn't counted."""
     one = member(tmp_path / "sweep", None, "seed=0")
     checkpoints = one.directory / "checkpoints"
     checkpoints.mkdir(parents=True)
@@ -99,7 +100,7 @@ def test_starts_that_save_nothing_come_to_an_end(
         monkeypatch.setenv(key, value)
     requeued = []
 
-    early = iter([False, True, False, True, False, True])
+    early = iter([False, True] * 4)
 
     def warned(*_: object) -> None:
         if next(early):  # before `Run` handles it
@@ -124,14 +125,21 @@ def test_starts_that_save_nothing_come_to_an_end(
         return stopped.value.code
 
     one.job = "7"
+    one.config["data"]["cache"] = str(tmp_path / "cache")
     one.save()
     assert [start(0), start(0), start(1000)] == [0, 0, 0]
     (checkpoints / "step0000000004.pt").touch()
     assert [start(0), start(0)] == [0, 0]
+    packing = tmp_path / "cache" / "some.partial" / store.JOURNAL
+    packing.parent.mkdir(parents=True)
+    packing.write_text("a chunk\n")
+    assert [start(0), start(0)] == [0, 0]
     assert one.failure is None
     assert start(0) == 1
-    assert len(requeued) == 5
-    assert one.failure.startswith("3 starts in a row, of 0 min each, have saved nothing")
+    assert len(requeued) == 7
+    assert one.failure.startswith(
+        "3 starts in a row, of 0 min each, have saved nothing, and packed"
+    )
 
 
 SQUEUE = """#!/bin/bash

@@ -116,9 +116,10 @@ def test_terminated_while_packing(ssl_bench: Command, tmp_path: Path) -> None:
     said = process.stderr.read()
     assert process.wait(timeout=PATIENCE) == 128 + signal.SIGTERM
     assert said.endswith("ssl-bench: stopped by SIGTERM; the same command continues\n")
-    assert not [
-        path for path in (tmp_path / "cache").rglob("*") if path.is_dir() and path.name != "stores"
-    ]
+    left = [path for path in (tmp_path / "cache").rglob("*") if path.is_dir()]
+    assert {path.suffix for path in left if path.name != "stores"} <= {
+        ".partial"
+    }  # for the same command to go on
 
 
 def test_finished_is_a_no_op(ssl_bench: Command, tmp_path: Path) -> None:
