@@ -270,6 +270,49 @@ LAYOUTS = {
         "net",
         "online network",
     ),
+    "I-JEPA": vit_layout(
+        lambda state, other: {
+            "encoder": below("module.", other),
+            "target_encoder": below("module.", state),
+            "predictor": below("module.predictor_blocks.0.", mlp("mlp")),
+            "opt": {"state": {}},
+            "scaler": None,
+            "epoch": 3,
+        },
+        "target_encoder.module",
+        "target encoder",
+    ),
+    "MSN": vit_layout(
+        lambda state, other: {
+            "encoder": below("module.", other | mlp("fc")),
+            "target_encoder": below("module.", state | mlp("fc")),
+            "prototypes": torch.ones(8, 8),
+            "opt": {},
+        },
+        "target_encoder.module",
+        "target encoder",
+    ),
+    "MAE, full checkpoint": vit_layout(
+        lambda state, _: {
+            "model": state
+            | {"mask_token": torch.zeros(1, 1, 8), "decoder_pos_embed": torch.zeros(1, 5, 8)}
+            | head("decoder_embed", DIM)
+            | head("decoder_blocks.0.mlp.fc1", 8)
+            | head("decoder_norm", 8)
+            | head("decoder_pred", 8),
+            "optimizer": {},
+            "args": argparse.Namespace(),
+        },
+        "model",
+    ),
+    "SimMIM, full checkpoint": vit_layout(
+        lambda state, _: {
+            "model": below("encoder.", state)
+            | {"encoder.mask_token": torch.zeros(1, 1, DIM)}
+            | head("decoder.0", DIM)
+        },
+        "model.encoder",
+    ),
     "VISSL": resnet_layout(
         lambda state, _: {
             "classy_state_dict": {

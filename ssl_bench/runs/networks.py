@@ -24,7 +24,8 @@ from ssl_bench.runs.names import State
 # First names of what stands beside a backbone and isn't part of its features.
 BESIDE = re.compile(
     r"(?:\w+_)?(?:fc|heads?|classifiers?|linear|logits|last_linear|projections?|projectors?|proj|"
-    r"predictors?|predictions?|prototypes?|queue|neck|pooler|n_averaged|(?:mask|masked)_\w+)"
+    r"predictors?|predictions?|prototypes?|queue|neck|pooler|n_averaged|(?:mask|masked)_\w+|"
+    r"decoders?|logit_(?:scale|bias))"  # decoder_blocks: MAE (models_mae.py); logit_scale: CLIP
     r"(?:_\w+|\d+)?",
     re.IGNORECASE,
 )
@@ -42,10 +43,14 @@ class Convention(NamedTuple):
     other: str | None  # None: all that have no name of `chosen`
 
 
+PLAIN = "encoder"  # networks of no method are called so, too
 CONVENTIONS = (
     Convention("the query encoder, as MoCo's authors do", "encoder_q", "encoder_k"),
     Convention("the teacher, as DINO's authors do", r"teacher\w*", r"student\w*"),
     Convention("the online network, as BYOL's authors do", r"online\w*", r"target\w*"),
+    # I-JEPA (src/train.py), MSN (logistic_eval.py, linear_eval.py) and V-JEPA (checkpoint_key in
+    # evals/) keep "encoder" beside "target_encoder", and their evaluations read the target's
+    Convention("the target encoder, as I-JEPA's and MSN's authors do", "target_encoder", PLAIN),
     Convention("the base encoder, as MoCo v3's authors do", "base_encoder", "momentum_encoder"),
     Convention("the moving average", r"(?:\w+_)?ema(?:_\w+)?", None),
     Convention(
@@ -85,8 +90,8 @@ class Network:
     @property
     def is_of_a_method(self) -> bool:
         """Is it one of a method's networks, whose `fc` is a projection?"""
-        words = (word for one in CONVENTIONS for word in (one.chosen, one.other) if word)
-        return any(self.has(word) for word in words)
+        words = {word for one in CONVENTIONS for word in (one.chosen, one.other) if word}
+        return any(self.has(word) for word in words - {PLAIN})
 
     @property
     def words(self) -> list[str]:
@@ -186,6 +191,8 @@ class Table:
             if tensor.shape == self.tensors[found[name]].shape:
                 continue
             theirs = self.tensors[found[name]]
+            if name.endswith(COUNTER) and theirs.numel() == 1:
+                continue  # of shape (1,): it counts the same
             if name == POSITIONS and sides(theirs, tensor, CLASS_TOKEN in here):
                 resized = own
             else:
