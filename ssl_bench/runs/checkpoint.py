@@ -25,6 +25,8 @@ from ssl_bench.runs.layout import complete, step_of
 log = logging.getLogger(__name__)
 
 SMALL = ".small"  # suffix of a state that will take the place of a larger one
+# torch's words for the operation with which pickles begin since protocol 4
+FRAME = re.compile(r"Unsupported operand 149\b")
 ZIP, FOLDER = b"PK\x03\x04", 0x10
 # Settings and counters of these classes lie beside the tensors in files of other programs. They are
 # allowed by name, and an empty object or a dictionary takes the place of each: none of these
@@ -117,6 +119,11 @@ def read(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     # torch raises errors of many classes for a file that is damaged or not torch's
     except Exception as error:
+        if FRAME.search(str(error)):
+            raise UserError(
+                f"{path}: written with pickle protocol 4 or newer, which isn't read as plain data: "
+                "write it again by torch.save(CONTENT, FILE), without pickle_protocol="
+            ) from None
         found = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds a {found[1]}" if found else type(error).__name__
         raise UserError(

@@ -83,7 +83,9 @@ def load_backbone(backbone: nn.Module, source: str, prefix: str | None = None) -
     tensors, remarks = dict(network.tensors), []
     for key, value in tensors.items():
         dense = value.layout is torch.strided and not (value.is_meta or value.is_complex())
-        if not dense or value.is_floating_point() != wanted[key].is_floating_point():
+        kinds = value.is_floating_point(), wanted[key].is_floating_point()
+        counts = key.endswith(networks.COUNTER)  # a number of steps, also where it is a float
+        if not dense or (kinds[0] != kinds[1] and not counts):
             kind = (
                 "meta" if value.is_meta else f"{value.layout}, {value.dtype}".replace("torch.", "")
             )

@@ -513,7 +513,7 @@ def test_anything_else_is_refused(
 # --- the classifier on top ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "model._orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module.", "model._orig_mod.", "encoder."])
 def test_a_classifier_is_found_below_the_same_prefix(tmp_path: Path, prefix: str) -> None:
     state = below(prefix, state_of(small_resnet()) | head("fc"))
     loaded: Loaded = load_backbone(small_resnet(), saved({"state_dict": state}, tmp_path))
@@ -590,3 +590,26 @@ def test_tensors_of_another_kind_are_refused(tmp_path: Path, kind: str) -> None:
     torch.save(state, tmp_path / "weights.pt")
     with pytest.raises(UserError, match=r"its tensor conv1.weight is .*, where torch.float32 is"):
         load_backbone(network, str(tmp_path / "weights.pt"))
+
+
+@pytest.mark.parametrize("change", [lambda x: x.view(1), lambda x: x.float(), lambda x: x.int()])
+def test_a_counter_counts_the_same_in_any_form(
+    tmp_path: Path, change: Callable[[Tensor], Tensor]
+) -> None:
+    meant = filled(small_resnet()).state_dict()
+    written = {k: change(v) if k.endswith(networks.COUNTER) else v for k, v in meant.items()}
+    ours = small_resnet()
+    load_backbone(ours, saved(written, tmp_path))
+    assert all(torch.equal(value, meant[key]) for key, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("of_zip", [True, False])
+def test_a_newer_pickle_protocol_is_said(tmp_path: Path, of_zip: bool) -> None:
+    torch.save(
+        small_resnet().state_dict(),
+        tmp_path / "x.pth",
+        pickle_protocol=4,
+        _use_new_zipfile_serialization=of_zip,
+    )
+    with pytest.raises(UserError, match=r"x\.pth: written with pickle protocol 4 or .* again by"):
+        load_backbone(small_resnet(), str(tmp_path / "x.pth"))
