@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ssl_bench.data.pictures import Values
 
 
+READS = ("backbone", "pretrained_prefix")  # keys that `load` takes
 _alone = threading.Lock()  # a command's words, folder and Hydra's state are the process's
 
 
@@ -85,6 +87,7 @@ def load(run: str | os.PathLike, overrides: Sequence[str] = ()) -> tuple["nn.Mod
             folder = word.removeprefix("--config-dir=")
             added = f"hydra.searchpath=[{quote(f'file://{os.path.abspath(folder)}')}]"
             words.append(word if folder == word else added)
+        _check_read([word for word in overrides if not word.startswith("--config-dir=")])
         try:
             cfg = hydra.compose("config", words)
             build.check(cfg)
@@ -107,6 +110,19 @@ def _check_list(name: str, overrides: Any) -> None:
         raise UserError(f"{overrides!r} is one text: {name} takes a list, [{overrides!r}]")
     if not isinstance(overrides, Sequence) or not all(isinstance(one, str) for one in overrides):
         raise UserError(f"{overrides!r}: {name} takes a list of texts, like ['batch_size=64']")
+
+
+def _check_read(overrides: Sequence[str]) -> None:
+    """UserError for the first override of a key that `load` doesn't read."""
+    known = {*build.Root.model_fields, *build.SUPPLIED, *typed.ALWAYS}
+    for word in overrides:
+        key = typed.key_of(word)
+        ours = re.split("[./]", key)[0] in known and not typed.covers(READS, key)
+        if word.startswith("-") or (ours and not word.endswith("=null")):
+            raise UserError(
+                f"{word} would be ignored: ssl_bench.load reads backbone=, its keys, "
+                "pretrained_prefix= and --config-dir=DIR; leave it out"
+            )
 
 
 class Transform:

@@ -86,6 +86,10 @@ class Result:
             raise UserError("this command leaves no directory")
         return str(self.directory)
 
+    def __str__(self) -> str:
+        """As f"pretrained={run}" takes it."""
+        return repr(self) if self.directory is None else str(self.directory)
+
 
 class Mistake(SystemExit):
     """A user's mistake on its way through Hydra. Its status is 2, and `main` prints its line.
@@ -95,7 +99,7 @@ class Mistake(SystemExit):
 
     def __init__(self, error: Exception) -> None:
         super().__init__(2)
-        self.line = messages.message(error)
+        self.line = messages.message(error, sys.argv[1:])
 
 
 _results: list[Result] = []  # what `run` returned: Hydra keeps it to itself

@@ -68,6 +68,7 @@ def test_it_is_the_run_of_the_command(here: Path, ssl_bench: Command) -> None:
     ran = api.train(SHORT)
     assert state() == before
     assert ran.directory == Path(os.fspath(ran))
+    assert f"pretrained={ran}" == f"pretrained={ran.directory}"
     assert ran.directory.is_relative_to("runs/moco_v2-resnet18-digits")
     assert ran.metrics == json.loads((here / ran.directory / "summary.json").read_text())
     assert api.train(SHORT) == ran
@@ -80,6 +81,7 @@ def test_it_is_the_run_of_the_command(here: Path, ssl_bench: Command) -> None:
 def test_a_stage_without_a_directory(here: Path, capsys: pytest.CaptureFixture) -> None:
     ran = api.train(["stage=zoo"])
     assert ran.directory is None
+    assert str(ran) == repr(ran)
     with pytest.raises(api.UserError, match="leaves no directory"):
         api.load(ran)
     assert "moco_v2_800ep" in capsys.readouterr().out
@@ -205,7 +207,7 @@ def test_off_the_main_thread(here: Path) -> None:
 @pytest.mark.parametrize("threaded", [False, True])
 def test_several_processes_from_a_script(here: Path, threaded: bool) -> None:
     """Not even one that doesn't ask whether it is the main program runs twice."""
-    call = f"print(ssl_bench.train({[*SHORT, 'devices=2', 'method.bn_splits=1']!r}))"
+    call = f"print(repr(ssl_bench.train({[*SHORT, 'devices=2', 'method.bn_splits=1']!r})))"
     lines = ["import ssl_bench, threading", "print('begun')", f"def go(): {call}"]
     start = "thread = threading.Thread(target=go); thread.start(); thread.join()"
     lines.append(start if threaded else "go()")
@@ -281,6 +283,36 @@ def test_what_is_no_picture_is_said(run: api.Result, given: object, said: str) -
     _, transform = api.load(run)
     with pytest.raises(api.UserError, match=said):
         transform(given)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("backbone=resnet18,resnet50", "backbone=resnet18,resnet50: give one value; or quote one"),
+        ("pretrained_prefix=a,b", "pretrained_prefix=a,b: give one value; or quote one with a com"),
+        ("backbone.width=interval(1,2)", "backbone.width=interval(1,2): give one value; or quote"),
+        *(
+            (word, f"{word} would be ignored: ssl_bench.load reads backbone=, its keys, pretrain")
+            for word in (
+                "seed=1,2", "epochs=3", "method=simclr", "seed=7", "optimizer.base_lr=3", "runs=x",
+                "stage=knn", "stage.image_size=64", "pretrained=x", "hydra/launcher=basic", "-m",
+                "+data.new=1", "~schedule", "experiment=quickstart", "zero_init_residual=true",
+            )
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("argv", [["x"], ["ipykernel_launcher.py", "-f", "/x/kernel.json"]])
+def test_what_load_does_not_take_is_one_line(
+    run: api.Result, argv: list[str], word: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the words of the process are, which are none of ours."""
+    monkeypatch.setattr("sys.argv", argv)
+    before = state()
+    with pytest.raises(api.UserError) as told:
+        api.load(run, [word])
+    assert str(told.value).startswith(said)
+    assert "\n" not in str(told.value)
+    assert state() == before
 
 
 def test_weights_that_do_not_say_whose_they_are(run: api.Result, here: Path) -> None:

@@ -26,8 +26,11 @@ SEARCH = (
 SEVERAL = r"(?:Ambiguous value for argument|Sweep parameters) '([^=]+)=(.+?)'"
 
 
-def message(error: Exception) -> str:
-    """An error of Hydra's, OmegaConf's or ours in one line."""
+def message(error: Exception, words: Sequence[str] | None = None) -> str:
+    """An error of Hydra's, OmegaConf's or ours in one line.
+
+    words: the command line that was composed; None: it was no command line.
+    """
     text = str(error)
     if isinstance(error, UserError):
         return text
@@ -43,7 +46,7 @@ def message(error: Exception) -> str:
         options = [f"{group}={option}" for option in error.options]
         return unknown("choice", f"{group}={choice}", options)
     if several := re.match(SEVERAL, text):
-        return _several(*several.groups())
+        return _several(*several.groups(), words)
     composing = re.match(r"In '(.+)': .+ raised while composing config:", text)
     file = f"{composing[1]}.yaml: " if composing else ""
     cause = error.__cause__ or error.__context__
@@ -94,12 +97,15 @@ def _as_texts(key: str, value: str) -> str:
     return f"{key}={typed.quote(value)}"
 
 
-def _several(key: str, value: str) -> str:
+def _several(key: str, value: str, command: Sequence[str] | None) -> str:
     """One line about several values where one is wanted.
 
     Another mistake of the command is reported in its place: -m wouldn't mend it.
     """
-    args = get_args_parser().parse_args()
+    one = quoted(f'{key}="{value}"')
+    if command is None:
+        return f"{key}={value}: give one value; or quote one with a comma: {one}"
+    args = get_args_parser().parse_args(command)
     words = []
     if args.config_dir:
         words.append(f"hydra.searchpath=[{quote(f'file://{os.path.abspath(args.config_dir)}')}]")
@@ -112,12 +118,11 @@ def _several(key: str, value: str) -> str:
                     words.append(f"{override.get_key_element()}={first}")
             hydra.compose("config", words)
     except (HydraException, OmegaConfBaseException) as other:
-        return message(other)
+        return message(other, command)
     if args.cfg:
         return f"{key}={value}: --cfg shows one configuration: give one value"
     if value.startswith("interval("):
         return f"{key}={value}: {SEARCH}"
-    one = quoted(f'{key}="{value}"')
     return (
         f"{key}={value}: several values are for a sweep: add -m; or quote one with a comma: {one}"
     )
