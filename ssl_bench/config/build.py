@@ -10,8 +10,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import yaml
 from hydra.core.global_hydra import GlobalHydra
@@ -36,8 +37,16 @@ from ssl_bench.errors import UserError, unknown
 
 log = logging.getLogger(__name__)
 
+BOOLEAN = "should be true or false"
 # what makes a data set of a class of a user's own
 OWN = "ssl_bench.data.formats.own.Own"
+# Of `SUPPLIED`, what every constructor of the group is called with; the rest it may lack.
+HANDED = {
+    "method": ("backbone",),
+    "optimizer": ("params", "batch_size"),
+    "tracking": ("directory", "config"),
+    "stage": ("cfg", "run"),
+}
 # What the code hands to a group's constructor; everything else comes from its YAML node.
 SUPPLIED = {
     "data": (),
@@ -102,6 +111,11 @@ def check(cfg: DictConfig, quoted: Mapping[str, str] | None = None) -> None:
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     nodes = {key: node for key, node in plain.items() if key in SUPPLIED and isinstance(node, dict)}
+    for group, node in nodes.items():
+        if not isinstance(path := node.get("_target_", ""), str) or "." not in (path or "."):
+            raise UserError(
+                f"{group}._target_={path}: name a class or a function, like my_module.MyOwn"
+            )
     roots = {key: value for key, value in plain.items() if key not in SUPPLIED}
     problems = _problems(Root, roots, "", quoted or {})
     if other := _other_recipe(nodes):
@@ -277,7 +291,7 @@ def construct(node: Mapping, **supplied: Any) -> Any:
     resolved = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
     plain = dict(resolved)
     path, target = plain["_target_"], locate(plain["_target_"], "node")
-    own = _gives_items(target)
+    own = not supplied and _gives_items(target)  # a stage gives items, too: its results
     schema = _schema(path, "data" if own else "node", tuple(supplied))
     values = schema.model_validate(_arguments(plain, schema))
     arguments = {key: getattr(values, key) for key in values.model_fields_set}
@@ -301,11 +315,26 @@ def _names() -> set[str]:
 
 
 def _gives_items(target: Callable) -> bool:
-    """Is it a data set as torch has them, and not one of our `Dataset`s or a list of modules?"""
-    has, lacks = ("__len__", "__getitem__"), ("split", "forward")
-    if not inspect.isclass(target) or any(hasattr(target, name) for name in lacks):
+    """Is it a data set as torch has them, and not one of our `Dataset`s or a list of modules?
+
+    Or a function that says that it returns one. torch's own Dataset, by which it may call that, has
+    no __len__.
+    """
+    made, has = target, ["__getitem__", "__len__"]
+    if inspect.isfunction(target):
+        made, has = _returned(target), has[:1]
+    if not inspect.isclass(made) or any(hasattr(made, name) for name in ("split", "forward")):
         return False
-    return all(hasattr(target, name) for name in has)
+    return all(hasattr(made, name) for name in has)
+
+
+def _returned(function: Callable) -> Any:
+    """The class that the annotation of a function promises; None: there is none."""
+    try:
+        promised = get_type_hints(function).get("return")
+    except NameError:  # one that is imported for the type checker alone
+        return None
+    return get_origin(promised) or promised
 
 
 def _packing() -> dict[str, signatures.Parameter]:
@@ -338,6 +367,8 @@ def _told(path: str | None, group: str) -> Iterator[None]:
         _permit(path, group, _permitted)
     try:
         yield
+    except signatures.NoConstructor as error:
+        raise UserError(f"{group}._target_={path} is {error}: name a class or a function") from None
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{group}._target_={path}: can't be imported ({error})") from None
 
@@ -499,16 +530,39 @@ def _schema(path: str | None, group: str, supplied: tuple[str, ...]) -> type[Bas
         parameters = signatures.parameters(path or "", supplied)
     if group == "data" and not _is_ours(str(path)):
         target = locate(str(path), group)
-        if inspect.isclass(target) and not hasattr(target, "split"):
-            if not _gives_items(target):
-                lacking = [name for name in ("__len__", "__getitem__") if not hasattr(target, name)]
-                raise UserError(
-                    f"data._target_={path} has no {' and no '.join(lacking) or 'images'}: "
-                    "a data set has __len__, and __getitem__ for (image, label)"
-                )
+        if _gives_items(target):
             theirs = {key: value for key, value in parameters.items() if key != "split"}
             parameters = theirs | _packing()
+        elif not inspect.isclass(target):
+            if "image_size" not in parameters:  # which whoever makes one of our `Dataset`s takes
+                raise UserError(
+                    f"data._target_={path} doesn't say that it gives a data set: annotate it, "
+                    f"def {str(path).rpartition('.')[2]}(...) -> torch.utils.data.Dataset, or name "
+                    "a class"
+                )
+        elif not hasattr(target, "split"):
+            lacking = [name for name in ("__len__", "__getitem__") if not hasattr(target, name)]
+            raise UserError(
+                f"data._target_={path} has no {' and no '.join(lacking) or 'images'}: "
+                "a data set has __len__, and __getitem__ for (image, label)"
+            )
+    _check_handed(str(path), group)
     return _model(str(path), tuple(parameters.items()))
+
+
+def _check_handed(path: str, group: str) -> None:
+    """UserError for a user's own constructor that can't be called as others of its group are."""
+    handed = HANDED.get(group.partition(".")[0], ())
+    if not handed or _is_ours(path):
+        return
+    lacking = handed - signatures.parameters(path, ()).keys()
+    kinds = inspect.signature(locate(path, group)).parameters.values() if lacking else ()
+    if lacking and not any(one.kind is one.VAR_KEYWORD for one in kinds):
+        names = " and no ".join(name for name in handed if name in lacking)
+        raise UserError(
+            f"{group}._target_={path} takes no {names}: each of its group is called with "
+            f"{', '.join(handed)}"
+        )
 
 
 # A sweep's members have their constructors in common, and pydantic takes ms for each.
@@ -517,7 +571,12 @@ def _model(name: str, parameters: tuple[tuple[str, signatures.Parameter], ...]) 
     fields: dict[str, Any] = {
         key: (annotation, ... if required else None) for key, (annotation, required) in parameters
     }
-    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+    config = ConfigDict(
+        extra="forbid",
+        arbitrary_types_allowed=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,  # what is learnt by such a number isn't finite either
+    )
     return create_model(name, __config__=config, **fields)
 
 
@@ -538,7 +597,7 @@ def _problems(
     schema: type[BaseModel], values: dict, prefix: str, quoted: Mapping[str, str]
 ) -> list[str]:
     try:
-        schema.model_validate(values)
+        made = schema.model_validate(values)
     except ValidationError as error:
         # A key of several possible types has a mistake for each: keep the first, or the one that
         # asks for a text.
@@ -548,7 +607,30 @@ def _problems(
             if key not in found or detail["type"] == "string_type":
                 found[key] = detail
         return [_problem(key, detail, schema, prefix, quoted) for key, detail in found.items()]
-    return []
+    respelt = (
+        _respelt(f"{prefix}{key}", value, getattr(made, key)) for key, value in values.items()
+    )
+    return list(chain.from_iterable(respelt))
+
+
+def _respelt(key: str, given: Any, made: Any) -> Iterator[str]:
+    """A line for each value that a constructor would take for another: no for false, '1' for 1.
+
+    A run is named by what was typed, and the same run would have two names. 1.0 and 1 are one
+    (`identity.plain`).
+    """
+    if isinstance(given, list) and isinstance(made, list | tuple):
+        for index, (one, other) in enumerate(zip(given, made, strict=True)):
+            yield from _respelt(f"{key}.{index}", one, other)
+    elif isinstance(given, dict) and isinstance(made, Mapping):
+        for name, value in given.items():
+            yield from _respelt(f"{key}.{name}", value, made.get(name))
+    elif isinstance(made, bool):
+        if not isinstance(given, bool):
+            yield f"{key}={given}: {BOOLEAN}"
+    elif isinstance(made, int | float) and type(given) in (bool, str):
+        instead = "" if isinstance(given, bool) else f": type {key}={made}"
+        yield f"{key}={given!r}: should be a number{instead}"
 
 
 def _place(detail: Mapping, values: Any) -> Iterator[str | int]:
@@ -594,6 +676,8 @@ def _problem(
             given = f"[{','.join(map(str, given))}]"
         as_text = shell.quoted(f"{key}={quoted.get(key, typed.quote(str(given)))}")
         return f"{key}={given}: should be a text; quote it: {as_text}"
+    if detail["type"] in ("bool_type", "bool_parsing"):
+        return f"{key}={detail['input']}: {BOOLEAN}"
     said = detail["msg"].removeprefix("Value error, ")
     message = said if detail["type"] == "value_error" else said[0].lower() + said[1:]
     return f"{key}={detail['input']}: {message}"

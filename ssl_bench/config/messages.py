@@ -46,7 +46,7 @@ def message(error: Exception, words: Sequence[str] | None = None) -> str:
         options = [f"{group}={option}" for option in error.options]
         return unknown("choice", f"{group}={choice}", options)
     if several := re.match(SEVERAL, text):
-        return _several(*several.groups(), words)
+        return _several(several[1], several[2], words)
     composing = re.match(r"In '(.+)': .+ raised while composing config:", text)
     file = f"{composing[1]}.yaml: " if composing else ""
     cause = error.__cause__ or error.__context__

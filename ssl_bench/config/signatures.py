@@ -27,6 +27,10 @@ class Parameter(NamedTuple):
     required: bool
 
 
+class NoConstructor(Exception):
+    """What a dotted path leads to is no class and no function."""
+
+
 class _NotPlain(Exception):
     pass
 
@@ -48,13 +52,15 @@ def locate(path: str) -> Callable:
 def parameters(path: str, supplied: tuple[str, ...]) -> dict[str, Parameter]:
     """The parameters of the class or function with this dotted path, but for the `supplied`.
 
-    ImportError, AttributeError.
+    ImportError, AttributeError, ValueError, NoConstructor.
     """
     module, _, name = current(path).rpartition(".")
     try:
         return _Module(module).parameters(name, supplied)
     except _NotPlain:
         target = locate(path)
+    if not (inspect.isclass(target) or inspect.isroutine(target)):
+        raise NoConstructor(f"a value of type {type(target).__name__}")
     function = target.__init__ if inspect.isclass(target) else target
     hints = get_type_hints(function, include_extras=True)
     return {

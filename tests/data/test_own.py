@@ -125,6 +125,21 @@ def test_its_images_and_labels_are_packed(module: Callable[[str], str]) -> None:
     assert other.split("pretrain").labels is None
 
 
+@pytest.mark.parametrize("returned", ["torch.utils.data.Dataset", "Good", "'Good'"])
+def test_a_function_that_says_what_it_gives(module: Callable[[str], str], returned: str) -> None:
+    name = module(
+        "import torch\n"
+        f"def splits(split, last: int = 3) -> {returned}: return Good(split, last)\n"
+        f"def all() -> {returned}: return Good('train')\n"
+    )
+    data = opened(f"{name}.splits", last=1)
+    assert isinstance(data, Own)
+    assert (data.title, data.arguments) == (f"{name}.splits", {"last": 1})
+    if returned == "Good":
+        assert np.array_equal(data.open("val").images, PIXELS[32:])
+        assert np.array_equal(opened(f"{name}.all").open("pretrain").images, PIXELS[:32])
+
+
 def test_what_is_asked_for_a_split(module: Callable[[str], str]) -> None:
     name = module()
     three = opened(f"{name}.Three")
@@ -279,12 +294,32 @@ def test_it_trains_as_ours_does(module: Callable[[str], str], tmp_path: Path) ->
         ("data._target_=MODULE.Good data.last=2", r"has a \+: \+data.last="),
         ("data._target_=MODULE.Nothing", "can't be imported"),
         ("data._target_=MODULE.Bad", "data._target_=MODULE.Bad has no __len__"),
+        ("data._target_=MODULE.said +data.n=a", "data.n=a: input should be a valid integer"),
+        (
+            "data._target_=MODULE.tacit",
+            r"annotate it, def tacit\(\.\.\.\) -> torch\.",
+        ),
+        ("data._target_=math.sin", "doesn't say that it gives a data set: annotate it"),
+        (
+            "data._target_=MODULE.number",
+            "number is a value of type int: name a class or a",
+        ),
+        ("data._target_=MODULE.said_partly", "is a value of type partial: name a class or a func"),
+        ("data._target_=MODULE", "data._target_=MODULE: name a class or a function, like my_mod"),
+        ("data._target_=5", "data._target_=5: name a class or a function, like my_module.MyOwn"),
         ("data.name=mine", "data._target_ needs a value"),
         ("data._target_=MODULE.Alone stage=knn", "Alone takes no split=, so there is no split"),
     ],
 )
 def test_a_mistake_is_one_line(words: str, said: str, module: Callable[[str], str]) -> None:
-    name = module("class Bad: ...")
+    name = module(
+        "import functools, torch\n"
+        "class Bad: ...\n"
+        "number = 5\n"
+        "def tacit(): return Good('train')\n"
+        "def said(n: int = 3) -> torch.utils.data.Dataset: return Good('train')\n"
+        "said_partly = functools.partial(said, 3)\n"
+    )
     with pytest.raises(UserError, match=said.replace("MODULE", name)):
         ssl_bench.train(["data=own", *words.replace("MODULE", name).split(), "pretrained=null"])
 
