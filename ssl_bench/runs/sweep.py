@@ -12,6 +12,7 @@ SWEEP/table.md, table.csv    the results of all members; see `report.sweeps.swee
 """
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -372,9 +373,9 @@ def _state(member: Member, queue: dict[str, State], ended: dict[str, str]) -> St
             "; ".join(filter(None, [reason, _see(member)])),
         )
     if (word := ended.get(member.job or "", "completed")) != "completed":
-        return State(
-            word, "; ".join(filter(None, [_ADVICE.get(word), _last_words(member), _see(member)]))
-        )
+        said = _last_words(member)
+        advice = _ADVICE.get("out_of_memory" if _OUT_OF_MEMORY.search(said) else word)
+        return State(word, "; ".join(filter(None, [advice, said, _see(member)])))
     if member.paused:
         epochs = f"{member.config['until']} of {member.config['epochs']}"
         return State("paused", f"after epoch {epochs}")
@@ -388,6 +389,8 @@ _ADVICE = {
     "type more, or a larger hydra.launcher.signal_delay_s",
     "deadline": "Slurm ended it at its deadline",
 }
+# what slurmstepd says; the word for the job is then often that for how its script ended
+_OUT_OF_MEMORY = re.compile(r"exceeded (job|step) memory limit|oom.kill|out of memory", re.I)
 
 
 def _last_words(member: Member) -> str:

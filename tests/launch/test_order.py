@@ -180,6 +180,9 @@ def test_the_last_words_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert advice == "type a larger hydra.launcher.mem_gb"
     assert said == "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0."
     assert see == f"see {folder}"
+    # the script of the job has seen a status, and Slurm only that of the script
+    monkeypatch.setattr(sweep, "accounted", lambda jobs: {"7": "failed"})
+    assert sweep.states([one])[0] == sweep.State("failed", state.note)
 
 
 def test_a_failure_belongs_to_the_job_that_failed(tmp_path: Path) -> None:

@@ -40,12 +40,15 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
+# Slurm ends a job that needs more memory than it asked for. What it gives by default is enough.
+JobAcctGatherType=jobacct_gather/linux
+JobAcctGatherFrequency=task=2
+JobAcctGatherParams=OverMemoryKill
 ReturnToService=2
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
-DefMemPerCPU=100
+DefMemPerCPU=4000
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -57,7 +60,7 @@ SlurmdTimeout=6
 GresTypes=gpu
 AccountingStorageType={accounting}
 {database}
-NodeName={host} NodeAddr=127.0.0.1 Port={slurmd_port} CPUs=16 RealMemory=16000 Gres=gpu:2 \
+NodeName={host} NodeAddr=127.0.0.1 Port={slurmd_port} CPUs=16 RealMemory=64000 Gres=gpu:2 \
     State=UNKNOWN
 PartitionName=low        Nodes={host} Default=YES PriorityTier=1  GraceTime=5 State=UP
 PartitionName=high       Nodes={host} PriorityTier=10 GraceTime=0 State=UP

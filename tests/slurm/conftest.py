@@ -20,6 +20,7 @@ from slurm import cluster
 MINE = """
 import os, time
 from pathlib import Path
+import numpy as np
 from ssl_bench.methods.moco import MoCo
 
 def once(name):
@@ -40,7 +41,19 @@ class Mine(MoCo):
             raise RuntimeError("out of luck")
         if os.environ.get("STUCK") and saved and once("stuck-once"):
             time.sleep(600)
+        if os.environ.get("GREEDY"):
+            held = bytearray(os.urandom(1 << 20)) * 700  # each page of it is written to
+            time.sleep(600)
         return super().forward(views, labels)
+
+class Endless:
+    # images that take longer to read than a job has
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, index):
+        time.sleep(1 if "SLURM_JOB_ID" in os.environ else 0)
+        return np.full((16, 16, 3), index % 256, np.uint8)
 """
 
 # No GPU is taken, so that members share the node.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 from itertools import accumulate
@@ -11,6 +12,7 @@ from patience import wait
 
 from slurm.cluster import Cluster
 from slurm.conftest import Sweeps, ended
+from ssl_bench.runs.sweep import STARTS
 
 BEGINNINGS = {
     "setup": (
@@ -22,6 +24,14 @@ BEGINNINGS = {
         "hydra.launcher.env_script failed (status 1): source nowhere.sh",
     ),
     "python": (["hydra.launcher.python=/nowhere/python"], "No such file or directory"),
+    "container": (
+        ["hydra.launcher.container=[/no/such/program]"],
+        "/no/such/program: No such file or directory",
+    ),
+    "container-3": (
+        ["hydra.launcher.container=[bash,-c,'echo no image >&2; exit 3']"],
+        "no image",
+    ),
 }
 
 
@@ -33,7 +43,40 @@ def test_a_beginning_that_fails(sweeps: Sweeps, which: str) -> None:
     told = result.stderr.splitlines()[-1]
     assert ": failed: " in told
     assert reason in told
+    assert reason in " ".join(sweeps.status().split())
     assert not (sweeps.run() / "metrics.jsonl").exists()
+
+
+def test_a_job_that_needs_more_memory_than_it_asked_for(sweeps: Sweeps) -> None:
+    """And the memory may be a fraction of a gigabyte."""
+    result = sweeps("epochs=1", "hydra.launcher.mem_gb=0.5", GREEDY="1")
+    assert result.returncode == 2
+    (script,) = sweeps.root.glob(".submitit/*/*_submission.sh")
+    assert "#SBATCH --mem=512MB" in script.read_text().splitlines()
+    # without cgroups, this Slurm has the word for it in its log alone
+    said = r"failed: type a larger hydra\.launcher\.mem_gb; slurmstepd.*: Exceeded job memory limit"
+    assert re.search(said, result.stderr.splitlines()[-1])
+    assert re.search(said, " ".join(sweeps.status().split()))
+
+
+@pytest.mark.exhaustive
+def test_starts_that_save_nothing(sweeps: Sweeps, slurm: Cluster) -> None:
+    """The images aren't packed within a job's time, nor in the next one: that comes to an end."""
+    # Slurm looks every 30 s, and warns the job of a minute when it looks first: within 30 s, and
+    # some 20 s after the start of one that it has just requeued.
+    words = ["data=own", "data.name=endless", "data._target_=mine.Endless", "data.image_size=16"]
+    limit = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=30"]
+    result = sweeps("epochs=1", *words, *limit, SSL_BENCH_CACHE=f"{sweeps.folder}/cache")
+    assert result.returncode == 2
+    reason = f"{STARTS} starts in a row, of .* min each, have saved nothing"
+    advice = "type a larger hydra.launcher.timeout_min"
+    assert re.search(rf": failed: {reason}.*: {advice}; see ", result.stderr.splitlines()[-1])
+    assert re.search(rf"failed: {reason}.*: {advice}", " ".join(sweeps.status().split()))
+    job = sweeps.job()
+    assert job not in slurm.jobs()
+    starts = slurm("sacct", "-n", "-D", "-X", "-P", "-o", "State", "-j", job).split()
+    assert len(starts) >= STARTS  # one that was warned at once doesn't count
+    assert [starts[-1], {*starts[:-1]}] == ["FAILED", {"REQUEUED"}]
 
 
 def test_a_gpu_that_torch_does_not_see(sweeps: Sweeps) -> None:
