@@ -111,10 +111,17 @@ def _chosen(
     key: str, members: Sequence[Member], texts: Sequence[str]
 ) -> list[tuple[Member, State]]:
     """The members that these texts mean, with their states. UserError: a text means none."""
-    known = list(zip(members, sweep.states(members), strict=True)) if texts else []
+    parts = sweep.with_firsts(members) if texts else []
+    known: list[tuple[Member, State]] = []
+    words: dict[str, set[str]] = {}  # the states of each member, and of what it waits for
+    for part, state in zip(parts, sweep.states(parts), strict=True):
+        if not part.is_first:
+            known.append((part, state))
+        if not (part.is_first and state.name == "finished"):
+            words.setdefault(part.name.removesuffix(sweep.FIRST), set()).add(state.name)
     chosen: dict[str, tuple[Member, State]] = {}
     for text in texts:
-        found = [(one, state) for one, state in known if _means(text, one, state)]
+        found = [(one, state) for one, state in known if _means(text, one, words[one.name])]
         if not found:
             raise UserError(
                 unknown("member", f"stage.{key}={text}", [one.name for one, _ in known])
@@ -123,6 +130,6 @@ def _chosen(
     return [*chosen.values()]
 
 
-def _means(text: str, member: Member, state: State) -> bool:
+def _means(text: str, member: Member, states: set[str]) -> bool:
     is_end = member.name.endswith(f"-{text}")  # the eight digits that a name ends with
-    return is_end or state.name == text or fnmatchcase(member.name, text)
+    return is_end or text in states or fnmatchcase(member.name, text)

@@ -462,6 +462,39 @@ def test_members_that_diverged_or_were_dropped_wait_until_they_are_asked_for(
     assert launch(compose(*status, "stage.again=[dropped,*]")) == {"waiting": 3}
 
 
+def test_the_state_of_a_pretraining_chooses_its_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """And is said once. One that has finished is no reason to drop what is to follow it."""
+    monkeypatch.chdir(tmp_path)
+    folder, status = tmp_path / "sweep", ["stage=status", "runs=sweep"]
+    for seed in range(3):
+        one = member(folder, None, f"seed={seed}")
+        first = sweep.Member(
+            one.file.with_name(f"{one.name}{sweep.FIRST}.json"),
+            *(one.overrides, one.config),
+            "",
+            "",
+        )
+        first.config = one.config | {"dir": f"sweep/{one.name}/pretrain"}
+        first.save()
+        if seed:
+            first.fail("diverged at step 2", diverged=True)
+            continue
+        first.directory.mkdir(parents=True)
+        (first.directory / "summary.json").write_text('{"loss": 1.0}')
+        (first.directory / "config.yaml").write_text(yaml.safe_dump(first.config))
+    launch(compose(*status))
+    told = capsys.readouterr().out
+    assert "\ndiverged at step 2\n" in told
+    assert "\nnot reached: its pretraining diverged at step 2\n" in told
+    with pytest.raises(UserError, match="finished: no such member"):
+        launch(compose(*status, "stage.drop=finished"))
+    assert launch(compose(*status, "stage.again=diverged")) == {"waiting": 3}
+    first.fail("diverged at step 2", diverged=True)
+    assert launch(compose(*status, "stage.drop=diverged")) == {"waiting": 2, "dropped": 1}
+
+
 def test_what_diverged_with_other_settings_is_another_matter(tmp_path: Path) -> None:
     one = member(tmp_path, None, "seed=0")
     one.fail("diverged at step 3", diverged=True)
