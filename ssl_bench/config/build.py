@@ -396,6 +396,37 @@ def read_back(
     return config
 
 
+# Without these keys, and the name of its stage, a configuration isn't that of a run.
+NEEDED = {"dir", "device", "seed", "epochs", "batch_size"}
+
+
+def is_of_run(config: Mapping) -> bool:
+    """Has a configuration from a file what one of a run has, each key with a value of its type?
+
+    It may be of another version, which has keys of its own and lacks others.
+    """
+    if not all(isinstance(config.get(key), str) for key in ("dir", "device")):
+        return False
+    if not isinstance(typed.select(config, "stage.name"), str):
+        return False
+    known = config.keys() & Root.model_fields.keys()
+    if not known >= NEEDED:
+        return False
+    try:
+        _left(frozenset(known)).model_validate(dict(config))
+    except ValidationError:
+        return False
+    return True
+
+
+@cache
+def _left(keys: frozenset[str]) -> type[BaseModel]:
+    """Root with these keys alone; others may be there."""
+    hints = get_type_hints(Root, include_extras=True)
+    fields: dict[str, Any] = {key: (hints[key], ...) for key in keys}
+    return create_model("Left", __config__=ConfigDict(strict=True), **fields)
+
+
 def found(config: Mapping, group: str, cfg: DictConfig, place: Path) -> dict[str, Any]:
     """The node of `group` in a configuration that was read from `place`, for `construct`.
 

@@ -77,7 +77,7 @@ def axes(ran: Ran, points: int) -> list[list[float | None]]:
     for line in ran.lines:
         if "epoch" not in line:
             continue
-        if rate := line.get("images_per_second"):
+        if (rate := line.get("images_per_second")) and "images_seen" in line:
             seconds += (line["images_seen"] - seen) / rate
             seen = line["images_seen"]
         images = line.get("images_seen", np.nan)

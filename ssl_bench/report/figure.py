@@ -111,7 +111,8 @@ def _split(
         lines = {}
         for name, rows in curves.items():
             if name in names:
-                points = [(row["epoch"], scale * row[key]) for row in rows if key in row]
+                known = (row for row in rows if {key, "epoch"} <= row.keys())
+                points = [(row["epoch"], scale * row[key]) for row in known]
                 lines[name] = np.array(points).reshape(-1, 2)
         if any(map(len, lines.values())):
             panels.append((title, label, lines))

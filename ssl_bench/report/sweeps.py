@@ -39,11 +39,11 @@ def overview(members: Sequence[Member], states: Sequence[State], metric: str | N
         part, epochs = member.under_way
         lines = MetricsFile.read(path) if (path := part / layout.METRICS).exists() else []
         step = value = left = ""
-        shown = metric or member.config["metric"]
+        shown = metric or member.config.get("metric")
         if lines:
-            done, epoch = lines[-1]["step"], lines[-1]["epoch"]
+            done, epoch = lines[-1]["step"], lines[-1].get("epoch")
             of = f"{part.relative_to(member.directory)}: " if part != member.directory else ""
-            step = f"{of}{done:,}/{round(done / epoch * epochs):,}"
+            step = f"{of}{done:,}" + (f"/{round(done / epoch * epochs):,}" if epoch else "")
         having = [line for line in lines if shown in line]
         result = (having[-1] if having else {}) | (member.result() or {})
         if shown in result:
@@ -93,7 +93,8 @@ def _labels(members: Sequence[Member]) -> dict[str, str]:
 
 def _left(lines: Sequence[Mapping[str, float]], epochs: int) -> str:
     """The time until a training ends, like 0:12:30, by its newest rate; "": that isn't known."""
-    rated = [line for line in lines if line.get("images_per_second") and line["epoch"]]
+    needed = ("images_per_second", "images_seen", "epoch")
+    rated = [line for line in lines if all(line.get(key) for key in needed)]
     if not rated:
         return ""
     images = rated[-1]["images_seen"] * (epochs / rated[-1]["epoch"] - 1)
@@ -116,7 +117,7 @@ def _reasons(members: Sequence[Member], states: Sequence[State]) -> str:
     for (name, reason), those in groups.items():
         where = next((output for _, output in those if output not in ("", reason)), "")
         digits = ", ".join(each for each, _ in those)
-        said += [_wrapped(f"{name}: {reason}"), _wrapped(digits, "  ")]
+        said += [_wrapped(str(State(name, reason))), _wrapped(digits, "  ")]
         said += [_wrapped(where, "  ")] if where else []
     return "\n".join(said)
 

@@ -5,6 +5,7 @@ and row in tables, its group on a dashboard, and whether it may continue.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -312,7 +313,8 @@ def known_by(
     """
     # Earlier versions wrote the number of torchrun's or srun's processes to environment.json alone.
     counts = (config.get("devices"), environment.get("world_size"))
-    count = max((int(count) for count in counts if isinstance(count, NUMBER)), default=1)
+    known = (count for count in counts if isinstance(count, NUMBER) and math.isfinite(count))
+    count = max(map(int, known), default=1)
     images = {split: facts["fingerprint"] for split, facts in inputs.items()}
     return Identity(config, count, weights, below, step, images)
 

@@ -1,6 +1,7 @@
 """`metrics.jsonl`, the truth about a run's metrics."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,25 @@ class MetricsFile:
                 row = json.loads(line)
                 assert isinstance(row["step"], int)
                 assert all(isinstance(value, int | float) for value in row.values())
+                assert 0 < row.get("epoch", 1) < math.inf
             except (ValueError, TypeError, KeyError, AssertionError):
                 raise UserError(
-                    f"{path}, line {number} is not a JSON object of numbers with a step: "
-                    f"{line[:60]!r}; delete it"
+                    f"{path}, line {number} is not a JSON object of numbers with a step, and an "
+                    f"epoch above 0: {line[:60]!r}; delete it"
                 ) from None
             rows.append(row)
         return rows
+
+
+def summary(run: Path) -> dict[str, float] | None:
+    """The result of the run in a directory; None: it is not finished. UserError: it is damaged."""
+    path = run / layout.SUMMARY
+    if not path.is_file():
+        return None
+    found = files.parse(path, json.loads)
+    if not all(isinstance(value, int | float) for value in found.values()):
+        raise files.damaged(path)
+    return found
 
 
 def per_epoch(run: Path) -> float | None:

@@ -1,6 +1,5 @@
 """Runs read back from disk: their configuration, metrics and state, and the runs below them."""
 
-import json
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ import yaml
 from ssl_bench import files
 from ssl_bench.config import build
 from ssl_bench.errors import UserError
-from ssl_bench.runs import checkpoint, identity, layout, sweep, watch
+from ssl_bench.runs import checkpoint, identity, layout, metrics, sweep, watch
 from ssl_bench.runs.identity import Identity
 from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.units import PRETRAINING
@@ -35,8 +34,6 @@ READ = (
     layout.WEIGHTS,
     identity.ORIGIN,
 )
-# The keys, and their types, without which a configuration isn't that of a run.
-NEEDED = {"stage": str, "dir": str, "device": str, "seed": int, "epochs": int, "batch_size": int}
 # Logged values that are no results.
 BESIDE = (
     "step",
@@ -75,15 +72,13 @@ class Ran:
         try:
             for name in READ:
                 files.check(directory / name)
-            done = directory / layout.SUMMARY
-            summary = files.parse(done, json.loads) if done.is_file() else None
+            summary = metrics.summary(directory)
             environment, inputs = identity.environment(directory), identity.inputs(directory)
         except UserError as error:
             raise UserError(f"{error}, or leave this run out of runs=") from None
         path = directory / layout.CONFIG
         config = build.read_back(path, path.read_bytes(), _parse)
-        known = config | {"stage": (config.get("stage") or {}).get("name")}
-        if not all(isinstance(known.get(key), kind) for key, kind in NEEDED.items()):
+        if not build.is_of_run(config):
             raise UserError(f"{path}: no configuration of a run; leave it out of runs=")
         lines = MetricsFile.read(directory / layout.METRICS)
         if summary is not None:
@@ -162,9 +157,9 @@ class Ran:
         seen, seconds = 0.0, 0.0
         rates: list[float] = []
         if self.lines and self.config.get("continue_from"):
-            seen = self.lines[0]["images_seen"]  # where it began
+            seen = self.lines[0].get("images_seen", 0.0)  # where it began
         for line in self.lines:
-            if rate := line.get("images_per_second"):
+            if (rate := line.get("images_per_second")) and "images_seen" in line:
                 seconds += (line["images_seen"] - seen) / rate
                 seen = line["images_seen"]
                 rates.append(rate)
@@ -318,8 +313,9 @@ def unfinished(weights: Path) -> str:
     ran = Ran.read(folder)
     if ran.summary is not None:
         return ""
-    total = [round(ran.config["epochs"] * line["step"] / line["epoch"]) for line in ran.lines[-1:]]
-    return f"step {checkpoint.step_of(weights):,}" + "".join(f" of {steps:,}" for steps in total)
+    steps = metrics.per_epoch(folder)
+    of = f" of {round(ran.config['epochs'] * steps):,}" if steps else ""
+    return f"step {checkpoint.step_of(weights):,}{of}"
 
 
 def measured(runs: Iterable[Ran], weights: Path) -> list[Ran]:

@@ -103,8 +103,8 @@ class Run:
         distributed.barrier()
         what = identity.Identity(self._config, weights=identity.recorded(directory))
         self.checkpoint = Checkpoint(directory, what.key, self._config.get("keep", 2))
-        if (done := directory / layout.SUMMARY).exists():
-            self.summary = files.parse(done, json.loads)
+        self.summary = metrics.summary(directory)
+        if self.summary is not None:
             if self.is_main:
                 self.checkpoint.settle()  # a kill may have come before it
             return

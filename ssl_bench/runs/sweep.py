@@ -27,9 +27,10 @@ import filelock
 import yaml
 
 from ssl_bench import files
+from ssl_bench.config import build
 from ssl_bench.config.typed import key_of, select
 from ssl_bench.errors import UserError
-from ssl_bench.runs import identity, layout, watch
+from ssl_bench.runs import identity, layout, metrics, watch
 from ssl_bench.runs.identity import Identity
 from ssl_bench.runs.metrics import MetricsFile
 
@@ -55,9 +56,11 @@ class Member:
         values = files.parse(file, json.loads)
         try:
             made = cls(file, **values)
-            texts = [made.cwd, made.conf, made.job or "", made.config["dir"], *made.overrides]
+            job = () if made.job is None else (made.job,)
+            texts = [made.cwd, made.conf, *job, *made.overrides]
             assert all(isinstance(text, str) for text in texts)
-        except (TypeError, KeyError, AssertionError):
+            assert build.is_of_run(made.config)
+        except (TypeError, AttributeError, AssertionError):
             raise UserError(f"{file}: not a member of a sweep; delete it") from None
         return made
 
@@ -112,7 +115,10 @@ class Member:
         newest = max(parts, key=lambda path: path.stat().st_mtime_ns, default=None)
         if newest is None:
             return self.directory, self.config["epochs"]
-        return newest.parent, files.parse(newest.with_name(layout.CONFIG), yaml.safe_load)["epochs"]
+        config = files.parse(place := newest.with_name(layout.CONFIG), yaml.safe_load)
+        if not isinstance(epochs := config.get("epochs"), int):
+            raise files.damaged(place)
+        return newest.parent, epochs
 
     @property
     def lines(self) -> list[dict[str, Any]]:
@@ -156,11 +162,8 @@ class Member:
     @property
     def failure(self) -> str | None:
         """Why its last attempt failed; None: it didn't."""
-        try:
-            said = json.loads(self._failed.read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):  # no such file, or still being written
-            return None
-        return said["reason"] if said.get("job") == self.job else None  # else of an earlier job
+        said = self._said
+        return said["reason"] if said and said.get("job") == self.job else None  # else an earlier's
 
     def fail(
         self, reason: str, rank: int = 0, diverged: bool = False, collapsed: bool = False
@@ -184,12 +187,20 @@ class Member:
 
         Then none is started until it is asked for.
         """
+        said = self._said
+        same = bool(said) and said.get("diverged") == Identity(self.config).key
+        return same and said.get("on_collapse") in (None, self.config.get("on_collapse"))
+
+    @property
+    def _said(self) -> dict[str, Any]:
+        """What `fail` wrote; empty: nothing. UserError: the file is damaged."""
         try:
             said = json.loads(self._failed.read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
-            return False
-        same = said.get("diverged") == Identity(self.config).key
-        return same and said.get("on_collapse") in (None, self.config.get("on_collapse"))
+        except (FileNotFoundError, json.JSONDecodeError):  # no such file, or still being written
+            return {}
+        if not isinstance(said, dict) or not isinstance(said.get("reason"), str):
+            raise files.damaged(self._failed)
+        return said
 
     @property
     def dropped(self) -> bool:
@@ -219,6 +230,8 @@ class Member:
         )
         saved += packed
         known = files.parse(self._starts, json.loads) if self._starts.exists() else {}
+        if known and not isinstance(known.get("in_vain"), int):
+            raise files.damaged(self._starts)
         before = known["in_vain"] if known.get("saved") == saved else 0
         files.write(self._starts, json.dumps({"saved": saved, "in_vain": before + in_vain}))
         return before + in_vain
@@ -236,11 +249,11 @@ class Member:
 
         None if `data.root` is another one: the run itself then compares the images.
         """
-        if (summary := self._read(layout.SUMMARY, json.loads)) is None:
+        if (summary := metrics.summary(self.directory)) is None:
             return None
         if (ran := self._read(layout.CONFIG, yaml.safe_load)) is None or self._changes(ran):
             return None
-        roots = (config["data"].get("root") or "." for config in (ran, self.config))
+        roots = (identity.node(one, "data").get("root") or "." for one in (ran, self.config))
         then, now = map(identity.real, roots)
         return summary if then == now else None
 
@@ -339,6 +352,8 @@ class State(NamedTuple):
     note: str = ""
 
     def __str__(self) -> str:
+        if self.note.startswith(f"{self.name} "):  # diverged at step 2
+            return self.note
         return ": ".join(filter(None, self))
 
 
@@ -364,9 +379,11 @@ def _state(member: Member, queue: dict[str, State], ended: dict[str, str]) -> St
         return State("dropped")
     if (first := member.first) and first.result() is None:
         begun = _state(first, queue, ended)
+        says_itself = str(begun) == begun.note
+        said = f"its pretraining {'' if says_itself else 'is '}{begun}"
         if begun.name in ("pending", "running", "stopped", "waiting"):
-            return State("waiting", f"its pretraining is {begun}")
-        return State("not reached", f"its pretraining is {begun}")
+            return State("waiting", said)
+        return State("not reached", said)
     if reason := member.failure:
         return State(
             "diverged" if member.diverged else "failed",

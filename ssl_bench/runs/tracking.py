@@ -23,6 +23,7 @@ from pydantic import AfterValidator
 from ssl_bench import files
 from ssl_bench.errors import UserError
 from ssl_bench.runs import identity, layout
+from ssl_bench.runs import metrics as logged
 from ssl_bench.runs.identity import Identity
 from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.shell import override, quoted
@@ -330,9 +331,7 @@ def rebuild(run_dir: str | Path, settings: Mapping[str, Any] | None = None) -> N
     """
     run_dir = Path(run_dir)
     rows = MetricsFile.read(run_dir / layout.METRICS)
-    config, summary_file = _config(run_dir), run_dir / layout.SUMMARY
-    finished = summary_file.is_file()
-    summary = files.parse(summary_file, json.loads) if finished else {}
+    config, summary = _config(run_dir), logged.summary(run_dir)
     if settings is None:
         own = of_wandb(config.get("tracking") or {}) or {}
         keys = ("project", "entity", "group", "job_type", "name", "tags")
@@ -345,7 +344,7 @@ def rebuild(run_dir: str | Path, settings: Mapping[str, Any] | None = None) -> N
         tracker.log(step, row)
     for image in sorted(run_dir.glob("*.png")):
         tracker.log_image(step, image.stem, image)
-    tracker.close("finished" if finished else "failed", summary)
+    tracker.close("failed" if summary is None else "finished", summary or {})
 
 
 def _config(run: Path) -> dict[str, Any]:

@@ -70,9 +70,9 @@ def looks(config: Mapping[str, Any], lines: Iterable[Mapping[str, float]]) -> li
     """
     if (what := watched(config)) is None:
         return []
-    every, found = config["eval_every"], []
+    every, found = config.get("eval_every"), []
     for line in lines:
-        if what.metric not in line or not float(line["epoch"]).is_integer():
+        if what.metric not in line or not float(line.get("epoch", math.nan)).is_integer():
             continue
         epoch = int(line["epoch"])
         if epoch == config["epochs"] or (every and epoch % every == 0):
@@ -97,7 +97,7 @@ def exhausted(config: Mapping[str, Any], lines: list[dict[str, float]]) -> str:
         return ""
     top, began = best(config, lines), 0.0
     if config.get("continue_from"):
-        began = lines[0]["epoch"]
+        began = lines[0].get("epoch", 0.0)
     if seen[-1].epoch - (top.epoch if top else began) < patience:
         return ""
     value = f"{units.spoken(what.metric, top.value)} (epoch {top.epoch:g})" if top else "NaN"
