@@ -4,7 +4,7 @@ import difflib
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -73,6 +73,20 @@ def unknown(what: str, got: str, valid: list[str]) -> str:
     # A beginning that all valid ones have says nothing about which is close.
     shared = head if all(name.startswith(head) for name in valid) else ""
     names = [name.removeprefix(shared) for name in valid]
-    close = difflib.get_close_matches(got.removeprefix(shared), names, n=1)
-    hint = f"did you mean {shared}{close[0]}? " if close else ""
+    hint = meant(got.removeprefix(shared), names, shared)
     return f"{got}: no such {what}; {hint}Valid: {', '.join(sorted(valid))}"
+
+
+def several(count: float, what: str) -> str:
+    """1 epoch, 2 epochs, 1,000 epochs."""
+    shown = f"{count:,}" if isinstance(count, int) else f"{count:g}"
+    return f"{shown} {what}{'' if count == 1 else 's'}"
+
+
+def meant(got: str, valid: Iterable[str], before: str = "") -> str:
+    """The valid name that is closest, as a question and a space; "": none is close.
+
+    before: what stands before the names.
+    """
+    close = difflib.get_close_matches(got, list(valid), n=1)
+    return f"did you mean {before}{close[0]}? " if close else ""

@@ -630,13 +630,16 @@ def _problems(
     try:
         made = schema.model_validate(values)
     except ValidationError as error:
-        # A key of several possible types has a mistake for each: keep the first, or the one that
-        # asks for a text.
+        # A key of several possible types has a mistake for each: keep the first, with the words
+        # that would do, or the one that asks for a text.
         found: dict[str, Mapping] = {}
         for detail in error.errors():
             key = prefix + ".".join(map(str, _place(detail, values)))
             if key not in found or detail["type"] == "string_type":
                 found[key] = detail
+            elif detail["type"] == "literal_error" and found[key]["type"] != "string_type":
+                words = f"{found[key]['msg']}, or {detail['ctx']['expected']}"
+                found[key] = {**found[key], "msg": words}
         return [_problem(key, detail, schema, prefix, quoted) for key, detail in found.items()]
     respelt = (
         _respelt(f"{prefix}{key}", value, getattr(made, key)) for key, value in values.items()

@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from ssl_bench.config import typed
@@ -36,6 +36,8 @@ def message(error: Exception, words: Sequence[str] | None = None) -> str:
         return text
     if isinstance(error, OverrideParseException):
         key, mark, value = str(error.override).partition("=")
+        if value and (line := _no_sweep(key, value, text)):
+            return f"{error.override}: {line}"
         as_text = quoted(_as_texts(key, value)) if mark else "'KEY=\"VALUE\"'"
         return (
             f"{error.override}: not KEY=VALUE; put quotes around a VALUE with special characters: "
@@ -97,6 +99,33 @@ def _as_texts(key: str, value: str) -> str:
     return f"{key}={typed.quote(value)}"
 
 
+# Hydra's functions of several values, and how each may be typed.
+SWEEPS = {"choice": "choice(0,1)", "range": "range(0,3)", "interval": "interval(0,1)"}
+SWEEPS |= {"glob": "glob('*')", "shuffle": "shuffle(0,1)", "sort": "sort(1,0)"}
+
+
+def _no_sweep(key: str, value: str, said: str) -> str:
+    """What is wrong with several values that Hydra can't read, and what to type; "": not several.
+
+    said: Hydra's words.
+    """
+    if re.fullmatch(r"[^\[\](){}'\"]*", value) and re.search(r"(^|,)\s*(,|$)", value):
+        some = ",".join(filter(None, map(str.strip, value.split(","))))
+        at = "nothing stands before or after a comma"
+        return f"{at}: type {quoted(f'{key}={some}')}" if some else f"{at}: type {key}=..."
+    call = re.fullmatch(r"(\w+)\((.*)\)", value)
+    if call is None or call[1] not in SWEEPS:
+        return ""
+    texts = f"{call[1]}({','.join(map(typed.quote, call[2].split(',')))})"
+    if call[1] == "glob":  # its patterns have brackets
+        with suppress(HydraException):
+            one = OverridesParser.create().parse_override(f"{key}={texts}").input_line
+            return f"a pattern with special characters is quoted: type {quoted(one)}"
+    why = re.search(r"while evaluating '.*': (.+)", said)
+    reason = why[1] if why else f"{call[1]}() can't be read"
+    return f"{reason}: type {quoted(f'{key}={SWEEPS[call[1]]}')}, say"
+
+
 def _several(key: str, value: str, command: Sequence[str] | None) -> str:
     """One line about several values where one is wanted.
 
@@ -135,12 +164,25 @@ def _unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
     if not names:
         new = f"; a new one has a +: type +{error.full_key}=" if parent.startswith("hydra.") else ""
         return f"{error.full_key}: no such key; {parent} has none{new}"
+    if not parent and (places := _places(error.full_key, error.parent_node)):
+        return f"{error.full_key}: no such key; did you mean {' or '.join(places)}?"
     valid = [f"{parent}.{name}" if parent else name for name in names]
     line = unknown("key", error.full_key, valid)
     target = OmegaConf.to_container(error.parent_node).get("_target_") if parent else None
     if target is not None and not str(target).startswith("ssl_bench."):
         line += f". An argument of your own {parent}._target_ has a +: +{error.full_key}="
     return line
+
+
+def _places(key: str, root: DictConfig) -> list[str]:
+    """The keys of groups, and of the launcher, that end with a key that isn't at the root."""
+    groups = [*(str(name) for name in root if name != "hydra"), "hydra.launcher", "hydra.sweeper"]
+    nodes = {
+        name: OmegaConf.select(root, name, throw_on_resolution_failure=False) for name in groups
+    }
+    return [
+        f"{name}.{key}" for name, node in nodes.items() if OmegaConf.is_dict(node) and key in node
+    ]
 
 
 def parsed(words: list[str]) -> list[Override]:

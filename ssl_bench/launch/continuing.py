@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.base import SCMode
 
 from ssl_bench.config import build, typed
-from ssl_bench.errors import UserError
+from ssl_bench.errors import UserError, several
 from ssl_bench.runs import identity, layout, metrics
 from ssl_bench.shell import override
 
@@ -172,6 +172,6 @@ def _check_epochs(cfg: DictConfig, file: Path) -> None:
     if isinstance(cfg.epochs, int) and done >= cfg.epochs:
         more = override("epochs", 2 * cfg.epochs)
         raise UserError(
-            f"continue_from={cfg.continue_from} has done {done:g} epochs, and epochs={cfg.epochs} "
+            f"continue_from={cfg.continue_from} has done {several(done, 'epoch')}, and epochs={cfg.epochs} "
             f"is the total: type more, like {more}"
         )

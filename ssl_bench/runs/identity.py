@@ -235,7 +235,7 @@ class Identity:
         """Which part of the labels the run was given; "": all of them."""
         stage = node(self.config, "stage")
         if stage.get("labels_per_class"):
-            return f"{stage['labels_per_class']} labels a class"
+            return f"{several(stage['labels_per_class'], 'label')} a class"
         if stage.get("label_fraction"):
             return f"{100 * stage['label_fraction']:g} % of the labels"
         return ""

@@ -370,7 +370,8 @@ class Run:
             top = watch.best(self._config, lines)
             if top and top.step == step:
                 self.checkpoint.keep_as_best(step)
-            if why := watch.exhausted(self._config, lines):
+            why = watch.exhausted(self._config, lines)
+            if why and lines[-1]["epoch"] < self._config["epochs"]:  # else it ends anyway
                 log.info("step %s: ends early: %s", f"{step:,}", why, extra={"result": True})
                 ends = True
         return distributed.any_rank(ends)

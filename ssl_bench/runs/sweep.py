@@ -327,6 +327,12 @@ def members(folder: Path) -> list[Member]:
     return [Member.load(file) for file in files if not file.stem.endswith(FIRST)]
 
 
+def has_members(folder: Path) -> bool:
+    """Are there any, or any that were dropped? A command that was refused leaves none."""
+    written = (folder / ".members").iterdir()
+    return any(path.suffix in (".json", DROPPED) for path in written)
+
+
 def with_firsts(members: Iterable[Member]) -> list[Member]:
     """The members, and before each pipeline its pretraining, where that runs apart."""
     return [one for member in members for one in (member.first, member) if one]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ssl_bench.errors import UserError
+from ssl_bench.errors import UserError, meant, several
 from ssl_bench.runs import units
 
 DIRECTIONS = {"max": False, "min": True}  # how a direction is said, and whether it is downwards
@@ -54,10 +54,12 @@ def named(key: str, name: str) -> Watched:
     if mark and direction in DIRECTIONS and metric:
         return Watched(metric, DIRECTIONS[direction])
     if mark or not units.has_direction(name):
-        known = ", ".join(metric for metric in units.UNITS if units.has_direction(metric))
+        known = [metric for metric in units.UNITS if units.has_direction(metric)]
+        near = meant(metric if mark else name, known, f"{key}=")
         raise UserError(
-            f"{key}={name}: it isn't known whether more or less of it is better: choose from "
-            f"{known}, or type {key}=max:NAME or {key}=min:NAME for another value that is logged"
+            f"{key}={name}: it isn't known whether more or less of it is better: {near}"
+            f"{'Choose' if near else 'choose'} from {', '.join(known)}, or type {key}=max:NAME or "
+            f"{key}=min:NAME for another value that is logged"
         )
     return Watched(name, units.smaller_is_better(name))
 
@@ -101,7 +103,7 @@ def exhausted(config: Mapping[str, Any], lines: list[dict[str, float]]) -> str:
     if seen[-1].epoch - (top.epoch if top else began) < patience:
         return ""
     value = f"{units.spoken(what.metric, top.value)} (epoch {top.epoch:g})" if top else "NaN"
-    return f"no better {what.metric} than {value} for {patience} epochs"
+    return f"no better {what.metric} than {value} for {several(patience, 'epoch')}"
 
 
 def ended_early(config: Mapping[str, Any], lines: list[dict[str, float]]) -> str:

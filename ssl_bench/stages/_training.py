@@ -316,7 +316,7 @@ def train(
                 "method": cfg.method.name if cfg.stage.name == "pretrain" else "",
                 "backbone": f"{cfg.backbone.name}, {parameters} trained parameters",
                 "data": f"{cfg.data.name}, {images}",
-                "training": f"{cfg.epochs} epochs, batch {cfg.batch_size}, lr {lr}",
+                "training": f"{several(cfg.epochs, 'epoch')}, batch {cfg.batch_size}, lr {lr}",
                 "device": f"{devices}, {cfg.precision}",
                 "begins with": str(cfg.pretrained or ""),
                 "directory": str(run.directory),

@@ -293,7 +293,7 @@ def about(pretrained: Pretrained) -> str:
     nodes = (config.get(group) or {} for group in ("method", "stage", "data"))
     method, stage, data = (node.get("name") for node in nodes)
     epochs, batch_size = config.get("epochs"), config.get("batch_size")
-    text = f"A {network}: {method or stage} on {data}, {epochs} epochs, batch {batch_size}"
+    text = f"A {network}: {method or stage} on {data}, {several(epochs, 'epoch')}, batch {batch_size}"
     text += f", exported by ssl_bench {__version__} from `{pretrained.path.name}`"
     if (folder := layout.run_of(pretrained.path)) is None:
         return text + "."

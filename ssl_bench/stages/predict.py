@@ -133,7 +133,7 @@ def predict(
                 run.interrupt(done)
     log_result(run, {"images": total})
     written = "images.csv, features.npy" if features else "images.csv"
-    print(f"{total:,} images in {run.directory}: {written}")
+    print(f"{several(total, 'image')} in {run.directory}: {written}")
     return {"images": total}
 
 

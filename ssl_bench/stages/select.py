@@ -259,7 +259,7 @@ def write(
     path = (folders[-1] if out else run.directory) / f"request_{number}.csv"
     files.write(path, "".join(f"{index}\n" for index in chosen.tolist()))
     print(
-        f"written: {path}: {len(chosen):,} images to label. With their labels, in the same order, "
+        f"written: {path}: {several(len(chosen), 'image')} to label. With their labels, in the same order, "
         f"in label_{number}.pt in the folder of data=dl21, it is for "
         f"data.extra_labels=[request_{number}.csv,label_{number}.pt]"
     )

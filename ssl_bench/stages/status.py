@@ -45,7 +45,8 @@ def status(
         aside = sweep.dropped(path) if path else []
         if path is None or not (members or aside):
             near = path or Path("runs/sweeps")
-            found = sorted({*near.glob("*/.members"), *near.parent.glob("*/.members")})
+            near_by = {*near.glob("*/.members"), *near.parent.glob("*/.members")}
+            found = [one for one in sorted(near_by) if sweep.has_members(one.parent)]
             hint = ", like runs=runs/sweeps/lincls"
             if found:
                 hint = ": " + ", ".join(override("runs", folder.parent) for folder in found)

@@ -166,7 +166,7 @@ def _files(folder: Path) -> Iterator[Finding]:
             bad.append(Finding(str(folder / name), "differs", str(error).partition(": ")[2]))
     yield from bad
     if sums and not bad:
-        yield Finding(str(folder), "whole", f"{len(sums)} files, as {files.SUMS} says")
+        yield Finding(str(folder), "whole", f"{several(len(sums), 'file')}, as {files.SUMS} says")
     if not sums:
         why = "made by an earlier version" if (folder / layout.SUMMARY).exists() else "not finished"
         yield Finding(f"{folder}: digests of its files", "missing", why)

@@ -87,7 +87,7 @@ def recipe(ran: Ran) -> str:
     config = ran.config
     names = [(config.get("method") or {}).get("name") or ran.stage, ran.identity.labels]
     names += [config[group]["name"] for group in ("backbone", "data") if group in config]
-    names += [f"{config['epochs']} epochs", f"batch {config['batch_size']}"]
+    names += [several(config["epochs"], "epoch"), f"batch {config['batch_size']}"]
     names += [f"seed {config['seed']}"]
     return ", ".join(filter(None, names))
 

@@ -172,6 +172,34 @@ CONFIGURATION = {
     "a name without end": ([f"method.name={'x' * 300}"], ["a name is letters, digits, dots"]),
     "type": (["batch_size=abc"], ["batch_size=abc: input should be a valid integer"]),
     "range": (["method.temperature=-1"], ["method.temperature=-1: input should be greater than 0"]),
+    "a key of the stage": (
+        ["stage=status", "drop=x"],
+        ["drop: no such key; did you mean stage.drop?"],
+    ),
+    "a key of two groups": (
+        ["image_size=16"],
+        ["image_size: no such key; did you mean data.image_size or augmentation.image_size?"],
+    ),
+    "a key of the launcher": (
+        ["launcher=slurm", "timeout_min=3"],
+        ["timeout_min: no such key; did you mean hydra.launcher.timeout_min?"],
+    ),
+    "a number or a word": (
+        ["keep=foo"],
+        ["keep=foo: input should be a valid integer, or 'all', 'last', 'best' or 'backbone'"],
+    ),
+    "a pattern with brackets": (
+        ["-m", "method=glob(moco_v[12])"],
+        ["method=glob(moco_v[12]): a pattern", """type 'method=glob("moco_v[12]")'"""],
+    ),
+    "a comma at the end": (["-m", "seed=0,1,"], ["seed=0,1,: nothing stands", "type seed=0,1"]),
+    "commas alone": (["-m", "seed=,"], ["seed=,: nothing stands", "type seed=..."]),
+    "no choices": (["-m", "seed=choice()"], ["seed=choice(): empty choice", "'seed=choice(0,1)'"]),
+    "a range of texts": (["-m", "seed=range(a)"], ["seed=range(a): ", "'seed=range(0,3)'"]),
+    "a choice with a comma too many": (
+        ["-m", "seed=choice(0,)"],
+        ["seed=choice(0,): choice() can't be read: type 'seed=choice(0,1)', say"],
+    ),
     "added key": (["+unknown=1"], ["unknown: no such key;", "Valid: accumulate, augmentation, "]),
     "needed": (["data=dl21"], ["data.root needs a value: type data.root=..."]),
     "no value": (["batch_size"], ["batch_size: not KEY=VALUE"]),
@@ -262,7 +290,7 @@ ADVICE = re.compile(
         "method=swav epochs=1 method.queue_length=0", "stage=predic stage.images=x pretrained=x",
         "--precision bf16", "--epochs=20", "--method.dim 64", "--compile",
         "stage=pipeline stage.rows.pretrained=[stage=knn,stage.k=[9]]",
-        "stage=pipeline stage.protocol=[batch_size=3]",
+        "stage=pipeline stage.protocol=[batch_size=3]", "seed=,0", "epochs=5,",
     ],
 )  # fmt: skip
 def test_what_is_advised_works_when_it_is_typed(mistake: str) -> None:

@@ -366,6 +366,17 @@ def test_other_images_are_other_runs(ssl_bench: Command, tmp_path: Path) -> None
     )
 
 
+def test_the_overview_is_as_wide_as_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several = [member(tmp_path / "sweep", None, f"method.name={'long' * 60}{i}") for i in "ab"]
+    widths = {}
+    for columns in ("", "90", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        widths[columns] = {*map(len, overview_table(several).splitlines())}
+    assert widths == {"": {120}, "90": {90}, "200": {200}}
+
+
 def test_a_result_of_another_configuration_is_none(tmp_path: Path) -> None:
     done = member(tmp_path / "sweep", {"loss": 1.0}, "seed=0")
     assert done.result() == {"loss": 1.0}
@@ -380,6 +391,7 @@ def test_status_needs_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ):
         launch(compose("stage=status"))
     member(tmp_path / "sweep", {"loss": 1.0}, "seed=0")
+    (tmp_path / "refused/.members").mkdir(parents=True)  # by a command that was refused
     with pytest.raises(
         UserError, match=r"^runs=sweeep: no sweep there; name the folder of one: runs=sweep$"
     ):

@@ -127,6 +127,7 @@ def test_which_is_the_best(name: str, values: list[float], best: int) -> None:
     ("config", "said"),
     [
         ({"save_best": "lr"}, "save_best=lr: it isn't known whether more or less of it is better"),
+        ({"save_best": "knn_top"}, r"better: did you mean save_best=knn_top1\? Choose from val_"),
         ({"save_best": "mine"}, "type save_best=max:NAME or save_best=min:NAME for another value"),
         ({"patience": 3}, "patience= needs a metric to wait for: type save_best=knn_top1"),
     ],
