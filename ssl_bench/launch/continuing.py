@@ -172,6 +172,6 @@ def _check_epochs(cfg: DictConfig, file: Path) -> None:
     if isinstance(cfg.epochs, int) and done >= cfg.epochs:
         more = override("epochs", 2 * cfg.epochs)
         raise UserError(
-            f"continue_from={cfg.continue_from} has done {several(done, 'epoch')}, and epochs={cfg.epochs} "
-            f"is the total: type more, like {more}"
+            f"continue_from={cfg.continue_from} has done {several(done, 'epoch')}, and "
+            f"epochs={cfg.epochs} is the total: type more, like {more}"
         )

@@ -12,14 +12,13 @@ from pathlib import Path
 
 from ssl_bench import files
 from ssl_bench.report.grouping import Group, differences, groups, ranked
-from ssl_bench.report.tables import cell, markdown, plain
+from ssl_bench.report.tables import cell, markdown, plain, width
 from ssl_bench.runs import code, identity, layout, sweep
 from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.record import Ran, find
 from ssl_bench.runs.sweep import Member, State
 from ssl_bench.runs.units import mean_std, spoken
 
-WIDTH = 120  # columns of a terminal that the overview fits in, but for long paths
 SHOWN = 30  # at most so many characters of a step or value
 
 
@@ -58,8 +57,8 @@ def overview(members: Sequence[Member], states: Sequence[State], metric: str | N
         )
     heads = ["", "member", "state", "step", "metric", "job", "node", "left"]
     used = [i for i in range(len(heads)) if i < 5 or any(row[i] for row in rows)]
-    widths = [max(len(row[i]) for row in (heads, *rows)) for i in used if i != 1]
-    room = max(20, WIDTH - sum(width + 3 for width in widths) - 4)
+    taken = [max(len(row[i]) for row in (heads, *rows)) + 3 for i in used if i != 1]
+    room = max(20, width() - sum(taken) - 4)
     for row in rows:
         row[1] = _cut(row[1], room)
     table = markdown([heads[i] for i in used], [[row[i] for i in used] for row in rows])
@@ -101,8 +100,8 @@ def _left(lines: Sequence[Mapping[str, float]], epochs: int) -> str:
     return str(timedelta(seconds=round(images / rated[-1]["images_per_second"])))
 
 
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[: width - 3]}..."
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _reasons(members: Sequence[Member], states: Sequence[State]) -> str:
@@ -123,10 +122,10 @@ def _reasons(members: Sequence[Member], states: Sequence[State]) -> str:
 
 
 def _wrapped(text: str, indent: str = "") -> str:
-    """The text in lines of WIDTH; a path isn't broken."""
+    """The text in lines of the terminal; a path isn't broken."""
     return textwrap.fill(
         plain(text),
-        WIDTH,
+        width(),
         initial_indent=indent,
         subsequent_indent="  ",
         break_long_words=False,

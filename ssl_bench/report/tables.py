@@ -14,6 +14,7 @@ remarks.
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ from ssl_bench.runs.units import PRETRAINING, UNITS, shown, unit
 
 OWN_COSTS = ("hours", "images_per_second", "memory_gb")
 COSTS = (*OWN_COSTS, f"{PRETRAINING}hours", f"{PRETRAINING}images_per_second")
+
+
+def width() -> int:
+    """The columns of the terminal; elsewhere COLUMNS, or 120."""
+    return max(60, shutil.get_terminal_size((120, 0)).columns)
 
 
 def columns(rows: Sequence[dict]) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import yaml
 
 from ssl_bench import files
+from ssl_bench.errors import several
 from ssl_bench.methods import splits
 from ssl_bench.runs import layout
 

@@ -19,7 +19,7 @@ from ssl_bench.data.cutting import CutSource
 from ssl_bench.data.encoded import Encoded
 from ssl_bench.data.formats.base import Dataset, SplitName
 from ssl_bench.data.source import HostSource, ResidentSource, Source, StreamedSource, fits
-from ssl_bench.errors import UserError
+from ssl_bench.errors import UserError, several
 from ssl_bench.methods.base import Method
 from ssl_bench.runs import tracking, weights
 from ssl_bench.runs.run import Run

@@ -20,7 +20,7 @@ from torch import nn
 from ssl_bench import __version__, files
 from ssl_bench.config.fields import Place
 from ssl_bench.config.renamed import current
-from ssl_bench.errors import UserError, writable
+from ssl_bench.errors import UserError, several, writable
 from ssl_bench.report import grouping, tables
 from ssl_bench.report.tables import plain
 from ssl_bench.runs import identity, layout, record, units, weights
@@ -292,8 +292,8 @@ def about(pretrained: Pretrained) -> str:
         return f"A {network}, exported by ssl_bench {__version__} from {pretrained.path.name}."
     nodes = (config.get(group) or {} for group in ("method", "stage", "data"))
     method, stage, data = (node.get("name") for node in nodes)
-    epochs, batch_size = config.get("epochs"), config.get("batch_size")
-    text = f"A {network}: {method or stage} on {data}, {several(epochs, 'epoch')}, batch {batch_size}"
+    epochs, batch_size = several(config["epochs"], "epoch"), config.get("batch_size")
+    text = f"A {network}: {method or stage} on {data}, {epochs}, batch {batch_size}"
     text += f", exported by ssl_bench {__version__} from `{pretrained.path.name}`"
     if (folder := layout.run_of(pretrained.path)) is None:
         return text + "."

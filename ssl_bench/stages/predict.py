@@ -13,7 +13,7 @@ from ssl_bench.config.fields import BitDepth, Place, Resize, ValueRange
 from ssl_bench.console import Bar
 from ssl_bench.data.formats.folder import Images
 from ssl_bench.data.store import Split
-from ssl_bench.errors import UserError
+from ssl_bench.errors import UserError, several
 from ssl_bench.evaluate.features import new_array
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed

@@ -25,7 +25,7 @@ READS = ("runs",)
 # whose choice of each group a run is compared with, and which its directory shows already
 CHOSEN = ("stage", "method", "backbone", "data")
 AGES = {"d": 86400, "h": 3600, "min": 60}  # seconds
-WIDTH, INDENT = 118, 4 * " "  # of a line
+INDENT = 4 * " "  # of a line
 
 
 @single_process
@@ -151,12 +151,12 @@ def telling(words: Iterable[str], number: int, count: Counter[str]) -> list[str]
 
 def wrapped(line: str, words: Sequence[str]) -> list[str]:
     """The words behind the line or, where they don't fit, below it."""
-    text = " ".join(words)
-    if len(line) + 2 + len(text) <= WIDTH:
+    text, width = " ".join(words), tables.width() - 2
+    if len(line) + 2 + len(text) <= width:
         return [f"{line}  {text}".rstrip()]
     return [
         line.rstrip(),
-        *textwrap.wrap(text, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT),
+        *textwrap.wrap(text, width, initial_indent=INDENT, subsequent_indent=INDENT),
     ]
 
 

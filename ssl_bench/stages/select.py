@@ -22,7 +22,7 @@ from ssl_bench.config import build
 from ssl_bench.config.fields import FeaturesOf, Place, Resize
 from ssl_bench.data.source import Source
 from ssl_bench.data.store import Split
-from ssl_bench.errors import UserError
+from ssl_bench.errors import UserError, several
 from ssl_bench.evaluate import selection
 from ssl_bench.evaluate.features import stored_features
 from ssl_bench.evaluate.readout import read_out_
@@ -259,8 +259,8 @@ def write(
     path = (folders[-1] if out else run.directory) / f"request_{number}.csv"
     files.write(path, "".join(f"{index}\n" for index in chosen.tolist()))
     print(
-        f"written: {path}: {several(len(chosen), 'image')} to label. With their labels, in the same order, "
-        f"in label_{number}.pt in the folder of data=dl21, it is for "
+        f"written: {path}: {several(len(chosen), 'image')} to label. With their labels, in the "
+        f"same order, in label_{number}.pt in the folder of data=dl21, it is for "
         f"data.extra_labels=[request_{number}.csv,label_{number}.pt]"
     )
 

@@ -15,7 +15,7 @@ from ssl_bench import files
 from ssl_bench.config import build
 from ssl_bench.config.fields import Place
 from ssl_bench.data import store
-from ssl_bench.errors import UserError
+from ssl_bench.errors import UserError, several
 from ssl_bench.launch.process import launch
 from ssl_bench.report import grouping, tables
 from ssl_bench.report.tables import plain

@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from ssl_bench import files, shell
 from ssl_bench.config.fields import Place
-from ssl_bench.errors import UserError
+from ssl_bench.errors import UserError, several
 from ssl_bench.report import grouping, tables
 from ssl_bench.runs import record, units
 from ssl_bench.runs.published import WEIGHTS, place
@@ -16,7 +16,6 @@ from ssl_bench.runs.run import Run
 from ssl_bench.stages import single_process
 
 READS = ("runs",)
-WIDTH = 120  # columns of a terminal
 
 
 @single_process
@@ -44,12 +43,16 @@ def zoo(cfg: DictConfig, run: Run, verify: Place | None = None) -> dict[str, flo
         "ImageNet top-1 (%) of a linear classifier, of a supervised network its own, as its authors"
     )
     print(f"{note} say.")
-    print(textwrap.fill(f"Downloaded: {', '.join(here) or 'none'}", WIDTH, subsequent_indent="  "))
+    print(
+        textwrap.fill(
+            f"Downloaded: {', '.join(here) or 'none'}", tables.width(), subsequent_indent="  "
+        )
+    )
     for ran in own:
         print(f"\n{shell.override('pretrained', ran.directory)}")
         sha256 = f"sha256 {files.digest(ran.weights)[:8]}"
         for text in (recipe(ran), *numbers(ran, runs), sha256):
-            lines = textwrap.wrap(tables.plain(text), WIDTH - 4, subsequent_indent="  ")
+            lines = textwrap.wrap(tables.plain(text), tables.width() - 4, subsequent_indent="  ")
             print(textwrap.indent("\n".join(lines), "  "))
     return {"published": len(WEIGHTS), "own": len(own)}
 

@@ -55,6 +55,19 @@ def test_the_best_state_is_kept_and_the_run_ends_early(tmp_path: Path) -> None:
     )
 
 
+def test_patience_that_is_used_up_at_the_end_ends_nothing_early(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="ssl_bench")
+    for epochs in (2, 3):
+        settings = {"epochs": epochs, "save_best": "knn_top1", "patience": 1}
+        train(tmp_path / f"{epochs}", settings=settings, evaluate=told([3.0, 2.0, 1.0]))
+        config = settings | {"eval_every": 1}
+        assert (epochs == 3) == bool(watch.ended_early(config, lines(tmp_path / f"{epochs}")))
+        assert ("ends early" in caplog.text) == (epochs == 3)
+    assert "ends early: no better knn_top1 than 3 % (epoch 1) for 1 epoch" in caplog.messages[-1]
+
+
 @pytest.mark.parametrize("killed_at", [2, 4, 5])
 @pytest.mark.parametrize("linked", [True, False])
 def test_a_kill_changes_neither_the_end_nor_the_best(
