@@ -30,7 +30,7 @@ from ssl_bench.config import build, messages, typed
 from ssl_bench.errors import Interrupted, UserError
 from ssl_bench.launch import resolvers
 from ssl_bench.launch.composing import Composer, without_hydra
-from ssl_bench.launch.continuing import continued, with_choices
+from ssl_bench.launch.continuing import checked, with_choices
 from ssl_bench.launch.expanded import with_members
 from ssl_bench.launch.process import launch, leave_fast, set_up_logging
 
@@ -114,8 +114,7 @@ def run(cfg: DictConfig) -> float | None:
     is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     words = [] if is_sweep else _typed(HydraConfig.get().overrides.task)
     try:
-        cfg = continued(cfg, _typed(HydraConfig.get().overrides.task))
-        build.check(cfg, typed.quoted(words))
+        cfg = checked(cfg, _typed(HydraConfig.get().overrides.task), typed.quoted(words))
         refuse_in_vain(cfg, words)
         metrics = launch(cfg)
     except BrokenPipeError:
@@ -137,11 +136,12 @@ def _typed(overrides: ListConfig) -> list[str]:
 
 def refuse_in_vain(cfg: DictConfig, overrides: list[str]) -> None:
     """UserError for overrides of one run that would be ignored."""
-    lines = [*typed.in_vain(OmegaConf.to_container(cfg), overrides).values()]
-    sweeps = [word for word in overrides if word.startswith("sweep=")]
-    lines += [f"{word} names a sweep, and this is one run: add -m" for word in sweeps]
+    lines = typed.in_vain(OmegaConf.to_container(cfg), overrides)
+    for word in overrides:
+        if word.startswith("sweep="):
+            lines.setdefault(word, f"{word} names a sweep, and this is one run: add -m")
     if lines:
-        raise UserError("\n".join(lines))
+        raise UserError("\n".join(lines.values()))
 
 
 def hydra_in_vain(config: DictConfig, is_sweep: bool) -> str:
@@ -224,8 +224,7 @@ class Check(Callback):
                 cfg = composer.compose_config(
                     config_name, list(member), RunMode.RUN, with_log_configuration=False
                 )
-                cfg = continued(without_hydra(cfg), member)
-                build.check(cfg, quoted)
+                cfg = checked(without_hydra(cfg), member, quoted)
                 composed.append((OmegaConf.to_container(cfg), list(member)))
             except (UserError, HydraException, OmegaConfBaseException) as error:
                 problems.append(f"{' '.join(member)}: {messages.message(error)}")

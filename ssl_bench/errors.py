@@ -68,6 +68,8 @@ def interrupted_by(*signums: int) -> Iterator[None]:
 
 def unknown(what: str, got: str, valid: list[str]) -> str:
     """One line about a key or choice that isn't there."""
+    if not valid:
+        return f"{got}: no such {what}; there is none"
     found = re.match(r"(.*[.=])?", got)
     head = found[0] if found else ""
     # A beginning that all valid ones have says nothing about which is close.
@@ -88,5 +90,18 @@ def meant(got: str, valid: Iterable[str], before: str = "") -> str:
 
     before: what stands before the names.
     """
-    close = difflib.get_close_matches(got, list(valid), n=1)
+    names = list(valid)
+    close = difflib.get_close_matches(got, names, n=1)
+    close = close or difflib.get_close_matches(got, _same_words(got, names), n=1, cutoff=0)
     return f"did you mean {before}{close[0]}? " if close else ""
+
+
+def _same_words(asked: str, names: list[str]) -> list[str]:
+    """The names that have all words of what was asked for, as base_lr has lr, or the reverse."""
+    words = {name: set(re.findall(r"[a-z]+", name.lower())) for name in (asked, *names)}
+    mine = words[asked]
+    return [
+        name
+        for name in names
+        if mine and words[name] and not (mine - words[name] and words[name] - mine)
+    ]

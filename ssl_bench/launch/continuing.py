@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.base import SCMode
 
 from ssl_bench.config import build, typed
+from ssl_bench.config.renamed import current
 from ssl_bench.errors import UserError, several
 from ssl_bench.runs import identity, layout, metrics
 from ssl_bench.shell import override
@@ -61,6 +62,36 @@ def _names(ran: Mapping) -> dict[str, str]:
     """{group: name of the choice} of a run's configuration."""
     names = {group: identity.node(ran, group).get("name") for group in GROUPS}
     return {group: name for group, name in names.items() if isinstance(name, str)}
+
+
+def checked(cfg: DictConfig, words: Sequence[str], quoted: Mapping[str, str]) -> DictConfig:
+    """`continued`, as `build.check` has found it right. UserError; another method is told first."""
+    made = continued(cfg, words)
+    try:
+        build.check(made, quoted)
+    except UserError as error:
+        if other := _other_method(made):
+            raise UserError(f"{other}\n{error}") from None
+        raise
+    return made
+
+
+def _other_method(cfg: DictConfig) -> str:
+    """A line if another class of method is to go on from a run; "": it is the same.
+
+    It brings settings of its own, and mending them would be in vain where its tensors are others.
+    """
+    source = cfg.get("continue_from")
+    run = _run_at(source) if isinstance(source, str) else None
+    before = identity.node(identity.config(run), "method") if run else {}
+    now = cfg.get("method") or {}
+    if not before or current(str(before.get("_target_"))) == current(str(now.get("_target_"))):
+        return ""
+    return (
+        f"continue_from={source}: a run of method={before.get('name')}; method={now.get('name')} "
+        "goes on from it only if its tensors are the same: leave method= out, or type pretrained= "
+        "to begin with its backbone alone"
+    )
 
 
 def continued(cfg: DictConfig, words: Sequence[str]) -> DictConfig:

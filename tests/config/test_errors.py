@@ -596,10 +596,26 @@ def test_a_zoo_name_without_a_network(
         (["dir="], "dir=: string should have at least 1 character"),
         (["device=gpu"], "device=gpu: string should match pattern '^(auto|cpu|mps|cuda"),
         (["epochs=0"], "epochs=0: input should be greater than 0"),
-        (["compile=maybe"], "compile=maybe: input should be a valid boolean"),
+        (["compile=maybe"], "compile=maybe: should be true or false"),
+        (["+optimizer.lr=0.1"], "optimizer.lr: no such key; did you mean optimizer.base_lr? Valid"),
+        (["+data.size=8"], "data.size: no such key; did you mean data.image_size? Valid"),
+        (["compile=yes"], "compile=yes: should be true or false"),
+        *(
+            ([f"method.mlp={word}"], f"method.mlp={word}: should be true or false")
+            for word in ("no", "yes", "on", "off", "0", "1", "1.0", "t")
+        ),
+        (["method.dim='128'"], "method.dim='128': should be a number: type method.dim=128"),
+        (["method.dim=true"], "method.dim=True: should be a number"),
+        (["optimizer.base_lr='0.1'"],
+         "optimizer.base_lr='0.1': should be a number: type optimizer.base_lr=0.1"),
+        (["augmentation.crop_scale=['0.5',1]"], "augmentation.crop_scale.0='0.5': should be a num"),
+        (["optimizer.base_lr=inf"], "optimizer.base_lr=inf: input should be a finite number"),
+        (["optimizer.base_lr=nan"], "optimizer.base_lr=nan: input should be a finite number"),
+        (["augmentation.crop_ratio=[0.5,inf]"],
+         "augmentation.crop_ratio.1=inf: input should be a finite number"),
         (["backbone.stem=tiny"], "backbone.stem=tiny: input should be 'imagenet' or 'small'"),
         (["method.momentum=1.1"], "method.momentum=1.1: input should be less than or equal to 1"),
-        (["method.mlp=2"], "method.mlp=2: input should be a valid boolean"),
+        (["method.mlp=2"], "method.mlp=2: should be true or false"),
         (["augmentation.mean=[0.5,0.5]"], "augmentation.mean.2 needs a value"),
         (["optimizer.scaling=cubic"],
          "scaling=cubic: input should be 'linear', 'sqrt', 'three_quarters' or 'none'"),
@@ -618,6 +634,17 @@ def test_a_zoo_name_without_a_network(
         (["+method.foo=1"], "method.foo: no such key; "),
         (["method._target_=ssl_bench.methods.moco.X"],
          "method._target_=ssl_bench.methods.moco.X: can't be imported"),
+        *(
+            ([f"{group}._target_=os.path.sep"],
+             f"{group}._target_=os.path.sep is a value of type str: name a class or a function")
+            for group in build.SUPPLIED if group != "data"
+        ),
+        (["method._target_=os.getpid"], "method._target_=os.getpid takes no backbone: each of its"),
+        (["optimizer._target_=os.getpid"], "os.getpid takes no params and no batch_size: each of"),
+        (["tracking._target_=os.getpid"], "os.getpid takes no directory and no config: each of"),
+        (["stage._target_=os.getpid"], "stage._target_=os.getpid takes no cfg and no run: each"),
+        (["backbone=pixels", "backbone._target_=os.getpid"],
+         "backbone.image_size: no such key; there is none"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip

@@ -14,6 +14,7 @@ from conftest import Command
 from omegaconf import OmegaConf
 
 import ssl_bench
+from ssl_bench.command import refuse_in_vain
 from ssl_bench.config import build, signatures, typed
 from ssl_bench.errors import UserError
 from ssl_bench.stages import PRETRAINED
@@ -238,6 +239,14 @@ def test_the_command(ssl_bench: Command, tmp_path: Path) -> None:
         assert line in result.stderr
         assert "Traceback" not in result.stderr
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_sweep_is_refused_once() -> None:
+    """Not first as ignored, and then as for -m, which this stage refuses, too."""
+    with pytest.raises(UserError) as caught:
+        refuse_in_vain(OmegaConf.create(plain("stage=board", "runs=x")), ["sweep=x"])
+    assert str(caught.value).startswith("sweep=x would be ignored: stage=board doesn't read sweep")
+    assert "-m" not in str(caught.value)
 
 
 # --- what is declared is read ---------------------------------------------------------------------

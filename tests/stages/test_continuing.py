@@ -15,9 +15,8 @@ from compared import assert_identical, final
 from conftest import TINY_PRETRAIN, Command
 from omegaconf import OmegaConf
 
-from ssl_bench.config import build
 from ssl_bench.errors import UserError
-from ssl_bench.launch.continuing import continued, with_choices
+from ssl_bench.launch.continuing import checked, continued, with_choices
 from ssl_bench.launch.process import launch
 from ssl_bench.runs import identity, record
 
@@ -286,12 +285,27 @@ def test_mistakes(runs: Path, words: list[str], said: str) -> None:
     typed += [word.replace("{}", str(runs)) for word in words]
 
     def command() -> None:
-        cfg = continued(compose(*typed), typed)
-        build.check(cfg)
-        launch(cfg)
+        launch(checked(compose(*typed), typed, {}))
 
     with pytest.raises(UserError) as caught:
         command()
     assert said in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert not (runs / "wrong").exists()
+
+
+def test_another_method_is_told_before_its_settings(runs: Path) -> None:
+    home = f"continue_from={runs}/short"
+    for words, said in (
+        (
+            ["method=simclr"],
+            [f"{home}: a run of method=moco_v2; method=simclr goes on", "schedule.w"],
+        ),
+        (["method=moco_v1", "method.dim=x"], ["method.dim=x: "]),
+    ):
+        typed = ["stage=pretrain", home, "epochs=4", *words]
+        with pytest.raises(UserError) as caught:
+            checked(compose(*typed), typed, {})
+        lines = str(caught.value).splitlines()
+        assert len(lines) == len(said)
+        assert all(map(str.startswith, lines, said)), lines
