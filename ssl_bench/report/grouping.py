@@ -4,6 +4,7 @@ It is named by what tells it from the other groups.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -259,7 +260,7 @@ def same_losses(groups: Sequence[Group]) -> bool:
 
 def differences(runs: Sequence[Ran]) -> dict[str, list[str]]:
     """{key: its value in each run, "" for none} of what differs between runs besides the seed."""
-    told = [ran.identity.told for ran in runs]
+    told = [_told(ran) for ran in runs]
     differing = {}
     for key in sorted({key for one in told for key in one}):
         words = [_word(one[key]) if key in one else "" for one in told]
@@ -269,6 +270,15 @@ def differences(runs: Sequence[Ran]) -> dict[str, list[str]]:
         if len(compared) > 1:
             differing[key] = words
     return differing
+
+
+def _told(ran: Ran) -> dict[str, Any]:
+    """What the run's identity tells, and the name of the run that it goes on from."""
+    told = ran.identity.told
+    if (parent := ran.continued) is None:
+        return {key: value for key, value in told.items() if key != "continue_from"}
+    name = parent.parent.name if re.fullmatch(r"seed\d+", parent.name) else parent.name
+    return told | {"continue_from": name}
 
 
 def _names(firsts: Sequence[Ran]) -> list[str]:
@@ -286,6 +296,7 @@ def _names(firsts: Sequence[Ran]) -> list[str]:
         # the choice of a group says more than its single settings
         single = {key for key in differing if key.rpartition(".")[0] in chosen}
         keys = [key for key in differing if key.endswith(".name") or key not in single]
+        keys.sort(key=lambda key: key != "continue_from")  # the parent says most
         for place, i in enumerate(same):
             values = {key: differing[key][place] for key in keys}
             words = [_assignment(key, value) for key, value in values.items() if value]

@@ -113,6 +113,13 @@ class Ran:
         return identity.recorded(self.directory)
 
     @property
+    def continued(self) -> Path | None:
+        """The directory of the run that it goes on from or, where that is lost, what was typed."""
+        if not (typed := self.config.get("continue_from")):
+            return None
+        return self.pretraining.directory if self.pretraining else Path(typed)
+
+    @property
     def device(self) -> str:
         gpus, count = self.environment.get("gpus") or [], self.environment.get("world_size", 1)
         if gpus and self.config["device"] != "cpu":

@@ -1,12 +1,14 @@
 """Stage runs: the runs there are, and the checkpoints that nothing stands on."""
 
 import json
+import re
 import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -113,7 +115,10 @@ def common(differing: Mapping[Ran, list[str]], stage: str) -> tuple[int, Counter
 
 
 def changed(ran: Ran) -> list[str]:
-    """The settings in which a run differs from the defaults of its method, backbone and data."""
+    """The settings in which a run differs from the defaults of its method, backbone and data.
+
+    Of another group that it chose, such as an augmentation: that choice, and what differs from it.
+    """
     names = {group: identity.node(ran.config, group).get("name") for group in CHOSEN}
     options = GlobalHydra.instance().config_loader().get_group_options
     foreign = [group for group, name in names.items() if name and name not in options(group)]
@@ -121,24 +126,51 @@ def changed(ran: Ran) -> list[str]:
     if (usual := _default(tuple(words))) is None:
         return ["?"]
     ours = ran.identity.own
-    theirs = identity.Identity(usual).own
+    theirs = _as_in(ours, usual)
     left_out = ("augmentation.mean", "augmentation.std", *(f"{group}." for group in foreign))
     keys = sorted(key for key in ours if ours[key] != theirs.get(key))
     keys = [key for key in keys if not key.startswith(left_out)]
-    # a choice of another group says it all
-    groups = {key.partition(".")[0] for key in keys if key.endswith(".name")}
-    short = [f"{group}={ours[f'{group}.name']}" for group in sorted(groups)]
+    groups = sorted({key.partition(".")[0] for key in keys if key.endswith(".name")})
+    short = [f"{group}={ours[f'{group}.name']}" for group in groups]
+    if (chosen := _default((*words, *short))) is not None:
+        theirs = _as_in(ours, chosen)
+    # where the choice is a user's own, it says all that there is to say
+    known = [key for key in keys if chosen is not None or key.partition(".")[0] not in groups]
+    told = [key for key in known if ours[key] != theirs.get(key)]
+    if ran.continued:
+        ours = ours | {"continue_from": ran.continued}
     short += [f"{group}={names[group]}" for group in foreign]
-    return short + [f"{key}={ours[key]}" for key in keys if key.partition(".")[0] not in groups]
+    return short + [f"{key}={ours[key]}" for key in told]
+
+
+def _as_in(ours: Mapping[str, Any], default: tuple[dict, dict[str, str]]) -> dict[str, Any]:
+    """What decides the result of a default, in which keys that follow another follow that of ours.
+
+    So that data.image_size=16 isn't said of the augmentation, too.
+    """
+    config, followed = default
+    theirs = identity.Identity(config).own
+    same = {key for key, other in followed.items() if ours.get(key) == ours.get(other) is not None}
+    return theirs | {key: ours[key] for key in same}
 
 
 @cache
-def _default(words: tuple[str, ...]) -> dict | None:
-    """The configuration that these choices make; None: some of them are a user's own."""
+def _default(words: tuple[str, ...]) -> tuple[dict, dict[str, str]] | None:
+    """The configuration that these choices make, and {key: the key that it follows}.
+
+    None: some of them are a user's own.
+    """
     try:
         made = hydra.compose("config", list(words))
         made.dir = "."
-        return OmegaConf.to_container(made, resolve=True)
+        followed = {
+            f"{group}.{key}": found[1]
+            for group, node in OmegaConf.to_container(made).items()
+            if isinstance(node, dict)
+            for key, value in node.items()
+            if (found := re.search(r"\$\{(\w+\.\w+)\}", str(value)))
+        }
+        return OmegaConf.to_container(made, resolve=True), followed
     except HydraException:
         return None
 

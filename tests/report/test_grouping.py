@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from made_runs import checkpoint, classified, classified_from, pretrained
 from omegaconf import OmegaConf
 
+from ssl_bench import files
 from ssl_bench.errors import UserError
 from ssl_bench.report import grouping, page, sweeps, tables
-from ssl_bench.runs import identity, record, sweep, units
+from ssl_bench.runs import identity, layout, record, sweep, units
 from ssl_bench.stages import report
 
 ROOT = Path(__file__).parents[2]
@@ -237,6 +238,21 @@ def test_a_seed_counts_once(tmp_path: Path) -> None:
     )
     assert said in report.remarks(runs, 0, 3)
     assert said in report.write_markdown("a title", grouping.boards(runs), runs)
+
+
+def test_rows_name_the_run_that_they_go_on_from(tmp_path: Path) -> None:
+    """Of several seeds their folder; and nothing, where there is none."""
+    for name, rate in {"short": 0.1, "long": 0.2}.items():
+        for seed in (0, 1):
+            words = [f"seed={seed}", f"method.temperature={rate}"]
+            first = pretrained(tmp_path / name / f"seed{seed}", *words)
+            state = checkpoint(first, 80, f"{name} {seed}".encode())
+            more = [f"pretrained={state}", f"continue_from={first.directory}", f"seed={seed}"]
+            made = pretrained(tmp_path / f"{name}-more-{seed}", *more)
+            (made.directory / layout.WEIGHTS).write_text(files.digest(state))
+    found = names(boards(tmp_path)["pretrain"])
+    told = [re.findall(r"continue_from=(\S+)", name) for name in found]
+    assert sorted(told) == [[], [], ["long"], ["short"]]
 
 
 def test_names_say_what_differs(tmp_path: Path) -> None:

@@ -59,6 +59,30 @@ def test_what_there_is(here: Path, capsys: pytest.CaptureFixture) -> None:
     assert max(map(len, lines)) <= 120
 
 
+def test_what_differs_within_a_choice_and_which_run_it_goes_on_from(
+    here: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """What follows another key is said once."""
+    choice = ["augmentation=digits", "augmentation.crop_scale=[0.4,1.0]", "data.image_size=16"]
+    choice += ["schedule=constant", "schedule.warmup_epochs=1"]
+    pretrained(Path("runs/chosen"), *choice)
+    state = here / "runs/wide/checkpoints/step0000000080.pt"
+    more = pretrained(Path("runs/more"), f"pretrained={state}", "continue_from=runs/wide")
+    (more.directory / layout.WEIGHTS).write_text(files.digest(state))
+    lost = ["pretrained=/nowhere/step0000000080.pt", "continue_from=gone"]
+    pretrained(Path("runs/orphan"), *lost)
+    lines, _ = shown(capsys)
+    chosen, more, orphan = (
+        lines[lines.index(f"runs/{name}") :] for name in ("chosen", "more", "orphan")
+    )
+    told = " ".join(chosen[1:4]).split()
+    assert {"augmentation=digits", "augmentation.crop_scale=[0.4,", "data.image_size=16"} <= {*told}
+    assert {"schedule=constant", "schedule.warmup_epochs=1"} <= {*told}
+    assert not any(word.startswith("augmentation.image_size") for word in told)
+    assert more[1].endswith(" continue_from=runs/wide")
+    assert orphan[1].endswith(" continue_from=gone")
+
+
 def test_only_what_nothing_stands_on_is_deleted(here: Path, capsys: pytest.CaptureFixture) -> None:
     """Not the states of a run that will go on, nor one that was measured, even at another path."""
     first = here / "runs/plain/checkpoints/step0000000040.pt"
