@@ -403,7 +403,7 @@ NEEDED = {"dir", "device", "seed", "epochs", "batch_size"}
 def is_of_run(config: Mapping) -> bool:
     """Has a configuration from a file what one of a run has, each key with a value of its type?
 
-    It may be of another version, which has keys of its own and lacks others.
+    It may be of another version, which has keys and words of its own and lacks others.
     """
     if not all(isinstance(config.get(key), str) for key in ("dir", "device")):
         return False
@@ -414,8 +414,9 @@ def is_of_run(config: Mapping) -> bool:
         return False
     try:
         _left(frozenset(known)).model_validate(dict(config))
-    except ValidationError:
-        return False
+    except ValidationError as error:
+        words = ("literal_error", "string_pattern_mismatch")
+        return all(one["type"] in words and isinstance(one["input"], str) for one in error.errors())
     return True
 
 
