@@ -134,7 +134,7 @@ class Window:
     def last_line(self) -> dict[str, float]:
         return {}
 
-    def uses(self, split: str, fingerprint: str, images: int) -> None:
+    def uses(self, split: str, now: dict) -> None:
         pass
 
 

@@ -332,7 +332,7 @@ def _returned(function: Callable) -> Any:
     """The class that the annotation of a function promises; None: there is none."""
     try:
         promised = get_type_hints(function).get("return")
-    except NameError:  # one that is imported for the type checker alone
+    except Exception:  # of names that are for the type checker alone, or whatever it holds
         return None
     return get_origin(promised) or promised
 
@@ -416,7 +416,14 @@ def is_of_run(config: Mapping) -> bool:
         _left(frozenset(known)).model_validate(dict(config))
     except ValidationError as error:
         words = ("literal_error", "string_pattern_mismatch")
-        return all(one["type"] in words and isinstance(one["input"], str) for one in error.errors())
+        bounds = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
+        fine = {one["loc"][0] for one in error.errors() if one["type"] in bounds}
+        fine |= {
+            one["loc"][0]
+            for one in error.errors()
+            if one["type"] in words and isinstance(one["input"], str)
+        }
+        return fine == {one["loc"][0] for one in error.errors()}
     return True
 
 

@@ -89,9 +89,14 @@ class Split:
         {"fingerprint": hex digits, "images": their number, "sample": hex digits of what SAMPLED of
         the files hold, "" where images aren't files}.
         """
-        some = np.unique(np.linspace(0, self.length - 1, SAMPLED, dtype=int))
-        held = [hashlib.sha256(self.file(int(index))) for index in some] if self.encoded else []
-        sample = hashlib.sha256(b"".join(one.digest() for one in held)).hexdigest() if held else ""
+        some = np.unique(np.linspace(0, self.length - 1, SAMPLED, dtype=int)).tolist()
+        held = hashlib.sha256()
+        for index in some if self.encoded else ():
+            found = try_read(self.file, index)  # of what can't be read, why
+            held.update(
+                hashlib.sha256(found.encode() if isinstance(found, str) else found).digest()
+            )
+        sample = held.hexdigest() if self.encoded else ""
         return {"fingerprint": self.fingerprint, "images": self.length, "sample": sample}
 
     def small(self, index: int) -> np.ndarray:
@@ -321,9 +326,7 @@ def _remove_leftovers(root: Path, wanted: Path, seconds: float) -> None:
     from filelock import Timeout
 
     for partial in root.glob("*.partial"):
-        journal = partial / JOURNAL
-        began = journal.stat().st_mtime if journal.exists() else 0
-        if partial == wanted or time.time() - began < seconds:
+        if partial == wanted or time.time() - _stat(partial / JOURNAL, "st_mtime") < seconds:
             continue
         try:
             with lock_of(partial.with_suffix(""), wait=False):
@@ -334,16 +337,26 @@ def _remove_leftovers(root: Path, wanted: Path, seconds: float) -> None:
 
 def progress(cache: str | Path | None) -> list[str]:
     """What is packed in a cache, and how far what isn't finished: another list as that goes on."""
-    folders = [path for path in root_of(cache).glob("*") if path.is_dir()]
-    journals = [path / JOURNAL for path in folders]
-    sizes = [journal.stat().st_size if journal.exists() else "" for journal in journals]
-    return sorted(f"{folder.name} {size}" for folder, size in zip(folders, sizes, strict=True))
+    return sorted(
+        f"{path.name} {_stat(path / JOURNAL, 'st_size')}"
+        for path in root_of(cache).glob("*")
+        if path.is_dir()
+    )
+
+
+def _stat(path: Path, name: str) -> Any:
+    """0 where there is no such file, as of a packing that has ended just now."""
+    try:
+        return getattr(path.stat(), name)
+    except FileNotFoundError:
+        return 0
 
 
 def has_room(split: Split, image_size: int, cache: str | Path | None = None) -> bool:
     """Is the split packed, or is there room to pack it?"""
     root = root_of(cache)
-    return (root / split.store_name).is_dir() or _need(split, image_size) < free_bytes(root)
+    store = root / split.store_name
+    return store.is_dir() or _need(split, image_size, _partial(store)) < free_bytes(root)
 
 
 def check_room(split: Split, need: int, root: Path) -> None:
@@ -370,9 +383,10 @@ def root_of(cache: str | Path | None) -> Path:
     return Path(cache) if cache else cache_folder("stores")
 
 
-def _need(split: Split, image_size: int) -> int:
-    """Bytes of the packed images and their indices."""
-    return split.length * (image_size * image_size * 3 + 8)
+def _need(split: Split, image_size: int, partial: Path) -> int:
+    """Bytes of the packed images and their indices, but for what an earlier packing has left."""
+    left = 512 * _stat(partial / "images.npy", "st_blocks")
+    return split.length * (image_size * image_size * 3 + 8) - left
 
 
 def free_bytes(root: Path) -> int:
@@ -385,8 +399,7 @@ def _pack(
     split: Split, image_size: int, directory: Path, workers: int | None, on_error: OnError
 ) -> None:
     partial = _partial(directory)
-    left = partial / "images.npy"
-    need = _need(split, image_size) - (left.stat().st_blocks * 512 if left.exists() else 0)
+    need = _need(split, image_size, partial)
     if free_bytes(directory.parent) < need:
         _remove_leftovers(directory.parent, partial, 0)
     check_room(split, need, directory.parent)
@@ -404,23 +417,27 @@ def _pack(
             digests[line["start"] // BLOCK] = line["digest"]
             skipped.update({int(index): why for index, why in line["skipped"].items()})
             pictures.merge(noticed, line["noticed"])
-            journal.write(json.dumps(line) + "\n")
-            journal.flush()
             if skipped and on_error == "raise":
                 raise UserError(cannot_decode(split, skipped))
 
         known = _known(partial)
+        lines = [json.dumps(line) + "\n" for line in known.values()]
+        files.write(partial / JOURNAL, "".join(lines))
         title = f"packing {split.name}"
         results = run_chunks(task, split.length, workers, title, known.keys())
-        with open(partial / JOURNAL, "w", encoding="utf-8") as journal, closing(results):
+        with open(partial / JOURNAL, "a", encoding="utf-8") as journal, closing(results):
             if known:
                 there = sum(min(BLOCK, split.length - start) for start in known)
                 log.info("%s of them are there already", f"{there:,}")
             for line in known.values():
                 take(line)
             for start, _, (bad, more, digest) in results:
-                take({"start": start, "skipped": bad, "noticed": more, "digest": digest})
+                line = {"start": start, "skipped": bad, "noticed": more, "digest": digest}
+                journal.write(json.dumps(line) + "\n")
+                journal.flush()
+                take(line)
         if len(skipped) == split.length:
+            shutil.rmtree(partial)
             raise UserError(
                 f"none of the {split.length} images of '{split.name}' can be decoded: "
                 f"{names_of(split, skipped, 1)}"
@@ -440,14 +457,15 @@ def _pack(
         meta["digests"] = {name: digest_of_file(partial / name) for name in SMALL_FILES}
         meta["digest"] = digest_of(json.loads(json.dumps(meta)))
         (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        (partial / JOURNAL).unlink()
         # a crash of the machine must not leave a complete folder with incomplete files
         for path in partial.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
+        (partial / JOURNAL).unlink()
         partial.rename(directory)
-    except Exception:  # not what stops it, after which the next one goes on
-        shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:  # after what else ends it, the next one goes on
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
@@ -466,7 +484,10 @@ def _reserve(path: Path, shape: tuple[int, ...]) -> int:
 
 
 def _known(partial: Path) -> dict[int, dict[str, Any]]:
-    """{start: line of the journal} of the chunks that an earlier packing has left whole."""
+    """{start: line of the journal} of the chunks that an earlier packing has left whole.
+
+    None with images that couldn't be decoded: they are tried again.
+    """
     if not (journal := partial / JOURNAL).exists():
         return {}
     images = np.load(partial / "images.npy", mmap_mode="r")
@@ -477,7 +498,7 @@ def _known(partial: Path) -> dict[int, dict[str, Any]]:
             whole = _digest_rows(images, line["start"] // BLOCK) == line["digest"]
         except (ValueError, KeyError, TypeError):  # the last line, which a kill has torn
             continue
-        if whole:
+        if whole and not line["skipped"]:
             known[line["start"]] = line
     return known
 

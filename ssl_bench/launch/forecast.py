@@ -5,10 +5,12 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ssl_bench.console import duration
+from ssl_bench.errors import UserError
 from ssl_bench.runs.sweep import Member
 
 log = logging.getLogger(__name__)
@@ -123,7 +125,10 @@ class Clock:
             return
         self.looked = time.monotonic()
         for member in members:
-            if (seconds := epoch_seconds(member)) is None:
+            seconds = None
+            with suppress(UserError):  # of damaged lines: this is a courtesy
+                seconds = epoch_seconds(member)
+            if seconds is None:
                 continue
             self.told = True
             each = [seconds * one.config["epochs"] for one in self.members]
@@ -141,7 +146,8 @@ class Clock:
 
 def epoch_seconds(member: Member) -> float | None:
     """How long an epoch of a member takes, by its newest lines; None: it has logged too few."""
-    lines = [line for line in member.lines if line.get("images_per_second") and line["epoch"]]
+    needed = ("images_per_second", "epoch", "images_seen")
+    lines = [line for line in member.lines if all(line.get(key) for key in needed)]
     if not lines:
         return None
     rates = sorted(line["images_per_second"] for line in lines[-5:])

@@ -16,7 +16,7 @@ import time
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -66,7 +66,7 @@ class SweepLauncher(Launcher):
         from ssl_bench.runs import halving
 
         folder = Path(self.config.hydra.sweep.dir)
-        with halving.alone(folder) if self._halves else nullcontext():
+        with halving.alone(folder, self._halves):
             asked = self._launch(folder, job_overrides)
         # Here and not in Hydra's on_multirun_end, which isn't called when a member has failed.
         from ssl_bench.report import sweeps  # imports torch
@@ -77,13 +77,9 @@ class SweepLauncher(Launcher):
 
     def _launch(self, folder: Path, job_overrides: Sequence[Sequence[str]]) -> list["Member"]:
         """Run what isn't finished of the members, which are returned."""
-        from ssl_bench.runs import halving
-
         begun: list[Member] = []
         try:
             with deciding(folder.absolute()):  # until Slurm, too, knows what this command starts
-                if not self._halves:
-                    halving.refuse_beside(folder)
                 self._drop_orphans(folder.absolute())
                 asked, todo, under_way, elsewhere = self._decide(folder, job_overrides)
                 begun = todo + under_way

@@ -128,7 +128,8 @@ class SlurmTask:
         member.job = job
 
         def packed() -> list[str]:
-            return store.progress(member.config["data"].get("cache"))
+            cache = member.config["data"].get("cache")
+            return store.progress(cache and os.path.expanduser(cache))
 
         if rank == 0:
             member.count_starts(in_vain=False, packed=packed())

@@ -5,9 +5,11 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
+from contextlib import suppress
+from functools import cache, lru_cache
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -84,32 +86,51 @@ def _of_its_images(path: str, config: DictConfig) -> str:
     root = typed.select(config, "data.root")
     folder, last = os.path.split(path)
     beside = Path(folder).parent.glob(f"{glob.escape(os.path.basename(folder))}-images-*")
-    opened = {
-        one: sorted(one.glob(f"*/{layout.INPUTS}")) for one in (Path(folder), *sorted(beside))
-    }
-    taken = {one: inputs[0].parent for one, inputs in opened.items() if inputs}
+    taken = {one: of for one in (Path(folder), *sorted(beside)) if (of := _opened(one, last))}
     if not isinstance(root, str) or not taken:
         return path
-    for one, run in taken.items():
-        if _same_folder(identity.node(identity.config(run), "data").get("root"), root):
+    for one, (theirs, _) in taken.items():
+        if isinstance(theirs, str) and identity.real(theirs) == identity.real(root):
             return str(one / last)
     try:
-        cfg = build.literal(_plain(config))
-        data = build.construct(cfg.data)
-        for one, run in taken.items():
-            known = identity.inputs(run)
-            now = {name: data.split(name).facts() for name in known}
-            if all(identity.same_images(known[name], now[name]) for name in known):
+        data = json.dumps(OmegaConf.to_container(build.at_home(build.literal(_plain(config))).data))
+        for one, (_, known) in taken.items():
+            if all(identity.same_images(known[name], _facts(data, name)) for name in known):
                 return str(one / last)
-    except (UserError, TypeError, ValueError, OmegaConfBaseException):
+        now = _facts(data, min(known))  # the split that such a run opens first
+    except (UserError, TypeError, ValueError, OSError, OmegaConfBaseException):
         return path  # a mistake, which the run puts in words
-    told = "".join(facts["fingerprint"] + facts["sample"] for facts in now.values())
-    digest = blake2b(told.encode(), digest_size=4).hexdigest()
-    return f"{folder}-images-{digest}/{last}"
+    if "sample" not in now:
+        return path
+    told = f"{now['fingerprint']}{now['sample']}"
+    return f"{folder}-images-{blake2b(told.encode(), digest_size=4).hexdigest()}/{last}"
 
 
-def _same_folder(one: object, other: str) -> bool:
-    return isinstance(one, str) and identity.real(one) == identity.real(other)
+def _opened(folder: Path, last: str) -> tuple[object, dict[str, dict[str, Any]]] | None:
+    """The data.root of a run in `folder`, and the images that it has opened; None: none has.
+
+    Of that of `last`, if it has. A damaged one is left to whoever runs it.
+    """
+    of_pipelines = folder.glob(f"*/pretrain/{layout.INPUTS}")
+    runs = [path.parent for path in (*folder.glob(f"*/{layout.INPUTS}"), *of_pipelines)]
+    for run in sorted(runs, key=lambda run: (last not in run.parts, run)):
+        with suppress(UserError):
+            if inputs := identity.inputs(run):
+                return identity.node(identity.config(run), "data").get("root"), inputs
+    return None
+
+
+@lru_cache(maxsize=8)  # a command asks for its place several times
+def _facts(data: str, split: str) -> dict[str, Any]:
+    """`Split.facts` of a split of the data set that this JSON describes.
+
+    {"images": None}: it has no such split.
+    """
+    cfg = build.literal({"data": json.loads(data)})
+    try:
+        return build.construct(cfg.data).split(split).facts()
+    except UserError:
+        return {"images": None}
 
 
 def telling(words: Sequence[str], usual: Mapping, config: Mapping) -> list[str]:

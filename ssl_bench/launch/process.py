@@ -91,10 +91,10 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     tracker = partial(build.construct, cfg.tracking, directory=Path(cfg.dir or "."), config=plain)
     with distributed.process_group(device), Run(plain, device, tracker) as run:
         if run.summary is not None:
+            then = identity.config(run.directory)
             split = getattr(build.locate(cfg.stage._target_, "stage"), "split", None)
             run.check_data(split and partial(split, cfg))
             values = [f"{key} {units.spoken(key, value)}" for key, value in run.summary.items()]
-            then = identity.config(run.directory)
             late = [
                 f"{key}={plain[key]}"
                 for key in ("save_best", "keep")

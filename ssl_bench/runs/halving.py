@@ -13,6 +13,7 @@ SWEEP/halving.jsonl   the rules, and line by line who was sent where and who cam
                       What is next follows from these lines alone, in any process.
 """
 
+import fcntl
 import json
 import logging
 import math
@@ -21,8 +22,6 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import filelock
 
 from ssl_bench import files
 from ssl_bench.errors import UserError
@@ -155,7 +154,7 @@ class Halving:
     def ended(self, member: Member) -> None:
         """Note what a member came to that has ended; nothing of one that isn't followed.
 
-        UserError where it came, and nothing measures the metric.
+        UserError where it came, and nothing has measured the metric yet.
         """
         if member.name not in self._by_name:
             return
@@ -164,7 +163,8 @@ class Halving:
         lines = [line for line in member.lines if line.get("epoch", 0) <= at]
         values = [line[self.metric] for line in lines if self.metric in line]
         there = member.result() is not None or member.paused
-        if there and lines and not values:
+        measured = any(value is not None for came in self.ladder.came for value in came.values())
+        if there and lines and not values and not measured:
             logged = sorted(lines[-1].keys() - {"step", "epoch", "images_seen"})
             raise UserError(
                 f"{KEY}.metric={self.metric}: nothing measures it: type one of {', '.join(logged)}"
@@ -227,7 +227,7 @@ class Halving:
             known = events[0] if events else rules
             if known != rules:
                 told = ", ".join(f"{key}={value}" for key, value in known["rules"].items())
-                if not any("came_to" in event for event in events):  # they have decided nothing
+                if all(event.get("value") is None for event in events):  # they decided nothing
                     self.file.unlink()
                     self._read()
                     return
@@ -240,7 +240,7 @@ class Halving:
                     self.ladder.send(event["member"], event["sent_to"] - 1)
                 else:
                     self.ladder.arrive(event["member"], event["came_to"] - 1, event["value"])
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{self.file} is damaged: put it back, or delete it") from None
@@ -254,19 +254,19 @@ class Halving:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """UserError while another command halves this sweep: two would decide for each other."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(folder / ".halving.lock", timeout=1):
-            yield
-    except filelock.Timeout:
-        raise UserError(
-            f"{folder}: another command halves this sweep: wait, or choose another sweep="
-        ) from None
+def alone(folder: Path, halves: bool = True) -> Iterator[None]:
+    """While a command runs members of this sweep, by rules or without them. UserError.
 
-
-def refuse_beside(folder: Path) -> None:
-    """UserError while a command halves this sweep: whom it lets wait isn't to be started."""
-    with alone(folder):
-        pass
+    By rules it must be the only one: two would decide for each other, and one without rules would
+    start whom they let wait. Without them there may be others without.
+    """
+    (folder / ".members").mkdir(parents=True, exist_ok=True)
+    with open(folder / ".members" / ".halving.lock", "a") as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_EX if halves else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            what = "runs members of" if halves else "halves"
+            raise UserError(
+                f"{folder}: another command {what} this sweep: wait, or choose another sweep="
+            ) from None
+        yield

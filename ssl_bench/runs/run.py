@@ -25,7 +25,7 @@ from ssl_bench import __version__, files
 from ssl_bench.config.build import construct
 from ssl_bench.console import Bar, duration
 from ssl_bench.data.store import Split
-from ssl_bench.errors import Collapsed, Diverged, Interrupted, UserError, stop, writable
+from ssl_bench.errors import Abandoned, Collapsed, Diverged, Interrupted, UserError, stop, writable
 from ssl_bench.runs import code, identity, layout, metrics, units, watch
 from ssl_bench.runs.checkpoint import Checkpoint, carry_over, complete, name_of, step_of
 from ssl_bench.runs.metrics import MetricsFile
@@ -188,7 +188,7 @@ class Run:
                     (directory / name).unlink(missing_ok=True)
             if not (directory / layout.SUMMARY).exists():  # the files of a finished run stay
                 (directory / files.SUMS).unlink(missing_ok=True)
-                self._write_config(directory)
+                self._write_config(directory, self._config)
                 if self._config.get("pretrained"):
                     files.write(directory / layout.WEIGHTS, self._weights)
                     identity.remember(Path(self._config["pretrained"]), directory)
@@ -217,8 +217,8 @@ class Run:
         if now["git_dirty"] and (patch := code.changes()):
             files.write(directory / layout.PATCH.format(now["code"][:8]), patch)
 
-    def _write_config(self, directory: Path) -> None:
-        files.write(directory / layout.CONFIG, yaml.safe_dump(self._config, sort_keys=False))
+    def _write_config(self, directory: Path, config: Mapping[str, Any]) -> None:
+        files.write(directory / layout.CONFIG, yaml.safe_dump(dict(config), sort_keys=False))
 
     def _check_same(self, directory: Path) -> None:
         """UserError if the directory holds another run: other settings or other weights below it.
@@ -416,7 +416,12 @@ class Run:
         )
 
     def collapse(self, step: int, why: str) -> None:
-        """Stop a run whose embeddings have collapsed, as `on_collapse=stop` asks. Collapsed."""
+        """Stop a run whose embeddings have collapsed, as `on_collapse=stop` asks. Collapsed.
+
+        why: in words; "" on ranks that don't know it.
+        """
+        if not why:
+            raise Abandoned("the run has collapsed, and another of its processes says how")
         raise Collapsed(
             f"stopped at step {step:,}, whose state is saved: the run {why} "
             "(on_collapse=stop; the same command with on_collapse=warn goes on)"
@@ -508,7 +513,10 @@ class Run:
             self.uses(name, split(name).facts())
         sums = files.listed(self.directory)
         (self.directory / files.SUMS).unlink(missing_ok=True)  # it has the former config.yaml's
-        self._write_config(self.directory)
+        config = identity.config(self.directory)
+        self._write_config(
+            self.directory, config | {"data": config["data"] | {"root": now["root"]}}
+        )
         if sums:
             files.seal(self.directory, sums | files.sums_of(self.directory, [layout.CONFIG]))
 

@@ -181,7 +181,7 @@ def fit(
         if saving or collapsed:
             run.save(done, **state)
         if collapsed:
-            run.collapse(done, meter.collapsed or "has collapsed")  # rank 0 knows how
+            run.collapse(done, meter.collapsed)
         if judging and run.keep_best(done):
             break
         if stop and not last:

@@ -1,5 +1,6 @@
 """The directory of a run that isn't given one."""
 
+import json
 import os
 import re
 import shutil
@@ -174,7 +175,9 @@ def test_images_of_another_folder(tmp_path: Path) -> None:
     assert command("data=dl21", "data.root=/x/dl21")["dir"] == "runs/moco_v2-resnet18-dl21/seed0"
 
 
-def test_two_folders_of_one_name_are_two_places_once_both_are_used(tmp_path: Path) -> None:
+def test_two_folders_of_one_name_are_two_places_once_both_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their files have the same names and sizes. A copy is the same images, a moved folder, too."""
     for name in ("a", "b"):
         (tmp_path / name / "photos").mkdir(parents=True)
@@ -185,9 +188,11 @@ def test_two_folders_of_one_name_are_two_places_once_both_are_used(tmp_path: Pat
 
     def used(root: str, seed: int = 0) -> str:
         """The place of a run that has opened its images."""
-        config = command("data=folder", "data.image_size=8", f"data.root={root}", f"seed={seed}")
+        place._facts.cache_clear()
+        config = command("data=folder", "data.image_size=8", f'data.root="{root}"', f"seed={seed}")
         with Run(config, torch.device("cpu"), NoTracker) as run:
-            split = build.construct(OmegaConf.create(config["data"])).split("pretrain")
+            at_home = build.at_home(build.literal(config))
+            split = build.construct(at_home.data).split("pretrain")
             run.uses("pretrain", split.facts())
             run.save(1, model=torch.nn.Linear(1, 1))
         return config["dir"]
@@ -201,6 +206,10 @@ def test_two_folders_of_one_name_are_two_places_once_both_are_used(tmp_path: Pat
     shutil.move("a", "moved")
     assert used("moved/photos") == first
     assert used("copy/photos", seed=1) == second.replace("seed0", "seed1")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert used("~/copy/photos", seed=2) == second.replace("seed0", "seed2")
+    Path(first, "config.yaml").write_text("")  # of one seed; another is as good
+    assert used("copy/photos", seed=3) == second.replace("seed0", "seed3")
     assert command("data=folder", "data.image_size=8", "data.root=nowhere/photos")["dir"] == first
 
 
@@ -217,6 +226,23 @@ def test_a_run_notices_images_of_the_same_names_and_sizes(tmp_path: Path) -> Non
         before = inputs.read_bytes()
         run.uses("train", facts)
         assert inputs.read_bytes() == before
+
+
+def test_a_pipelines_pretraining_tells_whose_place_it_is(tmp_path: Path) -> None:
+    """And a folder without a split that was opened has other images."""
+    for name, sub in (("a", "train/x"), ("a", "val/x"), ("b", ".")):
+        (tmp_path / name / "photos" / sub).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "photos" / sub / "0.png")
+    words = ("stage=pipeline", "data=folder", "data.image_size=8")
+    config = command(*words, "data.root=a/photos")
+    run = Path(config["dir"], "pretrain")
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    data = build.construct(OmegaConf.create(config["data"]))
+    facts = {name: data.split(name).facts() for name in ("pretrain", "train")}
+    (run / "inputs.json").write_text(json.dumps(facts))
+    assert command(*words, "data.root=a/photos")["dir"] == config["dir"]
+    assert "-images-" in command(*words, "data.root=b/photos")["dir"]
 
 
 def a_run(directory: str, *words: str) -> str:
@@ -257,3 +283,13 @@ def test_predictions_stand_under_what_made_them() -> None:
 
 def test_an_impossible_value_is_left_to_the_check() -> None:
     assert command("batch_size=abc", "devices=x")["dir"]
+
+
+def test_what_cannot_be_read_is_no_reason_to_stop(tmp_path: Path) -> None:
+    """As a link to nowhere, which data.on_error=skip leaves out: `Split.facts` has why."""
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "0.png")
+    (tmp_path / "photos" / "1.png").symlink_to("/nowhere")
+    data = command("data=folder", "data.image_size=8", "data.root=photos", "data.on_error=skip")
+    split = build.construct(OmegaConf.create(data["data"])).split("pretrain")
+    assert split.facts()["images"] == 2

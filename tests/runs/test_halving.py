@@ -189,9 +189,10 @@ def test_a_metric_that_nothing_logs(tmp_path: Path) -> None:
     """Nobody came to a rung by it, so that the sweep goes on by another one."""
     wrong = RULES._replace(metric="max:probe")
     plan = Halving(tmp_path / "sweep", wrong, members(tmp_path))
-    run(first := plan.next(()))
+    plan.ended(plan.next(()))  # it failed before it logged anything
+    run(second := plan.next(()))
     with pytest.raises(UserError, match=r"halving.metric=probe: nothing measures it: .*knn_top1"):
-        plan.ended(first)
+        plan.ended(second)
     assert [*follow(tmp_path)] == [*follow(tmp_path / "by the right one at once")]
 
 
@@ -231,6 +232,13 @@ def test_two_commands_do_not_decide_for_each_other(tmp_path: Path) -> None:
     with (
         halving.alone(tmp_path),
         pytest.raises(UserError, match="another command halves this sweep"),
+        halving.alone(tmp_path, halves=False),
+    ):
+        pass
+    with (
+        halving.alone(tmp_path, halves=False),
+        halving.alone(tmp_path, halves=False),
+        pytest.raises(UserError, match="another command runs members of this sweep"),
         halving.alone(tmp_path),
     ):
         pass

@@ -361,8 +361,8 @@ def test_other_images_are_other_runs(ssl_bench: Command, tmp_path: Path) -> None
     other = ssl_bench(*words, "data.root=two")
     assert other.returncode == 2
     assert other.stderr.splitlines()[-1] == (
-        "ssl-bench: dir=run holds a run of other images: split 'train' had 40, has 50 now, "
-        "not the same. Choose another dir=, or delete it"
+        "ssl-bench: dir=run holds a run of other images: its split 'train' had 40, "
+        "the 50 now are not the same. Choose another dir=, or delete it"
     )
 
 

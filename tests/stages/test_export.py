@@ -618,7 +618,7 @@ def test_a_folder_that_changed_meanwhile(
         assert (tmp_path / "run" / "summary.json").exists() is finished
         with pytest.raises(
             UserError,
-            match="a run of other images: split 'pretrain' had 24, has 23 now, not the same",
+            match="a run of other images: its split 'pretrain' had 24, the 23 now are not the same",
         ):
             launch(compose(*command, "batch_size=5"))
         (tmp_path / "run" / "summary.json").unlink(missing_ok=True)
@@ -642,7 +642,7 @@ def test_runs_are_listed_with_what_measured_them(
     ]
     (block,) = blocks
     parts = (
-        "moco_v2, resnet18, dl21, 1 epochs, batch 10, seed 0",
+        "moco_v2, resnet18, dl21, 1 epoch, batch 10, seed 0",
         f"sha256 {digest(weights.find(str(place / 'moco')))[:8]}",
         "Linear classification of frozen features: ",
         " (2)",
