@@ -513,10 +513,9 @@ class Run:
             self.uses(name, split(name).facts())
         sums = files.listed(self.directory)
         (self.directory / files.SUMS).unlink(missing_ok=True)  # it has the former config.yaml's
-        config = identity.config(self.directory)
-        self._write_config(
-            self.directory, config | {"data": config["data"] | {"root": now["root"]}}
-        )
+        then = identity.config(self.directory)
+        late = {key: then[key] for key in ("save_best", "keep") if key in then}
+        self._write_config(self.directory, self._config | late)
         if sums:
             files.seal(self.directory, sums | files.sums_of(self.directory, [layout.CONFIG]))
 
