@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import textwrap
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -35,11 +36,17 @@ def examine() -> Iterator[tuple[str, str]]:
 
 
 def show() -> None:
-    """Print it, as lines of two columns."""
-    before = ""
+    """Print it, as lines of two columns, no wider than the terminal."""
+    before, width = "", shutil.get_terminal_size((120, 0)).columns
     for what, how in examine():
-        print(f"{'' if what == before else what:<18}{how}", flush=True)
-        before = what
+        for line in _wrapped(how, max(40, width - 18)):
+            print(f"{'' if what == before else what:<18}{line}", flush=True)
+            before = what
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    wrapped = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    return wrapped or [""]
 
 
 def extras() -> dict[str, list[str]]:

@@ -154,11 +154,12 @@ def _accuracies(axes: "Axes", rows: dict[str, list[float]], colours: dict[str, s
         heights = np.linspace(y - 0.15, y + 0.15, len(values) + 2)[1:-1]
         axes.plot(values, heights, "o", color="white", markeredgecolor=INK, markersize=6)
         right = max(mean + (0 if math.isnan(std) else std), *values)
+        at, colour = (0, "white") if mean > 40 else (right, INK)  # in the bar, if that has room
         place = {"xytext": (10, 0), "textcoords": "offset points", "va": "center"}
-        axes.annotate(_format(values), (right, y), fontweight="bold", **place)
+        axes.annotate(_format(values), (at, y), color=colour, fontweight="bold", **place)
     axes.set_yticks(range(len(ranked)), [name for name, _ in ranked])
     axes.set_ylim(len(ranked) - 0.4, -0.6)
-    axes.set_xlim(0, 138)  # room for the numbers
+    axes.set_xlim(0, 100)
     axes.set_xticks(range(0, 101, 20))
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
@@ -175,7 +176,9 @@ def _views(axes: "Axes", views: "torch.Tensor") -> None:
         return abs(math.log(width / (height * 1.5)))
 
     blocks = min(range(1, num_images + 1), key=misfit)
-    columns = math.ceil(num_images / blocks)
+    # as many as fill the panel, rather than all of them small
+    columns = min(math.ceil(num_images / blocks), math.ceil(1.5 * blocks * num_views))
+    num_images = min(num_images, blocks * columns)
     pitch = size + max(1, size // 16)
     tops = [row * pitch + (row // num_views) * size // 4 for row in range(blocks * num_views)]
     sheet = np.full((tops[-1] + size, columns * pitch, 3), 255, dtype=np.uint8)

@@ -243,11 +243,11 @@ def show_views(
     cfg: DictConfig, run: Run, source: Source, views: Views, num_images: int = 8
 ) -> None:
     """views.png: the views of the first images; a column an image, the original on top."""
-    from torchvision.utils import make_grid, save_image
+    from ssl_bench.report import sheet
 
-    shown = picture(views, source)[:, :num_images]
-    grid = make_grid(shown.flatten(0, 1).float() / 255, nrow=shown.shape[1])
-    save_image(grid, run.directory / layout.VIEWS)
+    shown = picture(views, source)[:, :num_images].permute(0, 1, 3, 4, 2).cpu().numpy()
+    names = ("image", *(f"view {number}" for number in range(1, len(shown))))
+    sheet.write(run.directory / layout.VIEWS, dict(zip(names, shown, strict=True)))
     run.log_image(0, "views", run.directory / layout.VIEWS)
 
 

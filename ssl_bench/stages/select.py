@@ -43,7 +43,7 @@ from ssl_bench.stages._training import (
 
 log = logging.getLogger(__name__)
 
-SHOWN = 144  # images on the contact sheet
+SHOWN, A_ROW = 144, 12  # images on the contact sheet
 
 
 READS = (*RUN, *IMAGES, *LOOK, "devices", "data", "backbone", *PRETRAINED)
@@ -266,9 +266,13 @@ def write(
 
 
 def contact_sheet(split: Split, chosen: np.ndarray, path: Path) -> None:
-    """chosen.png: SHOWN of the images, evenly spaced in the order of choice."""
-    from torchvision.utils import make_grid, save_image
+    """chosen.png: SHOWN of the images, evenly spaced in the order of choice.
 
-    shown = chosen[np.linspace(0, len(chosen) - 1, min(SHOWN, len(chosen))).round().astype(int)]
-    images = torch.from_numpy(np.stack([split.small(int(index)) for index in shown]))
-    save_image(make_grid(images.permute(0, 3, 1, 2).float() / 255, nrow=12), path)
+    Beside each row is the place in that order of its first image.
+    """
+    from ssl_bench.report import sheet
+
+    places = np.linspace(0, len(chosen) - 1, min(SHOWN, len(chosen))).round().astype(int)
+    images = np.stack([split.small(int(index)) for index in chosen[places]])
+    rows = range(0, len(places), A_ROW)
+    sheet.write(path, {f"{places[row] + 1:,}": images[row : row + A_ROW] for row in rows})

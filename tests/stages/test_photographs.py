@@ -14,6 +14,7 @@ from compared import assert_identical, final
 from conftest import Command
 from patience import wait
 from photographs import photographs
+from PIL import Image
 
 import ssl_bench as package
 
@@ -50,7 +51,8 @@ def test_from_the_folder_to_the_accuracy(ssl_bench: Command, here: Path) -> None
     """Every stage that looks at images takes them as they are; the log says so."""
     said = ssl_bench(*PRETRAIN, "dir=run", check=True).stderr
     assert "pretrain: 48 pictures as they are, 0.00 GB, packed in" in said
-    assert (here / "run/views.png").is_file()
+    with Image.open(here / "run/views.png") as sheet:  # images and two views, eight of each
+        assert min(sheet.size[0] / 8, sheet.size[1] / 3) >= 112
     line = json.loads((here / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert {"knn_top1", "probe_top1"} <= line.keys()
     stages = {

@@ -82,9 +82,12 @@ def test_the_request(command: list[str], tmp_path: Path, strategy: str) -> None:
 def test_the_contact_sheet_shows_the_chosen(command: list[str], root: Path, tmp_path: Path) -> None:
     launch(compose(*command, "stage.strategy=random"))
     sheet = np.asarray(Image.open(tmp_path / "run" / "chosen.png"))
-    for place, index in enumerate(request(tmp_path / "run")):
+    chosen = request(tmp_path / "run")
+    left, side, gap = sheet.shape[1] - 116 * len(chosen), 112, 4  # 16 pixels, seven times as large
+    for place, index in enumerate(chosen):
         image = np.asarray(Image.open(root / "unlabeled" / f"{index}.png"))
-        np.testing.assert_array_equal(sheet[2:18, 2 + 18 * place : 18 + 18 * place], image)
+        at = left + place * (side + gap)
+        np.testing.assert_array_equal(sheet[gap : gap + side : 7, at : at + side : 7], image)
 
 
 def test_covered_images_keep_others_from_being_chosen(command: list[str], tmp_path: Path) -> None:
