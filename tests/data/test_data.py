@@ -225,7 +225,7 @@ def test_a_bad_image_is_named_or_skipped(dl21, cache, caplog):
         truncate(dl21 / "unlabeled" / f"{i}.png")
     data = DL21(str(dl21), 16, cache=str(cache), workers=2)
     fails(r"cannot decode .*unlabeled/4.png \(.*28.png .*data.on_error=skip", data.open, "pretrain")
-    assert not list(cache.glob("*/*"))
+    assert {path.parent.suffix for path in cache.glob("*/*")} == {".partial"}  # to go on with
 
     skipping = DL21(str(dl21), 16, cache=str(cache), workers=2, on_error="skip").open("pretrain")
     remain = [i for i in range(30) if i not in (4, 28)]
