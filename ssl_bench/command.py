@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ssl_bench import __version__, doctor
 from ssl_bench.config import build, messages, typed
-from ssl_bench.errors import Interrupted, UserError
+from ssl_bench.errors import FULL, Interrupted, UserError
 from ssl_bench.launch import resolvers
 from ssl_bench.launch.composing import Composer, without_hydra
 from ssl_bench.launch.continuing import checked, with_choices
@@ -44,8 +44,6 @@ VALUED = (*LONG, "-c", "-p", "-cp", "-cn", "-cd")
 HOME = re.compile(r"^([\w.+]+)=(~[\w./~-]*)$")
 # a comma here makes a list, not a sweep
 LIST = re.compile(r"^(data\.extra_labels|runs|stage\.drop|stage\.again)=([^\[].*,.*)$")
-
-FULL = (errno.ENOSPC, errno.EDQUOT)  # no room, or no more of it for this user
 
 # Hydra's own keys that would do nothing here, and what to type instead.
 HYDRA_IN_VAIN = {

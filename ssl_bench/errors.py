@@ -1,12 +1,15 @@
 """Exceptions that aren't bugs."""
 
 import difflib
+import errno
 import re
 import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: no room, or no more of it for this user
 
 
 class UserError(ValueError):

@@ -417,13 +417,13 @@ def is_of_run(config: Mapping) -> bool:
     except ValidationError as error:
         words = ("literal_error", "string_pattern_mismatch")
         bounds = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
-        fine = {one["loc"][0] for one in error.errors() if one["type"] in bounds}
-        fine |= {
-            one["loc"][0]
-            for one in error.errors()
-            if one["type"] in words and isinstance(one["input"], str)
-        }
-        return fine == {one["loc"][0] for one in error.errors()}
+        # a key of several possible types has an error for each
+        fine: dict[Any, bool] = {}
+        for one in error.errors():
+            is_word = one["type"] in words and isinstance(one["input"], str)
+            key = one["loc"][0]
+            fine[key] = fine.get(key, False) or is_word or one["type"] in bounds
+        return all(fine.values())
     return True
 
 

@@ -35,7 +35,7 @@ from ssl_bench.console import Bar
 from ssl_bench.data import pictures
 from ssl_bench.data.pictures import Noticed
 from ssl_bench.data.pool import CHUNK, default_workers, run_chunks
-from ssl_bench.errors import UserError
+from ssl_bench.errors import FULL, UserError
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ LATELY = 600  # seconds for which a store is taken as whole after it was verifie
 SAMPLED = 16  # files that tell a set of images from another of the same names and sizes
 SMALL_FILES = ("indices.npy", "digests.npy")  # each has one digest, in meta.json
 FILES = ("images.npy", *SMALL_FILES, "meta.json")
-JOURNAL = "chunks.jsonl"  # a line for each chunk of a packing that isn't finished
+JOURNAL = "chunks.jsonl"  # a line for each whole chunk of a packing that isn't finished
 LEFT = 7 * 24 * 3600  # seconds for which the beginnings of another store are kept
 VERIFIED = "verified"  # the file with the sizes and times of FILES when they were verified
 
@@ -412,15 +412,10 @@ def _pack(
         skipped: dict[int, str] = {}
         noticed: Noticed = {}
         digests = np.zeros(_blocks(split.length), np.uint64)
-
-        def take(line: dict[str, Any]) -> None:
-            digests[line["start"] // BLOCK] = line["digest"]
-            skipped.update({int(index): why for index, why in line["skipped"].items()})
-            pictures.merge(noticed, line["noticed"])
-            if skipped and on_error == "raise":
-                raise UserError(cannot_decode(split, skipped))
-
         known = _known(partial)
+        for line in known.values():
+            digests[line["start"] // BLOCK] = line["digest"]
+            pictures.merge(noticed, line["noticed"])
         lines = [json.dumps(line) + "\n" for line in known.values()]
         files.write(partial / JOURNAL, "".join(lines))
         title = f"packing {split.name}"
@@ -429,13 +424,16 @@ def _pack(
             if known:
                 there = sum(min(BLOCK, split.length - start) for start in known)
                 log.info("%s of them are there already", f"{there:,}")
-            for line in known.values():
-                take(line)
             for start, _, (bad, more, digest) in results:
-                line = {"start": start, "skipped": bad, "noticed": more, "digest": digest}
-                journal.write(json.dumps(line) + "\n")
-                journal.flush()
-                take(line)
+                digests[start // BLOCK] = digest
+                skipped |= bad
+                if bad and on_error == "raise":
+                    raise UserError(cannot_decode(split, skipped))
+                pictures.merge(noticed, more)
+                if not bad:  # what couldn't be decoded is tried again
+                    line = {"start": start, "noticed": more, "digest": digest}
+                    journal.write(json.dumps(line) + "\n")
+                    journal.flush()
         if len(skipped) == split.length:
             shutil.rmtree(partial)
             raise UserError(
@@ -464,7 +462,7 @@ def _pack(
         (partial / JOURNAL).unlink()
         partial.rename(directory)
     except OSError as error:  # after what else ends it, the next one goes on
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             shutil.rmtree(partial, ignore_errors=True)
         raise
 
@@ -484,10 +482,7 @@ def _reserve(path: Path, shape: tuple[int, ...]) -> int:
 
 
 def _known(partial: Path) -> dict[int, dict[str, Any]]:
-    """{start: line of the journal} of the chunks that an earlier packing has left whole.
-
-    None with images that couldn't be decoded: they are tried again.
-    """
+    """{start: line of the journal} of the chunks that an earlier packing has left whole."""
     if not (journal := partial / JOURNAL).exists():
         return {}
     images = np.load(partial / "images.npy", mmap_mode="r")
@@ -498,7 +493,7 @@ def _known(partial: Path) -> dict[int, dict[str, Any]]:
             whole = _digest_rows(images, line["start"] // BLOCK) == line["digest"]
         except (ValueError, KeyError, TypeError):  # the last line, which a kill has torn
             continue
-        if whole and not line["skipped"]:
+        if whole:
             known[line["start"]] = line
     return known
 

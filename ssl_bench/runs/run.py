@@ -504,16 +504,15 @@ class Run:
         """
         if not self.is_main or not (known := identity.inputs(self.directory)):
             return
-        ran = files.parse(self.directory / layout.CONFIG, yaml.safe_load)["data"]
+        then = files.parse(self.directory / layout.CONFIG, yaml.safe_load)
         now = self._config["data"]
-        if split is None and ran.get("root") == now.get("root"):
+        if split is None and then["data"].get("root") == now.get("root"):
             return
         split = split or construct(now).split
         for name in known:
             self.uses(name, split(name).facts())
         sums = files.listed(self.directory)
         (self.directory / files.SUMS).unlink(missing_ok=True)  # it has the former config.yaml's
-        then = identity.config(self.directory)
         late = {key: then[key] for key in ("save_best", "keep") if key in then}
         self._write_config(self.directory, self._config | late)
         if sums:
