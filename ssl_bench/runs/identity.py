@@ -58,7 +58,7 @@ class Identity:
     config: plain, resolved. processes: how many took part; None: as many as `config` says.
     weights: the sha256 of the file that `pretrained` names; "": not known. below: the identity of
     the run that made this file; step: the step that it holds, unless it is the last of a finished
-    run. images: {split: fingerprint}, as far as they are known.
+    run. images: {split: `data.store.Split.facts`}, as far as they are known.
     """
 
     config: Mapping[str, Any]
@@ -66,7 +66,7 @@ class Identity:
     weights: str = ""
     below: "Identity | None" = None
     step: int | None = None
-    images: Mapping[str, str] = field(default_factory=dict)
+    images: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @cached_property
     def own(self) -> dict[str, Any]:
@@ -156,10 +156,14 @@ class Identity:
 
     @property
     def told(self) -> dict[str, Any]:
-        """`experiment`, and the fingerprints of the images as far as they are known."""
+        """`experiment`, and eight digits of what tells the images, as far as they are known."""
         below = self.below.told if self.below else {}
         known = self.experiment | {f"pretrained.{key}": value for key, value in below.items()}
-        return known | {f"images of {split}": text[:8] for split, text in self.images.items()}
+        for split, facts in self.images.items():
+            sample = facts.get("sample")  # an earlier version wrote none
+            text = _hash({"is": facts["fingerprint"], "holds": sample}) if sample else ""
+            known[f"images of {split}"] = (text or facts["fingerprint"])[:8]
+        return known
 
     @cached_property
     def key(self) -> str:
@@ -177,7 +181,7 @@ class Identity:
 
     def _same_images(self, other: "Identity") -> bool:
         shared = self.images.keys() & other.images.keys()
-        here = all(self.images[split] == other.images[split] for split in shared)
+        here = all(same_images(self.images[split], other.images[split]) for split in shared)
         if self.below is None or other.below is None:
             return here
         return here and self.below._same_images(other.below)
@@ -316,8 +320,7 @@ def known_by(
     counts = (config.get("devices"), environment.get("world_size"))
     known = (count for count in counts if isinstance(count, NUMBER) and math.isfinite(count))
     count = max(map(int, known), default=1)
-    images = {split: facts["fingerprint"] for split, facts in inputs.items()}
-    return Identity(config, count, weights, below, step, images)
+    return Identity(config, count, weights, below, step, inputs)
 
 
 def inputs(directory: Path) -> dict[str, dict[str, Any]]:

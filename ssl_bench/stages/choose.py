@@ -34,7 +34,7 @@ from ssl_bench.runtime.seeding import fold, seed_torch
 from ssl_bench.stages import single_process
 from ssl_bench.stages._labels import learns_labels
 from ssl_bench.stages._training import check_size, on_device, open_source
-from ssl_bench.stages.report import DATA, open_data, shown_to
+from ssl_bench.stages.report import DATA, labelled_split, open_data, shown_to
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ READS = ("runs", "metric", *DATA, "source", "precision", "seed", "device")
 FILE = "choice.json"
 JUDGES = ("lincls", "knn", "finetune")  # whose val_top1 is the truth, of the first that is there
 LOGGED = ("probe_top1", "knn_top1")  # and what a pretraining itself has logged
+DEFAULT = "val (without labels: pretrain)"  # which split
 LISTED = 30  # rows of candidates that the console shows
 
 
@@ -94,7 +95,7 @@ def choose(
     cfg: DictConfig,
     run: Run,
     by: Criterion = "uniformity",
-    split: SplitName = "val",
+    split: SplitName | None = None,
     images: PositiveInt = 2000,
     views: PositiveInt = 8,
     last: bool = False,
@@ -102,10 +103,11 @@ def choose(
 ) -> dict[str, float]:
     """Rank the checkpoints of the pretrainings at or below `cfg.runs` by criteria without labels.
 
-    Those of `criteria`, of `images` images of a split, for the features of the backbone. Writes
-    choice.md and choice.json, from which what was measured before is taken again. Returns how many
-    checkpoints there are and, where labels are there, rho and regret of the criterion `by`.
-    UserError if there is nothing to choose from.
+    Those of `criteria`, of `images` images of a split, for the features of the backbone; by default
+    of val, or of the images without labels where the data of a run has no val. A run whose data or
+    weights can't be read is left out. Writes choice.md and choice.json, from which what was
+    measured before is taken again. Returns how many checkpoints there are and, where labels are
+    there, rho and regret of the criterion `by`. UserError if there is nothing to choose from.
     """
     paths = files.places(cfg.runs)
     if not paths:
@@ -119,16 +121,26 @@ def choose(
         folder.mkdir(parents=True, exist_ok=True)
     settings = {"split": split, "images": images, "views": views, "seed": cfg.seed}
     known = remembered(folder / FILE, settings)
+    unread: dict[Path, UserError] = {}
     for number, candidate in enumerate(found, start=1):
         if run.signalled:
             run.interrupt()
+        directory = candidate.ran.directory
         before = known.get(files.digest(candidate.path))
-        if before is None:
+        if before is None and directory not in unread:
             log.info("%s of %s: %s", number, len(found), candidate.path)
-            before = measure(cfg, run, candidate, split, images, views)
-        candidate.values = criteria.complete(before)
+            try:
+                before = measure(cfg, run, candidate, split, images, views)
+            except UserError as error:
+                log.warning("left out: %s: %s", directory, error)
+                unread[directory] = error
+        if before is not None:
+            candidate.values = criteria.complete(before)
         if number == len(found) or number % 10 == 0:
-            save(folder / FILE, found[:number], settings)
+            save(folder / FILE, [one for one in found[:number] if one.values], settings)
+    found = [one for one in found if one.values]
+    if not found:
+        raise next(iter(unread.values()))
     judge(found, runs, cfg.metric)
     notes = remarks(found)
     text, evidence = write(found, by, notes, settings)
@@ -154,7 +166,13 @@ def candidates(cfg: DictConfig, runs: Sequence[Ran], last: bool) -> list[Candida
         made = build.locate(method._target_, "method")
         return getattr(made, "learns", True) and not learns_labels(method)
 
-    boards = grouping.boards([ran for ran in runs if learnt(ran)])
+    named = []
+    for ran in runs:
+        try:
+            named += [ran] if learnt(ran) else []
+        except UserError as error:  # its method is of a module that isn't here
+            log.warning("left out: %s: %s", ran.directory, error)
+    boards = grouping.boards(named)
     found = []
     for group in (group for board in boards for group in board.groups):
         for ran in group.runs:
@@ -172,11 +190,17 @@ def candidates(cfg: DictConfig, runs: Sequence[Ran], last: bool) -> list[Candida
 
 
 def measure(
-    cfg: DictConfig, run: Run, candidate: Candidate, split: SplitName, images: int, views: int
+    cfg: DictConfig,
+    run: Run,
+    candidate: Candidate,
+    split: SplitName | None,
+    images: int,
+    views: int,
 ) -> dict[str, float]:
     """The criteria of a checkpoint; those that its method or its views can't have are left out."""
     ran, place = candidate.ran, candidate.ran.directory / layout.CONFIG
     data = open_data(cfg, ran)
+    split = split or labelled_split(data)
     count = data.split(split).length
     rng = np.random.default_rng(fold(cfg.seed, "choose"))
     chosen = np.sort(rng.permutation(count)[:images])
@@ -379,8 +403,8 @@ def write(
     parts = [
         f"# The choice by {by}: {order[0]}",
         f"pretrained={best.path}",
-        f"Of at most {settings['images']:,} images of the {settings['split']} split; best first, "
-        "mean ± sample standard deviation over seeds.",
+        f"Of at most {settings['images']:,} images of the {settings['split'] or DEFAULT} split; "
+        "best first, mean ± sample standard deviation over seeds.",
         tables.markdown(header, rows, right=len(header) - 1),
         *notes,
     ]

@@ -11,7 +11,7 @@ from ssl_bench import files
 from ssl_bench.augment.views import EvalView
 from ssl_bench.config import build
 from ssl_bench.config.fields import Place
-from ssl_bench.data.formats.base import Dataset
+from ssl_bench.data.formats.base import Dataset, SplitName
 from ssl_bench.data.source import Source
 from ssl_bench.errors import UserError, unknown, writable
 from ssl_bench.evaluate import calibration
@@ -212,7 +212,7 @@ def examine(cfg: DictConfig, run: Run, group: Group) -> page.Detail:
     detail.labels, detail.classes = source.labels[source.rows], data.class_names
     detail.image = lambda place: split.small(int(source.indices[source.rows[place]]))
     # with the number, since images that can't be decoded may have been skipped
-    detail.images_id = f"{split.fingerprint} {len(detail.labels)}"
+    detail.images_id = f"{split.facts()} {len(detail.labels)}"
     for ran in group.finished:
         try:
             look(cfg, run, detail, ran, source)
@@ -280,7 +280,7 @@ def open_data(cfg: DictConfig, ran: Ran) -> Dataset:
     return build.construct(node | {"cache": cfg.data.cache, "workers": cfg.data.workers})
 
 
-def labelled_split(data: Dataset) -> str:
+def labelled_split(data: Dataset) -> SplitName:
     """ "val", or "pretrain" for data without labels. UserError for data that isn't there."""
     try:
         if data.split("val").labels is not None:

@@ -273,6 +273,6 @@ def contact_sheet(split: Split, chosen: np.ndarray, path: Path) -> None:
     from ssl_bench.report import sheet
 
     places = np.linspace(0, len(chosen) - 1, min(SHOWN, len(chosen))).round().astype(int)
-    images = np.stack([split.small(int(index)) for index in chosen[places]])
+    images = [split.small(int(index)) for index in chosen[places]]
     rows = range(0, len(places), A_ROW)
     sheet.write(path, {f"{places[row] + 1:,}": images[row : row + A_ROW] for row in rows})

@@ -323,15 +323,19 @@ def test_a_checkpoint_of_another_run_is_refused_and_one_of_before_is_not(tmp_pat
 
 
 def test_other_images_are_another_experiment(tmp_path: Path) -> None:
-    """data.root is in no identity: two folders of images are told by their fingerprints, where
-    these are known.
+    """data.root is in no identity: two folders of images are told by their fingerprints and by what
+    some files hold, where these are known.
     """
-    for seed, images in enumerate(("a", "a", "b", None), start=1):
+    seen = [{"fingerprint": "a"}, {"fingerprint": "a"}, {"fingerprint": "b"}, None]
+    seen += [{"fingerprint": "c", "sample": "x"}, {"fingerprint": "c", "sample": "y"}]
+    for seed, images in enumerate(seen, start=1):
         pretrained(tmp_path / f"p{seed}", f"seed={seed}", loss=float(seed))
-        facts = {} if images is None else {"pretrain": {"fingerprint": images, "images": 1}}
+        facts = {} if images is None else {"pretrain": images | {"images": 1}}
         (tmp_path / f"p{seed}" / "inputs.json").write_text(json.dumps(facts))
     (board,) = grouping.boards(record.find([tmp_path]))
-    assert [group.values("loss") for group in board.groups] == [[1.0, 2.0, 4.0], [3.0]]
+    values = sorted(group.values("loss") for group in board.groups)
+    assert values == [[1.0, 2.0, 4.0], [3.0], [5.0], [6.0]]
+    assert len({group.name for group in board.groups}) == 4
 
 
 def test_a_twin_of_a_sweep_is_known_by_what_it_computes(

@@ -1,11 +1,14 @@
 """stage=choose: which pretraining to take without labels, and how well that would have chosen."""
 
 import json
+import shutil
 from pathlib import Path
 
 import hydra
+import numpy as np
 import pytest
 from commands import compose
+from PIL import Image
 from small_methods import overrides
 
 from ssl_bench.errors import UserError
@@ -114,6 +117,36 @@ def test_what_can_not_choose_is_told(
     text, _ = shown(capsys, f"runs=[{sweep},{other}]", "stage.last=true", f"stage.out={tmp_path}")
     assert "heldout_loss can't be compared here" in text
     assert "lidar and alignment are of each run's own views" in text
+
+
+@pytest.mark.slow
+def test_what_can_not_be_read_is_left_out_and_data_without_labels_will_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Images that are gone, or a method of a module that isn't here, end no other run's choice."""
+    rng = np.random.default_rng(0)
+    for name in ("there", "gone"):
+        (tmp_path / name).mkdir()
+        for number in range(128):
+            pixels = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+        words = [*SMALL, "data=folder", f"data.root={tmp_path}/{name}", "method.queue_size=128"]
+        launch(compose(*overrides("moco_v2", *words, f"dir={tmp_path}/runs/{name}")))
+    shutil.rmtree(tmp_path / "gone")
+    other = tmp_path / "runs" / "other"
+    shutil.copytree(tmp_path / "runs" / "there", other, ignore=lambda *_: ["SHA256SUMS"])
+    config = (other / layout.CONFIG).read_text()
+    method = "ssl_bench.methods.moco.MoCo"
+    assert method in config
+    (other / layout.CONFIG).write_text(config.replace(method, "not_here.MoCo"))
+    text, returned = shown(capsys, f"runs={tmp_path}/runs")
+    assert returned["checkpoints"] == 1
+    assert f"pretrained={tmp_path}/runs/there" in text
+    left_out = [line for line in caplog.messages if line.startswith("left out: ")]
+    assert any(f"{tmp_path}/runs/gone: " in line for line in left_out)
+    assert any(f"{other}: " in line and "not_here" in line for line in left_out)
+    with pytest.raises(UserError, match=f"{tmp_path}/gone"):
+        shown(capsys, f"runs={tmp_path}/runs/gone")
 
 
 def test_a_long_table_is_shortened() -> None:

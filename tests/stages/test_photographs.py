@@ -109,6 +109,30 @@ def test_what_was_made_smaller_is_made_smaller_again(ssl_bench: Command, here: P
     assert (transform([f"images/val/{path}" for path in rows]) - shown).abs().max() > 0.1
 
 
+def test_a_choice_of_small_squares_of_several_sizes_is_shown(
+    ssl_bench: Command, here: Path
+) -> None:
+    """They are shown as they are, beside others that are made smaller."""
+    sides = [30, 40, 90, 140]
+    (here / "squares").mkdir()
+    for number, side in enumerate(2 * sides):
+        image = photographs()["china"].resize((side, side)).rotate(number)
+        image.save(here / "squares" / f"{number}.png")
+    words = [*PRETRAIN, "data.root=squares", "method.queue_size=8", "epochs=1", "dir=run"]
+    ssl_bench(*words, check=True)
+    words = ["stage=select", "stage.budget=8", "pretrained=run", "dir=select"]
+    ssl_bench(*words, *DATA, "data.root=squares", check=True)
+    chosen = (here / "select/request_00.csv").read_text().split()
+    with Image.open(here / "select/chosen.png") as sheet:
+        cells = np.asarray(sheet)[4:, sheet.width - 8 * (192 + 4) :]  # 96, twice as large
+    for place, index in enumerate(chosen):
+        side = min(sides[int(index) % 4], 96)
+        cell = cells[:192, place * 196 : place * 196 + 192]
+        filled = (cell != 255).any(-1)
+        assert filled[: side * (192 // side), : side * (192 // side)].mean() > 0.5
+        assert not filled[side * (192 // side) :].any()
+
+
 def test_small_squares_are_packed_decoded(ssl_bench: Command, here: Path) -> None:
     """All of one size, not larger than the views; one that differs, and they aren't."""
     squares = here / "squares"

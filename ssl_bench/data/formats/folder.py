@@ -76,8 +76,10 @@ class Folder(ImageFiles):
         root = folder_at(self.root)
         if not self.class_names:
             if name != "pretrain":
+                there = [part for part in ("train", "val") if subfolders(self._part(part))]
+                lack = f"has {there[0]}/<class>/ alone" if there else "has no class folders"
                 raise UserError(
-                    f"{root} has no labels, so no split '{name}', only 'pretrain'; "
+                    f"{root} {lack}, so it has no labels and no split '{name}', only 'pretrain'; "
                     "labelled data lie in train/<class>/ and val/<class>/"
                 )
             paths, digests, _ = list_tree(root, guarded=0)
