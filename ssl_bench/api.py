@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import hydra
@@ -206,7 +206,8 @@ class Transform:
 
 @contextmanager
 def _as_before() -> Iterator[None]:
-    """What a command sets for its process is put back: arguments, environment, Hydra's state.
+    """What a command sets for its process is put back: arguments, environment, Hydra's and torch's
+    state. What the program has set of torch's doesn't reach the command, as in a shell.
 
     Its log goes to stderr, unless the program has its own handler of the logger "ssl_bench".
     """
@@ -222,8 +223,10 @@ def _as_before() -> Iterator[None]:
     composed, config = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
     GlobalHydra.instance().clear()
     HydraConfig.instance().cfg = None
+    there = "torch" in sys.modules
     try:
-        yield
+        with _torch_as_at_start() if there else nullcontext():
+            yield
     finally:
         sys.argv[:] = argv
         if environment is None:
@@ -231,4 +234,12 @@ def _as_before() -> Iterator[None]:
         else:
             os.environ["HYDRA_FULL_ERROR"] = environment
         GlobalHydra.instance().hydra, HydraConfig.instance().cfg = composed, config
+        if not there and (torch := sys.modules.get("torch")):
+            torch.seed()  # as it is imported: no two programs draw the same
         _alone.release()
+
+
+def _torch_as_at_start() -> AbstractContextManager[None]:
+    from ssl_bench.runtime import switches
+
+    return switches.as_at_start()

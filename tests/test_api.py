@@ -195,6 +195,47 @@ def test_ctrl_c_saves_and_the_same_call_continues(here: Path) -> None:
     assert int(saved.stem[4:]) >= 2
 
 
+def test_what_a_program_has_set_of_torch_changes_no_run_and_stays(
+    here: Path, run: api.Result
+) -> None:
+    """Types, devices, gradients, autocast, generators."""
+    weights = torch.load(next(Path(run).glob("checkpoints/*.pt")), weights_only=True)["model"]
+    torch.set_default_dtype(torch.float64)
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(7)
+    drawn = torch.get_rng_state()
+    try:
+        with torch.inference_mode(), torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+            again = api.train([*SHORT, "dir=again"])
+            backbone, transform = api.load(again)
+            features = backbone(transform(np.zeros((16, 16, 3), np.uint8))[None])
+            assert torch.zeros(1).device.type == "meta" and torch.is_autocast_enabled("cpu")
+        assert torch.get_default_dtype() == torch.float64
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.equal(torch.get_rng_state(), drawn)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision("highest")
+    state = torch.load(next(Path(again).glob("checkpoints/*.pt")), weights_only=True)["model"]
+    assert state.keys() == weights.keys()
+    assert all(torch.equal(state[key], weights[key]) for key in weights)
+    assert all(weight.dtype == torch.float32 for weight in backbone.parameters())
+    assert features.device.type == "cpu"
+
+
+@pytest.mark.slow
+def test_a_program_draws_other_numbers_each_time(here: Path) -> None:
+    """Where the call is what imports torch."""
+    drawn = set()
+    for name in ("one", "other"):
+        call = f"import ssl_bench; ssl_bench.train({[*SHORT, f'dir={name}']})"
+        script = f"{call}; import torch; print(torch.rand(1).item())"
+        said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert said.returncode == 0, said.stderr
+        drawn.add(said.stdout.splitlines()[-1])
+    assert len(drawn) == 2
+
+
 def test_off_the_main_thread(here: Path) -> None:
     ran: list[api.Result] = []
     thread = threading.Thread(target=lambda: ran.append(api.train(SHORT)))

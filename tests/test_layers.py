@@ -63,7 +63,17 @@ ROOMS = {
     "hydra_plugins": ("launch",),
     "command": ("config", "doctor", "errors", "hydra_plugins", "launch"),
     "__main__": ("command",),
-    "api": ("command", "config", "console", "data", "errors", "launch", "shell", "stages"),
+    "api": (
+        "command",
+        "config",
+        "console",
+        "data",
+        "errors",
+        "launch",
+        "runtime",
+        "shell",
+        "stages",
+    ),
 }
 # Libraries that not every room may know: where a configuration stops, and who else has the network
 # or other processes.
