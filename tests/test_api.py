@@ -209,7 +209,8 @@ def test_what_a_program_has_set_of_torch_changes_no_run_and_stays(
             again = api.train([*SHORT, "dir=again"])
             backbone, transform = api.load(again)
             features = backbone(transform(np.zeros((16, 16, 3), np.uint8))[None])
-            assert torch.zeros(1).device.type == "meta" and torch.is_autocast_enabled("cpu")
+            assert torch.zeros(1).device.type == "meta"
+            assert torch.is_autocast_enabled("cpu")
         assert torch.get_default_dtype() == torch.float64
         assert torch.get_float32_matmul_precision() == "high"
         assert torch.equal(torch.get_rng_state(), drawn)
