@@ -6,14 +6,17 @@ import shlex
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from commands import CHOICES, CONF, GROUPS, compose
 from omegaconf import OmegaConf
 from PIL import Image
 
+from ssl_bench.backbones.resnet import resnet18
 from ssl_bench.config import build, typed
 from ssl_bench.report import tables
 
@@ -98,6 +101,32 @@ def test_a_loop_of_ones_own_runs() -> None:
     names: dict[str, object] = {}
     exec(block, names)
     assert names["output"]["loss"].isfinite()  # type: ignore[index]
+
+
+def test_the_methods_of_the_tutorial_learn() -> None:
+    """Each with the values of its YAML; they are run as commands in test_walkthrough.py."""
+    page = TEXTS["docs/tutorials/method.md"]
+    for code, text in zip(fenced(page, "python"), fenced(page, "yaml"), strict=True):
+        names: dict[str, Any] = {}
+        exec(code, names)
+        node = yaml.safe_load(text)["method"]
+        constructor = names[node.pop("_target_").removeprefix("my_module.")]
+        assert re.sub(r"(?<!^)(?=[A-Z])", "_", constructor.__name__).lower() == node.pop("name")
+        method = constructor(resnet18(width=8, stem="small"), **node)
+        optimizer = torch.optim.SGD(method.param_groups(), 0.1)
+        method.check(num_images=2000, local_batch=8)
+        before = {key: value.clone() for key, value in method.state_dict().items()}
+        output = method([torch.rand(8, 3, 16, 16) for _ in range(method.num_views)])
+        output["loss"].backward()
+        optimizer.step()
+        method.update(progress=0.5)
+        assert output.pop("embeddings").shape == (2, 8, node["dim"])
+        assert all(value.isfinite() and value.dim() == 0 for value in output.values())
+        # all of it learns, follows or is filled
+        parts = {key.partition(".")[0] for key in before}
+        after = method.state_dict()
+        moved = {key.partition(".")[0] for key in before if not after[key].equal(before[key])}
+        assert moved == parts
 
 
 def test_the_map_of_a_folder_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The tutorial on a method of one's own, in a user's folder, with its code and its YAML."""
+"""The tutorial on methods of one's own, in a user's folder, with its code and its YAML."""
 
 import json
 import re
@@ -10,16 +10,35 @@ from conftest import TINY, Command
 pytestmark = pytest.mark.slow
 
 
-def block(kind: str) -> str:
+def blocks(kind: str) -> list[str]:
     page = (Path(__file__).parents[1] / "docs" / "tutorials" / "method.md").read_text()
-    (text,) = re.findall(rf"(?s)```{kind}\n(.*?)\n```", page)
-    return text
+    return re.findall(rf"(?s)```{kind}\n(.*?)\n```", page)
 
 
-def test_a_method_of_ones_own(ssl_bench: Command, tmp_path: Path) -> None:
-    (tmp_path / "my_module.py").write_text(block("python"))
+@pytest.fixture
+def written(tmp_path: Path) -> None:
+    """The files that the tutorial has a reader write."""
+    (tmp_path / "my_module.py").write_text("\n".join(blocks("python")))
     (tmp_path / "my_conf" / "method").mkdir(parents=True)
-    (tmp_path / "my_conf" / "method" / "mine.yaml").write_text(block("yaml"))
+    for text in blocks("yaml"):
+        name = re.findall(r"^  name: (.*)$", text, re.M)[0]
+        (tmp_path / "my_conf" / "method" / f"{name}.yaml").write_text(text)
+
+
+@pytest.mark.usefixtures("written")
+def test_a_momentum_method_of_ones_own(ssl_bench: Command, tmp_path: Path) -> None:
+    command = ["--config-dir=my_conf", *TINY, "stage=pretrain", "method=mine_with_momentum"]
+    ssl_bench(*command, "epochs=1", "dir=run", check=True)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary.keys() >= {"loss", "accuracy", "effective_rank", "knn_top1"}
+    refused = ssl_bench(*command, "epochs=1", "accumulate=2")
+    assert "its queue takes the keys of the whole batch at once" in refused.stderr
+    refused = ssl_bench(*command, "epochs=1", "method.queue_size=100000")
+    assert "method.queue_size=100000: choose at most " in refused.stderr
+
+
+@pytest.mark.usefixtures("written")
+def test_a_method_of_ones_own(ssl_bench: Command, tmp_path: Path) -> None:
     command = [
         "--config-dir=my_conf",
         *TINY,
