@@ -208,6 +208,12 @@ def test_every_key_of_every_choice_is_in_the_reference(reference: ModuleType) ->
     assert all(f"| `{key}` |" in pages["reference/shared.md"] for key in shared)
 
 
+def test_every_key_of_the_reference_has_a_meaning(reference: ModuleType) -> None:
+    for name, page in reference.pages().items():
+        rows = re.findall(r"^\| `[^|]*` \|.*\|$", page, re.M)
+        assert not [row for row in rows if not row.split(" | ")[-1].strip(" |")], name
+
+
 def test_every_choice_is_in_the_reference(reference: ModuleType) -> None:
     page = reference.pages()["reference/index.md"]
     assert set(GROUPS) == reference.GROUPS.keys()

@@ -35,6 +35,7 @@ GROUPS = {
     "experiment": "Complete settings of a job, with hardware, cost and expected number.",
     "launcher": "Where a command runs, never what it computes.",
 }
+TITLES = {"data": "data", "tracking": "trackers"}  # the others have an s
 
 # KEY=VALUE in running text
 KEY_VALUE = re.compile(r"(?<![\w/.<])((?:--)?[a-z][\w.]*=(?:\[[^\]]*\]|[^\s,;:()]*[^\s,;:().])?)")
@@ -86,7 +87,7 @@ def keys(text: str) -> list[Key]:
             comment, above = " ".join([*above, comment]).strip(), []
         found.append(Key(path, value, comment))
     inner = {key.path.rpartition(".")[0] for key in found}
-    return [key for key in found if key.value or key.path not in inner]
+    return [key for key in found if key.value or key.comment or key.path not in inner]
 
 
 def split_comment(text: str) -> tuple[str, str]:
@@ -171,7 +172,7 @@ def told(doc: str, names: Iterable[str]) -> dict[str, str]:
     found = {}
     for heads, words in zip(parts[1::2], parts[2::2], strict=True):
         words = re.split(r" (?=UserError|ValueError|Returns )", words)[0].strip()
-        found |= {name: words for name in heads.split(", ")}
+        found |= {name: words.rstrip(".") for name in heads.split(", ")}
     return found
 
 
@@ -245,6 +246,24 @@ def node_of(group: str, text: str) -> tuple[dict[str, Any], list[Key], list[Key]
     return content.get(group) or {}, own, [key for key in found if not key.path.startswith(prefix)]
 
 
+def below(group: str, text: str) -> list[str]:
+    """The files of the group that this one builds on, the nearest first."""
+    found: list[str] = []
+    for entry in (yaml.safe_load(text) or {}).get("defaults") or []:
+        if isinstance(entry, str) and entry in choices(group):
+            found += [entry, *below(group, choices(group)[entry])]
+    return found
+
+
+def shared_meaning(path: str) -> str:
+    """What conf/config.yaml says of a key, or where those of a group are described."""
+    group = path.partition(".")[0]
+    if group in GROUPS:
+        return f"see [{group}=]({group}.md)"
+    told_of = {key.path: key.comment for key in keys((CONF / "config.yaml").read_text())}
+    return plain(told_of.get(path, ""))
+
+
 def brings(content: dict[str, Any]) -> str:
     """The choices of other groups that a file makes."""
     made = []
@@ -264,39 +283,53 @@ def section(group: str, choice: str, text: str) -> list[str]:
         body = re.sub(r"\A(#.*\n)+", "", text)
         return [*lines, "```yaml", body.rstrip(), "```", ""]
     node, own, others = node_of(group, text)
-    path = node.get("_target_", "???")
+    bases = below(group, text)
+    nodes = [node_of(group, choices(group)[base]) for base in bases]
+    targets = (one.get("_target_") for one in (node, *(base for base, _, _ in nodes)))
+    path = next(filter(None, targets), "???")
     types, said = {}, {}
     if path != "???":
         lines += [f"Constructor: `{path}`", ""]
         types = signatures.parameters(path, build.SUPPLIED[group])
         said = told(docstring(path), types)
+    for _, theirs, _ in reversed(nodes):
+        said |= {key.path: key.comment for key in theirs if key.comment}
+    if bases:
+        lines += [f"Builds on `{group}={bases[0]}` and changes", ""]
     if made := brings(yaml.safe_load(text)):
-        lines += [f"Brings {made}.", ""]
+        lines += [f"It chooses {made}, unless you choose others.", ""]
     if reads := typed.reads(path) if group == "stage" and path != "???" else None:
         shared = ", ".join(f"`{name}`" for name in sorted(reads))
-        lines += [f"Reads {shared}; another key, when typed, is refused.", ""]
+        lines += [f"It reads the [shared keys](shared.md) {shared}, and refuses any other.", ""]
     rows = []
     for key in own:
-        if key.path in ("name", "_target_"):
+        if key.path in ("name", "_target_", "defaults"):
             continue
         hint = types.get(key.path)
         kind = spoken(hint.annotation) if hint else ""
         meaning = plain(key.comment or said.get(key.path, ""))
         rows.append([code(f"{group}.{key.path}"), kind, code(key.value), meaning])
     for name, hint in types.items():  # what the file leaves to the constructor
-        if group != "stage" and name not in {key.path.partition(".")[0] for key in own}:
+        if (
+            group != "stage"
+            and not bases
+            and name not in {key.path.partition(".")[0] for key in own}
+        ):
             meaning = plain(f"{said.get(name, '')} (typed with a +)".strip())
             rows.append([code(f"+{group}.{name}"), spoken(hint.annotation), "", meaning])
     lines += table(HEAD, rows) if rows else []
     others = [key for key in others if not key.path.startswith("defaults")]
     if others:
-        rows = [[code(key.path), code(key.value), plain(key.comment)] for key in others]
+        rows = [
+            [code(key.path), code(key.value), plain(key.comment) or shared_meaning(key.path)]
+            for key in others
+        ]
         lines += ["It also sets", "", *table(["key", "to", "meaning"], rows)]
     return lines
 
 
 def group_page(group: str) -> str:
-    lines = [f"# {group}=", "", GROUPS[group], ""]
+    lines = [f"# {TITLES.get(group, f'{group}s').capitalize()}: {group}=", "", GROUPS[group], ""]
     for choice, text in choices(group).items():
         lines += section(group, choice, text)
     return "\n".join(lines)
@@ -308,8 +341,8 @@ def shared_page() -> str:
     fields = build.Root.model_fields
     lines = ["# Shared keys", ""]
     lines += [
-        "Keys of every run, whatever is chosen from the groups. A stage that wouldn't read one of "
-        "them refuses it when it is typed. `${...}` in a default is computed from other keys.",
+        "You can type these keys with every command, whatever it chooses from the groups. A stage "
+        "refuses a key that it doesn't read. `${...}` in a default is computed from other keys.",
         "",
     ]
     rows = []

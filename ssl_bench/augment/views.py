@@ -140,7 +140,12 @@ class Views(nn.Module):
     format of the images, and the same keys (see `draws.keys`) give the same views. In place of
     images: crops of them, uint8 (B, 3, S, S) for each view, that a source has cut (`windows`).
 
-    For the operations see `View`. jitter: None, torchvision's, or "byol" (`ops.ByolJitter`).
+    For the operations see `View`. image_size, small_size: pixels of a side. num_views: how many
+    have full size. crop_scale, small_crop_scale: share of the image's area. crop_ratio: width by
+    height. flip_p: how often a view is mirrored. brightness, contrast, saturation: the factor is
+    drawn from U(1 - x, 1 + x). hue: the shift is drawn from U(-x, x), in turns of the colour
+    circle. num_small_views: how many more have the small size (multi-crop). jitter: None,
+    torchvision's, or "byol" (`ops.ByolJitter`).
     grayscale_first: grayscale comes before the jitter. A probability or strength of zero takes its
     operation out. jitter_p, grayscale_p, blur_p, solarize_p: one for all views, or one for each
     view of full size and one for all small views. rotate, shear: see `ops.Slant`. mean, std: None

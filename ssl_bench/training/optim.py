@@ -48,7 +48,12 @@ def sgd(
     exclude_from_decay: bool = False,
     clip_grad_norm: PositiveFloat | None = None,
 ) -> torch.optim.Optimizer:
-    """SGD. exclude_from_decay: no weight decay of biases and norms. clip_grad_norm: see `clip_`."""
+    """SGD. exclude_from_decay: no weight decay of biases and norms. clip_grad_norm: see `clip_`.
+
+    base_lr: at batch 256. momentum: share of the last step in the next. weight_decay: so many
+    times a weight is added to its gradient. nesterov: the gradient is taken as if the momentum's
+    step had been made.
+    """
     lr = scaled_lr(base_lr, batch_size, scaling)
     if exclude_from_decay:
         params = split(params, weights={}, others={"weight_decay": 0.0})
@@ -71,7 +76,9 @@ def adamw(
 ) -> torch.optim.Optimizer:
     """AdamW. exclude_from_decay: no weight decay of biases and norms. clip_grad_norm: see `clip_`.
 
-    final_weight_decay: the weight decay goes there along half a cosine (DINO).
+    base_lr: at batch 256. weight_decay: share of a weight that a step takes off, times the rate.
+    final_weight_decay: the weight decay goes there along half a cosine (DINO). betas: share of the
+    last averages of the gradient and of its square in the next.
     """
     lr = scaled_lr(base_lr, batch_size, scaling)
     moving: dict[str, float] = {}
@@ -93,7 +100,11 @@ def adam(
     weight_decay: NonNegativeFloat = 0.0,
     betas: tuple[Fraction, Fraction] = (0.9, 0.999),
 ) -> torch.optim.Optimizer:
-    """Adam (Kingma and Ba, arXiv:1412.6980), with the weight decay added to the gradient."""
+    """Adam (Kingma and Ba, arXiv:1412.6980), with the weight decay added to the gradient.
+
+    base_lr: scaled to the batch as `scaling` says. betas: share of the last averages of the
+    gradient and of its square in the next.
+    """
     lr = scaled_lr(base_lr, batch_size, scaling)
     return torch.optim.Adam(
         _groups(params), lr=lr, betas=betas, weight_decay=weight_decay, fused=True
@@ -114,7 +125,9 @@ def lars(
 ) -> torch.optim.Optimizer:
     """See LARS. base_lr_biases: another for biases and norms (Barlow Twins, arXiv:2103.03230, 2.2).
 
-    None: the same for all.
+    None: the same for all. base_lr: at batch 256. momentum: share of the last step in the next.
+    weight_decay: so many times a weight is added to its gradient. exclude_from_decay: no weight
+    decay of biases and norms. exclude_from_adaptation: their steps aren't rescaled.
     """
     lr = scaled_lr(base_lr, batch_size, scaling)
     if base_lr_biases is not None:
