@@ -35,7 +35,7 @@ GROUPS = {
     "experiment": "Complete settings of a job, with hardware, cost and expected number.",
     "launcher": "Where a command runs, never what it computes.",
 }
-TITLES = {"data": "data", "tracking": "trackers"}  # the others have an s
+TITLES = {"data": "data", "tracking": "tracking"}  # the others have an s
 
 # KEY=VALUE in running text
 KEY_VALUE = re.compile(r"(?<![\w/.<])((?:--)?[a-z][\w.]*=(?:\[[^\]]*\]|[^\s,;:()]*[^\s,;:().])?)")
