@@ -3,7 +3,9 @@
 import ast
 import re
 import shlex
+from collections.abc import Iterator
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -181,6 +183,43 @@ def test_the_readme_is_short() -> None:
     assert README.count("\n") < 150
 
 
+def prose(text: str) -> Iterator[list[str]]:
+    """The lines of each paragraph and item of a list; no code, tables, headings or HTML."""
+    text = re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.M | re.S)
+    text = re.sub(r"^ *([#|<!].*|=== .*)$", "", text, flags=re.M)
+    for block in re.split(r"\n(?:[ \t]*\n)+|\n(?= *(?:[-*]|\d+\.) )", text):
+        yield [line.strip() for line in block.splitlines()]
+
+
+WRITTEN = {**TEXTS, "CHANGELOG.md": (ROOT / "CHANGELOG.md").read_text()}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_lines_of_prose_are_full(name: str) -> None:
+    """None is longer than 125 columns, and none ends where the next word would have fitted."""
+    for lines in prose(WRITTEN[name]):
+        for line, following in pairwise([*lines, ""]):
+            first = re.match(r"(`[^`]*`|[^\s`])*", following)
+            assert first
+            assert len(line) <= 125, line
+            assert not following or len(line) + 1 + len(first[0]) > 90, line
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_code_fits_the_column_of_the_site(name: str) -> None:
+    """Commands and YAML wrap there; see docs/extra.css."""
+    for block in fenced(TEXTS[name], "python"):
+        assert max(map(len, block.splitlines())) <= 100
+    for block in fenced(TEXTS[name], "text"):
+        assert max(map(len, block.splitlines())) <= 120
+
+
+def test_a_placeholder_says_what_to_put_there() -> None:
+    for name, text in TEXTS.items():
+        if "URL_OF_THIS_REPOSITORY" in text:
+            assert re.search(r"URL_OF_THIS_REPOSITORY`\s(stands|by)", text), name
+
+
 # --- the generated reference ----------------------------------------------------------------------
 
 
@@ -201,7 +240,7 @@ def test_every_key_of_every_choice_is_in_the_reference(reference: ModuleType) ->
         found = {key.path.partition(".")[0] for key in own}
         assert found == node.keys(), f"{group}={choice}"
         part = pages[f"reference/{group}.md"].partition(f"\n## {choice}\n")[2].partition("\n## ")[0]
-        for key in node.keys() - {"name", "_target_"}:
+        for key in node.keys() - {"name", "_target_", "defaults"}:
             assert f"| `{group}.{key}" in part, f"{group}={choice}: {key}"
     keys = yaml.safe_load((CONF / "config.yaml").read_text()).keys()
     shared = keys - {"defaults", "hydra", "data"}

@@ -196,6 +196,12 @@ def code(text: str) -> str:
     return f"`{text}`" if text else ""
 
 
+def default(value: str) -> str:
+    """A value of a key; the first of two that isn't null in words."""
+    both = re.fullmatch(r"\$\{either:\$\{([\w.]+)\},(?:\$\{)?([\w.]+)\}+", value)
+    return f"`{both[1]}`, or `{both[2]}` if that is `null`" if both else code(value)
+
+
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
     """Its lines, in a box that docs/extra.css folds on a narrow screen, and an empty one."""
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
@@ -308,7 +314,7 @@ def section(group: str, choice: str, text: str) -> list[str]:
         hint = types.get(key.path)
         kind = spoken(hint.annotation) if hint else ""
         meaning = plain(key.comment or said.get(key.path, ""))
-        rows.append([code(f"{group}.{key.path}"), kind, code(key.value), meaning])
+        rows.append([code(f"{group}.{key.path}"), kind, default(key.value), meaning])
     for name, hint in types.items():  # what the file leaves to the constructor
         if (
             group != "stage"
