@@ -48,6 +48,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     source, folder = origin(page.file.src_uri), posixpath.dirname(page.file.src_uri)
     if source.startswith("benchmarks/") or source == "CHANGELOG.md":
         page.meta["search"] = {"boost": 0.2}  # long tables, in which every word occurs
+    elif page.file.src_uri.startswith("reference/"):
+        page.meta["search"] = {"boost": 2}  # who looks for a key wants its meaning
 
     def moved(link: re.Match) -> str:
         here = repository_path(source, link[2])
