@@ -747,6 +747,12 @@ def test_stl10(tmp_path, cache):
     (root / "test_X.bin").unlink()
     fails("no test_X.bin in .*stl10_binary.tar.gz", data.split, "val")
     assert STL10(str(root)).split("pretrain").length == 4
+    assert data.class_names == []
+    (root / "class_names.txt").write_text("\n".join(NAMES) + "\n")
+    assert data.class_names == STL10(str(root)).class_names == NAMES
+
+
+NAMES = [f"class{number}" for number in range(10)]
 
 
 @pytest.mark.parametrize("num_classes", [10, 100])
@@ -781,6 +787,11 @@ def test_cifar(tmp_path, cache, num_classes):
     assert data.open("pretrain").labels.max() == -1
     assert data.open("pretrain").directory == data.open("train").directory
     assert data.split("train").where(3).endswith(f"image 3 of {tmp_path / folder / train[0]}")
+    assert data.class_names == []
+    file = {10: "batches.meta.txt", 100: "fine_label_names.txt"}[num_classes]
+    names = NAMES * (num_classes // 10)
+    (tmp_path / folder / file).write_text("\n".join(names) + "\n\n")
+    assert data.class_names == names
 
 
 # --- digits and synthetic

@@ -8,9 +8,11 @@ from pydantic import PositiveInt
 
 from ssl_bench.config.fields import Place
 from ssl_bench.data.formats.base import Dataset, folder_at
-from ssl_bench.data.formats.records import check_range, records_of
+from ssl_bench.data.formats.records import check_range, names_in, records_of
 from ssl_bench.data.store import OnError, Split
 from ssl_bench.errors import UserError
+
+FOLDERS = {10: "cifar-10-batches-bin", 100: "cifar-100-binary"}
 
 
 class CIFAR(Dataset):
@@ -36,15 +38,22 @@ class CIFAR(Dataset):
     def num_classes(self) -> int:
         return self._num_classes
 
+    @property
+    def class_names(self) -> list[str]:  # type: ignore[override]
+        file = {10: "batches.meta.txt", 100: "fine_label_names.txt"}[self.num_classes]
+        places = (Path(self.root) / FOLDERS[self.num_classes], Path(self.root))
+        return names_in((place / file for place in places), self.num_classes)
+
     def _list(self, name: str) -> Split:
         train = name != "val"
+        folder = FOLDERS[self.num_classes]
         if self.num_classes == 10:
-            folder, label_bytes = "cifar-10-batches-bin", 1
+            label_bytes = 1
             files = ["test_batch.bin"]
             if train:
                 files = [f"data_batch_{batch}.bin" for batch in range(1, 6)]
         else:
-            folder, label_bytes = "cifar-100-binary", 2  # coarse label, fine label
+            label_bytes = 2  # coarse label, fine label
             files = ["train.bin" if train else "test.bin"]
         paths = [self._file(folder, file) for file in files]
         records, digests = records_of(paths, label_bytes + 3 * 32 * 32, 32, (1, 2, 0))

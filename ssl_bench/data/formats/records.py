@@ -1,5 +1,6 @@
 """Images as records of binary files."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,15 @@ def records_of(
     content = [(name, size) for name, size, _ in stats]
     digests = Digests(hashed(*stats), hashed(*content))
     return Records(tuple(map(str, paths)), tuple(lengths), record, image_size, order), digests
+
+
+def names_in(paths: Iterable[Path], num_classes: int) -> list[str]:
+    """The names of the classes, a line each of the first file that is there; or none."""
+    for path in paths:
+        if path.is_file():
+            names = path.read_text(encoding="utf-8", errors="replace").split()
+            return names if len(names) == num_classes else []
+    return []
 
 
 def check_range(labels: np.ndarray, num_classes: int, path: Path) -> None:

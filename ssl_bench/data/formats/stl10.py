@@ -8,7 +8,7 @@ from pydantic import PositiveInt
 
 from ssl_bench.config.fields import Place
 from ssl_bench.data.formats.base import Dataset, folder_at
-from ssl_bench.data.formats.records import check_range, records_of
+from ssl_bench.data.formats.records import check_range, names_in, records_of
 from ssl_bench.data.store import OnError, Split
 from ssl_bench.errors import UserError
 
@@ -32,6 +32,11 @@ class STL10(Dataset):
     ):
         super().__init__(image_size, on_error, cache, workers)
         self.root = root
+
+    @property
+    def class_names(self) -> list[str]:  # type: ignore[override]
+        places = (Path(self.root) / "stl10_binary", Path(self.root))
+        return names_in((place / "class_names.txt" for place in places), self.num_classes)
 
     def _list(self, name: str) -> Split:
         part = {"pretrain": "unlabeled", "train": "train", "val": "test"}[name]
