@@ -1,5 +1,8 @@
 """How far confidence is from how often it is right (Guo et al., arXiv:1706.04599)."""
 
+import json
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,6 +21,24 @@ def binned(probabilities: Tensor, labels: Tensor) -> Tensor:
     place = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
     rows = torch.stack([torch.ones_like(confidence), confidence, right])
     return rows.new_zeros(3, BINS).index_add_(1, place, rows)
+
+
+ROWS = ("images", "confidence", "right")  # of `binned`
+
+
+def dumped(bins: Tensor) -> str:
+    return json.dumps(dict(zip(ROWS, bins.tolist(), strict=True)))
+
+
+def loaded(content: dict[str, Any]) -> Tensor:
+    """The bins that `dumped` wrote. ValueError for anything else."""
+    try:
+        bins = torch.tensor([content[row] for row in ROWS], dtype=torch.float64)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no bins of confidence: {error}") from None
+    if bins.shape != (3, BINS) or not (bins.isfinite().all() and bins[0].sum() > 0):
+        raise ValueError("no bins of confidence")
+    return bins
 
 
 def expected_error(bins: Tensor) -> float:

@@ -14,6 +14,7 @@ INPUTS = "inputs.json"  # the images of each split that it has opened
 VIEWS = "views.png"  # a picture of augmented views
 # and those of what a vision transformer has learnt (`stages._pictures`)
 LEARNT = {name: f"{name}.png" for name in ("attention", "patches", "reconstruction")}
+RELIABILITY = "reliability.json"  # of neighbours' votes; a classifier's is in its checkpoint
 WEIGHTS = "pretrained.sha256"  # file with the digest of the weights that the run started from
 CHECKPOINTS = "checkpoints"  # folder of its newest states
 BEST = "best"  # and of the best by a metric (`save_best`), which is a file of the same kind

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from ssl_bench import files
 from ssl_bench.config import build
 from ssl_bench.config.fields import FeaturesOf, Resize, Share
 from ssl_bench.console import Bar
@@ -20,6 +21,7 @@ from ssl_bench.evaluate.features import extract_all
 from ssl_bench.evaluate.labels import hold_out, labelled, log_share
 from ssl_bench.evaluate.neighbours import QUERIES, nearest, vote
 from ssl_bench.evaluate.readout import read_out_
+from ssl_bench.runs import layout
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
 from ssl_bench.stages import IMAGES, LOOK, PRETRAINED, RUN
@@ -61,7 +63,8 @@ def knn(
     are chosen by an exam on held-out images of the training split; the rest of the split is the
     bank of neighbours there. For the result the bank is the whole training split, and nothing else
     depends on the val split. Also returns k, temperature and holdout_top1 (percent), and writes
-    grid.csv. One k and one temperature need no exam. See `neighbours.weighted_knn`.
+    grid.csv and reliability.json. One k and one temperature need no exam. See
+    `neighbours.weighted_knn`.
     """
     check_directory(cfg)
     check_holdout(holdout, exam := chooses(cfg.stage))
@@ -107,9 +110,11 @@ def knn(
                 log.warning("k %d is the largest tried: %s", best[0], advice)
     queries = features(test, "features of val")
     targets = torch.from_numpy(test.labels[test.rows])
-    top1, top5, ece = quality(run, queries, targets, bank, labels, data.num_classes, [best])[best]
+    top1, top5, bins = quality(run, queries, targets, bank, labels, data.num_classes, [best])[best]
     result |= {"k": best[0], "temperature": best[1], "val_top1": top1, "val_top5": top5}
-    result["val_ece"] = ece
+    result["val_ece"] = calibration.expected_error(bins)
+    if run.is_main:
+        files.write(run.directory / layout.RELIABILITY, calibration.dumped(bins) + "\n")
     log_result(run, result)
     return result
 
@@ -130,9 +135,9 @@ def quality(
     labels: Tensor,
     num_classes: int,
     cells: list[Cell],
-) -> dict[Cell, tuple[float, float, float]]:
-    """Top-1, top-5 and calibration error (percent) of queries (M, D) by a bank (N, D), for each
-    cell.
+) -> dict[Cell, tuple[float, float, Tensor]]:
+    """Top-1 and top-5 (percent) of queries (M, D) by a bank (N, D), and the bins of
+    `calibration.binned`, for each cell.
 
     Each process computes its share. Only classes that have a vote count among the five. A share of
     the votes is taken for a probability.
@@ -159,10 +164,9 @@ def quality(
                 bins[i] += calibration.binned(votes, wanted)
             progress.add(len(block))
     percent = (100 * distributed.total(right) / len(queries)).tolist()
-    errors = map(calibration.expected_error, distributed.total(bins))
     return {
-        cell: (top1, top5, ece)
-        for cell, (top1, top5), ece in zip(cells, percent, errors, strict=True)
+        cell: (top1, top5, mine)
+        for cell, (top1, top5), mine in zip(cells, percent, distributed.total(bins), strict=True)
     }
 
 

@@ -14,7 +14,7 @@ from processes import on_ranks
 
 from ssl_bench.data.synthetic import write_dl21
 from ssl_bench.errors import Interrupted, UserError
-from ssl_bench.evaluate import neighbours
+from ssl_bench.evaluate import calibration, neighbours
 from ssl_bench.evaluate.neighbours import nearest, weighted_knn
 from ssl_bench.launch.process import launch
 from ssl_bench.runs.run import Run
@@ -94,6 +94,10 @@ def test_the_choice_is_the_best_of_the_exam(tmp_path: Path) -> None:
         result[key] for key in ("val_top1", "val_top5", "val_ece")
     ]
     assert 0 < result["val_ece"] < 100
+    bins = calibration.loaded(json.loads((tmp_path / "run" / "reliability.json").read_text()))
+    assert bins[0].sum() == 500
+    assert 100 * bins[2].sum().item() / 500 == pytest.approx(result["val_top1"])
+    assert calibration.expected_error(bins) == result["val_ece"]
     (line,) = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
