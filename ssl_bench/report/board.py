@@ -104,7 +104,9 @@ class Watch:
                     runs.setdefault(ran.directory.resolve(), ran)
             except record.NoRunError:
                 if not self._reader.broken:
-                    notes.append(f"No run is at or below {path} yet: it appears when it begins.")
+                    notes.append(
+                        f"There is no run in {path} yet. Runs appear here when they start."
+                    )
             except (UserError, OSError) as error:  # gone while it was read, or a broken sweep
                 notes.append(str(error))
         return list(runs.values()), [*notes, *self._reader.broken]

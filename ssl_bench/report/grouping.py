@@ -50,7 +50,10 @@ def left_out(runs: Iterable[Ran]) -> str:
     if not (older := repeated(ran for ran in runs if not ran.holds_runs)):
         return ""
     names = ", ".join(str(ran.directory) for ran in older)
-    return f"Left out, for the newest of the same configuration and seed counts: {names}."
+    return (
+        "Runs with the same configuration, seed and data are counted once, by the newest of them. "
+        f"Not counted: {names}."
+    )
 
 
 # -- groups and boards -----------------------------------------------------------------------------

@@ -40,7 +40,7 @@ const unpooled = () => new Set(data.boards.flatMap(groupsOf).filter((one) => pic
 const poolings = () => { // the choices, which may change while runs go on
   const keys = [...new Set(data.boards.flatMap((board) => board.by.flatMap(({ key, also }) => [key, ...also])))].sort();
   const before = by.value;
-  by.replaceChildren(make("option", { value: "" }, "all settings"), ...keys.map((key) => make("option", {}, key)));
+  by.replaceChildren(make("option", { value: "" }, "nothing"), ...keys.map((key) => make("option", {}, key)));
   by.value = keys.includes(before) ? before : "";
   document.getElementById("grouping").hidden = !keys.length;
 };
@@ -65,9 +65,9 @@ const pool = () => { // tables, and what is said of them
   const other = data.boards.map(poolOf).find((one) => one && !sides(by.value).includes(one.key));
   const whole = data.boards.filter((board) => board.groups.length && !poolOf(board)).map((board) => board.title);
   said.textContent = [
-    `Rows are values of ${by.value}: mean ± std over all runs with it, whatever their seeds and other settings.`,
-    other ? `${other.key} tells the same rows apart, and names them.` : "",
-    whole.length ? `Not grouped, for no two rows agree there: ${whole.join(", ")}.` : "",
+    `Each row is a value of ${by.value}: mean ± std over all runs that have it, whatever their seeds and other settings.`,
+    other ? `Rows are named by ${other.key}, which gives the same groups.` : "",
+    whole.length ? `Not grouped, because no two rows have the same value: ${whole.join(", ")}.` : "",
   ].filter(Boolean).join(" ");
 };
 by.addEventListener("change", () => { picked.clear(); lit.clear(); choose(); });
@@ -104,7 +104,7 @@ const choose = () => { // all that follows from the filter and the boxes
     if (row.closest("#runs")) [seen, count] = [seen + !row.hidden, count + 1];
   }
   document.getElementById("found").textContent = [
-    wanted().length ? `${seen} of ${count} runs` : "", picked.size ? `${picked.size} chosen` : "",
+    wanted().length ? `${seen} of ${count} runs` : "", picked.size ? `${picked.size} selected` : "",
   ].filter(Boolean).join(", ");
   document.getElementById("unpick").hidden = !picked.size;
   for (const table of all("#differences table")) compareColumns(table);
@@ -166,6 +166,23 @@ document.addEventListener("click", ({ target }) => {
   sortBy(head.closest("table"), head.cellIndex, direction);
 });
 
+// What a column is, where its heading is pointed at or focused.
+const explain = ({ target, type }) => {
+  const button = target.closest?.("[aria-describedby^=about-]");
+  if (!button) return;
+  tip.hidden = !/over|in$/.test(type);
+  if (tip.hidden) return;
+  tip.ariaLive = "off"; // a screen reader says it as the button's description
+  thumb.className = "";
+  thumb.removeAttribute("style");
+  text.textContent = document.getElementById(button.getAttribute("aria-describedby")).textContent;
+  const box = button.getBoundingClientRect(), { width } = tip.getBoundingClientRect();
+  tip.style.left = `${Math.max(4, Math.min(box.left, innerWidth - width - 8))}px`;
+  tip.style.top = `${box.bottom + 6}px`;
+};
+for (const event of ["pointerover", "pointerout", "focusin", "focusout"]) document.addEventListener(event, explain);
+document.addEventListener("keydown", ({ key }) => { if (key === "Escape") tip.hidden = true; });
+
 const save = (name, type, content) => {
   const url = URL.createObjectURL(content instanceof Blob ? content : new Blob([content], { type }));
   make("a", { href: url, download: name.replace(/[^\w.-]+/g, "_") }).click();
@@ -174,7 +191,7 @@ const save = (name, type, content) => {
 // As it is seen: filtered and sorted. A spreadsheet must not take a name for a formula.
 const csvOf = (table) => {
   const rows = [...table.rows].filter((row) => !row.hidden).map((row) => [...row.cells].filter((cell) => !cell.hidden));
-  const texts = rows.map((row) => row.map((cell) => cell.textContent.trim()));
+  const texts = rows.map((row) => row.map((cell) => (cell.matches(".place") ? cell.title : cell.textContent.trim())));
   const spread = texts[0].map((_, i) => texts.slice(1).some((row) => / ± /.test(row[i])) && rows[0][i].classList.contains("num"));
   const numeric = rows[0].map((cell) => cell.classList.contains("num"));
   const quoted = (value) => {
@@ -250,10 +267,35 @@ const linesOf = (board, panel) => {
   }
   return found;
 };
+const plainly = (value, most, least = 0) => value.toLocaleString("en", { maximumFractionDigits: most, minimumFractionDigits: least });
 const number = (value) => {
   const size = Math.abs(value);
-  if (size && (size < 1e-3 || size >= 1e7)) return value.toExponential(2);
-  return value.toLocaleString("en", { maximumSignificantDigits: size >= 1e4 ? 7 : 4 });
+  if (size && size < 1e-3) return value.toExponential(2).replace(/\.?0*e/, "e");
+  if (size >= 1e4) return plainly(Math.round(value), 0);
+  return value.toLocaleString("en", { maximumSignificantDigits: 4 });
+};
+const stepOf = (ticks) => Math.min(...ticks.slice(1).map((tick, i) => Math.abs(tick - ticks[i])), Infinity);
+// Labels of an axis have as many digits as tell neighbours apart.
+const labelsOf = (ticks) => {
+  const known = ticks.filter((tick) => tick !== null), most = Math.max(0, ...known.map(Math.abs));
+  const [scale, unit] = [[1e9, "B"], [1e6, "M"]].find(([size]) => most >= size)
+    ?? (most && most < 1e-3 ? [10 ** Math.floor(Math.log10(most)), `e${Math.floor(Math.log10(most))}`] : [1, ""]);
+  const step = (known.length > 1 ? stepOf(known) : most) / scale;
+  let digits = 0;
+  while (digits < 9 && Math.abs(Math.round(step * 10 ** digits) / (step * 10 ** digits) - 1) > 1e-3) digits += 1;
+  return ticks.map((tick) => (tick === null ? "" : tick ? plainly(tick / scale, digits, digits) + unit : "0"));
+};
+// Of a value between ticks: two digits more than the ticks need, so that a column of values lines up.
+const between = (value, ticks) => {
+  const step = stepOf(ticks);
+  if (!Number.isFinite(step) || (value && Math.abs(value) < 1e-3)) return number(value);
+  const digits = Math.min(Math.max(0, 2 - Math.floor(Math.log10(step) + 1e-9)), 9);
+  return plainly(value, digits, digits);
+};
+const FLAT = 1e-3; // a share of its values by which a curve at least moves from the bottom to the top of a chart
+const spanOf = (least, most) => {
+  const room = (Math.max(Math.abs(least), Math.abs(most)) * FLAT - (most - least)) / 2;
+  return room > 0 ? [least - room, most + room] : uPlot.rangeNum(least, most, 0.1, true);
 };
 const probe = make("span", { hidden: true });
 document.body.append(probe);
@@ -266,6 +308,7 @@ const DASHES = [[], [7, 3], [2, 2]];
 const dashOf = (slot) => DASHES[Math.floor(slot / COLOURS) % DASHES.length];
 const faded = (rgb, share) => rgb.replace(/^rgba?\((\d+), (\d+), (\d+).*$/, `rgba($1, $2, $3, ${share})`);
 
+const FEW = 12; // points of a line up to which each has a mark
 const shown = new Map(); // figure -> what is drawn there
 const nearest = (rows, x) => rows.reduce((best, row) => (Math.abs(row[0] - x) < Math.abs(best[0] - x) ? row : best));
 const say = (figure, chart, event) => { // the values under the cursor
@@ -275,9 +318,10 @@ const say = (figure, chart, event) => { // the values under the cursor
   const near = lines.map((line) => [line, nearest(line.rows, x)]).sort(([, a], [, b]) => b[1] - a[1]);
   const table = make("table", {}, ...near.slice(0, 12).map(([line, row]) => make("tr", {},
     make("td", {}, make("span", { className: `swatch s${line.slot % COLOURS} d${Math.floor(line.slot / COLOURS) % 3}` }), line.name),
-    make("td", { className: "num" }, number(row[1])))));
+    make("td", { className: "num" }, setting("logy") ? number(row[1]) : between(row[1], plot.axes[1]._splits)))));
   thumb.className = "";
   thumb.removeAttribute("style");
+  tip.ariaLive = "polite";
   text.replaceChildren(make("b", {}, `${panel.title}, ${setting("x")} ${number(x)}`), table);
   tip.hidden = false;
   const box = plot.over.getBoundingClientRect();
@@ -314,24 +358,24 @@ const draw = (figure) => {
     const stroke = colourOf(slot);
     const columns = [0, 1, ...(band ? [3, 2] : [])].map((column) => rows.map((row) => row[column]));
     tables.push(columns);
-    series.push({ label: name, stroke, dash: dashOf(slot), width: 1.8, spanGaps: true, points: { show: rows.length === 1, size: 7, fill: stroke } });
+    series.push({ label: name, stroke, dash: dashOf(slot), width: 1.8, spanGaps: true, points: { show: rows.length <= FEW, size: 7, fill: stroke } });
     if (!band) continue;
     bands.push({ series: [series.length, series.length + 1], fill: faded(stroke, 0.18) });
     for (let i = 0; i < 2; i += 1) series.push({ label: name, stroke, width: 0, spanGaps: true, points: { show: false } });
   }
   const axis = { stroke: colour("--quiet"), font: "12px system-ui, sans-serif", grid: { stroke: colour("--grid"), width: 1 }, ticks: { show: false } };
   const [logx, logy] = [setting("logx"), setting("logy")];
-  const values = (_, ticks) => ticks.map((tick) => (tick === null ? "" : number(tick)));
+  const values = (log) => (_, ticks) => (log ? ticks.map((tick) => labelsOf([tick])[0]) : labelsOf(ticks));
   const filter = (self, splits) => { // on a logarithmic axis: powers of ten, and 2 and 5 where these are few
     const wanted = splits.at(-1) / splits[0] < 200 ? [1, 2, 5] : [1];
     return splits.map((split) => (wanted.some((one) => Math.abs(split / 10 ** Math.floor(Math.log10(split) + 1e-9) - one) < 1e-6) ? split : null));
   };
   chart.plot = new uPlot({
     width: place.clientWidth || 380, height: 230, series, bands,
-    scales: { x: { time: false, distr: logx ? 3 : 1 }, y: { distr: logy ? 3 : 1 } },
+    scales: { x: { time: false, distr: logx ? 3 : 1 }, y: logy ? { distr: 3 } : { range: (_, least, most) => (least === null ? [0, 1] : spanOf(least, most)) } },
     axes: [
-      { ...axis, values, size: 34, ...(logx && { filter }) },
-      { ...axis, values, size: (self, texts) => 14 + 6.6 * Math.max(3, ...(texts ?? []).map((one) => one.length)), ...(logy && { filter }) },
+      { ...axis, values: values(logx), size: 34, ...(logx && { filter }) },
+      { ...axis, values: values(logy), size: (self, texts) => 14 + 6.6 * Math.max(3, ...(texts ?? []).map((one) => one.length)), ...(logy && { filter }) },
     ],
     legend: { show: false },
     cursor: { y: false, points: { show: false }, sync: { key: `curves-${board.id}` }, drag: { x: true, y: false } },
@@ -449,7 +493,7 @@ const layOut = () => { // the figures of each stage, made anew only if there are
     }));
     if (focused !== null) all("button", legend).find((one) => one.dataset.series === focused)?.focus();
     const rest = chosen(board).length - drawn(board).length;
-    stage.querySelector(".rest").textContent = rest > 0 ? `${rest} more are not drawn: tick the rows you want, or filter.` : "";
+    stage.querySelector(".rest").textContent = rest > 0 ? `${rest} more rows are not drawn: tick those you want to see, or filter.` : "";
   }
   paint();
   stale();
@@ -498,6 +542,7 @@ const picture = ({ plot, lines, panel }) => {
     const edge = [...rows.map((row) => at(row, row[3])), ...rows.toReversed().map((row) => at(row, row[2]))];
     if (band) parts.push(`<polygon points="${edge.join(" ")}" fill="${ink}" fill-opacity="0.18"/>`);
     parts.push(`<polyline points="${rows.map((row) => at(row, row[1])).join(" ")}" fill="none" stroke="${ink}" stroke-width="1.8" stroke-dasharray="${dashOf(slot).join(" ")}"/>`);
+    if (rows.length <= FEW) for (const row of rows) parts.push(`<circle r="3.5" fill="${ink}" ${at(row, row[1]).replace(/(.*),(.*)/, 'cx="$1" cy="$2"')}/>`);
   }
   parts.push("</g>");
   lines.forEach(({ name, slot }, i) => {
@@ -535,7 +580,7 @@ const dots = (place) => {
   const svg = board && dotsOf(board, Math.min(place.clientWidth, 900));
   if (!svg) { place.replaceChildren(); return; }
   const names = drawn(board).filter(({ values }) => values.length).map(({ name, shown: label }) => `${name}: ${label}`);
-  const figure = make("figure", { className: "wide" }, make("figcaption", {}, board.metric, make("small", {}, "a dot is one of the n, the bar mean ± std")));
+  const figure = make("figure", { className: "wide" }, make("figcaption", {}, board.metric, make("small", {}, "each dot is one of the n, the bar is mean ± std")));
   figure.insertAdjacentHTML("beforeend", svg); // its texts are escaped
   const drawing = figure.querySelector("svg");
   drawing.setAttribute("role", "img");
@@ -568,7 +613,7 @@ const reliabilityOf = ({ name, error, bins: [counts, confidences, rights] }, wid
       `<rect ${place} y="${head + side + low - 36 * count / most}" height="${36 * count / most}" fill="${colour("--s2")}"/></g>`);
   });
   parts.push(`<line x1="${x(0)}" y1="${y(0)}" x2="${x(1)}" y2="${y(1)}" stroke="${colour("--ink")}" stroke-dasharray="5 4"/>`,
-    svgText(x(1), height - 4, "confidence (%)", 'text-anchor="end"'), svgText(left + 4, head + 12, "right (%)"));
+    svgText(x(1), height - 4, "confidence (%)", 'text-anchor="end"'), svgText(left + 4, head + 12, "accuracy (%)"));
   return svgFile(width, height, parts);
 };
 const reliability = () => {
@@ -685,8 +730,10 @@ const renew = (name, html) => { // a section as it is now, with its focus and it
   const able = () => all("button, input, [tabindex]", place);
   const focused = able().indexOf(document.activeElement);
   const scrolled = all(".scroll", place).map((one) => [one.scrollLeft, one.scrollTop]);
+  const open = all("details[open]", place).map(({ id }) => id);
   const typed = document.createRange().createContextualFragment(html);
   place.replaceChildren(typed);
+  for (const one of all("details", place)) one.open = open.includes(one.id);
   addTools(place);
   all(".scroll", place).forEach((one, i) => { [one.scrollLeft, one.scrollTop] = scrolled[i] ?? [0, 0]; });
   if (focused >= 0) able()[focused]?.focus({ preventScroll: true });
@@ -709,10 +756,10 @@ const follow = async () => {
     if (!answer.ok) throw new Error(answer.statusText);
     const news = await answer.json();
     if (news.version !== data.version) merge(news);
-    if (pulse.dataset.lost) { pulse.textContent = "Live: follows the runs."; delete pulse.dataset.lost; }
+    if (pulse.dataset.lost) { pulse.textContent = "Live: updates while runs go on."; delete pulse.dataset.lost; }
   } catch (error) {
     pulse.dataset.lost = error; // the board was stopped, perhaps; it may come back
-    pulse.textContent = "The board doesn't answer: this is what it said last.";
+    pulse.textContent = "The board doesn't answer any more: this is its last state.";
   }
   setTimeout(follow, document.hidden ? 10 * POLL : POLL);
 };

@@ -8,6 +8,7 @@ which draws the curves: https://github.com/leeoniya/uPlot, MIT, 50 kB. `Page` is
 import base64
 import io
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,29 +26,15 @@ from ssl_bench.runs import units
 from ssl_bench.runs.record import Ran
 from ssl_bench.runs.units import mean_std
 
-# Which values are healthy, and the papers that measure it so.
-HEALTH = {
-    "embedding_std": "1 where embeddings are spread evenly, 0 where they have collapsed "
-    "(Chen & He, arXiv:2011.10566)",
-    "effective_rank": "directions that the embeddings use: more is richer "
-    "(Garrido et al., arXiv:2210.02885)",
-    "lidar": "directions in which images differ more than views of one do: more is richer "
-    "(Thilak et al., arXiv:2312.04000)",
-    "alignment": "distance of two views of an image: smaller is closer "
-    "(Wang & Isola, arXiv:2005.10242)",
-    "uniformity": "crowding of different images: smaller is more even "
-    "(Wang & Isola, arXiv:2005.10242)",
-    "knn_top1": "of held-out training images, by their neighbours, while it learns",
-    "probe_top1": "of held-out training images, by a linear classifier, while it learns",
-}
 # {digest: (a file, the names of the groups that left such a picture)}
 Pictures = dict[str, tuple[Path, list[str]]]
 LEARNT = {
     "attention": "what the class token attends to in the last block",
-    "patches": "the first three principal components of patches as red, green and blue, "
-    "alike where tokens are (Oquab et al., arXiv:2304.07193)",
-    "reconstruction": "what is painted where patches are masked",
+    "patches": "the first three principal components of the patch tokens, as red, green and blue: "
+    "similar patches have similar colours (Oquab et al., arXiv:2304.07193)",
+    "reconstruction": "how masked patches are reconstructed",
 }
+WHILE_IT_LEARNS = ("knn_top1", "probe_top1")  # results of a pretraining, before all others
 TECHNICAL = ("lr", "grad_norm", "images_per_second", "mfu", "data_wait", "memory_gb")
 QUERIES = 8  # images whose neighbours are shown
 NEIGHBOURS = 8
@@ -109,7 +96,7 @@ def render(
         "confusions": [_confusion(detail) for detail in predicting],
         "classes": _classes(predicting),
         "wrong": [one for detail in predicting if (one := _wrong(detail))],
-        "calibrations": [_calibration(detail) for detail in predicting if detail.calibration],
+        "calibrations": [_calibration(detail) for detail in details if detail.calibration],
         "neighbours": [_neighbours(detail) for detail in with_features],
         "maps": [_map(detail, sheets) for detail in with_features],
         "sheets": sheets,
@@ -163,12 +150,13 @@ class Page:
             "notes": self.notes,
             "num_runs": len(self.runs),
             "num_finished": sum(ran.summary is not None for ran in self.runs),
-            "boards": [_board(board) for board in self.boards if board.has_results],
+            "boards": (shown := [_board(board) for board in self.boards if board.has_results]),
+            "about": _about(shown),
             "curves": any(ran.lines for ran in self.runs),
             "differences": [_differences(board) for board in self.boards if len(board.groups) > 1],
             "thumb": THUMB,
             "runs": (rows := _runs(self.boards, self.runs)),
-            "runs_least": all(row["least"] for row in rows),
+            "runs_least": all(row["least"] for row in rows["rows"]),
         }
 
 
@@ -195,8 +183,7 @@ def script(data: Any) -> str:
 
 
 def _board(board: Board) -> dict:
-    # health last: it has charts, and a window shows the first columns
-    order = sorted(tables.columns(board.rows), key=lambda one: one in HEALTH and "top1" not in one)
+    order = tables.columns(board.rows)
     best = ""
     if board.ranked:
         best = units.shown(board.metric, board.groups[0].values(board.metric))
@@ -206,10 +193,19 @@ def _board(board: Board) -> dict:
         "metric": units.unit(board.metric).label,
         "unranked": not board.ranked and len(board.groups) > 1,
         "best": best,
-        "columns": [(tables.heading(column), _least_first(column)) for column in order],
+        "columns": [
+            {"key": key, "label": tables.heading(key), "least": _least_first(key)} for key in order
+        ],
         "rows": _lines(board, order),
         "by": [{"key": one.key, "rows": _lines(one.board, order)} for one in board.pooled],
     }
+
+
+def _about(boards: Sequence[dict]) -> dict[str, tuple[str, str]]:
+    """{column: its label, what it is} of those columns of leaderboards that have an explanation."""
+    columns = {one["key"]: one["label"] for board in boards for one in board["columns"]}
+    told = {key: (label, tables.about(key)) for key, label in columns.items()}
+    return {key: one for key, one in told.items() if one[1]}
 
 
 def _lines(board: Board, columns: Sequence[str]) -> list[dict]:
@@ -314,17 +310,16 @@ def _panels(board: Board) -> list[dict]:
     # beside results on val, those on the training images are technical
     has_val = any(key.startswith("val_") for key in keys)
     training = [key for key in ("loss", "accuracy") if key in keys and has_val]
-    others = sorted(keys - {*HEALTH, *TECHNICAL, *training}, key=place)
-    health = [key for key in HEALTH if key in keys]
-    judged = [key for key in health if key.endswith("top1")]  # results rather than health
+    own = (*WHILE_IT_LEARNS, *units.DIAGNOSTICS)  # these say what they are
+    others = sorted(keys - {*own, *TECHNICAL, *training}, key=place)
     kinds = {
-        "results": [*judged, *others],
-        "health": [key for key in health if key not in judged],
+        "results": [*(key for key in WHILE_IT_LEARNS if key in keys), *others],
+        "health": [key for key in units.DIAGNOSTICS if key in keys],
         "technical": [*training, *(key for key in TECHNICAL if key in keys)],
     }
     panels = []
     for kind, key in ((kind, key) for kind, wanted in kinds.items() for key in wanted):
-        label, note = units.unit(key).label, HEALTH.get(key, "")
+        label, note = units.unit(key).label, units.about(key) if key in own else ""
         panel = {"kind": kind, "key": key, "label": label, "title": label, "note": note}
         names: dict[str, list[str]] = {}
         # a loss can't be compared between methods: a panel for each
@@ -343,11 +338,13 @@ def _differences(board: Board) -> dict:
     return {"id": board.stage, "title": board.title, "names": names, "rows": board.differing}
 
 
-def _runs(boards: Sequence[Board], runs: Sequence[Ran]) -> list[dict]:
+def _runs(boards: Sequence[Board], runs: Sequence[Ran]) -> dict:
+    """The rows of the table of runs, and the folder that their places are relative to."""
     names = {ran: group.name for board in boards for group in board.groups for ran in group.runs}
     older = grouping.repeated(ran for ran in runs if not ran.holds_runs)
     names |= {ran: names[newest] for ran, newest in older.items()}
     lines = []
+    top = _common([ran.directory for ran in runs])
     for ran in runs:
         metric = ran.config.get("metric") or ""
         last = ran.lines[-1] if ran.lines else {}
@@ -375,9 +372,19 @@ def _runs(boards: Sequence[Board], runs: Sequence[Ran]) -> list[dict]:
                 "started": (ran.environment.get("started") or "")[:16].replace("T", " "),
                 "commit": commit + dirty,
                 "directory": str(ran.directory),
+                "place": str(ran.directory.relative_to(top) if top.parts else ran.directory),
             }
         )
-    return lines
+    return {"top": str(top) if top.parts else "", "rows": lines}
+
+
+def _common(directories: Sequence[Path]) -> Path:
+    """The folder that all lie in; "." where there is none, or it is the current one."""
+    known = [*map(str, {directory.parent for directory in directories})]
+    try:
+        return Path(os.path.commonpath(known))
+    except ValueError:  # none, or some are absolute
+        return Path()
 
 
 # -- what the checkpoints say ----------------------------------------------------------------------
@@ -488,8 +495,9 @@ def _calibration(detail: Detail) -> dict:
     """Reliability of all runs of a group together, and the mean of their errors."""
     bins = sum(bins for bins, _ in detail.calibration.values())
     errors = {ran: error for ran, (_, error) in detail.calibration.items()}
+    votes = ", votes of neighbours" if detail.group.stage == "knn" else ""
     return {
-        "name": detail.group.name,
+        "name": f"{detail.group.name}{votes}",
         "runs": len(errors),
         "error": units.shown("val_ece", detail.group.by_sample(errors)),
         "accuracy": 100 * bins[2].sum() / bins[0].sum(),
@@ -520,14 +528,16 @@ def _neighbours(detail: Detail) -> dict:
 def _tile(detail: Detail, place: int, query: int | None = None, cosine: float = 1.0) -> dict:
     """An image among the neighbours of `query`; None: it is the query."""
     label = int(detail.labels[place])
-    title = f"class {detail.class_name(label)}" if label >= 0 else f"image {place}"
+    name = detail.class_name(label) if label >= 0 else ""
+    title = f"class {name}" if name else f"image {place}"
     if query is None:
         kind = "query"
     else:
         title = f"{title}, cosine {cosine:.2f}"
         kind = "same" if label == detail.labels[query] else "other"
         kind = kind if label >= 0 else ""
-    return {"src": _encode(detail.image(place)), "kind": kind, "title": title}
+    src = _encode(detail.image(place))
+    return {"src": src, "kind": kind, "title": title, "class": name}
 
 
 def _map(detail: Detail, sheets: dict[str, str]) -> dict:

@@ -34,7 +34,8 @@ const scaleOf = (words) => {
   const at = (word) => 0.04 + 0.92 * (by(Number(word)) - least) / (most - least);
   const decades = Array.from({ length: Math.floor(most) - Math.ceil(least) + 1 }, (_, i) => 10 ** (Math.ceil(least) + i));
   const ticks = log && decades.length > 1 ? decades : log ? [all[0], all.at(-1)] : niceTicks(all[0], all.at(-1));
-  return { at, gap: 0, numbers, ticks: ticks.map((tick) => [at(tick), number(tick)]) };
+  const labels = log ? ticks.map(number) : labelsOf(ticks);
+  return { at, gap: 0, numbers, ticks: ticks.map((tick, i) => [at(tick), labels[i]]) };
 };
 const clipped = (label, letters) => (label.length > letters ? `${label.slice(0, letters - 1)}…` : label);
 
@@ -46,6 +47,8 @@ const sweepOf = (board) => { // what of it is shown: a row for each group that h
   axes.forEach((axis, i) => { axis.short = names[i]; });
   const known = metric.means.filter((mean) => mean !== null), base = unpooled();
   const [least, most] = [Math.min(...known), Math.max(...known)];
+  const places = niceTicks(least, most), labels = labelsOf(places);
+  const ticks = places.map((place, i) => [place, labels[i]]); // of the result
   const share = (mean) => (mean - least) / (most - least || 1);
   const good = (mean) => (metric.least ? 1 - share(mean) : share(mean));
   const rows = board.groups.flatMap(({ name }, place) => {
@@ -53,20 +56,20 @@ const sweepOf = (board) => { // what of it is shown: a row for each group that h
     if (mean === null || !matches(name)) return [];
     return [{ name, place, mean, good: good(mean), far: picked.size > 0 && !base.has(name) }];
   }).sort((a, b) => (b.far - a.far) || a.good - b.good); // the best is drawn last
-  return { board, metric, axes, rows, least, most, share, good };
+  return { board, metric, axes, rows, ticks, share, good };
 };
 const inkOf = ({ rows }, row) => (row === rows.at(-1) ? colour("--s1") : mix(colour("--rule"), colour("--accent"), row.good));
 
 const PITCH = 104, TOP = 44, HEIGHT = 330;
 const coordinatesOf = (sweep, room) => {
-  const { axes, rows, metric, least, most } = sweep;
+  const { axes, rows, metric } = sweep;
   const left = 64, right = 60, width = Math.max(room, left + right + PITCH * axes.length);
   const x = (i) => left + i * (width - left - right) / axes.length;
   const y = (share) => TOP + (1 - share) * (HEIGHT - TOP - 14);
   const halo = `paint-order="stroke" stroke="${colour("--paper")}" stroke-width="4"`;
   const parts = [], labels = [];
   [...axes, metric].forEach((axis, i) => {
-    const ticks = i < axes.length ? axis.scale.ticks : niceTicks(least, most).map((tick) => [sweep.good(tick), number(tick)]);
+    const ticks = i < axes.length ? axis.scale.ticks : sweep.ticks.map(([tick, label]) => [sweep.good(tick), label]);
     const name = i < axes.length ? axis.short : metric.label;
     parts.push(`<line x1="${x(i)}" x2="${x(i)}" y1="${y(1)}" y2="${y(0)}" stroke="${colour("--rule")}"/>`);
     const anchor = i === axes.length ? "end" : i ? "middle" : "start";
@@ -92,16 +95,15 @@ const coordinatesOf = (sweep, room) => {
 };
 
 const responseOf = (sweep, axis, width, titled = false) => {
-  const { rows, metric, least, most, share } = sweep;
+  const { rows, metric, ticks, share } = sweep;
   const { scale, words, key } = axis;
   const head = titled ? 30 : 8, foot = 40, height = head + 190;
-  const ticks = niceTicks(least, most);
-  const left = 16 + 6.6 * Math.max(...ticks.map((tick) => number(tick).length));
+  const left = 16 + 6.6 * Math.max(...ticks.map(([, label]) => label.length));
   const x = (value) => left + value * (width - left - 10);
   const y = (mean) => head + (1 - share(mean)) * (height - foot - head - 8) + 4;
   const parts = titled ? [svgText(0, 14, clipped(`${metric.label} against ${key}`, Math.floor(width / 7)), 'font-weight="600"')] : [];
-  for (const tick of ticks) {
-    parts.push(`<line x1="${left}" x2="${width}" y1="${y(tick)}" y2="${y(tick)}" stroke="${colour("--grid")}"/>`, svgText(left - 6, y(tick) + 4, number(tick), 'text-anchor="end"'));
+  for (const [tick, label] of ticks) {
+    parts.push(`<line x1="${left}" x2="${width}" y1="${y(tick)}" y2="${y(tick)}" stroke="${colour("--grid")}"/>`, svgText(left - 6, y(tick) + 4, label, 'text-anchor="end"'));
   }
   const letters = Math.max(3, Math.floor((width - left) / scale.ticks.length / 6.8));
   for (const [at, label] of scale.ticks) parts.push(`<g><title>${escaped(label)}</title>${svgText(x(at), height - foot + 18, clipped(label, letters), 'text-anchor="middle"')}</g>`);
@@ -126,7 +128,7 @@ const responseOf = (sweep, axis, width, titled = false) => {
 
 const importanceOf = ({ axes, metric }) => {
   const percent = (share) => (share === null || share === undefined ? "" : `${(100 * share).toFixed(1)}`);
-  const head = make("thead", {}, make("tr", {}, ...["key", "explains (%)", "by chance (%)", ""].map((label, i) => make("th", { scope: "col", className: i === 1 || i === 2 ? "num" : "" }, label || "remark"))));
+  const head = make("thead", {}, make("tr", {}, ...["setting", "importance (%)", "by chance (%)", ""].map((label, i) => make("th", { scope: "col", className: i === 1 || i === 2 ? "num" : "" }, label || "remark"))));
   const rows = axes.map(({ key, share, chance, note }) => {
     const bar = make("td", { className: share === null ? "num" : "num bar mark" }, percent(share));
     bar.style.setProperty("--v", share ?? 0);
@@ -161,16 +163,16 @@ const drawSweep = (stage, board) => {
   });
   const title = make("h3", { id: `sweep-${board.id}` }, board.title);
   const controls = make("p", { className: "controls" }, make("label", {}, "Result ", choices));
-  if (!rows.length) { stage.replaceChildren(title, controls, make("p", { className: "quiet" }, "No row is left by the filter.")); return; }
+  if (!rows.length) { stage.replaceChildren(title, controls, make("p", { className: "quiet" }, "No row matches the filter.")); return; }
   const best = rows.at(-1), width = Math.max(stage.clientWidth, 280);
   const values = axes.map(({ short, words }) => `${short} ${words[best.place] || "none"}`).join(", ");
   const said = `${rows.length} rows; of those shown the best, ${number(best.mean)}, has ${values}`;
   const panel = Math.min(width, 400);
   const importance = importanceOf(sweep);
   stage.replaceChildren(title, controls,
-    figureWith("Parallel coordinates", `the best, drawn thick: ${number(best.mean)} with ${values}`, coordinatesOf(sweep, Math.min(width, 1272)), `${metric.label} by settings: ${said}`, () => coordinatesOf(sweep, 1000), "across"),
+    figureWith("Parallel coordinates", `the thick line is the best: ${number(best.mean)} with ${values}`, coordinatesOf(sweep, Math.min(width, 1272)), `${metric.label} by settings: ${said}`, () => coordinatesOf(sweep, 1000), "across"),
     make("h4", {}, `Importance for ${metric.label}`), importance, make("p", { className: "quiet" }, metric.notes.join(" ")),
-    make("h4", {}, "Responses"), make("p", { className: "quiet" }, "A dot is a row; bars are the means at a value, or in four ranges of equally many."),
+    make("h4", {}, "Responses"), make("p", { className: "quiet" }, "Each dot is a row of the leaderboard. Bars are means: at each value or, where most values were tried once, in four ranges with equally many rows."),
     make("div", { className: "panels" }, ...axes.map((axis) => figureWith(axis.key, "", responseOf(sweep, axis, panel), `${metric.label} against ${axis.key}`, () => responseOf(sweep, axis, 480, true)))));
   addTools(importance);
   stage.sweep = sweep;

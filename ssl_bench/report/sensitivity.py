@@ -108,7 +108,7 @@ def of_board(board: Board) -> dict | None:
     near = {key: _beside(key, levels) for key in keys}
     metrics = []
     for metric in tables.columns(board.rows):
-        if metric in ("n", "pretrainings") or ("loss" in metric and not same_losses(board.groups)):
+        if metric in tables.BESIDE or ("loss" in metric and not same_losses(board.groups)):
             continue
         means = [mean_std(group.values(metric) or [math.nan])[0] for group in board.groups]
         values = units.unit(metric).scale * np.array(means)
@@ -118,7 +118,9 @@ def of_board(board: Board) -> dict | None:
         of_known = {key: (mine[known], ranges) for key, (mine, ranges) in levels.items()}
         shares, notes = _shares(values[known], of_known, near)
         if (noise := _noise(board, metric)) is not None:
-            notes.append(f"Seeds alone make {100 * noise:.2g} % of the variance of the means.")
+            notes.append(
+                f"Seeds alone account for {100 * noise:.2g} % of the variance of the rows' means."
+            )
         metrics.append(
             {
                 "key": metric,
@@ -170,27 +172,29 @@ def _shares(
             continue
         notes = [f"in {said.levels} ranges"] if ranges else []
         if math.isnan(said.share):
-            notes.append("no value was tried twice")
+            notes.append("every value was tried only once")
         elif said.share <= said.chance:
-            notes.append("no more than by chance")
+            notes.append("not above chance")
         if near[key]:
-            notes.append(f"changes together with {', '.join(near[key][:2])}")
+            notes.append(f"varies together with {', '.join(near[key][:2])}")
         share = None if math.isnan(said.share) else round(said.share, 4)
         one = {"place": place, "share": share, "chance": round(said.chance, 4)}
         found.append((said.chance - (share or 0), place, one | {"note": "; ".join(notes)}))
     ordered = [one for _, _, one in sorted(found)]
     notes = []
     if len(results) < FEW:
-        notes.append(f"Of {len(results)} rows, a share is no more than a hint.")
+        notes.append(f"With only {len(results)} rows, importance is no more than a hint.")
     combinations = len(np.unique(np.stack(varied), axis=1).T)
     if combinations == len(results) == math.prod(len(np.unique(mine)) for mine in varied):
         rest = max(0.0, 1 - sum(said.share for said in all_keys))
         notes.append(
-            f"A complete grid: shares add up, and {100 * rest:.0f} % are left for what keys do "
-            "together, and for seeds."
+            f"The grid is complete, so shares add up: the remaining {100 * rest:.0f} % are due to "
+            "interactions between settings, and to seeds."
         )
     else:
-        notes.append("Not a complete grid: keys that change together share what they explain.")
+        notes.append(
+            "The grid is not complete: settings that vary together split what they explain."
+        )
     return ordered[:KEYS], notes
 
 

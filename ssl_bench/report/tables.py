@@ -21,10 +21,18 @@ from typing import Any
 
 from ssl_bench import files
 from ssl_bench.errors import UserError, unknown
-from ssl_bench.runs.units import PRETRAINING, UNITS, shown, unit
+from ssl_bench.runs import units
+from ssl_bench.runs.units import PRETRAINING, UNITS, is_result, shown, unit
 
-OWN_COSTS = ("hours", "images_per_second", "memory_gb")
+OWN_COSTS = ("hours", "images_per_second", "mfu", "memory_gb")
 COSTS = (*OWN_COSTS, f"{PRETRAINING}hours", f"{PRETRAINING}images_per_second")
+
+
+BESIDE = {
+    "n": "how many finished runs a row has that differ only in their seeds or, where several "
+    "pretrainings are evaluated, how many pretrainings.",
+    "pretrainings": "how many pretrainings the runs of a row evaluate.",
+}
 
 
 def width() -> int:
@@ -33,7 +41,9 @@ def width() -> int:
 
 
 def columns(rows: Sequence[dict]) -> list[str]:
-    """The columns of a table by default: the metrics that judge, other results, `n`, costs."""
+    """The columns of a table by default: the metrics that judge, `n`, other results, costs, and
+    last what is no result: diagnostics, and what only a method knows.
+    """
     metrics = (metric for row in rows for metric in row["values"] if row["values"][metric])
     known = list(dict.fromkeys(metrics))
     # beside results on val, those on the training images are of no interest
@@ -43,9 +53,12 @@ def columns(rows: Sequence[dict]) -> list[str]:
     known.sort(key=lambda metric: order.index(metric) if metric in order else len(order))
     judges = list(dict.fromkeys(row["metric"] for row in rows if row.get("metric") in known))
     own = [metric for metric in known if not metric.startswith(PRETRAINING)]
-    results = [metric for metric in own if metric not in (*judges, *COSTS)]
+    others = [metric for metric in own if metric not in (*judges, *COSTS)]
+    results = [metric for metric in others if is_result(metric)]
+    rest = [metric for metric in others if not is_result(metric)]
     several = ["pretrainings"] if any(row.get("pretrainings") for row in rows) else []
-    return [*judges, *results, "n", *several, *(metric for metric in COSTS if metric in known)]
+    costs = [metric for metric in COSTS if metric in known]
+    return [*judges, "n", *several, *results, *costs, *rest]
 
 
 def cell(row: dict, column: str) -> str:
@@ -58,7 +71,12 @@ def cell(row: dict, column: str) -> str:
 
 
 def heading(column: str) -> str:
-    return column if column in ("n", "pretrainings") else unit(column).label
+    return column if column in BESIDE else unit(column).label
+
+
+def about(column: str) -> str:
+    """What a column holds; "" where that isn't known."""
+    return BESIDE.get(column) or units.about(column)
 
 
 def table(rows: Sequence[dict], wanted: Sequence[str]) -> str:

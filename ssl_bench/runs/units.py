@@ -42,6 +42,50 @@ UNITS = {
     "grad_norm": Unit("gradient norm"),
     "data_wait": Unit("time spent waiting for data (%)", 100, ".1f"),
 }
+# What a metric is, which values are good, and who proposed it.
+WANG = "(Wang & Isola, arXiv:2005.10242)"
+ABOUT = {
+    "val_top1": "accuracy on the val split. Higher is better.",
+    "val_top5": "share of val images whose class is among the five most likely. Higher is better.",
+    "val_loss": "of the predictions on the val split. Lower is better.",
+    "val_ece": "how far confidence is from accuracy on the val split, on average over 15 bins. "
+    "Lower is better (Guo et al., arXiv:1706.04599).",
+    "holdout_top1": "accuracy on training images that were held out to choose settings. "
+    "Higher is better.",
+    "knn_top1": "accuracy on held-out training images by their nearest neighbours, measured during "
+    "pretraining. Higher is better.",
+    "probe_top1": "accuracy on held-out training images by a linear (ridge) classifier, measured "
+    "during pretraining. Higher is better.",
+    "loss": "training loss. Lower is better, but only between runs with the same method, "
+    "augmentation and batch size.",
+    "accuracy": "on training batches: of the classifier or, in contrastive pretraining, how often "
+    "the positive is picked. Higher is better.",
+    "embedding_std": "spread of the normalised embeddings: 1 if they are spread evenly, 0 if they "
+    "have collapsed. Higher is better (Chen & He, arXiv:2011.10566).",
+    "effective_rank": "RankMe of the embeddings: how many directions they use. Higher is better "
+    "(Garrido et al., arXiv:2210.02885).",
+    "lidar": "how many directions tell images apart better than they tell views of one image "
+    "apart. Higher is better (Thilak et al., arXiv:2312.04000).",
+    "alignment": f"mean squared distance between two views of an image. Lower is better {WANG}.",
+    "uniformity": f"how crowded the embeddings of different images are. Lower is better {WANG}.",
+    "features_rankme": "how many directions the backbone's features use. Higher is better "
+    "(Garrido et al., arXiv:2210.02885).",
+    "features_alpha_req": "exponent by which the eigenvalues of the features' covariance fall. "
+    "Nearer to 1 is better (Agrawal et al., NeurIPS 2022).",
+    "features_nesum": "sum of the eigenvalues of the features' covariance, divided by the largest. "
+    "Higher is better (He & Ozay, ICML 2022).",
+    "features_uniformity": f"how crowded the features of images are. Lower is better {WANG}.",
+    "hours": "time of training and of the evaluations during it, without packing images.",
+    "images_per_second": "training speed: the median of the log.",
+    "mfu": "model FLOPs utilization: share of the device's peak arithmetic that the model uses. "
+    "Higher is better (Chowdhery et al., arXiv:2204.02311).",
+    "memory_gb": "peak memory: allocated on the GPU or, on a CPU, used by the process.",
+    "data_wait": "share of the time that is spent waiting for images.",
+}
+# What is measured of features without labels: it helps to judge a run, and isn't its result.
+DIAGNOSTICS: tuple[str, ...] = ("embedding_std", "effective_rank", "lidar", "alignment")
+DIAGNOSTICS += ("uniformity", "features_rankme", "features_alpha_req", "features_nesum")
+DIAGNOSTICS += ("features_uniformity",)
 # What a line of a console says of a step, in this order, as far as its width allows.
 HEADLINE = (
     *("val_top1", "val_top5", "knn_top1", "probe_top1", "holdout_top1", "loss", "accuracy"),
@@ -70,6 +114,7 @@ NEITHER: tuple[str, ...] = (
     "data_wait",
 )
 NEITHER += ("features_alpha_req",)
+TOP = re.compile(r"top-?\d$")  # accuracies
 PRETRAINING = "pretraining_"  # prefix of the metrics of the pretraining that was evaluated
 
 
@@ -77,8 +122,21 @@ def unit(metric: str) -> Unit:
     if metric.startswith(PRETRAINING):
         own = unit(metric.removeprefix(PRETRAINING))
         return own._replace(label=f"pretraining {own.label}")
-    form = ".1f" if re.search(r"top-?\d$", metric) else ".4g"
+    form = ".1f" if TOP.search(metric) else ".4g"
     return UNITS.get(metric) or Unit(metric.replace("_", " "), form=form)
+
+
+def about(metric: str) -> str:
+    """What the metric is and which values are good; "" where that isn't known."""
+    own = metric.removeprefix(PRETRAINING)
+    said = ABOUT.get(own, "")
+    return f"of the pretraining: {said}" if said and own != metric else said
+
+
+def is_result(metric: str) -> bool:
+    """Is it about how well a task is done, rather than a diagnostic or a term of a method's own?"""
+    known = metric in UNITS or metric.startswith("val_") or bool(TOP.search(metric))
+    return known and metric not in DIAGNOSTICS
 
 
 def shown(metric: str, values: Sequence[float]) -> str:

@@ -1,5 +1,6 @@
 """Stage report: the results of runs as a page, a text and a file."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -79,6 +80,7 @@ def write(
         folder.mkdir(parents=True, exist_ok=True)
         candidates = choose(boards)
         shown = [examine(cfg, run, group) for group in candidates[:details]]
+        shown += [votes(group) for group in voting(boards)[:details]]
         title = " and ".join(map(str, paths)) if len(paths) < 4 else f"{len(paths)} folders of runs"
         notes = remarks(runs, len(candidates), details)
         html = page.render(title, runs, boards, shown, all_pictures(boards), notes)
@@ -103,19 +105,19 @@ def remarks(runs: list[Ran], candidates: int, details: int) -> list[str]:
     notes = []
     if unfinished := sum(ran.summary is None for ran in runs):
         count = f"{unfinished} of {len(runs)} runs"
-        notes.append(f"{count} are not finished: tables hold those that are.")
+        notes.append(f"{count} are not finished; tables contain only finished runs.")
     if said := grouping.left_out(runs):
         log.warning(said)
         notes.append(said)
-    what = "Confusion matrix, neighbours and feature map"
+    what = "confusion matrix, nearest neighbours or feature map"
     if not candidates:
-        notes.append(f"{what} are left out: no finished run here has a checkpoint.")
+        notes.append(f"There is no {what}, because no finished run here has a checkpoint.")
     elif not details:
-        notes.append(f"{what} are left out, as asked by stage.details=0.")
+        notes.append(f"There is no {what}, because of stage.details=0.")
     elif candidates > details:
         notes.append(
-            f"{what} are of the best {details} of {candidates}: "
-            f"stage.details={candidates} shows all."
+            "Confusion matrices, nearest neighbours and feature maps are shown for the best "
+            f"{details} of {candidates} rows; stage.details={candidates} shows them for all."
         )
     return notes
 
@@ -144,8 +146,8 @@ def write_markdown(title: str, boards: list[Board], runs: list[Ran]) -> str:
     """The text of results.md: leaderboards, differing settings, runs that aren't finished."""
     parts = [
         f"# {title}",
-        "Mean ± sample standard deviation (n - 1) over n seeds; "
-        "evaluations of one of several pretrainings are averaged first.",
+        "Mean ± sample standard deviation (n - 1) over n seeds. If several pretrainings were "
+        "evaluated more than once, the evaluations of each pretraining are averaged first.",
         *filter(None, [grouping.left_out(runs)]),
     ]
     parts += leaderboards(boards)
@@ -205,8 +207,8 @@ def examine(cfg: DictConfig, run: Run, group: Group) -> page.Detail:
         detail.split = labelled_split(data)
         source = open_source(cfg, run, data, detail.split, shown_to(group.finished[0]))
     except (ValueError, OSError) as error:
-        what = "predictions, neighbours and map are left out"
-        _leave_out(detail, f"{what}, since its data isn't here: {error}")
+        what = "no predictions, neighbours or map"
+        _leave_out(detail, f"{what}, because its images can't be read here: {error}")
         return detail
     split = data.split(detail.split)
     detail.labels, detail.classes = source.labels[source.rows], data.class_names
@@ -217,13 +219,38 @@ def examine(cfg: DictConfig, run: Run, group: Group) -> page.Detail:
         try:
             look(cfg, run, detail, ran, source)
         except (ValueError, OSError) as error:
-            _leave_out(detail, f"seed {ran.seed} in {ran.directory} is left out: {error}")
+            _leave_out(detail, f"seed {ran.seed}, {ran.directory}, can't be shown: {error}")
     return detail
 
 
 def _leave_out(detail: page.Detail, note: str) -> None:
     detail.notes.append(note)
     log.warning("%s: %s", detail.group.name, note)
+
+
+def voting(boards: list[Board]) -> list[Group]:
+    """The groups of runs that classify by neighbours and left how reliable that is, best first."""
+
+    def left(group: Group) -> bool:
+        return any((ran.directory / layout.RELIABILITY).exists() for ran in group.finished)
+
+    return [group for board in boards for group in board.groups if left(group)]
+
+
+def votes(group: Group) -> page.Detail:
+    """How reliable votes of neighbours are, as the runs have measured it."""
+    detail = page.Detail(group)
+    for ran in group.finished:
+        path = ran.directory / layout.RELIABILITY
+        if not path.exists():  # an older run
+            continue
+        try:
+            bins = calibration.loaded(files.parse(path, json.loads))
+        except ValueError as error:
+            _leave_out(detail, f"no calibration of seed {ran.seed}: {path}: {error}")
+        else:
+            detail.calibration[ran] = bins.numpy(), calibration.expected_error(bins)
+    return detail
 
 
 def look(cfg: DictConfig, run: Run, detail: page.Detail, ran: Ran, source: Source) -> None:
@@ -254,8 +281,8 @@ def look(cfg: DictConfig, run: Run, detail: page.Detail, ran: Ran, source: Sourc
     log.info("%s, seed %s: top-1 %.2f on %s", detail.group.name, ran.seed, top1, detail.split)
     if abs(top1 - ran.summary.get("val_top1", top1)) > TOLERANCE:
         detail.notes.append(
-            f"seed {ran.seed} has a top-1 of {top1:.2f} here, "
-            f"and had {ran.summary['val_top1']:.2f} when it ran: are these other images?"
+            f"seed {ran.seed} has a top-1 of {top1:.2f} on the images found here, but had "
+            f"{ran.summary['val_top1']:.2f} when it ran: are these the same images?"
         )
     detail.predictions[ran], detail.confidences[ran] = predicted.numpy(), confidence.numpy()
     bins = calibration.binned(probabilities, labels)

@@ -55,7 +55,7 @@ def test_a_training_appears_and_grows_while_the_page_is_open(browser, tmp_path: 
         browser.get_log("browser")
         browser.get(address)
         wait = ui.WebDriverWait(browser, 90, poll_frequency=0.2)
-        assert "No run is at or below" in texts(browser, "#notes .note")[0]
+        assert "There is no run in" in texts(browser, "#notes .note")[0]
         words = [*TINY_PRETRAIN, "epochs=40", "eval_every=1", f"dir={tmp_path}/runs/tiny"]
         training = subprocess.Popen([*start, *words], **pipes)
 
@@ -140,7 +140,7 @@ def test_a_broken_run_is_named_and_hides_no_other(tmp_path: Path) -> None:
     (pretrained(tmp_path / "bad").directory / "config.yaml").write_text("{")
     html = board.Watch([tmp_path], None).html()
     assert f"{tmp_path}/bad/config.yaml" in html
-    assert f"<code>{tmp_path}/good</code>" in html
+    assert f'title="{tmp_path}/good"' in html
 
 
 # -- who may ask for what --------------------------------------------------------------------------

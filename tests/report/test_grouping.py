@@ -234,7 +234,7 @@ def test_a_seed_counts_once(tmp_path: Path) -> None:
     }
     said = grouping.left_out(runs)
     assert said.endswith(
-        f"same configuration and seed counts: {tmp_path}/broken off, {tmp_path}/first."
+        f"by the newest of them. Not counted: {tmp_path}/broken off, {tmp_path}/first."
     )
     assert said in report.remarks(runs, 0, 3)
     assert said in report.write_markdown("a title", grouping.boards(runs), runs)
@@ -545,12 +545,20 @@ def test_columns_in_order_and_only_what_is_there(tmp_path: Path) -> None:
     classified(tmp_path / "l", 50.0, f"pretrained={tmp_path}/p")
     found = boards(tmp_path)
     costs = ["hours", "images_per_second"]
-    assert tables.columns(found["pretrain"].rows) == ["loss", "effective_rank", "n", *costs]
+    assert tables.columns(found["pretrain"].rows) == ["loss", "n", *costs, "effective_rank"]
     more = ["pretraining_hours", "pretraining_images_per_second"]
     assert tables.columns(found["lincls"].rows) == ["val_top1", "n", "pretrainings", *costs, *more]
     asked = tables.table(found["lincls"].rows, ["val_top1", "pretraining_effective_rank"])
     assert asked.splitlines()[0] == "|         | top-1 (%) | pretraining effective rank |"
     assert asked.splitlines()[2] == "| moco_v2 |      50.0 |                       20.0 |"
+
+
+@pytest.mark.parametrize("metric", [one for one in units.UNITS if units.has_direction(one)])
+def test_what_is_said_of_a_metric_is_how_it_is_judged(metric: str) -> None:
+    said = units.about(metric)
+    assert ("ower is better" in said) == units.smaller_is_better(metric)
+    assert ("igher is better" in said) == (not units.smaller_is_better(metric))
+    assert units.about(f"pretraining_{metric}") == f"of the pretraining: {said}"
 
 
 TEXT = "# Mine\n\n<!-- results: a.json{} -->\nold\n<!-- end of results -->\n\nrest\n"

@@ -15,7 +15,7 @@ import pytest
 from browsing import LAPTOP, served, texts, violations
 from commands import compose
 from conftest import TINY, TINY_PRETRAIN
-from made_runs import classified, pretrained
+from made_runs import classified, make_run, pretrained
 from PIL import Image
 
 from ssl_bench import files
@@ -70,6 +70,27 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+LONG = "learning_rates_and_weight_decays_of_the_classifier/base_lr-0.1-batch_size-128-epochs-200"
+
+
+@pytest.fixture(scope="module")
+def still(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds whose values hardly move from the first epoch to the second, in a deep folder."""
+    folder = tmp_path_factory.mktemp("still")
+    values = {"knn_top1": 69.13, "probe_top1": 0.0, "loss": 6.9, "lr": 3e-5, "grad_norm": 2e7}
+    values |= {key: -1.1 if "uniformity" in key else 20.3 for key in units.DIAGNOSTICS}
+    for seed in (0, 1):
+        lines = [
+            {"step": 40 * epoch, "epoch": epoch, "images_seen": 9_000 * epoch}
+            | {key: value * (1 + 1e-6 * epoch) for key, value in values.items()}
+            for epoch in (1, 2)
+        ]
+        words = ["stage=pretrain", "epochs=2", f"seed={seed}"]
+        make_run(folder / "sweeps" / LONG / LONG / f"seed{seed}", words, lines, values)
+    launch(compose("stage=report", f"runs={folder}"))
+    return folder
+
+
 def visible(browser, selector: str) -> list[str]:
     return browser.execute_script(
         "return [...document.querySelectorAll(arguments[0])].filter((one) => "
@@ -102,7 +123,13 @@ def test_the_files_say_what_the_runs_said(reported: Path) -> None:
     text = (reported / "results.md").read_text()
     shown = units.shown("val_top1", values["lincls", "moco_v2"]["val_top1"])
     assert f"| moco_v2     | {shown} |" in text
-    assert "| pretrained | moco_v2 | null        |" in text
+    differing = text.partition("## What differs: Linear")[2].splitlines()
+    heads, row = (
+        next([cell.strip() for cell in line.split("|")] for line in differing if begin in line)
+        for begin in ("| moco_v2 ", "| pretrained ")
+    )
+    said = dict(zip(heads, row, strict=True))
+    assert (said["moco_v2"], said["random init"]) == ("moco_v2", "null")
 
 
 def test_predictions_are_those_that_were_measured(runs: Path, opened) -> None:
@@ -113,14 +140,15 @@ def test_predictions_are_those_that_were_measured(runs: Path, opened) -> None:
         json.loads((runs / "moco" / f"seed{i}" / "summary.json").read_text())["val_top1"]
         for i in (0, 1)
     ]
-    shown = texts(opened, "#classes tbody td.bar:nth-of-type(2)")
+    place = texts(opened, "#classes thead th").index("moco_v2 (%)")
+    shown = texts(opened, f"#classes tbody td.bar:nth-of-type({place})")
     counts = np.array(texts(opened, "#classes tbody td:nth-of-type(1)"), dtype=float)
     assert counts.sum() == 500
     means = np.array([float(cell.split(" ± ")[0]) for cell in shown])
     assert (means * counts).sum() / 500 == pytest.approx(np.mean(measured), abs=0.1)
     diagonal = opened.execute_script(
-        "return [...document.querySelector('.confusion').querySelectorAll('td.right')].map((cell) "
-        "=> cell.title)"
+        "return [...document.querySelector('[aria-label=\"Confusion matrix of moco_v2\"]')"
+        ".querySelectorAll('td.right')].map((cell) => cell.title)"
     )
     assert [float(title.split(": ")[1].split()[0]) for title in diagonal] == pytest.approx(
         means, abs=0.11
@@ -287,11 +315,9 @@ def test_curves_are_the_metrics_with_a_band_over_the_seeds(reported: Path, opene
         tops = [one["val_top1"] for one in values]
         assert mean == pytest.approx(np.mean(tops), rel=1e-4)
         assert high - low == pytest.approx(2 * np.std(tops, ddof=1), abs=2e-2)
-    assert texts(opened, "#curves .legend button") == [
-        "moco_v2 n = 2",
-        "random init n = 2",
-        "moco_v2 n = 2",
-    ]
+    *evaluated, pretraining = texts(opened, "#curves .legend button")
+    assert sorted(evaluated) == ["moco_v2 n = 2", "random init n = 2"]
+    assert pretraining == "moco_v2 n = 2"
 
 
 def test_axes_and_smoothing(opened) -> None:
@@ -389,7 +415,7 @@ def test_tables_and_charts_can_be_downloaded(opened, tmp_path: Path) -> None:
     rows = list(csv.reader(table.open(newline="")))
     assert rows[0][:3] == ["name", "top\u20111 (%) mean", "top\u20111 (%) std"]
     shown = texts(opened, "#leaderboard tbody tr:first-child td:nth-child(2)")[0]
-    assert rows[1][0] == "moco_v2"
+    assert rows[1][0] == texts(opened, "#leaderboard tbody tr:first-child th")[0]
     assert " ± ".join(rows[1][1:3]) == shown
     for picture in tmp_path.glob("*.svg"):
         drawing = ElementTree.parse(picture).getroot()
@@ -435,6 +461,95 @@ def test_rows_are_pooled_by_a_key(browser, swept: Path) -> None:
     assert browser.get_log("browser") == []
 
 
+@pytest.mark.parametrize("width", [1440, 900, 400])
+def test_rows_of_runs_are_low_whatever_their_directory(browser, still: Path, width: int) -> None:
+    show(browser, still, (width, 900))
+    heights = browser.execute_script(
+        "return [...document.querySelectorAll('#runs tbody tr')].map((one) => one.clientHeight)"
+    )
+    assert max(heights) < 45
+    assert texts(browser, "#runs .place") == ["seed0", "seed1"]
+    assert texts(browser, "#runs p code") == [str(still / "sweeps" / LONG / LONG)]
+    table = browser.execute_script("return csvOf(document.querySelector('#runs table'))")
+    assert [row[-1] for row in csv.reader(table.splitlines())][1:] == [
+        str(still / "sweeps" / LONG / LONG / f"seed{seed}") for seed in (0, 1)
+    ]
+
+
+def test_curves_that_hardly_move_are_flat_and_their_ticks_differ(browser, still: Path) -> None:
+    """Of a chart as of the file made of it; two points have marks in both."""
+    show(browser, still)
+    browser.execute_script(
+        "for (const one of document.querySelectorAll('details')) one.open = true;"
+        "for (const one of document.querySelectorAll('figure.curve')) draw(one)"
+    )
+    charts = browser.execute_script("""
+        return [...shown].filter(([figure, { plot }]) => plot).map(([figure, chart]) => ({
+          key: chart.panel.key,
+          ticks: chart.plot.axes.map((axis) => axis._values.filter(Boolean)),
+          ys: chart.lines[0].rows.map((row) => chart.plot.valToPos(row[1], "y")),
+          height: chart.plot.bbox.height,
+          marked: chart.plot.series[1].points.show(chart.plot, 1),
+          file: picture(chart),
+        }))""")
+    assert len(charts) > len(units.DIAGNOSTICS)
+    for chart in charts:
+        for ticks in chart["ticks"]:
+            assert len(ticks) >= 2, chart["key"]
+            assert len(set(ticks)) == len(ticks), (chart["key"], ticks)
+        assert np.ptp(chart["ys"]) < chart["height"] / 10, chart["key"]
+        assert chart["marked"]
+        assert chart["file"].count("<circle") == 2
+
+
+def test_labels_of_an_axis(browser, still: Path) -> None:
+    """As many digits as tell neighbours apart, and no more; a value has two more than the ticks."""
+    show(browser, still)
+    for ticks, labels in (
+        ([69.13, 69.1301, 69.1302], ["69.1300", "69.1301", "69.1302"]),
+        ([0, 0.25, 0.5], ["0", "0.25", "0.50"]),
+        ([-2, -1, 0], ["-2", "-1", "0"]),
+        ([0, 5e6, 1e7], ["0", "5M", "10M"]),
+        ([1.2e9, 1.25e9, None], ["1.20B", "1.25B", ""]),
+        ([0, 2e-5, 4e-5], ["0", "2e-5", "4e-5"]),
+        ([1.5e-4, 2e-4], ["1.5e-4", "2.0e-4"]),
+        ([10000, 20000], ["10,000", "20,000"]),
+    ):
+        assert browser.execute_script("return labelsOf(arguments[0])", ticks) == labels
+    for value, ticks, label in (
+        (69.13, [20, 40, 60], "69.1"),
+        (69.13, [69.0, 69.5], "69.130"),
+        (5, [4.5, 5], "5.000"),
+        (1234.5, [0, 1000, 2000], "1,235"),
+        (3e-5, [0, 2e-5], "3e-5"),
+    ):
+        said = browser.execute_script("return between(arguments[0], arguments[1])", value, ticks)
+        assert said == label
+    for value, label in ((12_800_000, "12,800,000"), (0.00012345, "1.23e-4"), (40.0, "40")):
+        assert browser.execute_script("return number(arguments[0])", value) == label
+
+
+def test_columns_come_in_order_and_say_what_they_are(browser, still: Path) -> None:
+    """By the pointer, by the keyboard, and below the table; Escape hides a tip."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    show(browser, still)
+    heads = [head.replace("\u2011", "-") for head in texts(browser, "#leaderboard th[scope=col]")]
+    assert heads[:5] == ["name", "probe top-1 (%)", "n", "kNN top-1 (%)", "loss"]
+    assert heads[-len(units.DIAGNOSTICS) :] == [units.unit(key).label for key in units.DIAGNOSTICS]
+    buttons = browser.find_elements("css selector", "#leaderboard thead button[aria-describedby]")
+    assert len(buttons) == len(heads) - 1
+    tip = browser.find_element("css selector", "#tip")
+    browser.execute_script("arguments[0].focus()", buttons[-1])
+    assert tip.text == units.about(units.DIAGNOSTICS[-1])
+    browser.switch_to.active_element.send_keys(webdriver.Keys.ESCAPE)
+    assert not tip.is_displayed()
+    browser.execute_script("arguments[0].closest('.scroll').scrollLeft = 0", buttons[0])
+    webdriver.ActionChains(browser).move_to_element(buttons[0]).perform()
+    assert tip.text == units.about("probe_top1")
+    browser.find_element("css selector", "#columns summary").click()
+    assert len(visible(browser, "#columns dd")) == len(heads) - 1
+
+
 def test_settings_against_results(browser, swept: Path) -> None:
     """A line for each row, the key that decides first, and a click that ticks."""
     show(browser, swept)
@@ -447,7 +562,7 @@ def test_settings_against_results(browser, swept: Path) -> None:
     assert browser.execute_script(count, "#sweeps path.row") == 6
     assert browser.execute_script(count, "#sweeps circle.row") == 12
     (caption,) = texts(browser, "#sweeps .across figcaption small")
-    assert caption == "the best, drawn thick: 63.05 with base_lr 3, batch_size 128"
+    assert caption == "the thick line is the best: 63.05 with base_lr 3, batch_size 128"
     # the best and the worst end at the ends of the last axis
     ends = browser.execute_script(
         "return [...document.querySelectorAll('#sweeps path.row')].map("
@@ -492,7 +607,7 @@ def test_three_hundred_runs_open_within_the_limits(browser, tmp_path: Path) -> N
     for number in range(300):
         own = copy.deepcopy(config)
         own["optimizer"]["base_lr"] = 0.01 + number
-        keys = [*page.HEALTH, *page.TECHNICAL, "loss", "accuracy"]
+        keys = [*page.WHILE_IT_LEARNS, *units.DIAGNOSTICS, *page.TECHNICAL, "loss", "accuracy"]
         values = np.random.default_rng(number).random((300, len(keys))).tolist()
         lines = [
             {
@@ -577,11 +692,11 @@ def test_nothing_is_wider_than_the_window(browser, reported: Path, size: tuple[i
         "return [document.documentElement.scrollWidth, innerWidth]"
     )
     assert wide <= window
-    # nor is what has no spaces squeezed to a letter a line: 20 digits
+    # nor is what has no spaces squeezed to a letter a line
     (place,) = browser.execute_script(
-        "return [document.querySelector('#runs .place').getBoundingClientRect().width]"
+        "return [document.querySelector('#runs .place code').getClientRects().length]"
     )
-    assert place > 140
+    assert place == 1
 
 
 def test_a_name_pointed_at_is_seen_alone(opened) -> None:
@@ -596,7 +711,7 @@ def test_a_name_pointed_at_is_seen_alone(opened) -> None:
     opened.execute_script("draw(document.querySelector('figure.curve'))")
     button = opened.find_element("css selector", "#curves .legend button")
     button.send_keys("\n")  # a click by keyboard: kept
-    assert dim() == {"random init"}
+    assert dim() == {"random init", "moco_v2"} - {button.get_attribute("data-series")}
     assert button.get_attribute("aria-pressed") == "true"
     button.send_keys("\n")
     opened.execute_script("document.activeElement.blur()")
@@ -653,10 +768,12 @@ def test_errors_and_calibration_say_what_the_runs_said(reported: Path, opened) -
         json.loads((reported / "moco" / f"seed{i}" / "summary.json").read_text())["val_ece"]
         for i in (0, 1)
     ]
-    said = texts(opened, ".reliability small")[0]
+    said = texts(opened, ".reliability[data-name='moco_v2'] small")[0]
     assert said.startswith(f"error {units.shown('val_ece', errors)} %; mean confidence ")
     bins = json.loads(
-        opened.execute_script("return document.querySelector('.reliability').dataset.bins")
+        opened.execute_script(
+            "return document.querySelector(\".reliability[data-name='moco_v2']\").dataset.bins"
+        )
     )
     assert sum(bins[0]) == 2 * 500
     assert opened.execute_script("return document.querySelector('.reliability svg').ariaLabel")
@@ -671,6 +788,29 @@ def test_errors_and_calibration_say_what_the_runs_said(reported: Path, opened) -
         texts(opened, f"#wrong .gallery:first-of-type li {one}") for one in ("b", ".taken")
     )
     assert all(one != other for one, other in zip(true, taken, strict=True))
+
+
+def test_votes_of_neighbours_have_a_reliability_diagram(browser, tmp_path: Path) -> None:
+    """Of the bins that the runs left; a broken file is named, an older run has none."""
+    for seed, bins in enumerate(
+        (
+            {"images": [0] * 14 + [4], "confidence": [0] * 14 + [3.9], "right": [0] * 14 + [3]},
+            {"images": [4] + [0] * 14, "confidence": [0.2] + [0] * 14, "right": [1] + [0] * 14},
+            {"images": [1, 2]},
+            None,
+        )
+    ):
+        ran = classified(tmp_path / f"{seed}", 50.0, "stage=knn", f"seed={seed}")
+        if bins is not None:
+            (ran.directory / layout.RELIABILITY).write_text(json.dumps(bins))
+    launch(compose("stage=report", f"runs={tmp_path}"))
+    show(browser, tmp_path)
+    (caption,) = texts(browser, ".reliability figcaption")
+    assert caption.startswith("random init, votes of neighbourserror 21.2 ± 1.8 %; mean confidence")
+    assert caption.endswith("51.2 %, accuracy 50.0 %; 2 runs")
+    (note,) = texts(browser, ".note li")
+    assert "no calibration of seed 2" in note
+    assert browser.get_log("browser") == []
 
 
 def test_everything_has_a_name_for_those_who_cannot_see_it(opened) -> None:
@@ -728,7 +868,7 @@ def test_a_run_without_its_images_keeps_its_place(browser, runs: Path, tmp_path:
     launch(compose("stage=report", f"runs={tmp_path}"))
     show(browser, tmp_path)
     (note,) = texts(browser, ".note li")
-    assert "predictions, neighbours and map are left out, since its data isn't here: " in note
+    assert "no predictions, neighbours or map, because its images can't be read here: " in note
     assert f"{tmp_path}/gone" in note
     assert len(texts(browser, "#leaderboard tbody tr")) == 1
     assert browser.get_log("browser") == []
@@ -769,8 +909,8 @@ def test_runs_without_checkpoints(tmp_path: Path) -> None:
     launch(compose("stage=report", f"runs={tmp_path}"))
     html = (tmp_path / "report.html").read_text()
     assert (
-        "Confusion matrix, neighbours and feature map are left out: "
-        "no finished run here has a checkpoint." in html
+        "There is no confusion matrix, nearest neighbours or feature map, "
+        "because no finished run here has a checkpoint." in html
     )
     assert "1 of 2 runs are not finished" in html
     assert "## Not finished" in (tmp_path / "results.md").read_text()
@@ -784,7 +924,7 @@ def test_other_images_than_the_run_saw_are_noticed(runs: Path, tmp_path: Path) -
     )
     files.seal(tmp_path / "run", files.sums_of(tmp_path / "run", layout.own(tmp_path / "run")))
     launch(compose("stage=report", f"runs={tmp_path}/run"))
-    assert "are these other images?" in (tmp_path / "run" / "report.html").read_text()
+    assert "are these the same images?" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_names_are_text_and_never_markup(browser, tmp_path: Path) -> None:
@@ -834,6 +974,19 @@ def test_a_confusion_matrix_of_many_classes_is_a_picture_with_its_largest_errors
     assert many["picture"].startswith("data:image/webp")
     assert len(many["pairs"]) == page.PAIRS
     assert all(int(pair["predicted"]) == (int(pair["true"]) + 1) % 800 for pair in many["pairs"])
+
+
+def test_neighbours_are_named_where_classes_have_names(opened) -> None:
+    one = detail(3, 9)
+    one.classes = ["ant", "bee", "cat"]
+    for row in page._neighbours(one)["rows"]:
+        assert {tile["class"] for tile in row} in ({"ant"}, {"bee"}, {"cat"})
+    assert {tile["class"] for tile in page._neighbours(detail(3, 9))["rows"][0]} == {"0"}
+    rows = texts(opened, "#neighbours figure:first-of-type .tiles > div:first-child small")
+    assert rows[0] == "0"
+    assert len(rows) == page.NEIGHBOURS + 1
+    one.labels = np.full(27, -1)
+    assert {tile["class"] for tile in page._neighbours(one)["rows"][0]} == {""}
 
 
 def test_neighbours_are_of_the_same_class_where_features_tell_it() -> None:

@@ -72,9 +72,11 @@ def test_what_is_said_of_a_sweep(tmp_path: Path) -> None:
     assert (metric["key"], metric["least"]) == ("val_top1", False)
     assert keys == ["optimizer.base_lr", "batch_size"]
     assert metric["shares"][0]["share"] > 0.99
-    assert "Of 6 rows, a share is no more than a hint." in metric["notes"]
-    assert metric["notes"][1].startswith("A complete grid: shares add up, and 0 % are left")
-    assert metric["notes"][2].startswith("Seeds alone make 0.0")
+    assert "With only 6 rows, importance is no more than a hint." in metric["notes"]
+    assert metric["notes"][1].startswith(
+        "The grid is complete, so shares add up: the remaining 0 %"
+    )
+    assert metric["notes"][2].startswith("Seeds alone account for 0.0")
     assert metric["means"][0] == pytest.approx(62.25)
 
 
