@@ -172,6 +172,7 @@ const explain = ({ target, type }) => {
   if (!button) return;
   tip.hidden = !/over|in$/.test(type);
   if (tip.hidden) return;
+  explain.of = button;
   tip.ariaLive = "off"; // a screen reader says it as the button's description
   thumb.className = "";
   thumb.removeAttribute("style");
@@ -297,6 +298,20 @@ const spanOf = (least, most) => {
   const room = (Math.max(Math.abs(least), Math.abs(most)) * FLAT - (most - least)) / 2;
   return room > 0 ? [least - room, most + room] : uPlot.rangeNum(least, most, 0.1, true);
 };
+// Logarithmic axes: powers of ten, with 2 and 5 where these are few; within less than one, as on a linear axis.
+const logSpanOf = (least, most) => {
+  const room = Math.exp(Math.max(Math.log(most / least) * 0.05, FLAT / 2));
+  return [least / room, most * room];
+};
+const logTicks = (least, most) => {
+  if (most / least < 10) return niceTicks(least, most, 5);
+  const [first, last] = [Math.floor(Math.log10(least)), Math.floor(Math.log10(most))];
+  const every = Math.ceil((last - first) / 8), within = most / least < 200 ? [1, 2, 5] : [1];
+  const found = [];
+  for (let power = first; power <= last; power += every) for (const one of within) found.push(Number(`${one}e${power}`));
+  return found.filter((tick) => tick >= least && tick <= most);
+};
+const logLabels = (ticks) => (ticks.at(-1) / ticks[0] < 10 ? labelsOf(ticks) : ticks.map((tick) => labelsOf([tick])[0]));
 const probe = make("span", { hidden: true });
 document.body.append(probe);
 const colour = (variable) => { // as a canvas and a file need it
@@ -365,17 +380,18 @@ const draw = (figure) => {
   }
   const axis = { stroke: colour("--quiet"), font: "12px system-ui, sans-serif", grid: { stroke: colour("--grid"), width: 1 }, ticks: { show: false } };
   const [logx, logy] = [setting("logx"), setting("logy")];
-  const values = (log) => (_, ticks) => (log ? ticks.map((tick) => labelsOf([tick])[0]) : labelsOf(ticks));
-  const filter = (self, splits) => { // on a logarithmic axis: powers of ten, and 2 and 5 where these are few
-    const wanted = splits.at(-1) / splits[0] < 200 ? [1, 2, 5] : [1];
-    return splits.map((split) => (wanted.some((one) => Math.abs(split / 10 ** Math.floor(Math.log10(split) + 1e-9) - one) < 1e-6) ? split : null));
-  };
+  const values = (log) => (_, ticks) => (log ? logLabels(ticks) : labelsOf(ticks));
+  const splits = (_, __, least, most) => logTicks(least, most);
   chart.plot = new uPlot({
     width: place.clientWidth || 380, height: 230, series, bands,
-    scales: { x: { time: false, distr: logx ? 3 : 1 }, y: logy ? { distr: 3 } : { range: (_, least, most) => (least === null ? [0, 1] : spanOf(least, most)) } },
+    scales: {
+      x: { time: false, ...(logx && { distr: 3, range: (_, least, most) => (least === null ? [1, 10] : [least, most]) }) },
+      y: logy ? { distr: 3, range: (_, least, most) => (least === null ? [1, 10] : logSpanOf(least, most)) }
+        : { range: (_, least, most) => (least === null ? [0, 1] : spanOf(least, most)) },
+    },
     axes: [
-      { ...axis, values: values(logx), size: 34, ...(logx && { filter }) },
-      { ...axis, values: values(logy), size: (self, texts) => 14 + 6.6 * Math.max(3, ...(texts ?? []).map((one) => one.length)), ...(logy && { filter }) },
+      { ...axis, values: values(logx), size: 34, ...(logx && { splits }) },
+      { ...axis, values: values(logy), size: (self, texts) => 14 + 6.6 * Math.max(3, ...(texts ?? []).map((one) => one.length)), ...(logy && { splits }) },
     ],
     legend: { show: false },
     cursor: { y: false, points: { show: false }, sync: { key: `curves-${board.id}` }, drag: { x: true, y: false } },
@@ -412,7 +428,7 @@ new ResizeObserver(() => {
   }
 }).observe(document.getElementById("main"));
 
-const KINDS = { results: "", health: "Health of the features", technical: "Learning rate, gradients, speed, memory" };
+const KINDS = { results: "", health: "Health of the features", technical: "Learning rate, gradients, speed, memory and the like" };
 const figureOf = (board, panel) => {
   const figure = make("figure", { className: "panel curve" },
     make("figcaption", {}, panel.title, ...(panel.note ? [make("small", {}, panel.note)] : [])),
@@ -700,21 +716,29 @@ for (const map of document.querySelectorAll(".map")) {
     map.classList.remove("focus");
     for (const one of map.querySelectorAll(".own")) one.classList.remove("own");
   };
-  map.addEventListener("pointerover", (event) => {
+  const points = all("circle", map).sort((a, b) => a.getAttribute("cx") - b.getAttribute("cx"));
+  const show = (point, left, top) => {
     clear();
-    const point = event.target;
-    if (point.tagName !== "circle") return;
     const place = Number(point.dataset.place);
     thumb.className = `thumb sheet${sheet}`;
     thumb.style.cssText = `width:${size}px; height:${size}px; zoom:2; background-position:-${(place % columns) * size}px -${Math.floor(place / columns) * size}px`;
     text.textContent = point.dataset.name;
     tip.hidden = false;
-    tip.style.left = `${Math.min(event.clientX + 14, innerWidth - 130)}px`;
-    tip.style.top = `${Math.min(event.clientY + 14, innerHeight - 140)}px`;
+    tip.style.left = `${Math.min(left + 14, innerWidth - 130)}px`;
+    tip.style.top = `${Math.min(top + 14, innerHeight - 140)}px`;
     for (const one of [point, point.parentNode]) one.classList.add("own");
     map.classList.add("focus");
+  };
+  map.addEventListener("pointerover", ({ target, clientX, clientY }) => (target.tagName === "circle" ? show(target, clientX, clientY) : clear()));
+  for (const event of ["pointerleave", "blur"]) map.addEventListener(event, clear);
+  map.addEventListener("keydown", (event) => { // from left to right
+    const step = { ArrowLeft: -1, ArrowRight: 1, Home: -1e9, End: 1e9 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    const now = points.findIndex((one) => one.classList.contains("own"));
+    const next = points[Math.min(Math.max(now + step, 0), points.length - 1)], { right, bottom } = next.getBoundingClientRect();
+    show(next, right, bottom);
   });
-  map.addEventListener("pointerleave", clear);
   zoomable(map);
 }
 
@@ -736,6 +760,7 @@ const renew = (name, html) => { // a section as it is now, with its focus and it
   for (const one of all("details", place)) one.open = open.includes(one.id);
   addTools(place);
   all(".scroll", place).forEach((one, i) => { [one.scrollLeft, one.scrollTop] = scrolled[i] ?? [0, 0]; });
+  if (explain.of && !explain.of.isConnected) { tip.hidden = true; explain.of = null; } // what it was about is gone
   if (focused >= 0) able()[focused]?.focus({ preventScroll: true });
 };
 const merge = (news) => {

@@ -35,7 +35,8 @@ LEARNT = {
     "reconstruction": "how masked patches are reconstructed",
 }
 WHILE_IT_LEARNS = ("knn_top1", "probe_top1")  # results of a pretraining, before all others
-TECHNICAL = ("lr", "grad_norm", "images_per_second", "mfu", "data_wait", "memory_gb")
+TECHNICAL: tuple[str, ...] = ("lr", "grad_norm", "images_per_second", "mfu", "data_wait")
+TECHNICAL += ("memory_gb", "k", "temperature")  # the last two as the exam of `knn` chose them
 QUERIES = 8  # images whose neighbours are shown
 NEIGHBOURS = 8
 MAP_IMAGES = 1000  # points of a map

@@ -529,6 +529,31 @@ def test_labels_of_an_axis(browser, still: Path) -> None:
         assert browser.execute_script("return number(arguments[0])", value) == label
 
 
+def test_logarithmic_axes_have_labels_whatever_they_span(browser, still: Path) -> None:
+    show(browser, still)
+    for least, most, labels in (
+        (69.1, 72.3, ["70", "71", "72"]),
+        (3.0, 7.0, ["3", "4", "5", "6", "7"]),
+        (0.9, 130, ["1", "2", "5", "10", "20", "50", "100"]),
+        (5e-4, 3e3, ["0.001", "0.01", "0.1", "1", "10", "100", "1,000"]),
+        (1e-20, 1, ["1e-20", "1e-17", "1e-14", "1e-11", "1e-8", "1e-5", "0.01"]),
+    ):
+        said = browser.execute_script(
+            "return logLabels(logTicks(arguments[0], arguments[1]))", least, most
+        )
+        assert said == labels
+    browser.execute_script("""
+        for (const one of ["logx", "logy"]) controls.elements[one].checked = true;
+        for (const one of document.querySelectorAll("figure.curve")) draw(one)""")
+    every = browser.execute_script("""
+        return [...shown.values()].filter(({ plot }) => plot)
+          .flatMap(({ plot }) => plot.axes.map((axis) => axis._values))""")
+    assert len(every) > 8
+    for ticks in every:
+        assert len(ticks) == len(set(ticks)) >= 2
+    assert browser.get_log("browser") == []
+
+
 def test_columns_come_in_order_and_say_what_they_are(browser, still: Path) -> None:
     """By the pointer, by the keyboard, and below the table; Escape hides a tip."""
     webdriver = pytest.importorskip("selenium.webdriver")
@@ -685,9 +710,12 @@ def test_a_button_changes_light_and_dark(opened) -> None:
     assert before == ground() != after
 
 
-@pytest.mark.parametrize("size", [LAPTOP, (1024, 700), (600, 900)])
+@pytest.mark.parametrize("size", [LAPTOP, (1024, 700), (600, 900), (400, 900)])
 def test_nothing_is_wider_than_the_window(browser, reported: Path, size: tuple[int, int]) -> None:
     show(browser, reported, size)
+    browser.execute_script("""
+        by.append(make("option", {}, "pretrained.augmentation.".repeat(5)));
+        by.closest("label").hidden = false""")
     wide, window = browser.execute_script(
         "return [document.documentElement.scrollWidth, innerWidth]"
     )
@@ -728,6 +756,27 @@ def test_a_point_of_the_map_shows_its_picture(opened) -> None:
     picture = tip.find_element("css selector", ".thumb").value_of_css_property("background-image")
     assert picture.startswith('url("data:image/webp')
     assert len(opened.find_elements("css selector", ".map g.own")) == 1
+
+
+def test_a_map_is_read_by_keyboard(opened) -> None:
+    """Its points from left to right."""
+    keys = pytest.importorskip("selenium.webdriver").Keys
+    plot = opened.find_element("css selector", ".map")
+    places = []
+    for key in (keys.ARROW_RIGHT, keys.ARROW_RIGHT, keys.END):
+        plot.send_keys(key)
+        assert opened.find_element("css selector", "#tip").is_displayed()
+        (own,) = opened.find_elements("css selector", ".map circle.own")
+        assert texts(opened, "#tip .text") == [own.get_attribute("data-name")]
+        places.append(float(own.get_attribute("cx")))
+    every = opened.execute_script(
+        "return [...arguments[0].querySelectorAll('circle')].map("
+        "(one) => Number(one.getAttribute('cx')))",
+        plot,
+    )
+    assert places == [*sorted(every)[:2], max(every)]
+    opened.execute_script("document.activeElement.blur()")
+    assert not opened.find_element("css selector", "#tip").is_displayed()
 
 
 def test_a_map_is_zoomed(opened) -> None:
