@@ -237,9 +237,11 @@ def charts(boards: Sequence[Board], known: dict[tuple, dict] | None = None) -> d
     known = {} if known is None else known
     before = dict(known)
     known.clear()
-    count = sum(len(group.runs) for board in boards for group in board.groups)
-    count += sum(len(one.board.groups) for board in boards for one in board.pooled)
-    points = curves.points_for(12 * count)  # a run logs some twelve values
+    count = 0
+    for board in boards:
+        pooled = sum(len(one.board.groups) for one in board.pooled)
+        count += (len(board.groups) + pooled) * len(_logged(board))
+    points = curves.points_for(count)
 
     def drawn(board: Board, group: Group, words: Iterable[str]) -> dict:
         key = (points, *((ran, ran.source) for ran in group.runs))
@@ -297,12 +299,15 @@ def every_group(board: dict) -> Iterator[tuple[tuple[str, str, str], dict]]:
             yield (board["id"], key, group["name"]), group
 
 
+def _logged(board: Board) -> set[str]:
+    """What the runs of a stage log."""
+    lines = (line for group in board.groups for ran in group.runs for line in ran.lines)
+    return {key for line in lines for key in line} - set(curves.BESIDE)
+
+
 def _panels(board: Board) -> list[dict]:
     """The charts of a stage: results, its metric first, health, and technical values."""
-    keys = {
-        key for group in board.groups for ran in group.runs for line in ran.lines for key in line
-    }
-    keys -= set(curves.BESIDE)
+    keys = _logged(board)
     order = [board.metric, *units.UNITS]
 
     def place(key: str) -> tuple[int, str]:
