@@ -8,6 +8,7 @@ import select
 import signal
 import sys
 import traceback
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -26,7 +27,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ssl_bench import __version__, doctor
-from ssl_bench.config import build, messages, typed
+from ssl_bench.config import build, manual, messages, typed
 from ssl_bench.errors import FULL, Interrupted, UserError
 from ssl_bench.launch import resolvers
 from ssl_bench.launch.composing import Composer, without_hydra
@@ -273,15 +274,18 @@ def execute(words: Sequence[str]) -> Result | None:
         words = ["experiment=quickstart"]
     if mistaken := _no_option(words) or messages.no_name(words):
         fail(UserError(mistaken))
+    parser = get_args_parser()
+    # one line in place of argparse's page of usage
+    parser.error = lambda message: fail(UserError(f"{message}; ssl-bench --help shows all"))
     try:
+        if told := _page(parser.parse_args(_options_first(words))):
+            print(told)
+            return None
         words = with_members(with_choices(words))
     except UserError as error:
         fail(error)
     words = [HOME.sub(r'\1="\2"', LIST.sub(r"\1=[\2]", word)) for word in words]
     sys.argv[1:] = _options_first(words)
-    parser = get_args_parser()
-    # one line in place of argparse's page of usage
-    parser.error = lambda message: fail(UserError(f"{message}; ssl-bench --help shows all"))
     typed_words = parser.parse_args()
     if typed_words.cfg and any(word.startswith("continue_from=") for word in typed_words.overrides):
         print(
@@ -312,6 +316,14 @@ def execute(words: Sequence[str]) -> Result | None:
             )
         )
     return _results.pop() if _results else None
+
+
+def _page(typed_words: Namespace) -> str:
+    """What --help says of the choices and keys that stand beside it; "": it isn't asked."""
+    if not typed_words.help:
+        return ""
+    folder = typed_words.config_dir
+    return manual.page(typed_words.overrides, Path(folder) if folder else None)
 
 
 def _is_hydras(error: Exception) -> bool:
@@ -357,7 +369,7 @@ def _no_option(words: Sequence[str]) -> str:
     return ""
 
 
-def _options_first(words: list[str]) -> list[str]:
+def _options_first(words: Sequence[str]) -> list[str]:
     """The words with options before overrides, as argparse wants them.
 
     -m is left out beside --cfg: Hydra takes only one of the two.

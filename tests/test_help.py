@@ -1,10 +1,15 @@
-"""`ssl-bench --help` fits a screen; the shell completes our choices."""
+"""`ssl-bench --help` fits a screen, and says of a choice what it has; the shell completes them."""
 
 import re
+from pathlib import Path
 
 import pytest
-from commands import CHOICES
+from commands import CHOICES, CONF, complaint
 from conftest import Command
+
+from ssl_bench.config import comments, manual
+
+METHODS = [(group, choice) for group, choice in CHOICES if group == "method"]
 
 
 def test_help_fits_a_screen(ssl_bench: Command) -> None:
@@ -17,6 +22,50 @@ def test_help_fits_a_screen(ssl_bench: Command) -> None:
             assert choice in re.split(r"\W+", row[1])
     assert text.count("stage=") > 2
     assert "docs/" in page[-1]
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_has_a_page_of_its_own(group: str, choice: str) -> None:
+    page = manual.page([f"{group}={choice}"], None)
+    for line in page.splitlines():
+        assert len(line) <= 80 or len(line.strip(" \\").split()) == 1
+    text = (CONF / group / f"{choice}.yaml").read_text()
+    node, own, _ = comments.node_of(group, text)
+    keys = {key.path.partition(".")[0] for key in own} - {"name", "_target_"}
+    assert keys == node.keys() - {"name", "_target_"}
+    said = " ".join(page.split())
+    for key in own:
+        if key.path in ("name", "_target_"):
+            continue
+        assert re.search(rf"(^| ){re.escape(f'{group}.{key.path}=')}", said), key
+        assert " ".join(key.comment.split()) in said
+    assert f"ssl-bench {group}={choice} --cfg job" in page
+    assert "--help" in page
+    assert "docs/reference/" in page
+
+
+def test_help_beside_choices_and_keys(ssl_bench: Command, tmp_path: Path) -> None:
+    page = ssl_bench("stage=lincls", "--help", "backbone=resnet18", check=True).stdout
+    assert "stage.labels_per_class=null  train on this many labelled images" in page
+    assert "metric=val_top1" in page
+    assert "augmentation=lincls, optimizer=lincls, schedule=step" in page
+    assert "backbone.width=64" in page
+    assert "It reads, of the other keys, augmentation, backbone, batch_size," in page
+    both = ssl_bench("-m", "method=moco_v2,dino", "-h", check=True).stdout
+    assert "method.queue_size=65536" in both
+    assert "method.center_momentum=0.9" in both
+    key = ssl_bench("save_every=", "--help", check=True).stdout
+    assert key.startswith("save_every=1000  steps between checkpoints")
+    listed = ssl_bench("method=", "--help", check=True).stdout
+    assert all(f"\nmethod={choice}  " in f"\n{listed}" for _, choice in METHODS)
+    wrong = complaint(ssl_bench("stage=linclss", "--help"))
+    assert wrong.startswith("stage=linclss: no such choice; did you mean stage=lincls?")
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "mine.yaml").write_text(
+        "# My method.\nname: mine\n_target_: ssl_bench.methods.simclr.SimCLR\ndim: 8  # mine\n"
+    )
+    own = ssl_bench(f"--config-dir={tmp_path}", "method=mine", "--help", check=True).stdout
+    assert own.startswith("method=mine\nMy method.\n\nmethod.dim=8  mine\n+method.hidden_dim=")
 
 
 @pytest.mark.parametrize(
