@@ -72,7 +72,7 @@ def state_bytes(config: Mapping[str, Any]) -> tuple[int, int] | None:
     if config["stage"]["name"] not in ("pretrain", "pipeline") or keep == "all":
         return None
     try:
-        with torch.device("meta"):
+        with weights.on_paper():
             backbone = build.construct(weights.unfilled(config["backbone"]))
             given = build.wanted(config["method"], batch_size=lambda: config["batch_size"])
             model = build.construct(config["method"], backbone=backbone, **given)

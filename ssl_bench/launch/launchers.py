@@ -529,16 +529,23 @@ def _refuse_free(job_overrides: Sequence[Sequence[str]], members: Sequence["Memb
 def _check_starts(todo: Sequence["Member"], members: Sequence["Member"]) -> None:
     """UserError, before any of `todo` starts, for what each of them would find out by itself.
 
-    That is missing weights, unless one of `members` leaves them, and a batch that its processes, of
-    which a launcher knows the number, can't share as its method wants.
+    That is missing weights, unless one of `members` leaves them, a batch that its processes, of
+    which a launcher knows the number, can't share as its method wants, and images that are too few.
     """
     from ssl_bench.config import build
     from ssl_bench.errors import UserError
     from ssl_bench.runs import identity, published
 
     made, lines = {Path(identity.real(str(one.directory))) for one in members}, []
+    known: dict[str, Any] = {}  # of the images that members share
     for member in todo:
         lines += build.indivisible(member.config)
+        stage: Any = build.locate(member.config["stage"]["_target_"], "stage")
+        if hasattr(stage, "check_images") and not member.has_state:
+            try:
+                stage.check_images(build.literal(member.config), known)
+            except UserError as error:
+                lines.append(str(error))
         teacher = identity.node(member.config, "method").get("teacher")
         named = {"pretrained": member.config["pretrained"], "method.teacher": teacher}
         for key, source in named.items():

@@ -50,7 +50,7 @@ class Method(nn.Module):
     def check(self, num_images: int, local_batch: int) -> None:
         """UserError if it can't learn from so many images, or in such batches on each process.
 
-        Called before any image is read.
+        Called before any image is read, and for the members of a sweep before any starts.
         """
 
     def prepare(self, batches: Iterator[tuple[list[Tensor], Tensor]]) -> None:

@@ -35,11 +35,11 @@ def info_nce_logits(query: Tensor, key: Tensor, queue: Tensor, temperature: floa
 
 
 def split_(backbone: nn.Module, bn_splits: int | None, batch_size: int | None) -> int:
-    """Split the batch norm of a backbone, in place. Returns the number of parts, and logs it.
+    """Split the batch norm of a backbone, in place. Returns the number of parts.
 
     bn_splits=None: by `splits.resolve`, or 1 if there is no batch norm, or one that does more and
-    can't be split. UserError if bn_splits asks to split such a one. Warns if the parts aren't the
-    authors' and nobody chose them.
+    can't be split. UserError if bn_splits asks to split such a one. Says if the parts aren't the
+    authors', and warns if nobody chose them.
     """
     processes = distributed.world_size()
     taken = splits.resolve(bn_splits, processes, batch_size)
@@ -49,10 +49,9 @@ def split_(backbone: nn.Module, bn_splits: int | None, batch_size: int | None) -
         taken = 1
     if taken > 1:
         layers.split_batch_norm_(backbone, taken)
-    if kinds and distributed.rank() == 0:
-        parts = taken * processes
-        expected = parts == splits.GPUS or (bn_splits and parts > 1)
-        level = logging.INFO if expected else logging.WARNING
+    parts = taken * processes
+    if kinds and parts != splits.GPUS and distributed.rank() == 0:
+        level = logging.INFO if bn_splits and parts > 1 else logging.WARNING
         said = f"in {parts} shuffled parts; the authors had {splits.GPUS}"
         if parts == 1:
             said = "whole, not shuffled: its statistics may give the positive away"

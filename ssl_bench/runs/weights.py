@@ -8,7 +8,9 @@ torchvision's and timm's.
 """
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -184,6 +186,18 @@ def unfilled(node: Mapping) -> dict:
     """The node of a backbone that a file will fill, without the weights that timm would fetch."""
     plain = {key: node[key] for key in node}
     return plain | {"pretrained": None} if "pretrained" in plain else plain
+
+
+@contextmanager
+def on_paper() -> Iterator[None]:
+    """Networks made within it have shapes and no values, and what they say isn't logged."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def fitting(content: object) -> str:

@@ -136,8 +136,24 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+_imagined: int | None = None
+
+
 def world_size() -> int:
+    if _imagined is not None:
+        return _imagined
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def as_if(processes: int) -> Iterator[None]:
+    """Within it `world_size` is this, for what is asked of a run before its processes start."""
+    global _imagined
+    _imagined = processes
+    try:
+        yield
+    finally:
+        _imagined = None
 
 
 @torch.no_grad()

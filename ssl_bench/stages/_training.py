@@ -48,11 +48,7 @@ def check_batch(cfg: DictConfig, num_images: int) -> int:
     check_tracking(cfg)
     if cfg.dir is None:
         raise UserError("dir=null: training needs a directory; type dir=... or leave it out")
-    if cfg.batch_size > num_images:
-        raise UserError(
-            f"batch_size={cfg.batch_size} is larger than the dataset ({num_images:,} "
-            f"training images): choose at most batch_size={num_images}"
-        )
+    check_fills(cfg, num_images)
     processes = distributed.world_size()
     if cfg.batch_size % processes:
         raise UserError(
@@ -60,6 +56,15 @@ def check_batch(cfg: DictConfig, num_images: int) -> int:
             f"and can't be divided among {processes} processes"
         )
     return cfg.batch_size // processes
+
+
+def check_fills(cfg: DictConfig, num_images: int) -> None:
+    """UserError for fewer images than a batch has."""
+    if cfg.batch_size > num_images:
+        raise UserError(
+            f"batch_size={cfg.batch_size} is larger than the dataset ({num_images:,} "
+            f"training images): choose at most batch_size={num_images}"
+        )
 
 
 def check_parts(cfg: DictConfig, model: Method, local_batch: int) -> None:

@@ -13,7 +13,7 @@ from ssl_bench.methods.base import digest
 from ssl_bench.methods.finetune import FineTune
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
-from ssl_bench.stages import PRETRAINED, TRAINING, _labels
+from ssl_bench.stages import PRETRAINED, TRAINING, _images, _labels
 from ssl_bench.stages._pretrained import load_pretrained
 from ssl_bench.stages._training import (
     check_batch,
@@ -32,6 +32,7 @@ READS = (*TRAINING, *PRETRAINED, "sync_batch_norm")
 IDLE = {"pretrained=null": ("pretrained_prefix",)}
 
 
+@_images.counted
 def finetune(
     cfg: DictConfig,
     run: Run,

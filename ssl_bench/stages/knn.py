@@ -24,7 +24,7 @@ from ssl_bench.evaluate.readout import read_out_
 from ssl_bench.runs import layout
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
-from ssl_bench.stages import IMAGES, LOOK, PRETRAINED, RUN
+from ssl_bench.stages import IMAGES, LOOK, PRETRAINED, RUN, _images
 from ssl_bench.stages._labels import check_unseen
 from ssl_bench.stages._lincls_grid import check_holdout
 from ssl_bench.stages._pretrained import check_directory, load_pretrained, log_result
@@ -46,6 +46,7 @@ READS = (*RUN, *IMAGES, *LOOK, "devices", "data", "backbone", *PRETRAINED)
 IDLE = {"pretrained=null": ("pretrained_prefix",)}
 
 
+@_images.counted
 def knn(
     cfg: DictConfig,
     run: Run,

@@ -18,7 +18,7 @@ from ssl_bench.methods.base import digest
 from ssl_bench.methods.probe import LinearGrid, LinearProbe
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
-from ssl_bench.stages import PRETRAINED, TRAINING, _labels
+from ssl_bench.stages import PRETRAINED, TRAINING, _images, _labels
 from ssl_bench.stages._lincls_grid import (
     GridOptions,
     check_holdout,
@@ -51,6 +51,7 @@ READS = (*TRAINING, *PRETRAINED)
 IDLE = {"pretrained=null": ("pretrained_prefix",)}
 
 
+@_images.counted
 def lincls(
     cfg: DictConfig,
     run: Run,

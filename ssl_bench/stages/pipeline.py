@@ -1,12 +1,12 @@
 """Stage pipeline: pretrain, evaluate the features beside those of baselines, and show both."""
 
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -14,18 +14,25 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import NonNegativeInt
 
 from ssl_bench.config import build, typed
-from ssl_bench.data.formats.base import Dataset
 from ssl_bench.errors import UserError
 from ssl_bench.evaluate.features import extract_all
-from ssl_bench.evaluate.labels import hold_out, labelled
 from ssl_bench.launch.process import launch
 from ssl_bench.report import figure
 from ssl_bench.runs import identity, layout, published, units, weights
 from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.run import Run
 from ssl_bench.runtime import distributed
-from ssl_bench.stages import EVERY, PARTED, PRETRAINING, RECIPE, WATCHED, _labels, single_process
-from ssl_bench.stages._training import check_batch, make_test_view, on_device, open_source
+from ssl_bench.stages import (
+    EVERY,
+    PARTED,
+    PRETRAINING,
+    RECIPE,
+    WATCHED,
+    _images,
+    _labels,
+    single_process,
+)
+from ssl_bench.stages._training import make_test_view, on_device, open_source
 from ssl_bench.stages.pretrain import picture as picture_of
 
 log = logging.getLogger(__name__)
@@ -164,32 +171,16 @@ def check_labels(evaluations: Mapping[str, Sequence[DictConfig]]) -> None:
     Of each row the first member stands for all. Rows that have finished pass, and so do images that
     this machine doesn't have, as the one that only submits may not.
     """
-    opened: dict[str, Dataset] = {}
+    known: dict[str, Any] = {}  # each data set is listed once
     for name, members in evaluations.items():
         for member in members[:1]:
-            root, stage = member.data.get("root"), member.stage
             done = (Path(member.dir) / layout.SUMMARY).exists()
-            elsewhere = root and not Path(identity.real(root)).exists()
-            if done or elsewhere or "labels_per_class" not in stage:
+            if done or _images.is_elsewhere(member) or "labels_per_class" not in member.stage:
                 continue
             try:
-                _check_labels(member, opened)
+                _images.check_labels(member, known)
             except UserError as error:
                 raise UserError(f"stage.rows, {name}: {error}") from None
-
-
-def _check_labels(cfg: DictConfig, opened: dict[str, Dataset]) -> None:
-    """opened: the data sets of the rows before, by their configuration, each listed once."""
-    stage, key = cfg.stage, json.dumps(OmegaConf.to_container(cfg.data, resolve=True))
-    if key not in opened:
-        opened[key] = build.construct(cfg.data)
-    split, few = labelled(opened[key], stage.labels_per_class, stage.label_fraction, cfg.seed)
-    labels = split.labels if few is None else split.labels[few]
-    if "optimizer" in (typed.reads(stage._target_) or ()):
-        check_batch(cfg, len(labels))
-    does = build.locate(stage._target_, "stage")
-    if hasattr(does, "chooses") and does.chooses(stage):
-        hold_out(labels, stage.holdout, cfg.seed, *does.choice)
 
 
 def check_choice(member: DictConfig, pretraining: DictConfig) -> None:

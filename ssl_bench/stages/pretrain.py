@@ -35,6 +35,7 @@ from ssl_bench.stages import (
     PRETRAINING,
     RECIPE,
     WATCHED,
+    _images,
     _labels,
 )
 from ssl_bench.stages._pictures import painter
@@ -73,6 +74,7 @@ IDLE = {
 }
 
 
+@_images.counted
 def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) -> dict[str, float]:
     """Returns what the last step logged.
 

@@ -40,6 +40,16 @@ def subfolders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folders)
 
 
+def holds_more(root: Path, count: int) -> bool:
+    """Has a folder more than so many files, at any depth? Counted no further, and none is read."""
+    found = 0
+    for _, _, names in os.walk(root):
+        found += len(names)
+        if found > count:
+            return True
+    return False
+
+
 class Passed:
     """The files that a listing leaves out: the number and the first of each kind."""
 
