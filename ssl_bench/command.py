@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -101,6 +101,7 @@ class Mistake(SystemExit):
         self.line = messages.message(error, sys.argv[1:])
 
 
+_command_line: list[str] = []  # that was typed, while sys.argv may have it in other words
 _results: list[Result] = []  # what `run` returned: Hydra keeps it to itself
 
 
@@ -217,20 +218,45 @@ class Check(Callback):
         (members,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
         if len(members) > 100:
             log.info("checking %s members before any starts", f"{len(members):,}")
+        hydras = GlobalHydra.instance().hydra
+
+        def composed_of(words: Sequence[str]) -> DictConfig:
+            options: dict[str, Any] = {"with_log_configuration": False}
+            return hydras.compose_config(config_name, [*words], RunMode.RUN, **options)
+
+        lacking = []
         for member in members:
             try:
-                composer = GlobalHydra.instance().hydra
-                cfg = composer.compose_config(
-                    config_name, list(member), RunMode.RUN, with_log_configuration=False
-                )
+                cfg = composed_of(member)
                 cfg = checked(without_hydra(cfg), member, quoted)
                 composed.append((OmegaConf.to_container(cfg), list(member)))
             except (UserError, HydraException, OmegaConfBaseException) as error:
                 problems.append(f"{' '.join(member)}: {messages.message(error)}")
+                if messages.lacking(error, member):
+                    lacking.append(member)
+        if lacking and len(lacking) == len(problems):
+            known = [(one, _lacks(one, composed_of) if one in lacking else []) for one in members]
+            if told := messages.by_choice(_command_line, known):
+                problems = [told]
         if not problems:
             problems = typed.swept_in_vain(composed)
         if problems:
             raise UserError("\n".join(["nothing was started.", *problems]))
+
+
+def _lacks(words: Sequence[str], compose: Callable[[Sequence[str]], object]) -> list[str]:
+    """The keys among overrides of a member that its choices don't have."""
+    found: list[str] = []
+    while True:
+        left = [word for word in words if typed.key_of(word) not in found]
+        try:
+            compose(left)
+        except HydraException as error:
+            if not (keys := messages.lacking(error, left)):
+                return found
+            found += keys
+        else:
+            return found
 
 
 def main() -> None:
@@ -285,7 +311,7 @@ def execute(words: Sequence[str]) -> Result | None:
     except UserError as error:
         fail(error)
     words = [HOME.sub(r'\1="\2"', LIST.sub(r"\1=[\2]", word)) for word in words]
-    sys.argv[1:] = _options_first(words)
+    sys.argv[1:] = _command_line[:] = _options_first(words)
     typed_words = parser.parse_args()
     if typed_words.cfg and any(word.startswith("continue_from=") for word in typed_words.overrides):
         print(
@@ -296,7 +322,14 @@ def execute(words: Sequence[str]) -> Result | None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     _results.clear()
     try:
-        run()
+        while True:
+            try:
+                run()
+                break
+            except HydraException as error:
+                if not (later := messages.by_member(error, sys.argv[1:])):
+                    raise
+                sys.argv[1:] = later
     except (UserError, HydraException, OmegaConfBaseException) as error:
         if wants_trace:
             raise

@@ -19,6 +19,7 @@ from ssl_bench.config import typed
 from ssl_bench.errors import UserError, unknown
 from ssl_bench.shell import quote, quoted
 
+KEYLESS = ConfigKeyError | ConfigAttributeError
 SEARCH = (
     "an interval is for a search: add -m hydra/sweeper=optuna (pip install hydra-optuna-sweeper)"
 )
@@ -52,7 +53,7 @@ def message(error: Exception, words: Sequence[str] | None = None) -> str:
     composing = re.match(r"In '(.+)': .+ raised while composing config:", text)
     file = f"{composing[1]}.yaml: " if composing else ""
     cause = error.__cause__ or error.__context__
-    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.parent_node is not None:
+    if isinstance(cause, KEYLESS) and cause.parent_node is not None:
         return file + _unknown_key(cause)
     if file and isinstance(cause, OmegaConfBaseException):
         return f"{file}{cause.full_key}: {str(cause).splitlines()[0]}"
@@ -172,6 +173,92 @@ def _unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
     if target is not None and not str(target).startswith("ssl_bench."):
         line += f". An argument of your own {parent}._target_ has a +: +{error.full_key}="
     return line
+
+
+def lacking(error: Exception, words: Sequence[str]) -> list[str]:
+    """The keys among overrides that their configuration lacks, by this error of Hydra's."""
+    cause = error.__cause__ or error.__context__
+    if not isinstance(cause, KEYLESS) or not cause.full_key:
+        return []
+    keys = {typed.key_of(word) for word in words}
+    return [key for key in keys if f"{key}.".startswith(f"{cause.full_key}.")]
+
+
+def by_member(error: Exception, words: Sequence[str]) -> list[str]:
+    """The words of a sweep over choices, in which the key that one of them lacks is a member's own.
+
+    Before a sweep Hydra composes it with the default of what is swept, which may lack the keys of
+    what was chosen. It then doesn't see either that a launcher makes it a sweep. [] where that
+    isn't what is wrong.
+    """
+    launchers = {word.partition("=")[2] for word in words if typed.key_of(word) == "launcher"}
+    is_sweep = {"-m", "--multirun"} & {*words}
+    if re.match(SEVERAL, str(error)) and launchers - {"local"} and not is_sweep:
+        return ["-m", *words]
+    if not (keys := lacking(error, words)) or not any(map(_sweeps_choices, words)):
+        return []
+    made = []
+    for word in words:
+        key, _, value = word.partition("=")
+        made.append(f"{key}=choice({value})" if typed.key_of(word) in keys else word)
+    try:
+        changed = [OverridesParser.create().parse_override(word) for word in {*made} - {*words}]
+    except HydraException:
+        return []
+    return made if changed and all(one.is_sweep_override() for one in changed) else []
+
+
+def _sweeps_choices(word: str) -> bool:
+    """Is it several choices of a group?"""
+    if (
+        word.startswith("-")
+        or not (Path(__file__).parents[1] / "conf" / typed.key_of(word)).is_dir()
+    ):
+        return False
+    try:
+        return OverridesParser.create().parse_override(word).is_sweep_override()
+    except HydraException:
+        return False
+
+
+def by_choice(
+    typed_words: Sequence[str], members: Sequence[tuple[Sequence[str], Sequence[str]]]
+) -> str:
+    """What to type for a sweep in which a key is one of some choices alone; "": it isn't so.
+
+    typed_words: of the command line. members: (overrides, the keys among them that they lack).
+    """
+    foreign = [frozenset(keys) for _, keys in members]
+    if len({*foreign}) < 2 or frozenset.intersection(*foreign):
+        return ""  # a key that none has is a slip
+    for place in range(len(members[0][0])):
+        lacks: dict[str, set[frozenset[str]]] = {}
+        for (words, _), keys in zip(members, foreign, strict=True):
+            lacks.setdefault(words[place], set()).add(keys)
+        if len(lacks) > 1 and all(len(several) == 1 for several in lacks.values()):
+            break
+    else:
+        return ""
+    kinds: dict[frozenset[str], list[str]] = {}  # values by what they lack
+    for word, (keys,) in lacks.items():
+        kinds.setdefault(keys, []).append(word)
+    choice = typed.key_of(words[place])
+    named = [] if any(typed.key_of(word) == "sweep" for word in typed_words) else ["sweep=NAME"]
+    commands = []
+    for keys, several in kinds.items():
+        values = ",".join(word.partition("=")[2] for word in several)
+        own = [
+            f"{choice}={values}" if typed.key_of(word) == choice else word
+            for word in typed_words
+            if typed.key_of(word) not in keys
+        ]
+        commands.append(" ".join(["  ssl-bench", *map(quoted, own), *named]))
+    said = []
+    for key in sorted(frozenset.union(*foreign)):
+        without = [word for word, (lacked,) in lacks.items() if key in lacked]
+        said.append(f"{key} is no key of {', '.join(without)}")
+    grows = "a sweep grows with each command that names it: type"
+    return "\n".join([f"{'; '.join(said)}; {grows}", *commands])
 
 
 def _places(key: str, root: DictConfig) -> list[str]:

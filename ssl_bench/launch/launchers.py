@@ -326,8 +326,11 @@ class SweepLauncher(Launcher):
         from ssl_bench.runs.sweep import Member, name, twin
 
         # what the sweeper chose comes last, as on a command line: a name has room for so many words
-        if not self._is_grid:
-            overrides.sort(key=lambda word: word not in self.config.hydra.overrides.task)
+        shared = self.config.hydra.overrides.task
+        if self._is_grid:
+            overrides = sweep.swept_last(overrides, shared)
+        else:
+            overrides.sort(key=lambda word: word not in shared)
         cfg = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
         HydraConfig.instance().set_config(cfg)  # for the resolver of `dir`
         own = continued(without_hydra(cfg), overrides)

@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -36,6 +36,7 @@ from ssl_bench.runs.metrics import MetricsFile
 
 FIRST = ".pretrain"  # the name of a pipeline's pretraining ends so; other names end with a hash
 DROPPED = ".dropped"
+NAMED = 80  # characters of a member's name, but for the eight digits at its end
 STARTS = 3  # of a job that take up its time and save nothing, before it isn't requeued any more
 
 
@@ -308,18 +309,38 @@ class Member:
 
 
 def name(overrides: Sequence[str]) -> str:
-    """The name of a member: readable, of bounded length, and the same wherever it runs."""
+    """The name of a member: readable, of bounded length, and the same wherever it runs.
+
+    Of too many words the first are left out, so that what is swept should come last (`swept_last`).
+    """
     words = [word for word in overrides if not identity.is_free(key_of(word))]
     digest = blake2b("\n".join(sorted(words)).encode(), digest_size=4).hexdigest()
-    shown = []
-    for word in words:
-        key, _, value = word.partition("=")
-        end = value.rstrip("/").rpartition("/")[2]  # of a path the last part, for want of room
-        shown.append(f"{key.rpartition('.')[2]}-{end}")
-    # drop the first ones: the keys that are swept tend to come last on a command line
-    while len(shown) > 1 and len("-".join(shown)) > 80:
+    shown = _shown(words)
+    while len(shown) > 1 and len("-".join(shown)) > NAMED:
         shown.pop(0)
-    return f"{identity.slug('-'.join(shown))}-{digest}"
+    text = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(shown))
+    if len(text) > NAMED:  # a list, say, which another may differ from at its begin
+        text = f"{text[: NAMED // 2 - 1]}..{text[1 - NAMED // 2 :]}"
+    return f"{identity.slug(text)}-{digest}"
+
+
+def _shown(words: Sequence[str]) -> list[str]:
+    """Overrides as a name has them: the last part of the key and, of a path, of the value."""
+    pairs = [word.partition("=")[::2] for word in words]
+    ends = [(key.rpartition(".")[2], value.rstrip("/").rpartition("/")[2]) for key, value in pairs]
+    return [f"{key}-{end}" for key, end in ends]
+
+
+def swept_last(overrides: Sequence[str], shared: Collection[str]) -> list[str]:
+    """Overrides of a member, the shared ones first if a name hasn't room for all of them.
+
+    A key that is typed twice keeps its order: the last holds.
+    """
+    named = [word for word in overrides if not identity.is_free(key_of(word))]
+    keys = {key_of(word) for word in overrides}
+    if len("-".join(_shown(named))) <= NAMED or len(keys) < len(overrides):
+        return [*overrides]
+    return sorted(overrides, key=lambda word: word not in shared)
 
 
 def members(folder: Path) -> list[Member]:

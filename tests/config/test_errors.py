@@ -458,6 +458,62 @@ def test_a_mistyped_key_in_a_sweep(ssl_bench: Command, tmp_path: Path) -> None:
     assert files(tmp_path) == set()
 
 
+FOREIGN = {
+    "of one": (
+        ["-m", "method=moco_v2,simclr", "method.queue_size=1024", "seed=0,1"],
+        "method.queue_size is no key of method=simclr",
+        [
+            "-m method=moco_v2 method.queue_size=1024 seed=0,1 sweep=NAME",
+            "-m method=simclr seed=0,1 sweep=NAME",
+        ],
+    ),
+    "each its own": (
+        ["-m", "sweep=a", "method=simclr,dino,ibot", "method.hidden_dim=8", "method.out_dim=9"],
+        "method.out_dim is no key of method=simclr",
+        [
+            "-m sweep=a method=simclr method.hidden_dim=8",
+            "-m sweep=a method=dino,ibot method.hidden_dim=8 method.out_dim=9",
+        ],
+    ),
+    "a launcher's": (
+        ["launcher=workstation", "data=digits,folder", "sweep=a", "data.root='a b'"],
+        "data.root is no key of data=digits",
+        [
+            "launcher=workstation data=digits sweep=a",
+            "launcher=workstation data=folder sweep=a 'data.root='\"'\"'a b'\"'\"''",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("words", "said", "commands"), FOREIGN.values(), ids=FOREIGN)
+def test_a_key_of_some_choices_of_a_sweep_is_told_with_the_commands(
+    ssl_bench: Command, tmp_path: Path, words: list[str], said: str, commands: list[str]
+) -> None:
+    lines = complaint(ssl_bench(*words)).splitlines()
+    assert lines == [
+        "nothing was started.",
+        f"{said}; a sweep grows with each command that names it: type",
+        *(f"  ssl-bench {command}" for command in commands),
+    ]
+    assert files(tmp_path) == set()
+
+
+@pytest.mark.slow
+def test_a_key_that_the_default_choice_lacks_in_a_sweep(ssl_bench: Command, tmp_path: Path) -> None:
+    """Hydra composes a sweep with the default of what is swept, here method=moco_v2."""
+    words = [*TINY, "stage=pretrain", "epochs=1", "method=byol,simclr", "method.hidden_dim=16"]
+    words.insert(0, "schedule.warmup_epochs=0")  # of a schedule that both of them bring
+    ssl_bench("-m", *words, check=True)
+    found = [*(tmp_path / "runs").rglob("summary.json")]
+    configs = [yaml.safe_load((one.parent / "config.yaml").read_text()) for one in found]
+    hidden = {config["method"]["name"]: config["method"]["hidden_dim"] for config in configs}
+    assert hidden == {"byol": 16, "simclr": 16}
+    said = complaint(ssl_bench("-m", *words[:-1], "method.hidden=16")).splitlines()
+    assert len(said) == 3
+    assert all("method.hidden: no such key; did you mean method.hidden_dim?" in x for x in said[1:])
+
+
 def test_a_check_that_fails_starts_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -66,6 +66,25 @@ def test_name_says_what_not_where() -> None:
     assert re.fullmatch(r"\w[\w.-]{10,99}", long)
 
 
+def test_what_is_swept_is_in_a_name_that_is_cut() -> None:
+    """Also where it is typed first, and where it is a long value; names with room stay as typed."""
+    shared = ["optimizer.weight_decay=0.000123", "schedule.warmup_epochs=1", "batch_size=128"]
+    shared += ["method.temperature=0.123456", "data.image_size=12"]
+    for seed in ("seed=1", "seed=2"):
+        words = sweep.swept_last([seed, *shared], shared)
+        assert words == [*shared, seed]
+        assert sweep.name(words)[:-9].endswith(seed.replace("=", "-"))
+        assert sweep.name(words)[-8:] == sweep.name([seed, *shared])[-8:]
+        assert sweep.swept_last([seed, "batch_size=128"], shared) == [seed, "batch_size=128"]
+        twice = [seed, *shared, "seed=3"]
+        assert sweep.swept_last(twice, [*shared, "seed=3"]) == twice
+    rates = ",".join(f"{0.1 * i:.6f}" for i in range(1, 20))
+    long = [sweep.name([f"stage.lrs=[{first},{rates},{last}]"]) for first, last in ("37", "73")]
+    assert [name[:6] for name in long] == ["lrs--3", "lrs--7"]
+    assert [name[-10] for name in long] == ["7", "3"]
+    assert max(map(len, long)) <= sweep.NAMED + 9
+
+
 def overview_table(members: list[sweep.Member], metric: str | None = None) -> str:
     return sweeps.overview(members, sweep.states(members), metric).split("\n\n")[1]
 
