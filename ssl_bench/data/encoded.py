@@ -243,7 +243,7 @@ def _index(
         check_room(split, _need(split, directory), directory.parent)
     with _Unfinished(_unfinished(directory), split.length, task.packed) as so_far:
         doing = "packing" if task.packed else "indexing"
-        log.info("%s '%s': %d images into %s", doing, split.name, split.length, directory)
+        log.info("%s %s: %s images into %s", doing, split.name, f"{split.length:,}", directory)
         if task.max_side:
             log.info(
                 "pictures with a side of more than %d pixels are made smaller, as JPEGs of "

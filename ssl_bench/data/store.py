@@ -211,7 +211,7 @@ def _ensure(
             why = damage(directory)
             if why:
                 log.warning(
-                    "the packed images in %s are damaged: %s; packing '%s' again",
+                    "the packed images in %s are damaged: %s; packing %s again",
                     directory,
                     why,
                     split.name,
@@ -363,7 +363,7 @@ def check_room(split: Split, need: int, root: Path) -> None:
     """UserError unless `need` bytes are free where the split is to be packed."""
     if (free := free_bytes(root)) < need:
         raise UserError(
-            f"packing '{split.name}' ({split.length} images) needs {size(need)} and "
+            f"packing {split.name} ({split.length:,} images) needs {size(need)} and "
             f"{root} has {size(free)} free; set data.cache= to a folder on a "
             "larger disk, or source=streamed"
         )
@@ -403,7 +403,7 @@ def _pack(
     if free_bytes(directory.parent) < need:
         _remove_leftovers(directory.parent, partial, 0)
     check_room(split, need, directory.parent)
-    log.info("packing '%s': %d images into %s", split.name, split.length, directory)
+    log.info("packing %s: %s images into %s", split.name, f"{split.length:,}", directory)
     try:
         partial.mkdir(exist_ok=True)
         shape = (split.length, image_size, image_size, 3)

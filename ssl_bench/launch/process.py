@@ -94,7 +94,6 @@ def _run(cfg: DictConfig) -> dict[str, float]:
             then = identity.config(run.directory)
             split = getattr(build.locate(cfg.stage._target_, "stage"), "split", None)
             run.check_data(split and partial(split, cfg))
-            values = [f"{key} {units.spoken(key, value)}" for key, value in run.summary.items()]
             late = [
                 f"{key}={plain[key]}"
                 for key in ("save_best", "keep")
@@ -103,7 +102,7 @@ def _run(cfg: DictConfig) -> dict[str, float]:
             log.info(
                 "%s is finished already (%s)%s; to run it again, delete it or choose another dir=",
                 cfg.dir,
-                ", ".join(values),
+                units.headline(run.summary, 60),
                 f", too late for {' '.join(late)}" if late else "",
                 extra={"result": True},
             )

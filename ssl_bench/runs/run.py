@@ -5,12 +5,13 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from importlib import metadata
@@ -31,6 +32,7 @@ from ssl_bench.runs.checkpoint import Checkpoint, carry_over, complete, name_of,
 from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.tracking import Tracker
 from ssl_bench.runtime import distributed
+from ssl_bench.shell import override
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ class Run:
         self.status = "failed"  # until the stage has ended well
         self._last: dict[str, float] = {}  # the values that were logged last
         self._told = 0  # the epoch of the last row on a terminal
+        self.to_come: Collection[str] = ()  # metrics that have a column before they are measured
         self._mistaken = False  # was it ended by a UserError?
         self._signum = 0  # the last signal that asked for a stop
         self._at_once = False  # would nothing be lost by stopping now?
@@ -233,8 +236,16 @@ class Run:
         if shown := identity.changes(before, now):
             raise UserError(
                 f"dir={directory} holds a run with another configuration: {shown}. "
-                "Choose another dir=, or delete it"
+                f"{self._instead(directory, shown)}"
             )
+
+    def _instead(self, directory: Path, shown: str) -> str:
+        """What to type for a configuration that isn't that of the directory."""
+        more = re.fullmatch(r"epochs was (\d+), is (\d+)", shown)
+        if not more or int(more[2]) < int(more[1]) or self._config["stage"]["name"] != "pretrain":
+            return "Choose another dir=, or delete it"
+        goes_on = f"{override('continue_from', directory)} epochs={more[2]}"
+        return f"To train it further, type {goes_on} without dir=; else choose another dir="
 
     @cached_property
     def _weights(self) -> str:
@@ -464,7 +475,7 @@ class Run:
         self._bar.say(
             "  ".join(
                 f"{head} {told[head]}{_trend(self._last.get(key), line[key])}"
-                for key, head in units.HEADS.items()
+                for key, head in ((key, units.unit(key).name) for key in units.ROW)
                 if key in line
             )
         )
@@ -473,9 +484,9 @@ class Run:
         if not (evaluated or epoch > self._told or step == self._bar.total):
             return {}
         self._told = epoch
-        columns = [head for key, head in units.HEADS.items() if key in self._last]
+        columns = [key for key in units.ROW if key in self._last or key in self.to_come]
         begin = {"step": f"{step:,}", "epoch": f"{line['epoch']:.4g}"}
-        return begin | {head: told.get(head, "") for head in columns}
+        return begin | {units.unit(key).name: told.get(units.unit(key).name, "") for key in columns}
 
     def log_image(self, step: int, name: str, path: Path) -> None:
         if self.is_main:

@@ -7,40 +7,46 @@ from typing import NamedTuple
 
 
 class Unit(NamedTuple):
-    """How a metric is shown: its name, the factor for its values, the format of its mean."""
+    """How a metric is shown: its heading, the factor for its values, the format of its mean."""
 
     label: str
     scale: float = 1
     form: str = ".4g"
 
+    @property
+    def name(self) -> str:
+        """The heading without (%), where each value has it."""
+        return self.label.removesuffix(" (%)")
 
-# In the order of columns; other metrics come after these.
+
+# In the order of columns; other metrics come after these. The heading is the name that one types
+# (metric=probe_top1), in the rows of a terminal, in lines, in tables and on pages.
 UNITS = {
-    "val_top1": Unit("top-1 (%)", form=".1f"),
-    "val_top5": Unit("top-5 (%)", form=".1f"),
-    "val_loss": Unit("cross-entropy", form=".3f"),
-    "val_ece": Unit("calibration error (%)", form=".1f"),
-    "holdout_top1": Unit("held-out top-1 (%)", form=".1f"),
-    "knn_top1": Unit("kNN top-1 (%)", form=".1f"),
-    "probe_top1": Unit("probe top-1 (%)", form=".1f"),
+    "val_top1": Unit("val_top1 (%)", form=".1f"),
+    "val_top5": Unit("val_top5 (%)", form=".1f"),
+    "val_loss": Unit("val_loss", form=".3f"),
+    "val_ece": Unit("val_ece (%)", form=".1f"),
+    "holdout_top1": Unit("holdout_top1 (%)", form=".1f"),
+    "knn_top1": Unit("knn_top1 (%)", form=".1f"),
+    "probe_top1": Unit("probe_top1 (%)", form=".1f"),
     "loss": Unit("loss", form=".3f"),
     "accuracy": Unit("accuracy (%)", 100, ".1f"),
-    "embedding_std": Unit("std of embeddings", form=".3f"),
-    "effective_rank": Unit("effective rank", form=".1f"),
-    "lidar": Unit("LiDAR", form=".1f"),
+    "embedding_std": Unit("embedding_std", form=".3f"),
+    "effective_rank": Unit("effective_rank", form=".1f"),
+    "lidar": Unit("lidar", form=".1f"),
     "alignment": Unit("alignment", form=".3f"),
     "uniformity": Unit("uniformity", form=".3f"),
-    "features_rankme": Unit("RankMe of features", form=".1f"),
-    "features_alpha_req": Unit("alpha-ReQ of features", form=".2f"),
-    "features_nesum": Unit("NESum of features", form=".1f"),
-    "features_uniformity": Unit("uniformity of features", form=".3f"),
+    "features_rankme": Unit("features_rankme", form=".1f"),
+    "features_alpha_req": Unit("features_alpha_req", form=".2f"),
+    "features_nesum": Unit("features_nesum", form=".1f"),
+    "features_uniformity": Unit("features_uniformity", form=".3f"),
     "hours": Unit("hours", form=".3f"),
     "images_per_second": Unit("images/s", form=",.0f"),
-    "mfu": Unit("MFU (%)", 100, ".1f"),
-    "memory_gb": Unit("memory (GB)", form=".2f"),
-    "lr": Unit("learning rate", form=".3g"),
-    "grad_norm": Unit("gradient norm"),
-    "data_wait": Unit("time spent waiting for data (%)", 100, ".1f"),
+    "mfu": Unit("mfu (%)", 100, ".1f"),
+    "memory_gb": Unit("memory_gb", form=".2f"),
+    "lr": Unit("lr", form=".3g"),
+    "grad_norm": Unit("grad_norm"),
+    "data_wait": Unit("data_wait (%)", 100, ".1f"),
 }
 # What a metric is, which values are good, and who proposed it.
 WANG = "(Wang & Isola, arXiv:2005.10242)"
@@ -91,18 +97,11 @@ HEADLINE = (
     *("val_top1", "val_top5", "knn_top1", "probe_top1", "holdout_top1", "loss", "accuracy"),
     *("lr", "images_per_second"),
 )
-# Heads and order of their columns in the rows of a terminal.
-HEADS = {
-    "loss": "loss",
-    "accuracy": "accuracy",
-    "lr": "lr",
-    "images_per_second": "images/s",
-    "knn_top1": "kNN %",
-    "probe_top1": "probe %",
-    "holdout_top1": "held-out %",
-    "val_top1": "top-1 %",
-    "val_top5": "top-5 %",
-}
+# The columns of a terminal's rows, in their order.
+ROW = (
+    *("loss", "accuracy", "knn_top1", "probe_top1", "holdout_top1", "val_top1", "val_top5"),
+    *("lr", "images_per_second"),
+)
 # Neither more nor less of these is better, of what was learnt: costs, settings, and an exponent
 # that should be near 1.
 NEITHER: tuple[str, ...] = (
@@ -123,7 +122,7 @@ def unit(metric: str) -> Unit:
         own = unit(metric.removeprefix(PRETRAINING))
         return own._replace(label=f"pretraining {own.label}")
     form = ".1f" if TOP.search(metric) else ".4g"
-    return UNITS.get(metric) or Unit(metric.replace("_", " "), form=form)
+    return UNITS.get(metric) or Unit(metric, form=form)
 
 
 def about(metric: str) -> str:
@@ -166,7 +165,7 @@ def headline(line: Mapping[str, float], width: int) -> str:
     keys = [key for key in HEADLINE if key in line] or list(line)
     words, length = [], 0
     for key in keys:
-        word = f"{key} {spoken(key, line[key])}"
+        word = f"{unit(key).name} {spoken(key, line[key])}"
         length += len(word) + 2
         if length > width:
             break
@@ -175,10 +174,10 @@ def headline(line: Mapping[str, float], width: int) -> str:
 
 
 def cells(line: Mapping[str, float]) -> dict[str, str]:
-    """{head: value} of a row of a terminal."""
+    """{heading: value} of a row of a terminal."""
     return {
-        head: f"{line[key]:.3g}" if key == "lr" else spoken(key, line[key]).removesuffix(" %")
-        for key, head in HEADS.items()
+        unit(key).name: f"{line[key]:.2g}" if key == "lr" else spoken(key, line[key])
+        for key in ROW
         if key in line
     }
 

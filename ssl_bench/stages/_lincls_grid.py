@@ -141,6 +141,12 @@ def train_grid(
         len(options.weight_decays),
         f"{held.sum():,}",
     )
+    if len(cells) > 1:
+        log.info(
+            "loss and accuracy of a line are those of the classifier that is best on held-out "
+            "images so far; its lr is that of lr %g (stage.lrs)",
+            cells[0][0],
+        )
     if isinstance(grid.norm, nn.BatchNorm1d):
         grid.standardise(shown)
     rank, world = distributed.rank(), distributed.world_size()
@@ -175,7 +181,10 @@ def train_grid(
     for (lr, decay), pair in zip(cells, grid.pairs(), strict=True):
         scaled = scaled_lr(lr, cfg.batch_size, cfg.optimizer.scaling)
         groups.append({"params": pair, "lr": scaled, "weight_decay": decay})
-    return train(cfg, run, grid, features, lambda batch, keys: [batch], measure, groups)
+    measures = ("holdout_top1",) if held.any() else ()
+    return train(
+        cfg, run, grid, features, lambda batch, keys: [batch], measure, groups, measures=measures
+    )
 
 
 def _draw(views: Views, seed: int, epoch: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -32,8 +32,8 @@ def load_pretrained(cfg: DictConfig) -> nn.Module:
     """
     seed_init(cfg)
     if cfg.pretrained is None:
-        fetched = " by timm" if cfg.backbone.get("pretrained") else ""
-        log.info("pretrained=null: the backbone begins as initialised%s", fetched)
+        begins = "timm's weights" if cfg.backbone.get("pretrained") else "random weights"
+        log.info("pretrained=null: the backbone begins with %s", begins)
         return build.construct(cfg.backbone)
     backbone = build.construct(weights.unfilled(cfg.backbone))
     loaded = weights.load_backbone(backbone, cfg.pretrained, cfg.get("pretrained_prefix"))

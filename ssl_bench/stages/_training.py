@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from ssl_bench.data.cutting import CutSource
 from ssl_bench.data.encoded import Encoded
 from ssl_bench.data.formats.base import Dataset, SplitName
 from ssl_bench.data.source import HostSource, ResidentSource, Source, StreamedSource, fits
+from ssl_bench.data.store import size
 from ssl_bench.errors import UserError, several
 from ssl_bench.methods.base import Method
 from ssl_bench.runs import tracking, weights
@@ -145,7 +146,7 @@ def open_source(
     look: how they are to be seen. subset: the images to use; None: all. once: they are seen once,
     so that pictures of any size aren't packed for it.
     """
-    count = data.split(split).length
+    count, called = data.split(split).length, data.split(split).name
     run.uses(split, data.split(split).facts())
     if split == "train" and data.class_names and run.is_main and run.leaves:
         text = json.dumps({"classes": list(data.class_names)}) + "\n"
@@ -158,8 +159,8 @@ def open_source(
         if isinstance(opened, Encoded):
             kept = "packed in" if opened.is_packed else "where they are, indexed in"
             log.info(
-                "%s: %s pictures as they are, %.2f GB, %s %s",
-                *(split, f"{len(opened):,}", opened.nbytes / 1e9, kept, opened.directory),
+                "%s: %s pictures as they are, %s, %s %s",
+                *(called, f"{len(opened):,}", size(opened.nbytes), kept, opened.directory),
             )
             values, draft, workers = data.values, data.draft, data.workers
             cuts = CutSource(opened, look, *share, values=values, draft=draft, workers=workers)
@@ -178,7 +179,7 @@ def open_source(
                 "that can't be decoded, and it would count twice: type source=host (and "
                 "data.cache= for another disk), or remove the bad ones"
             )
-        log.info("%s: %s images, decoded as they are needed", split, f"{count:,}")
+        log.info("%s: %s images, decoded as they are needed", called, f"{count:,}")
         options: dict[str, Any] = {"workers": data.workers, "on_error": data.on_error}
         streamed = StreamedSource(data.split(split), *share, **options)
         streamed.waiting = run.waiting
@@ -188,8 +189,8 @@ def open_source(
     if kind == "auto":
         kind = "resident" if fits(store.images.nbytes, run.device) else "host"
     place = run.device if kind == "resident" else store.directory / "images.npy"
-    size = store.images.nbytes / 1e9
-    log.info("%s: %s images, %.2f GB, on %s", split, f"{len(store.images):,}", size, place)
+    images, nbytes = f"{len(store.images):,} images", size(store.images.nbytes)
+    log.info("%s: %s, %s, on %s", called, images, nbytes, place)
     return SOURCES[kind](store.images, store.labels, store.indices, *share)
 
 
@@ -297,23 +298,28 @@ def train(
     views: Callable[[Tensor | list[Tensor], Tensor], list[Tensor]],
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     groups: list[dict] | None = None,
+    measures: Collection[str] = (),
     **further: Any,
 ) -> dict[str, float]:
     """`fit` as the configuration says; returns what it does.
 
-    groups: parameter groups with rates of their own; None: those of the model. further: what
-    `fit` is given beside them: accumulate, compress, on_collapse.
+    groups: parameter groups with rates of their own; None: those of the model. measures: the
+    metrics of `evaluate` that are shown as it trains. further: what `fit` is given beside them:
+    accumulate, compress, on_collapse.
     """
+    run.to_come = measures
     params = groups or model.param_groups()
     optimizer = build.construct(cfg.optimizer, params=params, batch_size=cfg.batch_size)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rates = [group["lr"] for group in optimizer.param_groups]
-    lr = " to ".join(f"{rate:.4g}" for rate in sorted({min(rates), max(rates)}))
+    lr = "peak lr " + " to ".join(f"{rate:.4g}" for rate in sorted({min(rates), max(rates)}))
+    if (base := cfg.optimizer.get("base_lr")) is not None and {base} != {*rates}:
+        lr += f" (base_lr {base:g})"
     parameters = f"{sum(parameter.numel() for parameter in trained) / 1e6:,.1f} M"
     images = f"{source.num_images:,} images, {source.steps_per_epoch:,} steps an epoch"
     devices = f"{distributed.world_size()} x {run.device}"
     log.info(
-        "%s, batch %s on %s, lr %s, %s trained parameters",
+        "%s, batch %s on %s, %s, %s trained parameters",
         *(images, cfg.batch_size, devices, lr, parameters),
         extra={
             "title": cfg.stage.name,
@@ -321,7 +327,7 @@ def train(
                 "method": cfg.method.name if cfg.stage.name == "pretrain" else "",
                 "backbone": f"{cfg.backbone.name}, {parameters} trained parameters",
                 "data": f"{cfg.data.name}, {images}",
-                "training": f"{several(cfg.epochs, 'epoch')}, batch {cfg.batch_size}, lr {lr}",
+                "training": f"{several(cfg.epochs, 'epoch')}, batch {cfg.batch_size}, {lr}",
                 "device": f"{devices}, {cfg.precision}",
                 "begins with": str(cfg.pretrained or ""),
                 "directory": str(run.directory),

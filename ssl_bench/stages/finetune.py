@@ -76,7 +76,8 @@ def finetune(
     def measure(network: nn.Module) -> dict[str, float]:
         return evaluate(network, test.epoch_pass(), test_view)
 
-    result = train(cfg, run, model, source, views, measure, groups)
+    shown = ("val_top1", "val_top5")
+    result = train(cfg, run, model, source, views, measure, groups, measures=shown)
     assert digest(*model.frozen) == frozen, "the frozen blocks changed"
     return result
 

@@ -112,7 +112,9 @@ def knn(
     queries = features(test, "features of val")
     targets = torch.from_numpy(test.labels[test.rows])
     top1, top5, bins = quality(run, queries, targets, bank, labels, data.num_classes, [best])[best]
-    result |= {"k": best[0], "temperature": best[1], "val_top1": top1, "val_top5": top5}
+    result |= {"k": best[0], "temperature": best[1], "val_top1": top1}
+    if best[0] >= 5:  # fewer have no five classes to vote for
+        result["val_top5"] = top5
     result["val_ece"] = calibration.expected_error(bins)
     if run.is_main:
         files.write(run.directory / layout.RELIABILITY, calibration.dumped(bins) + "\n")

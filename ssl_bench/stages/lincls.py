@@ -119,7 +119,7 @@ def lincls(
         def measure(network: nn.Module) -> dict[str, float]:
             return evaluate(network, test.epoch_pass(), test_view)
 
-        result = train(cfg, run, probe, source, views, measure)
+        result = train(cfg, run, probe, source, views, measure, measures=("val_top1", "val_top5"))
     assert digest(backbone) == before, "the frozen backbone changed"
     return result
 

@@ -166,6 +166,7 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
 
     looked_at = judge or hasattr(model.backbone, "last_tokens")  # the same on all ranks
     further = {"accumulate": cfg.get("accumulate") or 1, "compress": cfg.get("compress")}
+    further["measures"] = JUDGED if judge else ()
     further["on_collapse"] = cfg.on_collapse
     return train(cfg, run, model, source, views, evaluate if looked_at else None, **further)
 

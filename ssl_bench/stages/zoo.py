@@ -40,9 +40,11 @@ def zoo(cfg: DictConfig, run: Run, verify: Place | None = None) -> dict[str, flo
     print(tables.markdown(head, rows))
     here = [name for name in WEIGHTS if place(name).is_file()]
     note = (
-        "ImageNet top-1 (%) of a linear classifier, of a supervised network its own, as its authors"
+        "top-1: percent of ImageNet's val set, as the authors report it: of a linear classifier on "
+        "frozen features, and for supervised weights of the network itself. To use one: "
+        "stage=lincls, with the row's pretrained= and backbone="
     )
-    print(f"{note} say.")
+    print(textwrap.fill(note, tables.width()))
     print(
         textwrap.fill(
             f"Downloaded: {', '.join(here) or 'none'}", tables.width(), subsequent_indent="  "
@@ -98,6 +100,8 @@ def recipe(ran: Ran) -> str:
 def numbers(ran: Ran, runs: list[Ran]) -> list[str]:
     """The top-1 (percent) of a run, or those of the evaluations of its weights, a text each."""
     if "val_top1" in ran.summary:
-        return [f"top-1 (%): {units.shown('val_top1', [ran.summary['val_top1']])}"]
+        return [
+            f"{units.unit('val_top1').label}: {units.shown('val_top1', [ran.summary['val_top1']])}"
+        ]
     rows = grouping.evaluations(record.measured(runs, ran.weights))
     return [f"{row['name']}: {tables.cell(row, 'val_top1')} ({row['n']})" for row in rows]

@@ -98,9 +98,9 @@ def test_the_road(ssl_bench: Command, tmp_path: Path) -> None:
 
     pretrain = ["stage=pretrain", *TINY, "method.queue_size=512", "log_every=4"]
     first = ssl_bench(*pretrain, "epochs=2", "dir=pretrained", check=True)
-    assert "packing 'pretrain': 600 images" in first.stderr
+    assert "packing pretrain: 600 images" in first.stderr
     # to judge the features by, while they are learnt
-    assert "packing 'train': 200 images" in first.stderr
+    assert "packing train: 200 images" in first.stderr
     assert "600 images, 12 steps an epoch" in first.stderr
     lines = [
         json.loads(line)
@@ -131,8 +131,8 @@ def test_the_road(ssl_bench: Command, tmp_path: Path) -> None:
         f"loaded all {len(resnet18(width=8).state_dict())} tensors of the backbone from pretrained"
         in plain.stderr
     )
-    assert "packing 'train'" not in plain.stderr
-    assert "packing 'val': 200 images" in plain.stderr
+    assert "packing train" not in plain.stderr
+    assert "packing val: 200 images" in plain.stderr
     assert " 200 images, 4 steps an epoch" in plain.stderr
     summary = json.loads((tmp_path / "plain" / "summary.json").read_text())
     assert summary.keys() >= {"val_top1", "val_top5", "val_loss"}
@@ -146,5 +146,5 @@ def test_the_road(ssl_bench: Command, tmp_path: Path) -> None:
         check=True,
     )
     assert " 300 images, 6 steps an epoch" in more.stderr
-    assert "packing 'train': 300 images" in more.stderr
-    assert "packing 'val'" not in more.stderr
+    assert "packing train: 300 images" in more.stderr
+    assert "packing val" not in more.stderr

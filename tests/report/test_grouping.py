@@ -549,8 +549,8 @@ def test_columns_in_order_and_only_what_is_there(tmp_path: Path) -> None:
     more = ["pretraining_hours", "pretraining_images_per_second"]
     assert tables.columns(found["lincls"].rows) == ["val_top1", "n", "pretrainings", *costs, *more]
     asked = tables.table(found["lincls"].rows, ["val_top1", "pretraining_effective_rank"])
-    assert asked.splitlines()[0] == "|         | top-1 (%) | pretraining effective rank |"
-    assert asked.splitlines()[2] == "| moco_v2 |      50.0 |                       20.0 |"
+    assert asked.splitlines()[0] == "|         | val_top1 (%) | pretraining effective_rank |"
+    assert asked.splitlines()[2] == "| moco_v2 |         50.0 |                       20.0 |"
 
 
 @pytest.mark.parametrize("metric", [one for one in units.UNITS if units.has_direction(one)])
@@ -580,9 +580,9 @@ def test_fill(tmp_path: Path) -> None:
         "# Mine",
         "",
         "<!-- results: a.json stage=lincls columns=val_top1,n -->",
-        "|      |  top-1 (%) |      n |",
-        "|------|-----------:|-------:|",
-        "| a\\|b | 51.0 ± 1.4 | 2 of 3 |",
+        "|      | val_top1 (%) |      n |",
+        "|------|-------------:|-------:|",
+        "| a\\|b |   51.0 ± 1.4 | 2 of 3 |",
         "<!-- end of results -->",
         "",
         "rest",

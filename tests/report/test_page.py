@@ -122,7 +122,7 @@ def test_the_files_say_what_the_runs_said(reported: Path) -> None:
         assert values["lincls", name]["val_top1"] == [one["val_top1"] for one in said]
     text = (reported / "results.md").read_text()
     shown = units.shown("val_top1", values["lincls", "moco_v2"]["val_top1"])
-    assert f"| moco_v2     | {shown} |" in text
+    assert f"| moco_v2     | {shown:>12} |" in text
     differing = text.partition("## What differs: Linear")[2].splitlines()
     heads, row = (
         next([cell.strip() for cell in line.split("|")] for line in differing if begin in line)
@@ -413,7 +413,7 @@ def test_tables_and_charts_can_be_downloaded(opened, tmp_path: Path) -> None:
     wait.until(lambda _: kinds() >= {".csv", ".svg", ".png"} and ".crdownload" not in kinds())
     (table,) = tmp_path.glob("*.csv")
     rows = list(csv.reader(table.open(newline="")))
-    assert rows[0][:3] == ["name", "top\u20111 (%) mean", "top\u20111 (%) std"]
+    assert rows[0][:3] == ["name", "val_top1 (%) mean", "val_top1 (%) std"]
     shown = texts(opened, "#leaderboard tbody tr:first-child td:nth-child(2)")[0]
     assert rows[1][0] == texts(opened, "#leaderboard tbody tr:first-child th")[0]
     assert " ± ".join(rows[1][1:3]) == shown

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,4 +115,5 @@ class Images(Folder):
 
     def _list(self, name: str) -> Split:
         paths, digests, _ = list_tree(Path(self.root), key="stage.images")
-        return self._split(name, "all", digests, None, self._decoder(paths), paths)
+        split = self._split(name, "all", digests, None, self._decoder(paths), paths)
+        return replace(split, name=Path(self.root).name or "images")  # as the person calls it
