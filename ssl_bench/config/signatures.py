@@ -84,6 +84,11 @@ def constant(path: str, name: str) -> Any:
         return None
 
 
+def _marks(decorator: ast.expr) -> bool:
+    """Is it one that gives back what it is given?"""
+    return isinstance(decorator, ast.Name) and decorator.id == "single_process"
+
+
 class _Module:
     """The definitions at the top level of a source file."""
 
@@ -110,7 +115,7 @@ class _Module:
                     return self._of(inits[0].args, supplied)
                 if node.bases and isinstance(node.bases[0], ast.Name):
                     return self.parameters(node.bases[0].id, supplied)
-            case ast.FunctionDef(decorator_list=[]) as node:
+            case ast.FunctionDef() as node if all(map(_marks, node.decorator_list)):
                 return self._of(node.args, supplied)
         raise _NotPlain
 

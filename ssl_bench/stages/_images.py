@@ -49,10 +49,9 @@ def check(cfg: DictConfig, known: dict[str, Any]) -> None:
         raise UserError(why)
 
 
-def counted(stage: Stage) -> Stage:
+def counted(stage: Stage) -> None:
     """Mark a stage of which a sweep asks `check` before any member starts."""
     setattr(stage, "check_images", check)  # noqa: B010 - a function has no such attribute to mypy
-    return stage
 
 
 def is_elsewhere(cfg: DictConfig) -> bool:

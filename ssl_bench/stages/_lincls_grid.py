@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ssl_bench.augment.draws import keys
 from ssl_bench.augment.views import EvalView, Views
 from ssl_bench.data.source import FeatureSource, Source
+from ssl_bench.data.store import size
 from ssl_bench.errors import UserError
 from ssl_bench.evaluate.features import extract_all
 from ssl_bench.evaluate.passes import evaluate
@@ -130,22 +131,18 @@ def train_grid(
         drawn.append(copy)
     shown = drawn or [clean]
     log.info(
-        "cached %s features of %s images and %s augmented copies, %.2f GB; %s learning rates x %s "
-        "weight decays in place of optimizer.base_lr and optimizer.weight_decay, %s images held "
-        "out to choose by",
-        clean.shape[1],
-        f"{len(labels):,}",
-        len(drawn),
-        (len(drawn) + 1) * clean.nbytes / 1e9,
-        len(options.lrs),
-        len(options.weight_decays),
-        f"{held.sum():,}",
+        "cached %s features of each of %s images, and of %s augmented copies, %s",
+        *(clean.shape[1], f"{len(labels):,}", len(drawn), size((len(drawn) + 1) * clean.nbytes)),
     )
     if len(cells) > 1:
         log.info(
-            "loss and accuracy of a line are those of the classifier that is best on held-out "
-            "images so far; its lr is that of lr %g (stage.lrs)",
-            cells[0][0],
+            "%s classifiers learn at once (stage.lrs x stage.weight_decays, not optimizer.*)",
+            len(cells),
+        )
+        log.info(
+            "a line has loss and accuracy of the one that is best so far on %s held-out images, "
+            "and the lr of the first",
+            f"{held.sum():,}",
         )
     if isinstance(grid.norm, nn.BatchNorm1d):
         grid.standardise(shown)

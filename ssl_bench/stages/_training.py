@@ -313,9 +313,11 @@ def train(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rates = [group["lr"] for group in optimizer.param_groups]
     lr = "peak lr " + " to ".join(f"{rate:.4g}" for rate in sorted({min(rates), max(rates)}))
-    if (base := cfg.optimizer.get("base_lr")) is not None and {base} != {*rates}:
+    base = None if groups else cfg.optimizer.get("base_lr")
+    if base is not None and {base} != {*rates}:
         lr += f" (base_lr {base:g})"
-    parameters = f"{sum(parameter.numel() for parameter in trained) / 1e6:,.1f} M"
+    count = sum(parameter.numel() for parameter in trained)
+    parameters = f"{count / 1e6:,.1f} M" if count >= 1e5 else f"{count:,}"
     images = f"{source.num_images:,} images, {source.steps_per_epoch:,} steps an epoch"
     devices = f"{distributed.world_size()} x {run.device}"
     log.info(

@@ -32,7 +32,6 @@ READS = (*TRAINING, *PRETRAINED, "sync_batch_norm")
 IDLE = {"pretrained=null": ("pretrained_prefix",)}
 
 
-@_images.counted
 def finetune(
     cfg: DictConfig,
     run: Run,
@@ -80,6 +79,9 @@ def finetune(
     result = train(cfg, run, model, source, views, measure, groups, measures=shown)
     assert digest(*model.frozen) == frozen, "the frozen blocks changed"
     return result
+
+
+_images.counted(finetune)  # no decorator: the signature is read from the source
 
 
 def rates(cfg: DictConfig, model: FineTune, head_lr: float, layer_decay: float) -> list[dict]:

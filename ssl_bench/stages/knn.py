@@ -46,7 +46,6 @@ READS = (*RUN, *IMAGES, *LOOK, "devices", "data", "backbone", *PRETRAINED)
 IDLE = {"pretrained=null": ("pretrained_prefix",)}
 
 
-@_images.counted
 def knn(
     cfg: DictConfig,
     run: Run,
@@ -120,6 +119,9 @@ def knn(
         files.write(run.directory / layout.RELIABILITY, calibration.dumped(bins) + "\n")
     log_result(run, result)
     return result
+
+
+_images.counted(knn)  # no decorator: the signature is read from the source
 
 
 def chooses(stage: DictConfig) -> bool:

@@ -51,7 +51,6 @@ READS = (*TRAINING, *PRETRAINED)
 IDLE = {"pretrained=null": ("pretrained_prefix",)}
 
 
-@_images.counted
 def lincls(
     cfg: DictConfig,
     run: Run,
@@ -122,6 +121,9 @@ def lincls(
         result = train(cfg, run, probe, source, views, measure, measures=("val_top1", "val_top5"))
     assert digest(backbone) == before, "the frozen backbone changed"
     return result
+
+
+_images.counted(lincls)  # no decorator: the signature is read from the source
 
 
 def check_attentive(cfg: DictConfig) -> None:

@@ -74,7 +74,6 @@ IDLE = {
 }
 
 
-@_images.counted
 def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) -> dict[str, float]:
     """Returns what the last step logged.
 
@@ -169,6 +168,9 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
     further["measures"] = JUDGED if judge else ()
     further["on_collapse"] = cfg.on_collapse
     return train(cfg, run, model, source, views, evaluate if looked_at else None, **further)
+
+
+_images.counted(pretrain)  # no decorator: the signature is read from the source
 
 
 def online(

@@ -50,7 +50,7 @@ def status(
             hint = ", like runs=runs/sweeps/lincls"
             if found:
                 hint = ": " + ", ".join(override("runs", folder.parent) for folder in found)
-            what = "no runs=" if path is None else f"runs={path}: no sweep there"
+            what = "runs= is missing" if path is None else f"runs={path}: no sweep there"
             raise UserError(f"{what}; name the folder of a sweep{hint}")
         known = list(dict.fromkeys(key for member in members for key in member.result() or {}))
         if known and cfg.metric and cfg.metric not in known:

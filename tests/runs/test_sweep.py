@@ -405,7 +405,9 @@ def test_a_result_of_another_configuration_is_none(tmp_path: Path) -> None:
 
 def test_status_needs_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^no runs=; name the folder of a sweep, like runs="):
+    with pytest.raises(
+        UserError, match=r"^runs= is missing; name the folder of a sweep, like runs="
+    ):
         launch(compose("stage=status"))
     member(tmp_path / "sweep", {"loss": 1.0}, "seed=0")
     (tmp_path / "refused/.members").mkdir(parents=True)  # by a command that was refused
