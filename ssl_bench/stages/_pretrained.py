@@ -32,9 +32,11 @@ def load_pretrained(cfg: DictConfig) -> nn.Module:
     """
     seed_init(cfg)
     if cfg.pretrained is None:
-        begins = "timm's weights" if cfg.backbone.get("pretrained") else "random weights"
-        log.info("pretrained=null: the backbone begins with %s", begins)
-        return build.construct(cfg.backbone)
+        backbone = build.construct(cfg.backbone)
+        if any(True for _ in backbone.parameters()):  # backbone=pixels has none
+            begins = "timm's weights" if cfg.backbone.get("pretrained") else "random weights"
+            log.info("pretrained=null: the backbone begins with %s", begins)
+        return backbone
     backbone = build.construct(weights.unfilled(cfg.backbone))
     loaded = weights.load_backbone(backbone, cfg.pretrained, cfg.get("pretrained_prefix"))
     tell(loaded)

@@ -211,6 +211,16 @@ def test_a_mistake_is_found_before_torch_is_imported() -> None:
     assert "batch_size=many" in result.stderr
 
 
+def test_no_stage_is_imported_to_be_checked_or_described() -> None:
+    script = (
+        "import sys; from ssl_bench.config import comments, manual\n"
+        "for stage in comments.choices('stage'): assert manual.page([f'stage={stage}'], None)\n"
+        "print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (result.returncode, result.stdout.strip()) == (0, "False"), result.stderr
+
+
 def times_in_epochs(cfg: DictConfig) -> dict[str, tuple[float, InEpochs]]:
     """{key: (value, mark)} of a composed configuration."""
     found = {}
