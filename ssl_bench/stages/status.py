@@ -50,8 +50,9 @@ def status(
             hint = ", like runs=runs/sweeps/lincls"
             if found:
                 hint = ": " + ", ".join(override("runs", folder.parent) for folder in found)
-            what = "runs= is missing" if path is None else f"runs={path}: no sweep there"
-            raise UserError(f"{what}; name the folder of a sweep{hint}")
+            wanting = "runs= is missing; name the folder of a sweep"
+            wrong = f"runs={path}: no sweep there; name the folder of one"
+            raise UserError(f"{wrong if path else wanting}{hint}")
         known = list(dict.fromkeys(key for member in members for key in member.result() or {}))
         if known and cfg.metric and cfg.metric not in known:
             valid = [f"metric={key}" for key in known]

@@ -203,9 +203,9 @@ def test_two_stages_here(ssl_bench: Command, tmp_path: Path) -> None:
     assert "augmentation.image_sise: no such key" in refused.stderr
     assert not list(tmp_path.glob("runs/sweeps/*/*/pretrain"))
     command += ["stage.protocol=['epochs=1','stage.labels_per_class=10','batch_size=50']"]
-    result = ssl_bench(*command, "batch_size=2000,128")
+    result = ssl_bench(*command, "accumulate=3,2")
     assert result.returncode == 2
-    begins = "not reached: its pretraining is failed: batch_size=2000 is larger"
+    begins = "not reached: its pretraining is failed: accumulate=3 does not divide"
     assert begins in result.stderr.splitlines()[-1]
     assert "1 of 2 members are not finished" in result.stderr
     header = (tmp_path / "runs/sweeps/pipeline/table.md").read_text().splitlines()[0]

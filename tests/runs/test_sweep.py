@@ -447,15 +447,15 @@ def test_members_must_not_share_a_directory(ssl_bench: Command, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_only_what_is_missing_is_done_again(ssl_bench: Command, tmp_path: Path) -> None:
-    command = [*TINY_PRETRAIN, "epochs=1", "-m", "batch_size=2000,128"]
+    command = [*TINY_PRETRAIN, "epochs=1", "-m", "accumulate=3,2"]
     assert "0 finished, 0 under way, 2 to start" in ssl_bench(*command).stderr
     again = ssl_bench(*command)
     assert "1 finished, 0 under way, 1 to start" in again.stderr
-    reported = r"1 of 2 members are not finished; .*:\n\S+: failed: batch_size=2000 is larger"
+    reported = r"1 of 2 members are not finished; .*:\n\S+: failed: accumulate=3 does not divide"
     assert re.search(reported, again.stderr)
     assert "Error executing job" not in again.stderr  # Hydra's, with every override
     status = ssl_bench("stage=status", "runs=runs/sweeps/pretrain", check=True).stdout
-    assert re.search(r"\nfailed: batch_size=2000 is larger", status)
+    assert re.search(r"\nfailed: accumulate=3 does not divide", status)
     assert re.search(r"\| finished \| 10/10 +\| probe_top1 [\d.]+ % ", status)
     assert (tmp_path / "runs/sweeps/pretrain/table.md").read_text() in status
 
