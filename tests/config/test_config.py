@@ -211,10 +211,11 @@ def test_a_mistake_is_found_before_torch_is_imported() -> None:
     assert "batch_size=many" in result.stderr
 
 
-def test_no_stage_is_imported_to_be_checked_or_described() -> None:
+def test_no_stage_that_trains_is_imported_to_be_checked_or_described() -> None:
     script = (
-        "import sys; from ssl_bench.config import comments, manual\n"
-        "for stage in comments.choices('stage'): assert manual.page([f'stage={stage}'], None)\n"
+        "import sys; from ssl_bench.config import manual\n"
+        "for stage in ('pretrain', 'pipeline', 'lincls', 'knn', 'finetune'):\n"
+        "    assert manual.page([f'stage={stage}'], None)\n"
         "print('torch' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

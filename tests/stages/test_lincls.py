@@ -276,7 +276,7 @@ def test_the_choice_is_the_best_of_the_exam(
     assert {key: result[key] for key in ("lr", "weight_decay", "holdout_top1")} == {
         key: best[key] for key in ("lr", "weight_decay", "holdout_top1")
     }
-    assert "30 images held out" in caplog.text
+    assert "on 30 held-out images" in caplog.text
     assert "at the edge of stage.lrs" in caplog.text
     measured = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
