@@ -102,7 +102,7 @@ def _run(cfg: DictConfig) -> dict[str, float]:
             log.info(
                 "%s is finished already (%s)%s; to run it again, delete it or choose another dir=",
                 cfg.dir,
-                units.headline(run.summary, 60),
+                units.headline(run.summary, 60).replace("  ", ", "),
                 f", too late for {' '.join(late)}" if late else "",
                 extra={"result": True},
             )
