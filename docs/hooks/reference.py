@@ -14,14 +14,15 @@ from ssl_bench.config import build, typed
 from ssl_bench.config.comments import (
     CONF,
     also_set,
+    below,
     brings,
     choices,
     heading,
     keys,
-    node_of,
     settings,
     spoken,
     spoken_field,
+    target,
     title,
 )
 
@@ -39,6 +40,7 @@ GROUPS = {
     "experiment": "Complete settings of a job, with hardware, cost and expected number.",
     "launcher": "Where a command runs, never what it computes.",
 }
+TITLES = {"data": "data", "tracking": "tracking"}  # the others have an s
 
 # KEY=VALUE in running text
 KEY_VALUE = re.compile(r"(?<![\w/.<])((?:--)?[a-z][\w.]*=(?:\[[^\]]*\]|[^\s,;:()]*[^\s,;:().])?)")
@@ -65,6 +67,12 @@ def code(text: str) -> str:
     return f"`{text}`" if text else ""
 
 
+def default(value: str) -> str:
+    """A value of a key; the first of two that isn't null in words."""
+    both = re.fullmatch(r"\$\{either:\$\{([\w.]+)\},(?:\$\{)?([\w.]+)\}+", value)
+    return f"`{both[1]}`, or `{both[2]}` if that is `null`" if both else code(value)
+
+
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
     """Its lines, in a box that docs/extra.css folds on a narrow screen, and an empty one."""
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
@@ -83,34 +91,47 @@ def header(text: str) -> list[str]:
     return found
 
 
+def shared_meaning(path: str) -> str:
+    """What conf/config.yaml says of a key, or where those of a group are described."""
+    group = path.partition(".")[0]
+    if group in GROUPS:
+        return f"see [{group}=]({group}.md)"
+    told_of = {key.path: key.comment for key in keys((CONF / "config.yaml").read_text())}
+    return plain(told_of.get(path, ""))
+
+
 def section(group: str, choice: str, text: str) -> list[str]:
     """The part of a group's page on one choice."""
     lines = [f"## {choice}", *header(text)]
     if group in ("experiment", "launcher"):
         body = re.sub(r"\A(#.*\n)+", "", text)
         return [*lines, "```yaml", body.rstrip(), "```", ""]
-    path = node_of(group, text)[0].get("_target_", "???")
-    if path != "???":
+    if path := target(group, text):
         lines += [f"Constructor: `{path}`", ""]
+    if bases := below(group, text):
+        lines += [f"Builds on `{group}={bases[0]}` and changes", ""]
     if made := brings(yaml.safe_load(text)):
-        lines += [f"Brings {', '.join(map(code, made))}.", ""]
-    if reads := typed.reads(path) if group == "stage" and path != "???" else None:
+        lines += [f"It chooses {', '.join(map(code, made))}, unless you choose others.", ""]
+    if reads := typed.reads(path) if group == "stage" and path else None:
         shared = ", ".join(f"`{name}`" for name in sorted(reads))
-        lines += [f"Reads {shared}; another key, when typed, is refused.", ""]
+        lines += [f"It reads the [shared keys](shared.md) {shared}, and refuses any other.", ""]
     rows = []
     for key, hint, value, meaning in settings(group, text):
         kind = spoken(hint) if hint else ""
         new = "(typed with a +)" if key.startswith("+") else ""
-        rows.append([code(key), kind, code(value), plain(f"{meaning} {new}".strip())])
+        rows.append([code(key), kind, default(value), plain(f"{meaning} {new}".strip())])
     lines += table(HEAD, rows) if rows else []
     if others := also_set(group, text):
-        rows = [[code(key.path), code(key.value), plain(key.comment)] for key in others]
+        rows = [
+            [code(key.path), code(key.value), plain(key.comment) or shared_meaning(key.path)]
+            for key in others
+        ]
         lines += ["It also sets", "", *table(["key", "to", "meaning"], rows)]
     return lines
 
 
 def group_page(group: str) -> str:
-    lines = [f"# {group}=", "", GROUPS[group], ""]
+    lines = [f"# {TITLES.get(group, f'{group}s').capitalize()}: {group}=", "", GROUPS[group], ""]
     for choice, text in choices(group).items():
         lines += section(group, choice, text)
     return "\n".join(lines)
@@ -122,8 +143,8 @@ def shared_page() -> str:
     fields = build.Root.model_fields
     lines = ["# Shared keys", ""]
     lines += [
-        "Keys of every run, whatever is chosen from the groups. A stage that wouldn't read one of "
-        "them refuses it when it is typed. `${...}` in a default is computed from other keys.",
+        "You can type these keys with every command, whatever it chooses from the groups. A stage "
+        "refuses a key that it doesn't read. `${...}` in a default is computed from other keys.",
         "",
     ]
     rows = []

@@ -64,7 +64,7 @@ def keys(text: str) -> list[Key]:
             comment, above = " ".join([*above, comment]).strip(), []
         found.append(Key(path, value, comment))
     inner = {key.path.rpartition(".")[0] for key in found}
-    return [key for key in found if key.value or key.path not in inner]
+    return [key for key in found if key.value or key.comment or key.path not in inner]
 
 
 def split_comment(text: str) -> tuple[str, str]:
@@ -149,7 +149,7 @@ def told(doc: str, names: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for heads, words in zip(parts[1::2], parts[2::2], strict=True):
         words = re.split(r" (?=UserError|ValueError|Returns )", words)[0].strip()
-        found |= {name: words for name in heads.split(", ")}
+        found |= {name: words.rstrip(".") for name in heads.split(", ")}
     return found
 
 
@@ -185,6 +185,22 @@ def node_of(group: str, text: str) -> tuple[dict[str, Any], list[Key], list[Key]
     return content.get(group) or {}, own, [key for key in found if not key.path.startswith(prefix)]
 
 
+def below(group: str, text: str) -> list[str]:
+    """The files of the group that this one builds on, the nearest first."""
+    found: list[str] = []
+    for entry in (yaml.safe_load(text) or {}).get("defaults") or []:
+        if isinstance(entry, str) and entry in choices(group):
+            found += [entry, *below(group, choices(group)[entry])]
+    return found
+
+
+def target(group: str, text: str) -> str:
+    """The dotted path of the constructor that a file names, or one that it builds on; "": none."""
+    texts = (text, *(choices(group)[base] for base in below(group, text)))
+    targets = (node_of(group, one)[0].get("_target_") for one in texts)
+    return next((path for path in targets if path not in (None, "???")), "")
+
+
 def brings(content: dict[str, Any]) -> list[str]:
     """The choices of other groups that a file makes, as they are typed."""
     entries = [entry for entry in content.get("defaults") or [] if isinstance(entry, dict)]
@@ -204,12 +220,16 @@ class Setting(NamedTuple):
 def settings(group: str, text: str) -> list[Setting]:
     """Those of the group's own node, and what its file leaves to the constructor.
 
-    These have a +, where conf/config.yaml has none of that name.
+    These have a +, where conf/config.yaml has none of that name; a file that builds on others
+    leaves them to these.
     """
-    node, own, _ = node_of(group, text)
-    path = node.get("_target_", "???")
-    types = signatures.parameters(path, build.SUPPLIED.get(group, ())) if path != "???" else {}
+    _, own, _ = node_of(group, text)
+    path, bases = target(group, text), below(group, text)
+    types = signatures.parameters(path, build.SUPPLIED.get(group, ())) if path else {}
     said = told(docstring(path), types) if types else {}
+    for base in reversed(bases):
+        _, theirs, _ = node_of(group, choices(group)[base])
+        said |= {key.path: key.comment for key in theirs if key.comment}
     hints = {name: parameter.annotation for name, parameter in types.items()}
     found = [
         Setting(
@@ -219,8 +239,10 @@ def settings(group: str, text: str) -> list[Setting]:
             key.comment or said.get(key.path, ""),
         )
         for key in own
-        if key.path not in ("name", "_target_")
+        if key.path not in ("name", "_target_", "defaults")
     ]
+    if bases:
+        return found
     there = {key.path.partition(".")[0] for key in own}
     left = [name for name in types if group != "stage" and name not in there]
     shared = {key.path: key for key in keys((CONF / "config.yaml").read_text())}

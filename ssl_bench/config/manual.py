@@ -73,8 +73,7 @@ def _of_choice(group: str, name: str, text: str) -> Iterator[str]:
             yield from _row(key.path, key.value, key.comment)
     brings = [word for word in comments.brings(content) if not word.startswith("hydra/")]
     yield from _list("It chooses", brings)
-    path = comments.node_of(group, text)[0].get("_target_", "???")
-    if group == "stage" and (reads := typed.reads(path)):
+    if group == "stage" and (reads := typed.reads(comments.target(group, text))):
         yield from _list("It reads, of the other keys,", sorted(reads))
 
 
