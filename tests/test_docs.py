@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from ssl_bench.backbones.resnet import resnet18
-from ssl_bench.config import build, typed
+from ssl_bench.config import build, comments, typed
 from ssl_bench.report import tables
 
 ROOT = Path(__file__).parents[1]
@@ -236,7 +236,7 @@ def test_every_key_of_every_choice_is_in_the_reference(reference: ModuleType) ->
         if group in ("experiment", "launcher"):
             continue  # shown as they are
         text = (CONF / group / f"{choice}.yaml").read_text()
-        node, own, _ = reference.node_of(group, text)
+        node, own, _ = comments.node_of(group, text)
         found = {key.path.partition(".")[0] for key in own}
         assert found == node.keys(), f"{group}={choice}"
         part = pages[f"reference/{group}.md"].partition(f"\n## {choice}\n")[2].partition("\n## ")[0]
@@ -259,7 +259,7 @@ def test_every_choice_is_in_the_reference(reference: ModuleType) -> None:
     assert all(f"[`{choice}`]({group}.md#" in page for group, choice in CHOICES)
 
 
-def test_comments_belong_to_their_keys(reference: ModuleType) -> None:
+def test_comments_belong_to_their_keys() -> None:
     text = """# of the file
 a: 1  # of a
 b:
@@ -269,7 +269,7 @@ b:
   d: "x # y"  # of d
 e: 3
 """
-    assert reference.keys(text) == [
+    assert comments.keys(text) == [
         ("a", "1", "of a"),
         ("b.c", "[1, 2]", "above c beside c goes on"),
         ("b.d", '"x # y"', "of d"),
@@ -277,9 +277,9 @@ e: 3
     ]
 
 
-def test_types_in_words(reference: ModuleType) -> None:
+def test_types_in_words() -> None:
     fields = build.Root.model_fields
-    said = reference.spoken_field
+    said = comments.spoken_field
     assert said(fields["epochs"]) == "integer > 0"
     assert said(fields["ema"]) == "number > 0, < 1 or `null`"
     assert said(fields["precision"]) == "`fp32`, `tf32`, `bf16` or `fp16`"

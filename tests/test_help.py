@@ -31,11 +31,14 @@ def test_every_choice_has_a_page_of_its_own(group: str, choice: str) -> None:
         assert len(line) <= 80 or len(line.strip(" \\").split()) == 1
     text = (CONF / group / f"{choice}.yaml").read_text()
     node, own, _ = comments.node_of(group, text)
-    keys = {key.path.partition(".")[0] for key in own} - {"name", "_target_"}
-    assert keys == node.keys() - {"name", "_target_"}
+    unsaid = {"name", "_target_", "defaults"}
+    keys = {key.path.partition(".")[0] for key in own} - unsaid
+    assert keys == node.keys() - unsaid
+    for base in comments.below(group, text)[:1]:
+        assert f"It builds on {group}={base}, and changes" in page
     said = " ".join(page.split())
     for key in own:
-        if key.path in ("name", "_target_"):
+        if key.path in unsaid:
             continue
         assert re.search(rf"(^| ){re.escape(f'{group}.{key.path}=')}", said), key
         assert " ".join(key.comment.split()) in said

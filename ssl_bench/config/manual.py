@@ -62,6 +62,9 @@ def _of_choice(group: str, name: str, text: str) -> Iterator[str]:
     content: dict[str, Any] = yaml.safe_load(text) or {}
     yield f"{group}={name}"
     yield from _heading(text)
+    if bases := comments.below(group, text):
+        yield ""
+        yield f"It builds on {group}={bases[0]}, and changes"
     if rows := comments.settings(group, text):
         yield ""
         for row in rows:
