@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ssl_bench import __version__, doctor
 from ssl_bench.config import build, manual, messages, typed
-from ssl_bench.errors import FULL, Interrupted, UserError
+from ssl_bench.errors import Interrupted, UserError, told_if_full
 from ssl_bench.launch import resolvers
 from ssl_bench.launch.composing import Composer, without_hydra
 from ssl_bench.launch.continuing import checked, with_choices
@@ -322,14 +322,15 @@ def execute(words: Sequence[str]) -> Result | None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     _results.clear()
     try:
-        while True:
-            try:
-                run()
-                break
-            except HydraException as error:
-                if not (later := messages.by_member(error, sys.argv[1:])):
-                    raise
-                sys.argv[1:] = later
+        with told_if_full():
+            while True:
+                try:
+                    run()
+                    break
+                except HydraException as error:
+                    if not (later := messages.by_member(error, sys.argv[1:])):
+                        raise
+                    sys.argv[1:] = later
     except (UserError, HydraException, OmegaConfBaseException) as error:
         if wants_trace:
             raise
@@ -339,15 +340,7 @@ def execute(words: Sequence[str]) -> Result | None:
         if own and not wants_trace and _is_hydras(error):
             why = (str(error).splitlines() or [type(error).__name__])[0]
             fail(UserError(f"{' '.join(own)}: Hydra can't use that: {why}"))
-        if wants_trace or not isinstance(error, OSError) or error.errno not in FULL:
-            raise
-        where = f": {error.filename}" if error.filename else ""
-        fail(
-            UserError(
-                f"the disk is full{where}; "
-                "make room, and the same command continues from the last state saved"
-            )
-        )
+        raise
     return _results.pop() if _results else None
 
 

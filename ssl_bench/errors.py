@@ -43,6 +43,20 @@ def writable(key: str, place: str | Path) -> Iterator[None]:
         ) from None
 
 
+@contextmanager
+def told_if_full() -> Iterator[None]:
+    """UserError in place of an OSError that says that a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        raise UserError(
+            f"the disk is full{where}; make room and repeat the command: what it has saved stays"
+        ) from error
+
+
 class Interrupted(BaseException):
     """A signal asked the run to stop; its state is saved."""
 

@@ -18,6 +18,7 @@ from tempfile import TemporaryFile
 from typing import TextIO
 
 import hydra
+import pytest
 import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
@@ -225,3 +226,12 @@ def member(
 
 
 SMALL_IMAGES = ["data.image_size=16", "backbone.width=8", "backbone.stem=small", "device=cpu"]
+
+
+def mounted(place: str, size: str) -> list[str]:
+    """What begins a command for which `place` is a disk of so many bytes. Skips where it can't."""
+    script = f'mount -t tmpfs -o size={size} tmpfs {place} && exec "$@"'
+    begin = ["unshare", "--mount", "sh", "-c", script, "sh"]
+    if os.geteuid() or subprocess.run([*begin, "true"], capture_output=True).returncode:
+        pytest.skip("can't mount here")
+    return begin

@@ -55,6 +55,8 @@ def in_vain(config: Mapping, overrides: Iterable[str]) -> dict[str, str]:
         if asks and (why := _ignored_by(config, key)):
             readers = [] if " with " in why else _readers(key)
             instead = f"it is for {', '.join(readers)}" if readers else "leave it out"
+            if key == "dir" and "out" in config["stage"]:
+                instead = f"type stage.out={override.partition('=')[2]}"
             lines[override] = f"{override} would be ignored: {why} doesn't read {key}; {instead}"
     return lines
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from ssl_bench.data.formats.base import Dataset
 from ssl_bench.data.store import Split
-from ssl_bench.errors import UserError
+from ssl_bench.errors import UserError, several
 from ssl_bench.runtime.seeding import fold
 
 log = logging.getLogger(__name__)
@@ -27,8 +27,8 @@ def hold_out(
     classes, counts = np.unique(labels, return_counts=True)
     if counts.min() < 2:
         raise UserError(
-            f"{chooser} chooses by held-out labels, and class {classes[counts.argmin()]} has only "
-            f"1: give each class 2 (stage.labels_per_class=2 or more), or type {instead}"
+            f"{chooser} chooses by held-out labels, and class {classes[counts.argmin()]} has one "
+            f"image to learn from: give each class two or more, or type {instead}"
         )
     held = np.zeros(len(labels), dtype=bool)
     for label, count in zip(classes, counts, strict=True):
@@ -72,8 +72,8 @@ def few_labels(
         fewest = counts.min()
         if fewest < per_class:
             raise UserError(
-                f"stage.labels_per_class={per_class}: class {classes[counts.argmin()]} has only "
-                f"{fewest} images: choose at most stage.labels_per_class={fewest}"
+                f"stage.labels_per_class={per_class}: class {classes[counts.argmin()]} has "
+                f"{several(int(fewest), 'image')}: choose at most stage.labels_per_class={fewest}"
             )
         wanted = np.full(len(classes), per_class)
     else:

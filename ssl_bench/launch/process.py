@@ -20,7 +20,14 @@ from omegaconf import DictConfig, OmegaConf
 from ssl_bench import console
 from ssl_bench.config import build
 from ssl_bench.data.pool import default_workers
-from ssl_bench.errors import Abandoned, Collapsed, Diverged, Interrupted, UserError
+from ssl_bench.errors import (
+    Abandoned,
+    Collapsed,
+    Diverged,
+    Interrupted,
+    UserError,
+    told_if_full,
+)
 from ssl_bench.runtime.device import check_compiler, pick_device
 
 log = logging.getLogger(__name__)
@@ -65,6 +72,7 @@ def _settled(cfg: DictConfig) -> DictConfig:
     return build.literal(OmegaConf.to_container(cfg, resolve=True) | decided)
 
 
+@told_if_full()
 def _run(cfg: DictConfig) -> dict[str, float]:
     import torch
 

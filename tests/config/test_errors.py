@@ -17,7 +17,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import yaml
-from commands import complaint, compose
+from commands import complaint, compose, mounted
 from conftest import TINY, TINY_PRETRAIN, Command
 from hydra.errors import HydraException
 from hypothesis import given, settings
@@ -996,6 +996,32 @@ def test_divergence(ssl_bench: Command, tmp_path: Path) -> None:
         assert int(path.stem.removeprefix("step")) < int(step[1])
         state = torch.load(path, weights_only=True)["model"]
         assert all(value.isfinite().all() for value in state.values()), path
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    """In one of two processes, and in a stage that saves no state; a state that is there stays."""
+    (disk := tmp_path / "disk").mkdir()
+    pretrain = [*TINY_PRETRAIN, "epochs=3", "save_every=5", "eval_every=0", "device=cpu"]
+    script = f"""
+    python -m ssl_bench {" ".join(pretrain)} devices=2 dir=run; echo status $?
+    ls run/checkpoints
+    head -c 9000000 /dev/zero > filled
+    python -m ssl_bench stage=export pretrained=run stage.out=exports; echo status $?
+    """
+    told = subprocess.run(
+        [*mounted(str(disk), "3m"), "sh", "-c", f"cd {disk} && {script}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )
+    assert told.returncode == 0
+    assert told.stdout.count("status 2\n") == 2
+    assert told.stdout.count("\nssl-bench: the disk is full") == 2
+    assert re.search(r"\nstep\d+\.pt\n", told.stdout)
+    assert "Traceback" not in told.stdout
+    assert "Error executing" not in told.stdout
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def test_hold_out_takes_a_share_of_each_class() -> None:
     assert not np.array_equal(held, hold_out(labels, 0.2, seed=1))
     assert [hold_out(labels, 0.9, 0)[labels == label].sum() for label in (3, 5, 9)] == [45, 9, 1]
     with pytest.raises(
-        UserError, match=r"class 7 has only 1: give each class 2 \(stage.labels_per_class=2"
+        UserError, match=r"class 7 has one image to learn from: give each class two"
     ):
         hold_out(np.array([3, 3, 7]), 0.2, seed=0)
 
@@ -324,7 +324,7 @@ def test_the_recipe_itself_and_what_is_in_the_grid_are_no_mistakes() -> None:
         ),
         (
             ["stage.features=cached", "stage.labels_per_class=1", "batch_size=10"],
-            "class 0 has only 1",
+            "class 0 has one image",
         ),
         (
             ["stage.features=cached", "stage.lrs=[]"],

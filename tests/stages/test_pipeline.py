@@ -75,11 +75,11 @@ def test_a_directory_with_special_characters(ssl_bench: Command, tmp_path: Path)
             "batch_size=128 is larger than the dataset (100 training images): choose at most "
             "batch_size=100",
         ),
-        (["stage.labels_per_class=500"], "stage.labels_per_class=500: class 0 has only 128 images"),
+        (["stage.labels_per_class=500"], "stage.labels_per_class=500: class 0 has 128 images"),
         (["stage.label_fraction=1e-3"], "stage.label_fraction=0.001 of 1,297 images is 1"),
         (
             ["batch_size=5", "stage.labels_per_class=1", "stage.features=cached"],
-            "stage.features=cached chooses by held-out labels, and class 0 has only 1",
+            "stage.features=cached chooses by held-out labels, and class 0 has one",
         ),
     ],
 )
