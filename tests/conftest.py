@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import durations
+import hypothesis
 import pytest
 from browsing import FLAGS
 from commands import run_here
@@ -27,6 +28,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = (
         f"{tempfile.gettempdir()}/inductor-{os.environ['PYTEST_XDIST_WORKER']}"
     )
+
+
+# Other tests may keep a machine busy.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 
 def pytest_configure(config: pytest.Config) -> None:

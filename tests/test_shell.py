@@ -72,7 +72,7 @@ def test_variables_are_all_that_is_not_literal(word: str, said: str) -> None:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 # that is OmegaConf's mark of what isn't there, in quotes, too
 @given(texts.filter(lambda text: text != "???"))
 @example("\\${a}")
@@ -83,7 +83,7 @@ def test_an_override_that_is_advised_means_what_it_says(value: str) -> None:
     assert OmegaConf.create({parsed.key_or_group: parsed.value()}).runs == value
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(texts.filter(lambda text: "${" not in text))  # which stays an interpolation
 @example("a\\\n")
 def test_a_text_that_looks_like_something_else_is_quoted_as_it_is(value: str) -> None:
@@ -146,7 +146,7 @@ def below(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     folder=folders,
     data=names,

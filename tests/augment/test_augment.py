@@ -125,7 +125,7 @@ def resampling_of(device: str) -> Iterator[None]:
         yield
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     height=st.integers(1, 70), width=st.integers(1, 70), size=st.integers(1, 40),
     seed=st.integers(0, 999), scale=st.sampled_from([(0.08, 1.0), (0.2, 1.0), (1.0, 1.0)]),
@@ -291,7 +291,7 @@ def test_grayscale_equals_torchvision():
     assert_equals(ours[applied], tv.rgb_to_grayscale(images[applied], 3), mean=1e-7, largest=1e-6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(size=st.integers(1, 60), sigma=st.floats(0.1, 3.0), device=st.sampled_from(["cpu", "gpu"]))
 def test_blur_equals_torchvision(size, sigma, device):
     """Mean absolute difference below 1e-6, largest below 1e-5; small images take the kernel that
@@ -422,7 +422,6 @@ def test_crop_fallback_is_torchvisions():
 SIDE = st.integers(1, 3000)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(SIDE, SIDE), min_size=1, max_size=20), st.integers(0, 2**31))
 def test_crops_of_many_sizes_are_those_of_each(sizes, seed):
     """A batch of pictures of any size draws what batches of one size draw; all within them."""

@@ -721,7 +721,7 @@ KEYS = sorted(
 
 
 @given(key=st.sampled_from(KEYS), at=st.integers(0, 40))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_any_mistyped_key_is_named(key: str, at: int) -> None:
     """One letter twice, anywhere in the key's own name."""
     parent, _, name = key.rpartition(".")

@@ -85,7 +85,7 @@ def test_test_views_are_torchvisions(name: str, resize: float) -> None:
         assert difference.float().mean() < 0.01
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 700), st.integers(1, 700), st.integers(8, 64), st.floats(1, 2))
 def test_a_test_view_of_any_shape(height: int, width: int, size: int, resize: float) -> None:
     """As torchvision's corner, its rounding of the longer side, and at least all pixels there."""

@@ -155,7 +155,7 @@ def test_values_that_say_nothing_are_refused(make):
 finite = st.floats(-1e3, 1e3, width=32)  # so that float32 tells the ramp from one value
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     finite,
     st.floats(1e-2, 1e4),

@@ -33,7 +33,7 @@ def seen(source, start, stop):
 sizes = st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n)))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(sizes, st.integers(0, 2**40), st.integers(0, 3))
 def test_an_epoch_visits_no_image_twice_and_fills_its_batches(size, seed, epoch):
     num_images, batch_size = size
@@ -45,7 +45,7 @@ def test_an_epoch_visits_no_image_twice_and_fills_its_batches(size, seed, epoch)
     assert set(visited) <= set(range(num_images))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(sizes, st.integers(0, 100), st.data())
 def test_a_stream_resumed_at_any_step_is_the_tail_of_the_whole(size, seed, data):
     source = make(*size, seed)
@@ -54,7 +54,7 @@ def test_a_stream_resumed_at_any_step_is_the_tail_of_the_whole(size, seed, data)
     assert seen(make(*size, seed), start, stop) == seen(source, 0, stop)[start:]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 13), st.integers(0, 100))
 def test_ranks_partition_the_global_batch_in_order(world_size, local, more, seed):
     batch_size = world_size * local
@@ -66,7 +66,7 @@ def test_ranks_partition_the_global_batch_in_order(world_size, local, more, seed
     assert whole == [(step, [i for part in parts for i in part[step][1]]) for step in range(4)]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(1, 30), st.integers(1, 4), st.integers(1, 6))
 def test_an_epoch_pass_sees_every_image_once(num_images, world_size, local):
     passes = [

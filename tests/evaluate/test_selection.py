@@ -41,7 +41,7 @@ def lazy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     count=st.integers(1, 40),
     doubles=st.integers(0, 20),
@@ -145,7 +145,7 @@ def test_margin() -> None:
 
 
 @pytest.mark.usefixtures("lazy")
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(count=st.integers(1, 30), centres=st.integers(1, 12), seed=st.integers(0, 99))
 def test_distances_in_blocks(count: int, centres: int, seed: int) -> None:
     x, y = points(count, seed), points(centres, seed + 1)

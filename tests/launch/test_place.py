@@ -123,7 +123,7 @@ VALUES = {
 commands = st.dictionaries(st.sampled_from(sorted(VALUES)), st.integers(0, 3), max_size=6)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, suppress_health_check=list(HealthCheck))
 @given(commands, commands, st.randoms())
 def test_another_command_another_place(one: dict, other: dict, random) -> None:
     def words(chosen: dict) -> list[str]:

@@ -36,7 +36,7 @@ def images(num: int, seed: int) -> torch.Tensor:
 
 
 @given(size=st.integers(1, 20), batches=st.lists(st.integers(0, 45), max_size=6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_queue_is_a_ring_of_the_newest(size: int, batches: list[int]) -> None:
     queue, ring, written = Queue(1, size), [None] * size, 0
     start = queue.keys.clone()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from commands import compose, member
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from made_runs import checkpoint, classified, classified_from, pretrained
 from omegaconf import OmegaConf
@@ -615,7 +615,6 @@ def test_fill_needs_a_block_and_a_results_file(tmp_path: Path) -> None:
             tables.fill(TEXT.format(""), tmp_path)
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.floats(0, 100), max_size=4), max_size=5))
 def test_what_is_saved_is_loaded(
     tmp_path_factory: pytest.TempPathFactory, values: list[list[float]]

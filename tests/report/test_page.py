@@ -559,7 +559,7 @@ def test_columns_come_in_order_and_say_what_they_are(browser, still: Path) -> No
     webdriver = pytest.importorskip("selenium.webdriver")
     show(browser, still)
     heads = [head.replace("\u2011", "-") for head in texts(browser, "#leaderboard th[scope=col]")]
-    assert heads[:5] == ["name", "probe top-1 (%)", "n", "kNN top-1 (%)", "loss"]
+    assert heads[:5] == ["name", "probe_top1 (%)", "n", "knn_top1 (%)", "loss"]
     assert heads[-len(units.DIAGNOSTICS) :] == [units.unit(key).label for key in units.DIAGNOSTICS]
     buttons = browser.find_elements("css selector", "#leaderboard thead button[aria-describedby]")
     assert len(buttons) == len(heads) - 1

@@ -125,9 +125,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, bytes]:
 
 
 @given(share=st.floats(0, 1, exclude_max=True))
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_truncated_one_is_named_and_the_one_before_used(
     two: tuple[Checkpoint, bytes], caplog: pytest.LogCaptureFixture, share: float
 ) -> None:
@@ -159,9 +157,7 @@ def equal(one: object, other: object) -> bool:
     return one == other
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), directory=st.booleans())
 def test_a_flipped_bit_is_found_or_harmless(
     two: tuple[Checkpoint, bytes], place: float, bit: int, directory: bool

@@ -62,7 +62,7 @@ KEYS = {
 }
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.sampled_from(sorted(KEYS)), st.sampled_from(SPELLINGS), st.sampled_from(SPELLINGS))
 def test_two_spellings_of_a_path_are_one_run(place: Path, key: str, one: str, other: str) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -336,7 +336,7 @@ OTHERS = [
     other=st.none() | st.sampled_from(OTHERS),
     dropped=st.none() | st.sampled_from([*without_counters(small_resnet().state_dict())]),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_any_prefix(
     outer: list[str], inner: list[str], heads: set[str], other: str | None, dropped: str | None
 ) -> None:

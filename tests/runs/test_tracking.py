@@ -41,7 +41,7 @@ def metrics(tmp_path):
         st.dictionaries(st.text(max_size=5).filter(lambda k: k != "step"), st.floats()), max_size=5
     )
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_metrics_read_back_exactly(rows, tmp_path_factory):
     metrics = MetricsFile(tmp_path_factory.mktemp("m") / "metrics.jsonl")
     for step, row in enumerate(rows):
@@ -502,7 +502,7 @@ def test_what_wandb_would_refuse_is_refused_before_anything_starts(
     assert "\n" not in str(caught.value)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.text(max_size=140), st.lists(st.text(max_size=70), max_size=3))
 def test_what_is_let_through_wandb_takes(name: str, tags: list[str]) -> None:
     """By its own validation."""

@@ -167,7 +167,7 @@ KEYS = list(BACKBONE.state_dict())
 @example(dropped=set(KEYS[:1]), added=set(), reshaped=set())
 @example(dropped=set(), added={"queue"}, reshaped=set())
 @example(dropped=set(), added=set(), reshaped=set(KEYS[:1]))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_all_or_nothing(
     tmp_path_factory: pytest.TempPathFactory, dropped: set[str], added: set[str], reshaped: set[str]
 ) -> None:

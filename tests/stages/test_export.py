@@ -395,9 +395,7 @@ def test_a_broken_safetensors_file(tmp_path: Path) -> None:
         load_backbone(tiny().backbone, str(tmp_path / "x.safetensors"))
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), header=st.booleans())
 def test_a_flipped_bit_is_found_or_harmless(
     exported: Path, place: float, bit: int, header: bool

@@ -13,7 +13,7 @@ from cached_lincls import state
 from commands import compose
 from compared import assert_identical, final
 from conftest import Command
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from processes import on_ranks
 from torch import nn
@@ -134,7 +134,6 @@ def test_too_many_blocks() -> None:
     fraction=st.floats(0.3, 1),
     seed=st.integers(0, 3),
 )
-@settings(deadline=None)
 def test_a_fraction_is_of_each_class(counts: list[int], fraction: float, seed: int) -> None:
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
     try:

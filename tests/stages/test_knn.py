@@ -38,7 +38,7 @@ def features(*shape: int, seed: int = 0) -> torch.Tensor:
     k=st.integers(1, 30),
     temperature=st.sampled_from([0.01, 0.07, 1.0]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_votes_are_the_definition_in_blocks_of_any_size(
     sizes: tuple[int, int, int], blocks: tuple[int, int], k: int, temperature: float
 ) -> None:

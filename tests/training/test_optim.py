@@ -82,7 +82,7 @@ def refused(options: dict, groups: list[dict]) -> bool:
 
 
 @given(case=cases(), moved=st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_parameter_is_trained_as_the_docs_say(
     case: tuple[str, dict, list[dict]], moved: bool
 ) -> None:
