@@ -7,7 +7,8 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import hydra
@@ -225,7 +226,7 @@ def _as_before() -> Iterator[None]:
     HydraConfig.instance().cfg = None
     there = "torch" in sys.modules
     try:
-        with _torch_as_at_start() if there else nullcontext():
+        with _torchs_switches().as_at_start() if there else nullcontext():
             yield
     finally:
         sys.argv[:] = argv
@@ -234,12 +235,12 @@ def _as_before() -> Iterator[None]:
         else:
             os.environ["HYDRA_FULL_ERROR"] = environment
         GlobalHydra.instance().hydra, HydraConfig.instance().cfg = composed, config
-        if not there and (torch := sys.modules.get("torch")):
-            torch.seed()  # as it is imported: no two programs draw the same
+        if not there and "torch" in sys.modules:
+            _torchs_switches().reset()
         _alone.release()
 
 
-def _torch_as_at_start() -> AbstractContextManager[None]:
-    from ssl_bench.runtime import switches
+def _torchs_switches() -> ModuleType:
+    from ssl_bench.runtime import switches  # imports torch
 
-    return switches.as_at_start()
+    return switches

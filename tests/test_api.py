@@ -226,14 +226,17 @@ def test_what_a_program_has_set_of_torch_changes_no_run_and_stays(
 
 @pytest.mark.slow
 def test_a_program_draws_other_numbers_each_time(here: Path) -> None:
-    """Where the call is what imports torch."""
+    """Where the call is what imports torch, whose switches are then as it has them."""
     drawn = set()
     for name in ("one", "other"):
-        call = f"import ssl_bench; ssl_bench.train({[*SHORT, f'dir={name}']})"
-        script = f"{call}; import torch; print(torch.rand(1).item())"
+        words = [*SHORT, "precision=tf32", f"dir={name}"]
+        script = f"import ssl_bench; ssl_bench.train({words}); import torch; "
+        script += "print(torch.get_float32_matmul_precision(), torch.rand(1).item())"
         said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         assert said.returncode == 0, said.stderr
-        drawn.add(said.stdout.splitlines()[-1])
+        precision, number = said.stdout.splitlines()[-1].split()
+        assert precision == "highest"
+        drawn.add(number)
     assert len(drawn) == 2
 
 

@@ -34,7 +34,7 @@ def test_every_choice_has_a_page_of_its_own(group: str, choice: str) -> None:
     unsaid = {"name", "_target_", "defaults"}
     keys = {key.path.partition(".")[0] for key in own} - unsaid
     assert keys == node.keys() - unsaid
-    for base in comments.below(group, text)[:1]:
+    for base in comments.below(text, comments.choices(group))[:1]:
         assert f"It builds on {group}={base}, and changes" in page
     said = " ".join(page.split())
     for key in own:
@@ -69,6 +69,16 @@ def test_help_beside_choices_and_keys(ssl_bench: Command, tmp_path: Path) -> Non
     )
     own = ssl_bench(f"--config-dir={tmp_path}", "method=mine", "--help", check=True).stdout
     assert own.startswith("method=mine\nMy method.\n\nmethod.dim=8  mine\n+method.hidden_dim=")
+    mistaken = {
+        "built": ("defaults: [mine]\ndim: 9\n", "It builds on method=mine, and changes"),
+        "gone": ("_target_: not_here.Mine\n", "method._target_=not_here.Mine: can't be imported"),
+        "broken": ("name: [\n", "method=broken: its file is no YAML"),
+    }
+    for name, (text, said) in mistaken.items():
+        (tmp_path / "method" / f"{name}.yaml").write_text(text)
+        result = ssl_bench(f"--config-dir={tmp_path}", f"method={name}", "--help")
+        assert said in result.stdout + result.stderr
+        assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(

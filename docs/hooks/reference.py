@@ -106,9 +106,10 @@ def section(group: str, choice: str, text: str) -> list[str]:
     if group in ("experiment", "launcher"):
         body = re.sub(r"\A(#.*\n)+", "", text)
         return [*lines, "```yaml", body.rstrip(), "```", ""]
-    if path := target(group, text):
+    known = choices(group)
+    if path := target(group, text, known):
         lines += [f"Constructor: `{path}`", ""]
-    if bases := below(group, text):
+    if bases := below(text, known):
         lines += [f"Builds on `{group}={bases[0]}` and changes", ""]
     if made := brings(yaml.safe_load(text)):
         lines += [f"It chooses {', '.join(map(code, made))}, unless you choose others.", ""]
@@ -116,7 +117,7 @@ def section(group: str, choice: str, text: str) -> list[str]:
         shared = ", ".join(f"`{name}`" for name in sorted(reads))
         lines += [f"It reads the [shared keys](shared.md) {shared}, and refuses any other.", ""]
     rows = []
-    for key, hint, value, meaning in settings(group, text):
+    for key, hint, value, meaning in settings(group, text, known):
         kind = spoken(hint) if hint else ""
         new = "(typed with a +)" if key.startswith("+") else ""
         rows.append([code(key), kind, default(value), plain(f"{meaning} {new}".strip())])

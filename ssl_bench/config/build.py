@@ -361,6 +361,12 @@ def locate(path: str, group: str) -> Callable:
         return signatures.locate(path)
 
 
+def parameters(path: str, group: str) -> dict[str, signatures.Parameter]:
+    """Those of a constructor of the group, but for what it is handed. UserError."""
+    with _told(path, group):
+        return signatures.parameters(path, SUPPLIED.get(group, ()))
+
+
 @contextmanager
 def _told(path: str | None, group: str) -> Iterator[None]:
     if _permitted is not None:

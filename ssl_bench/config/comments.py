@@ -1,8 +1,8 @@
-"""What the YAML files, signatures and docstrings say of our keys: read, nothing is imported."""
+"""What the YAML files, signatures and docstrings say of keys. Of ours, nothing is imported."""
 
 import ast
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import yaml
 from pydantic.fields import FieldInfo
 
-from ssl_bench.config import build, signatures
+from ssl_bench.config import build
 from ssl_bench.config.fields import InEpochs, is_path
 from ssl_bench.config.renamed import current
 
@@ -128,9 +128,9 @@ def docstring(path: str) -> str:
     """That of the class or function with this dotted path, read from its source; "": none."""
     module, _, name = current(path).rpartition(".")
     spec = find_spec(module)
-    assert spec is not None
-    assert spec.origin is not None
-    body = ast.parse(Path(spec.origin).read_text()).body
+    if spec is None or not (spec.origin or "").endswith(".py"):
+        return ""
+    body = ast.parse(Path(str(spec.origin)).read_text()).body
     for node in body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
             return ast.get_docstring(node) or ""
@@ -185,18 +185,18 @@ def node_of(group: str, text: str) -> tuple[dict[str, Any], list[Key], list[Key]
     return content.get(group) or {}, own, [key for key in found if not key.path.startswith(prefix)]
 
 
-def below(group: str, text: str) -> list[str]:
-    """The files of the group that this one builds on, the nearest first."""
+def below(text: str, known: Mapping[str, str]) -> list[str]:
+    """The files of its group that a file builds on, the nearest first. known: the `choices`."""
     found: list[str] = []
     for entry in (yaml.safe_load(text) or {}).get("defaults") or []:
-        if isinstance(entry, str) and entry in choices(group):
-            found += [entry, *below(group, choices(group)[entry])]
+        if isinstance(entry, str) and entry in known:
+            found += [entry, *below(known[entry], known)]
     return found
 
 
-def target(group: str, text: str) -> str:
+def target(group: str, text: str, known: Mapping[str, str]) -> str:
     """The dotted path of the constructor that a file names, or one that it builds on; "": none."""
-    texts = (text, *(choices(group)[base] for base in below(group, text)))
+    texts = (text, *(known[base] for base in below(text, known)))
     targets = (node_of(group, one)[0].get("_target_") for one in texts)
     return next((path for path in targets if path not in (None, "???")), "")
 
@@ -217,18 +217,18 @@ class Setting(NamedTuple):
     meaning: str
 
 
-def settings(group: str, text: str) -> list[Setting]:
+def settings(group: str, text: str, known: Mapping[str, str]) -> list[Setting]:
     """Those of the group's own node, and what its file leaves to the constructor.
 
     These have a +, where conf/config.yaml has none of that name; a file that builds on others
     leaves them to these.
     """
     _, own, _ = node_of(group, text)
-    path, bases = target(group, text), below(group, text)
-    types = signatures.parameters(path, build.SUPPLIED.get(group, ())) if path else {}
+    path, bases = target(group, text, known), below(text, known)
+    types = build.parameters(path, group) if path else {}
     said = told(docstring(path), types) if types else {}
     for base in reversed(bases):
-        _, theirs, _ = node_of(group, choices(group)[base])
+        _, theirs, _ = node_of(group, known[base])
         said |= {key.path: key.comment for key in theirs if key.comment}
     hints = {name: parameter.annotation for name, parameter in types.items()}
     found = [

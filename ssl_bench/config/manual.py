@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +55,21 @@ def _of_group(group: str, values: str, own: Path | None) -> Iterator[str]:
             raise UserError(
                 unknown("choice", f"{group}={name}", [f"{group}={one}" for one in known])
             )
-        yield "\n".join(_of_choice(group, name, known[name]))
+        try:
+            yield "\n".join(_of_choice(group, name, known))
+        except yaml.YAMLError as error:
+            raise UserError(f"{group}={name}: its file is no YAML ({error.args[0]})") from None
 
 
-def _of_choice(group: str, name: str, text: str) -> Iterator[str]:
+def _of_choice(group: str, name: str, known: Mapping[str, str]) -> Iterator[str]:
+    text = known[name]
     content: dict[str, Any] = yaml.safe_load(text) or {}
     yield f"{group}={name}"
     yield from _heading(text)
-    if bases := comments.below(group, text):
+    if bases := comments.below(text, known):
         yield ""
         yield f"It builds on {group}={bases[0]}, and changes"
-    if rows := comments.settings(group, text):
+    if rows := comments.settings(group, text, known):
         yield ""
         for row in rows:
             yield from _row(row.key, row.value, row.meaning)
@@ -76,7 +80,7 @@ def _of_choice(group: str, name: str, text: str) -> Iterator[str]:
             yield from _row(key.path, key.value, key.comment)
     brings = [word for word in comments.brings(content) if not word.startswith("hydra/")]
     yield from _list("It chooses", brings)
-    if group == "stage" and (reads := typed.reads(comments.target(group, text))):
+    if group == "stage" and (reads := typed.reads(comments.target(group, text, known))):
         yield from _list("It reads, of the other keys,", sorted(reads))
 
 

@@ -34,9 +34,9 @@ def loaded(content: dict[str, Any]) -> Tensor:
     """The bins that `dumped` wrote. ValueError for anything else."""
     try:
         bins = torch.tensor([content[row] for row in ROWS], dtype=torch.float64)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"no bins of confidence: {error}") from None
-    if bins.shape != (3, BINS) or not (bins.isfinite().all() and bins[0].sum() > 0):
+    if bins.shape != (3, BINS) or not (bins.isfinite() & (bins >= 0)).all() or bins[0].sum() == 0:
         raise ValueError("no bins of confidence")
     return bins
 

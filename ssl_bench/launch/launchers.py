@@ -51,6 +51,7 @@ class SweepLauncher(Launcher):
     """
 
     wait = True
+    shares_images: bool | None = True  # do members see the folders of here? None: most likely
     halving: Mapping[str, Any] | None = None  # the rules of `runs.halving`
     _copy: Path | None = None
 
@@ -176,7 +177,7 @@ class SweepLauncher(Launcher):
                     f"{member.name} was run with another configuration: {conflict}. "
                     f"Choose another sweep=, or delete {member.directory}"
                 )
-        _check_starts(todo, members)
+        _check_starts(todo, members, self.shares_images)
         finished = [member for member in members if member.file not in open_]
         if stale := [member for member in finished if member.stale]:
             raise UserError(
@@ -529,11 +530,14 @@ def _refuse_free(job_overrides: Sequence[Sequence[str]], members: Sequence["Memb
             )
 
 
-def _check_starts(todo: Sequence["Member"], members: Sequence["Member"]) -> None:
+def _check_starts(
+    todo: Sequence["Member"], members: Sequence["Member"], shares_images: bool | None
+) -> None:
     """UserError, before any of `todo` starts, for what each of them would find out by itself.
 
     That is missing weights, unless one of `members` leaves them, a batch that its processes, of
     which a launcher knows the number, can't share as its method wants, and images that are too few.
+    shares_images: see `SweepLauncher`.
     """
     from ssl_bench.config import build
     from ssl_bench.errors import UserError
@@ -544,9 +548,10 @@ def _check_starts(todo: Sequence["Member"], members: Sequence["Member"]) -> None
     for member in todo:
         lines += build.indivisible(member.config)
         stage: Any = build.locate(member.config["stage"]["_target_"], "stage")
-        if hasattr(stage, "check_images") and not member.has_state:
+        asked = shares_images is not False and hasattr(stage, "check_images")
+        if asked and not member.has_state:
             try:
-                stage.check_images(build.literal(member.config), known)
+                stage.check_images(build.literal(member.config), known, sure=bool(shares_images))
             except UserError as error:
                 lines.append(str(error))
         teacher = identity.node(member.config, "method").get("teacher")

@@ -74,6 +74,7 @@ class Slurm(SweepLauncher):
         self.max_num_timeout, self.max_running = max_num_timeout, max_running
         self.folder = Path(submitit_folder).absolute()
         self.stage_in = [os.path.expanduser(file) for file in stage_in]
+        self.shares_images = False if container or stage_in else None
         here = "python" if container else quoted(sys.executable)
         inside = here if python is None else quoted(os.path.expanduser(python), variables=True)
         words = [quoted(word, variables=True) for word in container]

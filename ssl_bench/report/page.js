@@ -306,7 +306,7 @@ const logSpanOf = (least, most) => {
 const logTicks = (least, most) => {
   if (most / least < 10) return niceTicks(least, most, 5);
   const [first, last] = [Math.floor(Math.log10(least)), Math.floor(Math.log10(most))];
-  const every = Math.ceil((last - first) / 8), within = most / least < 200 ? [1, 2, 5] : [1];
+  const every = Math.max(1, Math.ceil((last - first) / 8)), within = most / least < 200 ? [1, 2, 5] : [1];
   const found = [];
   for (let power = first; power <= last; power += every) for (const one of within) found.push(Number(`${one}e${power}`));
   return found.filter((tick) => tick >= least && tick <= most);
@@ -723,6 +723,7 @@ for (const map of document.querySelectorAll(".map")) {
     thumb.className = `thumb sheet${sheet}`;
     thumb.style.cssText = `width:${size}px; height:${size}px; zoom:2; background-position:-${(place % columns) * size}px -${Math.floor(place / columns) * size}px`;
     text.textContent = point.dataset.name;
+    tip.ariaLive = "polite";
     tip.hidden = false;
     tip.style.left = `${Math.min(left + 14, innerWidth - 130)}px`;
     tip.style.top = `${Math.min(top + 14, innerHeight - 140)}px`;

@@ -149,11 +149,11 @@ def world_size() -> int:
 def as_if(processes: int) -> Iterator[None]:
     """Within it `world_size` is this, for what is asked of a run before its processes start."""
     global _imagined
-    _imagined = processes
+    before, _imagined = _imagined, processes
     try:
         yield
     finally:
-        _imagined = None
+        _imagined = before
 
 
 @torch.no_grad()

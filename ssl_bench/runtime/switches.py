@@ -8,13 +8,15 @@ import torch
 
 @contextmanager
 def as_at_start() -> Iterator[None]:
-    """Torch as a new process has it: its defaults, gradients, no autocast.
+    """Torch's default type and device are those of a new process; gradients are on, autocast off.
 
-    What the program had set before, and the states of its generators, are put back afterwards.
+    What the program had set of these, what runs set of products, and the generators' states are put
+    back afterwards. Deterministic algorithms and anomaly mode are left to the program.
     """
     dtype, matmul = torch.get_default_dtype(), torch.get_float32_matmul_precision()
     cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
-    used = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    begun = torch.cuda.is_initialized()
+    used = torch.cuda.device_count() if begun else 0
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(range(used)))
         stack.enter_context(torch.inference_mode(False))
@@ -31,3 +33,12 @@ def as_at_start() -> Iterator[None]:
             torch.set_default_dtype(dtype)
             torch.set_float32_matmul_precision(matmul)
             torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = cudnn
+    if torch.cuda.is_initialized() and not begun:
+        torch.cuda.manual_seed_all(torch.initial_seed())  # as a program that begins to use it
+
+
+def reset() -> None:
+    """As torch is imported: what runs set of products, and generators that nobody has seeded."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = False, True
+    torch.seed()

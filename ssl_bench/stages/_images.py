@@ -28,24 +28,28 @@ log = logging.getLogger(__name__)
 QUICK = 200_000  # files of a folder that a sweep waits for; the queues of our recipes hold fewer
 READ = (
     *("data", "method", "backbone", "stage", "augmentation", "batch_size", "devices"),
-    *("accumulate", "sync_batch_norm", "seed"),
+    *("accumulate", "sync_batch_norm"),
 )
 
 
-def check(cfg: DictConfig, known: dict[str, Any]) -> None:
+def check(cfg: DictConfig, known: dict[str, Any], sure: bool = True) -> None:
     """UserError for images that the training or evaluation `cfg` would refuse as it starts.
 
-    known: what was found for others, which this fills. Nothing is asked of images that aren't here,
-    that a user's own code gives, or that take long to list.
+    known: what was found for others, which this fills. sure: the members see the folders that are
+    here, so that what can't be listed here can't there. Nothing is asked of images that aren't
+    here, that a user's own code gives, or that take long to list.
     """
     root = cfg.data.get("root")
     if not current(cfg.data._target_).startswith("ssl_bench.data.formats.") or is_elsewhere(cfg):
+        return
+    kind: Any = build.locate(cfg.data._target_, "data")
+    if not kind.listed_at_once:
         return
     if root and _once(known, f"large {root}", lambda: holds_more(Path(root), QUICK)):
         return
     plain = OmegaConf.to_container(cfg, resolve=True)
     read = json.dumps([plain.get(key) for key in READ], default=str)
-    if why := _once(known, read, lambda: _refusal(cfg, known)):
+    if why := _once(known, read, lambda: _refusal(cfg, known, sure)):
         raise UserError(why)
 
 
@@ -57,7 +61,10 @@ def counted(stage: Stage) -> None:
 def is_elsewhere(cfg: DictConfig) -> bool:
     """Are the images of a folder that isn't here, as on a machine that only submits?"""
     root = cfg.data.get("root")
-    return bool(root) and not Path(identity.real(root)).exists()
+    try:
+        return bool(root) and not Path(identity.real(root)).exists()
+    except OSError:  # a folder above that this user may not look into
+        return True
 
 
 def _once(known: dict[str, Any], key: str, find: Callable[[], Any]) -> Any:
@@ -66,15 +73,28 @@ def _once(known: dict[str, Any], key: str, find: Callable[[], Any]) -> Any:
     return known[key]
 
 
-def _refusal(cfg: DictConfig, known: dict[str, Any]) -> str:
+def _refusal(cfg: DictConfig, known: dict[str, Any], sure: bool) -> str:
+    evaluates = "labels_per_class" in cfg.stage
     try:
-        if "labels_per_class" in cfg.stage:
+        try:
+            data = opened(cfg, known)
+            for split in ("train", "val") if evaluates else (_method(cfg).split,):
+                data.split(split)
+        except UserError:  # of a folder that is empty here, and isn't mounted, say
+            if sure:
+                raise
+            return ""
+        if evaluates:
             check_labels(cfg, known)
         else:
-            _check_pretraining(cfg, opened(cfg, known))
+            _check_pretraining(cfg, data)
     except UserError as error:
         return str(error)
     return ""
+
+
+def _method(cfg: DictConfig) -> Any:
+    return build.locate(cfg.method._target_, "method")
 
 
 def opened(cfg: DictConfig, known: dict[str, Any]) -> Dataset:
@@ -100,32 +120,29 @@ def check_labels(cfg: DictConfig, known: dict[str, Any]) -> None:
 
 
 def _check_pretraining(cfg: DictConfig, data: Dataset) -> None:
-    method: Any = build.locate(cfg.method._target_, "method")
-    num_images = data.split(method.split).length
+    num_images = data.split(_method(cfg).split).length
     check_fills(cfg, num_images)
-    with distributed.as_if(cfg.devices):
-        if (model := _on_paper(cfg, data)) is None:
-            return
-        model.check(num_images, cfg.batch_size // cfg.devices)
-        check_sizes(cfg, model.backbone)
-        parts = max(model.bn_splits, cfg.get("accumulate") or 1)
-        check_norm(cfg, model, cfg.sync_batch_norm, parts)
+    try:
+        with distributed.as_if(cfg.devices):
+            model = _on_paper(cfg, data)
+            model.check(num_images, cfg.batch_size // cfg.devices)
+            check_sizes(cfg, model.backbone)
+            parts = max(model.bn_splits, cfg.get("accumulate") or 1)
+            check_norm(cfg, model, cfg.sync_batch_norm, parts)
+    except UserError:
+        raise
+    except Exception as error:  # of a teacher that must be read, of another's code: it says so then
+        log.debug("%s isn't checked without its values: %s", cfg.method.name, error)
 
 
-def _on_paper(cfg: DictConfig, data: Dataset) -> Method | None:
-    """The method as a pretraining has it, but for its values; None: it can't be made like that."""
+def _on_paper(cfg: DictConfig, data: Dataset) -> Method:
+    """The method as a pretraining has it, but for its values."""
     given = build.wanted(
         cfg.method,
         num_classes=lambda: data.num_classes,
         batch_size=lambda: cfg.batch_size,
         num_images=lambda: data.split("pretrain").length,
     )
-    try:
-        with weights.on_paper():
-            backbone = build.construct(weights.unfilled(cfg.backbone))
-            return build.construct(cfg.method, backbone=backbone, **given)
-    except UserError:
-        raise
-    except Exception as error:  # of a teacher that must be read, of another's code: it says so then
-        log.debug("%s isn't made without its data: %s", cfg.method.name, error)
-        return None
+    with weights.on_paper():
+        backbone = build.construct(weights.unfilled(cfg.backbone))
+        return build.construct(cfg.method, backbone=backbone, **given)

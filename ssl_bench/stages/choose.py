@@ -138,7 +138,7 @@ def choose(
             candidate.values = criteria.complete(before)
         if number == len(found) or number % 10 == 0:
             save(folder / FILE, [one for one in found[:number] if one.values], settings)
-    found = [one for one in found if one.values]
+    found = [one for one in found if one.ran.directory not in unread]  # all of it or nothing
     if not found:
         raise next(iter(unread.values()))
     judge(found, runs, cfg.metric)

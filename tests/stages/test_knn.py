@@ -93,7 +93,10 @@ def test_the_choice_is_the_best_of_the_exam(tmp_path: Path) -> None:
     assert [alone[key] for key in ("val_top1", "val_ece")] == [
         result[key] for key in ("val_top1", "val_ece")
     ]
-    assert "val_top5" not in result  # three neighbours have no five classes
+    assert result["val_top5"] >= result["val_top1"]  # of a run that tries five neighbours or more
+    assert "val_top5" not in alone  # three have no five classes
+    with pytest.raises(UserError, match=r"metric=val_top5: stage.k=\[3\] has no five neighbours"):
+        launch(compose(*DIGITS, "stage.k=[3]", "metric=val_top5", f"dir={tmp_path}/refused"))
     assert 0 < result["val_ece"] < 100
     bins = calibration.loaded(json.loads((tmp_path / "run" / "reliability.json").read_text()))
     assert bins[0].sum() == 500

@@ -42,6 +42,7 @@ class Dataset(ABC):
     values = Values()  # how its image files' values are to be read
     max_side: int | None = None  # pixels; image files are made smaller that are larger
     in_shards = False  # do its images lie in few large files, as if packed?
+    listed_at_once = True  # by names alone; False: files are read for it
     draft = False  # large JPEGs are decoded at a part of their size
 
     def __init__(

@@ -40,6 +40,8 @@ class HuggingFace(ImageFiles):
     the only one. label: that of the class numbers.
     """
 
+    listed_at_once = False
+
     def __init__(
         self,
         root: Place,

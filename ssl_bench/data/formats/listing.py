@@ -41,9 +41,17 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def holds_more(root: Path, count: int) -> bool:
-    """Has a folder more than so many files, at any depth? Counted no further, and none is read."""
-    found = 0
-    for _, _, names in os.walk(root):
+    """Has a folder more than so many files, at any depth and behind links, as `list_tree` sees it?
+
+    Counted no further, and none is read. A folder that two links name counts once.
+    """
+    found, seen = 0, set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         found += len(names)
         if found > count:
             return True

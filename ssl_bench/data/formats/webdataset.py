@@ -58,6 +58,7 @@ class WebDataset(ImageFiles):
     """
 
     in_shards = True
+    listed_at_once = False
 
     def __init__(
         self,
