@@ -38,7 +38,7 @@ def page(words: Sequence[str], own: Path | None) -> str:
     parts.append(
         f"All keys of the command: {command} job\n"
         "Of one key, the choices of a group: batch_size= --help, method= --help\n"
-        "All else: ssl-bench --help; docs/reference/ in the repository has every key"
+        "All else: ssl-bench --help; every key: conf/ in the repository, or make docs"
     )
     return "\n\n".join(parts)
 

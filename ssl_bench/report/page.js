@@ -693,7 +693,45 @@ const zoomable = (map) => {
     button.addEventListener("click", act);
     tools.append(button);
   }
+  pictures(map, tools, name);
   downloads(tools, name, () => mapOf(map));
+};
+// All images in place of points: parts of the sheet that tips show, in a frame of the class's colour.
+const urlOf = (map) => {
+  const place = make("span", { className: `sheet${map.dataset.sheet}`, hidden: true });
+  document.body.append(place);
+  const url = getComputedStyle(place).backgroundImage.slice(5, -2);
+  place.remove();
+  return url;
+};
+const sheetOf = (map, id) => { // every part that is drawn refers to it
+  const { columns, thumb: size } = map.dataset, count = all("circle", map).length;
+  return `<defs><image id="${id}" href="${urlOf(map)}" width="${columns * size}" height="${Math.ceil(count / columns) * size}"/></defs>`;
+};
+const pictureOf = (map, circle, id) => {
+  const { columns, thumb } = map.dataset, size = Number(thumb), place = Number(circle.dataset.place), points = all("circle", map).length;
+  const side = Math.min(8, Math.max(2.2, 65 / Math.sqrt(points)));
+  const [x, y] = ["cx", "cy"].map((key) => (circle.getAttribute(key) - side / 2).toFixed(2));
+  const [left, top] = [(place % columns) * size, Math.floor(place / columns) * size];
+  const frame = map.querySelectorAll("g").length > 1 ? `<rect x="${left + 1.5}" y="${top + 1.5}" width="${size - 3}" height="${size - 3}" fill="none"/>` : "";
+  return `<svg class="picture" x="${x}" y="${y}" width="${side.toFixed(2)}" height="${side.toFixed(2)}" viewBox="${left} ${top} ${size} ${size}"><use href="#${id}"/>${frame}</svg>`;
+};
+const pictures = (map, tools, name) => {
+  const id = `pictures-${all(".map").indexOf(map)}`;
+  const button = make("button", { type: "button", className: "tool", ariaLabel: `Show pictures on the ${name}` }, "pictures");
+  const turn = () => {
+    if (!map.querySelector(".picture")) {
+      for (const circle of all("circle", map)) circle.insertAdjacentHTML("beforebegin", pictureOf(map, circle, id));
+      map.insertAdjacentHTML("afterbegin", sheetOf(map, id));
+    }
+    button.ariaPressed = map.classList.toggle("pictures");
+  };
+  button.ariaPressed = false;
+  button.addEventListener("click", turn);
+  tools.append(button);
+  if (map.querySelectorAll("g").length === 1) new IntersectionObserver(([{ isIntersecting }], watch) => { // without classes, points say nothing
+    if (isIntersecting) { watch.disconnect(); turn(); }
+  }).observe(map);
 };
 const mapOf = (map) => { // as it is seen, in colours that any program knows
   const context = make("canvas", { width: 1, height: 1 }).getContext("2d", { willReadFrequently: true });
@@ -702,9 +740,13 @@ const mapOf = (map) => { // as it is seen, in colours that any program knows
     context.fillRect(0, 0, 1, 1);
     return `rgb(${[...context.getImageData(0, 0, 1, 1).data].slice(0, 3).join(", ")})`;
   };
-  const radius = getComputedStyle(map.querySelector("circle")).r.replace("px", "");
-  const parts = all("g", map).map((group) => `<g fill="${plain(getComputedStyle(group).fill)}" fill-opacity="0.8">${all("circle", group)
-    .map((one) => `<circle cx="${one.getAttribute("cx")}" cy="${one.getAttribute("cy")}" r="${radius}"/>`).join("")}</g>`);
+  const radius = getComputedStyle(map.querySelector("circle")).r.replace("px", ""), shows = map.classList.contains("pictures");
+  const part = (one) => (shows ? pictureOf(map, one, "sheet") : `<circle cx="${one.getAttribute("cx")}" cy="${one.getAttribute("cy")}" r="${radius}"/>`);
+  const parts = all("g", map).map((group) => {
+    const css = plain(getComputedStyle(group).fill);
+    return `<g ${shows ? `stroke="${css}" stroke-width="3"` : `fill="${css}" fill-opacity="0.8"`}>${all("circle", group).map(part).join("")}</g>`;
+  });
+  if (shows) parts.unshift(sheetOf(map, "sheet"));
   const key = all("li", map.parentNode).map((one, i) => svgText(8 + 110 * (i % 7), 784 + 18 * Math.floor(i / 7), one.textContent, `fill="${plain(getComputedStyle(one.querySelector(".dot")).backgroundColor)}"`));
   return svgFile(760, 770 + 18 * Math.ceil(key.length / 7), [`<svg x="0" y="0" width="760" height="760" viewBox="${map.getAttribute("viewBox")}">${parts.join("")}</svg>`, ...key]);
 };
@@ -730,7 +772,11 @@ for (const map of document.querySelectorAll(".map")) {
     for (const one of [point, point.parentNode]) one.classList.add("own");
     map.classList.add("focus");
   };
-  map.addEventListener("pointerover", ({ target, clientX, clientY }) => (target.tagName === "circle" ? show(target, clientX, clientY) : clear()));
+  map.addEventListener("pointerover", ({ target, clientX, clientY }) => {
+    const point = target.tagName === "circle" ? target : target.closest(".picture")?.nextElementSibling;
+    if (point) show(point, clientX, clientY);
+    else clear();
+  });
   for (const event of ["pointerleave", "blur"]) map.addEventListener(event, clear);
   map.addEventListener("keydown", (event) => { // from left to right
     const step = { ArrowLeft: -1, ArrowRight: 1, Home: -1e9, End: 1e9 }[event.key];

@@ -758,6 +758,34 @@ def test_a_point_of_the_map_shows_its_picture(opened) -> None:
     assert len(opened.find_elements("css selector", ".map g.own")) == 1
 
 
+def test_a_map_shows_all_pictures(opened) -> None:
+    """Each in the place of its point, cut out of the sheet; in the files that are saved, too."""
+    plot = opened.find_element("css selector", ".map")
+    button = opened.find_elements("xpath", "//button[text()='pictures']")[0]
+    press = lambda: opened.execute_script("arguments[0].click()", button)  # noqa: E731
+    press()
+    assert button.get_attribute("aria-pressed") == "true"
+    columns, size = (int(plot.get_attribute(f"data-{name}")) for name in ("columns", "thumb"))
+    found = opened.execute_script(
+        """return [...document.querySelector('.map').querySelectorAll('.picture')].map((one) => [
+          one.getAttribute('viewBox'), one.nextElementSibling.dataset.place,
+          one.nextElementSibling.getAttribute('cx') - one.x.baseVal.value
+            - one.width.baseVal.value / 2, one.checkVisibility()])"""
+    )
+    assert len(found) == len(plot.find_elements("css selector", "circle"))
+    for box, place, beside, seen in found:
+        row, column = divmod(int(place), columns)
+        assert [int(one) for one in box.split()] == [column * size, row * size, size, size]
+        assert abs(beside) < 0.02
+        assert seen
+    saved = opened.execute_script("return mapOf(document.querySelector('.map'))")
+    assert saved.count("<use ") == len(found)
+    assert 'href="data:image/webp' in saved
+    ElementTree.fromstring(saved)
+    press()
+    assert not opened.execute_script("return document.querySelector('.picture').checkVisibility()")
+
+
 def test_a_map_is_read_by_keyboard(opened) -> None:
     """Its points from left to right."""
     keys = pytest.importorskip("selenium.webdriver").Keys
