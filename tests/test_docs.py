@@ -15,12 +15,13 @@ import pytest
 import torch
 import yaml
 from commands import CHOICES, CONF, GROUPS, compose
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from ssl_bench.backbones.resnet import resnet18
 from ssl_bench.config import build, comments, typed
 from ssl_bench.report import tables
+from ssl_bench.stages import _images
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -86,6 +87,16 @@ def test_command_composes(command: str) -> None:
     cfg = compose(*words)
     build.check(cfg)
     assert not typed.in_vain(OmegaConf.to_container(cfg), words)
+    if cfg.stage.name in ("pretrain", "pipeline") and not command.startswith("experiment="):
+        check_runs(cfg)
+
+
+def check_runs(cfg: DictConfig) -> None:
+    """With the images that the command has: those it brings, or a small folder of the reader's."""
+    if "root" in cfg.data:
+        assert cfg.method.get("queue_size", 0) <= 5000 or cfg.data.name not in ("folder", "own")
+    else:
+        _images.check(cfg, {})
 
 
 @pytest.mark.parametrize("block", PYTHON)

@@ -58,6 +58,7 @@ def keys(text: str) -> list[Key]:
         while parents and parents[-1][0] >= indent:
             parents.pop()
         value, comment = split_comment(rest)
+        value = re.sub(r"\$\{queue:(\d+)\}", r"\1", value)  # as it is for most data sets
         path = ".".join([*(parent for _, parent in parents), name])
         parents.append((indent, name))
         if above:

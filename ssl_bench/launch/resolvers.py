@@ -1,6 +1,7 @@
 """What conf/*.yaml refers to: resolvers, like ${run_dir:...}, and the keys of hydra.launcher."""
 
 import textwrap
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
 from omegaconf import II, DictConfig, OmegaConf
 
+from ssl_bench.config import signatures
 from ssl_bench.launch import place
 from ssl_bench.runs import identity
 from ssl_bench.shell import quote
@@ -29,6 +31,20 @@ def judge(eval_every: int, online_images: int) -> str | None:
 def either(value: Any, default: Any) -> Any:
     """Resolver: the value, unless it is null."""
     return default if value is None else value
+
+
+def queue(size: int, *, _root_: DictConfig) -> int:
+    """Resolver of a queue's size; where a data set is known to have fewer images, a power of two.
+
+    They are those of IMAGES in its module, or of the key num_unlabeled.
+    """
+    data = _root_.get("data") or {}
+    count = data.get("num_unlabeled")
+    if count is None and data.get("_target_"):
+        with suppress(ImportError, ValueError):
+            count = signatures.constant(data._target_, "IMAGES")
+    known = isinstance(count, int) and 0 < count < size
+    return 1 << (count.bit_length() - 1) if known else size
 
 
 def choices(group: str) -> str:
@@ -105,6 +121,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("choices", choices, replace=True)
     OmegaConf.register_new_resolver("either", either, replace=True)
     OmegaConf.register_new_resolver("judge", judge, replace=True)
+    OmegaConf.register_new_resolver("queue", queue, replace=True)
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
     launchers = {"local": LocalConf, "workstation": WorkstationConf, "slurm": SlurmConf}
     for choice, node in launchers.items():

@@ -281,10 +281,13 @@ class Run:
 
     # -- while it runs -----------------------------------------------------------------------------
 
-    def every(self, what: str, step: int) -> bool:
-        """Is it time to `what`: "log" or "save" after this step, or "eval" after this epoch?"""
+    def every(self, what: str, step: int, most: int | None = None) -> bool:
+        """Is it time to `what`: "log" or "save" after this step, or "eval" after this epoch?
+
+        most: the longest interval, whatever the configuration says.
+        """
         interval = self._config[f"{what}_every"]
-        return bool(interval) and step % interval == 0
+        return bool(interval) and step % min(interval, most or interval) == 0
 
     @property
     def signalled(self) -> bool:

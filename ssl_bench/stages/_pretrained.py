@@ -45,7 +45,20 @@ def load_pretrained(cfg: DictConfig) -> nn.Module:
 
 
 def compare_look(cfg: DictConfig, source: Path) -> None:
-    """Log whether images are normalised as when the weights in a file were trained."""
+    """Log whether images look as they did when the weights in a file were trained."""
+    made = weights.recipe(source) or {}
+    if identity.node(made, "data").get("name") == cfg.data.name:
+        sizes = {}
+        for group in ("data", "augmentation"):
+            then, now = identity.node(made, group).get("image_size"), cfg[group].get("image_size")
+            if then != now:
+                sizes[f"{group}.image_size"] = then, now
+        if sizes:
+            shown = ", ".join(f"{key}={now or 'null'}" for key, (_, now) in sizes.items())
+            words = " ".join(f"{key}={then or 'null'}" for key, (then, _) in sizes.items())
+            log.warning(
+                "%s, but it was trained with %s: type these to see images alike", shown, words
+            )
     before = weights.look(source)
     for key in ("mean", "std"):
         now, then = cfg.augmentation.get(key), before.get(key)

@@ -153,7 +153,7 @@ def fit(
         stop = run.stopping(done)
         evaluating = last or (done % per_epoch == 0 and run.every("eval", done // per_epoch))
         judging = evaluating and run.watches
-        logging_now = run.every("log", done) or last or judging
+        logging_now = run.every("log", done, per_epoch) or last or judging
         saving = run.every("save", done) or last or stop or judging
         if logging_now or saving:
             check(done, saving)

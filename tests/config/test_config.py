@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ssl_bench.config import build, signatures, typed
 from ssl_bench.config.fields import InEpochs
+from ssl_bench.data.formats import digits
 from ssl_bench.errors import UserError
 from ssl_bench.training.optim import scaled_lr
 
@@ -296,9 +297,31 @@ def test_precedence() -> None:
     assert compose("stage=lincls", "optimizer.base_lr=1", "epochs=3").epochs == 3
 
 
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [
+        (["data=digits"], 1024),
+        (["data=cifar10", "data.root=/x"], 32768),
+        (["data=stl10", "data.root=/x"], 65536),
+        (["data=synthetic", "data.num_unlabeled=4096"], 4096),
+        (["data=synthetic", "data.num_unlabeled=4095"], 2048),
+        (["data=folder", "data.root=/x"], 65536),
+        (["data=own", "data._target_=not_here.Mine"], 65536),
+        (["data=digits", "method.queue_size=77"], 77),
+    ],
+)
+def test_a_queue_is_no_larger_than_a_data_set_that_is_known(words: list[str], size: int) -> None:
+    assert compose("method=moco_v2", *words).method.queue_size == size
+
+
+def test_the_images_of_a_data_set_are_as_many_as_it_says() -> None:
+    assert digits.Digits().split("pretrain").length == digits.IMAGES
+
+
 def test_every_constant_of_the_papers() -> None:
     """MoCo's main_moco.py and the papers; lincls: main_lincls.py."""
-    v1, v2 = compose("method=moco_v1"), compose("method=moco_v2")
+    large = ["data=dl21", "data.root=/x"]
+    v1, v2 = compose("method=moco_v1", *large), compose("method=moco_v2", *large)
     for cfg in (v1, v2):
         assert (cfg.method.dim, cfg.method.queue_size, cfg.method.momentum) == (128, 65536, 0.999)
         assert (cfg.epochs, cfg.batch_size) == (200, 256)

@@ -114,7 +114,7 @@ def test_nothing_is_left_of_a_configuration_that_saved_nothing(tmp_path: Path) -
         second.uses("pretrain", images("b", 41))
         second.finish({"loss": 1.0})
     left = identity.left_by(second._config, tmp_path / "run")
-    assert (left.weights, left.images) == ("", {"pretrain": "b"})
+    assert (left.weights, left.images) == ("", {"pretrain": images("b", 41)})
 
 
 def test_a_wrong_folder_of_images_costs_a_finished_run_nothing(tmp_path: Path) -> None:

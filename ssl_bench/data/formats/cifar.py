@@ -14,6 +14,8 @@ from ssl_bench.errors import UserError
 
 FOLDERS = {10: "cifar-10-batches-bin", 100: "cifar-100-binary"}
 
+IMAGES = 50_000  # that a pretraining sees
+
 
 class CIFAR(Dataset):
     """CIFAR-10 or CIFAR-100 (32x32), the *binary* version, unpacked in ROOT.

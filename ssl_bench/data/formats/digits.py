@@ -12,6 +12,8 @@ from ssl_bench.data import pictures
 from ssl_bench.data.formats.base import Dataset, Digests, hashed
 from ssl_bench.data.store import OnError, Split
 
+IMAGES = 1_297  # that a pretraining sees
+
 
 class Digits(Dataset):
     """The 1797 handwritten digits (8x8) that scikit-learn ships, upsampled.

@@ -77,11 +77,11 @@ class Folder(ImageFiles):
         root = folder_at(self.root)
         if not self.class_names:
             if name != "pretrain":
-                there = [part for part in ("train", "val") if subfolders(self._part(part))]
-                lack = f"has {there[0]}/<class>/ alone" if there else "has no class folders"
+                alone = [part for part in ("train", "val") if subfolders(self._part(part))]
                 raise UserError(
-                    f"{root} {lack}, so it has no labels and no split '{name}', only 'pretrain'; "
+                    f"{root} has no labels, so no split '{name}', only 'pretrain'; "
                     "labelled data lie in train/<class>/ and val/<class>/"
+                    + (f", and here is {alone[0]}/<class>/ alone" if alone else "")
                 )
             paths, digests, _ = list_tree(root, guarded=0)
             return self._split(name, "all", digests, None, self._decoder(paths), paths)

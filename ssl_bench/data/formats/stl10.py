@@ -12,6 +12,8 @@ from ssl_bench.data.formats.records import check_range, names_in, records_of
 from ssl_bench.data.store import OnError, Split
 from ssl_bench.errors import UserError
 
+IMAGES = 100_000  # that a pretraining sees
+
 
 class STL10(Dataset):
     """STL-10, 96x96, 10 classes: its binary files in ROOT or ROOT/stl10_binary.
