@@ -22,7 +22,10 @@ def line(at: str, text: str, warning: bool = False) -> None:
     _heads.clear()
     if warning:
         live.warning = text
-    terminal.print(Text(at + " ", "dim") + Text(text, "yellow" if warning else ""))
+    # A path that is wider than the terminal is left to it to break, so that it can be copied.
+    wide = max(map(len, text.split()), default=0) > terminal.width
+    shown = Text(at + " ", "dim") + Text(text, "yellow" if warning else "")
+    terminal.print(shown, soft_wrap=wide)
 
 
 def heading(text: str) -> None:
