@@ -334,7 +334,8 @@ def _shown(words: Sequence[str]) -> list[str]:
 def swept_last(overrides: Sequence[str], shared: Collection[str]) -> list[str]:
     """Overrides of a member, the shared ones first if a name hasn't room for all of them.
 
-    The method goes next to the swept ones: commands of one sweep may differ in it. A key that is typed twice keeps its order: the last holds.
+    The method goes next to the swept ones: commands of one sweep may differ in it. A key that is
+    typed twice keeps its order: the last holds.
     """
     named = [word for word in overrides if not identity.is_free(key_of(word))]
     keys = {key_of(word) for word in overrides}

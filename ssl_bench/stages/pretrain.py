@@ -2,7 +2,9 @@
 
 import copy
 import logging
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +110,8 @@ def pretrain(cfg: DictConfig, run: Run, online_images: NonNegativeInt = 2000) ->
         teacher_network=lambda: load_teacher(cfg),
     )
     goes_on = cfg.get("continue_from") is not None
+    if run.is_main and not goes_on and (shorter := extendable(run.directory, cfg.epochs)):
+        log.info("%s differs in epochs alone: continue_from=%s extends it", shorter, shorter)
     if goes_on:  # all of it is replaced by the state of the run before: nothing is fetched for it
         seed_init(cfg)
         backbone = build.construct(weights.unfilled(cfg.backbone))
@@ -235,6 +239,26 @@ def judges(
     # once more, since images that can't be decoded were left out
     source.rows = source.rows[paired(source.labels[source.rows])]
     return source if len(source.rows) else None
+
+
+def extendable(directory: Path, epochs: int) -> Path | None:
+    """The finished run beside one that begins which differs in its epochs alone, fewer than these.
+
+    Of several the one with the most.
+    """
+    if layout.has_state(directory):
+        return None
+    mine = (directory / layout.CONFIG).read_text(encoding="utf-8").splitlines()
+    found = {}
+    for summary in directory.parent.parent.glob(f"*/{directory.name}/{layout.SUMMARY}"):
+        with suppress(OSError, UnicodeError):
+            theirs = (summary.parent / layout.CONFIG).read_text(encoding="utf-8").splitlines()
+            differing = {line.partition(":")[0] for line in {*mine} ^ {*theirs}}
+            said = [line for line in theirs if re.fullmatch(r"epochs: \d+", line)]
+            if said and differing <= {"epochs", "dir"}:
+                found[int(said[0].split()[1])] = summary.parent
+    fewer = [count for count in found if count < epochs]
+    return found[max(fewer)] if fewer else None
 
 
 def paired(targets: np.ndarray) -> np.ndarray:

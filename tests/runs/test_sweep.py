@@ -76,8 +76,9 @@ def test_what_is_swept_is_in_a_name_that_is_cut() -> None:
         assert sweep.name(words)[:-9].endswith(seed.replace("=", "-"))
         assert sweep.name(words)[-8:] == sweep.name([seed, *shared])[-8:]
         assert sweep.swept_last([seed, "batch_size=128"], shared) == [seed, "batch_size=128"]
-        other = [*shared[:2], "method=simclr", *shared[2:]]  # as other commands of the sweep have
-        assert sweep.name(sweep.swept_last([seed, *other], other)).count("-method-simclr-seed-") == 1
+        # other commands of the sweep may have another method
+        other = [*shared[:2], "method=simclr", *shared[2:]]
+        assert "-method-simclr-seed-" in sweep.name(sweep.swept_last([seed, *other], other))
         twice = [seed, *shared, "seed=3"]
         assert sweep.swept_last(twice, [*shared, "seed=3"]) == twice
     rates = ",".join(f"{0.1 * i:.6f}" for i in range(1, 20))

@@ -55,6 +55,21 @@ def test_extended_is_as_if_it_had_never_ended(runs: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_longer_training_names_the_one_that_it_could_extend(
+    ssl_bench: Command, tmp_path: Path
+) -> None:
+    """In the place that commands give them; of other settings or seeds nothing is said."""
+    words = [*TINY_PRETRAIN, "eval_every=0", "schedule=constant"]
+    ssl_bench(*words, "epochs=1", check=True)
+    assert "extends it" not in ssl_bench(*words, "epochs=2", "ema=0.9", check=True).stderr
+    said = ssl_bench(*words, "epochs=2", check=True).stderr
+    (told,) = re.findall(r"(\S+) differs in epochs alone: continue_from=(\S+) extends it", said)
+    assert told[0] == told[1]
+    config = yaml.safe_load((tmp_path / told[0] / "config.yaml").read_text())
+    assert (config["epochs"], config["seed"], config["ema"]) == (1, 0, None)
+
+
+@pytest.mark.slow
 def test_extended_through_a_kill(ssl_bench: Command, runs: Path, tmp_path: Path) -> None:
     command = ["stage=pretrain", f"continue_from={runs}/short", "epochs=4", "log_every=1"]
     command += ["save_every=4", "eval_every=0", "dir=killed"]
