@@ -170,7 +170,7 @@ class SweepLauncher(Launcher):
         counts = len(members) - len(open_), len(open_ - waiting), len(waiting)
         log.info("%s: %s finished, %s under way, %s to start", folder, *counts)
         runs = shell.override("runs", folder)
-        log.info("its members at any time: ssl-bench stage=status %s", runs)
+        log.info("to see its members: ssl-bench stage=status %s", runs)
         for member in todo:
             if conflict := member.conflict:
                 raise UserError(

@@ -106,7 +106,7 @@ def load_backbone(backbone: nn.Module, source: str, prefix: str | None = None) -
         others = " or ".join(one.typed for one in found if one is not network)
         remarks.append(f"it is {why}; pretrained_prefix={others} is another")
     if (heads := _heads(backbone)) and not _check_heads(network, heads, source, path):
-        remarks.append(f"no tensor says how many attention heads it had: {heads} are taken")
+        remarks.append(f"the file doesn't give the number of attention heads; using {heads}")
     if key := network.resized:
         was, now = tensors[key].shape[1], wanted[key].shape[1]
         tensors[key] = networks.interpolated(tensors[key], wanted[key], network.class_token)

@@ -103,8 +103,8 @@ def are_seen(cfg: DictConfig, split: Split) -> bool:
         return True
     if not labels.known:
         log.info(
-            "nothing is known of the labels that %s has learnt from: "
-            "if they are those of data=%s, a choice by some of them is worth nothing",
+            "%s doesn't say which labels it was trained on: "
+            "if it saw those of data=%s, the held-out accuracy is too high",
             *(cfg.pretrained, cfg.data.name),
         )
     return False

@@ -189,7 +189,7 @@ def open_source(
     if kind == "auto":
         kind = "resident" if fits(store.images.nbytes, run.device) else "host"
     place = run.device if kind == "resident" else store.directory / "images.npy"
-    images, nbytes = f"{len(store.images):,} images", size(store.images.nbytes)
+    images, nbytes = several(len(store.images), "image"), size(store.images.nbytes)
     log.info("%s: %s, %s, on %s", called, images, nbytes, place)
     return SOURCES[kind](store.images, store.labels, store.indices, *share)
 
@@ -318,7 +318,8 @@ def train(
         lr += f" (base_lr {base:g})"
     count = sum(parameter.numel() for parameter in trained)
     parameters = f"{count / 1e6:,.1f} M" if count >= 1e5 else f"{count:,}"
-    images = f"{source.num_images:,} images, {source.steps_per_epoch:,} steps an epoch"
+    steps = f"{several(source.steps_per_epoch, 'step')} an epoch"
+    images = f"{several(source.num_images, 'image')}, {steps}"
     devices = f"{distributed.world_size()} x {run.device}"
     log.info(
         "%s, batch %s on %s, %s, %s trained parameters",

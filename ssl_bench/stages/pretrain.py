@@ -202,7 +202,7 @@ def online(
         if known is not None:
             source = judges(cfg, run, data, test_view, known, num_images)
         if source is None:
-            log.info("no labelled images to judge the features by while they are learnt")
+            log.info("no labels, so knn_top1 and probe_top1 won't be logged")
     targets = asked = None
     if source is not None:
         targets = source.labels[source.rows]

@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from ssl_bench import files
-from ssl_bench.errors import UserError
+from ssl_bench.errors import UserError, several
 from ssl_bench.report import tables
 from ssl_bench.runs import checkpoint, identity, layout, record, units
 from ssl_bench.runs.record import Ran
@@ -44,7 +44,8 @@ def runs(cfg: DictConfig, run: Run, prune: bool = False) -> dict[str, float]:
     counts = {stage: common(differing, stage) for stage in {ran.stage for ran in found}}
     for stage, (number, count) in sorted(counts.items()):
         if shared := [word for word in count if count[word] == number > 1]:
-            print(tables.plain(f"all {number} of stage={stage}: {' '.join(sorted(shared))}"))
+            words = " ".join(sorted(shared))
+            print(tables.plain(f"shared by all {number} of stage={stage}: {words}"))
     print()
     facts = {ran: [ran.state.name, newest_metric(ran), *age_and_size(own[ran])] for ran in found}
     widths = [max(map(len, column)) for column in zip(*facts.values(), strict=True)]
@@ -63,8 +64,9 @@ def runs(cfg: DictConfig, run: Run, prune: bool = False) -> dict[str, float]:
             path.unlink()
             print(f"deleted {path}")
     elif idle:
-        several = f"{len(idle)} checkpoint{'s' if len(idle) > 1 else ''} ({size(total)})"
-        print(f"\nno run here needs {several}: stage.prune=true deletes that much")
+        are, them = ("is", "it") if len(idle) == 1 else ("are", "them")
+        checkpoints = f"{several(len(idle), 'checkpoint')} ({size(total)})"
+        print(f"\n{checkpoints} {are} no longer needed: stage.prune=true deletes {them}")
     done = sum(ran.summary is not None for ran in found)
     return {"runs": len(found), "finished": done, "unneeded_gb": 0.0 if prune else total / 1e9}
 
@@ -110,8 +112,8 @@ def _digests(path: Path) -> Iterable[str]:
 
 def common(differing: Mapping[Ran, list[str]], stage: str) -> tuple[int, Counter[str]]:
     """(how many runs of a stage there are, how many of them each word is of)."""
-    several = [words for ran, words in differing.items() if ran.stage == stage]
-    return len(several), Counter(word for words in several for word in words)
+    known = [words for ran, words in differing.items() if ran.stage == stage]
+    return len(known), Counter(word for words in known for word in words)
 
 
 def changed(ran: Ran) -> list[str]:

@@ -121,7 +121,7 @@ def test_members_as_the_library_groups_them(
         split = data_of(tmp_path / "shards", train="0.tar").split("train")
     assert split.labels.tolist() == [1, 0]
     assert [split.file(0), split.file(1)] == [one, two]
-    for kind in (".seg.png", ".txt", "files without an image", "names that aren't"):
+    for kind in (".seg.png", ".txt", "file without an image", "file not named"):
         assert f"{kind}" in caplog.text
     fails(
         "a/x.JPG has no label: a .json with 'other'", tmp_path / "shards", train=".", label="other"

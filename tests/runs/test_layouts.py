@@ -413,7 +413,7 @@ def test_moco_v3_has_a_vit_of_twelve_heads(tmp_path: Path) -> None:
     load_backbone(ours, path)
     assert same(ours, network)
     loaded = load_backbone(ours, saved({"model": timm_names(state_of(network))}, tmp_path))
-    assert "no tensor says how many attention heads it had: 12 are taken" in loaded.remarks
+    assert "the file doesn't give the number of attention heads; using 12" in loaded.remarks
 
 
 # --- position embeddings of another size ----------------------------------------------------------

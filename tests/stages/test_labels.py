@@ -183,7 +183,7 @@ def test_where_nothing_is_known_it_is_said(
     source = [f"pretrained={tmp_path}/x.pth"]
     for name, command in {"knn": ["stage=knn"], "cached": CACHED}.items():
         launch(compose(*on(place, "x", *command, *source, f"dir={tmp_path}/{name}")))
-        assert "nothing is known of the labels that" in caplog.text
+        assert "doesn't say which labels it was trained on" in caplog.text
         caplog.clear()
     launch(compose(*on(place, "x", "stage=finetune", "epochs=1", *source, f"dir={tmp_path}/tuned")))
     with pytest.raises(UserError, match="has learnt from the labels"):  # that much is

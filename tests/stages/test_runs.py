@@ -53,7 +53,7 @@ def test_what_there_is(here: Path, capsys: pytest.CaptureFixture) -> None:
         assert line in text
     wide = lines[lines.index("runs/wide") + 1]
     assert wide.endswith("backbone.width=8 optimizer.base_lr=0.5")
-    assert lines[:3] == ["all 3 of stage=pretrain: epochs=2", "", "runs/going"]
+    assert lines[:3] == ["shared by all 3 of stage=pretrain: epochs=2", "", "runs/going"]
     assert "now" in wide
     assert "schedule=constant" in lines[lines.index("runs/going") + 1]
     assert max(map(len, lines)) <= 120
@@ -87,7 +87,7 @@ def test_only_what_nothing_stands_on_is_deleted(here: Path, capsys: pytest.Captu
     """Not the states of a run that will go on, nor one that was measured, even at another path."""
     first = here / "runs/plain/checkpoints/step0000000040.pt"
     lines, _ = shown(capsys)
-    assert "no run here needs 1 checkpoint (0.0 MB): stage.prune=true deletes that much" in lines
+    assert "1 checkpoint (0.0 MB) is no longer needed: stage.prune=true deletes it" in lines
     before = {path for path in here.rglob("*.pt")}
     shown(capsys, "stage.prune=true")
     gone = before - {path for path in here.rglob("*.pt")}

@@ -109,9 +109,9 @@ def _list_numbered(folder: Path) -> tuple[Numbered, np.ndarray]:
             if match := number(entry.name):
                 yield int(match[1]), entry.stat()
             elif is_service(entry.name):
-                passed.add("hidden or service files", entry.name)
+                passed.add("hidden or service file", entry.name)
             else:
-                passed.add("names other than NUMBER.png", entry.name)
+                passed.add("file not named NUMBER.png", entry.name)
 
     with os.scandir(folder) as entries:
         rows = ((i, status.st_size, status.st_mtime_ns) for i, status in numbered(entries))

@@ -14,7 +14,7 @@ from pathlib import Path
 from ssl_bench.data import pictures
 from ssl_bench.data.formats.base import Digests
 from ssl_bench.data.formats.paths import Paths
-from ssl_bench.errors import UserError
+from ssl_bench.errors import UserError, several
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,10 @@ def holds_more(root: Path, count: int) -> bool:
 
 
 class Passed:
-    """The files that a listing leaves out: the number and the first of each kind."""
+    """The files that a listing leaves out: the number and the first of each kind.
+
+    A kind is an extension, or words with `file` among them.
+    """
 
     def __init__(self) -> None:
         self.kinds: dict[str, tuple[int, str]] = {}
@@ -76,12 +79,16 @@ class Passed:
     def tell(self, root: Path) -> None:
         """Log what was left out, if anything, in one line."""
         if self.kinds:
-            log.info("passed over in %s: %s", root, self.told())
+            log.info("skipped in %s: %s", root, self.told())
 
     def told(self) -> str:
         """Each kind with its number and an example, the most first."""
         kinds = sorted(self.kinds.items(), key=lambda item: (-item[1][0], item[0]))
-        shown = [f"{kind} ({count:,}, {first} for one)" for kind, (count, first) in kinds[:12]]
+        shown = []
+        for kind, (count, first) in kinds[:12]:
+            before, file, after = (f"{kind} file" if kind[0] == "." else kind).rpartition("file")
+            example = first if count == 1 else f"{first}, ..."
+            shown.append(f"{several(count, before + file)}{after} ({example})")
         more = f", and {len(kinds) - 12} kinds more" if len(kinds) > 12 else ""
         return ", ".join(shown) + more
 
@@ -194,7 +201,7 @@ def _walk(
     with os.scandir(folder) as entries:
         for entry in entries:
             if is_service(entry.name):  # may not even be read
-                passed.add("hidden or service files", below + entry.name)
+                passed.add("hidden or service file", below + entry.name)
             else:
                 found[entry.name] = entry
     known = pictures.extensions()
@@ -208,7 +215,7 @@ def _walk(
             files = []
             yield from _walk(root, f"{below}{name}/", above | {identity}, passed)
         elif extension not in known:
-            passed.add(extension or "no extension", below + name)
+            passed.add(extension or "file without an extension", below + name)
         else:
             try:
                 status = entry.stat()
@@ -217,6 +224,6 @@ def _walk(
             if stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode):
                 files.append((name, status.st_size, status.st_mtime_ns))
             else:  # reading a pipe would never end
-                passed.add("pipes and devices", below + name)
+                passed.add("special file", below + name)
     if files:
         yield below, files

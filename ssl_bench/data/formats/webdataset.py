@@ -290,7 +290,7 @@ class _List:
                 )
             if not images:
                 for member in sample.values():
-                    passed.add("files without an image", member.name)
+                    passed.add("file without an image", member.name)
                 return
             text.extend(os.fsencode(images[0].name))
             ends.append(len(text))
@@ -306,10 +306,10 @@ class _List:
             if member.isdir():
                 continue
             if not member.isreg() or member.issparse():
-                passed.add("links, devices and sparse files", member.name)
+                passed.add("link, device or sparse file", member.name)
                 continue
             if not stem or not extension:  # hidden files; names without an extension
-                passed.add("names that aren't SAMPLE.EXTENSION", member.name)
+                passed.add("file not named SAMPLE.EXTENSION", member.name)
                 continue
             if (folder, stem) != last:
                 close()
