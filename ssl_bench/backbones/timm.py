@@ -63,13 +63,15 @@ def timm(
 
     def refuses(size: int) -> str | None:
         reason = why_not(size)
-        if reason is None:
-            return None
-        mend = ""
+        return None if reason is None else f"fails in {model} ({reason})"
+
+    def instead(key: str, size: int) -> str:
         helpful = [option for option in ANY_SIZE if why_not(size, **option) is None]
-        if helpful:
-            mend = f", but not with backbone.options={{{_typed(options | helpful[0])}}}"
-        return f"fails in {model} ({reason}){mend}"
+        words = [f"add backbone.options={{{_typed(options | one)}}}" for one in helpful[:1]]
+        own = network.pretrained_cfg["input_size"][-1]
+        if key == "augmentation.image_size" and why_not(own) is None:
+            words.append(f"type {key}={own}")
+        return ", or ".join(words)
 
     def classifier_keys() -> tuple[str, ...]:
         whole, ours = plan(num_classes=1000).state_dict(), network.state_dict()
@@ -92,7 +94,8 @@ def timm(
         ) from None
     # not num_features, the width before the layers that some heads begin with
     network.dim = network.head_hidden_size
-    network.refuses, network.classifier_keys = refuses, classifier_keys
+    network.refuses, network.instead = refuses, instead
+    network.classifier_keys = classifier_keys
     if hasattr(network, "get_intermediate_layers") and hasattr(network, "num_prefix_tokens"):
         network.last_tokens = MethodType(_last_tokens, network)
         network.num_prefix, network.num_blocks = network.num_prefix_tokens, len(network.blocks)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from ssl_bench import files
 from ssl_bench.errors import UserError
@@ -125,10 +126,22 @@ def read(path: Path) -> object:
                 "write it again by torch.save(CONTENT, FILE), without pickle_protocol="
             ) from None
         found = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds a {found[1]}" if found else type(error).__name__
+        kind = "TorchScript" if "TorchScript archive" in str(error) else found and found[1]
+        if kind and zipfile.is_zipfile(path):  # and so whole, as its digests say
+            raise UserError(f"{path}: {_to_be_run(path, kind)}") from None
+        reason = f"it holds a {kind}" if kind else type(error).__name__
         raise UserError(
             f"{path}: truncated, or not a PyTorch file of tensors and plain data ({reason})"
         ) from None
+
+
+def _to_be_run(path: Path, kind: str) -> str:
+    """What is wrong with a file that holds an object of this kind, and what to save instead."""
+    names = [] if kind == "TorchScript" else get_unsafe_globals_in_checkpoint(path)
+    run = "which would have to be run to be read"
+    if kind == "TorchScript" or any(name.startswith("torch.nn.modules.") for name in names):
+        return f"holds a whole model ({kind}), {run}: save model.state_dict() instead"
+    return f"holds a {kind}, {run}: save tensors and plain data alone"
 
 
 def carry_over(path: Path, typed: str, **state: Any) -> int:

@@ -32,6 +32,8 @@ from ssl_bench.runs.names import State
 DIGEST = "ssl_bench.xxh3_128"
 # file in the directory of a run that learns from labels: the names of its classes
 CLASSES = "classes.json"
+UNKNOWN = "backbone="
+PATCHES = "conv_proj.weight"  # of our ViT, the tensor whose shape has the size of the patches
 
 
 class Loaded(NamedTuple):
@@ -74,10 +76,11 @@ def load_backbone(backbone: nn.Module, source: str, prefix: str | None = None) -
             f"choose the {_backbone_of(source, path, content)} it was trained with, or another file"
         )
     if not found[0].fits:
-        raise UserError(
-            f"pretrained={source}: {_differences(found[0], wanted)}. "
-            f"Choose the {_backbone_of(source, path, content)} it was trained with"
-        )
+        told = _backbone_of(source, path, content)
+        mend = f"Choose the {told} it was trained with"
+        if told == UNKNOWN and (patch := _patch_size(found[0], wanted)):
+            mend = f"It was trained with other patches: type backbone.patch_size={patch}"
+        raise UserError(f"pretrained={source}: {_differences(found[0], wanted)}. {mend}")
     try:
         network, why = networks.choose(found, prefix)
     except UserError as error:
@@ -138,7 +141,10 @@ def _differences(network: networks.Network, wanted: State) -> str:
     kinds = {
         "missing": network.missing,
         "unexpected": network.unexpected,
-        "of another shape": network.reshaped,
+        "of another shape": [
+            f"{key}: {_shape(network.tensors[key])} in the file and {_shape(wanted[key])} here"
+            for key in network.reshaped
+        ],
     }
     said = [
         f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
@@ -153,6 +159,19 @@ def _differences(network: networks.Network, wanted: State) -> str:
     if "cls_token" in network.unexpected:
         text += "; it has a class token, which this backbone hasn't"
     return text
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"
+
+
+def _patch_size(network: networks.Network, wanted: State) -> int | None:
+    """That of a file whose tensors are those of our ViT but for the size of its patches."""
+    if network.missing or network.unexpected or network.reshaped != [PATCHES]:
+        return None
+    theirs, ours = network.tensors[PATCHES].shape, wanted[PATCHES].shape
+    alike = len(theirs) == 4 and theirs[:2] == ours[:2] and theirs[2] == theirs[3]
+    return theirs[2] if alike else None
 
 
 def _heads(backbone: nn.Module) -> int | None:
@@ -258,7 +277,7 @@ def _backbone_of(source: str, path: Path, content: object) -> str:
     if known := published.WEIGHTS.get(source) or published.of(path):
         return f"backbone={known.backbone}"
     if not (node := (recipe(path) or {}).get("backbone")):
-        return fitting(content) or "backbone="
+        return fitting(content) or UNKNOWN
     telling = ("stem", "width", "model", "image_size", "patch_size", "dim", "num_heads")
     words = [f"backbone.{key}={node[key]}" for key in telling if node.get(key) is not None]
     return " ".join([f"backbone={node.get('name')}", *words])

@@ -246,18 +246,28 @@ def check_sizes(cfg: DictConfig, backbone: nn.Module) -> None:
     """UserError for views of a size that the backbone doesn't take, before any image is read."""
     small = ("small_size",) if cfg.augmentation.get("num_small_views") else ()
     for key in ("image_size", *small):
-        check_size(f"augmentation.{key}", cfg.augmentation[key], backbone, cfg.backbone.name)
+        typed, pixels = f"augmentation.{key}", cfg.augmentation[key]
+        instead = backbone.instead if hasattr(backbone, "instead") else None
+        check_size(typed, pixels, backbone, cfg.backbone.name, instead)
 
 
-def check_size(key: str, size: int, backbone: nn.Module, name: str) -> None:
+def check_size(
+    key: str,
+    size: int,
+    backbone: nn.Module,
+    name: str,
+    instead: Callable[[str, int], str] | None = None,
+) -> None:
     """UserError if the backbone, called `name`, doesn't take images of `size` pixels.
 
-    key: what to type for another size.
+    key: what to type for another size. instead: (key, size) -> what to type, or "".
     """
-    if hasattr(backbone, "refuses") and (why := backbone.refuses(size)):
-        raise UserError(
-            f"{key}={size} {why}; backbone={name} doesn't take it: change one of the two"
-        )
+    if not (hasattr(backbone, "refuses") and (why := backbone.refuses(size))):
+        return
+    mend = instead(key, size) if instead else ""
+    if mend:
+        raise UserError(f"{key}={size} {why}: {mend}")
+    raise UserError(f"{key}={size} {why}; backbone={name} doesn't take it: change one of the two")
 
 
 def make_views(cfg: DictConfig, run: Run, method: type[Method] | Method) -> Views:

@@ -109,8 +109,8 @@ MISTAKES = {
     "a ViT": (
         ["backbone=timm", "backbone.model=vit_tiny_patch16_224"],
         "augmentation.image_size=32 fails in vit_tiny_patch16_224 (Input height (32) doesn't match "
-        "model (224)), but not with backbone.options={dynamic_img_size:true}; "
-        "backbone=timm doesn't take it: change one of the two",
+        "model (224)): add backbone.options={dynamic_img_size:true}, "
+        "or type augmentation.image_size=224",
     ),
     "a Swin": (
         ["backbone=timm", "backbone.model=swin_tiny_patch4_window7_224"],
@@ -120,7 +120,7 @@ MISTAKES = {
     "patches": (
         [*TEST_VIT, "augmentation.image_size=24"],
         "augmentation.image_size=24 fails in test_vit (Input height (24) should be divisible by "
-        "patch size (16))",
+        "patch size (16)): type augmentation.image_size=160",
     ),
     "multi-crop": (
         [*TEST_VIT, "method=dino", "augmentation.num_small_views=2", "augmentation.small_size=20"],

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 import yaml
 from compared import features, images, same
 from hypothesis import given, settings
@@ -289,7 +290,8 @@ def test_a_deeper_network(tmp_path: Path, extra: str, says: str, prefix: str) ->
         ),
         (
             lambda s: s | {"patch_embed.proj.weight": torch.zeros(DIM, 3, 8, 8)},
-            "1 of another shape (conv_proj.weight)",
+            "(conv_proj.weight: 24x3x8x8 in the file and 24x3x16x16 here). It was trained with other "
+            "patches: type backbone.patch_size=8",
         ),
     ],
     ids=["registers", "distilled", "deeper", "no token", "positions alone", "no square", "patches"],
@@ -506,8 +508,28 @@ def test_anything_else_is_refused(
     tmp_path: Path, function: Callable, capfd: pytest.CaptureFixture
 ) -> None:
     content = {"model": state_of(small_resnet()), "args": Runs(function)}
-    assert "it holds a" in refused(small_resnet(), content, tmp_path)
+    said = refused(small_resnet(), content, tmp_path)
+    assert "which would have to be run to be read: save tensors and plain data alone" in said
+    assert not re.search("truncated|whole model", said)
     assert "ran" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("wrap", [lambda whole: whole, lambda whole: {"model": whole}])
+def test_a_whole_model_is_told_from_a_truncated_file(
+    tmp_path: Path, wrap: Callable[[nn.Module], object]
+) -> None:
+    said = refused(small_resnet(), wrap(torchvision.models.resnet18()), tmp_path)
+    assert (
+        "holds a whole model (torchvision.models.resnet.ResNet), which would have to be run to be "
+        "read: save model.state_dict() instead" in said
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_model_is_a_whole_one(tmp_path: Path) -> None:
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "model.pth"))
+    with pytest.raises(UserError, match=r"holds a whole model \(TorchScript\), .*state_dict"):
+        load_backbone(small_resnet(), str(tmp_path / "model.pth"))
 
 
 # --- the classifier on top ------------------------------------------------------------------------

@@ -178,7 +178,7 @@ def test_a_metric_that_nothing_measures(command: list[str], tmp_path: Path, off:
 PIXELS = ["backbone=pixels", "augmentation.image_size=8"]
 VIT = ["backbone=vit_tiny", "backbone.patch_size=8"]
 MISTAKES = {
-    "no labels": (["method=supervised", "data=folder"], "dl21 has no labels, so no split 'train'"),
+    "no labels": (["method=supervised", "data=folder"], "it has no labels and no split 'train'"),
     "pixels": (
         PIXELS,
         "augmentation.image_size=8 is not backbone.image_size=16; backbone=pixels doesn't take it",
