@@ -112,7 +112,7 @@ class SweepLauncher(Launcher):
         The last three have the pretrainings of pipelines apart. UserError.
         """
         from ssl_bench import shell
-        from ssl_bench.errors import UserError
+        from ssl_bench.errors import UserError, several
         from ssl_bench.launch import forecast
         from ssl_bench.runs import halving, sweep
 
@@ -167,10 +167,6 @@ class SweepLauncher(Launcher):
         waiting, open_ = (
             {of.get(part.file, part.file) for part in some} for some in (todo, unfinished)
         )
-        counts = len(members) - len(open_), len(open_ - waiting), len(waiting)
-        log.info("%s: %s finished, %s under way, %s to start", folder, *counts)
-        runs = shell.override("runs", folder)
-        log.info("to see its members: ssl-bench stage=status %s", runs)
         for member in todo:
             if conflict := member.conflict:
                 raise UserError(
@@ -185,6 +181,13 @@ class SweepLauncher(Launcher):
                 f"pretrained={stale[0].config['pretrained']} holds now: choose another sweep=, or "
                 f"delete {stale[0].directory}"
             )
+        counts = len(members) - len(open_), len(open_ - waiting), len(waiting)
+        log.info(
+            "%s, of this command's %s: %s finished, %s under way, %s to start",
+            *(folder, several(len(members), "member"), *counts),
+        )
+        runs = shell.override("runs", folder)
+        log.info("to see its members: ssl-bench stage=status %s", runs)
         for member in todo:
             member.job = None
             member.forget_failure()
@@ -544,6 +547,7 @@ def _check_starts(
     from ssl_bench.runs import identity, published
 
     made, lines = {Path(identity.real(str(one.directory))) for one in members}, []
+    misfits: dict[str, list[str]] = {}
     known: dict[str, Any] = {}  # of the images that members share
     for member in todo:
         lines += build.indivisible(member.config)
@@ -562,13 +566,19 @@ def _check_starts(
             if why := published.missing(source, made):
                 lines.append(why.replace("pretrained=", f"{key}=", 1))
         if source := member.config["pretrained"]:
-            lines += _other_shape(source, identity.node(member.config, "backbone"))
+            had = _other_shape(source, identity.node(member.config, "backbone"))
+            if had and source not in misfits.setdefault(had, []):
+                misfits[had].append(source)
+    for had, sources in misfits.items():
+        one = f"pretrained={sources[0]} was"
+        which = one if len(sources) == 1 else f"{len(sources)} pretrainings were"
+        lines.append(f"{which} trained with {had}: type these")
     if lines:
         raise UserError("\n".join(["nothing was started.", *dict.fromkeys(lines)]))
 
 
-def _other_shape(source: str, backbone: Mapping[str, Any]) -> list[str]:
-    """A line if the run of these weights had the same backbone, but in another shape."""
+def _other_shape(source: str, backbone: Mapping[str, Any]) -> str:
+    """What to type if the run of these weights had the same backbone, but in another shape; ""."""
     from ssl_bench.launch.place import SHAPE
     from ssl_bench.runs import identity, layout
 
@@ -576,9 +586,9 @@ def _other_shape(source: str, backbone: Mapping[str, Any]) -> list[str]:
     had = identity.node(identity.config(run), "backbone") if run else {}
     shared = [key for key in SHAPE if key in had and key in backbone]
     if had.get("name") != backbone.get("name") or all(had[key] == backbone[key] for key in shared):
-        return []
+        return ""
     words = " ".join(f"backbone.{key}={had[key]}" for key in shared)
-    return [f"pretrained={source} was trained with backbone={had['name']} {words}: type these"]
+    return f"backbone={had['name']} {words}"
 
 
 class Local(SweepLauncher):
