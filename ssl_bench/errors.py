@@ -107,10 +107,16 @@ def meant(got: str, valid: Iterable[str], before: str = "") -> str:
 
     before: what stands before the names.
     """
+    close = closest(got, valid)
+    return f"did you mean {before}{close}? " if close else ""
+
+
+def closest(got: str, valid: Iterable[str]) -> str:
+    """The valid name that is closest; "": none is close."""
     names = list(valid)
     close = difflib.get_close_matches(got, names, n=1)
     close = close or difflib.get_close_matches(got, _same_words(got, names), n=1, cutoff=0)
-    return f"did you mean {before}{close[0]}? " if close else ""
+    return close[0] if close else ""
 
 
 def _same_words(asked: str, names: list[str]) -> list[str]:

@@ -376,7 +376,13 @@ def _told(path: str | None, group: str) -> Iterator[None]:
     except signatures.NoConstructor as error:
         raise UserError(f"{group}._target_={path} is {error}: name a class or a function") from None
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{group}._target_={path}: can't be imported ({error})") from None
+        line = f"{group}._target_={path}: can't be imported ({error})"
+        if isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}."):
+            line += (
+                "; modules are looked for in the folder where you type the command "
+                f"({os.getcwd()}) and among installed packages, not in that of --config-dir"
+            )
+        raise UserError(line) from None
 
 
 # -- what comes from elsewhere is data -------------------------------------------------------------

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from ssl_bench.config import typed
-from ssl_bench.errors import UserError, unknown
+from ssl_bench.errors import UserError, closest, unknown
 from ssl_bench.shell import quote, quoted
 
 KEYLESS = ConfigKeyError | ConfigAttributeError
@@ -39,6 +39,8 @@ def message(error: Exception, words: Sequence[str] | None = None) -> str:
         key, mark, value = str(error.override).partition("=")
         if value and (line := _no_sweep(key, value, text)):
             return f"{error.override}: {line}"
+        if not mark and (meant := _choices_of(key, words or ())):
+            return f"{key}: not KEY=VALUE; did you mean {' or '.join(meant)}?"
         as_text = quoted(_as_texts(key, value)) if mark else "'KEY=\"VALUE\"'"
         return (
             f"{error.override}: not KEY=VALUE; put quotes around a VALUE with special characters: "
@@ -47,7 +49,10 @@ def message(error: Exception, words: Sequence[str] | None = None) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         options = [f"{group}={option}" for option in error.options]
-        return unknown("choice", f"{group}={choice}", options)
+        line = unknown("choice", f"{group}={choice}", options)
+        if "did you mean" in line:
+            return line
+        return f"{line}. One of your own, DIR/{group}/{choice}.yaml, is found by --config-dir=DIR"
     if several := re.match(SEVERAL, text):
         return _several(several[1], several[2], words)
     composing = re.match(r"In '(.+)': .+ raised while composing config:", text)
@@ -65,8 +70,7 @@ def no_name(words: Sequence[str]) -> str:
 
     Hydra would end with a traceback. words: a command line.
     """
-    conf = [Path(__file__).parents[1] / "conf"]
-    conf += [Path(word.partition("=")[2]) for word in words if word.startswith("--config-dir=")]
+    conf = _folders(words)
     for word in words:
         try:
             override = OverridesParser.create().parse_override(word)
@@ -84,6 +88,20 @@ def no_name(words: Sequence[str]) -> str:
         instead = " (leave it out for none)" if group == "experiment" else ""
         return unknown("choice", word, [f"{group}={file.stem}" for file in files]) + instead
     return ""
+
+
+def _folders(words: Sequence[str]) -> list[Path]:
+    """Where the choices are: ours, and those of a command line's --config-dir."""
+    own = [Path(word.partition("=")[2]) for word in words if word.startswith("--config-dir=")]
+    return [Path(__file__).parents[1] / "conf", *own]
+
+
+def _choices_of(name: str, words: Sequence[str]) -> list[str]:
+    """GROUP=NAME for every group that has this choice, stages first."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        return []
+    groups = {file.parent.name for conf in _folders(words) for file in conf.glob(f"*/{name}.yaml")}
+    return [f"{group}={name}" for group in sorted(groups, key=lambda one: (one != "stage", one))]
 
 
 def _as_texts(key: str, value: str) -> str:
@@ -169,6 +187,9 @@ def _unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
         return f"{error.full_key}: no such key; did you mean {' or '.join(places)}?"
     valid = [f"{parent}.{name}" if parent else name for name in names]
     line = unknown("key", error.full_key, valid)
+    at_root = not parent and "did you mean" not in line
+    if at_root and (places := _places(error.full_key, error.parent_node, close=True)):
+        return f"{error.full_key}: no such key; did you mean {' or '.join(places)}?"
     target = OmegaConf.to_container(error.parent_node).get("_target_") if parent else None
     if target is not None and not str(target).startswith("ssl_bench."):
         line += f". An argument of your own {parent}._target_ has a +: +{error.full_key}="
@@ -261,15 +282,20 @@ def by_choice(
     return "\n".join([f"{'; '.join(said)}; {grows}", *commands])
 
 
-def _places(key: str, root: DictConfig) -> list[str]:
-    """The keys of groups, and of the launcher, that end with a key that isn't at the root."""
+def _places(key: str, root: DictConfig, close: bool = False) -> list[str]:
+    """The keys of groups, and of the launcher, that end with a key that isn't at the root.
+
+    close: with the one of their keys that is closest to it.
+    """
     groups = [*(str(name) for name in root if name != "hydra"), "hydra.launcher", "hydra.sweeper"]
     nodes = {
         name: OmegaConf.select(root, name, throw_on_resolution_failure=False) for name in groups
     }
-    return [
-        f"{name}.{key}" for name, node in nodes.items() if OmegaConf.is_dict(node) and key in node
-    ]
+    nodes = {name: node for name, node in nodes.items() if OmegaConf.is_dict(node)}
+    if close:
+        every = {str(one) for node in nodes.values() for one in node}
+        key = closest(key, sorted(every))
+    return [f"{name}.{key}" for name, node in nodes.items() if key in node]
 
 
 def parsed(words: list[str]) -> list[Override]:

@@ -357,6 +357,6 @@ def test_a_target_whose_module_cannot_be_imported(
     )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(
-        UserError, match=r"_target_=mine_broken\.make: can't be imported .*no_such_package"
+        UserError, match=r"_target_=mine_broken\.make: can't be imported .*no_such_package'\)$"
     ):
         build.construct({"_target_": "mine_broken.make"})

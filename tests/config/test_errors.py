@@ -180,6 +180,23 @@ CONFIGURATION = {
         ["image_size=16"],
         ["image_size: no such key; did you mean data.image_size or augmentation.image_size?"],
     ),
+    "part of a key's name": (["lr=0.1"], ["lr: no such key; did you mean optimizer.base_lr?"]),
+    "a stage as a command": (
+        ["pretrain", "epochs=10"],
+        ["pretrain: not KEY=VALUE; did you mean stage=pretrain?"],
+    ),
+    "a method as a command": (
+        ["-m", "random", "seed=0,1"],
+        ["random: not KEY=VALUE; did you mean method=random?"],
+    ),
+    "a method that isn't found": (
+        ["method=mine"],
+        ["Valid: method=barlow_twins, ", "DIR/method/mine.yaml, is found by --config-dir=DIR"],
+    ),
+    "a module that isn't found": (
+        ["method._target_=my_module.Mine"],
+        ["(No module named 'my_module'); modules are looked for in the folder where you type"],
+    ),
     "a key of the launcher": (
         ["launcher=slurm", "timeout_min=3"],
         ["timeout_min: no such key; did you mean hydra.launcher.timeout_min?"],
