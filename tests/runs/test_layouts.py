@@ -290,8 +290,8 @@ def test_a_deeper_network(tmp_path: Path, extra: str, says: str, prefix: str) ->
         ),
         (
             lambda s: s | {"patch_embed.proj.weight": torch.zeros(DIM, 3, 8, 8)},
-            "(conv_proj.weight: 24x3x8x8 in the file and 24x3x16x16 here). It was trained with other "
-            "patches: type backbone.patch_size=8",
+            "(conv_proj.weight: 24x3x8x8 in the file and 24x3x16x16 here). It was trained with "
+            "other patches: type backbone.patch_size=8",
         ),
     ],
     ids=["registers", "distilled", "deeper", "no token", "positions alone", "no square", "patches"],
@@ -525,7 +525,7 @@ def test_a_whole_model_is_told_from_a_truncated_file(
     )
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_a_scripted_model_is_a_whole_one(tmp_path: Path) -> None:
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "model.pth"))
     with pytest.raises(UserError, match=r"holds a whole model \(TorchScript\), .*state_dict"):
