@@ -214,7 +214,7 @@ class Check(Callback):
             if messages.first_value(override) is None:
                 word = override.input_line
                 raise UserError(f"{word}: there is no such value, and so no member of the sweep")
-        problems, composed, quoted = [], [], typed.quoted([*params, *task])
+        composed, quoted = [], typed.quoted([*params, *task])
         (members,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
         if len(members) > 100:
             log.info("checking %s members before any starts", f"{len(members):,}")
@@ -225,16 +225,21 @@ class Check(Callback):
             return hydras.compose_config(config_name, [*words], RunMode.RUN, **options)
 
         lacking = []
+        wrong: dict[str, list[str]] = {}  # members by what is wrong with them
         for member in members:
             try:
                 cfg = composed_of(member)
                 cfg = checked(without_hydra(cfg), member, quoted)
                 composed.append((OmegaConf.to_container(cfg), list(member)))
             except (UserError, HydraException, OmegaConfBaseException) as error:
-                problems.append(f"{' '.join(member)}: {messages.message(error)}")
+                wrong.setdefault(messages.message(error), []).append(" ".join(member))
                 if messages.lacking(error, member):
                     lacking.append(member)
-        if lacking and len(lacking) == len(problems):
+        problems = [
+            f"{words[0] if len(words) == 1 else f'{len(words)} members, like {words[0]}'}: {line}"
+            for line, words in wrong.items()
+        ]
+        if lacking and len(lacking) == sum(map(len, wrong.values())):
             known = [(one, _lacks(one, composed_of) if one in lacking else []) for one in members]
             if told := messages.by_choice(_command_line, known):
                 problems = [told]

@@ -467,11 +467,11 @@ def test_one_bad_member_of_a_sweep(ssl_bench: Command, tmp_path: Path) -> None:
 def test_a_mistyped_key_in_a_sweep(ssl_bench: Command, tmp_path: Path) -> None:
     said = complaint(ssl_bench("-m", "method.temprature=0.1,0.2", "batch_size=128")).splitlines()
     assert said[0] == "nothing was started."
-    for line, value in zip(said[1:], ("0.1", "0.2"), strict=True):
-        assert line.startswith(
-            f"method.temprature={value} batch_size=128: method.temprature: no such key; "
-            "did you mean "
-        )
+    (line,) = said[1:]  # a reason that members share is told once
+    assert line.startswith(
+        "2 members, like method.temprature=0.1 batch_size=128: method.temprature: no such key; "
+        "did you mean "
+    )
     assert files(tmp_path) == set()
 
 
