@@ -38,13 +38,14 @@ def queue(size: int, *, _root_: DictConfig) -> int:
 
     They are those of IMAGES in its module, or of the key num_unlabeled.
     """
-    data = _root_.get("data") or {}
+    data: Any = _root_.get("data") or {}
     count = data.get("num_unlabeled")
     if count is None and data.get("_target_"):
         with suppress(ImportError, ValueError):
-            count = signatures.constant(data._target_, "IMAGES")
-    known = isinstance(count, int) and 0 < count < size
-    return 1 << (count.bit_length() - 1) if known else size
+            count = signatures.constant(data["_target_"], "IMAGES")
+    if not isinstance(count, int) or not 0 < count < size:
+        return size
+    return 1 << (count.bit_length() - 1)
 
 
 def choices(group: str) -> str:

@@ -54,10 +54,10 @@ def compare_look(cfg: DictConfig, source: Path) -> None:
             if then != now:
                 sizes[f"{group}.image_size"] = then, now
         if sizes:
-            shown = ", ".join(f"{key}={now or 'null'}" for key, (_, now) in sizes.items())
-            words = " ".join(f"{key}={then or 'null'}" for key, (then, _) in sizes.items())
+            here = ", ".join(f"{key}={now or 'null'}" for key, (_, now) in sizes.items())
+            there = " ".join(f"{key}={then or 'null'}" for key, (then, _) in sizes.items())
             log.warning(
-                "%s, but it was trained with %s: type these to see images alike", shown, words
+                "%s, but it was trained with %s: type these to see images alike", here, there
             )
     before = weights.look(source)
     for key in ("mean", "std"):
