@@ -40,9 +40,9 @@ def queue(size: int, *, _root_: DictConfig) -> int:
     """
     data: Any = _root_.get("data") or {}
     count = data.get("num_unlabeled")
-    if count is None and data.get("_target_"):
+    if count is None and isinstance(target := data.get("_target_"), str):
         with suppress(ImportError, ValueError):
-            count = signatures.constant(data["_target_"], "IMAGES")
+            count = signatures.constant(target, "IMAGES")
     if not isinstance(count, int) or not 0 < count < size:
         return size
     return 1 << (count.bit_length() - 1)

@@ -704,7 +704,7 @@ def test_folder_unlabelled(tmp_path, cache):
         str(root / n) for n in ("deep/er/é.png", "train/a/1.png", "z.jpg")
     ]
     assert data.open("pretrain").labels.tolist() == [-1] * 3
-    fails("so it has no labels and no split 'train', only 'pretrain'", data.split, "train")
+    fails("has no labels, so no split 'train', only 'pretrain'", data.split, "train")
     (root / "gone.png").symlink_to("nowhere")
     fails(
         "cannot decode .*gone.png .a link to nowhere",
