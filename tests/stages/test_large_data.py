@@ -1,6 +1,7 @@
 """Where large data lives: the same photographs give the same result from each place."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -73,13 +74,15 @@ def test_each_gives_what_folder_gives(
     data = [f"data={'huggingface' if kind == 'parquet' else kind}", *DATA[kind]]
     said = ssl_bench(*PRETRAIN, *data, "dir=run", check=True).stderr
     by_itself = "where they are, indexed in" if kind == "webdataset" else "packed in"
-    assert f"pretrain: 24 pictures as they are, 0.00 GB, {by_itself}" in said
+    assert re.search(rf"pretrain: 24 pictures as they are, [\d.]+ [kM]B, {by_itself}", said)
     assert last_line(here / "run") == expected
     said = ssl_bench(*PRETRAIN, *data, "dir=host", "source=host", check=True).stderr
-    assert "pretrain: 24 pictures as they are, 0.00 GB, packed in" in said
+    assert re.search(r"pretrain: 24 pictures as they are, [\d.]+ [kM]B, packed in", said)
     assert last_line(here / "host") == expected
     said = ssl_bench(*PRETRAIN, *data, "dir=streamed", "source=streamed", check=True).stderr
-    assert "pretrain: 24 pictures as they are, 0.00 GB, where they are, indexed in" in said
+    assert re.search(
+        r"pretrain: 24 pictures as they are, [\d.]+ [kM]B, where they are, indexed in", said
+    )
     assert ("type source=host, and data.cache=" in said) == (kind == "parquet")
     assert last_line(here / "streamed") == expected
     top1 = []
@@ -91,7 +94,7 @@ def test_each_gives_what_folder_gives(
     assert top1[0] == top1[1]
     squares = ["data.image_size=32", "dir=squares", "eval_every=0"]
     said = ssl_bench(*PRETRAIN, *data, *squares, check=True).stderr
-    assert "pretrain: 24 images, 0.00 GB, on" in said
+    assert re.search(r"pretrain: 24 images, [\d.]+ [kM]B, on", said)
 
 
 def test_a_mistake_is_one_line(ssl_bench: Command, here: Path) -> None:
