@@ -125,7 +125,7 @@ class Window:
             yield step
             self.mark(REST)
 
-    def every(self, what: str, step: int) -> bool:
+    def every(self, what: str, step: int, most: int | None = None) -> bool:
         return False
 
     def stopping(self, step: int) -> bool:

@@ -178,7 +178,7 @@ def test_a_metric_that_nothing_measures(command: list[str], tmp_path: Path, off:
 PIXELS = ["backbone=pixels", "augmentation.image_size=8"]
 VIT = ["backbone=vit_tiny", "backbone.patch_size=8"]
 MISTAKES = {
-    "no labels": (["method=supervised", "data=folder"], "it has no labels and no split 'train'"),
+    "no labels": (["method=supervised", "data=folder"], "has no labels, so no split 'train'"),
     "pixels": (
         PIXELS,
         "augmentation.image_size=8 is not backbone.image_size=16; backbone=pixels doesn't take it",
@@ -216,7 +216,7 @@ def test_batch_norm_over_parts_is_not_synchronised(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    run = SimpleNamespace(device=torch.device("cpu"))
+    run = SimpleNamespace(device=torch.device("cpu"), is_main=False)
     cfg = compose(
         "stage=pretrain", "sync_batch_norm=true", "method.queue_size=512", f"dir={tmp_path}"
     )

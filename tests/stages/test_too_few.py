@@ -15,10 +15,11 @@ from ssl_bench.stages import _images
 
 SMALL = ["data=synthetic", "data.image_size=16", "backbone.width=8", "backbone.stem=small"]
 SMALL += ["data.num_unlabeled=100", "data.num_train=100", "data.num_val=40"]
+LONG = ["method=moco_v2", "method.queue_size=65536"]
 QUEUE = "method.queue_size=65536 is larger than the dataset (100 images)"
 CASES = {
-    "queue": (["stage=pretrain", "method=moco_v2", "batch_size=32"], QUEUE),
-    "queue on two": (["stage=pretrain", "method=moco_v2", "batch_size=32", "devices=2"], QUEUE),
+    "queue": (["stage=pretrain", *LONG, "batch_size=32"], QUEUE),
+    "queue on two": (["stage=pretrain", *LONG, "batch_size=32", "devices=2"], QUEUE),
     "batch": (
         ["stage=pretrain", "method=simclr"],
         "batch_size=256 is larger than the dataset (100 training images): choose at most "
@@ -66,7 +67,7 @@ def test_enough_images_pass_on_two_processes_as_on_one(
 
 
 def test_every_member_is_told_at_once(ssl_bench: Command, tmp_path: Path) -> None:
-    words = ["-m", "stage=pretrain", *SMALL, "batch_size=32,128", "seed=0,1", "method=moco_v2"]
+    words = ["-m", "stage=pretrain", *SMALL, "batch_size=32,128", "seed=0,1", *LONG]
     result = ssl_bench(*words)
     assert complaint(result).splitlines() == [
         "nothing was started.",
