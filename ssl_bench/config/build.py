@@ -30,7 +30,7 @@ from pydantic import (
 
 from ssl_bench import shell
 from ssl_bench.config import signatures, typed
-from ssl_bench.config.choices import yaml_below
+from ssl_bench.config.choices import CONF, yaml_below
 from ssl_bench.config.fields import InEpochs, Place, is_path
 from ssl_bench.config.renamed import current
 from ssl_bench.errors import UserError, unknown
@@ -310,8 +310,7 @@ def _is_ours(path: str) -> bool:
 @cache
 def _names() -> set[str]:
     """The names of our data sets, but for the one that is for a user's own."""
-    folder = Path(__file__).parents[1] / "conf" / "data"
-    return {path.stem for path in folder.glob("*.yaml")} - {"own"}
+    return {path.stem for path in (CONF / "data").glob("*.yaml")} - {"own"}
 
 
 def _gives_items(target: Callable) -> bool:
@@ -532,7 +531,7 @@ def _permit(
 
 @cache
 def _ours() -> set[tuple[str, str]]:
-    return _targets_below(Path(__file__).parents[1] / "conf")
+    return _targets_below(CONF)
 
 
 def _targets_below(folder: Path) -> set[tuple[str, str]]:

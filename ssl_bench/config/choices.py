@@ -1,15 +1,22 @@
 """The YAML files of a folder of choices, such as a --config-dir, which may hold much else."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+CONF = Path(__file__).parents[1] / "conf"  # ours
 # What a run, a sweep's folder or Hydra leaves in a folder. What lies there is no choice of anybody.
 MARKS = ("metrics.jsonl", ".members", "multirun.yaml")
+
+
+def folders(words: Sequence[str]) -> list[Path]:
+    """Where the choices of a command line are: ours, and those of its --config-dir."""
+    own = [Path(word.partition("=")[2]) for word in words if word.startswith("--config-dir=")]
+    return [CONF, *own]
 
 
 def yaml_below(root: Path, more: Iterable[str] = (), outside: bool = False) -> Iterator[Path]:
@@ -54,8 +61,7 @@ def _walk(root: Path, group: str, seen: set[Path], outside: bool) -> Iterator[Pa
 
 @cache
 def _ours() -> tuple[str, ...]:
-    conf = Path(__file__).parents[1] / "conf"
-    return tuple(path.name for path in conf.iterdir() if path.is_dir() and path.name[0] not in "._")
+    return tuple(path.name for path in CONF.iterdir() if path.is_dir() and path.name[0] not in "._")
 
 
 def _groups_named(path: Path, own: str) -> list[str]:

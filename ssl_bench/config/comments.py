@@ -13,10 +13,9 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from ssl_bench.config import build
+from ssl_bench.config.choices import CONF
 from ssl_bench.config.fields import InEpochs, is_path
 from ssl_bench.config.renamed import current
-
-CONF = Path(__file__).parents[1] / "conf"
 
 
 class Key(NamedTuple):

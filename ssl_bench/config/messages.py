@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -16,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from ssl_bench.config import typed
+from ssl_bench.config.choices import CONF, folders
 from ssl_bench.errors import UserError, closest, unknown
 from ssl_bench.shell import quote, quoted
 
@@ -70,7 +70,7 @@ def no_name(words: Sequence[str]) -> str:
 
     Hydra would end with a traceback. words: a command line.
     """
-    conf = _folders(words)
+    conf = folders(words)
     for word in words:
         try:
             override = OverridesParser.create().parse_override(word)
@@ -90,17 +90,11 @@ def no_name(words: Sequence[str]) -> str:
     return ""
 
 
-def _folders(words: Sequence[str]) -> list[Path]:
-    """Where the choices are: ours, and those of a command line's --config-dir."""
-    own = [Path(word.partition("=")[2]) for word in words if word.startswith("--config-dir=")]
-    return [Path(__file__).parents[1] / "conf", *own]
-
-
 def _choices_of(name: str, words: Sequence[str]) -> list[str]:
     """GROUP=NAME for every group that has this choice, stages first."""
     if not re.fullmatch(r"\w[\w.-]*", name):
         return []
-    groups = {file.parent.name for conf in _folders(words) for file in conf.glob(f"*/{name}.yaml")}
+    groups = {file.parent.name for conf in folders(words) for file in conf.glob(f"*/{name}.yaml")}
     return [f"{group}={name}" for group in sorted(groups, key=lambda one: (one != "stage", one))]
 
 
@@ -231,10 +225,7 @@ def by_member(error: Exception, words: Sequence[str]) -> list[str]:
 
 def _sweeps_choices(word: str) -> bool:
     """Is it several choices of a group?"""
-    if (
-        word.startswith("-")
-        or not (Path(__file__).parents[1] / "conf" / typed.key_of(word)).is_dir()
-    ):
+    if word.startswith("-") or not (CONF / typed.key_of(word)).is_dir():
         return False
     try:
         return OverridesParser.create().parse_override(word).is_sweep_override()

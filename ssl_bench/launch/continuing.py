@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.base import SCMode
 
 from ssl_bench.config import build, typed
+from ssl_bench.config.choices import folders
 from ssl_bench.config.renamed import current
 from ssl_bench.errors import UserError, several
 from ssl_bench.runs import identity, layout, metrics
@@ -42,12 +43,11 @@ def with_choices(words: Sequence[str]) -> list[str]:
     if run is None:
         return [*words]
     keys = {typed.key_of(word) for word in words}
-    folders = [Path(__file__).parents[1] / "conf"]
-    folders += [Path(word.partition("=")[2]) for word in words if word.startswith("--config-dir=")]
+    places = folders(words)
     chosen = []
     for group, name in _names(identity.config(run)).items():
         free = group not in keys and not ("method" in keys and group in BROUGHT)
-        if free and any((folder / group / f"{name}.yaml").is_file() for folder in folders):
+        if free and any((folder / group / f"{name}.yaml").is_file() for folder in places):
             chosen.append(f"{group}={name}")
     return [*words, *chosen]
 

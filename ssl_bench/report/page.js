@@ -708,20 +708,23 @@ const sheetOf = (map, id) => { // every part that is drawn refers to it
   const { columns, thumb: size } = map.dataset, count = all("circle", map).length;
   return `<defs><image id="${id}" href="${urlOf(map)}" width="${columns * size}" height="${Math.ceil(count / columns) * size}"/></defs>`;
 };
-const pictureOf = (map, circle, id) => {
-  const { columns, thumb } = map.dataset, size = Number(thumb), place = Number(circle.dataset.place), points = all("circle", map).length;
-  const side = Math.min(8, Math.max(2.2, 65 / Math.sqrt(points)));
-  const [x, y] = ["cx", "cy"].map((key) => (circle.getAttribute(key) - side / 2).toFixed(2));
-  const [left, top] = [(place % columns) * size, Math.floor(place / columns) * size];
-  const frame = map.querySelectorAll("g").length > 1 ? `<rect x="${left + 1.5}" y="${top + 1.5}" width="${size - 3}" height="${size - 3}" fill="none"/>` : "";
-  return `<svg class="picture" x="${x}" y="${y}" width="${side.toFixed(2)}" height="${side.toFixed(2)}" viewBox="${left} ${top} ${size} ${size}"><use href="#${id}"/>${frame}</svg>`;
+const picturesOf = (map, id) => { // circle -> its picture
+  const { columns, thumb } = map.dataset, size = Number(thumb), framed = map.querySelectorAll("g").length > 1;
+  const side = Math.min(8, Math.max(2.2, 65 / Math.sqrt(all("circle", map).length)));
+  return (circle) => {
+    const place = Number(circle.dataset.place), [left, top] = [(place % columns) * size, Math.floor(place / columns) * size];
+    const [x, y] = ["cx", "cy"].map((key) => (circle.getAttribute(key) - side / 2).toFixed(2));
+    const frame = framed ? `<rect x="${left + 1.5}" y="${top + 1.5}" width="${size - 3}" height="${size - 3}" fill="none"/>` : "";
+    return `<svg class="picture" x="${x}" y="${y}" width="${side.toFixed(2)}" height="${side.toFixed(2)}" viewBox="${left} ${top} ${size} ${size}"><use href="#${id}"/>${frame}</svg>`;
+  };
 };
 const pictures = (map, tools, name) => {
   const id = `pictures-${all(".map").indexOf(map)}`;
   const button = make("button", { type: "button", className: "tool", ariaLabel: `Show pictures on the ${name}` }, "pictures");
   const turn = () => {
     if (!map.querySelector(".picture")) {
-      for (const circle of all("circle", map)) circle.insertAdjacentHTML("beforebegin", pictureOf(map, circle, id));
+      const pictureOf = picturesOf(map, id);
+      for (const circle of all("circle", map)) circle.insertAdjacentHTML("beforebegin", pictureOf(circle));
       map.insertAdjacentHTML("afterbegin", sheetOf(map, id));
     }
     button.ariaPressed = map.classList.toggle("pictures");
@@ -741,7 +744,8 @@ const mapOf = (map) => { // as it is seen, in colours that any program knows
     return `rgb(${[...context.getImageData(0, 0, 1, 1).data].slice(0, 3).join(", ")})`;
   };
   const radius = getComputedStyle(map.querySelector("circle")).r.replace("px", ""), shows = map.classList.contains("pictures");
-  const part = (one) => (shows ? pictureOf(map, one, "sheet") : `<circle cx="${one.getAttribute("cx")}" cy="${one.getAttribute("cy")}" r="${radius}"/>`);
+  const pictureOf = picturesOf(map, "sheet");
+  const part = (one) => (shows ? pictureOf(one) : `<circle cx="${one.getAttribute("cx")}" cy="${one.getAttribute("cy")}" r="${radius}"/>`);
   const parts = all("g", map).map((group) => {
     const css = plain(getComputedStyle(group).fill);
     return `<g ${shows ? `stroke="${css}" stroke-width="3"` : `fill="${css}" fill-opacity="0.8"`}>${all("circle", group).map(part).join("")}</g>`;

@@ -237,10 +237,10 @@ def charts(boards: Sequence[Board], known: dict[tuple, dict] | None = None) -> d
     known = {} if known is None else known
     before = dict(known)
     known.clear()
-    count = 0
-    for board in boards:
+    count, logged = 0, [_logged(board) for board in boards]
+    for board, keys in zip(boards, logged, strict=True):
         pooled = sum(len(one.board.groups) for one in board.pooled)
-        count += (len(board.groups) + pooled) * len(_logged(board))
+        count += (len(board.groups) + pooled) * len(keys)
     points = curves.points_for(count)
 
     def drawn(board: Board, group: Group, words: Iterable[str]) -> dict:
@@ -258,7 +258,7 @@ def charts(boards: Sequence[Board], known: dict[tuple, dict] | None = None) -> d
         }
 
     found = []
-    for board in boards:
+    for board, keys in zip(boards, logged, strict=True):
         words: dict[Group, dict[str, None]] = {}
         for place, group in enumerate(board.groups):
             settings = [f"{key}={values[place]}" for key, values in board.differing.items()]
@@ -280,7 +280,7 @@ def charts(boards: Sequence[Board], known: dict[tuple, dict] | None = None) -> d
                 "id": board.stage,
                 "title": board.title,
                 "metric": units.unit(board.metric).label if board.ranked else "",
-                "panels": _panels(board),
+                "panels": _panels(board, keys),
                 "groups": [drawn(board, group, words[group]) for group in board.groups],
                 "by": by,
                 "sweep": sensitivity.of_board(board),
@@ -305,9 +305,11 @@ def _logged(board: Board) -> set[str]:
     return {key for line in lines for key in line} - set(curves.BESIDE)
 
 
-def _panels(board: Board) -> list[dict]:
-    """The charts of a stage: results, its metric first, health, and technical values."""
-    keys = _logged(board)
+def _panels(board: Board, keys: set[str]) -> list[dict]:
+    """The charts of a stage: results, its metric first, health, and technical values.
+
+    keys: what its runs log.
+    """
     order = [board.metric, *units.UNITS]
 
     def place(key: str) -> tuple[int, str]:

@@ -13,7 +13,6 @@ from ssl_bench.data.store import OnError, Split
 from ssl_bench.errors import UserError
 
 FOLDERS = {10: "cifar-10-batches-bin", 100: "cifar-100-binary"}
-
 IMAGES = 50_000  # that a pretraining sees
 
 
