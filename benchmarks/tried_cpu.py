@@ -29,7 +29,7 @@ import ssl_bench.command  # noqa: F401 - registers the resolvers of the configur
 from ssl_bench.methods import layers
 from ssl_bench.report.tables import markdown
 from ssl_bench.runtime import memory
-from ssl_bench.runtime.precision import prepare
+from ssl_bench.runtime.precision import AUTOCAST, prepare
 from ssl_bench.stages.pretrain import pretrain
 
 WORDS = ("data=synthetic", "data.num_unlabeled=2048", "backbone=resnet50", "precision=bf16")
@@ -85,7 +85,8 @@ def measure(name: str, warmup: int, steps: int, cache: str) -> dict[str, float]:
     cfg.compile = False
     with FlopCounterMode(display=False) as counter:
         pretrain(cfg, Window(device, 0, 1))
-    floor = counter.get_total_flops() / matrix_rate(device, torch.bfloat16, lambda: None)
+    rate = matrix_rate(device, AUTOCAST.get(cfg.precision, torch.float32), lambda: None)
+    floor = counter.get_total_flops() / rate
     return {"images_per_second": cfg.batch_size / seconds, "of_floor": floor / seconds}
 
 

@@ -19,7 +19,6 @@ from ssl_bench import __version__
 from ssl_bench.errors import UserError
 
 DEVELOPMENT = ("test", "bench")  # extras of those who change the program
-NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # flags of x86 and ARM
 
 
 def examine() -> Iterator[tuple[str, str]]:
@@ -97,6 +96,8 @@ def _devices() -> Iterator[str]:
 def _precisions() -> Iterator[str]:
     import torch
 
+    from ssl_bench.runtime import precision
+
     if torch.cuda.is_available():
         names = ["fp32", "tf32"] if torch.cuda.get_device_capability() >= (8, 0) else ["fp32"]
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -105,10 +106,13 @@ def _precisions() -> Iterator[str]:
         else:
             yield ", ".join([*names, "fp16 (the fast one; this GPU has no bf16)"])
         return
-    flags = Path("/proc/cpuinfo")
-    native = NATIVE_BF16 & set(flags.read_text().split()) if flags.is_file() else set()
-    said = f"natively: {', '.join(sorted(native))}" if native else "emulated here, and slower"
-    yield f"fp32, bf16 ({said})"
+    native = precision.instructions("bf16")
+    if native is None:
+        yield "fp32, bf16"
+    elif native:
+        yield f"fp32, bf16 (natively: {', '.join(sorted(native))})"
+    else:
+        yield "fp32 (the fast one; this CPU emulates bf16, many times more slowly)"
 
 
 def _compile() -> Iterator[str]:

@@ -90,7 +90,7 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where collectives allocate memory
     memory.reset_peak(device)
-    precision.prepare(cfg.precision, device)
+    precision.prepare(cfg.precision, device, tells=world.rank == 0)
     plain = OmegaConf.to_container(cfg, resolve=True)
     if distributed.launched():  # torchrun or srun chose the number, which may change the result
         plain["devices"] = world.size

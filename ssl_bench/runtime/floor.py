@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from ssl_bench.runtime.precision import AUTOCAST
+from ssl_bench.runtime.precision import AUTOCAST, emulated
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +43,10 @@ def step_flops(model: nn.Module, arguments: tuple) -> int | None:
 def matmul_rate(device: torch.device, precision: str) -> float | None:
     """Operations a second of a large matrix product, the best of a few; None: not measured here.
 
-    In the precision that the products of a training have, once for a process.
+    In the precision that the products of a training have, once for a process. A CPU that emulates
+    it has no rate that bounds a training: its products are slower than its convolutions.
     """
-    if (side := SIDES.get(device.type)) is None:
+    if (side := SIDES.get(device.type)) is None or emulated(precision, device):
         return None
     a, b = (torch.rand(2, side, side, device=device) - 0.5).to(AUTOCAST.get(precision)).unbind()
     wait: Callable[[], None]

@@ -1,16 +1,45 @@
 """The meaning of `precision=`: in which type products are, and how float16 gradients survive."""
 
+import logging
 import warnings
+from pathlib import Path
 
 import torch
 
 from ssl_bench.errors import UserError
 
+log = logging.getLogger(__name__)
+
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# what Linux calls the instructions of a CPU, of x86 and ARM, that multiply in that type
+INSTRUCTIONS = {
+    "bf16": {"avx512_bf16", "amx_bf16", "bf16"},
+    "fp16": {"avx512_fp16", "amx_fp16", "asimdhp"},
+}
+FLAGS = Path("/proc/cpuinfo")  # Linux alone has it
 
 
-def prepare(precision: str, device: torch.device) -> None:
-    """Set torch's switches for this process. UserError for bfloat16 on a GPU that emulates it."""
+def instructions(precision: str) -> set[str] | None:
+    """Those of this CPU for products in `precision`. None: not known here, or not needed."""
+    if precision not in INSTRUCTIONS or not FLAGS.is_file():
+        return None
+    return INSTRUCTIONS[precision] & set(FLAGS.read_text().split())
+
+
+def emulated(precision: str, device: torch.device) -> bool:
+    """Has this CPU to compute products in `precision` by others, many times more slowly?"""
+    return device.type == "cpu" and instructions(precision) == set()
+
+
+def prepare(precision: str, device: torch.device, tells: bool = True) -> None:
+    """Set torch's switches for this process. UserError for bfloat16 on a GPU that emulates it;
+    one that `tells` warns of a CPU that does."""
+    if tells and emulated(precision, device):
+        log.warning(
+            "precision=%s: this CPU has no instructions for it and emulates it, which is up to 17 "
+            "times slower than precision=fp32",
+            precision,
+        )
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     # torch.compile advises tf32, which is the user's choice
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
