@@ -74,8 +74,8 @@ def choose(verbosity: Verbosity) -> None:
 class Bar:
     """How far something is: a live bar on a terminal, elsewhere a line in the log now and then.
 
-    total: None where it isn't known. begun: how much an earlier command has done. lines: False
-    where what is counted logs lines of its own.
+    total: None where it isn't known. begun: how much an earlier command has done. silence: seconds
+    that must pass without a line where what is counted logs lines of its own.
     """
 
     def __init__(
@@ -86,11 +86,11 @@ class Bar:
         unit: str = "images",
         begun: float = 0,
         shown: bool = True,
-        lines: bool = True,
+        silence: float = 0,
     ) -> None:
         self.total, self.title, self.unit, self.begun, self.done = total, title, unit, begun, begun
         self.began = self._looked = time.monotonic()
-        self._lines = lines and shown
+        self._shown, self._silence = shown, silence
         self._task = None
         if shown and on_terminal():
             from ssl_bench import terminal
@@ -141,12 +141,13 @@ class Bar:
         if self._task is not None and waited > REDRAWN:
             self._looked = time.monotonic()
             self._live.update(self._task, completed=self.done, doing=self.doing)
-        elif self._task is None and self._lines and waited > LOG_SECONDS:
+        elif self._task is None and self._shown and waited > max(LOG_SECONDS, self._silence):
             self._looked = time.monotonic()
             log.info("%s: %s", self.title, self.doing)
 
     def say(self, text: str) -> None:
-        """A line below the bars of a terminal."""
+        """A line below the bars of a terminal; elsewhere it was logged."""
+        self._looked = time.monotonic()
         if self._task is not None:
             self._live.headline = text
 

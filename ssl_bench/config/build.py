@@ -75,9 +75,21 @@ class Root(BaseModel):
     pretrained_prefix: Annotated[str, Field(min_length=1)] | None = None
     continue_from: Place | None = None  # a member of a sweep may be older than the key
     runs: Place | list[Place] | None
-    sweep: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    sweep: Annotated[
+        str,
+        Field(
+            pattern=r"^\w[\w.-]*$",
+            description="a name of letters, digits, . _ and -, for the folder runs/sweeps/NAME",
+        ),
+    ]
     metric: str | None
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+    device: Annotated[
+        str,
+        Field(
+            pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+            description="auto, cpu, mps, cuda or, for one GPU of several, like cuda:1",
+        ),
+    ]
     devices: PositiveInt
     source: Literal["auto", "resident", "host", "streamed"]
     precision: Literal["fp32", "tf32", "bf16", "fp16"]
@@ -731,6 +743,9 @@ def _problem(
         return f"{key}={given}: should be a text; quote it: {as_text}"
     if detail["type"] in ("bool_type", "bool_parsing"):
         return f"{key}={detail['input']}: {BOOLEAN}"
+    if detail["type"] == "string_pattern_mismatch":  # each pattern has a description
+        field = schema.model_fields[key.removeprefix(prefix)]
+        return f"{key}={detail['input']}: should be {field.description}"
     said = detail["msg"].removeprefix("Value error, ")
     message = said if detail["type"] == "value_error" else said[0].lower() + said[1:]
     return f"{key}={detail['input']}: {message}"

@@ -4,7 +4,6 @@ import csv
 import io
 import math
 import re
-import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from ssl_bench import files
 from ssl_bench.report.grouping import Group, differences, groups, ranked
-from ssl_bench.report.tables import cell, markdown, plain, width
+from ssl_bench.report.tables import cell, heading, markdown, width, wrapped
 from ssl_bench.runs import code, identity, layout, sweep
 from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.record import Ran, find
@@ -25,14 +24,16 @@ SHOWN = 30  # at most so many characters of a step or value
 def overview(members: Sequence[Member], states: Sequence[State], metric: str | None = None) -> str:
     """Counts of the states; a Markdown table with a line for each member; reasons, equal ones once.
 
-    A member is named by the digits that its name ends with, and by what tells it from the others.
-    Columns that would be empty are left out. metric: None for the one that each member names.
+    A member is named by the digits that its name ends with, and by what tells it from the others,
+    in whose order the lines are. Columns that would be empty are left out. metric: None for the one
+    that each member names.
     """
     # of a pipeline its pretraining has a line, too, and is no member
     each = [one for one, member in zip(states, members, strict=True) if not member.is_first]
     known = Counter(state.name for state in each)
     counts = ", ".join(f"{count} {name}" for name, count in known.items())
-    labels = _labels(members)
+    choices = _choices(members)
+    metrics = {metric or member.config.get("metric") for member in members}
     rows = []
     for member, state in zip(members, states, strict=True):
         part, epochs = member.under_way
@@ -46,24 +47,29 @@ def overview(members: Sequence[Member], states: Sequence[State], metric: str | N
         having = [line for line in lines if shown in line]
         result = (having[-1] if having else {}) | (member.result() or {})
         if shown in result:
-            value = f"{shown} {spoken(shown, result[shown])}"
+            value = spoken(shown, result[shown])
+            value = value if len(metrics) == 1 else f"{shown} {value}"
         node, job = "", member.job or ""
         if state.name == "running":
             node = str(identity.environment(part).get("host", ""))
             left = _left(lines, epochs)
         step, value, node = (_cut(text, SHOWN) for text in (step, value, node))
-        rows.append(
-            [_digits(member), labels[member.name], state.name, step, value, job, node, left]
-        )
-    heads = ["", "member", "state", "step", "metric", "job", "node", "left"]
-    used = [i for i in range(len(heads)) if i < 5 or any(row[i] for row in rows)]
-    taken = [max(len(row[i]) for row in (heads, *rows)) + 3 for i in used if i != 1]
-    room = max(20, width() - sum(taken) - 4)
-    for row in rows:
-        row[1] = _cut(row[1], room)
-    table = markdown([heads[i] for i in used], [[row[i] for i in used] for row in rows])
+        words = [values[member.name] for values in choices.values()] or [member.name]
+        first = [_digits(member), "pretraining" if member.is_first else ""]
+        rows.append([*first, *words, state.name, step, value, job, node, left])
+    heads = ["", "part", *(choices or ["member"]), "state", "step"]
+    heads += [str(*metrics) if len(metrics) == 1 else "metric", "job", "node", "left"]
+    typed = slice(2, len(heads) - 6)
+    rows.sort(key=lambda row: [_numbers_first(word) for word in row[typed]])
+    columns = [column for column in zip(heads, *rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) + 3 for column in columns]
+    longest = max(widths, default=0)
+    while sum(min(one, longest) for one in widths) + 1 > width() and longest > 12:
+        longest -= 1
+    cells = [[_cut(text, longest - 3) for text in line] for line in zip(*columns, strict=True)]
+    table = markdown(cells[0], cells[1:]) if cells else ""
     total = f"{len(each)} member{'s' if len(each) != 1 else ''}"
-    parts = [f"{total}: {counts}", table, _reasons(members, states)]
+    parts = [f"{total}: {counts}" if counts else total, table, _reasons(members, states)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -73,21 +79,24 @@ def _digits(member: Member) -> str:
     return found[1] if found else member.name
 
 
-def _labels(members: Sequence[Member]) -> dict[str, str]:
-    """{name of a member: what was typed for it alone, like "seed=1 temperature=0.2"}."""
+def _choices(members: Sequence[Member]) -> dict[str, dict[str, str]]:
+    """{the end of a key in which members differ: {name of a member: what was typed for it}}"""
     keys = dict.fromkeys(key for member in members for key in member.choices)
-    values = {key: [member.choices.get(key, "") for member in members] for key in keys}
-    differing = [key for key in keys if len(set(values[key])) > 1]
-    labels = {}
-    for member in members:
-        words = [
-            f"{key.rpartition('.')[2]}={member.choices[key]}"
-            for key in differing
-            if key in member.choices
-        ]
-        part = "pretraining: " if member.is_first else ""
-        labels[member.name] = part + (" ".join(words) or member.name)
-    return labels
+    found = {key: {one.name: one.choices.get(key, "") for one in members} for key in keys}
+    told = {key: values for key, values in found.items() if len({*values.values()}) > 1}
+    ends = Counter(key.rpartition(".")[2] for key in told)
+    return {
+        end if ends[end := key.rpartition(".")[2]] == 1 else key: values
+        for key, values in told.items()
+    }
+
+
+def _numbers_first(word: str) -> tuple[bool, float, str]:
+    """An order in which 0.03 comes before 0.1, and 2 before 10."""
+    try:
+        return False, float(word), ""
+    except ValueError:
+        return True, 0, word
 
 
 def _left(lines: Sequence[Mapping[str, float]], epochs: int) -> str:
@@ -116,21 +125,9 @@ def _reasons(members: Sequence[Member], states: Sequence[State]) -> str:
     for (name, reason), those in groups.items():
         where = next((output for _, output in those if output not in ("", reason)), "")
         digits = ", ".join(each for each, _ in those)
-        said += [_wrapped(str(State(name, reason))), _wrapped(digits, "  ")]
-        said += [_wrapped(where, "  ")] if where else []
+        said += [wrapped(str(State(name, reason))), wrapped(digits, "  ")]
+        said += [wrapped(where, "  ")] if where else []
     return "\n".join(said)
-
-
-def _wrapped(text: str, indent: str = "") -> str:
-    """The text in lines of the terminal; a path isn't broken."""
-    return textwrap.fill(
-        plain(text),
-        width(),
-        initial_indent=indent,
-        subsequent_indent="  ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
 
 
 COST = ("images_per_second", "memory_gb")  # columns that a table has if runs measured them
@@ -167,7 +164,7 @@ def sweep_table(folder: Path, metric: str | None = None) -> str:
         [*words, *(cell(row, column) for column in columns)]
         for words, row in zip(choices, numbers, strict=True)
     ]
-    text = markdown([*keys, *columns], shown, right=len(columns))
+    text = markdown([*keys, *map(heading, columns)], shown, right=len(columns))
     file = io.StringIO()
     writer = csv.writer(file)
     spreads = [f"{key} {what}" for key in (metric, *others) for what in ("mean", "std")]

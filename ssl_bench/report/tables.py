@@ -15,6 +15,7 @@ remarks.
 import json
 import re
 import shutil
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,18 @@ BESIDE = {
 def width() -> int:
     """The columns of the terminal; elsewhere COLUMNS, or 120."""
     return max(60, shutil.get_terminal_size((120, 0)).columns)
+
+
+def wrapped(text: str, indent: str = "") -> str:
+    """The text in lines of the terminal; a path isn't broken."""
+    return textwrap.fill(
+        plain(text),
+        width(),
+        initial_indent=indent,
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def columns(rows: Sequence[dict]) -> list[str]:

@@ -37,6 +37,7 @@ from ssl_bench.shell import override
 log = logging.getLogger(__name__)
 
 CONSOLE = 108  # characters of a line of a step, beside the time of day
+SILENT = 60  # seconds of slow steps between two lines of a log
 STALLED = 10  # seconds that the last step before a stop may wait for its images
 
 
@@ -538,9 +539,9 @@ class Run:
         return {key: value for key, value in lines[-1].items() if key != "step"} if lines else {}
 
     def progress(self, steps: Iterable, start: int, total: int) -> Iterator:
-        """`steps`, with a progress bar on a terminal."""
+        """`steps`, with a progress bar on a terminal; elsewhere slow steps aren't silent."""
         title, shown = str(self._config["stage"]["name"]), self.is_main and total > 1
-        self._bar = Bar(total, title, unit="steps", begun=start, shown=shown, lines=False)
+        self._bar = Bar(total, title, unit="steps", begun=start, shown=shown, silence=SILENT)
         self._last, self._told = {}, 0
         self._stack.enter_context(self._bar)  # an exception leaves the loop, not the generator
         return self._bar.follow(steps)

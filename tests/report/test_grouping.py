@@ -447,7 +447,7 @@ def test_a_sweep_and_a_report_have_the_same_rows(tmp_path: Path, name: str) -> N
     for overrides, top1 in made_sweeps(tmp_path, tmp_path)[name]:
         swept(tmp_path / "sweep", overrides, top1)
     lines = [line.split("|")[1:-1] for line in sweeps.sweep_table(tmp_path / "sweep").splitlines()]
-    place = [cell.strip() for cell in lines[0]].index("val_top1")
+    place = [cell.strip() for cell in lines[0]].index("val_top1 (%)")
     shown = [tuple(cell.strip() for cell in line[place : place + 2]) for line in lines[2:]]
     board = boards(tmp_path)["lincls"]
     assert shown == [(tables.cell(row, "val_top1"), tables.cell(row, "n")) for row in board.rows]

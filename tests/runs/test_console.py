@@ -150,6 +150,24 @@ def test_a_bar_where_there_is_no_terminal(
     assert len(caplog.messages) == 1
 
 
+def test_slow_steps_are_not_silent(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line a minute, unless a step has just logged one."""
+    caplog.set_level("INFO")
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with console.Bar(10, "pretrain", unit="steps", silence=60) as bar:
+        for now[0] in (40, 80, 120):
+            if now[0] == 80:
+                bar.say("step 1")
+            bar.add()
+            assert not caplog.messages
+        now[0] = 160
+        bar.add()
+    assert caplog.messages == ["pretrain: 4/10 steps  0.025/s  0:04:00 left"]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0, "0:00:00"), (3661.4, "1:01:01"), (90061, "1 d 1:01:01"), (-1, "0:00:00")],
