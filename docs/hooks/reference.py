@@ -1,6 +1,6 @@
 """The pages below reference/: every key of every group, from conf/*.yaml, its comments, and the
-signatures and docstrings of the constructors that it names. Nothing is imported but our own config
-room, which reads signatures from the source: torch isn't needed.
+signatures and docstrings of the constructors that it names; and every metric. Nothing is imported
+that needs torch: signatures are read from the source.
 """
 
 import json
@@ -25,6 +25,7 @@ from ssl_bench.config.comments import (
     target,
     title,
 )
+from ssl_bench.runs import units
 
 ROOT = Path(__file__).parents[2]
 GROUPS = {
@@ -71,6 +72,21 @@ def default(value: str) -> str:
     """A value of a key; the first of two that isn't null in words."""
     both = re.fullmatch(r"\$\{either:\$\{([\w.]+)\},(?:\$\{)?([\w.]+)\}+", value)
     return f"`{both[1]}`, or `{both[2]}` if that is `null`" if both else code(value)
+
+
+def place(value: str) -> str:
+    """The directory of a run, as a person would write its pattern: RUN/lincls/seedSEED."""
+    inner = value.removeprefix("${run_dir:").removesuffix("}").strip('"')
+    begin = re.sub(r"\$\{below:\$\{\w+\},((?:[\w-]|\$\{[\w.]+\})+),[^/]*\}", r"RUN/\1", inner)
+    begin = re.sub(r"\$\{began:[^/]*\}", "", begin).replace(
+        "${path_slug:${stage.images}}", "IMAGES"
+    )
+    return code(re.sub(r"\$\{([\w.]+)\}", lambda key: _word(key[1]), begin))
+
+
+def _word(key: str) -> str:
+    """What stands for a key in a pattern: METHOD for method.name, SEED for seed."""
+    return key.removesuffix(".name").rpartition(".")[2].upper()
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -124,7 +140,11 @@ def section(group: str, choice: str, text: str) -> list[str]:
     lines += table(HEAD, rows) if rows else []
     if others := also_set(group, text):
         rows = [
-            [code(key.path), code(key.value), plain(key.comment) or shared_meaning(key.path)]
+            [
+                code(key.path),
+                place(key.value) if key.path == "dir" else code(key.value),
+                plain(key.comment) or shared_meaning(key.path),
+            ]
             for key in others
         ]
         lines += ["It also sets", "", *table(["key", "to", "meaning"], rows)]
@@ -187,6 +207,22 @@ def index_page() -> str:
     return "\n".join(lines)
 
 
+def metrics_page() -> str:
+    """What `units` says of each metric."""
+    lines = ["# Metrics", ""]
+    lines += [
+        "The console, tables, pages and trackers name a metric alike, and you type the same name: "
+        "`metric=probe_top1`. Files hold shares as fractions where a table shows percents of "
+        "`accuracy`, `data_wait` and `mfu`. A method may also log terms of its own loss.",
+        "",
+    ]
+    rows = [
+        [code(key), unit.label.removeprefix(key).strip(" ()"), plain(units.about(key))]
+        for key, unit in units.UNITS.items()
+    ]
+    return "\n".join([*lines, *table(["metric", "shown in", "meaning"], rows)])
+
+
 def slug(heading: str) -> str:
     """The anchor that Python-Markdown's toc gives a heading."""
     return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
@@ -205,6 +241,7 @@ def notebook_page(path: Path) -> str:
 def pages() -> dict[str, str]:
     """{path below docs/: Markdown} of everything that is generated."""
     made = {f"reference/{group}.md": group_page(group) for group in GROUPS}
+    made["reference/metrics.md"] = metrics_page()
     made["reference/shared.md"] = shared_page()
     made["reference/index.md"] = index_page()
     made["tutorials/notebook.md"] = notebook_page(ROOT / "examples" / "from_python.ipynb")

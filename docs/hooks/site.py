@@ -24,6 +24,7 @@ PAGES |= {
 # and those that pages of the site are made from
 MADE = {"conf": "reference/index.md", "conf/config.yaml": "reference/shared.md"}
 MADE |= {f"conf/{group}": f"reference/{group}.md" for group in reference.GROUPS}
+MADE |= {"ssl_bench/runs/units.py": "reference/metrics.md"}
 MADE |= {"launchers": "reference/launcher.md"}
 MADE |= {"examples/from_python.ipynb": "tutorials/notebook.md"}
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s#]+)((?:#[^)]*)?\))")

@@ -53,7 +53,7 @@ WANG = "(Wang & Isola, arXiv:2005.10242)"
 ABOUT = {
     "val_top1": "accuracy on the val split. Higher is better.",
     "val_top5": "share of val images whose class is among the five most likely. Higher is better.",
-    "val_loss": "of the predictions on the val split. Lower is better.",
+    "val_loss": "loss of the predictions on the val split. Lower is better.",
     "val_ece": "how far confidence is from accuracy on the val split, on average over 15 bins. "
     "Lower is better (Guo et al., arXiv:1706.04599).",
     "holdout_top1": "accuracy on training images that were held out to choose settings. "
@@ -65,7 +65,8 @@ ABOUT = {
     "loss": "training loss. Lower is better, but only between runs with the same method, "
     "augmentation and batch size.",
     "accuracy": "on training batches: of the classifier or, in contrastive pretraining, how often "
-    "the positive is picked. Higher is better.",
+    "the positive scores above every negative, which is near 0 at first if the queue is long. "
+    "Higher is better.",
     "embedding_std": "spread of the normalised embeddings: 1 if they are spread evenly, 0 if they "
     "have collapsed. Higher is better (Chen & He, arXiv:2011.10566).",
     "effective_rank": "RankMe of the embeddings: how many directions they use. Higher is better "
@@ -83,9 +84,11 @@ ABOUT = {
     "features_uniformity": f"how crowded the features of images are. Lower is better {WANG}.",
     "hours": "time of training and of the evaluations during it, without packing images.",
     "images_per_second": "training speed: the median of the log.",
-    "mfu": "model FLOPs utilization: share of the device's peak arithmetic that the model uses. "
-    "Higher is better (Chowdhery et al., arXiv:2204.02311).",
+    "mfu": "model FLOPs utilization: the model's operations per second, as a share of the rate of "
+    "a large matrix product on this device. Higher is better (Chowdhery et al., arXiv:2204.02311).",
     "memory_gb": "peak memory: allocated on the GPU or, on a CPU, used by the process.",
+    "lr": "learning rate of the step.",
+    "grad_norm": "norm of all gradients together, clipped if the optimizer clips.",
     "data_wait": "share of the time that is spent waiting for images.",
 }
 # What is measured of features without labels: it helps to judge a run, and isn't its result.
