@@ -566,7 +566,7 @@ def _check_starts(
             if why := published.missing(source, made):
                 lines.append(why.replace("pretrained=", f"{key}=", 1))
         if source := member.config["pretrained"]:
-            had = _other_shape(source, identity.node(member.config, "backbone"))
+            had = _other_network(source, identity.node(member.config, "backbone"))
             if had and source not in misfits.setdefault(had, []):
                 misfits[had].append(source)
     for had, sources in misfits.items():
@@ -577,18 +577,29 @@ def _check_starts(
         raise UserError("\n".join(["nothing was started.", *dict.fromkeys(lines)]))
 
 
-def _other_shape(source: str, backbone: Mapping[str, Any]) -> str:
-    """What to type if the run of these weights had the same backbone, but in another shape; ""."""
+def _other_network(source: str, backbone: Mapping[str, Any]) -> str:
+    """What to type if the run of these weights surely had another network; "".
+
+    Two of ours are the same if they have one constructor and one shape; for others, a network may
+    have several names, so that only the shape of an equal name tells.
+    """
     from ssl_bench.launch.place import SHAPE
     from ssl_bench.runs import identity, layout
 
     run = layout.run_at(Path(source))
     had = identity.node(identity.config(run), "backbone") if run else {}
-    shared = [key for key in SHAPE if key in had and key in backbone]
-    if had.get("name") != backbone.get("name") or all(had[key] == backbone[key] for key in shared):
+    kinds = [str(one.get("_target_")) for one in (had, backbone)]
+    ours = all(
+        kind.startswith(("ssl_bench.backbones.resnet.", "ssl_bench.backbones.vit."))
+        for kind in kinds
+    )
+    same = kinds[0] == kinds[1] if ours else had.get("name") == backbone.get("name")
+    shape = {key: had[key] for key in SHAPE if key in had}
+    if same and all(backbone.get(key, value) == value for key, value in shape.items()):
         return ""
-    words = " ".join(f"backbone.{key}={had[key]}" for key in shared)
-    return f"backbone={had['name']} {words}"
+    if not (same or ours):
+        return ""
+    return " ".join([f"backbone={had['name']}", *(f"backbone.{key}={shape[key]}" for key in shape)])
 
 
 class Local(SweepLauncher):

@@ -10,7 +10,7 @@ from made_runs import checkpoint, classified_from, pretrained
 
 from ssl_bench.errors import UserError
 from ssl_bench.launch.expanded import with_members
-from ssl_bench.launch.launchers import _other_shape
+from ssl_bench.launch.launchers import _other_network
 from ssl_bench.report import sweeps
 from ssl_bench.runs import sweep
 
@@ -70,10 +70,19 @@ def test_a_table_names_what_tells_pretrainings_apart(tmp_path: Path) -> None:
     told = [line.split("|")[1].strip() for line in sweeps.sweep_table(folder).splitlines()]
     assert told == ["pretrained.method.temperature", told[1], "0.2", "0.1"]
     had = ran.config["backbone"]
-    assert _other_shape(str(ran.directory), had) == ""
-    assert _other_shape(str(ran.directory), had | {"name": "resnet50", "width": 8}) == ""
-    typed = _other_shape(str(ran.directory), had | {"width": 8})
-    assert re.fullmatch(r"backbone=resnet18 backbone\.stem=\w+ backbone\.width=64", typed)
+    assert _other_network(str(ran.directory), had) == ""
+    typed = r"backbone=resnet18 backbone\.stem=\w+ backbone\.width=64"
+    backbones = "ssl_bench.backbones"
+    others: list[dict] = [
+        {"width": 8},
+        {"name": "resnet50", "_target_": f"{backbones}.resnet.resnet50"},
+    ]
+    others.append({"name": "vit_tiny", "_target_": f"{backbones}.vit.vit_tiny", "patch_size": 8})
+    for other in others:
+        assert re.fullmatch(typed, _other_network(str(ran.directory), had | other))
+    # which may be the same network
+    for unknown in ({"_target_": f"{backbones}.timm.timm"}, {"_target_": "mine.network"}):
+        assert _other_network(str(ran.directory), had | {"name": "x", "width": 8} | unknown) == ""
 
 
 def test_a_member_that_kept_its_best_state_alone_is_measured(tmp_path: Path) -> None:
