@@ -229,19 +229,20 @@ def tables(results: dict[str, Any]) -> str:
         for name, row in results["collapsing"].items()
     ]
     parts = [
-        "# Collapses, and how early they are told",
+        "# How early a collapse is announced",
         "`python benchmarks/collapse.py`, on digits of 8 pixels in batches of 32, with a ResNet-18 "
-        "of an eighth of the width. Onset: the first step from which on, for 25 steps, the spread "
-        "of the batch's embeddings is less than half of the largest so far, or their effective "
-        "rank less than a quarter. Announced: at the first look, every 20 steps, that shows it; of "
-        "all 20 steps at which looking may begin, the latest.",
+        "of an eighth of the width. A collapse begins (onset) when, for 25 steps, the spread of "
+        "the batch's embeddings is below half of its largest value so far, or their effective rank "
+        "below a quarter. The run checks every 20 steps; announced is the step of the first check "
+        "that shows the collapse, for the least favourable of the 20 possible phases.",
         markdown(["", "onset", "announced", "steps between"], rows, right=3),
-        "## Where all is well",
-        "The methods that give embeddings, in the settings of `bench_synthetic` and `bench_vit` "
-        "made as small (ReSSL with the batch and the warm-up of its benchmark, without which it "
-        "doesn't learn), 80 steps from the first on, looked at every 10. Least: what was left "
-        "at least, over all seeds, of the largest spread and effective rank; a warning comes below "
-        f"{LEFT_STD:g} (while the loss falls, else {LEFT_ANYWAY:g}) and {LEFT_RANK:g}.",
+        "## False alarms",
+        "The methods that give embeddings, in small versions of the settings of `bench_synthetic` "
+        "and `bench_vit` (ReSSL keeps the batch and the warm-up of its benchmark, without which it "
+        "doesn't learn), for their first 80 steps, checked every 10. The last columns are the "
+        "smallest spread and effective rank over all seeds, as shares of the largest so far. A "
+        f"warning comes if the spread falls below {LEFT_STD:g} (or {LEFT_ANYWAY:g}, if the loss "
+        f"doesn't fall) or the rank below {LEFT_RANK:g}.",
     ]
     named: dict[str, list[dict[str, Any]]] = {}
     for name, row in results["healthy"].items():
@@ -255,7 +256,7 @@ def tables(results: dict[str, Any]) -> str:
         ]
         for name, several in named.items()
     ]
-    header = ["", "seeds", "warned of", "least spread", "least rank"]
+    header = ["", "seeds", "warnings", "smallest spread", "smallest rank"]
     parts.append(markdown(header, cells, right=4))
     for folder, runs in results["logs"].items():
         parts += [f"## The logs of {folder}", of_logs(runs)]
@@ -265,7 +266,7 @@ def tables(results: dict[str, Any]) -> str:
 def of_logs(runs: dict[str, dict[str, Any]]) -> str:
     """What the lines of whole runs, as they were logged, would have warned of."""
     warned = {name: row for name, row in runs.items() if row["warned"]}
-    text = f"{len(runs)} whole runs, warned of: {len(warned) or 'none'}."
+    text = f"{len(runs)} whole runs, of which {len(warned) or 'none'} would have been warned of."
     probed = [
         (bool(row["warned"]), row["probe_top1"]) for row in runs.values() if "probe_top1" in row
     ]
@@ -273,8 +274,8 @@ def of_logs(runs: dict[str, dict[str, Any]]) -> str:
     kept = [max(values) - values[-1] for told, values in probed if not told]
     if lost and kept:
         text += (
-            f" A linear probe of those has lost {min(lost):.0f} to {max(lost):.0f} points since "
-            f"its best, of the others {min(kept):.0f} to {max(kept):.0f}."
+            f" The linear probe of these ends {min(lost):.0f} to {max(lost):.0f} points below its "
+            f"best, that of the others {min(kept):.0f} to {max(kept):.0f}."
         )
     return text
 

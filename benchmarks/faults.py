@@ -908,7 +908,14 @@ def one(root: Path, name: str) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     cells = [[row["did"], row["lost"], row["said"], row["verdict"]] for row in rows]
     lines = [["what was done", "what was lost", "what was said", "verdict"], ["---"] * 4, *cells]
-    return "".join(
+    about = (
+        "# Faults: real commands, disturbed\n\n`python benchmarks/faults.py` disturbs commands as "
+        "machines and people do. Nothing is lost if the same command afterwards ends with what an "
+        "undisturbed one ends with: weights, optimizer and logged losses by `torch.equal`, tables "
+        "and features byte by byte. A row holds if nothing is lost, or if one line of ours says "
+        "what is wrong.\n\n"
+    )
+    return about + "".join(
         f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines
     )
 

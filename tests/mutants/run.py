@@ -309,7 +309,10 @@ def markdown(result: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(
         [
-            "# Faults on purpose",
+            "# Would the tests notice a fault?",
+            "",
+            "Each row is a small fault that was put into a copy of the program on purpose, and the "
+            "first test that failed on it.",
             "",
             f"`{result['command']}` at commit {result['git_commit'][:7]}: {summary(result)}.",
             "",
