@@ -249,7 +249,7 @@ def test_off_the_main_thread(here: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("threaded", [False, True])
+@pytest.mark.parametrize("threaded", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_several_processes_from_a_script(here: Path, threaded: bool) -> None:
     """Not even one that doesn't ask whether it is the main program runs twice."""
     call = f"print(repr(ssl_bench.train({[*SHORT, 'devices=2', 'method.bn_splits=1']!r})))"

@@ -25,6 +25,7 @@ from ssl_bench.training.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
+LINES = 10  # of the log of a training, at least, or one for each of fewer epochs
 COUNTED = 500  # steps: for a shorter training the operations of one aren't worth a second's count
 
 
@@ -63,6 +64,7 @@ def fit(
         state["ema"] = average
     per_epoch = source.steps_per_epoch
     total, end = epochs * per_epoch, run.end_of(per_epoch, epochs)
+    rarest = per_epoch * max(1, epochs // LINES)  # steps between two lines of the log, at most
     start = run.restore(**state) or run.carry_over(per_epoch, **state)
     if run.rate_before is not None:
         peak = max(group["initial_lr"] for group in optimizer.param_groups)
@@ -153,7 +155,7 @@ def fit(
         stop = run.stopping(done)
         evaluating = last or (done % per_epoch == 0 and run.every("eval", done // per_epoch))
         judging = evaluating and run.watches
-        logging_now = run.every("log", done, per_epoch) or last or judging
+        logging_now = run.every("log", done, rarest) or last or judging
         saving = run.every("save", done) or last or stop or judging
         if logging_now or saving:
             check(done, saving)

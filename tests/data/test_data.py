@@ -388,7 +388,9 @@ def test_processes_that_pack_together_pack_once(cache):
     assert sorted(path.suffix for path in cache.iterdir() if path.suffix != ".lock") == [""]
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive), signal.SIGKILL]
+)
 def test_a_packer_that_was_ended_is_gone_on_with(cache, tmp_path, caplog, how):
     """What it has left whole isn't packed again: not a damaged chunk, nor a torn line."""
     process = packer(cache, 20_000)

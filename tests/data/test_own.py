@@ -269,6 +269,7 @@ def test_it_trains_as_ours_does(module: Callable[[str], str], tmp_path: Path) ->
     small = ["data.image_size=16", "backbone.width=8", "backbone.stem=small", "device=cpu"]
     mine = ["data=own", "data.name=mine", f"data._target_={name}.MyDigits"]
     train = ["stage=pretrain", "method=simsiam", "epochs=1", "schedule=constant", "batch_size=256"]
+    train += ["method.dim=32", "method.predictor_dim=8", "eval_every=0"]
     made = [ssl_bench.train([*data, *small, *train]) for data in (mine, ["data=digits"])]
     weights = [
         torch.load(next(Path(run).glob("checkpoints/*.pt")), weights_only=True)["model"]

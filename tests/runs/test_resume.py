@@ -80,7 +80,10 @@ def test_killed(
 
 
 @pytest.mark.xdist_group("resume")
-@pytest.mark.parametrize(("devices", "source"), [(1, "host"), (2, "host"), (1, "streamed")])
+@pytest.mark.parametrize(
+    ("devices", "source"),
+    [(1, "host"), pytest.param(2, "host", marks=pytest.mark.exhaustive), (1, "streamed")],
+)
 def test_terminated_loses_nothing(
     ssl_bench: Command, tmp_path: Path, whole: Callable[..., tuple], devices: int, source: str
 ) -> None:

@@ -583,6 +583,7 @@ def test_workstation(ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.Mon
         *TINY_PRETRAIN,
         "method._target_=mine.Mine",
         "save_every=1000",
+        "eval_every=0",
     ]
     command += ["seed=0,1,2"]
     started = subprocess.Popen(
@@ -618,7 +619,7 @@ def test_members_have_the_code_of_when_they_were_launched(tmp_path: Path) -> Non
     package = tmp_path / "ssl_bench"
     shutil.copytree(code.PACKAGE, package)
     words = ["launcher=workstation", "hydra.launcher.at_once=1", *TINY_PRETRAIN]
-    words += ["method._target_=ssl_bench.methods.moco.MoCo", "epochs=1", "seed=0,1"]
+    words += ["method._target_=ssl_bench.methods.moco.MoCo", "epochs=1", "eval_every=0", "seed=0,1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "ssl_bench", *words],
         cwd=tmp_path,
@@ -741,7 +742,13 @@ def test_an_archive_that_is_not_there(ssl_bench: Command) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("space", "trials"), [("interval(0.05,0.5)", 2), ("choice(0.1,0.2)", 3)])
+@pytest.mark.parametrize(
+    ("space", "trials"),
+    [
+        ("interval(0.05,0.5)", 2),
+        pytest.param("choice(0.1,0.2)", 3, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_search(ssl_bench: Command, tmp_path: Path, space: str, trials: int) -> None:
     """Optuna chooses by the metric that the stage returns, and finds what the table finds; it may
     ask for one twice.

@@ -19,7 +19,11 @@ from slurm.cluster import Cluster
 from slurm.conftest import Sweeps, ended
 
 STEPS, AT = 60, 15
-LONG = [f"epochs={STEPS // 10}", "save_every=1000"]  # nothing is saved but after a warning
+LONG = [
+    f"epochs={STEPS // 10}",
+    "save_every=1000",
+    "eval_every=0",
+]  # nothing is saved but after a warning
 PACE = {"PAUSE": "0.2"}  # s a step: no run is over before it is interrupted
 
 

@@ -9,7 +9,13 @@ from slurm.cluster import Cluster
 from slurm.conftest import Sweeps, ended
 
 
-@pytest.mark.parametrize(("name", "beside"), [("r9 with space", "file"), ("r9; a'$b\"", "folder")])
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [
+        pytest.param("r9 with space", "file", marks=pytest.mark.exhaustive),
+        ("r9; a'$b\"", "folder"),
+    ],
+)
 def test_a_folder_of_any_name(slurm: Cluster, tmp_path: Path, name: str, beside: str) -> None:
     """Cut at what a shell would cut it at, it is something of the user's: removed, or there for
     every requeue.

@@ -35,7 +35,15 @@ BEGINNINGS = {
 }
 
 
-@pytest.mark.parametrize("which", BEGINNINGS)
+@pytest.mark.parametrize(
+    "which",
+    [
+        pytest.param(
+            which, marks=[] if which in ("env_script", "container-3") else pytest.mark.exhaustive
+        )
+        for which in BEGINNINGS
+    ],
+)
 def test_a_beginning_that_fails(sweeps: Sweeps, which: str) -> None:
     words, reason = BEGINNINGS[which]
     result = sweeps("epochs=1", *words)
@@ -127,6 +135,7 @@ echo -1 >> {folder}/log
 """
 
 
+@pytest.mark.exhaustive
 def test_sixty_members_and_a_command_killed_while_it_submits(
     sweeps: Sweeps, slurm: Cluster, slow: str
 ) -> None:

@@ -116,6 +116,7 @@ def test_who_stops_waiting_loses_nothing(sweeps: Sweeps, slurm: Cluster) -> None
     assert "0 to start" in again.stderr
 
 
+@pytest.mark.exhaustive
 def test_halving(sweeps: Sweeps, slurm: Cluster) -> None:
     """Two at once; its command is killed, and the same one follows the jobs that went on. Nobody
     is sent to a rung twice.

@@ -84,6 +84,7 @@ def test_extended_through_a_kill(ssl_bench: Command, runs: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_extended_on_two_processes(ssl_bench: Command, runs: Path, tmp_path: Path) -> None:
     """Batch norm saw eight parts on one process, and sees four on each of two.
 

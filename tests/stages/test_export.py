@@ -109,7 +109,9 @@ def test_what_was_written_is_read_with_equal_features(place: Path, tmp_path: Pat
     )
 
 
-@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.exhaustive)]
+)
 def test_torchvision_and_timm_read_it(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
     probe = LinearProbe(getattr(resnet, name)(), 7).eval()
@@ -188,7 +190,7 @@ def test_onnx_answers_as_torch_does(place: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(outputs), expected, rtol=1e-3, atol=1e-4)
 
 
-LARGE = ("resnet34", "resnet50x2", "vit_small", "vit_base")  # layers as the others have
+LARGE = ("resnet34", "resnet50", "resnet50x2", "vit_small", "vit_base")  # layers as the others have
 
 
 @pytest.mark.slow
@@ -201,7 +203,10 @@ LARGE = ("resnet34", "resnet50x2", "vit_small", "vit_base")  # layers as the oth
             if group == "backbone" and name not in ("timm", "dinov2_small", "resnet101")
         ),
         "backbone=timm backbone.model=mobilenetv3_small_050",
-        "backbone=timm backbone.model=vit_tiny_patch16_224 +backbone.options={img_size:32}",
+        pytest.param(
+            "backbone=timm backbone.model=vit_tiny_patch16_224 +backbone.options={img_size:32}",
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_onnx_takes_any_number_of_images(network: str, tmp_path: Path) -> None:

@@ -95,6 +95,18 @@ def train(
     return method, given
 
 
+@pytest.mark.parametrize(
+    ("epochs", "every", "logged"),
+    [(3, 1000, [1, 2, 3]), (25, 1000, [*range(2, 25, 2), 25]), (3, 2, [2 / 3, 4 / 3, 2, 8 / 3, 3])],
+)
+def test_a_short_training_logs_ten_lines_or_each_epoch(
+    tmp_path: Path, epochs: int, every: int, logged: list[int]
+) -> None:
+    train(tmp_path, settings={"epochs": epochs, "log_every": every, "eval_every": 0})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == logged
+
+
 def test_stopped_while_no_images_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state of the last whole step is saved, and it goes on from there as if nothing was."""
     whole, _ = train(tmp_path / "whole")
