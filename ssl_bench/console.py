@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 LOG_SECONDS = 10  # between two lines of a bar, where there is no terminal
@@ -38,9 +39,12 @@ class Handler(logging.Handler):
     """Shows on stderr what is logged."""
 
     verbosity: Verbosity = "normal"
+    aside = False  # of what runs, only warnings: see `aside`
 
     def emit(self, record: logging.LogRecord) -> None:
         warning, own = record.levelno >= logging.WARNING, vars(record)
+        if self.aside and self.verbosity != "full" and not warning:
+            return
         if self.verbosity == "quiet" and not (warning or own.get("result")):
             return
         told = own.get("brief") if self.verbosity != "full" else None
@@ -66,9 +70,28 @@ class Handler(logging.Handler):
 
 def choose(verbosity: Verbosity) -> None:
     """quiet: results and warnings alone. full: of each step all that log.txt has."""
-    for handler in logging.getLogger("ssl_bench").handlers:
-        if isinstance(handler, Handler):
-            handler.verbosity = verbosity
+    for handler in _handlers():
+        handler.verbosity = verbosity
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """A console shows warnings and bars of what runs within, which its caller sums up in a line;
+    with verbosity=full everything.
+    """
+    handlers = [handler for handler in _handlers() if not handler.aside]
+    for handler in handlers:
+        handler.aside = True
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.aside = False
+
+
+def _handlers() -> Iterator[Handler]:
+    handlers = logging.getLogger("ssl_bench").handlers
+    return (handler for handler in handlers if isinstance(handler, Handler))
 
 
 class Bar:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -13,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import NonNegativeInt
 
+from ssl_bench import console
 from ssl_bench.config import build, typed
 from ssl_bench.errors import UserError
 from ssl_bench.evaluate.features import extract_all
@@ -78,20 +80,17 @@ def pipeline(
             if run.stopping(0):  # a signal that came between two of them
                 run.interrupt()
             done += 1
-            part = f"{done} of {total}: {name}, seed {member.seed}"
-            log.info("%s", part, extra={"heading": True})
-            if (top1 := launch(member).get("val_top1")) is not None:  # an export has none
+            found = _evaluated(member, f"{done} of {total}: {name}, seed {member.seed}")
+            if (top1 := found.get("val_top1")) is not None:  # an export has none
                 results.setdefault(name, []).append(top1)
-        if name in results:
-            told = ", ".join(f"{value:.1f}" for value in results[name])
-            log.info("%s: top-1 %s", name, told, extra={"result": True})
     any_results = distributed.any_rank(bool(results))  # some stages return them on rank 0 alone
     if any_results and run.is_main:
         print(f"\n{figure.table(results, 'top-1')}")
     if picture and any_results:
         path = run.directory / "overview.png"
         try:
-            draw(cfg, run, evaluations, results, path)
+            with console.aside():
+                draw(cfg, run, evaluations, results, path)
             if run.is_main:
                 run.log_image(0, "overview", path)
                 print(f"\npicture: {path}")
@@ -100,6 +99,22 @@ def pipeline(
     top1 = {f"{name} top-1": units.mean_std(values)[0] for name, values in results.items()}
     judged = {key: pretrained[key] for key in JUDGES if key in pretrained}
     return top1 | judged | cost(MetricsFile.read(run.directory / "pretrain" / layout.METRICS))
+
+
+def _evaluated(member: DictConfig, part: str) -> dict[str, float]:
+    """What the evaluation finds, told in a line; its log.txt has all of it."""
+    began, before = time.monotonic(), (Path(member.dir) / layout.SUMMARY).is_file()
+    try:
+        with console.aside():
+            found = launch(member)
+    except BaseException:
+        log.info("in %s", part, extra={"result": True})
+        raise
+    said = units.headline({key: found[key] for key in units.HEADLINE if key in found}, 34)
+    took = console.duration(time.monotonic() - began)
+    end = "finished already" if before else f"took {took}"
+    log.info("%s", "  ".join(filter(None, [part, said, end])), extra={"result": True})
+    return found
 
 
 def _parts(

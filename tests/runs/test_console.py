@@ -130,6 +130,31 @@ def test_verbosity(verbosity: str, said: list[str], capsys: pytest.CaptureFixtur
     assert [line[9:] for line in capsys.readouterr().err.splitlines()] == said
 
 
+@pytest.mark.parametrize(
+    ("verbosity", "said"),
+    [("normal", ["warned", "done"]), ("full", ["step 1", "warned", "result", "done"])],
+)
+def test_what_is_set_aside(
+    verbosity: str, said: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Within, even where one is within another, or one ends with an error."""
+    logger = logging.getLogger("ssl_bench")
+    logger.handlers, logger.propagate = [console.Handler()], False
+    logger.setLevel(logging.INFO)
+    try:
+        with console.aside():
+            with console.aside():
+                console.choose(verbosity)  # as a run does that begins
+                logger.info("step 1")
+            logger.warning("warned")
+            logger.info("result", extra={"result": True})
+            raise KeyError
+    except KeyError:
+        pass
+    logger.info("done")
+    assert [line[9:] for line in capsys.readouterr().err.splitlines()] == said
+
+
 def test_quiet(ssl_bench: Command, tmp_path: Path) -> None:
     words = ["stage=knn", "data=digits", "backbone=pixels", "dir=run", "verbosity=quiet"]
     said = ssl_bench(*words, check=True).stderr.splitlines()

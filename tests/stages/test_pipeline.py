@@ -1,6 +1,7 @@
 """The main job, as the README starts it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -40,6 +41,15 @@ def test_quickstart(ssl_bench: Command, tmp_path: Path) -> None:
         < result.stdout.index("| random init")
     )
     assert (run / "overview.png").stat().st_size > 50_000
+    # each evaluation is a line; its log.txt has the rest
+    lines = result.stderr.splitlines()
+    parts = re.findall(r" (\d) of 7: (.+), seed (\d)  val_top1 [\d.]+ %  .*took", result.stderr)
+    assert [(int(number), int(seed)) for number, _, seed in parts] == [
+        (2 + i, i % 2) for i in range(6)
+    ]
+    assert {name for _, name, _ in parts} == {"random init", "pretrained", "raw pixels"}
+    assert len(lines) < 30
+    assert "step 200/200" in (run / "raw-pixels" / "seed0" / "log.txt").read_text()
     again = ssl_bench(*command, check=True)
     assert "finished already" in again.stderr
 
@@ -172,7 +182,7 @@ def test_pipeline_goes_on_where_it_stopped(ssl_bench: Command, tmp_path: Path) -
     ssl_bench(*command, check=True)
     (tmp_path / "run" / "summary.json").unlink()
     result = ssl_bench(*command, check=True)
-    assert result.stderr.count("is finished already") == 5  # the pretraining, two rows of two draws
+    assert result.stderr.count("finished already") == 5  # the pretraining, two rows of two draws
     assert "| pretrained" in result.stdout
 
 
@@ -267,4 +277,4 @@ def test_a_pipeline_goes_on_by_another_spelling_of_its_directory_and_after_a_mov
             shutil.move(tmp_path / "runs" / "x", tmp_path / "moved")
         (tmp_path / place / "summary.json").unlink()
         result = ssl_bench(*command, f"dir={place}", check=True)
-        assert result.stderr.count("is finished already") == 3  # the pretraining and two rows
+        assert result.stderr.count("finished already") == 3  # the pretraining and two rows
