@@ -39,7 +39,7 @@ class Handler(logging.Handler):
     """Shows on stderr what is logged."""
 
     verbosity: Verbosity = "normal"
-    aside = False  # of what runs, only warnings: see `aside`
+    aside = False  # of this process: see `aside`
 
     def emit(self, record: logging.LogRecord) -> None:
         warning, own = record.levelno >= logging.WARNING, vars(record)
@@ -70,8 +70,9 @@ class Handler(logging.Handler):
 
 def choose(verbosity: Verbosity) -> None:
     """quiet: results and warnings alone. full: of each step all that log.txt has."""
-    for handler in _handlers():
-        handler.verbosity = verbosity
+    for handler in logging.getLogger("ssl_bench").handlers:
+        if isinstance(handler, Handler):
+            handler.verbosity = verbosity
 
 
 @contextmanager
@@ -79,19 +80,11 @@ def aside() -> Iterator[None]:
     """A console shows warnings and bars of what runs within, which its caller sums up in a line;
     with verbosity=full everything.
     """
-    handlers = [handler for handler in _handlers() if not handler.aside]
-    for handler in handlers:
-        handler.aside = True
+    before, Handler.aside = Handler.aside, True
     try:
         yield
     finally:
-        for handler in handlers:
-            handler.aside = False
-
-
-def _handlers() -> Iterator[Handler]:
-    handlers = logging.getLogger("ssl_bench").handlers
-    return (handler for handler in handlers if isinstance(handler, Handler))
+        Handler.aside = before
 
 
 class Bar:
@@ -170,9 +163,10 @@ class Bar:
 
     def say(self, text: str) -> None:
         """A line below the bars of a terminal; elsewhere it was logged."""
-        self._looked = time.monotonic()
         if self._task is not None:
             self._live.headline = text
+        else:
+            self._looked = time.monotonic()
 
     def follow(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items; each counts as done when the next one is asked for."""

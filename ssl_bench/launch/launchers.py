@@ -588,6 +588,8 @@ def _other_network(source: str, backbone: Mapping[str, Any]) -> str:
 
     run = layout.run_at(Path(source))
     had = identity.node(identity.config(run), "backbone") if run else {}
+    if not had.get("name"):
+        return ""
     kinds = [str(one.get("_target_")) for one in (had, backbone)]
     ours = all(
         kind.startswith(("ssl_bench.backbones.resnet.", "ssl_bench.backbones.vit."))

@@ -168,7 +168,8 @@ def _spawn(cfg: DictConfig) -> dict[str, float]:
         try:
             plain = OmegaConf.to_container(cfg, resolve=True)
             with _without_main():
-                results = elastic_launch(settings, _rank)(json.dumps(plain), folder)
+                ranks = elastic_launch(settings, _rank)
+                results = ranks(json.dumps(plain), folder, console.Handler.aside)
         except ChildFailedError as error:
             for message in sorted(Path(folder).glob("*.json")):
                 kind, said = json.loads(message.read_text(encoding="utf-8"))
@@ -204,12 +205,13 @@ def _without_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _rank(config: str, folder: str) -> dict[str, float]:
+def _rank(config: str, folder: str, aside: bool) -> dict[str, float]:
     from ssl_bench.runtime import distributed
 
     signal.signal(signal.SIGUSR2, lambda *_: None)  # before and after `Run` handles it: go on
     rank = distributed.launched().rank
     set_up_logging(quiet=rank > 0)
+    console.Handler.aside = aside
     try:
         return _run(build.literal(json.loads(config)))
     except Abandoned:

@@ -99,7 +99,7 @@ def test_what_sbatch_refuses(sweeps: Sweeps) -> None:
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert "invalid partition specified: nowhere" in result.stderr.splitlines()[-1]
-    assert "failed | " in sweeps.status()  # and doesn't wait for ever
+    assert "| failed |" in sweeps.status()  # and doesn't wait for ever
 
 
 def test_who_stops_waiting_loses_nothing(sweeps: Sweeps, slurm: Cluster) -> None:
