@@ -24,7 +24,7 @@ from ssl_bench.errors import UserError, several
 from ssl_bench.methods.base import Method
 from ssl_bench.runs import tracking, weights
 from ssl_bench.runs.run import Run
-from ssl_bench.runtime import distributed
+from ssl_bench.runtime import convolutions, distributed
 from ssl_bench.runtime.seeding import fold, seed_torch
 from ssl_bench.training.average import Average
 from ssl_bench.training.engine import fit
@@ -379,13 +379,23 @@ def compile_(model: nn.Module, device: torch.device) -> None:
 
     There are a thousand of them, and a fast GPU has computed 512 images before the host has made
     them all. Several processes communicate during a step, which a graph can't hold.
+
+    UserError for a network that a compiled step would damage: it chooses memory formats itself.
     """
+    if device.type == "cpu" and convolutions.narrow(model):
+        raise UserError(
+            "compile=true: on a CPU, torch compiles strided convolutions of fewer than 8 channels "
+            "to a program that damages its memory; type compile=false, or backbone.width=8 or more"
+        )
     graphs = device.type == "cuda" and distributed.world_size() == 1
     model.compile(mode="reduce-overhead" if graphs else None)
 
 
 def on_device(module: nn.Module, run: Run) -> nn.Module:
-    return module.to(run.device, memory_format=torch.channels_last)
+    module = module.to(run.device, memory_format=torch.channels_last)
+    if run.device.type == "cpu":
+        convolutions.guard_(module)
+    return module
 
 
 def normalization(cfg: DictConfig) -> tuple[RGB, RGB]:
