@@ -410,6 +410,7 @@ BY_ANOTHER_TEST = "Hugging Face: ResNet, ViT, DINOv2"
 def table() -> str:
     """The table of these in docs/how-to/load.md."""
     head = "| file of | names of the backbone's tensors | network taken, if it holds several |"
+    head = "| file of | names of the backbone's tensors | network taken, if it holds several |"
     rows = [head, "|---|---|---|"]
     for name, layout in LAYOUTS.items():
         place = f"`{layout.prefix}.*`" if layout.prefix else ""

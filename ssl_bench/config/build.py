@@ -242,12 +242,12 @@ def _wrong_start(config: Mapping) -> list[str]:
     if start >= epochs:
         return [
             f"schedule.start_epoch={start:g} isn't reached within epochs={epochs}: "
-            f"type less, or epochs={int(start) + 1} or more"
+            f"type a smaller value, or epochs={int(start) + 1} or more"
         ]
     if (warmup := schedule.get("warmup_epochs", 0)) >= epochs - start:
         return [
             f"schedule.warmup_epochs={warmup:g} isn't reached from schedule.start_epoch={start:g} "
-            f"within epochs={epochs}: type less, or more epochs"
+            f"within epochs={epochs}: type a smaller value, or more epochs"
         ]
     return []
 
@@ -386,6 +386,9 @@ def _told(path: str | None, group: str) -> Iterator[None]:
         yield
     except signatures.NoConstructor as error:
         raise UserError(f"{group}._target_={path} is {error}: name a class or a function") from None
+    except SyntaxError as error:
+        where = f"line {error.lineno} of {error.filename}"
+        raise UserError(f"{group}._target_={path}: {error.msg}, in {where}") from None
     except (ImportError, AttributeError, ValueError) as error:
         line = f"{group}._target_={path}: can't be imported ({error})"
         if isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}."):
@@ -722,7 +725,7 @@ def _too_late(schema: type[BaseModel], node: dict, group: str, config: Mapping) 
                 enough = int(value) + (not mark.or_at_the_end)
                 problems.append(
                     f"{key}={value:g} isn't reached within epochs={epochs}: "
-                    f"type less, like {key}=0, or epochs={enough} or more"
+                    f"type a smaller value, like {key}=0, or epochs={enough} or more"
                 )
     return problems
 

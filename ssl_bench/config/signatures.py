@@ -52,7 +52,7 @@ def locate(path: str) -> Callable:
 def parameters(path: str, supplied: tuple[str, ...]) -> dict[str, Parameter]:
     """The parameters of the class or function with this dotted path, but for the `supplied`.
 
-    ImportError, AttributeError, ValueError, NoConstructor.
+    ImportError, AttributeError, ValueError, SyntaxError, NoConstructor.
     """
     module, _, name = current(path).rpartition(".")
     try:
@@ -97,7 +97,11 @@ class _Module:
         if spec is None or not spec.origin or not spec.origin.endswith(".py"):
             raise _NotPlain
         self.defined: dict[str, ast.stmt] = {}
-        for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        try:
+            body = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
+        except SyntaxError:  # who imports it says where
+            raise _NotPlain from None
+        for node in body:
             if isinstance(node, ast.ClassDef | ast.FunctionDef):
                 self.defined[node.name] = node
             elif isinstance(node, ast.ImportFrom):

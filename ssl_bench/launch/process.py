@@ -76,7 +76,7 @@ def _settled(cfg: DictConfig) -> DictConfig:
 def _run(cfg: DictConfig) -> dict[str, float]:
     import torch
 
-    from ssl_bench.runs import identity, units, weights
+    from ssl_bench.runs import code, identity, units, weights
     from ssl_bench.runs.run import Run
     from ssl_bench.runtime import distributed, memory, precision
 
@@ -107,6 +107,8 @@ def _run(cfg: DictConfig) -> dict[str, float]:
                 for key in ("save_best", "keep")
                 if key in then and then[key] != plain[key]
             ]
+            if said := code.changed(identity.environment(run.directory), plain):
+                log.warning("%s since %s ran: its result is that of the old code", said, cfg.dir)
             log.info(
                 "%s is finished already (%s)%s; to run it again, delete it or choose another dir=",
                 cfg.dir,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ssl_bench import files
 from ssl_bench.report.grouping import Group, differences, groups, ranked
-from ssl_bench.report.tables import cell, heading, markdown, width, wrapped
+from ssl_bench.report.tables import cell, fitted, heading, markdown, width, wrapped
 from ssl_bench.runs import code, identity, layout, sweep
 from ssl_bench.runs.metrics import MetricsFile
 from ssl_bench.runs.record import Ran, find
@@ -134,7 +134,8 @@ COST = ("images_per_second", "memory_gb")  # columns that a table has if runs me
 
 
 def sweep_table(folder: Path, metric: str | None = None) -> str:
-    """Write table.md and table.csv of a sweep; returns table.md, or "" if no run has the metric.
+    """Write table.md and table.csv of a sweep; returns the table, as far as the terminal has room
+    for its columns, or "" if no run has the metric.
 
     The rows are those of a report (`groups`), with what tells them apart on the command line and,
     if YAML files were edited between commands, in the configuration. metric: None for the one that
@@ -176,7 +177,8 @@ def sweep_table(folder: Path, metric: str | None = None) -> str:
         writer.writerow([*words, *spread, *means, row["n"], row["members"]])
     files.write(folder / "table.md", text + "\n")
     files.write(folder / "table.csv", file.getvalue())
-    return text
+    heads = [*keys, *map(heading, columns)]
+    return fitted(heads, shown, right=len(columns), least=len(heads) - len(costs))[0]
 
 
 def _both_stages(rows: Sequence[Group], metric: str) -> list[str]:

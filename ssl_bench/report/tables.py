@@ -94,8 +94,13 @@ def about(column: str) -> str:
 
 def table(rows: Sequence[dict], wanted: Sequence[str]) -> str:
     """Markdown with the name of each row and these columns, mean ± std over its n seeds."""
-    cells = [[row["name"], *(cell(row, column) for column in wanted)] for row in rows]
-    return markdown(["", *map(heading, wanted)], cells, right=len(wanted))
+    return markdown(*cells(rows, wanted), right=len(wanted))
+
+
+def cells(rows: Sequence[dict], wanted: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """The heads and the rows of `table`."""
+    lines = [[row["name"], *(cell(row, column) for column in wanted)] for row in rows]
+    return ["", *map(heading, wanted)], lines
 
 
 def save(path: Path, rows: Sequence[dict], **remarks: Any) -> None:
@@ -167,6 +172,21 @@ def markdown(header: list[str], rows: list[list[str]], right: int = 0) -> str:
     rules = ["-" * (width + 2) for width in widths[:left]]
     rules += ["-" * (width + 1) + ":" for width in widths[left:]]
     return "\n".join([text[0], f"|{'|'.join(rules)}|", *text[1:]])
+
+
+def fitted(
+    header: list[str], rows: list[list[str]], right: int = 0, least: int = 2
+) -> tuple[str, list[str]]:
+    """A table of as many first columns as the terminal has room for, and the heads of the others.
+
+    least: so many columns stay in any case.
+    """
+    for kept in range(len(header), least - 1, -1):
+        narrower = max(0, right - len(header) + kept)
+        text = markdown(header[:kept], [row[:kept] for row in rows], narrower)
+        if len(text.partition("\n")[0]) <= width():
+            break
+    return text, header[kept:]
 
 
 def plain(text: str) -> str:

@@ -5,9 +5,11 @@ import json
 import shutil
 import stat
 import subprocess
+import sysconfig
 import uuid
 from collections.abc import Iterable, Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,38 @@ def _digest(files: Iterable[Path], root: Path) -> str:
     for path in sorted(files):
         found.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
     return found.hexdigest()[:16]
+
+
+def own(config: Mapping[str, Any]) -> dict[str, str]:
+    """{name of a module or package of the user's own that a node of `config` names: its digest}.
+
+    Installed ones are left out: they have versions.
+    """
+    nodes = [node for node in config.values() if isinstance(node, Mapping)]
+    targets = [node["_target_"] for node in nodes if isinstance(node.get("_target_"), str)]
+    installed = [Path(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib")]
+    found = {}
+    for name in sorted({target.partition(".")[0] for target in targets} - {PACKAGE.name}):
+        try:
+            spec = find_spec(name)
+        except (ImportError, ValueError):
+            continue
+        if spec is None or not spec.origin:
+            continue
+        file = Path(spec.origin)
+        if file.suffix == ".py" and not any(file.is_relative_to(place) for place in installed):
+            modules = file.parent.rglob("*.py") if spec.submodule_search_locations else [file]
+            found[name] = _digest(modules, file.parent)
+    return found
+
+
+def changed(environment: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """Which of the user's own modules the run of this environment.json had otherwise; "": none."""
+    before, now = environment.get("own_code"), own(config)
+    if not isinstance(before, Mapping):
+        return ""
+    names = [name for name in now if before.get(name, now[name]) != now[name]]
+    return f"{' and '.join(names)} {'have' if len(names) > 1 else 'has'} changed" if names else ""
 
 
 def copied(folder: Path) -> Path:

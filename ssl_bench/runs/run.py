@@ -215,8 +215,13 @@ class Run:
     def _write_environment(self, directory: Path) -> None:
         """And, where the code isn't that of its commit, how it differs from it, beside that."""
         now = environment()
-        before = code.of(identity.environment(directory)) if layout.has_state(directory) else []
-        now["earlier_code"] = [one for one in before if one != now["code"]]
+        if own := code.own(self._config):
+            told = json.dumps([now["code"], own]).encode()
+            now |= {"own_code": own, "code": hashlib.sha256(told).hexdigest()[:16]}
+        then = identity.environment(directory) if layout.has_state(directory) else {}
+        if said := code.changed(then, self._config):
+            log.warning("%s since this run began: it goes on with the new code", said)
+        now["earlier_code"] = [one for one in code.of(then) if one != now["code"]]
         files.write(directory / layout.ENVIRONMENT, json.dumps(now, indent=2) + "\n")
         if now["git_dirty"] and (patch := code.changes()):
             files.write(directory / layout.PATCH.format(now["code"][:8]), patch)

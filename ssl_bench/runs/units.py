@@ -163,9 +163,10 @@ def spoken(metric: str, value: float) -> str:
 def headline(line: Mapping[str, float], width: int) -> str:
     """What a person follows of a line of metrics, at most `width` characters.
 
-    All of a line in which nothing is of HEADLINE.
+    Of a pipeline its rows; all of a line in which nothing is of HEADLINE.
     """
-    keys = [key for key in HEADLINE if key in line] or list(line)
+    rows = [key for key in line if key.endswith(" top-1")]
+    keys = rows or [key for key in HEADLINE if key in line] or list(line)
     words, length = [], 0
     for key in keys:
         word = f"{unit(key).name} {spoken(key, line[key])}"

@@ -33,7 +33,8 @@ def load_pretrained(cfg: DictConfig) -> nn.Module:
     seed_init(cfg)
     if cfg.pretrained is None:
         backbone = build.construct(cfg.backbone)
-        if any(True for _ in backbone.parameters()):  # backbone=pixels has none
+        goes_on = cfg.dir is not None and layout.has_state(Path(cfg.dir))
+        if any(True for _ in backbone.parameters()) and not goes_on:  # backbone=pixels has none
             begins = "timm's weights" if cfg.backbone.get("pretrained") else "random weights"
             log.info("pretrained=null: the backbone begins with %s", begins)
         return backbone

@@ -95,7 +95,7 @@ def write(
         newest = max((ran.environment for ran in runs), key=lambda one: one.get("started") or "")
         kept = {key: newest[key] for key in KEPT if key in newest}
         tables.save(folder / "results.json", rows, runs=[str(path) for path in paths], **kept)
-    print("\n\n".join(leaderboards(boards, tables.width())))
+    print("\n\n".join(leaderboards(boards, fits=True)))
     print(f"\nwritten: {folder}/report.html, results.md, results.json")
     return {"runs": len(runs), "finished": sum(ran.summary is not None for ran in runs)}
 
@@ -136,21 +136,20 @@ def fill(path: Path) -> None:
     print(f"{path}: {'filled' if after != before else 'is up to date'}")
 
 
-def leaderboards(boards: list[Board], room: int | None = None) -> list[str]:
+def leaderboards(boards: list[Board], fits: bool = False) -> list[str]:
     """A heading and a table of Markdown for each board that has results.
 
-    room: characters of a line, for which the last columns are left out and named below.
+    fits: the last columns are left out that the terminal has no room for, and named below.
     """
     parts = []
     for board in (board for board in boards if board.has_results):
-        columns = tables.columns(board.rows)
-        text, kept = tables.table(board.rows, columns), len(columns)
-        while room and kept > 1 and len(text.partition("\n")[0]) > room:
-            kept -= 1
-            text = tables.table(board.rows, columns[:kept])
+        columns, left_out = tables.columns(board.rows), []
+        text = tables.table(board.rows, columns)
+        if fits:
+            text, left_out = tables.fitted(*tables.cells(board.rows, columns), right=len(columns))
         parts += [f"## {board.title}", text]
-        if room and kept < len(columns):
-            parts.append(tables.wrapped(f"results.md also has {', '.join(columns[kept:])}"))
+        if left_out:
+            parts.append(tables.wrapped(f"results.md also has {', '.join(left_out)}"))
     return parts
 
 

@@ -32,12 +32,15 @@ def zoo(cfg: DictConfig, run: Run, verify: Place | None = None) -> dict[str, flo
     if verify is not None:
         print(identify(Path(verify), own))
         return {"verified": 1}
-    head = ["pretrained=", "backbone=", "recipe", "top-1", "hash", "licence"]
+    head = ["pretrained=", "backbone=", "top-1", "recipe", "licence", "hash"]
     rows = []
     for name, weights in WEIGHTS.items():
-        told = [name, weights.backbone, weights.recipe, f"{weights.top1:.1f}"]
-        rows.append([*told, weights.hash, weights.licence])
-    print(tables.markdown(head, rows))
+        told = [name, weights.backbone, f"{weights.top1:.1f}", weights.recipe]
+        rows.append([*told, weights.licence, weights.hash])
+    text, left_out = tables.fitted(head, rows)
+    print(text)
+    if left_out:
+        print(f"A wider terminal also shows: {', '.join(left_out)}")
     here = [name for name in WEIGHTS if place(name).is_file()]
     note = (
         "top-1: percent of ImageNet's val set, as the authors report it: of a linear classifier on "

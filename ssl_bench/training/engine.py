@@ -3,14 +3,14 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ssl_bench.augment.draws import keys
 from ssl_bench.data.source import Source
-from ssl_bench.errors import Interrupted
+from ssl_bench.errors import Interrupted, UserError
 from ssl_bench.evaluate.health import MOVING, WATCHED, WATCHES, Following, Watch, health, variety
 from ssl_bench.methods.base import Method, Output
 from ssl_bench.runs.metrics import MetricsFile
@@ -132,7 +132,7 @@ def fit(
             # gradients travel between processes with the last part
             with distributed.apart(parallel, len(outputs) + 1 < accumulate):
                 with autocast(precision, run.device):
-                    outputs.append(parallel(*part))
+                    outputs.append(_with_loss(parallel(*part), model))
                 scaler.scale(outputs[-1]["loss"] / accumulate).backward()
         output = joined(outputs)
         embeddings = output.pop(EMBEDDINGS, None)
@@ -210,6 +210,19 @@ def first_epoch(
         yield shown, indices
         if run.stopping(step):
             run.interrupt()
+
+
+def _with_loss(output: Any, model: Method) -> Output:
+    """UserError for what a method of the user's own returns without a loss."""
+    if not isinstance(output, dict) or not isinstance(output.get("loss"), Tensor):
+        given = (
+            f"the keys {', '.join(output)}" if isinstance(output, dict) else type(output).__name__
+        )
+        raise UserError(
+            f"{type(model).__name__}.forward returns {given}: it must return a dictionary with the "
+            "tensor 'loss'"
+        )
+    return output
 
 
 class Meter:

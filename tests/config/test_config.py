@@ -360,3 +360,14 @@ def test_a_target_whose_module_cannot_be_imported(
         UserError, match=r"_target_=mine_broken\.make: can't be imported .*no_such_package'\)$"
     ):
         build.construct({"_target_": "mine_broken.make"})
+
+
+def test_a_target_whose_module_is_no_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine_typo.py").write_text("rate = 1\ndef make(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        UserError, match=r"_target_=mine_typo\.make: .*, in line 2 of .*/mine_typo\.py$"
+    ):
+        build.check(compose("stage=pretrain", "method._target_=mine_typo.make"))

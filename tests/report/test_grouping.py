@@ -632,3 +632,20 @@ def test_every_committed_results_file_is_one() -> None:
         # other tables may speak of stages
         if any("stage" in row for row in rows if isinstance(row, dict)):
             assert tables.load(path)
+
+
+def test_a_table_has_the_columns_that_a_terminal_has_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heads, row = ["name", "a", "b", "c"], ["x" * 20, "1" * 10, "2" * 10, "3" * 30]
+    found = {}
+    for columns in ("85", "84", "60"):
+        monkeypatch.setenv("COLUMNS", columns)
+        text, left_out = tables.fitted(heads, [row], right=3)
+        found[columns] = len(text.partition("\n")[0]), left_out
+        assert text == tables.markdown(
+            heads[: 4 - len(left_out)], [row[: 4 - len(left_out)]], 3 - len(left_out)
+        )
+    assert found == {"85": (83, []), "84": (83, []), "60": (50, ["c"])}
+    text, left_out = tables.fitted(heads, [["x" * 70, *row[1:]]], right=3)
+    assert (len(left_out), len(text.partition("\n")[0]) > 60) == (2, True)  # two stay

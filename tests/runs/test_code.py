@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import member
+from conftest import TINY_PRETRAIN, Command
 from patience import PATIENCE
 
 from ssl_bench.launch.launchers import Workstation
@@ -132,3 +133,40 @@ def test_a_job_with_other_code_says_so(tmp_path: Path) -> None:
         said = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE).stderr
         assert "the command of the sweep makes its members anew" in said  # it has no choices
         assert ("has other code than the command that submitted this job" in said) == says
+
+
+OWN = """
+from ssl_bench.methods.moco import MoCo
+class Mine(MoCo):
+    pass
+"""
+
+
+def test_own_modules_that_change_are_told(
+    ssl_bench: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a run goes on, and where it is finished; it has another code, then."""
+    name = f"mine_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = [*TINY_PRETRAIN, f"method._target_={name}.Mine", "epochs=2", "eval_every=0", "dir=run"]
+    ssl_bench(*words, "until=1", check=True)
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["own_code"].keys() == {name}
+    assert environment["code"] != code.digest()
+    assert f"{name} has changed" not in ssl_bench(*words, "until=1", check=True).stderr
+    (tmp_path / f"{name}.py").write_text(OWN + "# edited\n")
+    said = ssl_bench(*words, check=True).stderr
+    assert f"{name} has changed since this run began: it goes on with the new code" in said
+    now = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert now["earlier_code"] == [environment["code"]]
+    assert f"{name} has changed" not in ssl_bench(*words, check=True).stderr
+    (tmp_path / f"{name}.py").write_text(OWN)
+    said = ssl_bench(*words, check=True).stderr
+    assert f"{name} has changed since run ran: its result is that of the old code" in said
+
+
+def test_what_is_ours_or_installed_is_not_own() -> None:
+    targets = {"method": "ssl_bench.methods.moco.MoCo", "data": "torchvision.datasets.CIFAR10"}
+    nodes = {group: {"_target_": path} for group, path in targets.items()}
+    assert code.own(nodes | {"optimizer": {"_target_": "json.loads"}, "seed": 0}) == {}

@@ -318,3 +318,20 @@ def test_judges_know_only_what_the_others_teach() -> None:
     asked = torch.rand(600, generator=generator) < 0.5
     assert all(value > 99 for value in knn_and_ridge(features, labels, asked).values())
     assert knn_and_ridge(features, (labels + asked) % 4, asked) == {"knn_top1": 0, "probe_top1": 0}
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ({}, "the keys "),
+        ({"accuracy": torch.ones(())}, "the keys accuracy"),
+        (torch.ones(()), "Tensor"),
+    ],
+)
+def test_a_method_without_a_loss(tmp_path: Path, output: Any, said: str) -> None:
+    class Silent(Noted):
+        def forward(self, views: list[Tensor], labels: Tensor | None = None) -> Any:
+            return output
+
+    with pytest.raises(UserError, match=rf"^Silent\.forward returns {said}: it must return a"):
+        train(tmp_path, method=Silent())
