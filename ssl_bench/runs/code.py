@@ -41,7 +41,7 @@ def own(config: Mapping[str, Any]) -> dict[str, str]:
     """
     nodes = [node for node in config.values() if isinstance(node, Mapping)]
     targets = [node["_target_"] for node in nodes if isinstance(node.get("_target_"), str)]
-    installed = [Path(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib")]
+    standard = Path(sysconfig.get_path("stdlib"))
     found = {}
     for name in sorted({target.partition(".")[0] for target in targets} - {PACKAGE.name}):
         try:
@@ -51,7 +51,8 @@ def own(config: Mapping[str, Any]) -> dict[str, str]:
         if spec is None or not spec.origin:
             continue
         file = Path(spec.origin)
-        if file.suffix == ".py" and not any(file.is_relative_to(place) for place in installed):
+        installed = {"site-packages", "dist-packages"} & {*file.parts}
+        if file.suffix == ".py" and not installed and not file.is_relative_to(standard):
             modules = file.parent.rglob("*.py") if spec.submodule_search_locations else [file]
             found[name] = _digest(modules, file.parent)
     return found
