@@ -637,7 +637,7 @@ def test_runs_are_listed_with_what_measured_them(
     assert counts == {"published": len(published.WEIGHTS), "own": 4}
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 120
-    assert re.search(r"^\| moco_v2_800ep +\| resnet50 +\| MoCo v2, 800 ep +\| 71.1 ", shown, re.M)
+    assert re.search(r"^\| moco_v2_800ep +\| resnet50 +\| 71.1 +\| MoCo v2, 800 ep ", shown, re.M)
     blocks = [
         re.sub(r"\n +", " ", block)
         for block in re.split(r"\n(?=pretrained=)", shown)
