@@ -583,7 +583,7 @@ def _other_network(source: str, backbone: Mapping[str, Any]) -> str:
     Two of ours are the same if they have one constructor and one shape; for others, a network may
     have several names, so that only the shape of an equal name tells.
     """
-    from ssl_bench.launch.place import SHAPE
+    from ssl_bench.launch.place import SHAPE, network
     from ssl_bench.runs import identity, layout
 
     run = layout.run_at(Path(source))
@@ -595,13 +595,9 @@ def _other_network(source: str, backbone: Mapping[str, Any]) -> str:
         kind.startswith(("ssl_bench.backbones.resnet.", "ssl_bench.backbones.vit."))
         for kind in kinds
     )
-    same = kinds[0] == kinds[1] if ours else had.get("name") == backbone.get("name")
-    shape = {key: had[key] for key in SHAPE if key in had}
-    if same and all(backbone.get(key, value) == value for key, value in shape.items()):
-        return ""
-    if not (same or ours):
-        return ""
-    return " ".join([f"backbone={had['name']}", *(f"backbone.{key}={shape[key]}" for key in shape)])
+    same = kinds[0] == kinds[1] if ours else had["name"] == backbone.get("name")
+    reshaped = any(key in had and backbone.get(key, had[key]) != had[key] for key in SHAPE)
+    return " ".join(network(had)) if (reshaped if same else ours) else ""
 
 
 class Local(SweepLauncher):

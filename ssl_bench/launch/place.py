@@ -234,9 +234,13 @@ def _network(config: DictConfig) -> list[str]:
     run = layout.run_at(Path(os.path.expanduser(source))) if isinstance(source, str) else None
     if run is None or config.stage.get("name") == "pretrain":
         return []
-    had = identity.node(identity.config(run), "backbone")
-    keys = {key: had[key] for key in SHAPE if key in had}
-    return [f"backbone={had.get('name')}", *(f"backbone.{key}={keys[key]}" for key in keys)]
+    return network(identity.node(identity.config(run), "backbone"))
+
+
+def network(node: Mapping[str, Any]) -> list[str]:
+    """The overrides that give this backbone: its name and its shape."""
+    keys = [key for key in SHAPE if key in node]
+    return [f"backbone={node.get('name')}", *(f"backbone.{key}={node[key]}" for key in keys)]
 
 
 def _names(default: str, word: str) -> bool:

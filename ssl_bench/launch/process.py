@@ -107,7 +107,7 @@ def _run(cfg: DictConfig) -> dict[str, float]:
                 for key in ("save_best", "keep")
                 if key in then and then[key] != plain[key]
             ]
-            if said := code.changed(identity.environment(run.directory), plain):
+            if said := code.changed(identity.environment(run.directory), code.own(plain)):
                 log.warning("%s since %s ran: its result is that of the old code", said, cfg.dir)
             log.info(
                 "%s is finished already (%s)%s; to run it again, delete it or choose another dir=",

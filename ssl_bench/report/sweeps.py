@@ -165,7 +165,7 @@ def sweep_table(folder: Path, metric: str | None = None) -> str:
         [*words, *(cell(row, column) for column in columns)]
         for words, row in zip(choices, numbers, strict=True)
     ]
-    text = markdown([*keys, *map(heading, columns)], shown, right=len(columns))
+    heads = [*keys, *map(heading, columns)]
     file = io.StringIO()
     writer = csv.writer(file)
     spreads = [f"{key} {what}" for key in (metric, *others) for what in ("mean", "std")]
@@ -175,9 +175,8 @@ def sweep_table(folder: Path, metric: str | None = None) -> str:
         spread = [value for values in measured for value in mean_std(values)]
         means = [mean_std(group.values(key) or [math.nan])[0] for key in COST]
         writer.writerow([*words, *spread, *means, row["n"], row["members"]])
-    files.write(folder / "table.md", text + "\n")
+    files.write(folder / "table.md", markdown(heads, shown, right=len(columns)) + "\n")
     files.write(folder / "table.csv", file.getvalue())
-    heads = [*keys, *map(heading, columns)]
     return fitted(heads, shown, right=len(columns), least=len(heads) - len(costs))[0]
 
 

@@ -58,9 +58,9 @@ def own(config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def changed(environment: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """Which of the user's own modules the run of this environment.json had otherwise; "": none."""
-    before, now = environment.get("own_code"), own(config)
+def changed(environment: Mapping[str, Any], now: Mapping[str, str]) -> str:
+    """Which of these modules (`own`) the run of this environment.json had otherwise; "": none."""
+    before = environment.get("own_code")
     if not isinstance(before, Mapping):
         return ""
     names = [name for name in now if before.get(name, now[name]) != now[name]]

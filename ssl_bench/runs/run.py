@@ -219,7 +219,7 @@ class Run:
             told = json.dumps([now["code"], own]).encode()
             now |= {"own_code": own, "code": hashlib.sha256(told).hexdigest()[:16]}
         then = identity.environment(directory) if layout.has_state(directory) else {}
-        if said := code.changed(then, self._config):
+        if said := code.changed(then, own):
             log.warning("%s since this run began: it goes on with the new code", said)
         now["earlier_code"] = [one for one in code.of(then) if one != now["code"]]
         files.write(directory / layout.ENVIRONMENT, json.dumps(now, indent=2) + "\n")
